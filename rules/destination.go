@@ -1,0 +1,220 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A Protocol is a transport protocol by its IANA number. The grammar yields
+// TCP and UDP only.
+type Protocol uint8
+
+// The protocols of the grammar. The zero Protocol stands for every protocol.
+const (
+	TCP Protocol = 6
+	UDP Protocol = 17
+)
+
+// String returns the protocol's name as the grammar and iptables write it.
+func (p Protocol) String() string {
+	switch p {
+	case 0:
+		return "all"
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	}
+	return strconv.Itoa(int(p))
+}
+
+// parseProtocol accepts the names that the original accepts: lower case only.
+func parseProtocol(s string) (Protocol, bool) {
+	switch s {
+	case "tcp":
+		return TCP, true
+	case "udp":
+		return UDP, true
+	}
+	return 0, false
+}
+
+// A Port is a TCP or UDP port, 1 to 65535. The zero Port stands for a port that
+// was not named.
+type Port uint16
+
+// parsePort accepts a decimal number from 1 to 65535. It refuses leading
+// zeros, which the original let through and iptables then read as octal.
+func parsePort(s string) (Port, bool) {
+	if strings.HasPrefix(s, "0") {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(s, 10, 16)
+	return Port(n), err == nil
+}
+
+// ParseIPv4 accepts a dotted quad as RFC 6943 section 3.1.1 calls strict: four
+// decimal numbers up to 255, without leading zeros, without white space.
+func ParseIPv4(s string) (netip.Addr, bool) {
+	a, err := netip.ParseAddr(s)
+	return a, err == nil && a.Is4()
+}
+
+// A Redirect sends the connections that reach one port of the pod to one
+// address.
+type Redirect struct {
+	Protocol Protocol
+	Port     Port       // that connections to the pod name
+	To       netip.Addr // IPv4
+	ToPort   Port       // at To; zero: the same as Port
+}
+
+// String returns the redirect as a line of the grammar.
+func (r Redirect) String() string {
+	s := fmt.Sprintf("%d %s %s", r.Port, r.Protocol, r.To)
+	if r.ToPort != 0 {
+		s += " " + strconv.Itoa(int(r.ToPort))
+	}
+	return s
+}
+
+// A Set is what one destination list asks for.
+type Set struct {
+	Redirects []Redirect // in the order written; no two have the same Port
+	Fallback  netip.Addr // where every other port goes; the zero Addr: nowhere
+}
+
+// Equal reports whether both sets redirect the same things in the same order.
+func (s Set) Equal(other Set) bool {
+	return s.Fallback == other.Fallback && slices.Equal(s.Redirects, other.Redirects)
+}
+
+// String returns the set as a destination list, one line for each redirect,
+// which Parse reads back as an equal set.
+func (s Set) String() string {
+	var b strings.Builder
+	for _, r := range s.Redirects {
+		b.WriteString(r.String())
+		b.WriteByte('\n')
+	}
+	if s.Fallback.IsValid() {
+		b.WriteString(s.Fallback.String())
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+// A ParseError says which line of a destination list is not right. Its text is
+// the sentence of the original, which users search their logs for.
+type ParseError struct {
+	Line     Line
+	Sentence string // of the original
+	Hint     string // for a person; may be empty
+}
+
+// Error returns the original's sentence.
+func (e *ParseError) Error() string { return e.Sentence }
+
+// Parse reads a destination list. The grammar is that of the original
+// EGRESS_DESTINATION, including the order in which it finds faults: the first
+// line that is not right ends the parse with a *ParseError. A list of comments
+// and blank lines is an empty Set.
+func Parse(value string) (Set, error) {
+	var set Set
+	var fallback Line
+	seen := make(map[Port]int) // local port -> line
+	for _, line := range Lines(value) {
+		if isBlank(line.Text) || line.Text[0] == '#' {
+			continue
+		}
+		if set.Fallback.IsValid() {
+			return Set{}, &ParseError{line, "EGRESS_DESTINATION fallback IP must be the last line",
+				fmt.Sprintf("line %d (%q) is the fallback: move it to the end", fallback.Number, fallback.Text)}
+		}
+		f, ok := parseLine(line.Text)
+		if !ok {
+			return Set{}, &ParseError{line, fmt.Sprintf("EGRESS_DESTINATION value '%s' is invalid", line.Text), hint(line.Text)}
+		}
+		if f.port == "" {
+			set.Fallback, fallback = f.to, line
+			continue
+		}
+		r := Redirect{Protocol: f.protocol, To: f.to}
+		// The original checks the remote port first.
+		if f.toPort != "" {
+			if r.ToPort, ok = parsePort(f.toPort); !ok {
+				return Set{}, badPort(line, f.toPort)
+			}
+		}
+		if r.Port, ok = parsePort(f.port); !ok {
+			return Set{}, badPort(line, f.port)
+		}
+		if first, used := seen[r.Port]; used {
+			return Set{}, &ParseError{line,
+				fmt.Sprintf("EGRESS_DESTINATION localport %d is already used, must be unique for each destination", r.Port),
+				fmt.Sprintf("line %d uses it first; a port stands once, whatever the protocol", first)}
+		}
+		seen[r.Port] = line.Number
+		set.Redirects = append(set.Redirects, r)
+	}
+	return set, nil
+}
+
+func badPort(line Line, port string) error {
+	e := &ParseError{Line: line, Sentence: fmt.Sprintf("Invalid port: %s, must be in the range 1 to 65535", port)}
+	if strings.HasPrefix(port, "0") && strings.Trim(port, "0") != "" {
+		e.Hint = "write the port without leading zeros: iptables would read it as octal"
+	}
+	return e
+}
+
+// isBlank reports whether s holds white space only, as [[:space:]] of the
+// POSIX locale has it.
+func isBlank(s string) bool { return strings.Trim(s, " \t\n\v\f\r") == "" }
+
+// fields are those of one line, with its ports as written: the line's shape is
+// checked before its ports are.
+type fields struct {
+	port     string // empty for a fallback
+	protocol Protocol
+	to       netip.Addr
+	toPort   string // empty where none was named
+}
+
+// parseLine accepts "IP", "PORT PROTO IP" and "PORT PROTO IP PORT", with one or
+// more spaces between the fields and nothing else.
+func parseLine(text string) (fields, bool) {
+	if strings.HasPrefix(text, " ") || strings.HasSuffix(text, " ") { // a backslash protected it
+		return fields{}, false
+	}
+	var f fields
+	var ok bool
+	words := strings.FieldsFunc(text, func(r rune) bool { return r == ' ' })
+	if len(words) == 1 {
+		f.to, ok = ParseIPv4(words[0])
+		return f, ok
+	}
+	if len(words) != 3 && len(words) != 4 {
+		return fields{}, false
+	}
+	if f.port = words[0]; !isDigits(f.port) {
+		return fields{}, false
+	}
+	if f.protocol, ok = parseProtocol(words[1]); !ok {
+		return fields{}, false
+	}
+	if f.to, ok = ParseIPv4(words[2]); !ok {
+		return fields{}, false
+	}
+	if len(words) == 4 {
+		if f.toPort = words[3]; !isDigits(f.toPort) {
+			return fields{}, false
+		}
+	}
+	return f, true
+}
+
+func isDigits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }

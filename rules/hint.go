@@ -1,0 +1,97 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"unicode/utf8"
+)
+
+// hint says what is probably wrong with a line that the grammar refuses. It
+// looks for the mistakes that users of the original made, most telling first.
+func hint(text string) string {
+	for i := 0; i < len(text); i++ {
+		switch c := text[i]; {
+		case c == '\t':
+			return "a tab stands between fields: separate them with spaces"
+		case c == '\r':
+			return "the line ends with a carriage return (\\r): save the list with Unix line ends"
+		case c >= utf8.RuneSelf:
+			r, _ := utf8.DecodeRuneInString(text[i:])
+			return fmt.Sprintf("the line holds %U, which is not ASCII: type the line again with plain spaces and digits", r)
+		}
+	}
+	if strings.Contains(text, "#") {
+		return "a comment stands on a line of its own, with # as its first character"
+	}
+	words := strings.Fields(text)
+	if several(words) {
+		return `several destinations stand on one line: write one a line (in YAML, "|" keeps line ends and ">" does not)`
+	}
+	if strings.ContainsAny(text, ",;") {
+		return "fields are separated by spaces, destinations by line ends"
+	}
+	switch {
+	case len(words) == 1:
+		return addressHint(words[0])
+	case len(words) == 2 && isDigits(words[0]):
+		return fmt.Sprintf(`the protocol is missing: write "%s tcp %s" or "%[1]s udp %[2]s"`, words[0], words[1])
+	case len(words) == 3 || len(words) == 4:
+		return redirectHint(words)
+	}
+	return forms
+}
+
+const forms = `a line is "IP", "PORT PROTO IP" or "PORT PROTO IP PORT", for example "8080 tcp 203.0.113.26 80"`
+
+// several reports whether words look like more than one destination.
+func several(words []string) bool {
+	addresses := 0
+	for _, w := range words {
+		if _, ok := ParseIPv4(w); ok {
+			addresses++
+		}
+	}
+	return addresses > 1
+}
+
+func redirectHint(words []string) string {
+	if !isDigits(words[0]) {
+		return fmt.Sprintf("%q is not a port: the first field is one number from 1 to 65535", words[0])
+	}
+	if lower := strings.ToLower(words[1]); lower != words[1] {
+		if _, ok := parseProtocol(lower); ok {
+			return fmt.Sprintf("the protocol is written in lower case: %q", lower)
+		}
+	}
+	if _, ok := parseProtocol(words[1]); !ok {
+		return fmt.Sprintf(`%q is not a protocol that can be redirected: "tcp" and "udp" are`, words[1])
+	}
+	if _, ok := ParseIPv4(words[2]); !ok {
+		return addressHint(words[2])
+	}
+	if len(words) == 4 && !isDigits(words[3]) {
+		return fmt.Sprintf("%q is not a port: the last field is one number from 1 to 65535", words[3])
+	}
+	return forms
+}
+
+// addressHint says why s is not an IPv4 address.
+func addressHint(s string) string {
+	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Addr().Is4() {
+		return fmt.Sprintf(`the remote port is a field of its own: "PORT PROTO %s %d"`, ap.Addr(), ap.Port())
+	}
+	if a, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil && a.Is6() {
+		return "IPv6 destinations are not supported: give an IPv4 address"
+	}
+	if _, err := netip.ParsePrefix(s); err == nil {
+		return "a destination is one address, not a network"
+	}
+	if strings.Trim(s, "0123456789.") == "" {
+		return fmt.Sprintf("%q is not an IPv4 address: four numbers from 0 to 255, without leading zeros", s)
+	}
+	if strings.HasPrefix(s, "[") || strings.Count(s, ":") > 1 {
+		return "IPv6 destinations are not supported: give an IPv4 address"
+	}
+	return fmt.Sprintf("%q is a name: redirects take an IPv4 address (EGRESS_ROUTER_MODE=dns-proxy serves names)", s)
+}

@@ -1,0 +1,118 @@
+package rules
+
+import "strings"
+
+// A Line is one logical line of a destination list, as the shell's read
+// hands it to the original router.
+type Line struct {
+	Number int    // of its first physical line in the value, from 1
+	Text   string // joined, unescaped, blanks cut at both ends
+}
+
+// Lines splits a destination list the way the original does, with
+//
+//	while read dest; do ...; done <<< "$EGRESS_DESTINATION"
+//
+// that is, by POSIX read without -r (IEEE Std 1003.1, XCU read): a backslash
+// before a newline joins two lines, any other backslash is dropped and takes
+// the special meaning from the character after it, and blanks (space, tab) are
+// cut from both ends of a line, with bash's own idea of which ones; see cut.
+//
+// The here-string adds one newline, so a value that ends with an unprotected
+// backslash is continued into nothing: read meets the end of the input, the
+// loop ends, and that line is never looked at. Lines leaves it out too; see
+// Unread.
+func Lines(value string) []Line {
+	lines, _ := split(value)
+	return lines
+}
+
+// Unread returns the last line of a value that ends with a backslash: neither
+// the original nor Parse reads it, which is hardly what its author meant.
+func Unread(value string) (Line, bool) {
+	if !strings.HasSuffix(value, `\`) {
+		return Line{}, false
+	}
+	_, last := split(value)
+	return last, last.Number > 0
+}
+
+// split returns the lines of value and, if value ends in the middle of a
+// continued line, that unfinished line.
+func split(value string) (lines []Line, unfinished Line) {
+	value += "\n"
+	lines = make([]Line, 0, strings.Count(value, "\n"))
+	for number := 1; value != ""; {
+		text, used, joined, ended := logicalLine(value)
+		if !ended {
+			return lines, Line{Number: number, Text: text}
+		}
+		lines = append(lines, Line{Number: number, Text: text})
+		number += 1 + joined
+		value = value[used:]
+	}
+	return lines, Line{}
+}
+
+// logicalLine reads one line from s and returns it with the number of bytes it
+// took, the number of newlines inside it that a backslash removed, and whether
+// its own newline was there.
+func logicalLine(s string) (text string, used, joined int, ended bool) {
+	end := strings.IndexByte(s, '\n')
+	if end >= 0 && strings.IndexAny(s[:end], "\\\x01") < 0 {
+		return strings.Trim(s[:end], " \t"), end + 1, 0, true
+	}
+	var chars []byte
+	var protected []bool
+	for used < len(s) && !ended {
+		c := s[used]
+		used++
+		switch {
+		case c == '\n':
+			ended = true
+		case c != '\\':
+			chars, protected = append(chars, c), append(protected, false)
+		case used < len(s):
+			if s[used] == '\n' {
+				joined++
+			} else {
+				chars, protected = append(chars, s[used]), append(protected, true)
+			}
+			used++
+		}
+	}
+	return cut(chars, protected), used, joined, ended
+}
+
+// cut removes the blanks at both ends of a line as bash (4.2 to 5.2) does for
+// a read into one variable: at the front those without protection; at the end
+// too where the line is a single word, but all of them where it is more.
+func cut(chars []byte, protected []bool) string {
+	isBlank := func(i int) bool { return chars[i] == ' ' || chars[i] == '\t' }
+	divides := func(i int) bool { return isBlank(i) && !protected[i] }
+	first, n := 0, len(chars)
+	for first < n && divides(first) {
+		first++
+	}
+	word := first
+	for word < n && !divides(word) {
+		word++
+	}
+	rest := word
+	for rest < n && divides(rest) {
+		rest++
+	}
+	if rest == n {
+		return string(chars[first:word])
+	}
+	last := n
+	for last > first && isBlank(last-1) {
+		last--
+	}
+	// bash marks protected characters with \x01 and takes one that stands
+	// before a blank for its mark.
+	if last < n && last > first && !protected[last] && chars[last-1] == '\x01' {
+		last--
+	}
+	return string(chars[first:last])
+}

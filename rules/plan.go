@@ -1,0 +1,160 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// A Table is one of the kernel's tables of chains, by the name that iptables
+// gives it.
+type Table string
+
+// NAT is the table in which addresses are translated. It sees the first packet
+// of each connection only; the kernel repeats its verdict for the others.
+const NAT Table = "nat"
+
+// A Hook is a point on a packet's way through the kernel
+// (linux/netfilter_ipv4.h), by the name of the built-in chain that stands
+// there.
+type Hook string
+
+// The hooks that plans use.
+const (
+	Prerouting  Hook = "PREROUTING"
+	Postrouting Hook = "POSTROUTING"
+)
+
+// A Target is what a rule does with a packet that it matches.
+type Target string
+
+// The targets that plans use.
+const (
+	DNAT Target = "DNAT" // change the destination to Rule.To and Rule.ToPort
+	SNAT Target = "SNAT" // change the source to Rule.To
+)
+
+// A Rule is one match and one target. A zero field matches everything.
+type Rule struct {
+	In       string // interface that the packet arrived on
+	Out      string // interface that it leaves by
+	Protocol Protocol
+	Port     Port // destination port
+
+	Target Target
+	To     netip.Addr
+	ToPort Port // zero: the port stays
+}
+
+// A Chain is an ordered list of rules of ours. A packet that arrives at Hook
+// goes through it before any rule of another program.
+type Chain struct {
+	Table Table
+	Hook  Hook
+	Name  string
+	Rules []Rule
+}
+
+// A Plan is what the kernel's tables shall hold: the one value that is applied,
+// compared with the kernel, printed and taken back. Chains stand in the order
+// in which a packet of a new connection meets them.
+type Plan struct {
+	Chains []Chain
+}
+
+// Sides names the two sides of the router and the address that it lends.
+type Sides struct {
+	Cluster string     // interface that clients come in by
+	Egress  string     // interface on the physical network
+	Source  netip.Addr // the reserved address, IPv4
+}
+
+// The names of our chains. Other programs' chains never begin so.
+const (
+	ChainPrefix      = "EGRESS-"
+	preroutingChain  = ChainPrefix + string(Prerouting)
+	postroutingChain = ChainPrefix + string(Postrouting)
+)
+
+// NewPlan returns the chains that carry out set.
+//
+// The rules are those of the original, in its order: a redirect for each
+// destination, matched by the interface that the packet came in by; then, for
+// whatever leaves by the egress side, the reserved address as its source.
+func NewPlan(set Set, sides Sides) Plan {
+	redirects := make([]Rule, 0, len(set.Redirects)+1)
+	for _, r := range set.Redirects {
+		redirects = append(redirects, Rule{
+			In: sides.Cluster, Protocol: r.Protocol, Port: r.Port,
+			Target: DNAT, To: r.To, ToPort: r.ToPort,
+		})
+	}
+	if set.Fallback.IsValid() {
+		redirects = append(redirects, Rule{In: sides.Cluster, Target: DNAT, To: set.Fallback})
+	}
+	return Plan{Chains: []Chain{
+		{Table: NAT, Hook: Prerouting, Name: preroutingChain, Rules: redirects},
+		{Table: NAT, Hook: Postrouting, Name: postroutingChain, Rules: []Rule{
+			{Out: sides.Egress, Target: SNAT, To: sides.Source},
+		}},
+	}}
+}
+
+// Guard returns the plan without its redirects. It is what must stand before
+// the routes change: with it nothing is redirected, and whatever leaves by the
+// egress side has the reserved address.
+func (p Plan) Guard() Plan {
+	guard := Plan{Chains: slices.Clone(p.Chains)}
+	for i, c := range guard.Chains {
+		guard.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT })
+	}
+	return guard
+}
+
+// Equal reports whether both plans hold the same chains with the same rules in
+// the same order.
+func (p Plan) Equal(other Plan) bool {
+	return slices.EqualFunc(p.Chains, other.Chains, func(a, b Chain) bool {
+		return a.Table == b.Table && a.Hook == b.Hook && a.Name == b.Name && slices.Equal(a.Rules, b.Rules)
+	})
+}
+
+// Tables returns the tables that the plan uses, each once, in order.
+func (p Plan) Tables() []Table {
+	var tables []Table
+	for _, c := range p.Chains {
+		if !slices.Contains(tables, c.Table) {
+			tables = append(tables, c.Table)
+		}
+	}
+	return tables
+}
+
+// String returns the plan for a person to read: for each chain, the hook it
+// stands at and its rules.
+func (p Plan) String() string {
+	var b strings.Builder
+	for _, c := range p.Chains {
+		fmt.Fprintf(&b, "table %s, hook %s, chain %s\n", c.Table, c.Hook, c.Name)
+		for _, r := range c.Rules {
+			b.WriteString("  ")
+			b.Write(r.append(nil, false))
+			b.WriteByte('\n')
+		}
+	}
+	return b.String()
+}
+
+// Count returns how many rules of the plan have the given target.
+func (p Plan) Count(t Target) int {
+	n := 0
+	for _, c := range p.Chains {
+		for _, r := range c.Rules {
+			if r.Target == t {
+				n++
+			}
+		}
+	}
+	return n
+}
