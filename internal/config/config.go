@@ -1,0 +1,319 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"unicode"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A Mode is what one run of the router does.
+type Mode string
+
+// The modes, by the values of EGRESS_ROUTER_MODE.
+const (
+	Legacy    Mode = "legacy"     // network and rules, then stay
+	Init      Mode = "init"       // network and rules, then exit
+	HTTPProxy Mode = "http-proxy" // network only
+	DNSProxy  Mode = "dns-proxy"  // network only
+	UnitTest  Mode = "unit-test"  // print the rules, touch nothing
+)
+
+// Modes lists every mode.
+var Modes = []Mode{Init, Legacy, HTTPProxy, DNSProxy, UnitTest}
+
+// Redirects reports whether the mode reads destinations and redirects to them.
+func (m Mode) Redirects() bool { return m == Legacy || m == Init || m == UnitTest }
+
+// The defaults of the two interface names, those of the original.
+const (
+	DefaultInterface        = "macvlan0"
+	DefaultClusterInterface = "eth0"
+)
+
+// A Config is everything a run needs, checked.
+type Config struct {
+	Mode    Mode
+	Source  netip.Prefix // reserved address and the length it is configured with
+	Gateway netip.Addr
+	Set     rules.Set // empty where the mode does not redirect
+	Egress  string    // interface on the physical network
+	Cluster string    // interface that clients come in by
+	Debug   bool
+
+	// Warnings are about input that is accepted and yet probably not what
+	// its author meant. Each is one line.
+	Warnings []string
+}
+
+// Sides returns the part of the configuration that a rule plan needs.
+func (c Config) Sides() rules.Sides {
+	return rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr()}
+}
+
+// An Error is a fault in one variable.
+type Error struct {
+	Variable string
+	Sentence string // what is wrong, in the original's words where it had any
+	Hint     string // where it is and what to do; may be empty; may have several lines
+}
+
+// Error returns the hint, if any, and the sentence below it.
+func (e *Error) Error() string {
+	if e.Hint == "" {
+		return e.Sentence
+	}
+	return e.Hint + "\n" + e.Sentence
+}
+
+// Errors are all the faults that were found, in the order in which the
+// original checks, then those of variables that the original does not have.
+type Errors []*Error
+
+// Error returns the faults in reverse order, because the last line is the one
+// that users of the original look at: it is what the original would have said.
+func (e Errors) Error() string {
+	lines := make([]string, 0, len(e))
+	for i := len(e) - 1; i >= 0; i-- {
+		lines = append(lines, e[i].Error())
+	}
+	return strings.Join(lines, "\n")
+}
+
+// MaxDestinationFile is the largest file that EGRESS_DESTINATION_FILE may name,
+// in bytes. A ConfigMap holds 1 MiB (Kubernetes API, ConfigMap); the rest is
+// for files that come another way.
+const MaxDestinationFile = 16 << 20
+
+// Parse checks env and returns what it asks for. readFile returns the content
+// of EGRESS_DESTINATION_FILE; it is called at most once. The error is of type
+// Errors and holds every fault.
+func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config, error) {
+	c := Config{
+		Mode:    Mode(orDefault(env.Mode, string(Legacy))),
+		Egress:  orDefault(env.Interface, DefaultInterface),
+		Cluster: orDefault(env.ClusterInterface, DefaultClusterInterface),
+		Debug:   env.Debug != "",
+	}
+	var faults Errors
+	report := func(e *Error) {
+		if e != nil {
+			faults = append(faults, e)
+		}
+	}
+
+	report(c.parseSource(env.Source))
+	report(c.parseGateway(env.Gateway))
+	switch {
+	case !known(c.Mode):
+		report(&Error{"EGRESS_ROUTER_MODE", fmt.Sprintf("Unrecognized EGRESS_ROUTER_MODE '%s'", c.Mode),
+			"hint: the modes are " + modeList()})
+	case c.Mode.Redirects():
+		report(c.parseDestinations(env, readFile))
+	}
+	report(checkInterface("EGRESS_INTERFACE", c.Egress))
+	report(checkInterface("EGRESS_CLUSTER_INTERFACE", c.Cluster))
+	if c.Egress == c.Cluster {
+		report(&Error{"EGRESS_CLUSTER_INTERFACE", fmt.Sprintf("EGRESS_INTERFACE and EGRESS_CLUSTER_INTERFACE are both %q", c.Egress),
+			"hint: clients come in by one interface and leave by the other: name two"})
+	}
+	if len(faults) > 0 {
+		return Config{}, faults
+	}
+	return c, nil
+}
+
+func orDefault(value, unset string) string {
+	if value == "" {
+		return unset
+	}
+	return value
+}
+
+func known(m Mode) bool {
+	for _, k := range Modes {
+		if m == k {
+			return true
+		}
+	}
+	return false
+}
+
+func modeList() string {
+	var names []string
+	for _, m := range Modes {
+		names = append(names, string(m))
+	}
+	return strings.Join(names, ", ")
+}
+
+func (c *Config) parseSource(s string) *Error {
+	bad := func(hint string) *Error {
+		return &Error{"EGRESS_SOURCE", "EGRESS_SOURCE unspecified or invalid", "hint: " + hint}
+	}
+	address, length, given := strings.Cut(s, "/")
+	a, ok := rules.ParseIPv4(address)
+	if !ok {
+		return bad(addressHint("EGRESS_SOURCE", s, "the reserved address, for example 192.168.12.99/24"))
+	}
+	bits := a.BitLen()
+	if given {
+		n, err := strconv.ParseUint(length, 10, 8)
+		if err != nil || n > uint64(a.BitLen()) || strconv.FormatUint(n, 10) != length {
+			return bad(fmt.Sprintf("EGRESS_SOURCE is %q: the length after the slash is a number from 0 to 32", s))
+		}
+		bits = int(n)
+	}
+	if why := unusable(a); why != "" && c.Mode != UnitTest {
+		return bad(fmt.Sprintf("EGRESS_SOURCE is %q: %s cannot be the source of connections", s, why))
+	}
+	c.Source = netip.PrefixFrom(a, bits)
+	return nil
+}
+
+func (c *Config) parseGateway(s string) *Error {
+	bad := func(hint string) *Error {
+		return &Error{"EGRESS_GATEWAY", "EGRESS_GATEWAY unspecified or invalid", "hint: " + hint}
+	}
+	a, ok := rules.ParseIPv4(s)
+	if !ok {
+		return bad(addressHint("EGRESS_GATEWAY", s, "the address of the physical network's gateway, for example 192.168.12.1"))
+	}
+	if c.Mode != UnitTest {
+		if why := unusable(a); why != "" {
+			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: %s cannot be a gateway", s, why))
+		}
+		if a == c.Source.Addr() {
+			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q, the same as EGRESS_SOURCE: the gateway is another host", s))
+		}
+	}
+	c.Gateway = a
+	return nil
+}
+
+// unusable says what keeps an address from belonging to a host of a physical
+// network (RFC 6890), or nothing. The original let such addresses through and
+// failed half-way, or never sent a packet. What is only printed is not
+// checked, as in the original.
+func unusable(a netip.Addr) string {
+	switch {
+	case a.IsUnspecified():
+		return "the unspecified address"
+	case a.IsLoopback():
+		return "a loopback address"
+	case a.IsMulticast():
+		return "a multicast address"
+	case a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return "the broadcast address"
+	}
+	return ""
+}
+
+// addressHint says why value is not the IPv4 address that variable wants.
+func addressHint(variable, value, wanted string) string {
+	found := fmt.Sprintf("%s is %q: ", variable, value)
+	switch {
+	case value == "":
+		return fmt.Sprintf("%s is not set: give it %s", variable, wanted)
+	case strings.ContainsFunc(value, unicode.IsSpace):
+		return found + "white space is not allowed in it"
+	case strings.Contains(value, ":"):
+		return found + "IPv6 is not supported, give " + wanted
+	case variable == "EGRESS_GATEWAY" && strings.Contains(value, "/"):
+		return found + "the gateway is one address, without a length"
+	case strings.Trim(value, "0123456789./") == "":
+		return found + "an IPv4 address is four numbers from 0 to 255, without leading zeros"
+	}
+	return found + "expected " + wanted
+}
+
+// parseDestinations reads the destination list from the variable or the file.
+func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byte, error)) *Error {
+	value, place := env.Destination, func(n int) string { return fmt.Sprintf("EGRESS_DESTINATION line %d", n) }
+	variable := "EGRESS_DESTINATION"
+	if env.DestinationFile != "" {
+		variable = "EGRESS_DESTINATION_FILE"
+		if value != "" {
+			return &Error{variable, "EGRESS_DESTINATION and EGRESS_DESTINATION_FILE are both set: unset one of them", ""}
+		}
+		data, err := readFile(env.DestinationFile)
+		if err != nil {
+			return &Error{variable, fmt.Sprintf("EGRESS_DESTINATION_FILE %q cannot be read: %v", env.DestinationFile, cause(err)),
+				"hint: it names a file inside the container, such as a key of a mounted ConfigMap"}
+		}
+		value, place = string(data), func(n int) string { return fmt.Sprintf("%s:%d", env.DestinationFile, n) }
+	}
+	if value == "" {
+		hint := `hint: give it one line for each destination, for example "80 tcp 203.0.113.25"`
+		if env.DestinationFile != "" {
+			hint = fmt.Sprintf("hint: the file %q is empty", env.DestinationFile)
+		}
+		return &Error{variable, "EGRESS_DESTINATION unspecified", hint}
+	}
+
+	set, err := rules.Parse(value)
+	if parse, ok := errors.AsType[*rules.ParseError](err); ok {
+		hint := fmt.Sprintf("%s: %q", place(parse.Line.Number), shorten(parse.Line.Text))
+		if parse.Hint != "" {
+			hint += "\nhint: " + parse.Hint
+		}
+		return &Error{variable, parse.Sentence, hint}
+	} else if err != nil {
+		return &Error{variable, err.Error(), ""}
+	}
+	c.Set = set
+	if line, ok := rules.Unread(value); ok && line.Text != "" && line.Text[0] != '#' {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("%s: %q ends with a backslash, so it is not read: remove the backslash", place(line.Number), shorten(line.Text)))
+	}
+	if len(set.Redirects) == 0 && !set.Fallback.IsValid() {
+		c.Warnings = append(c.Warnings, variable+" holds no destination: nothing is redirected")
+	}
+	return nil
+}
+
+// cause returns an error without the file name that the message has already.
+func cause(err error) error {
+	if path, ok := errors.AsType[*os.PathError](err); ok {
+		return path.Err
+	}
+	return err
+}
+
+// shorten cuts a line to a length that a log line can bear. The original's
+// sentence has the whole of it.
+func shorten(s string) string {
+	const most = 120
+	if len(s) <= most {
+		return s
+	}
+	return s[:most] + "..."
+}
+
+// checkInterface accepts the names that the kernel accepts for an interface
+// (dev_valid_name in net/core/dev.c: 1 to 15 bytes, no slash, colon or white
+// space) and that are literal in a rule: iptables takes a name with + at its
+// end for a pattern, ! for a negation, and restore input has quotes of its own.
+func checkInterface(variable, name string) *Error {
+	bad := func(why string) *Error {
+		return &Error{variable, fmt.Sprintf("%s %q is not an interface name: %s", variable, name, why), ""}
+	}
+	switch {
+	case len(name) > 15:
+		return bad("it has more than 15 bytes")
+	case name == "." || name == "..":
+		return bad("the kernel does not allow it")
+	case strings.HasPrefix(name, "-") || strings.HasPrefix(name, "!"):
+		return bad("it begins with " + name[:1])
+	}
+	for _, r := range name {
+		if r <= ' ' || r > '~' || strings.ContainsRune(`/:+"'\`+"`", r) {
+			return bad(fmt.Sprintf("it holds %q", r))
+		}
+	}
+	return nil
+}

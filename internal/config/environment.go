@@ -1,0 +1,61 @@
+// Package config turns the environment of the process into a Config: complete,
+// typed and checked, before anything is touched.
+//
+// It works in two steps. Read collects the variables as text, and is the only
+// place that knows envconfig. Parse is pure: it finds every fault at once and
+// says each in the words that users of the original search for.
+package config
+
+import (
+	"reflect"
+
+	"github.com/kelseyhightower/envconfig"
+)
+
+// An Environment holds the value of every variable as it was given; a variable
+// that is not set is empty, and an empty one counts as not set.
+//
+// All fields are strings, because envconfig's own conversions differ from the
+// original's (it reads "010" as 8, and refuses any EGRESS_ROUTER_DEBUG that is
+// not a Go boolean). Its default tag is not used, since it leaves an empty
+// variable empty. The tags carry the full name with an empty prefix: with a
+// prefix, envconfig falls back to the bare name and would take a stray SOURCE
+// or GATEWAY.
+//
+// The doc tag says what the variable is for, the unset tag what holds where it
+// is not set.
+type Environment struct {
+	Mode             string `envconfig:"EGRESS_ROUTER_MODE" unset:"legacy" doc:"what to do: init, legacy, http-proxy, dns-proxy or unit-test"`
+	Source           string `envconfig:"EGRESS_SOURCE" unset:"required" doc:"reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32"`
+	Gateway          string `envconfig:"EGRESS_GATEWAY" unset:"required" doc:"IPv4 address of the gateway on the physical network"`
+	Destination      string `envconfig:"EGRESS_DESTINATION" unset:"required to redirect" doc:"where connections are redirected, one line each: IP, PORT PROTO IP, or PORT PROTO IP PORT"`
+	DestinationFile  string `envconfig:"EGRESS_DESTINATION_FILE" unset:"none" doc:"file with the same lines, in place of EGRESS_DESTINATION"`
+	Interface        string `envconfig:"EGRESS_INTERFACE" unset:"macvlan0" doc:"interface of the egress side, on the physical network"`
+	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" unset:"eth0" doc:"interface of the cluster side, by which clients come in"`
+	Debug            string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and the whole rule set"`
+}
+
+// Read returns the variables of this process.
+func Read() (Environment, error) {
+	var env Environment
+	err := envconfig.Process("", &env)
+	return env, err
+}
+
+// A Variable describes one variable for help texts.
+type Variable struct {
+	Name  string
+	Unset string // what holds where it is not set
+	Doc   string
+}
+
+// Variables lists every variable that is read, in the order to show them.
+func Variables() []Variable {
+	var list []Variable
+	t := reflect.TypeFor[Environment]()
+	for i := range t.NumField() {
+		tag := t.Field(i).Tag
+		list = append(list, Variable{Name: tag.Get("envconfig"), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
+	}
+	return list
+}
