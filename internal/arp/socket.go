@@ -1,0 +1,47 @@
+package arp
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Socket sends frames on one interface (packet(7)). It needs CAP_NET_RAW.
+type Socket struct {
+	fd    int
+	index int
+}
+
+// Open returns a Socket for the interface with the given index, in the network
+// namespace of the calling thread. The interface may still be down.
+func Open(index int) (*Socket, error) {
+	// Protocol 0: the socket receives nothing.
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("opening a packet socket: %w", os.NewSyscallError("socket", err))
+	}
+	return &Socket{fd, index}, nil
+}
+
+// Close gives the socket back.
+func (s *Socket) Close() error { return unix.Close(s.fd) }
+
+// Announce sends both forms of announcement, since each reaches neighbours that
+// ignore the other: first the reply, then the request, as the original did.
+func (s *Socket) Announce(mac net.HardwareAddr, address netip.Addr) error {
+	for _, form := range []Operation{Reply, Request} {
+		frame, err := Announcement(form, mac, address)
+		if err != nil {
+			return err
+		}
+		to := &unix.SockaddrLinklayer{Ifindex: s.index, Halen: macLength}
+		copy(to.Addr[:], broadcast)
+		if err := unix.Sendto(s.fd, frame, 0, to); err != nil {
+			return fmt.Errorf("announcing %s at %s: %w", address, mac, os.NewSyscallError("sendto", err))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,40 @@
+package link
+
+import (
+	"errors"
+
+	"github.com/vishvananda/netlink"
+)
+
+// dumpTries is how often a listing is taken before its interruption is an
+// error. Each takes well under a millisecond; only something that changes the
+// same table without pause interrupts so many in a row.
+const dumpTries = 20
+
+// dump takes a listing from the kernel. The kernel marks one during which the
+// table changed (NLM_F_DUMP_INTR, netlink(7)), and netlink v1.3.1 returns it
+// with ErrDumpInterrupted, possibly incomplete: it has to be taken again. All
+// listings and look-ups by name go through here.
+func dump[T any](list func() (T, error)) (T, error) {
+	for try := 1; ; try++ {
+		found, err := list()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) || try == dumpTries {
+			return found, err
+		}
+	}
+}
+
+func (k *Kernel) linkByName(name string) (netlink.Link, error) {
+	return dump(func() (netlink.Link, error) { return k.handle.LinkByName(name) })
+}
+
+func (k *Kernel) links() ([]netlink.Link, error) { return dump(k.handle.LinkList) }
+
+func (k *Kernel) addresses(l netlink.Link) ([]netlink.Addr, error) {
+	return dump(func() ([]netlink.Addr, error) { return k.handle.AddrList(l, netlink.FAMILY_V4) })
+}
+
+// mainRoutes lists the IPv4 routes of the main table.
+func (k *Kernel) mainRoutes() ([]netlink.Route, error) {
+	return dump(func() ([]netlink.Route, error) { return k.handle.RouteList(nil, netlink.FAMILY_V4) })
+}

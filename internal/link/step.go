@@ -1,0 +1,89 @@
+package link
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// An Op is the kind of a Step.
+type Op uint8
+
+// The kinds of steps.
+const (
+	AddAddress Op = iota + 1
+	RemoveAddress
+	SetUp
+	SetDown
+	ReplaceRoute // Route takes the place of Old; of nothing where there is none
+	AppendRoute  // Route is added behind routes with the same destination and metric
+	DeleteRoute
+	WriteSysctl
+)
+
+// A Step is one change of the kernel's state, as a value.
+type Step struct {
+	Op        Op
+	Interface string
+	Index     int // of Interface
+	Address   netip.Prefix
+	Route     Route
+	Old       *Route // that ReplaceRoute takes the place of
+	Sysctl    string // in dotted form
+	Value     string
+	OldValue  string
+	Optional  bool // the router works without it, if less robustly
+}
+
+// Inverse returns the step that takes s back.
+func (s Step) Inverse() Step {
+	switch s.Op {
+	case AddAddress:
+		s.Op = RemoveAddress
+	case RemoveAddress:
+		s.Op = AddAddress
+	case SetUp:
+		s.Op = SetDown
+	case SetDown:
+		s.Op = SetUp
+	case ReplaceRoute:
+		if s.Old == nil {
+			s.Op = DeleteRoute
+			break
+		}
+		now := s.Route
+		s.Route, s.Old = *s.Old, &now
+	case DeleteRoute:
+		s.Op = AppendRoute
+	case AppendRoute:
+		s.Op = DeleteRoute
+	case WriteSysctl:
+		s.Value, s.OldValue = s.OldValue, s.Value
+	}
+	return s
+}
+
+// String returns the step as a sentence in the imperative, without a full stop.
+func (s Step) String() string {
+	switch s.Op {
+	case AddAddress:
+		return fmt.Sprintf("add address %s to %s", s.Address, s.Interface)
+	case RemoveAddress:
+		return fmt.Sprintf("remove address %s from %s", s.Address, s.Interface)
+	case SetUp:
+		return fmt.Sprintf("set %s up", s.Interface)
+	case SetDown:
+		return fmt.Sprintf("set %s down", s.Interface)
+	case ReplaceRoute:
+		if s.Old == nil {
+			return fmt.Sprintf("add route %s", s.Route)
+		}
+		return fmt.Sprintf("replace route %s by %s", *s.Old, s.Route)
+	case AppendRoute:
+		return fmt.Sprintf("add route %s", s.Route)
+	case DeleteRoute:
+		return fmt.Sprintf("delete route %s", s.Route)
+	case WriteSysctl:
+		return fmt.Sprintf("set %s = %s", s.Sysctl, s.Value)
+	}
+	return fmt.Sprintf("unknown step %d", s.Op)
+}

@@ -1,0 +1,76 @@
+package link
+
+import (
+	"fmt"
+	"os"
+	"strings"
+)
+
+// ipForward is the sysctl that lets the kernel forward IPv4 packets between
+// interfaces (ip-sysctl.rst). It belongs to the network namespace.
+const ipForward = "net.ipv4.ip_forward"
+
+// promoteSecondaries is the sysctl that keeps an interface's secondary
+// addresses when their primary one is deleted (ip-sysctl.rst).
+func promoteSecondaries(name string) string {
+	return "net/ipv4/conf/" + name + "/promote_secondaries"
+}
+
+// sysctlPath returns the file of a sysctl. As with sysctl(8), a name that is
+// written with slashes may have dots in its parts (interface names have).
+func sysctlPath(name string) string {
+	if !strings.Contains(name, "/") {
+		name = strings.ReplaceAll(name, ".", "/")
+	}
+	return "/proc/sys/" + name
+}
+
+func readSysctl(name string) (string, error) {
+	data, err := os.ReadFile(sysctlPath(name))
+	if err != nil {
+		return "", fmt.Errorf("reading sysctl %s: %w", name, err)
+	}
+	return strings.TrimSpace(string(data)), nil
+}
+
+func writeSysctl(name, value string) error {
+	// Without O_CREATE and O_TRUNC: the file is there or the kernel lacks it.
+	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	if _, err := f.WriteString(value); err != nil {
+		f.Close()
+		return err
+	}
+	return f.Close()
+}
+
+// A ForwardingError says that packets are not forwarded and that this cannot be
+// changed from here.
+type ForwardingError struct{ Err error }
+
+func (e *ForwardingError) Error() string {
+	return fmt.Sprintf("turning on %s: it is 0 and cannot be written: %v", ipForward, e.Err)
+}
+
+// Unwrap returns what the kernel said.
+func (e *ForwardingError) Unwrap() error { return e.Err }
+
+// Hint says what to do.
+func (e *ForwardingError) Hint() string {
+	return "run the container privileged, or set the sysctl for it: " + ipForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + ipForward + "=1 with docker and podman"
+}
+
+// CanForward returns nil where packets are forwarded already or forwarding can
+// be turned on, else a *ForwardingError. It changes nothing.
+func CanForward(have State) error {
+	if have.Forwards {
+		return nil
+	}
+	f, err := os.OpenFile(sysctlPath(ipForward), os.O_WRONLY, 0)
+	if err != nil {
+		return &ForwardingError{err}
+	}
+	return f.Close()
+}
