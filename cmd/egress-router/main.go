@@ -1,0 +1,33 @@
+// Egress-router gives a pod a reserved source address on the physical network
+// and redirects the connections that reach it to servers out there, so that a
+// firewall can allow that one address.
+//
+// It is configured by the environment. A variable that is empty counts as not
+// set; in parentheses, what holds then:
+//
+//	EGRESS_ROUTER_MODE        (legacy) what to do: init, legacy, http-proxy, dns-proxy or unit-test
+//	EGRESS_SOURCE             (required) reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32
+//	EGRESS_GATEWAY            (required) IPv4 address of the gateway on the physical network
+//	EGRESS_DESTINATION        (required to redirect) where connections are redirected, one line each: IP, PORT PROTO IP, or PORT PROTO IP PORT
+//	EGRESS_DESTINATION_FILE   (none) file with the same lines, in place of EGRESS_DESTINATION
+//	EGRESS_INTERFACE          (macvlan0) interface of the egress side, on the physical network
+//	EGRESS_CLUSTER_INTERFACE  (eth0) interface of the cluster side, by which clients come in
+//	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and the whole rule set
+//
+// Without an argument it does what the mode says. The arguments plan, help and
+// version print what they are called after and change nothing.
+package main
+
+import (
+	"context"
+	"os"
+
+	"github.com/egress-router/egress-router/internal/cli"
+	"github.com/egress-router/egress-router/internal/config"
+)
+
+func main() {
+	os.Exit(cli.Run(context.Background(), cli.Process{
+		Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
+	}))
+}

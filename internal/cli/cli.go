@@ -1,0 +1,172 @@
+// Package cli is the boundary of the process: arguments, environment, signals,
+// exit codes, and what is printed where.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/iptables"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// The exit codes.
+const (
+	exitOK    = 0
+	exitError = 1 // what the original exits with on every error
+	exitUsage = 2 // the arguments are not understood
+)
+
+// A Process is what the program has of its surroundings.
+type Process struct {
+	Args        []string                           // without the program's name
+	Environment func() (config.Environment, error) // reads the variables
+	Stdout      io.Writer
+	Stderr      io.Writer
+}
+
+// Run runs the program and returns its exit code.
+func Run(ctx context.Context, p Process) int {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+
+	command := ""
+	if len(p.Args) > 0 {
+		command = p.Args[0]
+	}
+	run, known := map[string]func(context.Context, Process) error{
+		"":          runMode,
+		"plan":      runPlan,
+		"help":      runHelp,
+		"-h":        runHelp,
+		"--help":    runHelp,
+		"version":   runVersion,
+		"--version": runVersion,
+	}[command]
+	if !known || len(p.Args) > 1 {
+		fmt.Fprintf(p.Stderr, "egress-router: arguments not understood: %q\n%s", p.Args, usage)
+		return exitUsage
+	}
+	if err := run(ctx, p); err != nil {
+		report(p.Stderr, err)
+		return exitError
+	}
+	return exitOK
+}
+
+// parse reads and checks the environment.
+func parse(p Process) (config.Config, error) {
+	env, err := p.Environment()
+	if err != nil {
+		return config.Config{}, fmt.Errorf("reading the environment: %w", err)
+	}
+	return config.Parse(env, readFile)
+}
+
+// readFile reads a destination file, and no more of it than may be.
+func readFile(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, config.MaxDestinationFile+1))
+	if err == nil && len(data) > config.MaxDestinationFile {
+		err = fmt.Errorf("it is larger than %d MiB", config.MaxDestinationFile>>20)
+	}
+	return data, err
+}
+
+// runMode does what EGRESS_ROUTER_MODE says.
+func runMode(ctx context.Context, p Process) error {
+	c, err := parse(p)
+	if err != nil {
+		return err
+	}
+	log := logger(p.Stderr, c.Debug)
+	for _, w := range c.Warnings {
+		log.Warn(w)
+	}
+	log.Debug("configuration", "mode", c.Mode, "source", c.Source, "gateway", c.Gateway,
+		"egress", c.Egress, "cluster", c.Cluster, "redirects", len(c.Set.Redirects), "fallback", c.Set.Fallback)
+	if c.Mode == config.UnitTest {
+		_, err := p.Stdout.Write(rules.UnitTest(c.Set, c.Sides()))
+		return err
+	}
+
+	r := newRouter(c, log)
+	err = r.Apply(ctx)
+	if ctx.Err() != nil && c.Mode == config.Legacy && errors.Is(err, ctx.Err()) {
+		return nil // told to stop, and nothing is left half-done
+	}
+	if err != nil || c.Mode != config.Legacy {
+		return err
+	}
+	return r.Stay(ctx)
+}
+
+func newRouter(c config.Config, log *slog.Logger) *router.Router {
+	r := &router.Router{
+		Link: wanted(c), Cluster: c.Cluster, Log: log,
+		Network: func() (router.Network, error) { return link.Open() },
+	}
+	if c.Mode.Redirects() {
+		plan := rules.NewPlan(c.Set, c.Sides())
+		r.Plan = &plan
+		r.Rules = func(ctx context.Context, tables []rules.Table) (router.Rules, error) {
+			backend, err := iptables.Find()
+			if err != nil {
+				return nil, err
+			}
+			return backend.Begin(ctx, tables)
+		}
+	}
+	return r
+}
+
+func wanted(c config.Config) link.Want {
+	return link.Want{Interface: c.Egress, Address: c.Source, Gateway: c.Gateway}
+}
+
+func logger(w io.Writer, debug bool) *slog.Logger {
+	level := slog.LevelInfo
+	if debug {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+// report prints an error: hints first, since the last line is the one that
+// users of the original look at.
+func report(w io.Writer, err error) {
+	if faults, ok := errors.AsType[config.Errors](err); ok {
+		fmt.Fprintln(w, faults)
+		return
+	}
+	if h := hint(err); h != "" {
+		fmt.Fprintf(w, "hint: %s\n", strings.ReplaceAll(h, "\n", "\n      "))
+	}
+	fmt.Fprintf(w, "egress-router: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+}
+
+// hint returns what an error, or one that it wraps, says to do.
+func hint(err error) string {
+	var hinter interface{ Hint() string }
+	if errors.As(err, &hinter) && hinter.Hint() != "" {
+		return hinter.Hint()
+	}
+	if errors.Is(err, os.ErrPermission) {
+		return "configuring a network takes privilege: securityContext.privileged: true, or root with the capabilities NET_ADMIN and NET_RAW"
+	}
+	return ""
+}

@@ -1,0 +1,142 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/netip"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/rules"
+)
+
+const usage = `usage:
+  egress-router           do what EGRESS_ROUTER_MODE says
+  egress-router plan      print what would be done, and do nothing
+  egress-router help      print every variable
+  egress-router version   print the version
+`
+
+// modeDocs says what each mode does, in one line.
+var modeDocs = map[config.Mode]string{
+	config.Init:      "configure the network and the redirects, then exit",
+	config.Legacy:    "configure the network and the redirects, then stay until SIGTERM",
+	config.HTTPProxy: "configure the network for a proxy in another container, then exit",
+	config.DNSProxy:  "configure the network for a proxy in another container, then exit",
+	config.UnitTest:  "print the NAT rules in iptables notation, touch nothing",
+}
+
+func runHelp(_ context.Context, p Process) error {
+	var b strings.Builder
+	b.WriteString("egress-router gives a pod a reserved source address on the physical network and\n" +
+		"redirects the connections that reach it to servers out there.\n\n" + usage + "\nvariables:\n")
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, v := range config.Variables() {
+		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
+	}
+	table.Flush()
+	b.WriteString("  In parentheses: what holds where the variable is not set or empty.\n\nmodes (EGRESS_ROUTER_MODE):\n")
+	for _, m := range config.Modes {
+		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])
+	}
+	table.Flush()
+	b.WriteString("\nexit codes: 0 done or told to stop, 1 error (nothing is changed), 2 wrong arguments\n")
+	_, err := io.WriteString(p.Stdout, b.String())
+	return err
+}
+
+func runVersion(_ context.Context, p Process) error {
+	version, revision := "(devel)", ""
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				revision = " " + s.Value
+			}
+		}
+	}
+	_, err := fmt.Fprintf(p.Stdout, "egress-router %s%s %s %s/%s\n", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return err
+}
+
+// runPlan prints what runMode would do in a namespace in which nothing is
+// configured yet, in its order. It looks at the variables only.
+func runPlan(_ context.Context, p Process) error {
+	c, err := parse(p)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(p.Stdout, planText(c))
+	return err
+}
+
+func planText(c config.Config) string {
+	var b strings.Builder
+	for _, w := range c.Warnings {
+		fmt.Fprintf(&b, "warning    %s\n", w)
+	}
+	fmt.Fprintf(&b, "mode       %s: %s\n", c.Mode, modeDocs[c.Mode])
+	if c.Mode == config.UnitTest {
+		b.Write(rules.UnitTest(c.Set, c.Sides()))
+		return b.String()
+	}
+	want, plan := wanted(c), rules.NewPlan(c.Set, c.Sides())
+	fmt.Fprintf(&b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
+	fmt.Fprintf(&b, "address    %s, announced to the physical network\n\n", c.Source)
+	b.WriteString("in this order, each where the kernel does not have it yet:\n")
+	number := 0
+	step := func(text string) {
+		number++
+		fmt.Fprintf(&b, "%2d. %s\n", number, text)
+	}
+	stepRules := func(heading string, p rules.Plan) {
+		step(heading)
+		for line := range strings.Lines(p.String()) {
+			b.WriteString("    " + line)
+		}
+	}
+	if c.Mode.Redirects() {
+		stepRules("rules that set the source address", plan.Guard())
+	}
+	for _, s := range link.Diff(want, link.State{Promotes: true}) {
+		step(s.String())
+	}
+	step("delete every other default route of the main table")
+	if c.Mode.Redirects() {
+		stepRules("rules, complete", plan)
+		for _, s := range link.Forwarding(link.State{}) {
+			step(s.String())
+		}
+	}
+	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", c.Source.Addr()))
+	if c.Mode.Redirects() {
+		b.WriteString("\n" + effect(c.Set, c.Source.Addr()))
+	}
+	return b.String()
+}
+
+// effect says what a client gets.
+func effect(set rules.Set, source netip.Addr) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "connections to the pod, which servers see from %s:\n", source)
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, r := range set.Redirects {
+		to := r.ToPort
+		if to == 0 {
+			to = r.Port
+		}
+		fmt.Fprintf(table, "  %s port %d\tto %s port %d\n", r.Protocol, r.Port, r.To, to)
+	}
+	if set.Fallback.IsValid() {
+		fmt.Fprintf(table, "  everything else\tto %s, same protocol and port\n", set.Fallback)
+	} else {
+		fmt.Fprintf(table, "  everything else\tis not redirected\n")
+	}
+	table.Flush()
+	return b.String()
+}
