@@ -1,0 +1,445 @@
+// Package lab makes the network that an egress router lives in, out of four
+// network namespaces on one kernel, for tests, the demonstration and benchmarks:
+//
+//	client            router
+//	eth0              eth0        macvlan0 (down, no address)
+//	10.128.0.71/23    10.128.0.98/23 :
+//	  |                 |            :  a macvlan of nic0
+//	  +------ tun0 -----+            :
+//	      10.128.0.1/23              :
+//	          node                 nic0 192.168.12.10/24
+//	                                 |
+//	                               lan0 192.168.12.1/24, 192.168.12.80/24
+//	                               lo   203.0.113.25, .26, .27
+//	                                      outside
+//
+// The router is as a CNI plugin leaves it before the product starts: the default
+// route goes to the cluster, forwarding is off. Outside has no route to the
+// cluster, so a connection whose source was not translated is never answered.
+//
+// All of it is made with netlink and held by file descriptors alone: no name
+// under /run/netns, no link in the caller's namespace. The kernel removes it when
+// the process ends, however it ends.
+//
+// The kernel needs veth, bridge and macvlan; the process CAP_SYS_ADMIN and
+// CAP_NET_ADMIN, which package nstest gives to tests.
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// The two networks. An address of the lab has the length of the one it is in.
+var (
+	Cluster = netip.MustParsePrefix("10.128.0.0/23")   // pods, behind tun0
+	LAN     = netip.MustParsePrefix("192.168.12.0/24") // the physical network, behind nic0
+)
+
+// The addresses in use. Source alone belongs to no link at first: it is the
+// reserved address that the product sets on macvlan0.
+var (
+	NodeAddr    = netip.MustParseAddr("10.128.0.1") // tun0, the default gateway of the pods
+	ClientAddr  = netip.MustParseAddr("10.128.0.71")
+	RouterAddr  = netip.MustParseAddr("10.128.0.98")
+	NICAddr     = netip.MustParseAddr("192.168.12.10") // nic0, which macvlan0 can never reach
+	GatewayAddr = netip.MustParseAddr("192.168.12.1")  // lan0, the router's gateway
+	LANServer   = netip.MustParseAddr("192.168.12.80") // lan0, reached without a gateway
+	Source      = netip.MustParseAddr("192.168.12.99")
+)
+
+// Remote are the servers beyond the gateway, on lo of outside (RFC 5737 has the
+// range for documentation).
+var Remote = [3]netip.Addr{
+	netip.MustParseAddr("203.0.113.25"),
+	netip.MustParseAddr("203.0.113.26"),
+	netip.MustParseAddr("203.0.113.27"),
+}
+
+// The names of links that [Options] does not change.
+const (
+	Bridge     = "tun0"        // node, where OpenShift's SDN has its bridge
+	NIC        = "nic0"        // node, the parent of macvlan0
+	LANLink    = "lan0"        // outside
+	ClientLink = "eth0"        // client
+	ClientPort = "port-client" // node, the port of Bridge that leads to client
+	RouterPort = "port-router" // node, the port of Bridge that leads to router
+)
+
+// Options change the router, to show what the product does in a pod that is not
+// as it should be. The zero value is a good pod.
+type Options struct {
+	NoMacvlan   bool   // leave macvlan0 out, as without the pod's annotation
+	MacvlanName string // instead of macvlan0
+	ClusterName string // instead of eth0 in router
+}
+
+// Lab is one such network. Any number can exist at once. Its methods may be
+// called from several goroutines, except Close.
+type Lab struct {
+	Options // as given, with the names filled in
+
+	Client, Router, Node, Outside *netns.Namespace
+
+	mu        sync.Mutex
+	servers   []*Server
+	captures  []*Capture
+	processes []*os.Process
+}
+
+// New makes a lab and returns once frames pass on every link. On an error nothing
+// of it is left.
+func New(o Options) (*Lab, error) {
+	if o.MacvlanName == "" {
+		o.MacvlanName = "macvlan0"
+	}
+	if o.ClusterName == "" {
+		o.ClusterName = "eth0"
+	}
+	l := &Lab{Options: o}
+	if err := l.build(); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("making lab: %w", err)
+	}
+	return l, nil
+}
+
+// Close ends servers, captures and processes and lets go of the namespaces. The
+// kernel removes them, with their links, shortly after.
+func (l *Lab) Close() {
+	l.mu.Lock()
+	servers, captures, processes := l.servers, l.captures, l.processes
+	l.servers, l.captures, l.processes = nil, nil, nil
+	l.mu.Unlock()
+
+	for _, p := range processes {
+		_ = p.Kill() // an error means that it has ended
+	}
+	for _, s := range servers {
+		s.Close()
+	}
+	for _, c := range captures {
+		_ = c.Stop() // whoever cares about lost frames has stopped it before
+	}
+	for _, n := range []*netns.Namespace{l.Client, l.Router, l.Node, l.Outside} {
+		if n != nil {
+			_ = n.Close()
+		}
+	}
+}
+
+// Netlink opens a route netlink handle that works in ns from any goroutine. The
+// caller closes it.
+//
+// netlink.NewHandleAt would do the same, but gives its thread back even if that
+// could not return to its namespace.
+func (l *Lab) Netlink(ns *netns.Namespace) (*netlink.Handle, error) {
+	var h *netlink.Handle
+	err := ns.Do(func() (err error) {
+		h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("opening netlink handle in %q: %w", ns, err)
+	}
+	return h, nil
+}
+
+// SetSysctl sets a sysctl of a namespace, such as "net/ipv4/conf/eth0/rp_filter",
+// written as a path because link names may hold dots.
+func (l *Lab) SetSysctl(ns *netns.Namespace, key, value string) error {
+	return ns.Do(func() error { return setSysctl(key, value) })
+}
+
+// Sysctl reads a sysctl of a namespace, without the newline.
+func (l *Lab) Sysctl(ns *netns.Namespace, key string) (string, error) {
+	var text []byte
+	err := ns.Do(func() (err error) {
+		text, err = os.ReadFile("/proc/sys/" + key)
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("reading sysctl %q: %w", key, err)
+	}
+	if n := len(text); n > 0 && text[n-1] == '\n' {
+		text = text[:n-1]
+	}
+	return string(text), nil
+}
+
+// Start starts cmd in ns; the caller waits for it as usual. The process is killed
+// when the lab is closed or this process ends, so that it cannot keep the
+// namespace alive (cmd.SysProcAttr.Pdeathsig, unless set already).
+//
+// It shares all but the network with the caller: files, and with them iptables'
+// lock.
+func (l *Lab) Start(ns *netns.Namespace, cmd *exec.Cmd) error {
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	if cmd.SysProcAttr.Pdeathsig == 0 {
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	}
+	// A child gets the namespaces of the thread that forks (clone(2)).
+	if err := ns.Do(cmd.Start); err != nil {
+		return fmt.Errorf("starting %q in %q: %w", cmd.Path, ns, err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.processes = append(l.processes, cmd.Process)
+	return nil
+}
+
+// Run starts cmd in ns, like [Lab.Start], and waits for it. A process that fails
+// gives an *exec.ExitError, as with exec.Cmd.Run.
+func (l *Lab) Run(ns *netns.Namespace, cmd *exec.Cmd) error {
+	if err := l.Start(ns, cmd); err != nil {
+		return err
+	}
+	return cmd.Wait()
+}
+
+// build is New without the cleaning up.
+func (l *Lab) build() error {
+	handles := map[**netns.Namespace]*netlink.Handle{}
+	defer func() {
+		for _, h := range handles {
+			h.Close()
+		}
+	}()
+	for _, n := range []**netns.Namespace{&l.Client, &l.Router, &l.Node, &l.Outside} {
+		var err error
+		if *n, err = netns.New(); err != nil {
+			return err
+		}
+		if err := (*n).Do(settle); err != nil {
+			return err
+		}
+		if handles[n], err = l.Netlink(*n); err != nil {
+			return err
+		}
+		if err := setUp(handles[n], "lo"); err != nil {
+			return err
+		}
+	}
+	client, router, node, outside := handles[&l.Client], handles[&l.Router], handles[&l.Node], handles[&l.Outside]
+	if err := l.SetSysctl(l.Node, "net/ipv4/ip_forward", "1"); err != nil {
+		return err
+	}
+
+	// The kernel numbers links from 1 in every namespace, and takes a link whose
+	// number equals its peer's for one without a peer: it then reports the
+	// peer's carrier up to a second late (net/core/link_watch.c,
+	// linkwatch_urgent_event). Numbers that no peer has avoid that.
+	index := 100
+	attrs := func(name string) netlink.LinkAttrs {
+		a := netlink.NewLinkAttrs()
+		a.Name = name
+		index++
+		a.Index = index
+		return a
+	}
+
+	bridge := &netlink.Bridge{LinkAttrs: attrs(Bridge)}
+	if err := node.LinkAdd(bridge); err != nil {
+		return fmt.Errorf("creating bridge %q: %w", Bridge, err)
+	}
+	veths := []struct {
+		name, peer string
+		ns         *netns.Namespace
+		h          *netlink.Handle
+		master     netlink.Link
+	}{
+		{ClientPort, ClientLink, l.Client, client, bridge},
+		{RouterPort, l.ClusterName, l.Router, router, bridge},
+		{NIC, LANLink, l.Outside, outside, nil},
+	}
+	for _, v := range veths {
+		veth := netlink.NewVeth(attrs(v.name))
+		veth.PeerName = v.peer
+		veth.PeerNamespace = netlink.NsFd(v.ns.Fd())
+		if err := node.LinkAdd(veth); err != nil {
+			return fmt.Errorf("creating veth %q with peer %q: %w", v.name, v.peer, err)
+		}
+		if v.master != nil {
+			if err := node.LinkSetMaster(veth, v.master); err != nil {
+				return fmt.Errorf("adding %q to bridge %q: %w", v.name, Bridge, err)
+			}
+		}
+		if err := setUp(v.h, v.peer); err != nil {
+			return err
+		}
+		if err := setUp(node, v.name); err != nil {
+			return err
+		}
+	}
+	if err := setUp(node, Bridge); err != nil {
+		return err
+	}
+	if !l.NoMacvlan {
+		parent, err := node.LinkByName(NIC)
+		if err != nil {
+			return fmt.Errorf("finding link %q: %w", NIC, err)
+		}
+		a := attrs(l.MacvlanName)
+		a.ParentIndex = parent.Attrs().Index
+		a.MTU = parent.Attrs().MTU
+		a.Namespace = netlink.NsFd(l.Router.Fd())
+		// Private, as the original's documentation has it: macvlans of one
+		// parent do not see each other.
+		if err := node.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PRIVATE}); err != nil {
+			return fmt.Errorf("creating macvlan %q on %q: %w", l.MacvlanName, NIC, err)
+		}
+	}
+
+	for _, a := range []struct {
+		h      *netlink.Handle
+		link   string
+		prefix netip.Prefix
+	}{
+		{client, ClientLink, netip.PrefixFrom(ClientAddr, Cluster.Bits())},
+		{router, l.ClusterName, netip.PrefixFrom(RouterAddr, Cluster.Bits())},
+		{node, Bridge, netip.PrefixFrom(NodeAddr, Cluster.Bits())},
+		{node, NIC, netip.PrefixFrom(NICAddr, LAN.Bits())},
+		{outside, LANLink, netip.PrefixFrom(GatewayAddr, LAN.Bits())},
+		{outside, LANLink, netip.PrefixFrom(LANServer, LAN.Bits())},
+		{outside, "lo", netip.PrefixFrom(Remote[0], 32)},
+		{outside, "lo", netip.PrefixFrom(Remote[1], 32)},
+		{outside, "lo", netip.PrefixFrom(Remote[2], 32)},
+	} {
+		if err := addAddr(a.h, a.link, a.prefix); err != nil {
+			return err
+		}
+	}
+	for _, r := range []struct {
+		h    *netlink.Handle
+		link string
+		via  netip.Addr
+	}{
+		{client, ClientLink, NodeAddr},
+		{router, l.ClusterName, NodeAddr},
+		{node, NIC, GatewayAddr},
+	} {
+		if err := addDefault(r.h, r.link, r.via); err != nil {
+			return err
+		}
+	}
+
+	if err := awaitUp(node, Bridge); err != nil {
+		return err
+	}
+	for _, v := range veths {
+		if err := awaitUp(node, v.name); err != nil {
+			return err
+		}
+		if err := awaitUp(v.h, v.peer); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// settle gives the current namespace the kernel's own defaults. A new one starts
+// with the machine's IPv4 settings (net.core.devconf_inherit_init_net), and a
+// machine that runs containers forwards. IPv6 is off: its neighbour discovery
+// would only fill captures.
+func settle() error {
+	if err := setSysctl("net/ipv4/ip_forward", "0"); err != nil {
+		return err
+	}
+	for _, scope := range []string{"all", "default"} {
+		for _, key := range []string{
+			"rp_filter", "arp_accept", "arp_announce", "arp_filter", "arp_ignore", "arp_notify",
+			"accept_local", "route_localnet", "src_valid_mark",
+		} {
+			if err := setSysctl("net/ipv4/conf/"+scope+"/"+key, "0"); err != nil {
+				return err
+			}
+		}
+		err := setSysctl("net/ipv6/conf/"+scope+"/disable_ipv6", "1")
+		if err != nil && !errors.Is(err, os.ErrNotExist) { // a kernel without IPv6
+			return err
+		}
+	}
+	return nil
+}
+
+func setSysctl(key, value string) error {
+	// Not os.WriteFile, which would try to create a file that does not exist.
+	f, err := os.OpenFile("/proc/sys/"+key, os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("setting sysctl %q: %w", key, err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(value); err != nil {
+		return fmt.Errorf("setting sysctl %q to %q: %w", key, value, err)
+	}
+	return nil
+}
+
+func setUp(h *netlink.Handle, name string) error {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("finding link %q: %w", name, err)
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return fmt.Errorf("setting link %q up: %w", name, err)
+	}
+	return nil
+}
+
+func addAddr(h *netlink.Handle, name string, prefix netip.Prefix) error {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("finding link %q: %w", name, err)
+	}
+	ipNet := &net.IPNet{
+		IP:   prefix.Addr().AsSlice(),
+		Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen()),
+	}
+	if err := h.AddrAdd(link, &netlink.Addr{IPNet: ipNet}); err != nil {
+		return fmt.Errorf("adding address %q to link %q: %w", prefix, name, err)
+	}
+	return nil
+}
+
+func addDefault(h *netlink.Handle, name string, via netip.Addr) error {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("finding link %q: %w", name, err)
+	}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: via.AsSlice()}); err != nil {
+		return fmt.Errorf("adding default route via %q on link %q: %w", via, name, err)
+	}
+	return nil
+}
+
+// awaitUp waits for a link to work. Set up it is at once, but the kernel starts
+// its queue, and with that lets frames pass, in a work item of its own.
+func awaitUp(h *netlink.Handle, name string) error {
+	const patience = 3 * time.Second
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		link, err := h.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("finding link %q: %w", name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("waiting for link %q: still %s after %s", name, link.Attrs().OperState, patience)
+		}
+	}
+}

@@ -1,0 +1,153 @@
+// Package nstest gives a test binary namespaces of its own, so that tests can
+// use the real kernel without touching the machine and, where the kernel allows
+// user namespaces, without being root:
+//
+//	func TestMain(m *testing.M) { nstest.Main(m) }
+//
+// The binary starts itself a second time in a new network namespace with only a
+// loopback link, and a new mount namespace with an empty /run: iptables keeps its
+// lock in /run/xtables.lock, and another package's tests would wait for it. If it
+// is not run by root, a user namespace that maps it to root comes with them.
+//
+// A fresh process is the only way to get there: a user namespace cannot be
+// entered by a process with several threads (unshare(2)), and a Go program has
+// several before its first line runs. No cgo is needed.
+//
+// Whatever is missing fails the tests and is named. Nothing is skipped, since a
+// skipped test looks like one that passed.
+package nstest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// marker is the environment variable that tells the second process from the
+// first. A test that wants the first again must take it out of the environment.
+const marker = "EGRESS_ROUTER_NSTEST"
+
+// Main runs the tests in namespaces of their own and ends the process with their
+// exit code. Arguments, standard streams and signals reach them unchanged.
+func Main(m *testing.M) { os.Exit(M{m}.Run()) }
+
+// M wraps tests so that running them runs them in namespaces of their own. It is
+// for a TestMain that already hands m to something, such as testscript.Main,
+// whose commands must not be started in yet other namespaces.
+type M struct {
+	Tests interface{ Run() int } // a *testing.M
+}
+
+// Run starts the tests' process and returns its exit code; in that process it
+// prepares the namespaces and runs the tests.
+func (m M) Run() int {
+	if os.Getenv(marker) == "" {
+		return again(os.Stderr)
+	}
+	if err := prepare(); err != nil {
+		fmt.Fprintf(os.Stderr, "nstest: %v\n", err)
+		return 1
+	}
+	return m.Tests.Run()
+}
+
+// again runs this binary a second time in new namespaces and returns its exit
+// code, or 1 with an explanation if that cannot be done.
+func again(stderr io.Writer) int {
+	self, err := os.Executable()
+	if err != nil {
+		fmt.Fprintf(stderr, "nstest: finding the test binary: %v\n", err)
+		return 1
+	}
+	cmd := exec.Command(self)
+	cmd.Args = os.Args
+	cmd.Env = append(os.Environ(), marker+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS,
+		Pdeathsig:  syscall.SIGKILL,
+	}
+	wanted := "network and mount namespaces"
+	if os.Geteuid() != 0 {
+		wanted = "user, network and mount namespaces"
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
+	}
+
+	// The kernel sends Pdeathsig when the thread that started the child ends,
+	// not when the process does (prctl(2)).
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintf(stderr, "nstest: creating %s: %v\n%s", wanted, err, hint(err))
+		return 1
+	}
+
+	// go test ends a test that hangs with SIGQUIT, whose answer, the stacks of
+	// all goroutines, only the child can give.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM)
+	go func() {
+		for s := range signals {
+			_ = cmd.Process.Signal(s) // an error means that it has ended
+		}
+	}()
+	err = cmd.Wait()
+	signal.Stop(signals)
+	close(signals)
+
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit) && exit.Exited():
+		return exit.ExitCode()
+	}
+	fmt.Fprintf(stderr, "nstest: running the tests: %v\n", err)
+	return 1
+}
+
+// hint says what to change when the kernel refuses new namespaces.
+func hint(err error) string {
+	switch {
+	case errors.Is(err, syscall.EPERM) && os.Geteuid() == 0:
+		return "nstest: root without CAP_SYS_ADMIN, or a seccomp filter that forbids clone(CLONE_NEWNET): run the tests outside the container or with --privileged\n"
+	case errors.Is(err, syscall.EPERM), errors.Is(err, syscall.EACCES):
+		return "nstest: users may not create user namespaces here: see the sysctls kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns, or run the tests as root\n"
+	case errors.Is(err, syscall.ENOSPC):
+		return "nstest: no more namespaces allowed: see the sysctls user.max_user_namespaces, user.max_net_namespaces and user.max_mnt_namespaces\n"
+	case errors.Is(err, syscall.EINVAL):
+		return "nstest: the kernel lacks CONFIG_USER_NS or CONFIG_NET_NS\n"
+	}
+	return ""
+}
+
+// prepare makes fresh namespaces fit for tests.
+func prepare() error {
+	// Without this the mount below would spread to the machine wherever systemd
+	// has made / shared (mount_namespaces(7)).
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("making mounts private: %w", err)
+	}
+	if err := unix.Mount("tmpfs", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755"); err != nil {
+		return fmt.Errorf("mounting tmpfs on %q: %w", "/run", err)
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("finding link %q: %w", "lo", err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("setting link %q up: %w", "lo", err)
+	}
+	return nil
+}
