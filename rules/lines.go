@@ -59,7 +59,7 @@ func split(value string) (lines []Line, unfinished Line) {
 // its own newline was there.
 func logicalLine(s string) (text string, used, joined int, ended bool) {
 	end := strings.IndexByte(s, '\n')
-	if end >= 0 && strings.IndexAny(s[:end], "\\\x01") < 0 {
+	if end >= 0 && !strings.ContainsAny(s[:end], "\\\x01") {
 		return strings.Trim(s[:end], " \t"), end + 1, 0, true
 	}
 	var chars []byte

@@ -132,10 +132,14 @@ func effect(set rules.Set, source netip.Addr) string {
 		}
 		fmt.Fprintf(table, "  %s port %d\tto %s port %d\n", r.Protocol, r.Port, r.To, to)
 	}
+	rest := "everything else"
+	if len(set.Redirects) == 0 {
+		rest = "everything"
+	}
 	if set.Fallback.IsValid() {
-		fmt.Fprintf(table, "  everything else\tto %s, same protocol and port\n", set.Fallback)
+		fmt.Fprintf(table, "  %s\tto %s, same protocol and port\n", rest, set.Fallback)
 	} else {
-		fmt.Fprintf(table, "  everything else\tis not redirected\n")
+		fmt.Fprintf(table, "  %s\tis not redirected\n", rest)
 	}
 	table.Flush()
 	return b.String()

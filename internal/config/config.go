@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -79,8 +80,8 @@ type Errors []*Error
 // that users of the original look at: it is what the original would have said.
 func (e Errors) Error() string {
 	lines := make([]string, 0, len(e))
-	for i := len(e) - 1; i >= 0; i-- {
-		lines = append(lines, e[i].Error())
+	for _, fault := range slices.Backward(e) {
+		lines = append(lines, fault.Error())
 	}
 	return strings.Join(lines, "\n")
 }
@@ -110,7 +111,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	report(c.parseSource(env.Source))
 	report(c.parseGateway(env.Gateway))
 	switch {
-	case !known(c.Mode):
+	case !slices.Contains(Modes, c.Mode):
 		report(&Error{"EGRESS_ROUTER_MODE", fmt.Sprintf("Unrecognized EGRESS_ROUTER_MODE '%s'", c.Mode),
 			"hint: the modes are " + modeList()})
 	case c.Mode.Redirects():
@@ -133,15 +134,6 @@ func orDefault(value, unset string) string {
 		return unset
 	}
 	return value
-}
-
-func known(m Mode) bool {
-	for _, k := range Modes {
-		if m == k {
-			return true
-		}
-	}
-	return false
 }
 
 func modeList() string {

@@ -52,9 +52,8 @@ type Variable struct {
 // Variables lists every variable that is read, in the order to show them.
 func Variables() []Variable {
 	var list []Variable
-	t := reflect.TypeFor[Environment]()
-	for i := range t.NumField() {
-		tag := t.Field(i).Tag
+	for field := range reflect.TypeFor[Environment]().Fields() {
+		tag := field.Tag
 		list = append(list, Variable{Name: tag.Get("envconfig"), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
 	}
 	return list

@@ -52,7 +52,7 @@ func (e *MissingError) Hint() string {
 
 // Find returns the iptables that PATH names first, or one in the usual
 // directories. All its programs are taken from one directory, so that they are
-// of one flavour. The error is a *MissingError.
+// of one flavour. Where one of them is not there, the error is a *MissingError.
 func Find() (*Backend, error) {
 	path, err := exec.LookPath("iptables")
 	for _, d := range directories {
@@ -74,7 +74,7 @@ func Find() (*Backend, error) {
 	}
 	b.jumps, err = goiptables.New(goiptables.Path(path), goiptables.IPFamily(goiptables.ProtocolIPv4), goiptables.Timeout(lockSeconds))
 	if err != nil {
-		return nil, &MissingError{err}
+		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
 	}
 	return b, nil
 }
@@ -164,7 +164,7 @@ func version(saved []byte) string {
 	// flavour of 1.8.9 and earlier does not name itself.
 	header, _, _ := strings.Cut(string(saved), "\n")
 	number, flavour := "of unknown version", "legacy"
-	for _, word := range strings.Fields(header) {
+	for word := range strings.FieldsSeq(header) {
 		if len(word) > 1 && word[0] == 'v' && '0' <= word[1] && word[1] <= '9' {
 			number = word
 		}

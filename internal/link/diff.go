@@ -1,6 +1,9 @@
 package link
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Diff returns the steps from have to want, in the order to take them; none
 // where the kernel is as wanted. It is to be called again after they are
@@ -57,8 +60,8 @@ func Diff(want Want, have State) []Step {
 		take(Step{Op: ReplaceRoute, Route: r, Old: &old})
 	}
 	// The last one first: the inverses then append them in their order.
-	for i := len(have.Routes) - 1; i >= 0; i-- {
-		if r := have.Routes[i]; r.IsDefault() && !isReplaced(r, have.Routes[:i], wanted) {
+	for i, r := range slices.Backward(have.Routes) {
+		if r.IsDefault() && !isReplaced(r, have.Routes[:i], wanted) {
 			take(Step{Op: DeleteRoute, Route: r})
 		}
 	}

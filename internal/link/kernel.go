@@ -33,7 +33,7 @@ func (k *Kernel) Close() { k.handle.Close() }
 // A MissingError says that an interface is not there.
 type MissingError struct {
 	Interface string
-	Present   []string // the interfaces that are there, without lo
+	Present   []string // the interfaces that are there, without lo, sorted
 }
 
 func (e *MissingError) Error() string {
@@ -63,6 +63,7 @@ func (k *Kernel) find(name string) (netlink.Link, error) {
 				e.Present = append(e.Present, a.Name)
 			}
 		}
+		slices.Sort(e.Present)
 		return nil, e
 	}
 	if err != nil {

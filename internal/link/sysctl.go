@@ -40,7 +40,7 @@ func writeSysctl(name, value string) error {
 		return err
 	}
 	if _, err := f.WriteString(value); err != nil {
-		f.Close()
+		_ = f.Close() // the first error is the telling one
 		return err
 	}
 	return f.Close()

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
@@ -115,7 +116,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 			return err
 		}
 		differs = current.Differs(*r.Plan)
-		r.Log.Debug("rules wanted", "backend", current.String(), "plan", r.Plan.String(), "differs", differs)
+		r.Log.Debug("rules wanted", "backend", current.String(), "plan", r.Plan.String(), "differs", strings.Join(differs, "; "))
 	}
 
 	var done undoList
@@ -136,7 +137,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		if err := done.add(current.Apply(ctx, *r.Plan)); err != nil {
 			return err
 		}
-		r.Log.Info("rules loaded", "backend", current.String(), "because", differs)
+		r.Log.Info("rules loaded", "backend", current.String(), "because", strings.Join(differs, "; "))
 	}
 	if r.Plan != nil {
 		if err := r.take(ctx, network, link.Forwarding(have), &done); err != nil {

@@ -1,0 +1,78 @@
+package cli
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/rules"
+)
+
+var update = flag.Bool("update", false, "rewrite the files in testdata/golden")
+
+// The environments of the golden files, by name. Each file holds what
+// unit-test prints, what goes into iptables-restore, and what plan prints.
+var environments = map[string]config.Environment{
+	"example": {
+		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1",
+		Destination: "80   tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n203.0.113.27\n",
+	},
+	"fallback-only": {Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: "203.0.113.27"},
+	"no-fallback":   {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: "53 udp 203.0.113.25\n5432 tcp 203.0.113.26 5432"},
+	"comments-only": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: "# none yet\n"},
+	"interfaces": {
+		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",
+		Interface: "net1", ClusterInterface: "net0",
+	},
+	"dns-proxy": {Mode: "dns-proxy", Source: "192.168.12.99/24", Gateway: "192.168.12.1"},
+}
+
+func TestGolden(t *testing.T) {
+	for name, env := range environments {
+		t.Run(name, func(t *testing.T) {
+			c, err := config.Parse(env, os.ReadFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got bytes.Buffer
+			if c.Mode.Redirects() {
+				fmt.Fprintf(&got, "-- unit-test --\n%s", rules.UnitTest(c.Set, c.Sides()))
+				plan := rules.NewPlan(c.Set, c.Sides())
+				for _, table := range plan.Tables() {
+					fmt.Fprintf(&got, "-- iptables-restore, table %s --\n%s", table, plan.AppendRestore(nil, table))
+				}
+			}
+			fmt.Fprintf(&got, "-- plan --\n%s", planText(c))
+
+			file := filepath.Join("../../testdata/golden", name+".txt")
+			if *update {
+				if err := os.WriteFile(file, got.Bytes(), 0o644); err != nil { //nolint:gosec // it is for everybody to read
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), got.String()); diff != "" {
+				t.Errorf("%s: - there, + now (make golden rewrites it):\n%s", file, diff)
+			}
+		})
+	}
+	files, err := filepath.Glob("../../testdata/golden/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if _, known := environments[strings.TrimSuffix(filepath.Base(file), ".txt")]; !known {
+			t.Errorf("%s belongs to no environment", file)
+		}
+	}
+}

@@ -1,0 +1,177 @@
+package config
+
+import (
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+func noFile(name string) ([]byte, error) {
+	return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
+}
+
+// good is an environment without a fault.
+func good() Environment {
+	return Environment{Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25"}
+}
+
+func TestParse(t *testing.T) {
+	want := Config{
+		Mode:    Legacy,
+		Source:  netip.MustParsePrefix("192.168.12.99/24"),
+		Gateway: netip.MustParseAddr("192.168.12.1"),
+		Set:     rules.Set{Redirects: []rules.Redirect{{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("203.0.113.25")}}},
+		Egress:  "macvlan0",
+		Cluster: "eth0",
+	}
+	for name, test := range map[string]struct {
+		env  func(*Environment)
+		want func(*Config)
+	}{
+		"defaults":        {func(*Environment) {}, func(*Config) {}},
+		"modes":           {func(e *Environment) { e.Mode = "init" }, func(c *Config) { c.Mode = Init }},
+		"without length":  {func(e *Environment) { e.Source = "192.168.12.99" }, func(c *Config) { c.Source = netip.MustParsePrefix("192.168.12.99/32") }},
+		"interfaces":      {func(e *Environment) { e.Interface, e.ClusterInterface = "net1", "net0" }, func(c *Config) { c.Egress, c.Cluster = "net1", "net0" }},
+		"a dotted name":   {func(e *Environment) { e.Interface = "eth1.100@x" }, func(c *Config) { c.Egress = "eth1.100@x" }},
+		"debug by 0":      {func(e *Environment) { e.Debug = "0" }, func(c *Config) { c.Debug = true }},
+		"debug by spaces": {func(e *Environment) { e.Debug = " " }, func(c *Config) { c.Debug = true }},
+		"a proxy reads no destination": {
+			func(e *Environment) { e.Mode, e.Destination = "http-proxy", "nonsense" },
+			func(c *Config) { c.Mode, c.Set = HTTPProxy, rules.Set{} },
+		},
+		"nor a file": {
+			func(e *Environment) { e.Mode, e.Destination, e.DestinationFile = "dns-proxy", "nonsense", "missing" },
+			func(c *Config) { c.Mode, c.Set = DNSProxy, rules.Set{} },
+		},
+		"comments only": {
+			func(e *Environment) { e.Destination = "#" },
+			func(c *Config) {
+				c.Set, c.Warnings = rules.Set{}, []string{"EGRESS_DESTINATION holds no destination: nothing is redirected"}
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env, want := good(), want
+			test.env(&env)
+			test.want(&want)
+			got, err := Parse(env, noFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+				cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("- wanted, + got:\n%s", diff)
+			}
+		})
+	}
+}
+
+// Every fault is found in one go, and what the original would have said is the
+// last line.
+func TestParseFindsAll(t *testing.T) {
+	_, err := Parse(Environment{
+		Mode: "redirect", Source: "a", Gateway: "b", Interface: "a/b", ClusterInterface: strings.Repeat("x", 16),
+	}, noFile)
+	var variables []string
+	for _, e := range err.(Errors) {
+		variables = append(variables, e.Variable)
+	}
+	want := []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_ROUTER_MODE", "EGRESS_INTERFACE", "EGRESS_CLUSTER_INTERFACE"}
+	if diff := cmp.Diff(want, variables); diff != "" {
+		t.Errorf("- wanted, + got:\n%s", diff)
+	}
+	lines := strings.Split(err.Error(), "\n")
+	if last := lines[len(lines)-1]; last != "EGRESS_SOURCE unspecified or invalid" {
+		t.Errorf("the last line is %q", last)
+	}
+}
+
+func TestInterfaceNames(t *testing.T) {
+	for _, name := range []string{"a b", "a/b", "a:b", "eth+", "!eth0", "-i", "..", ".", `a"b`, "a'b", `a\b`, "a\tb", "a\nb", "ethé", "0123456789abcdef"} {
+		env := good()
+		env.Interface = name
+		if _, err := Parse(env, noFile); err == nil {
+			t.Errorf("%q is accepted as an interface name", name)
+		} else if !strings.Contains(err.Error(), "EGRESS_INTERFACE") || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}
+
+// A line of any length does not flood the log more than the original did.
+func TestLongLine(t *testing.T) {
+	env := good()
+	env.Destination = strings.Repeat("x", 100000)
+	_, err := Parse(env, noFile)
+	if n := len(err.Error()); n > 100000*2+1000 {
+		t.Errorf("%d bytes of error for a line of 100,000", n)
+	}
+}
+
+// A stray variable with the bare name is not taken for ours, and every variable
+// is read as it stands.
+func TestRead(t *testing.T) {
+	for _, v := range Variables() {
+		t.Setenv(v.Name, "")
+		t.Setenv(strings.TrimPrefix(v.Name, "EGRESS_"), "stray")
+	}
+	env, err := Read()
+	if err != nil || env != (Environment{}) {
+		t.Errorf("Read() = %+v, %v; want nothing set", env, err)
+	}
+	t.Setenv("EGRESS_SOURCE", " 1.2.3.4\n")
+	t.Setenv("EGRESS_ROUTER_DEBUG", "no")
+	if env, err = Read(); err != nil || env != (Environment{Source: " 1.2.3.4\n", Debug: "no"}) {
+		t.Errorf("Read() = %+v, %v", env, err)
+	}
+}
+
+// Kubernetes sets NAME_SERVICE_HOST and NAME_PORT... for every service; a
+// variable of ours must not look like one.
+func TestNamesAreNotOfServices(t *testing.T) {
+	for _, v := range Variables() {
+		if strings.Contains(v.Name, "_SERVICE_") || strings.Contains(v.Name, "_PORT") {
+			t.Errorf("%s could be set by Kubernetes for a service", v.Name)
+		}
+	}
+}
+
+// The struct, the command's comment and the README describe the same variables
+// in the same words.
+func TestDocumentation(t *testing.T) {
+	comment, err := os.ReadFile("../../cmd/egress-router/main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range Variables() {
+		if v.Unset == "" || v.Doc == "" {
+			t.Errorf("%s is not described", v.Name)
+		}
+		if line := fmt.Sprintf("//\t%-25s (%s) %s\n", v.Name, v.Unset, v.Doc); !strings.Contains(string(comment), line) {
+			t.Errorf("cmd/egress-router/main.go lacks\n%s", line)
+		}
+		if row := fmt.Sprintf("| `%s` | %s | %s |\n", v.Name, v.Unset, v.Doc); !strings.Contains(string(readme), row) {
+			t.Errorf("README.md lacks\n%s", row)
+		}
+	}
+	if n := strings.Count(string(comment), "//\tEGRESS_"); n != len(Variables()) {
+		t.Errorf("cmd/egress-router/main.go has %d variables, want %d", n, len(Variables()))
+	}
+	_, table, _ := strings.Cut(string(readme), "\n## Variables\n")
+	table, _, _ = strings.Cut(table, "\n#")
+	if n := strings.Count(table, "\n| `EGRESS_"); n != len(Variables()) {
+		t.Errorf("README.md has %d variables, want %d", n, len(Variables()))
+	}
+}

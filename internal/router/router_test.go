@@ -1,0 +1,245 @@
+package router_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+
+	"github.com/egress-router/egress-router/internal/iptables"
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/rules"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+var errInjected = errors.New("injected failure")
+
+// A failingNetwork is the kernel's, of which one change fails, not counting
+// those that the router can do without.
+type failingNetwork struct {
+	router.Network
+	left  *int // changes until the one that fails
+	steps *[]string
+}
+
+func (n failingNetwork) Do(s link.Step) error {
+	if !s.Optional {
+		*n.left--
+		if *n.left == 0 {
+			return fmt.Errorf("trying to %s: %w", s, errInjected)
+		}
+	}
+	*n.steps = append(*n.steps, s.String())
+	return n.Network.Do(s)
+}
+
+func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Router {
+	t.Helper()
+	destinations, err := rules.Parse(set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan := rules.NewPlan(destinations, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
+	return &router.Router{
+		Link:    link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
+		Cluster: "eth0",
+		Plan:    &plan,
+		Log:     slog.New(slog.DiscardHandler),
+		Network: func() (router.Network, error) {
+			kernel, err := link.Open()
+			return failingNetwork{kernel, left, steps}, err
+		},
+		Rules: func(ctx context.Context, tables []rules.Table) (router.Rules, error) {
+			backend, err := iptables.Find()
+			if err != nil {
+				return nil, err
+			}
+			return backend.Begin(ctx, tables)
+		},
+	}
+}
+
+// inRouter runs fn in the router's namespace.
+func inRouter(t *testing.T, l *lab.Lab, fn func() error) error {
+	t.Helper()
+	return l.Router.Do(fn)
+}
+
+// state describes what the router changes.
+func state(t *testing.T, l *lab.Lab) string {
+	t.Helper()
+	var b strings.Builder
+	err := l.Router.Do(func() error {
+		kernel, err := link.Open()
+		if err != nil {
+			return err
+		}
+		defer kernel.Close()
+		s, err := kernel.Observe("macvlan0")
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(&b, s.Up, s.Forwards, s.Promotes, s.Addresses)
+		for _, r := range s.Routes {
+			fmt.Fprintln(&b, r)
+		}
+		backend, err := iptables.Find()
+		if err != nil {
+			return err
+		}
+		tx, err := backend.Begin(t.Context(), []rules.Table{rules.NAT})
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(&b, tx.Differs(rules.NewPlan(rules.Set{}, rules.Sides{})))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// Each change of the network fails once, in pods of several kinds; each time
+// everything is put back in its order, and the run after it succeeds.
+func TestApplyPutsBack(t *testing.T) {
+	for name, prepare := range map[string]func(h *netlink.Handle, macvlan, eth netlink.Link) error{
+		"fresh": func(*netlink.Handle, netlink.Link, netlink.Link) error { return nil },
+		"another address, down": func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.AddrAdd(macvlan, parseAddr("192.168.12.50/24"))
+		},
+		"another address and its default route": func(h *netlink.Handle, macvlan, eth netlink.Link) error {
+			if err := h.AddrAdd(macvlan, parseAddr("192.168.12.50/24")); err != nil {
+				return err
+			}
+			if err := h.LinkSetUp(macvlan); err != nil {
+				return err
+			}
+			return h.RouteAdd(&netlink.Route{Gw: lab.GatewayAddr.AsSlice(), LinkIndex: macvlan.Attrs().Index, Priority: 10})
+		},
+		"many default routes": func(h *netlink.Handle, _, eth netlink.Link) error {
+			for _, r := range []netlink.Route{
+				{Gw: lab.ClientAddr.AsSlice(), Priority: 0, MTU: 1400},
+				{Gw: lab.ClientAddr.AsSlice(), Priority: 7, Protocol: 4},
+				{Gw: lab.NodeAddr.AsSlice(), Priority: 7, Src: lab.RouterAddr.AsSlice()},
+			} {
+				r.LinkIndex = eth.Attrs().Index
+				if err := h.RouteAppend(&r); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := lab.New(lab.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(l.Close)
+			h, err := l.Netlink(l.Router)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer h.Close()
+			macvlan, err := h.LinkByName("macvlan0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			eth, err := h.LinkByName("eth0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := prepare(h, macvlan, eth); err != nil {
+				t.Fatal(err)
+			}
+
+			before := state(t, l)
+			failures := 0
+			for n := 1; ; n++ {
+				left, steps := n, []string(nil)
+				r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
+				err := inRouter(t, l, func() error { return r.Apply(t.Context()) })
+				if err == nil {
+					break
+				}
+				failures++
+				if !errors.Is(err, errInjected) {
+					t.Errorf("change %d: %v", n, err)
+				}
+				if diff := cmp.Diff(before, state(t, l)); diff != "" {
+					t.Fatalf("change %d (%v) after %v: - was, + is:\n%s", n, err, steps, diff)
+				}
+			}
+			if failures < 5 {
+				t.Errorf("only %d changes could fail", failures)
+			}
+			after := state(t, l)
+			left, steps := 0, []string(nil)
+			r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
+			if err := inRouter(t, l, func() error { return r.Apply(t.Context()) }); err != nil || len(steps) > 0 {
+				t.Errorf("again: error %v, changes %v; want none", err, steps)
+			}
+			if diff := cmp.Diff(after, state(t, l)); diff != "" {
+				t.Errorf("again: - was, + is:\n%s", diff)
+			}
+		})
+	}
+}
+
+func parseAddr(s string) *netlink.Addr {
+	a, err := netlink.ParseAddr(s)
+	if err != nil {
+		panic(err)
+	}
+	return a
+}
+
+// Whoever stops the program in the middle finds everything as it was.
+func TestApplyInterrupted(t *testing.T) {
+	l, err := lab.New(lab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	before := state(t, l)
+	left, steps := 0, []string(nil)
+	r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
+	ctx, cancel := context.WithCancel(t.Context())
+	open := r.Network
+	r.Network = func() (router.Network, error) {
+		n, err := open()
+		return cancelAfter{n, cancel}, err
+	}
+	err = inRouter(t, l, func() error { return r.Apply(ctx) })
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v, want %v", err, context.Canceled)
+	}
+	if diff := cmp.Diff(before, state(t, l)); diff != "" {
+		t.Errorf("- was, + is:\n%s", diff)
+	}
+}
+
+// cancelAfter is the network of somebody who stops the program at the first
+// route that changes.
+type cancelAfter struct {
+	router.Network
+	cancel func()
+}
+
+func (n cancelAfter) Do(s link.Step) error {
+	if s.Op == link.ReplaceRoute {
+		n.cancel()
+	}
+	return n.Network.Do(s)
+}
