@@ -1,0 +1,226 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// Whatever goes wrong in its surroundings: exit code 1, a reason, what to do,
+// and the namespace as it was.
+func TestRefusals(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		options lab.Options
+		env     map[string]string
+		command string
+		last    string // part of the last line
+		hint    string // part of what stands before
+	}{
+		{
+			name: "no macvlan0", options: lab.Options{MacvlanName: "net1"},
+			last: `interface "macvlan0" not found; there are: eth0, net1`,
+			hint: "NAME@macvlan0",
+		},
+		{
+			name: "no eth0", options: lab.Options{ClusterName: "net0"},
+			last: `interface "eth0" not found; there are: macvlan0, net0`,
+			hint: "EGRESS_CLUSTER_INTERFACE",
+		},
+		{
+			name: "no iptables", command: "without-iptables",
+			last: "looking for iptables",
+			hint: `install the package "iptables"`,
+		},
+		{
+			name: "no privilege", command: "without-privilege",
+			last: "operation not permitted",
+			hint: "securityContext.privileged: true",
+		},
+		{
+			name: "forwarding off and read-only", command: "with-read-only-proc",
+			last: "turning on net.ipv4.ip_forward: it is 0 and cannot be written: open /proc/sys/net/ipv4/ip_forward: read-only file system",
+			hint: "net.ipv4.ip_forward=1",
+		},
+		{
+			name: "a bad last line", env: map[string]string{"EGRESS_DESTINATION": "80 tcp 203.0.113.25\n81 tcp 203.0.113.25\n82 tpc 203.0.113.25\n"},
+			last: "EGRESS_DESTINATION value '82 tpc 203.0.113.25' is invalid",
+			hint: "EGRESS_DESTINATION line 3",
+		},
+		{
+			name: "the gateway is the source", env: map[string]string{"EGRESS_GATEWAY": "192.168.12.99"},
+			last: "EGRESS_GATEWAY unspecified or invalid",
+			hint: "the same as EGRESS_SOURCE",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			p := newPod(t, test.options, "nft")
+			before := p.state()
+			maps.Copy(p.env, test.env)
+			command := test.command
+			if command == "" {
+				command = "egress-router"
+			}
+			r := p.run(command)
+			if r.code != 1 || r.stdout != "" {
+				t.Errorf("exit code %d, stdout %q; want 1 and nothing", r.code, r.stdout)
+			}
+			if !strings.Contains(r.last(), test.last) {
+				t.Errorf("last line:\n got %s\nwant %s", r.last(), test.last)
+			}
+			if !strings.Contains(r.stderr, test.hint) {
+				t.Errorf("stderr lacks %q:\n%s", test.hint, r.stderr)
+			}
+			p.wantState(before)
+		})
+	}
+}
+
+// With /proc/sys read-only, but forwarding on already, the router works.
+func TestReadOnlyProcSys(t *testing.T) {
+	p := newPod(t, lab.Options{}, "nft")
+	if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+		t.Fatal(err)
+	}
+	if r := p.run("with-read-only-proc"); r.code != 0 {
+		t.Fatalf("exit code %d:\n%s", r.code, r.stderr)
+	}
+	p.wantExample()
+}
+
+// Every call of an iptables program fails once, in a fresh pod and in one that
+// is half damaged; each time everything is put back, and the next run succeeds.
+func TestIptablesFails(t *testing.T) {
+	eachFlavour(t, lab.Options{}, func(p *pod) {
+		// The programs count their calls, and the one whose turn it is fails.
+		programs, _, _ := strings.Cut(p.path, ":")
+		wrappers, counter, turn := p.TempDir(), filepath.Join(p.TempDir(), "calls"), filepath.Join(p.TempDir(), "turn")
+		for _, name := range []string{"iptables", "iptables-save", "iptables-restore"} {
+			script := fmt.Sprintf("#!/bin/sh\necho call >>%[1]s\n"+
+				"if [ $(wc -l <%[1]s) -eq $(cat %[2]s) ]; then echo 'injected failure' >&2; exit 4; fi\n"+
+				"exec %[3]s \"$@\"\n", counter, turn, filepath.Join(programs, name))
+			if err := os.WriteFile(filepath.Join(wrappers, name), []byte(script), 0o755); err != nil { //nolint:gosec // it has to run
+				p.Fatal(err)
+			}
+		}
+		real := p.path
+		broken := wrappers + ":" + real
+		failing := func(call int) result {
+			if err := os.WriteFile(turn, fmt.Append(nil, call), 0o600); err != nil {
+				p.Fatal(err)
+			}
+			if err := os.RemoveAll(counter); err != nil {
+				p.Fatal(err)
+			}
+			p.path = broken
+			defer func() { p.path = real }()
+			return p.run()
+		}
+		for _, start := range []struct {
+			name string
+			make func()
+		}{
+			{"fresh", func() {}},
+			{"damaged", func() {
+				p.ok()
+				p.iptables("-t", "nat", "-D", "EGRESS-PREROUTING", "1")
+				p.iptables("-t", "nat", "-D", "PREROUTING", "-j", "EGRESS-PREROUTING")
+				p.iptables("-t", "nat", "-N", "EGRESS-OLD")
+				p.iptables("-t", "nat", "-A", "EGRESS-OLD", "-p", "tcp", "-m", "tcp", "--dport", "7", "-j", "ACCEPT")
+				p.iptables("-t", "nat", "-I", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
+				p.env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
+			}},
+		} {
+			start.make()
+			before := p.state()
+			call := 1
+			for ; ; call++ {
+				r := failing(call)
+				if r.code == 0 {
+					break
+				}
+				// go-iptables keeps what its first call, for the version,
+				// printed to itself.
+				if r.code != 1 || call > 1 && !strings.Contains(r.last(), "injected failure") {
+					p.Errorf("%s, call %d: exit code %d:\n%s", start.name, call, r.code, r.stderr)
+				}
+				if got := p.state(); got != before {
+					p.Fatalf("%s, call %d: not put back.\n--- was\n%s--- is\n%s\nstderr:\n%s", start.name, call, before, got, r.stderr)
+				}
+			}
+			if call < 5 {
+				p.Errorf("%s: only %d calls could fail", start.name, call-1)
+			}
+			p.wantAnswer("tcp", 8080, "203.0.113.26:80")
+		}
+	})
+}
+
+// In legacy mode the program stays, repeats nothing, and ends at once with 0
+// when it is told to: also as the first process of a container.
+func TestLegacyStaysAndEnds(t *testing.T) {
+	for _, mode := range []string{"legacy", ""} {
+		for _, pid1 := range []bool{false, true} {
+			for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+				t.Run(fmt.Sprintf("mode %q, %v, pid 1 %v", mode, signal, pid1), func(t *testing.T) {
+					p := newPod(t, lab.Options{}, "nft")
+					p.env["EGRESS_ROUTER_MODE"] = mode
+					cmd := p.command("egress-router")
+					cmd.SysProcAttr = &syscall.SysProcAttr{}
+					if pid1 {
+						cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWPID
+					}
+					log := &ready{seen: make(chan struct{})}
+					cmd.Stderr = log
+					if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+						t.Fatal(err)
+					}
+					ended := make(chan error, 1)
+					go func() { ended <- cmd.Wait() }()
+					select {
+					case <-log.seen:
+					case err := <-ended:
+						t.Fatalf("it did not stay: %v", err)
+					}
+					p.wantExample()
+					if err := cmd.Process.Signal(signal); err != nil {
+						t.Fatal(err)
+					}
+					begin := time.Now()
+					select {
+					case err := <-ended:
+						if err != nil {
+							t.Errorf("ended with %v, want exit code 0", err)
+						}
+					case <-time.After(5 * time.Second):
+						t.Errorf("still there %v after %v", time.Since(begin), signal)
+					}
+					p.wantExample() // what is configured stays, as with the original
+				})
+			}
+		}
+	}
+}
+
+// ready watches a log for the line that says that the router is.
+type ready struct {
+	text strings.Builder
+	seen chan struct{}
+	done bool
+}
+
+func (r *ready) Write(b []byte) (int, error) {
+	r.text.Write(b)
+	if !r.done && strings.Contains(r.text.String(), "msg=ready") {
+		r.done = true
+		close(r.seen)
+	}
+	return len(b), nil
+}

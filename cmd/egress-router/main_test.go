@@ -1,0 +1,93 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+// TestMain makes the test binary the program itself, under the name
+// egress-router, and runs the tests in namespaces of their own.
+func TestMain(m *testing.M) {
+	testscript.Main(nstest.M{Tests: m}, map[string]func(){
+		"egress-router":       main,
+		"without-privilege":   func() { become(nobody) },
+		"with-read-only-proc": func() { become(readOnlyProc) },
+		"without-iptables":    func() { become(noIptables) },
+	})
+}
+
+// become changes this process, then turns it into egress-router: the commands
+// that are made with it show the program in a container that is not as it
+// should be.
+func become(change func() error) {
+	// Namespaces and capabilities belong to threads.
+	runtime.LockOSThread()
+	err := change()
+	if err == nil {
+		var path string
+		if path, err = exec.LookPath("egress-router"); err == nil {
+			err = unix.Exec(path, append([]string{"egress-router"}, os.Args[1:]...), os.Environ())
+		}
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
+	os.Exit(99)
+}
+
+// nobody gives up every privilege, as a container without securityContext does.
+func nobody() error {
+	if err := unix.Setgroups(nil); err != nil && os.Getuid() == 0 {
+		return err
+	}
+	for c := range uintptr(unix.CAP_LAST_CAP + 1) {
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && err != unix.EINVAL {
+			return err
+		}
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	return unix.Capset(&header, &none[0])
+}
+
+// readOnlyProc mounts /proc/sys as container engines do without --privileged.
+func readOnlyProc() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	return unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+}
+
+// noIptables hides the directories in which iptables is.
+func noIptables() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	for _, d := range []string{"/usr/sbin", "/usr/local/sbin"} {
+		if err := unix.Mount("tmpfs", d, "tmpfs", 0, ""); err != nil {
+			return err
+		}
+	}
+	return os.Setenv("PATH", pathWithout("iptables"))
+}
+
+// pathWithout returns PATH without the directories that hold program.
+func pathWithout(program string) string {
+	var keep []string
+	for d := range strings.SplitSeq(os.Getenv("PATH"), ":") {
+		if _, err := os.Stat(d + "/" + program); err != nil {
+			keep = append(keep, d)
+		}
+	}
+	return strings.Join(keep, ":")
+}

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/link"
+)
+
+// TestScripts runs testdata/script: what the program prints, exactly, and its
+// exit codes.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "../../testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("NL", "\n")
+			env.Values[labKey{}] = new(*lab.Lab)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"last":                last,
+			"refused":             refused,
+			"exits":               exits,
+			"lab":                 startLab,
+			"await-default-route": awaitDefaultRoute,
+			"signal":              signalAll,
+		},
+	})
+}
+
+func arguments(ts *testscript.TestScript, neg bool, args []string, usage string) {
+	if neg || len(args) != len(strings.Fields(usage))-1 {
+		ts.Fatalf("usage: %s", usage)
+	}
+}
+
+// last checks the last line on stderr of the command before.
+func last(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "last REGEXP")
+	matchLast(ts, ts.ReadFile("stderr"), args[0])
+}
+
+func matchLast(ts *testscript.TestScript, stderr, want string) {
+	lines := strings.Split(strings.TrimSuffix(stderr, "\n"), "\n")
+	if got := lines[len(lines)-1]; !regexp.MustCompile("^" + want + "$").MatchString(got) {
+		ts.Fatalf("the last line on stderr is %q, want %q", got, want)
+	}
+}
+
+// refused runs the program, which says a sentence last and a hint before it,
+// and nothing on stdout.
+func refused(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "refused SENTENCE HINT")
+	if err := ts.Exec("egress-router"); err == nil {
+		ts.Fatalf("the program succeeded, want %q", args[0])
+	}
+	if out := ts.ReadFile("stdout"); out != "" {
+		ts.Fatalf("on stdout: %q", out)
+	}
+	stderr := ts.ReadFile("stderr")
+	matchLast(ts, stderr, regexp.QuoteMeta(args[0]))
+	if !strings.Contains(stderr, args[1]) {
+		ts.Fatalf("stderr lacks %q:\n%s", args[1], stderr)
+	}
+}
+
+// exits checks the exit code of a command.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE COMMAND [ARGUMENT...]")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	if exit, ok := err.(*exec.ExitError); err != nil && ok && fmt.Sprint(exit.ExitCode()) == args[0] {
+		return
+	}
+	ts.Fatalf("%v: %v, want exit code %s", args[1:], err, args[0])
+}
+
+// startLab makes a lab for the script and sets ROUTER to the file of the
+// router's namespace.
+func startLab(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "lab")
+	l, err := lab.New(lab.Options{})
+	ts.Check(err)
+	ts.Defer(l.Close)
+	ts.Setenv("ROUTER", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), l.Router.Fd()))
+	*ts.Value(labKey{}).(**lab.Lab) = l
+}
+
+// labKey is where a script's lab is kept.
+type labKey struct{}
+
+// awaitDefaultRoute waits until the router has done the last change of routes.
+func awaitDefaultRoute(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "await-default-route")
+	l := *ts.Value(labKey{}).(**lab.Lab)
+	await(ts, "forwarding and a default route by macvlan0", func() bool {
+		found := false
+		ts.Check(l.Router.Do(func() error {
+			kernel, err := link.Open()
+			if err != nil {
+				return err
+			}
+			defer kernel.Close()
+			s, err := kernel.Observe("macvlan0")
+			for _, r := range s.Routes {
+				found = found || s.Forwards && r.IsDefault() && r.Gateway == netip.MustParseAddr("192.168.12.1")
+			}
+			return err
+		}))
+		return found
+	})
+}
+
+// signalAll sends a signal to every command in the background.
+func signalAll(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "signal TERM|INT")
+	signal, known := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT}[args[0]]
+	if !known {
+		ts.Fatalf("usage: signal TERM|INT")
+	}
+	for _, cmd := range ts.BackgroundCmds() {
+		ts.Check(cmd.Process.Signal(signal))
+	}
+}
+
+func await(ts *testscript.TestScript, what string, is func() bool) {
+	for deadline := time.Now().Add(10 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			ts.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
