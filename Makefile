@@ -1,0 +1,40 @@
+# Everything here runs from a clean clone on a machine that has Go and make.
+# What else a target needs, it installs first (as root, or with sudo).
+
+export CGO_ENABLED = 0
+GO      ?= go
+LDFLAGS  = -s -w -buildid=
+
+.PHONY: help demo test build lint fuzz golden bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: build iptables ## run the main job in a lab of namespaces and show what a client sees
+	$(GO) run ./cmd/egress-lab demo bin/egress-router
+
+test: iptables ## run all tests, on the real kernel
+	$(GO) test ./...
+
+build: ## build bin/egress-router, static
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/egress-router ./cmd/egress-router
+
+lint: ## gofmt, vet and golangci-lint
+	.ci/lint
+
+fuzz: ## fuzz the destination grammar, 30 s each
+	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
+	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
+
+golden: ## rewrite testdata/golden after a change that is meant
+	$(GO) test ./internal/cli -run Golden -update
+
+bench: build iptables ## measure against bare iptables-restore, as ratios
+	$(GO) run ./cmd/egress-lab bench bin/egress-router
+
+clean: ## remove what was built
+	rm -rf bin
+
+.PHONY: iptables
+iptables:
+	@.ci/install iptables
