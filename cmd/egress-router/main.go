@@ -15,7 +15,8 @@
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and the whole rule set
 //
 // Without an argument it does what the mode says. The arguments plan, help and
-// version print what they are called after and change nothing.
+// version print what they are called after and change nothing; wait does
+// nothing until SIGTERM, which is what a pod's second container is for.
 package main
 
 import (

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -36,6 +37,7 @@ func TestScripts(t *testing.T) {
 			"lab":                 startLab,
 			"await-default-route": awaitDefaultRoute,
 			"signal":              signalAll,
+			"await-idle":          awaitIdle,
 		},
 	})
 }
@@ -122,6 +124,31 @@ func awaitDefaultRoute(ts *testscript.TestScript, neg bool, args []string) {
 		}))
 		return found
 	})
+}
+
+// awaitIdle waits until the commands in the background have been the program,
+// and all its threads asleep, for a while: what they do at their start is done.
+func awaitIdle(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "await-idle")
+	for _, cmd := range ts.BackgroundCmds() {
+		idle := 0
+		await(ts, "an idle process", func() bool {
+			idle++
+			name, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid))
+			ts.Check(err)
+			threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", cmd.Process.Pid))
+			ts.Check(err)
+			for _, thread := range threads {
+				if stat, err := os.ReadFile(thread); err == nil && !strings.Contains(string(stat), ") S ") {
+					idle = 0
+				}
+			}
+			if !strings.HasPrefix(string(name), "egress-router\x00") {
+				idle = 0
+			}
+			return idle > 30
+		})
+	}
 }
 
 // signalAll sends a signal to every command in the background.

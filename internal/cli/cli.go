@@ -45,13 +45,16 @@ func Run(ctx context.Context, p Process) int {
 		command = p.Args[0]
 	}
 	run, known := map[string]func(context.Context, Process) error{
-		"":          runMode,
-		"plan":      runPlan,
-		"help":      runHelp,
-		"-h":        runHelp,
-		"--help":    runHelp,
-		"version":   runVersion,
-		"--version": runVersion,
+		"":           runMode,
+		"plan":       runPlan,
+		"wait":       runWait,
+		"http-proxy": runProxy,
+		"dns-proxy":  runProxy,
+		"help":       runHelp,
+		"-h":         runHelp,
+		"--help":     runHelp,
+		"version":    runVersion,
+		"--version":  runVersion,
 	}[command]
 	if !known || len(p.Args) > 1 {
 		fmt.Fprintf(p.Stderr, "egress-router: arguments not understood: %q\n%s", p.Args, usage)
@@ -113,6 +116,20 @@ func runMode(ctx context.Context, p Process) error {
 		return err
 	}
 	return r.Stay(ctx)
+}
+
+// runWait does nothing until the process is told to stop. It is the second
+// container of a pod whose first one was an init run, and keeps the pod's
+// namespace alive without any privilege.
+func runWait(ctx context.Context, _ Process) error {
+	<-ctx.Done()
+	return nil
+}
+
+// runProxy answers for the images of the two proxies, which are not part of
+// this version.
+func runProxy(_ context.Context, p Process) error {
+	return fmt.Errorf("running %s: this version has no proxy of its own; EGRESS_ROUTER_MODE=%[1]s configures the network for another one", p.Args[0])
 }
 
 func newRouter(c config.Config, log *slog.Logger) *router.Router {

@@ -18,6 +18,7 @@ import (
 const usage = `usage:
   egress-router           do what EGRESS_ROUTER_MODE says
   egress-router plan      print what would be done, and do nothing
+  egress-router wait      do nothing until SIGTERM: a pod's second container
   egress-router help      print every variable
   egress-router version   print the version
 `
