@@ -26,8 +26,9 @@ fuzz: ## fuzz the destination grammar, 30 s each
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
 
-golden: ## rewrite testdata/golden after a change that is meant
+golden: ## rewrite testdata/golden and script after a change that is meant
 	$(GO) test ./internal/cli -run Golden -update
+	$(GO) test ./cmd/egress-router -run Scripts -update
 
 bench: build iptables ## measure against bare iptables-restore, as ratios
 	$(GO) run ./cmd/egress-lab bench bin/egress-router

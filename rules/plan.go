@@ -11,9 +11,14 @@ import (
 // gives it.
 type Table string
 
-// NAT is the table in which addresses are translated. It sees the first packet
-// of each connection only; the kernel repeats its verdict for the others.
-const NAT Table = "nat"
+// The tables that plans use.
+const (
+	// Mangle sees every packet and may mark it, before its route is chosen.
+	Mangle Table = "mangle"
+	// NAT translates addresses. It sees the first packet of each connection
+	// only; the kernel repeats its verdict for the others.
+	NAT Table = "nat"
+)
 
 // A Hook is a point on a packet's way through the kernel
 // (linux/netfilter_ipv4.h), by the name of the built-in chain that stands
@@ -31,9 +36,18 @@ type Target string
 
 // The targets that plans use.
 const (
-	DNAT Target = "DNAT" // change the destination to Rule.To and Rule.ToPort
-	SNAT Target = "SNAT" // change the source to Rule.To
+	DNAT           Target = "DNAT"     // change the destination to Rule.To and Rule.ToPort
+	SNAT           Target = "SNAT"     // change the source to Rule.To
+	MarkPacket     Target = "MARK"     // set the packet's mark, Rule.Mark
+	MarkConnection Target = "CONNMARK" // set the mark of the packet's connection, Rule.Mark
 )
+
+// A Mark is a set of bits in the 32-bit mark of a packet or a connection. Other
+// programs use other bits.
+type Mark uint32
+
+// String returns the mark with its mask, as iptables-save prints it.
+func (m Mark) String() string { return fmt.Sprintf("0x%x/0x%[1]x", uint32(m)) }
 
 // A Rule is one match and one target. A zero field matches everything.
 type Rule struct {
@@ -41,10 +55,13 @@ type Rule struct {
 	Out      string // interface that it leaves by
 	Protocol Protocol
 	Port     Port // destination port
+	Original bool // only packets that go the way of their connection's first one
+	Marked   Mark // mark of the connection
 
 	Target Target
 	To     netip.Addr
 	ToPort Port // zero: the port stays
+	Mark   Mark
 }
 
 // A Chain is an ordered list of rules of ours. A packet that arrives at Hook
@@ -68,6 +85,7 @@ type Sides struct {
 	Cluster string     // interface that clients come in by
 	Egress  string     // interface on the physical network
 	Source  netip.Addr // the reserved address, IPv4
+	Mark    Mark       // of connections that came in on the cluster side
 }
 
 // The names of our chains. Other programs' chains never begin so.
@@ -79,9 +97,16 @@ const (
 
 // NewPlan returns the chains that carry out set.
 //
-// The rules are those of the original, in its order: a redirect for each
+// The NAT rules are those of the original, in its order: a redirect for each
 // destination, matched by the interface that the packet came in by; then, for
 // whatever leaves by the egress side, the reserved address as its source.
+//
+// The mangle rules are for replies. The only default route leads to the egress
+// side, so a reply to a client that is not in the cluster side's own subnet
+// would leave there. Connections that come in on the cluster side are marked,
+// and what arrives for them on the egress side gets the mark before its route
+// is chosen: a routing rule for that mark leads back to the cluster side. The
+// packets of the connection's own direction must not get it.
 func NewPlan(set Set, sides Sides) Plan {
 	redirects := make([]Rule, 0, len(set.Redirects)+1)
 	for _, r := range set.Redirects {
@@ -94,6 +119,10 @@ func NewPlan(set Set, sides Sides) Plan {
 		redirects = append(redirects, Rule{In: sides.Cluster, Target: DNAT, To: set.Fallback})
 	}
 	return Plan{Chains: []Chain{
+		{Table: Mangle, Hook: Prerouting, Name: preroutingChain, Rules: []Rule{
+			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
+			{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
+		}},
 		{Table: NAT, Hook: Prerouting, Name: preroutingChain, Rules: redirects},
 		{Table: NAT, Hook: Postrouting, Name: postroutingChain, Rules: []Rule{
 			{Out: sides.Egress, Target: SNAT, To: sides.Source},

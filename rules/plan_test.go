@@ -6,7 +6,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-var sides = Sides{Cluster: "eth0", Egress: "macvlan0", Source: ip("192.168.12.99")}
+var sides = Sides{Cluster: "eth0", Egress: "macvlan0", Source: ip("192.168.12.99"), Mark: 0x1000}
 
 // The contract's example of the unit-test mode, and the cases of its table.
 func TestUnitTest(t *testing.T) {
@@ -43,10 +43,16 @@ func TestAppendRestore(t *testing.T) {
 -A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 8443 -j DNAT --to-destination 203.0.113.26:443
 -A EGRESS-PREROUTING -i eth0 -j DNAT --to-destination 203.0.113.27
 -A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
-COMMIT
 `
-	if diff := cmp.Diff(want, string(NewPlan(exampleSet, sides).AppendRestore(nil, NAT))); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+	const mangle = `*mangle
+:EGRESS-PREROUTING - [0:0]
+-A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
+-A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
+`
+	for table, want := range map[Table]string{NAT: want, Mangle: mangle} {
+		if diff := cmp.Diff(want, string(NewPlan(exampleSet, sides).AppendRestore(nil, table))); diff != "" {
+			t.Errorf("table %s: - wanted, + got:\n%s", table, diff)
+		}
 	}
 }
 

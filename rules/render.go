@@ -8,6 +8,9 @@ import "strconv"
 func UnitTest(set Set, sides Sides) []byte {
 	var b []byte
 	for _, c := range NewPlan(set, sides).Chains {
+		if c.Table != NAT {
+			continue
+		}
 		for _, r := range c.Rules {
 			b = append(b, "-A "...)
 			b = append(b, c.Hook...)
@@ -19,8 +22,9 @@ func UnitTest(set Set, sides Sides) []byte {
 }
 
 // AppendRestore appends to b the plan's chains of one table as input for
-// iptables-restore --noflush: each chain is made or emptied, then filled, all
-// at once, and chains that the plan does not name stay as they are.
+// iptables-restore --noflush, without the COMMIT that ends it: each chain is
+// made or emptied, then filled, all at once, and chains that the plan does not
+// name stay as they are.
 //
 // Rules are written as iptables-save prints them, so that a chain that still
 // is as it was loaded can be told by comparing text.
@@ -46,7 +50,7 @@ func (p Plan) AppendRestore(b []byte, table Table) []byte {
 			b = append(r.append(b, true), '\n')
 		}
 	}
-	return append(b, "COMMIT\n"...)
+	return b
 }
 
 // AppendSaved appends the rule to b as iptables-save prints it, without the
@@ -78,6 +82,12 @@ func (r Rule) append(b []byte, modules bool) []byte {
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
+	if r.Original {
+		option("-m conntrack ", "--ctdir ORIGINAL")
+	}
+	if r.Marked != 0 {
+		option("-m connmark --mark ", r.Marked.String())
+	}
 	b = append(b, "-j "...)
 	b = append(b, r.Target...)
 	switch r.Target {
@@ -85,6 +95,9 @@ func (r Rule) append(b []byte, modules bool) []byte {
 		b = append(b, " --to-destination "...)
 	case SNAT:
 		b = append(b, " --to-source "...)
+	case MarkPacket, MarkConnection:
+		b = append(b, " --set-xmark "...)
+		return append(b, r.Mark.String()...)
 	}
 	b = r.To.AppendTo(b)
 	if r.ToPort != 0 {

@@ -12,6 +12,9 @@
 //	EGRESS_DESTINATION_FILE   (none) file with the same lines, in place of EGRESS_DESTINATION
 //	EGRESS_INTERFACE          (macvlan0) interface of the egress side, on the physical network
 //	EGRESS_CLUSTER_INTERFACE  (eth0) interface of the cluster side, by which clients come in
+//	EGRESS_CLUSTER_CIDRS      (none) networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces
+//	EGRESS_REPLY_MARK         (0x1000) bits of the mark of connections that came in on the cluster side, if another program uses the default
+//	EGRESS_REPLY_TABLE        (4711) number of the routing table of their replies, if another program uses the default
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and the whole rule set
 //
 // Without an argument it does what the mode says. The arguments plan, help and

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/link"
 )
@@ -202,7 +203,10 @@ func (p *pod) state() string {
 			return err
 		}
 		defer kernel.Close()
-		s, err := kernel.Observe(p.lab.MacvlanName)
+		s, err := kernel.Observe(link.Want{
+			Interface: p.lab.MacvlanName,
+			Cluster:   link.ClusterSide{Interface: p.lab.ClusterName, Table: config.DefaultReplyTable},
+		})
 		if err != nil {
 			return err
 		}
@@ -210,7 +214,11 @@ func (p *pod) state() string {
 		for _, a := range s.Addresses {
 			lines = append(lines, "address "+a.String())
 		}
-		for _, r := range s.Routes {
+		for _, r := range s.Cluster.Rules {
+			lines = append(lines, "rule "+r.String())
+		}
+		lines = append(lines, "rp_filter "+s.Cluster.Filter)
+		for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
 			routes = append(routes, "route "+r.String())
 		}
 		return nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -18,6 +19,8 @@ import (
 	"github.com/egress-router/egress-router/internal/link"
 )
 
+var update = flag.Bool("update", false, "rewrite what testdata/script expects to be printed")
+
 // TestScripts runs testdata/script: what the program prints, exactly, and its
 // exit codes.
 func TestScripts(t *testing.T) {
@@ -25,6 +28,7 @@ func TestScripts(t *testing.T) {
 		Dir:                 "../../testdata/script",
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
+		UpdateScripts:       *update,
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("NL", "\n")
 			env.Values[labKey{}] = new(*lab.Lab)
@@ -116,7 +120,7 @@ func awaitDefaultRoute(ts *testscript.TestScript, neg bool, args []string) {
 				return err
 			}
 			defer kernel.Close()
-			s, err := kernel.Observe("macvlan0")
+			s, err := kernel.Observe(link.Want{Interface: "macvlan0"})
 			for _, r := range s.Routes {
 				found = found || s.Forwards && r.IsDefault() && r.Gateway == netip.MustParseAddr("192.168.12.1")
 			}

@@ -67,6 +67,9 @@ func Run(ctx context.Context, p Process) int {
 	return exitOK
 }
 
+// resolvConf is where the pod's name servers stand (resolv.conf(5)).
+const resolvConf = "/etc/resolv.conf"
+
 // parse reads and checks the environment.
 func parse(p Process) (config.Config, error) {
 	env, err := p.Environment()
@@ -107,6 +110,11 @@ func runMode(ctx context.Context, p Process) error {
 		return err
 	}
 
+	if resolvConf, err := readFile(resolvConf); err != nil {
+		log.Debug("no name servers to keep on the cluster side", "error", err)
+	} else {
+		c.KeepNameServers(resolvConf)
+	}
 	r := newRouter(c, log)
 	err = r.Apply(ctx)
 	if ctx.Err() != nil && c.Mode == config.Legacy && errors.Is(err, ctx.Err()) {
@@ -134,25 +142,30 @@ func runProxy(_ context.Context, p Process) error {
 
 func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	r := &router.Router{
-		Link: wanted(c), Cluster: c.Cluster, Log: log,
+		Link: wanted(c), Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
 	}
 	if c.Mode.Redirects() {
 		plan := rules.NewPlan(c.Set, c.Sides())
 		r.Plan = &plan
-		r.Rules = func(ctx context.Context, tables []rules.Table) (router.Rules, error) {
-			backend, err := iptables.Find()
+		r.Rules = func(ctx context.Context) (router.Rules, error) {
+			backend, err := iptables.Find(ctx)
 			if err != nil {
 				return nil, err
 			}
-			return backend.Begin(ctx, tables)
+			return backend.Begin(ctx)
 		}
 	}
 	return r
 }
 
 func wanted(c config.Config) link.Want {
-	return link.Want{Interface: c.Egress, Address: c.Source, Gateway: c.Gateway}
+	return link.Want{
+		Interface: c.Egress, Address: c.Source, Gateway: c.Gateway,
+		Cluster: link.ClusterSide{
+			Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
+		},
+	}
 }
 
 func logger(w io.Writer, debug bool) *slog.Logger {

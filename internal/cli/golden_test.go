@@ -46,7 +46,7 @@ func TestGolden(t *testing.T) {
 				fmt.Fprintf(&got, "-- unit-test --\n%s", rules.UnitTest(c.Set, c.Sides()))
 				plan := rules.NewPlan(c.Set, c.Sides())
 				for _, table := range plan.Tables() {
-					fmt.Fprintf(&got, "-- iptables-restore, table %s --\n%s", table, plan.AppendRestore(nil, table))
+					fmt.Fprintf(&got, "-- iptables-restore --\n%s", plan.AppendRestore(nil, table))
 				}
 			}
 			fmt.Fprintf(&got, "-- plan --\n%s", planText(c))

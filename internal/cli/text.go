@@ -102,8 +102,12 @@ func planText(c config.Config) string {
 		}
 	}
 	if c.Mode.Redirects() {
-		stepRules("rules that set the source address", plan.Guard())
+		stepRules("rules that mark connections and set the source address", plan.Guard())
 	}
+	step(fmt.Sprintf("copy the routes of %s, with its default route, to table %d", c.Cluster, c.ReplyTable))
+	step(fmt.Sprintf("add routing rules to that table: for packets with mark %s, and for those from an address of %s", c.ReplyMark, c.Cluster))
+	step(fmt.Sprintf("keep on the cluster side: the name servers of %s%s", resolvConf, also(c.ClusterDestinations)))
+	step(fmt.Sprintf("loosen the reverse-path filter of %s where it is strict", c.Cluster))
 	for _, s := range link.Diff(want, link.State{Promotes: true}) {
 		step(s.String())
 	}
@@ -117,6 +121,14 @@ func planText(c config.Config) string {
 	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", c.Source.Addr()))
 	if c.Mode.Redirects() {
 		b.WriteString("\n" + effect(c.Set, c.Source.Addr()))
+	}
+	return b.String()
+}
+
+func also(networks []netip.Prefix) string {
+	var b strings.Builder
+	for _, n := range networks {
+		fmt.Fprintf(&b, ", %s", n)
 	}
 	return b.String()
 }

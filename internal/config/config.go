@@ -37,6 +37,17 @@ const (
 	DefaultClusterInterface = "eth0"
 )
 
+// The defaults of the reply path. Marks and tables belong to the pod's network
+// namespace, where CNI plugins and service meshes may have theirs. The mark is
+// bit 12: kube-proxy has 14 and 15, the portmap plugin 13, Cilium 8 to 11, the
+// AWS plugin 7, Calico 16 to 31, Istio 0 to 10. The table is none of those that
+// plugins count up from (100, as source-based routing does) or fix (133 Istio,
+// 2004 and 2005 Cilium).
+const (
+	DefaultReplyMark  rules.Mark = 0x1000
+	DefaultReplyTable int        = 4711
+)
+
 // A Config is everything a run needs, checked.
 type Config struct {
 	Mode    Mode
@@ -47,6 +58,10 @@ type Config struct {
 	Cluster string    // interface that clients come in by
 	Debug   bool
 
+	ReplyMark           rules.Mark     // of connections that came in on the cluster side
+	ReplyTable          int            // routing table of their replies
+	ClusterDestinations []netip.Prefix // what else is reached by the cluster side
+
 	// Warnings are about input that is accepted and yet probably not what
 	// its author meant. Each is one line.
 	Warnings []string
@@ -54,7 +69,7 @@ type Config struct {
 
 // Sides returns the part of the configuration that a rule plan needs.
 func (c Config) Sides() rules.Sides {
-	return rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr()}
+	return rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark}
 }
 
 // An Error is a fault in one variable.
@@ -117,6 +132,8 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	case c.Mode.Redirects():
 		report(c.parseDestinations(env, readFile))
 	}
+	report(c.parseReply(env))
+	report(c.parseClusterCIDRs(env.ClusterCIDRs))
 	report(checkInterface("EGRESS_INTERFACE", c.Egress))
 	report(checkInterface("EGRESS_CLUSTER_INTERFACE", c.Cluster))
 	if c.Egress == c.Cluster {

@@ -31,6 +31,9 @@ func TestParse(t *testing.T) {
 		Set:     rules.Set{Redirects: []rules.Redirect{{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("203.0.113.25")}}},
 		Egress:  "macvlan0",
 		Cluster: "eth0",
+
+		ReplyMark:  0x1000,
+		ReplyTable: 4711,
 	}
 	for name, test := range map[string]struct {
 		env  func(*Environment)
@@ -50,6 +53,16 @@ func TestParse(t *testing.T) {
 		"nor a file": {
 			func(e *Environment) { e.Mode, e.Destination, e.DestinationFile = "dns-proxy", "nonsense", "missing" },
 			func(c *Config) { c.Mode, c.Set = DNSProxy, rules.Set{} },
+		},
+		"cluster networks": {
+			func(e *Environment) { e.ClusterCIDRs = "10.96.0.0/12, 10.128.0.0/14" },
+			func(c *Config) {
+				c.ClusterDestinations = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12"), netip.MustParsePrefix("10.128.0.0/14")}
+			},
+		},
+		"mark and table": {
+			func(e *Environment) { e.ReplyMark, e.ReplyTable = "0x40000", "99" },
+			func(c *Config) { c.ReplyMark, c.ReplyTable = 0x40000, 99 },
 		},
 		"comments only": {
 			func(e *Environment) { e.Destination = "#" },
@@ -103,6 +116,58 @@ func TestInterfaceNames(t *testing.T) {
 		} else if !strings.Contains(err.Error(), "EGRESS_INTERFACE") || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q: %v", name, err)
 		}
+	}
+}
+
+func TestReplyErrors(t *testing.T) {
+	for name, test := range map[string]struct {
+		env  func(*Environment)
+		want string
+	}{
+		"mark 0":       {func(e *Environment) { e.ReplyMark = "0" }, `EGRESS_REPLY_MARK "0" is not a mark`},
+		"mark text":    {func(e *Environment) { e.ReplyMark = "x" }, `EGRESS_REPLY_MARK "x" is not a mark`},
+		"main table":   {func(e *Environment) { e.ReplyTable = "254" }, `EGRESS_REPLY_TABLE "254" is not a table`},
+		"table 0":      {func(e *Environment) { e.ReplyTable = "0" }, `EGRESS_REPLY_TABLE "0" is not a table`},
+		"IPv6":         {func(e *Environment) { e.ClusterCIDRs = "fd00::/8" }, `EGRESS_CLUSTER_CIDRS "fd00::/8": expected an IPv4 network`},
+		"everything":   {func(e *Environment) { e.ClusterCIDRs = "0.0.0.0/0" }, `expected an IPv4 network`},
+		"no network":   {func(e *Environment) { e.ClusterCIDRs = "10.96.0.1/12" }, `the network with that length is 10.96.0.0/12`},
+		"the gateway":  {func(e *Environment) { e.ClusterCIDRs = "192.168.0.0/16" }, `it holds EGRESS_GATEWAY (192.168.12.1)`},
+		"a redirect's": {func(e *Environment) { e.ClusterCIDRs = "203.0.113.0/24" }, `it holds 203.0.113.25, to which connections are redirected`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env := good()
+			test.env(&env)
+			if _, err := Parse(env, noFile); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error %v, want %q", err, test.want)
+			}
+		})
+	}
+}
+
+func TestKeepNameServers(t *testing.T) {
+	env := good()
+	env.ClusterCIDRs = "10.0.0.53/32"
+	env.Destination += "\n198.51.100.53"
+	c, err := Parse(env, noFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.KeepNameServers([]byte(`# a comment
+search cluster.local
+nameserver 10.96.0.10
+nameserver 10.0.0.53
+nameserver 10.96.0.10
+nameserver 127.0.0.11
+nameserver 192.168.12.1
+nameserver 192.168.12.53
+nameserver 198.51.100.53
+nameserver fd00::10
+nameserver
+options ndots:5
+`))
+	want := []netip.Prefix{netip.MustParsePrefix("10.0.0.53/32"), netip.MustParsePrefix("10.96.0.10/32")}
+	if diff := cmp.Diff(want, c.ClusterDestinations, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Errorf("- wanted, + got:\n%s", diff)
 	}
 }
 

@@ -32,6 +32,9 @@ type Environment struct {
 	DestinationFile  string `envconfig:"EGRESS_DESTINATION_FILE" unset:"none" doc:"file with the same lines, in place of EGRESS_DESTINATION"`
 	Interface        string `envconfig:"EGRESS_INTERFACE" unset:"macvlan0" doc:"interface of the egress side, on the physical network"`
 	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" unset:"eth0" doc:"interface of the cluster side, by which clients come in"`
+	ClusterCIDRs     string `envconfig:"EGRESS_CLUSTER_CIDRS" unset:"none" doc:"networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces"`
+	ReplyMark        string `envconfig:"EGRESS_REPLY_MARK" unset:"0x1000" doc:"bits of the mark of connections that came in on the cluster side, if another program uses the default"`
+	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" unset:"4711" doc:"number of the routing table of their replies, if another program uses the default"`
 	Debug            string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and the whole rule set"`
 }
 

@@ -16,7 +16,6 @@ import (
 // held when it began and after each change of its own.
 type Tx struct {
 	backend *Backend
-	version string
 	tables  map[rules.Table]*contents
 	undo    []func() error // of what was changed, in the order of the changes
 }
@@ -28,43 +27,46 @@ type contents struct {
 }
 
 // String names the program that the rules go in by: its version and flavour.
-func (tx *Tx) String() string { return tx.version }
+func (tx *Tx) String() string { return tx.backend.version }
 
-// read takes the contents of one table from iptables-save.
-func (tx *Tx) read(ctx context.Context, name rules.Table) error {
-	saved, err := tx.backend.run(ctx, nil, "iptables-save", "-t", string(name))
-	if err != nil {
-		return fmt.Errorf("reading table %q: %w", name, err)
-	}
-	tx.version = version(saved)
-	tx.tables[name] = parse(saved)
-	return nil
-}
-
-// parse takes from the text of iptables-save our chains and the jumps to them.
-func parse(saved []byte) *contents {
-	c := &contents{chains: make(map[string][]string), jumps: make(map[string][]int)}
-	position := make(map[string]int)
+// parse takes from the text of iptables-save our chains and the jumps to them,
+// by table.
+func parse(saved []byte) map[rules.Table]*contents {
+	tables := make(map[rules.Table]*contents)
+	var c *contents
+	var position map[string]int
 	for line := range bytes.Lines(saved) {
 		line = bytes.TrimSuffix(line, []byte("\n"))
-		if declared, ok := bytes.CutPrefix(line, []byte(":"+rules.ChainPrefix)); ok {
-			name, _, _ := strings.Cut(string(declared), " ")
-			c.chains[rules.ChainPrefix+name] = nil
+		if len(line) == 0 {
 			continue
 		}
-		rule, ok := strings.CutPrefix(string(line), "-A ")
-		if !ok {
-			continue
-		}
-		chain, rule, _ := strings.Cut(rule, " ")
-		position[chain]++
-		if strings.HasPrefix(chain, rules.ChainPrefix) {
-			c.chains[chain] = append(c.chains[chain], rule)
-		} else if to, ok := strings.CutPrefix(rule, "-j "+rules.ChainPrefix); ok && rules.ChainPrefix+to == ourChain(chain) {
-			c.jumps[ourChain(chain)] = append(c.jumps[ourChain(chain)], position[chain])
+		switch text := string(line[1:]); line[0] {
+		case '*':
+			c = &contents{chains: make(map[string][]string), jumps: make(map[string][]int)}
+			tables[rules.Table(text)], position = c, make(map[string]int)
+		case ':':
+			if chain, _, _ := strings.Cut(text, " "); strings.HasPrefix(chain, rules.ChainPrefix) {
+				c.chains[chain] = nil
+			}
+		case '-': // -A CHAIN RULE
+			chain, rule, _ := strings.Cut(strings.TrimPrefix(text, "A "), " ")
+			position[chain]++
+			if strings.HasPrefix(chain, rules.ChainPrefix) {
+				c.chains[chain] = append(c.chains[chain], rule)
+			} else if rule == "-j "+ourChain(chain) {
+				c.jumps[ourChain(chain)] = append(c.jumps[ourChain(chain)], position[chain])
+			}
 		}
 	}
-	return c
+	return tables
+}
+
+// of returns what a table holds; nothing where it does not exist.
+func (tx *Tx) of(name rules.Table) *contents {
+	if tx.tables[name] == nil {
+		tx.tables[name] = &contents{chains: make(map[string][]string), jumps: make(map[string][]int)}
+	}
+	return tx.tables[name]
 }
 
 // ourChain returns the name of our chain that stands at a built-in chain.
@@ -81,7 +83,7 @@ func (c *contents) hooked(chain string) bool { return slices.Equal(c.jumps[chain
 func (tx *Tx) Differs(plan rules.Plan) []string {
 	var found []string
 	for _, chain := range plan.Chains {
-		have := tx.tables[chain.Table]
+		have := tx.of(chain.Table)
 		lines, there := have.chains[chain.Name]
 		switch {
 		case !there:
@@ -96,7 +98,7 @@ func (tx *Tx) Differs(plan rules.Plan) []string {
 		}
 	}
 	for _, table := range plan.Tables() {
-		for _, name := range tx.stale(plan, table) {
+		for _, name := range stale(plan, table, tx.of(table).chains) {
 			found = append(found, fmt.Sprintf("chain %s of table %s is not in use", name, table))
 		}
 	}
@@ -117,10 +119,10 @@ func equal(lines []string, want []rules.Rule) bool {
 	return true
 }
 
-// stale returns the chains of ours that are there and not in the plan.
-func (tx *Tx) stale(plan rules.Plan, name rules.Table) []string {
+// stale returns the chains, sorted, that are there and not in the plan.
+func stale(plan rules.Plan, name rules.Table, chains map[string][]string) []string {
 	var names []string
-	for _, chain := range slices.Sorted(maps.Keys(tx.tables[name].chains)) {
+	for _, chain := range slices.Sorted(maps.Keys(chains)) {
 		if !slices.ContainsFunc(plan.Chains, func(c rules.Chain) bool { return c.Table == name && c.Name == chain }) {
 			names = append(names, chain)
 		}
@@ -144,109 +146,120 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 }
 
 func (tx *Tx) apply(ctx context.Context, plan rules.Plan) error {
-	for _, table := range plan.Tables() {
-		if tx.allHooked(plan, table) {
-			continue
-		}
-		if err := tx.load(ctx, plan.Guard(), table); err != nil {
-			return err
-		}
-		for _, chain := range slices.Backward(plan.Chains) {
-			if chain.Table != table || tx.tables[table].hooked(chain.Name) {
-				continue
-			}
+	hooked := func(c rules.Chain) bool { return tx.of(c.Table).hooked(c.Name) }
+	if !slices.ContainsFunc(plan.Chains, func(c rules.Chain) bool { return !hooked(c) }) {
+		return tx.load(ctx, plan)
+	}
+	if err := tx.load(ctx, plan.Guard()); err != nil {
+		return err
+	}
+	for _, chain := range slices.Backward(plan.Chains) {
+		if !hooked(chain) {
 			if err := tx.hook(ctx, chain); err != nil {
 				return err
 			}
 		}
 	}
-	for _, table := range plan.Tables() {
-		if err := tx.load(ctx, plan, table); err != nil {
-			return err
-		}
+	return tx.load(ctx, plan)
+}
+
+// load makes our chains hold what plan says, by one restore. The kernel takes
+// that table by table, in the plan's order, each as a whole.
+func (tx *Tx) load(ctx context.Context, plan rules.Plan) error {
+	if err := ctx.Err(); err != nil {
+		return err
 	}
-	return nil
-}
-
-func (tx *Tx) allHooked(plan rules.Plan, name rules.Table) bool {
-	return !slices.ContainsFunc(plan.Chains, func(c rules.Chain) bool {
-		return c.Table == name && !tx.tables[name].hooked(c.Name)
-	})
-}
-
-// load makes our chains of one table hold what plan says, by one restore.
-func (tx *Tx) load(ctx context.Context, plan rules.Plan, name rules.Table) error {
-	have := tx.tables[name]
-	before := maps.Clone(have.chains)
-	after := make(map[string][]string)
-	same := true
-	for _, chain := range plan.Chains {
-		if chain.Table != name {
+	var input, inverse []byte
+	after := make(map[rules.Table]map[string][]string)
+	for _, table := range plan.Tables() {
+		before := tx.of(table).chains
+		after[table] = chainsOf(plan, table)
+		unused := stale(plan, table, before)
+		if len(unused) == 0 && maps.EqualFunc(before, after[table], slices.Equal) {
 			continue
 		}
-		lines, there := before[chain.Name]
-		same = same && there && equal(lines, chain.Rules)
-		after[chain.Name] = saved(chain.Rules)
-	}
-	stale := tx.stale(plan, name)
-	if same && len(stale) == 0 {
-		return nil
-	}
-	input := plan.AppendRestore(nil, name)
-	if len(stale) > 0 {
+		input = plan.AppendRestore(input, table)
 		// Emptied first, so that no chain is deleted while another of them
 		// jumps to it.
-		input = bytes.TrimSuffix(input, []byte("COMMIT\n"))
 		for _, option := range []string{"-F", "-X"} {
-			for _, chain := range stale {
+			for _, chain := range unused {
 				input = fmt.Appendf(input, "%s %s\n", option, chain)
 			}
 		}
 		input = append(input, "COMMIT\n"...)
+		inverse = append(appendInverse(nil, table, before, after[table]), inverse...)
 	}
-	if err := tx.restore(ctx, name, input); err != nil {
+	if len(input) == 0 {
+		return nil
+	}
+	// A restore that fails may have changed the tables in front of the one
+	// that failed: the way back is there before it starts.
+	tx.undo = append(tx.undo, func() error { return tx.restore(ctx, inverse) })
+	if err := tx.restore(ctx, input); err != nil {
+		if unchanged, _ := tx.unchanged(ctx); unchanged {
+			tx.undo = tx.undo[:len(tx.undo)-1]
+		}
 		return err
 	}
-	have.chains = after
-	tx.undo = append(tx.undo, func() error {
-		return tx.restore(context.WithoutCancel(ctx), name, inverse(name, before, after))
-	})
+	for table, chains := range after {
+		tx.of(table).chains = chains
+	}
 	return nil
 }
 
-func (tx *Tx) restore(ctx context.Context, name rules.Table, input []byte) error {
-	if err := ctx.Err(); err != nil {
-		return err
+// unchanged reports whether the kernel still holds what tx knows.
+func (tx *Tx) unchanged(ctx context.Context) (bool, error) {
+	now, err := tx.backend.Begin(context.WithoutCancel(ctx))
+	if err != nil {
+		return false, err
 	}
+	for table := range tx.tables {
+		if !maps.EqualFunc(tx.of(table).chains, now.of(table).chains, slices.Equal) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+func (tx *Tx) restore(ctx context.Context, input []byte) error {
 	// Once started it is not interrupted: killed, it would leave open
 	// whether the kernel has taken its input.
 	_, err := tx.backend.run(context.WithoutCancel(ctx), input, "iptables-restore", "--noflush", "-w", fmt.Sprint(lockSeconds))
 	if err != nil {
-		return fmt.Errorf("loading rules into table %q: %w", name, err)
+		return fmt.Errorf("loading rules: %w", err)
 	}
 	return nil
 }
 
-// saved returns the rules as iptables-save will print them.
-func saved(want []rules.Rule) []string {
-	lines := make([]string, len(want))
-	for i, r := range want {
-		lines[i] = string(r.AppendSaved(nil))
+// chainsOf returns the plan's chains of one table with their rules as
+// iptables-save will print them.
+func chainsOf(plan rules.Plan, table rules.Table) map[string][]string {
+	chains := make(map[string][]string)
+	for _, chain := range plan.Chains {
+		if chain.Table != table {
+			continue
+		}
+		lines := make([]string, len(chain.Rules))
+		for i, r := range chain.Rules {
+			lines[i] = string(r.AppendSaved(nil))
+		}
+		chains[chain.Name] = lines
 	}
-	return lines
+	return chains
 }
 
-// inverse returns the restore input that gets from the chains after to those
-// before.
-func inverse(name rules.Table, before, after map[string][]string) []byte {
-	b := fmt.Appendf(nil, "*%s\n", name)
-	chains := slices.Sorted(maps.Keys(before))
-	for chain := range after {
+// appendInverse appends the restore input that gets one table from the chains
+// after to those before.
+func appendInverse(b []byte, table rules.Table, before, after map[string][]string) []byte {
+	b = fmt.Appendf(b, "*%s\n", table)
+	var gone []string
+	for _, chain := range slices.Sorted(maps.Keys(after)) {
 		if _, there := before[chain]; !there {
-			b = fmt.Appendf(b, ":%s - [0:0]\n", chain)
+			gone = append(gone, chain)
 		}
 	}
-	for _, chain := range chains {
+	chains := slices.Sorted(maps.Keys(before))
+	for _, chain := range slices.Concat(gone, chains) {
 		b = fmt.Appendf(b, ":%s - [0:0]\n", chain)
 	}
 	for _, chain := range chains {
@@ -254,10 +267,8 @@ func inverse(name rules.Table, before, after map[string][]string) []byte {
 			b = fmt.Appendf(b, "-A %s %s\n", chain, line)
 		}
 	}
-	for _, chain := range slices.Sorted(maps.Keys(after)) {
-		if _, there := before[chain]; !there {
-			b = fmt.Appendf(b, "-X %s\n", chain)
-		}
+	for _, chain := range gone {
+		b = fmt.Appendf(b, "-X %s\n", chain)
 	}
 	return append(b, "COMMIT\n"...)
 }
@@ -266,7 +277,7 @@ func inverse(name rules.Table, before, after map[string][]string) []byte {
 // the nat table the first rule that matches decides: a masquerading rule in
 // front of ours would choose another source address.
 func (tx *Tx) hook(ctx context.Context, chain rules.Chain) error {
-	have := tx.tables[chain.Table]
+	have := tx.of(chain.Table)
 	// From the last one, so that the positions in front of it hold.
 	for _, position := range slices.Backward(have.jumps[chain.Name]) {
 		if err := ctx.Err(); err != nil {

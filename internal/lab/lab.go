@@ -1,4 +1,4 @@
-// Package lab makes the network that an egress router lives in, out of four
+// Package lab makes the network that an egress router lives in, out of five
 // network namespaces on one kernel, for tests, the demonstration and benchmarks:
 //
 //	client            router
@@ -12,6 +12,10 @@
 //	                               lan0 192.168.12.1/24, 192.168.12.80/24
 //	                               lo   203.0.113.25, .26, .27
 //	                                      outside
+//
+// A fifth, far, is a client in another subnet of the cluster network
+// (10.129.0.71/24), which node routes: the router reaches it by its default route
+// only.
 //
 // The router is as a CNI plugin leaves it before the product starts: the default
 // route goes to the cluster, forwarding is off. Outside has no route to the
@@ -46,6 +50,8 @@ import (
 var (
 	Cluster = netip.MustParsePrefix("10.128.0.0/23")   // pods, behind tun0
 	LAN     = netip.MustParsePrefix("192.168.12.0/24") // the physical network, behind nic0
+
+	FarCluster = netip.MustParsePrefix("10.129.0.0/24") // pods of another subnet, routed by node
 )
 
 // The addresses in use. Source alone belongs to no link at first: it is the
@@ -53,6 +59,8 @@ var (
 var (
 	NodeAddr    = netip.MustParseAddr("10.128.0.1") // tun0, the default gateway of the pods
 	ClientAddr  = netip.MustParseAddr("10.128.0.71")
+	FarAddr     = netip.MustParseAddr("10.129.0.71")
+	FarGateway  = netip.MustParseAddr("10.129.0.1") // node's address on far's network
 	RouterAddr  = netip.MustParseAddr("10.128.0.98")
 	NICAddr     = netip.MustParseAddr("192.168.12.10") // nic0, which macvlan0 can never reach
 	GatewayAddr = netip.MustParseAddr("192.168.12.1")  // lan0, the router's gateway
@@ -73,8 +81,9 @@ const (
 	Bridge     = "tun0"        // node, where OpenShift's SDN has its bridge
 	NIC        = "nic0"        // node, the parent of macvlan0
 	LANLink    = "lan0"        // outside
-	ClientLink = "eth0"        // client
+	ClientLink = "eth0"        // client and far
 	ClientPort = "port-client" // node, the port of Bridge that leads to client
+	FarPort    = "port-far"    // node, a network of its own that leads to far
 	RouterPort = "port-router" // node, the port of Bridge that leads to router
 )
 
@@ -91,7 +100,7 @@ type Options struct {
 type Lab struct {
 	Options // as given, with the names filled in
 
-	Client, Router, Node, Outside *netns.Namespace
+	Client, Far, Router, Node, Outside *netns.Namespace
 
 	mu        sync.Mutex
 	servers   []*Server
@@ -133,7 +142,7 @@ func (l *Lab) Close() {
 	for _, c := range captures {
 		_ = c.Stop() // whoever cares about lost frames has stopped it before
 	}
-	for _, n := range []*netns.Namespace{l.Client, l.Router, l.Node, l.Outside} {
+	for _, n := range []*netns.Namespace{l.Client, l.Far, l.Router, l.Node, l.Outside} {
 		if n != nil {
 			_ = n.Close()
 		}
@@ -219,7 +228,7 @@ func (l *Lab) build() error {
 			h.Close()
 		}
 	}()
-	for _, n := range []**netns.Namespace{&l.Client, &l.Router, &l.Node, &l.Outside} {
+	for _, n := range []**netns.Namespace{&l.Client, &l.Far, &l.Router, &l.Node, &l.Outside} {
 		var err error
 		if *n, err = netns.New(); err != nil {
 			return err
@@ -234,7 +243,7 @@ func (l *Lab) build() error {
 			return err
 		}
 	}
-	client, router, node, outside := handles[&l.Client], handles[&l.Router], handles[&l.Node], handles[&l.Outside]
+	client, far, router, node, outside := handles[&l.Client], handles[&l.Far], handles[&l.Router], handles[&l.Node], handles[&l.Outside]
 	if err := l.SetSysctl(l.Node, "net/ipv4/ip_forward", "1"); err != nil {
 		return err
 	}
@@ -263,6 +272,7 @@ func (l *Lab) build() error {
 		master     netlink.Link
 	}{
 		{ClientPort, ClientLink, l.Client, client, bridge},
+		{FarPort, ClientLink, l.Far, far, nil},
 		{RouterPort, l.ClusterName, l.Router, router, bridge},
 		{NIC, LANLink, l.Outside, outside, nil},
 	}
@@ -310,6 +320,8 @@ func (l *Lab) build() error {
 		prefix netip.Prefix
 	}{
 		{client, ClientLink, netip.PrefixFrom(ClientAddr, Cluster.Bits())},
+		{far, ClientLink, netip.PrefixFrom(FarAddr, FarCluster.Bits())},
+		{node, FarPort, netip.PrefixFrom(FarGateway, FarCluster.Bits())},
 		{router, l.ClusterName, netip.PrefixFrom(RouterAddr, Cluster.Bits())},
 		{node, Bridge, netip.PrefixFrom(NodeAddr, Cluster.Bits())},
 		{node, NIC, netip.PrefixFrom(NICAddr, LAN.Bits())},
@@ -329,6 +341,7 @@ func (l *Lab) build() error {
 		via  netip.Addr
 	}{
 		{client, ClientLink, NodeAddr},
+		{far, ClientLink, FarGateway},
 		{router, l.ClusterName, NodeAddr},
 		{node, NIC, GatewayAddr},
 	} {

@@ -176,6 +176,7 @@ forward 0
 			want: `lo device 127.0.0.1/8
 tun0 bridge 10.128.0.1/23
 port-client veth
+port-far veth 10.129.0.1/24
 port-router veth
 nic0 veth 192.168.12.10/24
 0.0.0.0/0 via 192.168.12.1

@@ -18,6 +18,8 @@ func Diff(want Want, have State) []Step {
 		steps = append(steps, s)
 	}
 
+	steps = append(steps, diffCluster(want.Cluster, have)...)
+
 	missing := true
 	shared := false // an address of the same subnet was there first
 	for _, a := range have.Addresses {
@@ -52,7 +54,7 @@ func Diff(want Want, have State) []Step {
 	// What else leaves by the egress interface has the reserved address too:
 	// the routes of another address's subnet, above all.
 	for _, r := range have.Routes {
-		if r.Index != have.Index || r.Special || r.Source == want.Address.Addr() || isDefaultOrWanted(r, wanted) {
+		if r.Index != have.Index || r.Type != 0 || r.Source == want.Address.Addr() || isDefaultOrWanted(r, wanted) {
 			continue
 		}
 		old := r

@@ -96,10 +96,10 @@ func TestDiff(t *testing.T) {
 		"a default route that drops packets is replaced too": {
 			func() State {
 				s := done()
-				s.Routes[1] = Route{Destination: netip.MustParsePrefix("0.0.0.0/0"), Special: true}
+				s.Routes[1] = Route{Destination: netip.MustParsePrefix("0.0.0.0/0"), Type: unreachable}
 				return s
 			},
-			[]string{"replace route default by default via 192.168.12.1 dev macvlan0 src 192.168.12.99"},
+			[]string{"replace route unreachable default by default via 192.168.12.1 dev macvlan0 src 192.168.12.99"},
 		},
 		"half of the internet is not a default route": {
 			func() State {

@@ -34,7 +34,14 @@ func (k *Kernel) addresses(l netlink.Link) ([]netlink.Addr, error) {
 	return dump(func() ([]netlink.Addr, error) { return k.handle.AddrList(l, netlink.FAMILY_V4) })
 }
 
-// mainRoutes lists the IPv4 routes of the main table.
-func (k *Kernel) mainRoutes() ([]netlink.Route, error) {
-	return dump(func() ([]netlink.Route, error) { return k.handle.RouteList(nil, netlink.FAMILY_V4) })
+// routesOf lists the IPv4 routes of one table.
+func (k *Kernel) routesOf(table int) ([]netlink.Route, error) {
+	return dump(func() ([]netlink.Route, error) {
+		return k.handle.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+	})
+}
+
+// rules lists the IPv4 routing rules.
+func (k *Kernel) rules() ([]netlink.Rule, error) {
+	return dump(func() ([]netlink.Rule, error) { return k.handle.RuleList(netlink.FAMILY_V4) })
 }

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -72,10 +73,10 @@ func (k *Kernel) find(name string) (netlink.Link, error) {
 	return l, nil
 }
 
-// Observe returns the state of the interface called name, of the main routing
-// table and of the sysctls. An interface that is not there is a *MissingError.
-func (k *Kernel) Observe(name string) (State, error) {
-	l, err := k.find(name)
+// Observe returns the state of what want names. An egress interface that is not
+// there is a *MissingError; a cluster interface that is not there is not.
+func (k *Kernel) Observe(want Want) (State, error) {
+	l, err := k.find(want.Interface)
 	if err != nil {
 		return State{}, err
 	}
@@ -87,32 +88,88 @@ func (k *Kernel) Observe(name string) (State, error) {
 		NoARP:   attrs.RawFlags&unix.IFF_NOARP != 0,
 		MAC:     attrs.HardwareAddr,
 	}
+	if s.Addresses, err = k.prefixes(l); err != nil {
+		return State{}, err
+	}
+	names := map[int]string{attrs.Index: want.Interface}
+	if s.Routes, err = k.table(unix.RT_TABLE_MAIN, names); err != nil {
+		return State{}, err
+	}
+	if s.Forwards, err = isOn(ipForward); err != nil {
+		return State{}, err
+	}
+	if s.Promotes, err = isOn(promoteSecondaries(want.Interface)); err != nil {
+		return State{}, err
+	}
+	if want.Cluster.Interface == "" {
+		return s, nil
+	}
+	s.Cluster, err = k.observeCluster(want.Cluster, names)
+	return s, err
+}
+
+// observeCluster returns the state of the cluster side, the zero State where
+// its interface is not there.
+func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (ClusterState, error) {
+	l, err := k.find(want.Interface)
+	if _, missing := errors.AsType[*MissingError](err); missing {
+		return ClusterState{}, nil
+	}
+	if err != nil {
+		return ClusterState{}, err
+	}
+	s := ClusterState{Index: l.Attrs().Index}
+	prefixes, err := k.prefixes(l)
+	if err != nil {
+		return ClusterState{}, err
+	}
+	for _, p := range prefixes {
+		s.Addresses = append(s.Addresses, p.Addr())
+	}
+	if s.Table, err = k.table(want.Table, names); err != nil {
+		return ClusterState{}, err
+	}
+	rules, err := k.rules()
+	if err != nil {
+		return ClusterState{}, fmt.Errorf("listing the routing rules: %w", err)
+	}
+	for _, r := range rules {
+		if r.Table == want.Table {
+			s.Rules = append(s.Rules, rule(r))
+		}
+	}
+	if s.Filter, err = readSysctl(reversePathFilter(want.Interface)); err != nil {
+		return ClusterState{}, err
+	}
+	all, err := readSysctl(reversePathFilter("all"))
+	s.Strict = max(all, s.Filter) == "1"
+	return s, err
+}
+
+// prefixes returns the IPv4 addresses of an interface.
+func (k *Kernel) prefixes(l netlink.Link) ([]netip.Prefix, error) {
 	addresses, err := k.addresses(l)
 	if err != nil {
-		return State{}, fmt.Errorf("listing the addresses of %q: %w", name, err)
+		return nil, fmt.Errorf("listing the addresses of %q: %w", l.Attrs().Name, err)
 	}
+	var found []netip.Prefix
 	for _, a := range addresses {
-		s.Addresses = append(s.Addresses, prefix(a.IPNet))
+		found = append(found, prefix(a.IPNet))
 	}
-	routes, err := k.mainRoutes()
+	return found, nil
+}
+
+// table returns the routes of one table.
+func (k *Kernel) table(number int, names map[int]string) ([]Route, error) {
+	routes, err := k.routesOf(number)
 	if err != nil {
-		return State{}, fmt.Errorf("listing the routes of the main table: %w", err)
+		return nil, fmt.Errorf("listing the routes of table %d: %w", number, err)
 	}
-	names := map[int]string{attrs.Index: name}
+	var found []Route
 	for _, r := range routes {
-		s.Routes = append(s.Routes, k.route(r, names))
+		found = append(found, k.route(r, names))
 	}
-	forwards, err := readSysctl(ipForward)
-	if err != nil {
-		return State{}, err
-	}
-	s.Forwards = forwards != "0"
-	promotes, err := readSysctl(promoteSecondaries(name))
-	if err != nil {
-		return State{}, err
-	}
-	s.Promotes = promotes != "0"
-	return s, nil
+	return found, nil
 }
 
 // route converts a listed route and keeps the original to put it back whole.
@@ -128,7 +185,15 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 	}
 	source, _ := netip.AddrFromSlice(r.Src)
 	gateway, _ := netip.AddrFromSlice(r.Gw)
+	kind, table := r.Type, r.Table
+	if kind == unix.RTN_UNICAST {
+		kind = 0
+	}
+	if table == unix.RT_TABLE_MAIN {
+		table = 0
+	}
 	return Route{
+		Table:       table,
 		Destination: prefix(r.Dst),
 		Gateway:     gateway.Unmap(),
 		Index:       r.LinkIndex,
@@ -137,7 +202,7 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 		Metric:      r.Priority,
 		Scope:       Scope(r.Scope),
 		TOS:         r.Tos,
-		Special:     r.Type != unix.RTN_UNICAST,
+		Type:        kind,
 		kernel:      r,
 	}
 }
@@ -191,6 +256,10 @@ func (k *Kernel) do(s Step) error {
 		return k.handle.RouteAppend(kernelRoute(s.Route))
 	case DeleteRoute:
 		return k.handle.RouteDel(kernelRoute(s.Route))
+	case AddRule:
+		return k.handle.RuleAdd(kernelRule(s.Rule))
+	case DeleteRule:
+		return k.handle.RuleDel(kernelRule(s.Rule))
 	case WriteSysctl:
 		return writeSysctl(s.Sysctl, s.Value)
 	}
@@ -198,29 +267,59 @@ func (k *Kernel) do(s Step) error {
 }
 
 // kernelRoute returns the form of a route that netlink takes: of one that was
-// listed, what was listed, with the source that r has now.
+// listed, all that was listed, with the destination, source, metric and table
+// that r has now.
 func kernelRoute(r Route) *netlink.Route {
-	if listed, ok := r.kernel.(netlink.Route); ok {
-		// The kernel reports these flags and refuses to be told them
-		// (fib_create_info in net/ipv4/fib_semantics.c).
-		listed.Flags &= unix.RTNH_F_ONLINK | unix.RTNH_F_PERVASIVE
-		listed.MultiPath = slices.Clone(listed.MultiPath)
-		for i, hop := range listed.MultiPath {
-			h := *hop
-			h.Flags &= unix.RTNH_F_ONLINK | unix.RTNH_F_PERVASIVE
-			listed.MultiPath[i] = &h
+	route, listed := r.kernel.(netlink.Route)
+	if !listed {
+		route = netlink.Route{
+			Gw:        r.Gateway.AsSlice(),
+			LinkIndex: r.Index,
+			Scope:     netlink.Scope(r.Scope),
+			Type:      cmp.Or(r.Type, unix.RTN_UNICAST),
 		}
-		listed.Src = r.Source.AsSlice()
+	}
+	route.Dst = ipNet(r.Destination)
+	route.Src = r.Source.AsSlice()
+	route.Priority = r.Metric
+	route.Table = cmp.Or(r.Table, unix.RT_TABLE_MAIN)
+	// The kernel reports other flags and refuses to be told them
+	// (fib_create_info in net/ipv4/fib_semantics.c).
+	const settable = unix.RTNH_F_ONLINK | unix.RTNH_F_PERVASIVE
+	route.Flags &= settable
+	route.MultiPath = slices.Clone(route.MultiPath)
+	for i, hop := range route.MultiPath {
+		h := *hop
+		h.Flags &= settable
+		route.MultiPath[i] = &h
+	}
+	return &route
+}
+
+// rule converts a listed routing rule and keeps the original.
+func rule(r netlink.Rule) Rule {
+	found := Rule{Priority: r.Priority, Mark: r.Mark, Table: r.Table, kernel: r}
+	if r.Mask != nil {
+		found.Mask = *r.Mask
+	}
+	if r.Src != nil {
+		found.Source = prefix(r.Src)
+	}
+	return found
+}
+
+func kernelRule(r Rule) *netlink.Rule {
+	if listed, ok := r.kernel.(netlink.Rule); ok {
 		return &listed
 	}
-	return &netlink.Route{
-		Dst:       ipNet(r.Destination),
-		Gw:        r.Gateway.AsSlice(),
-		LinkIndex: r.Index,
-		Src:       r.Source.AsSlice(),
-		Priority:  r.Metric,
-		Scope:     netlink.Scope(r.Scope),
-		Table:     unix.RT_TABLE_MAIN,
-		Type:      unix.RTN_UNICAST,
+	k := netlink.NewRule()
+	k.Family = netlink.FAMILY_V4
+	k.Priority, k.Table = r.Priority, r.Table
+	if r.Mark != 0 {
+		k.Mark, k.Mask = r.Mark, &r.Mask
 	}
+	if r.Source.IsValid() {
+		k.Src = ipNet(r.Source)
+	}
+	return k
 }

@@ -19,6 +19,7 @@ type Want struct {
 	Interface string       // of the egress side
 	Address   netip.Prefix // reserved address with its length, IPv4
 	Gateway   netip.Addr   // on the physical network, IPv4
+	Cluster   ClusterSide
 }
 
 // Scope is how far a route's destination is (rtnetlink(7), rtm_scope).
@@ -30,8 +31,9 @@ const (
 	ScopeLink     Scope = 253 // on the link itself
 )
 
-// A Route is an IPv4 route of the main table.
+// A Route is an IPv4 route.
 type Route struct {
+	Table       int          // zero: the main table
 	Destination netip.Prefix // 0.0.0.0/0 for a default route
 	Gateway     netip.Addr   // the zero Addr: on the link
 	Index       int          // of the interface; zero: none, or several
@@ -40,7 +42,7 @@ type Route struct {
 	Metric      int          // lower is preferred
 	Scope       Scope
 	TOS         int
-	Special     bool // blackhole, unreachable and the like: not unicast
+	Type        int // of the kernel (rtnetlink(7), rtm_type); zero: unicast
 
 	kernel any // the adapter's own form, with all it has to put back
 }
@@ -59,6 +61,9 @@ func (r Route) IsDefault() bool { return r.Destination.Bits() == 0 }
 // String returns the route as ip-route(8) shows it.
 func (r Route) String() string {
 	var b strings.Builder
+	if r.Type != 0 {
+		fmt.Fprintf(&b, "%s ", typeNames[r.Type])
+	}
 	switch {
 	case r.IsDefault():
 		b.WriteString("default")
@@ -82,6 +87,9 @@ func (r Route) String() string {
 	if r.Metric != 0 {
 		fmt.Fprintf(&b, " metric %d", r.Metric)
 	}
+	if r.Table != 0 {
+		fmt.Fprintf(&b, " table %d", r.Table)
+	}
 	return b.String()
 }
 
@@ -96,6 +104,7 @@ type State struct {
 	Routes    []Route        // IPv4, of the main table
 	Promotes  bool           // promote_secondaries holds on the egress interface
 	Forwards  bool           // net.ipv4.ip_forward
+	Cluster   ClusterState
 }
 
 // Routes returns the routes that w needs, with index as the interface's.

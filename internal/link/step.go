@@ -18,6 +18,8 @@ const (
 	AppendRoute  // Route is added behind routes with the same destination and metric
 	DeleteRoute
 	WriteSysctl
+	AddRule
+	DeleteRule
 )
 
 // A Step is one change of the kernel's state, as a value.
@@ -28,6 +30,7 @@ type Step struct {
 	Address   netip.Prefix
 	Route     Route
 	Old       *Route // that ReplaceRoute takes the place of
+	Rule      Rule
 	Sysctl    string // in dotted form
 	Value     string
 	OldValue  string
@@ -56,6 +59,10 @@ func (s Step) Inverse() Step {
 		s.Op = AppendRoute
 	case AppendRoute:
 		s.Op = DeleteRoute
+	case AddRule:
+		s.Op = DeleteRule
+	case DeleteRule:
+		s.Op = AddRule
 	case WriteSysctl:
 		s.Value, s.OldValue = s.OldValue, s.Value
 	}
@@ -82,6 +89,10 @@ func (s Step) String() string {
 		return fmt.Sprintf("add route %s", s.Route)
 	case DeleteRoute:
 		return fmt.Sprintf("delete route %s", s.Route)
+	case AddRule:
+		return fmt.Sprintf("add routing rule %s", s.Rule)
+	case DeleteRule:
+		return fmt.Sprintf("delete routing rule %s", s.Rule)
 	case WriteSysctl:
 		return fmt.Sprintf("set %s = %s", s.Sysctl, s.Value)
 	}

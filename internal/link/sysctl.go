@@ -16,6 +16,12 @@ func promoteSecondaries(name string) string {
 	return "net/ipv4/conf/" + name + "/promote_secondaries"
 }
 
+// reversePathFilter is the sysctl by which the kernel drops packets that come in
+// by another interface than their source is reached by. The value for all
+// interfaces or that for the one, whichever is higher, holds (ip-sysctl.rst,
+// rp_filter: 0 off, 1 strict, 2 loose).
+func reversePathFilter(name string) string { return "net/ipv4/conf/" + name + "/rp_filter" }
+
 // sysctlPath returns the file of a sysctl. As with sysctl(8), a name that is
 // written with slashes may have dots in its parts (interface names have).
 func sysctlPath(name string) string {
@@ -31,6 +37,12 @@ func readSysctl(name string) (string, error) {
 		return "", fmt.Errorf("reading sysctl %s: %w", name, err)
 	}
 	return strings.TrimSpace(string(data)), nil
+}
+
+// isOn reports whether a sysctl is not 0.
+func isOn(name string) (bool, error) {
+	value, err := readSysctl(name)
+	return value != "0", err
 }
 
 func writeSysctl(name, value string) error {

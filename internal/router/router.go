@@ -19,21 +19,19 @@ import (
 
 // A Router configures the network namespace that it runs in.
 type Router struct {
-	Link    link.Want
-	Cluster string      // interface that clients come in by; unused without a Plan
-	Plan    *rules.Plan // nil: the network only
-	Log     *slog.Logger
+	Link link.Want
+	Plan *rules.Plan // nil: the network only
+	Log  *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
 	Network func() (Network, error)
-	// Rules reads the kernel's rules in the given tables. It is not called
-	// without a Plan.
-	Rules func(context.Context, []rules.Table) (Rules, error)
+	// Rules reads the kernel's rules. It is not called without a Plan.
+	Rules func(context.Context) (Rules, error)
 }
 
 // A Network observes and changes the network; it is a *link.Kernel.
 type Network interface {
-	Observe(name string) (link.State, error)
+	Observe(link.Want) (link.State, error)
 	Exists(name string) error
 	Do(link.Step) error
 	Close()
@@ -112,7 +110,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		if err := link.CanForward(have); err != nil {
 			return err
 		}
-		if current, err = r.Rules(ctx, r.Plan.Tables()); err != nil {
+		if current, err = r.Rules(ctx); err != nil {
 			return err
 		}
 		differs = current.Differs(*r.Plan)
@@ -157,7 +155,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 // observe reads the state of the egress interface and sees that the cluster
 // interface is there too where it is needed.
 func (r *Router) observe(network Network) (link.State, error) {
-	have, err := network.Observe(r.Link.Interface)
+	have, err := network.Observe(r.Link)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
 		return have, &InterfaceError{"EGRESS_INTERFACE", err, fmt.Sprintf(egressHint, r.Link.Interface)}
 	}
@@ -167,7 +165,7 @@ func (r *Router) observe(network Network) (link.State, error) {
 	if r.Plan == nil {
 		return have, nil
 	}
-	err = network.Exists(r.Cluster)
+	err = network.Exists(r.Link.Cluster.Interface)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
 		return have, &InterfaceError{"EGRESS_CLUSTER_INTERFACE", err, clusterHint}
 	}
@@ -193,7 +191,7 @@ func (r *Router) converge(ctx context.Context, network Network, have link.State,
 			}
 		}
 		var err error
-		if have, err = network.Observe(r.Link.Interface); err != nil {
+		if have, err = network.Observe(r.Link); err != nil {
 			return have, err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -21,6 +22,11 @@ import (
 )
 
 func TestMain(m *testing.M) { nstest.Main(m) }
+
+// clusterSide is eth0's, with a destination that would not be reached by it.
+var clusterSide = link.ClusterSide{
+	Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")},
+}
 
 var errInjected = errors.New("injected failure")
 
@@ -49,22 +55,23 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 	if err != nil {
 		t.Fatal(err)
 	}
-	plan := rules.NewPlan(destinations, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
+	plan := rules.NewPlan(destinations, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source, Mark: rules.Mark(clusterSide.Mark)})
 	return &router.Router{
-		Link:    link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
-		Cluster: "eth0",
-		Plan:    &plan,
-		Log:     slog.New(slog.DiscardHandler),
+		Link: link.Want{
+			Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr, Cluster: clusterSide,
+		},
+		Plan: &plan,
+		Log:  slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) {
 			kernel, err := link.Open()
 			return failingNetwork{kernel, left, steps}, err
 		},
-		Rules: func(ctx context.Context, tables []rules.Table) (router.Rules, error) {
-			backend, err := iptables.Find()
+		Rules: func(ctx context.Context) (router.Rules, error) {
+			backend, err := iptables.Find(ctx)
 			if err != nil {
 				return nil, err
 			}
-			return backend.Begin(ctx, tables)
+			return backend.Begin(ctx)
 		},
 	}
 }
@@ -85,19 +92,20 @@ func state(t *testing.T, l *lab.Lab) string {
 			return err
 		}
 		defer kernel.Close()
-		s, err := kernel.Observe("macvlan0")
+		s, err := kernel.Observe(link.Want{Interface: "macvlan0", Cluster: clusterSide})
 		if err != nil {
 			return err
 		}
 		fmt.Fprintln(&b, s.Up, s.Forwards, s.Promotes, s.Addresses)
-		for _, r := range s.Routes {
+		for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
 			fmt.Fprintln(&b, r)
 		}
-		backend, err := iptables.Find()
+		fmt.Fprintln(&b, s.Cluster.Rules, s.Cluster.Filter)
+		backend, err := iptables.Find(t.Context())
 		if err != nil {
 			return err
 		}
-		tx, err := backend.Begin(t.Context(), []rules.Table{rules.NAT})
+		tx, err := backend.Begin(t.Context())
 		if err != nil {
 			return err
 		}

@@ -132,6 +132,24 @@ func hint(err error) string {
 	return ""
 }
 
+// resolvConf is the file of the resolver's name servers (resolv.conf(5)).
+const resolvConf = "/etc/resolv.conf"
+
+// nameServer puts a resolv.conf in place of the machine's, whose name servers
+// would otherwise decide which routes a router under test adds.
+func nameServer() error {
+	const text = "nameserver 10.96.0.10\n"
+	if err := os.WriteFile("/run/resolv.conf", []byte(text), 0o644); err != nil { //nolint:gosec // it is for everybody to read
+		return fmt.Errorf("writing a resolv.conf: %w", err)
+	}
+	defer func() { _ = os.Remove("/run/resolv.conf") }() // the mount keeps it
+	err := unix.Mount("/run/resolv.conf", resolvConf, "", unix.MS_BIND, "")
+	if err != nil && !errors.Is(err, unix.ENOENT) { // a machine without one is fine
+		return fmt.Errorf("mounting a file on %q: %w", resolvConf, err)
+	}
+	return nil
+}
+
 // prepare makes fresh namespaces fit for tests.
 func prepare() error {
 	// Without this the mount below would spread to the machine wherever systemd
@@ -141,6 +159,9 @@ func prepare() error {
 	}
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755"); err != nil {
 		return fmt.Errorf("mounting tmpfs on %q: %w", "/run", err)
+	}
+	if err := nameServer(); err != nil {
+		return err
 	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
