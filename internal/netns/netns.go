@@ -17,6 +17,7 @@
 package netns
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -34,6 +35,9 @@ import (
 type Namespace struct {
 	handle netns.NsHandle
 }
+
+// ErrNoNamespace says that a file stands for no network namespace.
+var ErrNoNamespace = errors.New("it is not a network namespace")
 
 // New makes an empty namespace: one loopback link, down. The namespace of the
 // caller stays as it is, although unshare(2) moves the thread that calls it.
@@ -58,6 +62,12 @@ func Open(path string) (*Namespace, error) {
 	handle, err := netns.GetFromPath(path)
 	if err != nil {
 		return nil, fmt.Errorf("opening network namespace %q: %w", path, err)
+	}
+	// Any file can be opened; one that is no namespace would fail at Do, with
+	// no more than "invalid argument" (ioctl_ns(2)).
+	if kind, err := unix.IoctlRetInt(int(handle), unix.NS_GET_NSTYPE); err != nil || kind != unix.CLONE_NEWNET {
+		_ = handle.Close() // there is a better error to report
+		return nil, fmt.Errorf("opening network namespace %q: %w", path, ErrNoNamespace)
 	}
 	return &Namespace{handle: handle}, nil
 }

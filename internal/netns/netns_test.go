@@ -247,6 +247,11 @@ func TestOpen(t *testing.T) {
 	if !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), `"/nowhere"`) {
 		t.Errorf("Open of a missing file = %v, want ErrNotExist and its name", err)
 	}
+	for _, name := range []string{"/dev/null", "/proc", "/proc/self/ns/mnt"} {
+		if _, err := netns.Open(name); !errors.Is(err, netns.ErrNoNamespace) || !strings.Contains(err.Error(), name) {
+			t.Errorf("Open of %s = %v, want ErrNoNamespace and its name", name, err)
+		}
+	}
 }
 
 func TestClosed(t *testing.T) {
