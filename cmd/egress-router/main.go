@@ -15,6 +15,9 @@
 //	EGRESS_CLUSTER_CIDRS      (none) networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces
 //	EGRESS_REPLY_MARK         (0x1000) bits of the mark of connections that came in on the cluster side, if another program uses the default
 //	EGRESS_REPLY_TABLE        (4711) number of the routing table of their replies, if another program uses the default
+//	EGRESS_MACVLAN_PARENT     (none) NIC of the host of which the router makes the egress interface, a macvlan; true: that of the host's IPv4 default route
+//	EGRESS_MACVLAN_MODE       (private) mode of that macvlan: private, bridge, vepa or passthru
+//	EGRESS_HOST_NETNS         (/proc/1/ns/net) file of the host's network namespace, in which that NIC is
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and the whole rule set
 //
 // Without an argument it does what the mode says. The arguments plan, help and

@@ -56,6 +56,7 @@ type Config struct {
 	Set     rules.Set // empty where the mode does not redirect
 	Egress  string    // interface on the physical network
 	Cluster string    // interface that clients come in by
+	Macvlan *Macvlan  // nil: the egress interface is there before the router starts
 	Debug   bool
 
 	ReplyMark           rules.Mark     // of connections that came in on the cluster side
@@ -139,6 +140,9 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	if c.Egress == c.Cluster {
 		report(&Error{"EGRESS_CLUSTER_INTERFACE", fmt.Sprintf("EGRESS_INTERFACE and EGRESS_CLUSTER_INTERFACE are both %q", c.Egress),
 			"hint: clients come in by one interface and leave by the other: name two"})
+	}
+	for _, e := range c.parseMacvlan(env) {
+		report(e)
 	}
 	if len(faults) > 0 {
 		return Config{}, faults

@@ -1,0 +1,66 @@
+package config
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestMacvlan(t *testing.T) {
+	for name, test := range map[string]struct {
+		parent, mode, netns string
+		want                *Macvlan
+		warnings            []string
+	}{
+		"not wanted":          {},
+		"the default route's": {parent: "true", want: &Macvlan{Mode: Private, HostNetns: "/proc/1/ns/net"}},
+		"by name":             {parent: "ens3", want: &Macvlan{Parent: "ens3", Mode: Private, HostNetns: "/proc/1/ns/net"}},
+		"true is spelt so":    {parent: "True", want: &Macvlan{Parent: "True", Mode: Private, HostNetns: "/proc/1/ns/net"}},
+		"private":             {parent: "bond0.7", mode: "private", want: &Macvlan{Parent: "bond0.7", Mode: Private, HostNetns: "/proc/1/ns/net"}},
+		"bridge":              {parent: "ens3", mode: "bridge", want: &Macvlan{Parent: "ens3", Mode: Bridge, HostNetns: "/proc/1/ns/net"}},
+		"vepa":                {parent: "ens3", mode: "vepa", want: &Macvlan{Parent: "ens3", Mode: VEPA, HostNetns: "/proc/1/ns/net"}},
+		"passthru":            {parent: "ens3", mode: "passthru", want: &Macvlan{Parent: "ens3", Mode: Passthru, HostNetns: "/proc/1/ns/net"}},
+		"another file":        {parent: "ens3", netns: "/host/proc/1/ns/net", want: &Macvlan{Parent: "ens3", Mode: Private, HostNetns: "/host/proc/1/ns/net"}},
+		"a mode alone":        {mode: "bridge", warnings: []string{"EGRESS_MACVLAN_MODE has no effect without EGRESS_MACVLAN_PARENT"}},
+		"a namespace alone":   {netns: "/x", warnings: []string{"EGRESS_HOST_NETNS has no effect without EGRESS_MACVLAN_PARENT"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env := good()
+			env.MacvlanParent, env.MacvlanMode, env.HostNetns = test.parent, test.mode, test.netns
+			c, err := Parse(env, noFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(test.want, c.Macvlan); diff != "" {
+				t.Errorf("- wanted, + got:\n%s", diff)
+			}
+			if diff := cmp.Diff(test.warnings, c.Warnings); diff != "" {
+				t.Errorf("warnings: - wanted, + got:\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestMacvlanFaults(t *testing.T) {
+	env := good()
+	env.MacvlanParent, env.MacvlanMode = "eth0:1", "Bridge"
+	_, err := Parse(env, noFile)
+	if err == nil {
+		t.Fatal("accepted")
+	}
+	for _, want := range []string{
+		`EGRESS_MACVLAN_PARENT "eth0:1" is not an interface name: it holds ':'`,
+		`EGRESS_MACVLAN_MODE "Bridge" is not a mode of a macvlan`,
+		"hint: the modes are private, bridge, vepa, passthru\n",
+	} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("no %q in:\n%v", want, err)
+		}
+	}
+	// The mode is checked also where no macvlan is wanted.
+	env.MacvlanParent = ""
+	if _, err := Parse(env, noFile); err == nil {
+		t.Error("a mode that is none is accepted without a parent")
+	}
+}
