@@ -142,7 +142,7 @@ func runProxy(_ context.Context, p Process) error {
 
 func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	r := &router.Router{
-		Link: wanted(c), Log: log,
+		Link: wanted(c), Macvlan: macvlan(c), Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
 	}
 	if c.Mode.Redirects() {
@@ -166,6 +166,14 @@ func wanted(c config.Config) link.Want {
 			Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
 		},
 	}
+}
+
+// macvlan returns the egress interface to make, nil where it is there already.
+func macvlan(c config.Config) *link.Macvlan {
+	if c.Macvlan == nil {
+		return nil
+	}
+	return &link.Macvlan{Interface: c.Egress, Parent: c.Macvlan.Parent, Mode: string(c.Macvlan.Mode), HostNetns: c.Macvlan.HostNetns}
 }
 
 func logger(w io.Writer, debug bool) *slog.Logger {

@@ -31,6 +31,14 @@ var environments = map[string]config.Environment{
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",
 		Interface: "net1", ClusterInterface: "net0",
 	},
+	"macvlan": {
+		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",
+		MacvlanParent: "true",
+	},
+	"macvlan-named": {
+		Mode: "http-proxy", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Interface: "net1",
+		MacvlanParent: "ens3", MacvlanMode: "bridge", HostNetns: "/host/proc/1/ns/net",
+	},
 	"dns-proxy": {Mode: "dns-proxy", Source: "192.168.12.99/24", Gateway: "192.168.12.1"},
 }
 

@@ -101,6 +101,9 @@ func planText(c config.Config) string {
 			b.WriteString("    " + line)
 		}
 	}
+	if m := macvlan(c); m != nil {
+		step(m.String())
+	}
 	if c.Mode.Redirects() {
 		stepRules("rules that mark connections and set the source address", plan.Guard())
 	}

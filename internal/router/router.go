@@ -19,9 +19,10 @@ import (
 
 // A Router configures the network namespace that it runs in.
 type Router struct {
-	Link link.Want
-	Plan *rules.Plan // nil: the network only
-	Log  *slog.Logger
+	Link    link.Want
+	Macvlan *link.Macvlan // nil: the egress interface is there already
+	Plan    *rules.Plan   // nil: the network only
+	Log     *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
 	Network func() (Network, error)
@@ -61,7 +62,8 @@ func (e *InterfaceError) Unwrap() error { return e.Err }
 // Hint says how the interface is provided.
 func (e *InterfaceError) Hint() string { return e.hint }
 
-const egressHint = `the egress interface is there before the router starts; what makes it:
+const egressHint = `the egress interface is there before the router starts, or made by it; what makes it:
+  the router   EGRESS_MACVLAN_PARENT=NIC, or true for the NIC of the host's default route, in a privileged pod with hostPID: true
   Multus       the pod's annotation k8s.v1.cni.cncf.io/networks: NAME@%[1]s, NAME being a NetworkAttachmentDefinition of type macvlan
   OpenShift    the pod's annotation pod.network.openshift.io/assign-macvlan: "true" (its legacy cluster network only)
   podman       podman network create -d macvlan -o parent=NIC NAME, then --network NAME:interface_name=%[1]s
@@ -92,7 +94,20 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	}
 	defer network.Close()
 
-	// Nothing changes before all of this has passed.
+	var done undoList
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, done.undo(r.Log))
+		}
+	}()
+	parentAddresses, err := r.ensureMacvlan(ctx, network, &done)
+	if err != nil {
+		return err
+	}
+	// To be reached by the cluster side instead: link.ClusterSide.Destinations.
+	r.Log.Debug("addresses of the host that the egress interface cannot reach", "addresses", parentAddresses)
+
+	// Nothing else changes before all of this has passed.
 	have, err := r.observe(network)
 	if err != nil {
 		return err
@@ -117,12 +132,6 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		r.Log.Debug("rules wanted", "backend", current.String(), "plan", r.Plan.String(), "differs", strings.Join(differs, "; "))
 	}
 
-	var done undoList
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, done.undo(r.Log))
-		}
-	}()
 	if len(differs) > 0 && len(link.Diff(r.Link, have)) > 0 {
 		if err := done.add(current.Apply(ctx, r.Plan.Guard())); err != nil {
 			return err
@@ -162,14 +171,19 @@ func (r *Router) observe(network Network) (link.State, error) {
 	if err != nil {
 		return have, err
 	}
+	return have, r.checkCluster(network)
+}
+
+// checkCluster sees that the cluster interface is there where it is needed.
+func (r *Router) checkCluster(network Network) error {
 	if r.Plan == nil {
-		return have, nil
+		return nil
 	}
-	err = network.Exists(r.Link.Cluster.Interface)
+	err := network.Exists(r.Link.Cluster.Interface)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
-		return have, &InterfaceError{"EGRESS_CLUSTER_INTERFACE", err, clusterHint}
+		return &InterfaceError{"EGRESS_CLUSTER_INTERFACE", err, clusterHint}
 	}
-	return have, err
+	return err
 }
 
 // converge takes the steps from have to what is wanted, and returns the state

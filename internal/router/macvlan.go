@@ -1,0 +1,120 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// A HostError says that the host's network namespace is not within reach.
+type HostError struct {
+	Err  error
+	hint string
+}
+
+func (e *HostError) Error() string { return e.Err.Error() }
+
+// Unwrap returns what was found.
+func (e *HostError) Unwrap() error { return e.Err }
+
+// Hint says how to get there.
+func (e *HostError) Hint() string { return e.hint }
+
+const (
+	hostHint = `EGRESS_MACVLAN_PARENT is a NIC of the host, whose network namespace has to be within reach; one of these does it:
+  hostPID: true in the pod's spec (docker and podman: --pid=host), and EGRESS_HOST_NETNS not set
+  the host's /proc as a hostPath volume at /host/proc, and EGRESS_HOST_NETNS=/host/proc/1/ns/net
+hostNetwork: true does not: the router is to have a network of its own.`
+	hostPrivilegeHint = "entering the host's network namespace takes privilege: securityContext.privileged: true (of it, the capabilities SYS_ADMIN, and SYS_PTRACE where the file is in /proc)"
+)
+
+// hostError adds what to do to an error of opening or entering the namespace.
+func hostError(err error) error {
+	if errors.Is(err, os.ErrPermission) {
+		return &HostError{err, hostPrivilegeHint}
+	}
+	return &HostError{err, hostHint}
+}
+
+// ensureMacvlan makes the egress interface where the router is to, unless it is
+// there already, and adds the way back to done. It returns the addresses of the
+// host that the interface cannot reach, none where there is no r.Macvlan.
+//
+// Nothing changes before everything about it is checked, and nothing ever
+// changes in the host's namespace.
+func (r *Router) ensureMacvlan(ctx context.Context, network Network, done *undoList) ([]netip.Prefix, error) {
+	if r.Macvlan == nil {
+		return nil, nil
+	}
+	m := *r.Macvlan
+	pod, err := netns.Current()
+	if err != nil {
+		return nil, err
+	}
+	defer pod.Close()
+	host, err := netns.Open(m.HostNetns)
+	if err != nil {
+		return nil, hostError(err)
+	}
+	defer host.Close()
+	if host.Equal(pod) {
+		return nil, hostError(fmt.Errorf("opening the host's network namespace: %q is the pod's own", m.HostNetns))
+	}
+
+	inPod, err := link.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer inPod.Close()
+	var inHost *link.Kernel
+	if err := host.Do(func() (err error) {
+		inHost, err = link.Open()
+		return err
+	}); err != nil {
+		return nil, hostError(err)
+	}
+	defer inHost.Close()
+
+	parent, err := inHost.FindParent(m)
+	if err != nil {
+		return nil, err
+	}
+	if err := parent.Suits(r.Link); err != nil {
+		return nil, err
+	}
+	m.Parent = parent.Name
+	there, err := inPod.HasMacvlan(m, parent, inHost, host.Fd())
+	if err != nil {
+		return nil, err
+	}
+	if there {
+		return parent.Addresses, nil
+	}
+	if err := r.checkCluster(network); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if err := inHost.CreateMacvlan(m, parent, pod.Fd()); err != nil {
+		return nil, err
+	}
+	_ = done.add(func() error {
+		kernel, err := link.Open() // the other one is closed by then
+		if err != nil {
+			return err
+		}
+		defer kernel.Close()
+		return kernel.DeleteMacvlan(m)
+	}, nil)
+	r.Log.Info("network changed", "step", m.String())
+	if m.Mode == "passthru" && len(parent.Addresses) > 0 {
+		r.Log.Warn("in mode passthru all frames of the NIC are the pod's: the host is cut off from its addresses there", "nic", parent.Name, "addresses", parent.Addresses)
+	}
+	return parent.Addresses, nil
+}
