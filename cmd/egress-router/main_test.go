@@ -22,6 +22,10 @@ func TestMain(m *testing.M) {
 		"without-privilege":   func() { become(nobody) },
 		"with-read-only-proc": func() { become(readOnlyProc) },
 		"without-iptables":    func() { become(noIptables) },
+		"without-sys-admin":   func() { become(noSysAdmin) },
+		"as-first-process":    func() { become(ownProc) },
+		"as-host-process":     hostProcess,
+		"in-pod":              inPod,
 	})
 }
 
