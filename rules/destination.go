@@ -125,8 +125,10 @@ func (e *ParseError) Error() string { return e.Sentence }
 func Parse(value string) (Set, error) {
 	var set Set
 	var fallback Line
-	seen := make(map[Port]int) // local port -> line
-	for _, line := range Lines(value) {
+	seen := make([]int, 1<<16) // local port -> line; zero: not used
+	lines := Lines(value)
+	set.Redirects = make([]Redirect, 0, len(lines))
+	for _, line := range lines {
 		if isBlank(line.Text) || line.Text[0] == '#' {
 			continue
 		}
@@ -152,7 +154,7 @@ func Parse(value string) (Set, error) {
 		if r.Port, ok = parsePort(f.port); !ok {
 			return Set{}, badPort(line, f.port)
 		}
-		if first, used := seen[r.Port]; used {
+		if first := seen[r.Port]; first != 0 {
 			return Set{}, &ParseError{line,
 				fmt.Sprintf("EGRESS_DESTINATION localport %d is already used, must be unique for each destination", r.Port),
 				fmt.Sprintf("line %d uses it first; a port stands once, whatever the protocol", first)}
@@ -192,7 +194,16 @@ func parseLine(text string) (fields, bool) {
 	}
 	var f fields
 	var ok bool
-	words := strings.FieldsFunc(text, func(r rune) bool { return r == ' ' })
+	words := make([]string, 0, 4)
+	for word := range strings.SplitSeq(text, " ") {
+		if word == "" {
+			continue
+		}
+		if len(words) == cap(words) {
+			return fields{}, false
+		}
+		words = append(words, word)
+	}
 	if len(words) == 1 {
 		f.to, ok = ParseIPv4(words[0])
 		return f, ok

@@ -110,8 +110,8 @@ func cut(chars []byte, protected []bool) string {
 		last--
 	}
 	// bash marks protected characters with \x01 and takes one that stands
-	// before a blank for its mark.
-	if last < n && last > first && !protected[last] && chars[last-1] == '\x01' {
+	// before a blank for its mark, but for the first character of the line.
+	if last < n && last-1 > first && !protected[last] && chars[last-1] == '\x01' {
 		last--
 	}
 	return string(chars[first:last])

@@ -40,6 +40,7 @@ const (
 	SNAT           Target = "SNAT"     // change the source to Rule.To
 	MarkPacket     Target = "MARK"     // set the packet's mark, Rule.Mark
 	MarkConnection Target = "CONNMARK" // set the mark of the packet's connection, Rule.Mark
+	Drop           Target = "DROP"
 )
 
 // A Mark is a set of bits in the 32-bit mark of a packet or a connection. Other
@@ -55,8 +56,11 @@ type Rule struct {
 	Out      string // interface that it leaves by
 	Protocol Protocol
 	Port     Port // destination port
-	Original bool // only packets that go the way of their connection's first one
 	Marked   Mark // mark of the connection
+	// Of the connection that the packet belongs to:
+	RepliesNotTo netip.Addr // replies to it do not come to this address
+	Confirmed    bool       // its first packet has left
+	Original     bool       // the packet goes the way of the first one
 
 	Target Target
 	To     netip.Addr
@@ -88,12 +92,18 @@ type Sides struct {
 	Mark    Mark       // of connections that came in on the cluster side
 }
 
-// The names of our chains. Other programs' chains never begin so.
+// ChainPrefix begins the name of each of our chains, which goes on with the
+// name of the hook that the chain stands at.
+const ChainPrefix = "EGRESS-"
+
 const (
-	ChainPrefix      = "EGRESS-"
 	preroutingChain  = ChainPrefix + string(Prerouting)
 	postroutingChain = ChainPrefix + string(Postrouting)
 )
+
+// Hooks are all hooks of the kernel. Chains named after one of them are ours,
+// also where this version has none there; others with our prefix need not be.
+var Hooks = []Hook{Prerouting, "INPUT", "FORWARD", "OUTPUT", Postrouting}
 
 // NewPlan returns the chains that carry out set.
 //
@@ -107,6 +117,11 @@ const (
 // and what arrives for them on the egress side gets the mark before its route
 // is chosen: a routing rule for that mark leads back to the cluster side. The
 // packets of the connection's own direction must not get it.
+//
+// The last mangle rule is for connections that the NAT rules have not seen: the
+// kernel decides on the source of a connection with its first packet, so one
+// that was there before the source rule, or before the reserved address was
+// another one, would leave with its old source for as long as it lives.
 func NewPlan(set Set, sides Sides) Plan {
 	redirects := make([]Rule, 0, len(set.Redirects)+1)
 	for _, r := range set.Redirects {
@@ -123,6 +138,9 @@ func NewPlan(set Set, sides Sides) Plan {
 			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
 			{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
 		}},
+		{Table: Mangle, Hook: Postrouting, Name: postroutingChain, Rules: []Rule{
+			{Out: sides.Egress, RepliesNotTo: sides.Source, Confirmed: true, Original: true, Target: Drop},
+		}},
 		{Table: NAT, Hook: Prerouting, Name: preroutingChain, Rules: redirects},
 		{Table: NAT, Hook: Postrouting, Name: postroutingChain, Rules: []Rule{
 			{Out: sides.Egress, Target: SNAT, To: sides.Source},
@@ -136,10 +154,20 @@ func NewPlan(set Set, sides Sides) Plan {
 func (p Plan) Guard() Plan {
 	guard := Plan{Chains: slices.Clone(p.Chains)}
 	for i, c := range guard.Chains {
-		guard.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT })
+		if !slices.ContainsFunc(c.Rules, isRedirect) {
+			continue
+		}
+		guard.Chains[i].Rules = nil
+		for _, r := range c.Rules {
+			if !isRedirect(r) {
+				guard.Chains[i].Rules = append(guard.Chains[i].Rules, r)
+			}
+		}
 	}
 	return guard
 }
+
+func isRedirect(r Rule) bool { return r.Target == DNAT }
 
 // Equal reports whether both plans hold the same chains with the same rules in
 // the same order.
@@ -147,17 +175,6 @@ func (p Plan) Equal(other Plan) bool {
 	return slices.EqualFunc(p.Chains, other.Chains, func(a, b Chain) bool {
 		return a.Table == b.Table && a.Hook == b.Hook && a.Name == b.Name && slices.Equal(a.Rules, b.Rules)
 	})
-}
-
-// Tables returns the tables that the plan uses, each once, in order.
-func (p Plan) Tables() []Table {
-	var tables []Table
-	for _, c := range p.Chains {
-		if !slices.Contains(tables, c.Table) {
-			tables = append(tables, c.Table)
-		}
-	}
-	return tables
 }
 
 // String returns the plan for a person to read: for each chain, the hook it
@@ -173,6 +190,19 @@ func (p Plan) String() string {
 		}
 	}
 	return b.String()
+}
+
+// Destinations returns where the plan redirects to.
+func (p Plan) Destinations() []netip.Addr {
+	var to []netip.Addr
+	for _, c := range p.Chains {
+		for _, r := range c.Rules {
+			if isRedirect(r) {
+				to = append(to, r.To)
+			}
+		}
+	}
+	return to
 }
 
 // Count returns how many rules of the plan have the given target.

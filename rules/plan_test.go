@@ -34,25 +34,27 @@ func TestUnitTest(t *testing.T) {
 	}
 }
 
-func TestAppendRestore(t *testing.T) {
-	const want = `*nat
-:EGRESS-PREROUTING - [0:0]
-:EGRESS-POSTROUTING - [0:0]
--A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25
+func TestAppendSaved(t *testing.T) {
+	want := []string{
+		`-A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
+-A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
+`,
+		`-A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
+`,
+		`-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25
 -A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 203.0.113.26:80
 -A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 8443 -j DNAT --to-destination 203.0.113.26:443
 -A EGRESS-PREROUTING -i eth0 -j DNAT --to-destination 203.0.113.27
--A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
-`
-	const mangle = `*mangle
-:EGRESS-PREROUTING - [0:0]
--A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
--A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
-`
-	for table, want := range map[Table]string{NAT: want, Mangle: mangle} {
-		if diff := cmp.Diff(want, string(NewPlan(exampleSet, sides).AppendRestore(nil, table))); diff != "" {
-			t.Errorf("table %s: - wanted, + got:\n%s", table, diff)
-		}
+`,
+		`-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
+`,
+	}
+	var got []string
+	for _, chain := range NewPlan(exampleSet, sides).Chains {
+		got = append(got, string(chain.AppendSaved(nil)))
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("- wanted, + got:\n%s", diff)
 	}
 }
 

@@ -1,6 +1,9 @@
 package rules
 
-import "strconv"
+import (
+	"slices"
+	"strconv"
+)
 
 // UnitTest returns the NAT rules of set in the notation that the original
 // prints in its unit-test mode: built-in chains, no match modules, one line for
@@ -21,41 +24,20 @@ func UnitTest(set Set, sides Sides) []byte {
 	return b
 }
 
-// AppendRestore appends to b the plan's chains of one table as input for
-// iptables-restore --noflush, without the COMMIT that ends it: each chain is
-// made or emptied, then filled, all at once, and chains that the plan does not
-// name stay as they are.
-//
-// Rules are written as iptables-save prints them, so that a chain that still
-// is as it was loaded can be told by comparing text.
-func (p Plan) AppendRestore(b []byte, table Table) []byte {
-	b = append(b, '*')
-	b = append(b, table...)
-	b = append(b, '\n')
-	for _, c := range p.Chains {
-		if c.Table == table {
-			b = append(b, ':')
-			b = append(b, c.Name...)
-			b = append(b, " - [0:0]\n"...)
-		}
-	}
-	for _, c := range p.Chains {
-		if c.Table != table {
-			continue
-		}
-		for _, r := range c.Rules {
-			b = append(b, "-A "...)
-			b = append(b, c.Name...)
-			b = append(b, ' ')
-			b = append(r.append(b, true), '\n')
-		}
+// AppendSaved appends to b the rules of the chain as iptables-save prints them
+// and iptables-restore takes them, a line each. Because both are the same, a
+// chain that still is as it was loaded can be told by comparing text.
+func (c Chain) AppendSaved(b []byte) []byte {
+	const line = 96 // bytes of a redirect, with room to spare
+	b = slices.Grow(b, line*len(c.Rules))
+	for _, r := range c.Rules {
+		b = append(b, "-A "...)
+		b = append(b, c.Name...)
+		b = append(b, ' ')
+		b = append(r.append(b, true), '\n')
 	}
 	return b
 }
-
-// AppendSaved appends the rule to b as iptables-save prints it, without the
-// chain.
-func (r Rule) AppendSaved(b []byte) []byte { return r.append(b, true) }
 
 // append writes the rule's match and target in iptables notation. Where modules
 // is set it names the match module of the protocol, as iptables-save does.
@@ -82,8 +64,17 @@ func (r Rule) append(b []byte, modules bool) []byte {
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
+	if r.RepliesNotTo.IsValid() || r.Confirmed || r.Original {
+		b = append(b, "-m conntrack "...)
+	}
+	if r.RepliesNotTo.IsValid() {
+		option("! --ctrepldst ", r.RepliesNotTo.String())
+	}
+	if r.Confirmed {
+		option("--ctstatus ", "CONFIRMED")
+	}
 	if r.Original {
-		option("-m conntrack ", "--ctdir ORIGINAL")
+		option("--ctdir ", "ORIGINAL")
 	}
 	if r.Marked != 0 {
 		option("-m connmark --mark ", r.Marked.String())
@@ -91,6 +82,8 @@ func (r Rule) append(b []byte, modules bool) []byte {
 	b = append(b, "-j "...)
 	b = append(b, r.Target...)
 	switch r.Target {
+	case Drop:
+		return b
 	case DNAT:
 		b = append(b, " --to-destination "...)
 	case SNAT:

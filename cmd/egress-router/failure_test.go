@@ -103,7 +103,8 @@ func TestIptablesFails(t *testing.T) {
 		programs, _, _ := strings.Cut(p.path, ":")
 		wrappers, counter, turn := p.TempDir(), filepath.Join(p.TempDir(), "calls"), filepath.Join(p.TempDir(), "turn")
 		for _, name := range []string{"iptables", "iptables-save", "iptables-restore"} {
-			script := fmt.Sprintf("#!/bin/sh\necho call >>%[1]s\n"+
+			// Who asks for the version does so twice at a time.
+			script := fmt.Sprintf("#!/bin/sh\ncase $* in *--version*) exec %[3]s \"$@\"; esac\necho call >>%[1]s\n"+
 				"if [ $(wc -l <%[1]s) -eq $(cat %[2]s) ]; then echo 'injected failure' >&2; exit 4; fi\n"+
 				"exec %[3]s \"$@\"\n", counter, turn, filepath.Join(programs, name))
 			if err := os.WriteFile(filepath.Join(wrappers, name), []byte(script), 0o755); err != nil { //nolint:gosec // it has to run
@@ -132,8 +133,10 @@ func TestIptablesFails(t *testing.T) {
 				p.ok()
 				p.iptables("-t", "nat", "-D", "EGRESS-PREROUTING", "1")
 				p.iptables("-t", "nat", "-D", "PREROUTING", "-j", "EGRESS-PREROUTING")
-				p.iptables("-t", "nat", "-N", "EGRESS-OLD")
-				p.iptables("-t", "nat", "-A", "EGRESS-OLD", "-p", "tcp", "-m", "tcp", "--dport", "7", "-j", "ACCEPT")
+				p.iptables("-t", "nat", "-A", "POSTROUTING", "-j", "EGRESS-POSTROUTING")
+				p.iptables("-t", "nat", "-N", "EGRESS-INPUT")
+				p.iptables("-t", "nat", "-A", "EGRESS-INPUT", "-p", "tcp", "-m", "tcp", "--dport", "7", "-j", "ACCEPT")
+				p.iptables("-t", "nat", "-A", "INPUT", "-j", "EGRESS-INPUT")
 				p.iptables("-t", "nat", "-I", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
 				p.env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
 			}},
@@ -149,16 +152,14 @@ func TestIptablesFails(t *testing.T) {
 				if call > 50 {
 					p.Fatalf("%s: it never succeeds:\n%s", start.name, r.stderr)
 				}
-				// The second call is the one for the version that go-iptables
-				// makes; it keeps to itself what that printed.
-				if r.code != 1 || call != 2 && !strings.Contains(r.last(), "injected failure") {
+				if r.code != 1 || !strings.Contains(r.last(), "injected failure") {
 					p.Errorf("%s, call %d: exit code %d:\n%s", start.name, call, r.code, r.stderr)
 				}
 				if got := p.state(); got != before {
 					p.Fatalf("%s, call %d: not put back.\n--- was\n%s--- is\n%s\nstderr:\n%s", start.name, call, before, got, r.stderr)
 				}
 			}
-			if call < 5 {
+			if call < 4 {
 				p.Errorf("%s: only %d calls could fail", start.name, call-1)
 			}
 			p.wantAnswer("tcp", 8080, "203.0.113.26:80")

@@ -84,7 +84,28 @@ func TestDamage(t *testing.T) {
 			{"a jump gone", p.damageRules("-D", "POSTROUTING", "-j", "EGRESS-POSTROUTING")},
 			{"a jump twice", p.damageRules("-A", "PREROUTING", "-j", "EGRESS-PREROUTING")},
 			{"all of the table flushed", p.damageRules("-F")},
-			{"a chain of an older version", p.damageRules("-N", "EGRESS-OLD")},
+			{"a chain of another version, in use", func(h *netlink.Handle, macvlan, eth netlink.Link) error {
+				_ = p.damageRules("-N", "EGRESS-OUTPUT")(h, macvlan, eth)
+				_ = p.damageRules("-A", "EGRESS-OUTPUT", "-p", "tcp", "-j", "ACCEPT")(h, macvlan, eth)
+				return p.damageRules("-A", "OUTPUT", "-j", "EGRESS-OUTPUT")(h, macvlan, eth)
+			}},
+			{"another default route in front of ours", func(h *netlink.Handle, _, eth netlink.Link) error {
+				return prepend(h, &netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+			}},
+			{"another route to the gateway in front of ours", func(h *netlink.Handle, _, eth netlink.Link) error {
+				gateway := &net.IPNet{IP: lab.GatewayAddr.AsSlice(), Mask: net.CIDRMask(32, 32)}
+				return prepend(h, &netlink.Route{Dst: gateway, LinkIndex: eth.Attrs().Index, Scope: netlink.SCOPE_LINK})
+			}},
+			{"no route to the subnet", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+				_, subnet, err := net.ParseCIDR("192.168.12.0/24")
+				if err != nil {
+					return err
+				}
+				return h.RouteDel(&netlink.Route{Dst: subnet, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
+			}},
+			{"no forwarding by one interface", func(*netlink.Handle, netlink.Link, netlink.Link) error {
+				return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/forwarding", []byte("0"), 0)
+			}},
 		} {
 			err := p.lab.Router.Do(func() error {
 				h, err := p.lab.Netlink(p.lab.Router)
@@ -118,6 +139,29 @@ func TestDamage(t *testing.T) {
 	})
 }
 
+// prepend adds a route in front of one with the same destination: netlink has
+// no call for it, so the others are deleted and appended.
+func prepend(h *netlink.Handle, r *netlink.Route) error {
+	routes, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: r.Dst}, netlink.RT_FILTER_DST)
+	if err != nil {
+		return err
+	}
+	for _, other := range routes {
+		if err := h.RouteDel(&other); err != nil {
+			return err
+		}
+	}
+	if err := h.RouteAdd(r); err != nil {
+		return err
+	}
+	for _, other := range routes {
+		if err := h.RouteAppend(&other); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (p *pod) damageRules(args ...string) func(*netlink.Handle, netlink.Link, netlink.Link) error {
 	return func(*netlink.Handle, netlink.Link, netlink.Link) error {
 		p.iptables(append([]string{"-t", "nat"}, args...)...)
@@ -133,7 +177,9 @@ func TestForeignRules(t *testing.T) {
 		p.iptables("-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "CNI-HOSTPORT")
 		p.iptables("-t", "nat", "-A", "CNI-HOSTPORT", "-p", "tcp", "-j", "DNAT", "--to-destination", "203.0.113.27:9000")
 		p.iptables("-t", "nat", "-A", "POSTROUTING", "-o", "macvlan0", "-j", "SNAT", "--to-source", "192.168.12.77")
+		p.iptables("-t", "nat", "-N", "EGRESS-MYLOG") // not a name of ours
 		foreign := []string{
+			":EGRESS-MYLOG -\n",
 			"-A PREROUTING -p tcp -m tcp --dport 80 -j CNI-HOSTPORT\n",
 			"-A CNI-HOSTPORT -p tcp -j DNAT --to-destination 203.0.113.27:9000\n",
 			"-A POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.77\n",

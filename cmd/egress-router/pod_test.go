@@ -210,7 +210,7 @@ func (p *pod) state() string {
 		if err != nil {
 			return err
 		}
-		lines = append(lines, fmt.Sprintf("%s up %v forwards %v promotes %v", p.lab.MacvlanName, s.Up, s.Forwards, s.Promotes))
+		lines = append(lines, fmt.Sprintf("%s up %v forwards %v promotes %v forwarding %v", p.lab.MacvlanName, s.Up, s.Forwards, s.Promotes, s.Forwarding))
 		for _, a := range s.Addresses {
 			lines = append(lines, "address "+a.String())
 		}

@@ -26,8 +26,16 @@ func Open(index int) (*Socket, error) {
 	return &Socket{fd, index}, nil
 }
 
-// Close gives the socket back.
-func (s *Socket) Close() error { return unix.Close(s.fd) }
+// Close gives the socket back, once; it does not wait for that. The kernel takes
+// until a grace period of RCU has passed, some 10 ms (packet_release in
+// net/packet/af_packet.c), and nothing here depends on it.
+func (s *Socket) Close() {
+	if s.fd < 0 {
+		return
+	}
+	go func(fd int) { _ = unix.Close(fd) }(s.fd)
+	s.fd = -1
+}
 
 // Announce sends both forms of announcement, since each reaches neighbours that
 // ignore the other: first the reply, then the request, as the original did.

@@ -35,27 +35,28 @@ type Process struct {
 	Stderr      io.Writer
 }
 
+// commands are the arguments that are understood, one at a time.
+var commands = map[string]func(context.Context, Process) error{
+	"plan":       runPlan,
+	"wait":       runWait,
+	"http-proxy": runProxy,
+	"dns-proxy":  runProxy,
+	"help":       runHelp,
+	"-h":         runHelp,
+	"--help":     runHelp,
+	"version":    runVersion,
+	"--version":  runVersion,
+}
+
 // Run runs the program and returns its exit code.
 func Run(ctx context.Context, p Process) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 
-	command := ""
+	run, known := runMode, true
 	if len(p.Args) > 0 {
-		command = p.Args[0]
+		run, known = commands[p.Args[0]], commands[p.Args[0]] != nil
 	}
-	run, known := map[string]func(context.Context, Process) error{
-		"":           runMode,
-		"plan":       runPlan,
-		"wait":       runWait,
-		"http-proxy": runProxy,
-		"dns-proxy":  runProxy,
-		"help":       runHelp,
-		"-h":         runHelp,
-		"--help":     runHelp,
-		"version":    runVersion,
-		"--version":  runVersion,
-	}[command]
 	if !known || len(p.Args) > 1 {
 		fmt.Fprintf(p.Stderr, "egress-router: arguments not understood: %q\n%s", p.Args, usage)
 		return exitUsage
@@ -79,8 +80,14 @@ func parse(p Process) (config.Config, error) {
 	return config.Parse(env, readFile)
 }
 
-// readFile reads a destination file, and no more of it than may be.
+// readFile reads a file, and no more of it than a destination file may have.
+// Something else than a file could keep it waiting for ever.
 func readFile(name string) ([]byte, error) {
+	if info, err := os.Stat(name); err != nil {
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, errors.New("it is not a regular file")
+	}
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
@@ -189,6 +196,10 @@ func logger(w io.Writer, debug bool) *slog.Logger {
 func report(w io.Writer, err error) {
 	if faults, ok := errors.AsType[config.Errors](err); ok {
 		fmt.Fprintln(w, faults)
+		return
+	}
+	if errors.Is(err, context.Canceled) {
+		fmt.Fprintln(w, "egress-router: told to stop before it was done: what was changed is put back")
 		return
 	}
 	if h := hint(err); h != "" {

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/iptables"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -53,9 +54,7 @@ func TestGolden(t *testing.T) {
 			if c.Mode.Redirects() {
 				fmt.Fprintf(&got, "-- unit-test --\n%s", rules.UnitTest(c.Set, c.Sides()))
 				plan := rules.NewPlan(c.Set, c.Sides())
-				for _, table := range plan.Tables() {
-					fmt.Fprintf(&got, "-- iptables-restore --\n%s", plan.AppendRestore(nil, table))
-				}
+				fmt.Fprintf(&got, "-- iptables-restore --\n%s", iptables.RestoreInput(plan))
 			}
 			fmt.Fprintf(&got, "-- plan --\n%s", planText(c))
 

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -201,12 +202,24 @@ func (c *Config) parseGateway(s string) *Error {
 		if why := unusable(a); why != "" {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: %s cannot be a gateway", s, why))
 		}
+		if c.Source.Bits() < 31 && c.Source.Contains(a) && (a == c.Source.Masked().Addr() || a == last(c.Source)) {
+			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: that is no host of the subnet %s, but its first or last address", s, c.Source.Masked()))
+		}
 		if a == c.Source.Addr() {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q, the same as EGRESS_SOURCE: the gateway is another host", s))
 		}
 	}
 	c.Gateway = a
 	return nil
+}
+
+// last returns the last address of an IPv4 network, its broadcast address
+// (RFC 919).
+func last(p netip.Prefix) netip.Addr {
+	a := p.Addr().As4()
+	n := binary.BigEndian.Uint32(a[:]) | uint32(1<<(32-p.Bits())-1)
+	binary.BigEndian.PutUint32(a[:], n)
+	return netip.AddrFrom4(a)
 }
 
 // unusable says what keeps an address from belonging to a host of a physical

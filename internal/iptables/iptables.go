@@ -1,10 +1,10 @@
 // Package iptables puts a rule plan into the kernel with the iptables programs,
 // of either flavour (nf_tables or legacy).
 //
-// Bodies of chains go in by one iptables-restore --noflush for each table,
-// which the kernel takes as a whole or not at all, and which leaves chains of
-// other programs alone. The jumps into our chains, which stand in chains that
-// we share with others, are set one by one through go-iptables.
+// What is there is read by one iptables-save. Chains, and the jumps into them
+// from chains that we share with others, are changed by one iptables-restore
+// --noflush, which the kernel takes table by table, each as a whole or not at
+// all, and which leaves the chains and rules of other programs alone.
 package iptables
 
 import (
@@ -15,11 +15,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
-
-	"github.com/egress-router/egress-router/rules"
 )
 
 // lockSeconds is how long to wait for the xtables lock, which the legacy
@@ -31,11 +31,13 @@ const lockSeconds = 5
 // PATH, as set for a container or a user, does not have them.
 var directories = []string{"/usr/sbin", "/sbin", "/usr/local/sbin"}
 
+// oldest is the first version whose iptables-restore takes -w.
+var oldest = [3]int{1, 6, 2}
+
 // A Backend is an installation of iptables.
 type Backend struct {
 	directory string // of iptables, iptables-save and iptables-restore
 	version   string // with the flavour, as iptables prints it
-	jumps     *goiptables.IPTables
 }
 
 // A MissingError says that there is no usable iptables on this machine.
@@ -73,42 +75,74 @@ func Find(ctx context.Context) (*Backend, error) {
 			return nil, &MissingError{err}
 		}
 	}
-	// go-iptables asks too, and keeps the flavour to itself.
-	version, err := b.run(ctx, nil, "iptables", "--version")
-	if err != nil {
-		return nil, err
-	}
-	b.version = strings.TrimSpace(string(version))
-	b.jumps, err = goiptables.New(goiptables.Path(path), goiptables.IPFamily(goiptables.ProtocolIPv4), goiptables.Timeout(lockSeconds))
-	if err != nil {
-		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
-	}
-	return b, nil
+	return b, b.probe(ctx, path)
 }
 
-// run executes one of the programs and returns its output. What it prints as an
-// error becomes part of the error.
-func (b *Backend) run(ctx context.Context, input []byte, program string, args ...string) ([]byte, error) {
+// probe asks iptables for its version and flavour.
+func (b *Backend) probe(ctx context.Context, path string) error {
+	// go-iptables knows versions, and keeps the flavour to itself. Each asks
+	// by a process of its own, so they ask at the same time.
+	type answer struct {
+		number [3]int
+		err    error
+	}
+	asked := make(chan answer, 1)
+	go func() {
+		ipt, err := goiptables.New(goiptables.Path(path), goiptables.IPFamily(goiptables.ProtocolIPv4))
+		if err != nil {
+			asked <- answer{err: fmt.Errorf("asking %s for its version: %w", path, err)}
+			return
+		}
+		major, minor, patch := ipt.GetIptablesVersion()
+		asked <- answer{number: [3]int{major, minor, patch}}
+	}()
+	version, _, err := b.run(ctx, nil, filepath.Base(path), "--version")
+	b.version = strings.TrimSpace(string(version))
+	got := <-asked
+	if err := errors.Join(err, got.err); err != nil {
+		return err
+	}
+	if slices.Compare(got.number[:], oldest[:]) < 0 {
+		return fmt.Errorf("%s is too old: 1.6.2 is the first that waits for the lock when it restores", b.version)
+	}
+	return nil
+}
+
+// run executes one of the programs and returns what it prints. Where it fails,
+// what it printed as the reason becomes part of the error.
+func (b *Backend) run(ctx context.Context, input []byte, program string, args ...string) (stdout, stderr []byte, err error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(b.directory, program), args...)
 	cmd.Stdin = bytes.NewReader(input)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	var out, printed bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &printed
+	// Of a process group of its own, so that who interrupts the router from a
+	// terminal does not interrupt a change of rules.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Run(); err != nil {
-		return nil, runError(program, err, stderr.String())
+		if ctx.Err() != nil {
+			return nil, nil, fmt.Errorf("running %s: %w", program, ctx.Err())
+		}
+		return nil, nil, runError(program, err, printed.String())
 	}
-	return stdout.Bytes(), nil
+	return out.Bytes(), printed.Bytes(), nil
 }
 
 // runError folds what a program printed into its error. A refusal by the kernel
 // becomes os.ErrPermission, for whoever asks with errors.Is.
 func runError(program string, err error, printed string) error {
-	printed = strings.Join(strings.FieldsFunc(printed, func(r rune) bool { return r == '\n' }), "; ")
-	if printed == "" {
+	var lines []string
+	for line := range strings.Lines(printed) {
+		// "iptables-restore v1.8.9 (nf_tables): " may stand alone on a line.
+		if line = strings.TrimSpace(line); line != "" && !strings.HasSuffix(line, ":") && !strings.HasPrefix(line, "#") {
+			lines = append(lines, line)
+		}
+	}
+	if len(lines) == 0 {
 		return fmt.Errorf("running %s: %w", program, err)
 	}
+	printed = strings.Join(lines, "; ")
 	if strings.Contains(printed, "Permission denied") || strings.Contains(printed, "Operation not permitted") {
 		err = errors.Join(err, os.ErrPermission)
-		return &printedError{program, printed, err}
 	}
 	return &printedError{program, printed, err}
 }
@@ -125,39 +159,17 @@ func (e *printedError) Unwrap() error { return e.err }
 // Hint says what to do about the xtables lock, which is the one thing that can
 // fail although rules and privileges are right.
 func (e *printedError) Hint() string {
-	if strings.Contains(e.printed, "lock") {
-		return "iptables needs a writable /run for its lock (or XTABLES_LOCKFILE naming a writable place), and no other program that holds the lock for long"
+	switch {
+	case strings.Contains(e.printed, "holding the xtables lock"):
+		return "another program holds the lock of iptables for long: see which (it has /run/xtables.lock open), and start the router again"
+	case strings.Contains(e.printed, "lock file"):
+		return "the legacy flavour of iptables needs a writable /run for its lock, or XTABLES_LOCKFILE naming a file that is writable"
 	}
 	return ""
 }
 
 // Begin reads what the kernel holds and returns a Tx that changes it.
 func (b *Backend) Begin(ctx context.Context) (*Tx, error) {
-	saved, err := b.run(ctx, nil, "iptables-save")
-	if err != nil {
-		return nil, fmt.Errorf("reading the rules: %w", err)
-	}
-	return &Tx{backend: b, tables: parse(saved)}, nil
-}
-
-// insertJump puts the jump to chain into the built-in chain hook, at the given
-// position counted from 1.
-func (b *Backend) insertJump(name rules.Table, hook rules.Hook, chain string, position int) error {
-	return jumpError(b.jumps.Insert(string(name), string(hook), position, "-j", chain))
-}
-
-// deleteJump deletes the first jump to chain from the built-in chain hook. It
-// names the rule, not its position, which another program may have changed.
-func (b *Backend) deleteJump(name rules.Table, hook rules.Hook, chain string) error {
-	return jumpError(b.jumps.Delete(string(name), string(hook), "-j", chain))
-}
-
-func jumpError(err error) error {
-	if err == nil {
-		return nil
-	}
-	if printed, ok := errors.AsType[*goiptables.Error](err); ok {
-		return runError("iptables", err, printed.Error())
-	}
-	return runError("iptables", err, "")
+	tx := &Tx{backend: b}
+	return tx, tx.read(ctx)
 }

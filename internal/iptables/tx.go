@@ -16,301 +16,316 @@ import (
 // held when it began and after each change of its own.
 type Tx struct {
 	backend *Backend
-	tables  map[rules.Table]*contents
-	undo    []func() error // of what was changed, in the order of the changes
+	now     state
+	notes   []string
 }
+
+// A state is what the kernel holds, or shall hold, of ours: table by table.
+type state map[rules.Table]*contents
 
 // contents is what matters to us of one table.
 type contents struct {
-	chains map[string][]string // ours: chain -> rules, as iptables-save prints them
-	jumps  map[string][]int    // chain -> positions, from 1, of the jumps to it in its hook
+	// Our chains, with their rules as iptables-save prints them.
+	chains map[string][]byte
+	// By chain, the positions, from 1, of the jumps to it in its hook.
+	jumps map[string][]int
+	// Chains of ours that rules of others lead to, other than by those jumps.
+	referenced map[string]bool
 }
 
-// String names the program that the rules go in by: its version and flavour.
-func (tx *Tx) String() string { return tx.backend.version }
+func newContents() *contents {
+	return &contents{chains: make(map[string][]byte), jumps: make(map[string][]int), referenced: make(map[string]bool)}
+}
 
-// parse takes from the text of iptables-save our chains and the jumps to them,
-// by table.
-func parse(saved []byte) map[rules.Table]*contents {
-	tables := make(map[rules.Table]*contents)
+// of returns what a table holds; nothing where it is not there.
+func (s state) of(table rules.Table) *contents {
+	if c := s[table]; c != nil {
+		return c
+	}
+	return newContents()
+}
+
+// chainOf returns the name of our chain that stands at a hook.
+func chainOf(hook rules.Hook) string { return rules.ChainPrefix + string(hook) }
+
+// hookOf returns the hook that a chain of ours stands at; none for a chain that
+// is not ours.
+func hookOf(chain string) (rules.Hook, bool) {
+	hook := rules.Hook(strings.TrimPrefix(chain, rules.ChainPrefix))
+	return hook, chain == chainOf(hook) && slices.Contains(rules.Hooks, hook)
+}
+
+// parse takes from the text of iptables-save our chains and what leads to them.
+func parse(saved []byte) state {
+	s := make(state)
 	var c *contents
 	var position map[string]int
 	for line := range bytes.Lines(saved) {
-		line = bytes.TrimSuffix(line, []byte("\n"))
-		if len(line) == 0 {
+		if len(line) < 2 {
 			continue
 		}
-		switch text := string(line[1:]); line[0] {
+		switch line[0] {
 		case '*':
-			c = &contents{chains: make(map[string][]string), jumps: make(map[string][]int)}
-			tables[rules.Table(text)], position = c, make(map[string]int)
+			c, position = newContents(), make(map[string]int)
+			s[rules.Table(bytes.TrimSpace(line[1:]))] = c
 		case ':':
-			if chain, _, _ := strings.Cut(text, " "); strings.HasPrefix(chain, rules.ChainPrefix) {
-				c.chains[chain] = nil
+			chain, _, _ := bytes.Cut(line[1:], []byte(" "))
+			if _, ours := hookOf(string(chain)); ours {
+				c.chains[string(chain)] = nil
 			}
 		case '-': // -A CHAIN RULE
-			chain, rule, _ := strings.Cut(strings.TrimPrefix(text, "A "), " ")
+			name, rule, _ := bytes.Cut(bytes.TrimPrefix(line, []byte("-A ")), []byte(" "))
+			if text, ours := c.chains[string(name)]; ours {
+				c.chains[string(name)] = append(text, line...)
+				continue
+			}
+			chain := string(name)
 			position[chain]++
-			if strings.HasPrefix(chain, rules.ChainPrefix) {
-				c.chains[chain] = append(c.chains[chain], rule)
-			} else if rule == "-j "+ourChain(chain) {
-				c.jumps[ourChain(chain)] = append(c.jumps[ourChain(chain)], position[chain])
+			at := bytes.LastIndex(rule, []byte(" "+rules.ChainPrefix))
+			if at < 0 {
+				continue
+			}
+			to := string(bytes.TrimSpace(rule[at+1:]))
+			if to == chainOf(rules.Hook(chain)) && string(rule[:at]) == "-j" {
+				c.jumps[to] = append(c.jumps[to], position[chain])
+			} else {
+				c.referenced[to] = true
 			}
 		}
 	}
-	return tables
+	return s
 }
 
-// of returns what a table holds; nothing where it does not exist.
-func (tx *Tx) of(name rules.Table) *contents {
-	if tx.tables[name] == nil {
-		tx.tables[name] = &contents{chains: make(map[string][]string), jumps: make(map[string][]int)}
-	}
-	return tx.tables[name]
-}
-
-// ourChain returns the name of our chain that stands at a built-in chain.
-func ourChain(builtin string) string { return rules.ChainPrefix + builtin }
-
-// hooked reports whether the jump to chain stands once and in front.
-func (c *contents) hooked(chain string) bool { return slices.Equal(c.jumps[chain], []int{1}) }
-
-// Differs says, one line for each chain or jump, where the kernel is not as
-// plan wants it. The rules are compared with what iptables-save printed of
-// them; the plan is rendered in the same form. Where a version of iptables
-// prints another form, the rules are loaded once more than needed: text that is
-// equal is proof, text that is not costs one restore.
-func (tx *Tx) Differs(plan rules.Plan) []string {
-	var found []string
+// wanted returns the state in which the kernel holds plan: each chain as
+// planned, the jump to it once and in front, since in the nat table the first
+// rule that matches decides and a masquerading rule in front of ours would
+// choose another source address. Chains of ours that the plan does not have are
+// gone, or empty where a rule of somebody else leads to them.
+func (s state) wanted(plan rules.Plan) state {
+	want := make(state)
 	for _, chain := range plan.Chains {
-		have := tx.of(chain.Table)
-		lines, there := have.chains[chain.Name]
-		switch {
-		case !there:
-			found = append(found, fmt.Sprintf("chain %s of table %s is missing", chain.Name, chain.Table))
-		case !equal(lines, chain.Rules):
-			found = append(found, fmt.Sprintf("chain %s of table %s holds other rules", chain.Name, chain.Table))
+		if want[chain.Table] == nil {
+			want[chain.Table] = newContents()
 		}
-		if positions := have.jumps[chain.Name]; len(positions) == 0 {
-			found = append(found, fmt.Sprintf("the jump from %s to %s is missing", chain.Hook, chain.Name))
-		} else if !have.hooked(chain.Name) {
-			found = append(found, fmt.Sprintf("the jump from %s to %s is not the first rule, or not the only one", chain.Hook, chain.Name))
+		want[chain.Table].chains[chain.Name] = chain.AppendSaved(nil)
+		want[chain.Table].jumps[chain.Name] = []int{1}
+	}
+	for table, have := range s {
+		for chain := range have.chains {
+			if _, planned := want.of(table).chains[chain]; !planned && have.referenced[chain] {
+				if want[table] == nil {
+					want[table] = newContents()
+				}
+				want[table].chains[chain] = nil
+			}
 		}
 	}
-	for _, table := range plan.Tables() {
-		for _, name := range stale(plan, table, tx.of(table).chains) {
-			found = append(found, fmt.Sprintf("chain %s of table %s is not in use", name, table))
+	return want
+}
+
+// differences says, one line for each chain or jump, where s is not as wanted.
+//
+// Text that is equal is proof that a chain is as it was loaded. Where a version
+// of iptables prints another form than it was given, a run loads the same rules
+// once more, which costs one restore and changes nothing else.
+func (s state) differences(want state) []string {
+	var found []string
+	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
+	for _, table := range tablesOf(s, want) {
+		have, want := s.of(table), want.of(table)
+		for _, chain := range slices.Sorted(maps.Keys(want.chains)) {
+			if text, there := have.chains[chain]; !there {
+				say("chain %s of table %s is missing", chain, table)
+			} else if !bytes.Equal(text, want.chains[chain]) {
+				say("chain %s of table %s holds other rules", chain, table)
+			}
+		}
+		for _, chain := range slices.Sorted(maps.Keys(have.chains)) {
+			if _, wanted := want.chains[chain]; !wanted {
+				say("chain %s of table %s is not in use", chain, table)
+			}
+		}
+		for _, chain := range chainsOf(have, want) {
+			if !slices.Equal(have.jumps[chain], want.jumps[chain]) {
+				hook, _ := hookOf(chain)
+				say("the jump from %s to %s of table %s is not the first rule, and the only jump", hook, chain, table)
+			}
 		}
 	}
 	return found
 }
 
-// equal reports whether lines are the rules.
-func equal(lines []string, want []rules.Rule) bool {
-	if len(lines) != len(want) {
-		return false
-	}
+// script returns the iptables-restore input that gets from s to want; nothing
+// where they are the same. The kernel takes it table by table, each as a whole.
+func (s state) script(want state) []byte {
 	var b []byte
-	for i, r := range want {
-		if b = r.AppendSaved(b[:0]); string(b) != lines[i] {
-			return false
+	for _, table := range tablesOf(s, want) {
+		have, want := s.of(table), want.of(table)
+		var lines []byte
+		var gone []string
+		for _, chain := range chainsOf(have, want) {
+			text, wanted := want.chains[chain]
+			old, there := have.chains[chain]
+			switch {
+			case !wanted && there:
+				gone = append(gone, chain)
+				lines = fmt.Appendf(lines, "-F %s\n", chain)
+			case wanted && (!there || !bytes.Equal(old, text)):
+				// Makes the chain, or empties it.
+				lines = fmt.Appendf(lines, ":%s - [0:0]\n", chain)
+			}
+		}
+		for _, chain := range chainsOf(have, want) {
+			if text, wanted := want.chains[chain]; wanted && !bytes.Equal(have.chains[chain], text) {
+				lines = append(lines, text...)
+			}
+		}
+		for _, chain := range chainsOf(have, want) {
+			if slices.Equal(have.jumps[chain], want.jumps[chain]) {
+				continue
+			}
+			hook, _ := hookOf(chain)
+			for range have.jumps[chain] {
+				lines = fmt.Appendf(lines, "-D %s -j %s\n", hook, chain)
+			}
+			for _, position := range want.jumps[chain] {
+				lines = fmt.Appendf(lines, "-I %s %d -j %s\n", hook, position, chain)
+			}
+		}
+		for _, chain := range gone {
+			lines = fmt.Appendf(lines, "-X %s\n", chain)
+		}
+		if len(lines) > 0 {
+			b = slices.Concat(b, []byte("*"+table+"\n"), lines, []byte("COMMIT\n"))
 		}
 	}
-	return true
+	return b
 }
 
-// stale returns the chains, sorted, that are there and not in the plan.
-func stale(plan rules.Plan, name rules.Table, chains map[string][]string) []string {
-	var names []string
-	for _, chain := range slices.Sorted(maps.Keys(chains)) {
-		if !slices.ContainsFunc(plan.Chains, func(c rules.Chain) bool { return c.Table == name && c.Name == chain }) {
-			names = append(names, chain)
+// tablesOf returns the tables of both states, mangle before nat: rules that
+// guard stand before those that redirect.
+func tablesOf(a, b state) []rules.Table {
+	tables := make(map[rules.Table]bool)
+	for table := range a {
+		tables[table] = true
+	}
+	for table := range b {
+		tables[table] = true
+	}
+	return slices.Sorted(maps.Keys(tables))
+}
+
+// chainsOf returns the chains and the jumped-to chains of both, sorted.
+func chainsOf(a, b *contents) []string {
+	chains := make(map[string]bool)
+	for _, c := range []*contents{a, b} {
+		for chain := range c.chains {
+			chains[chain] = true
+		}
+		for chain := range c.jumps {
+			chains[chain] = true
 		}
 	}
-	return names
+	return slices.Sorted(maps.Keys(chains))
 }
+
+// RestoreInput returns the iptables-restore input for plan in a namespace that
+// has nothing of ours yet.
+func RestoreInput(plan rules.Plan) []byte { return state{}.script(state{}.wanted(plan)) }
+
+// String names the program that the rules go in by: its version and flavour.
+func (tx *Tx) String() string { return tx.backend.version }
+
+// Differs says, one line each, where the kernel is not as plan wants it.
+func (tx *Tx) Differs(plan rules.Plan) []string { return tx.now.differences(tx.now.wanted(plan)) }
+
+// Redirects reports whether the kernel holds redirects of ours.
+func (tx *Tx) Redirects() bool {
+	for _, c := range tx.now {
+		for _, text := range c.chains {
+			if bytes.Contains(text, []byte(" -j "+rules.DNAT+" ")) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// tries is how often a change is worked out anew because another program
+// changed the same tables between reading and writing them.
+const tries = 3
 
 // Apply makes the kernel hold plan, and does nothing where it does already. It
 // returns the way back to what was there before this call. On an error it has
 // gone that way already.
 //
-// Jumps are set while our chains redirect nothing, those of late hooks first,
-// so that at no time a redirect stands without the rest of the plan.
+// Chains and jumps go in together, by one restore: go-iptables, whose calls
+// change one rule each, would leave moments in which a chain is reached and not
+// complete, and takes a process for every jump.
 func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
-	begin := len(tx.undo)
-	undo = func() error { return tx.backTo(begin) }
-	if err := tx.apply(ctx, plan); err != nil {
-		return nil, errors.Join(err, undo())
+	before := tx.now
+	// The way back is taken also when ctx has ended.
+	undo = func() error { return tx.become(context.WithoutCancel(ctx), func(state) state { return before }) }
+	if err := tx.become(ctx, func(now state) state { return now.wanted(plan) }); err != nil {
+		if len(tx.now.script(before)) > 0 {
+			err = errors.Join(err, undo())
+		}
+		return nil, err
 	}
 	return undo, nil
 }
 
-func (tx *Tx) apply(ctx context.Context, plan rules.Plan) error {
-	hooked := func(c rules.Chain) bool { return tx.of(c.Table).hooked(c.Name) }
-	if !slices.ContainsFunc(plan.Chains, func(c rules.Chain) bool { return !hooked(c) }) {
-		return tx.load(ctx, plan)
-	}
-	if err := tx.load(ctx, plan.Guard()); err != nil {
-		return err
-	}
-	for _, chain := range slices.Backward(plan.Chains) {
-		if !hooked(chain) {
-			if err := tx.hook(ctx, chain); err != nil {
-				return err
-			}
+// become makes the kernel hold what want makes of its state.
+func (tx *Tx) become(ctx context.Context, want func(now state) state) error {
+	for try := 1; ; try++ {
+		target := want(tx.now)
+		input := tx.now.script(target)
+		if len(input) == 0 {
+			return nil
 		}
-	}
-	return tx.load(ctx, plan)
-}
-
-// load makes our chains hold what plan says, by one restore. The kernel takes
-// that table by table, in the plan's order, each as a whole.
-func (tx *Tx) load(ctx context.Context, plan rules.Plan) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	var input, inverse []byte
-	after := make(map[rules.Table]map[string][]string)
-	for _, table := range plan.Tables() {
-		before := tx.of(table).chains
-		after[table] = chainsOf(plan, table)
-		unused := stale(plan, table, before)
-		if len(unused) == 0 && maps.EqualFunc(before, after[table], slices.Equal) {
-			continue
-		}
-		input = plan.AppendRestore(input, table)
-		// Emptied first, so that no chain is deleted while another of them
-		// jumps to it.
-		for _, option := range []string{"-F", "-X"} {
-			for _, chain := range unused {
-				input = fmt.Appendf(input, "%s %s\n", option, chain)
-			}
-		}
-		input = append(input, "COMMIT\n"...)
-		inverse = append(appendInverse(nil, table, before, after[table]), inverse...)
-	}
-	if len(input) == 0 {
-		return nil
-	}
-	// A restore that fails may have changed the tables in front of the one
-	// that failed: the way back is there before it starts.
-	tx.undo = append(tx.undo, func() error { return tx.restore(ctx, inverse) })
-	if err := tx.restore(ctx, input); err != nil {
-		if unchanged, _ := tx.unchanged(ctx); unchanged {
-			tx.undo = tx.undo[:len(tx.undo)-1]
-		}
-		return err
-	}
-	for table, chains := range after {
-		tx.of(table).chains = chains
-	}
-	return nil
-}
-
-// unchanged reports whether the kernel still holds what tx knows.
-func (tx *Tx) unchanged(ctx context.Context) (bool, error) {
-	now, err := tx.backend.Begin(context.WithoutCancel(ctx))
-	if err != nil {
-		return false, err
-	}
-	for table := range tx.tables {
-		if !maps.EqualFunc(tx.of(table).chains, now.of(table).chains, slices.Equal) {
-			return false, nil
-		}
-	}
-	return true, nil
-}
-
-func (tx *Tx) restore(ctx context.Context, input []byte) error {
-	// Once started it is not interrupted: killed, it would leave open
-	// whether the kernel has taken its input.
-	_, err := tx.backend.run(context.WithoutCancel(ctx), input, "iptables-restore", "--noflush", "-w", fmt.Sprint(lockSeconds))
-	if err != nil {
-		return fmt.Errorf("loading rules: %w", err)
-	}
-	return nil
-}
-
-// chainsOf returns the plan's chains of one table with their rules as
-// iptables-save will print them.
-func chainsOf(plan rules.Plan, table rules.Table) map[string][]string {
-	chains := make(map[string][]string)
-	for _, chain := range plan.Chains {
-		if chain.Table != table {
-			continue
-		}
-		lines := make([]string, len(chain.Rules))
-		for i, r := range chain.Rules {
-			lines[i] = string(r.AppendSaved(nil))
-		}
-		chains[chain.Name] = lines
-	}
-	return chains
-}
-
-// appendInverse appends the restore input that gets one table from the chains
-// after to those before.
-func appendInverse(b []byte, table rules.Table, before, after map[string][]string) []byte {
-	b = fmt.Appendf(b, "*%s\n", table)
-	var gone []string
-	for _, chain := range slices.Sorted(maps.Keys(after)) {
-		if _, there := before[chain]; !there {
-			gone = append(gone, chain)
-		}
-	}
-	chains := slices.Sorted(maps.Keys(before))
-	for _, chain := range slices.Concat(gone, chains) {
-		b = fmt.Appendf(b, ":%s - [0:0]\n", chain)
-	}
-	for _, chain := range chains {
-		for _, line := range before[chain] {
-			b = fmt.Appendf(b, "-A %s %s\n", chain, line)
-		}
-	}
-	for _, chain := range gone {
-		b = fmt.Appendf(b, "-X %s\n", chain)
-	}
-	return append(b, "COMMIT\n"...)
-}
-
-// hook makes the jump to chain the first rule of its built-in chain, since in
-// the nat table the first rule that matches decides: a masquerading rule in
-// front of ours would choose another source address.
-func (tx *Tx) hook(ctx context.Context, chain rules.Chain) error {
-	have := tx.of(chain.Table)
-	// From the last one, so that the positions in front of it hold.
-	for _, position := range slices.Backward(have.jumps[chain.Name]) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := tx.backend.deleteJump(chain.Table, chain.Hook, chain.Name); err != nil {
-			return fmt.Errorf("moving the jump from %s to %s: %w", chain.Hook, chain.Name, err)
+		// Once started it is not interrupted: killed, it would leave open
+		// whether the kernel has taken its input.
+		_, _, err := tx.backend.run(context.WithoutCancel(ctx), input, "iptables-restore", "--noflush", "-w", fmt.Sprint(lockSeconds))
+		if err == nil {
+			tx.now = target
+			return nil
 		}
-		tx.undo = append(tx.undo, func() error {
-			return tx.backend.insertJump(chain.Table, chain.Hook, chain.Name, position)
-		})
+		// The kernel says what holds now: some tables may have been changed,
+		// by the restore or by somebody else.
+		known := tx.now
+		if again := tx.read(context.WithoutCancel(ctx)); again != nil {
+			return errors.Join(fmt.Errorf("loading rules: %w", err), again)
+		}
+		if try == tries || len(known.script(tx.now)) == 0 {
+			return fmt.Errorf("loading rules: %w", err)
+		}
 	}
-	have.jumps[chain.Name] = nil
-	if err := ctx.Err(); err != nil {
-		return err
+}
+
+// read takes the state from the kernel.
+func (tx *Tx) read(ctx context.Context) error {
+	saved, printed, err := tx.backend.run(ctx, nil, "iptables-save")
+	if err != nil {
+		return fmt.Errorf("reading the rules: %w", err)
 	}
-	if err := tx.backend.insertJump(chain.Table, chain.Hook, chain.Name, 1); err != nil {
-		return fmt.Errorf("inserting the jump from %s to %s: %w", chain.Hook, chain.Name, err)
-	}
-	have.jumps[chain.Name] = []int{1}
-	tx.undo = append(tx.undo, func() error {
-		return tx.backend.deleteJump(chain.Table, chain.Hook, chain.Name)
-	})
+	tx.now, tx.notes = parse(saved), notes(printed)
 	return nil
 }
 
-// backTo takes back the changes behind the first n. It goes on after a failure
-// and returns all of them.
-func (tx *Tx) backTo(n int) error {
-	var failed []error
-	for _, step := range slices.Backward(tx.undo[n:]) {
-		failed = append(failed, step())
+// notes returns what iptables-save warns of: above all rules of the other
+// flavour, of which the last one to come into a namespace decides.
+func notes(printed []byte) []string {
+	var found []string
+	for line := range strings.Lines(string(printed)) {
+		if _, text, warning := strings.Cut(line, "Warning: "); warning {
+			found = append(found, strings.TrimSpace(text))
+		}
 	}
-	tx.undo = tx.undo[:n]
-	return errors.Join(failed...)
+	return found
 }
+
+// Notes returns what iptables said about the rules that it read.
+func (tx *Tx) Notes() []string { return tx.notes }

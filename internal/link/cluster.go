@@ -135,21 +135,19 @@ func diffCluster(want ClusterSide, have State) []Step {
 		s.Interface, s.Index = want.Interface, have.Cluster.Index
 		steps = append(steps, s)
 	}
-	put := func(r Route, table []Route) {
-		if old, there := find(table, r); !there {
-			take(Step{Op: ReplaceRoute, Route: r})
-		} else if !old.same(r) {
-			take(Step{Op: ReplaceRoute, Route: r, Old: &old})
-		}
-	}
+	stands := make(map[int]bool) // routes of the table that are wanted ones then
 
 	standard, known := clusterDefault(have)
 	routes := want.routes(have, standard, known)
 	for _, r := range routes {
-		put(r, have.Cluster.Table)
+		step, i := place(r, have.Cluster.Table)
+		if step != nil {
+			take(*step)
+		}
+		stands[i] = true
 	}
 	for i, r := range slices.Backward(have.Cluster.Table) {
-		if !isReplaced(r, have.Cluster.Table[:i], routes) {
+		if !stands[i] {
 			take(Step{Op: DeleteRoute, Route: r})
 		}
 	}
@@ -170,7 +168,9 @@ func diffCluster(want ClusterSide, have State) []Step {
 		}
 		r := standard
 		r.Table, r.Destination, r.Metric = 0, d, 0
-		put(r, have.Routes)
+		if step, _ := place(r, have.Routes); step != nil {
+			take(*step)
+		}
 	}
 	// A packet from a client that is reached by the cluster's default route
 	// comes in by another interface than the main table has for its source.

@@ -5,23 +5,16 @@ import (
 	"slices"
 )
 
-// Diff returns the steps from have to want, in the order to take them; none
-// where the kernel is as wanted. It is to be called again after they are
-// taken, until it returns none: setting an interface up makes the kernel add
-// routes that may need steps of their own.
-//
-// No step takes the last default route away before the new one stands.
-func Diff(want Want, have State) []Step {
+// Claim returns the steps that give the egress interface the reserved address
+// and set it up. They lead no packet another way, so they may come before any
+// rule stands.
+func Claim(want Want, have State) []Step {
 	var steps []Step
 	take := func(s Step) {
 		s.Interface, s.Index = want.Interface, have.Index
 		steps = append(steps, s)
 	}
-
-	steps = append(steps, diffCluster(want.Cluster, have)...)
-
-	missing := true
-	shared := false // an address of the same subnet was there first
+	missing, shared := true, false
 	for _, a := range have.Addresses {
 		if a == want.Address {
 			missing = false
@@ -41,47 +34,105 @@ func Diff(want Want, have State) []Step {
 	if !have.Up {
 		take(Step{Op: SetUp})
 	}
+	return steps
+}
 
-	wanted := want.Routes(have.Index)
-	for _, r := range wanted {
-		old, there := find(have.Routes, r)
-		if !there {
-			take(Step{Op: ReplaceRoute, Route: r})
-		} else if !old.same(r) {
-			take(Step{Op: ReplaceRoute, Route: r, Old: &old})
-		}
+// Diff returns the steps from have to want, in the order to take them; none
+// where the kernel is as wanted. It is to be called again after they are
+// taken, until it returns none: setting an interface up makes the kernel add
+// routes that may need steps of their own.
+//
+// No step takes the last default route away before the new one stands.
+func Diff(want Want, have State) []Step {
+	claim := Claim(want, have)
+	steps := append(diffCluster(want.Cluster, have), claim...)
+	take := func(s Step) {
+		s.Interface, s.Index = want.Interface, have.Index
+		steps = append(steps, s)
 	}
-	// What else leaves by the egress interface has the reserved address too:
-	// the routes of another address's subnet, above all.
-	for _, r := range have.Routes {
-		if r.Index != have.Index || r.Type != 0 || r.Source == want.Address.Addr() || isDefaultOrWanted(r, wanted) {
+	stands := make(map[int]Route) // the routes that are wanted ones then, by index
+	for _, r := range want.Routes(have.Index) {
+		step, i := place(r, have.Routes)
+		if step != nil {
+			take(*step)
+		}
+		stands[i] = r
+	}
+	// Backwards: the inverses then append routes in the order that they had.
+	for i, r := range slices.Backward(have.Routes) {
+		if _, wanted := stands[i]; wanted {
 			continue
 		}
-		old := r
-		r.Source = want.Address.Addr()
-		take(Step{Op: ReplaceRoute, Route: r, Old: &old})
-	}
-	// The last one first: the inverses then append them in their order.
-	for i, r := range slices.Backward(have.Routes) {
-		if r.IsDefault() && !isReplaced(r, have.Routes[:i], wanted) {
+		// Another default route, or one that hides a wanted route behind it.
+		if r.IsDefault() || hides(i, r, stands) {
 			take(Step{Op: DeleteRoute, Route: r})
+			continue
 		}
+		// What else leaves by the egress interface has the reserved address
+		// too: the routes of another address's subnet, above all.
+		if r.Index == have.Index && r.Type == 0 && r.Source != want.Address.Addr() {
+			for _, s := range resource(i, want.Address.Addr(), have.Routes) {
+				take(s)
+			}
+		}
+	}
+	// The kernel adds this one with the address; somebody deleted it.
+	subnet := Route{
+		Destination: want.Address.Masked(), Index: have.Index, Interface: want.Interface, Source: want.Address.Addr(), Scope: ScopeLink,
+	}
+	there := func(r Route) bool { return key(r) == key(subnet) && r.Index == have.Index }
+	if len(claim) == 0 && want.Address.Bits() > 0 && !want.Address.IsSingleIP() && !slices.ContainsFunc(have.Routes, there) {
+		take(Step{Op: AppendRoute, Route: subnet})
 	}
 	return steps
 }
 
-// find returns the route that the kernel would replace by r: the first with the
-// same destination, TOS and metric, whatever its type (fib_table_insert in
-// net/ipv4/fib_trie.c).
-func find(routes []Route, r Route) (Route, bool) {
-	for _, have := range routes {
-		if key(have) == key(r) {
-			return have, true
+// hides reports whether the route with index i stands in front of a wanted one
+// that the kernel tells apart from it by its place only.
+func hides(i int, r Route, stands map[int]Route) bool {
+	for j, wanted := range stands {
+		if i < j && key(wanted) == key(r) {
+			return true
 		}
 	}
-	return Route{}, false
+	return false
 }
 
+// resource returns the steps that give the route with index i another source.
+func resource(i int, source netip.Addr, routes []Route) []Step {
+	r := routes[i]
+	changed := r
+	changed.Source = source
+	switch step, at := place(changed, routes); {
+	case step == nil: // there is one already
+		return []Step{{Op: DeleteRoute, Route: r}}
+	case at == i:
+		return []Step{*step}
+	}
+	// The kernel would replace another one.
+	return []Step{{Op: DeleteRoute, Route: r}, {Op: AppendRoute, Route: changed}}
+}
+
+// place returns the step that makes r one of the routes, nil where it is, and
+// the index of the route that is r afterwards, -1 where it is a new one.
+//
+// The kernel replaces the first route with the same destination, TOS and
+// metric, whatever its type and interface, and refuses to where another of them
+// is r already (fib_table_insert in net/ipv4/fib_trie.c).
+func place(r Route, routes []Route) (step *Step, stands int) {
+	if i := slices.IndexFunc(routes, r.same); i >= 0 {
+		return nil, i
+	}
+	i := slices.IndexFunc(routes, func(have Route) bool { return key(have) == key(r) })
+	if i < 0 {
+		return &Step{Op: ReplaceRoute, Route: r}, i
+	}
+	old := routes[i]
+	return &Step{Op: ReplaceRoute, Route: r, Old: &old}, i
+}
+
+// A routeKey is what the kernel tells routes of a table apart by when it adds
+// or replaces one.
 type routeKey struct {
 	destination netip.Prefix
 	tos, metric int
@@ -89,27 +140,29 @@ type routeKey struct {
 
 func key(r Route) routeKey { return routeKey{r.Destination, r.TOS, r.Metric} }
 
-func isDefaultOrWanted(r Route, wanted []Route) bool {
-	_, w := find(wanted, r)
-	return r.IsDefault() || w
-}
-
-// isReplaced reports whether a wanted route takes r's place, before being the
-// routes in front of it.
-func isReplaced(r Route, before, wanted []Route) bool {
-	if _, earlier := find(before, r); earlier {
-		return false
-	}
-	_, w := find(wanted, r)
-	return w
-}
-
-// Forwarding returns the step that lets the kernel forward packets, none where
-// it does already. The original left it to the node, and did nothing where the
-// node did not.
+// Forwarding returns the steps that let the kernel forward packets between the
+// two interfaces; none where it does already. The original left it to the node,
+// and did nothing where the node did not.
+//
+// Writing net.ipv4.ip_forward sets the sysctl of every interface, and so does
+// taking it back; an interface that forwarded before is set again after that.
 func Forwarding(have State) []Step {
-	if have.Forwards {
-		return nil
+	var steps []Step
+	for _, i := range have.Forwarding {
+		if i.On != have.Forwards {
+			steps = append(steps, Step{Op: WriteSysctl, Sysctl: forwarding(i.Interface), Value: "1", OldValue: value(i.On)})
+		}
 	}
-	return []Step{{Op: WriteSysctl, Sysctl: ipForward, Value: "1", OldValue: "0"}}
+	if !have.Forwards {
+		steps = append(steps, Step{Op: WriteSysctl, Sysctl: ipForward, Value: "1", OldValue: "0"})
+	}
+	return steps
+}
+
+// value returns a switch as sysctls have it.
+func value(on bool) string {
+	if on {
+		return "1"
+	}
+	return "0"
 }

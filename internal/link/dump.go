@@ -2,8 +2,12 @@ package link
 
 import (
 	"errors"
+	"fmt"
+	"net"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // dumpTries is how often a listing is taken before its interruption is an
@@ -38,6 +42,53 @@ func (k *Kernel) addresses(l netlink.Link) ([]netlink.Addr, error) {
 func (k *Kernel) routesOf(table int) ([]netlink.Route, error) {
 	return dump(func() ([]netlink.Route, error) {
 		return k.handle.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+	})
+}
+
+// A Connection is one that the kernel tracks, with the addresses that it had
+// when it came in (To) and those of its replies. Ports are zero where its
+// protocol (IANA number) has none.
+type Connection struct {
+	Protocol    uint8
+	To          netip.AddrPort
+	RepliesFrom netip.AddrPort
+	RepliesTo   netip.Addr
+}
+
+// Forget makes the kernel forget the IPv4 connections that stale picks, so that
+// their next packet is the first of a new one, and returns how many they were.
+func (k *Kernel) Forget(stale func(Connection) bool) (int, error) {
+	handle, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return 0, fmt.Errorf("opening a netlink socket for connections: %w", err)
+	}
+	defer handle.Close()
+	var n uint
+	_, err = dump(func() (uint, error) {
+		deleted, err := handle.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.FAMILY_V4, picker(stale))
+		n += deleted
+		return n, err
+	})
+	if err != nil {
+		return int(n), fmt.Errorf("deleting connections: %w", err) //nolint:gosec // the kernel holds fewer
+	}
+	return int(n), nil //nolint:gosec // the kernel holds fewer
+}
+
+// A picker adapts a function to netlink.
+type picker func(Connection) bool
+
+// MatchConntrackFlow reports whether the flow is picked.
+func (p picker) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
+	addr := func(ip net.IP) netip.Addr {
+		a, _ := netip.AddrFromSlice(ip)
+		return a.Unmap()
+	}
+	return p(Connection{
+		Protocol:    f.Forward.Protocol,
+		To:          netip.AddrPortFrom(addr(f.Forward.DstIP), f.Forward.DstPort),
+		RepliesFrom: netip.AddrPortFrom(addr(f.Reverse.SrcIP), f.Reverse.SrcPort),
+		RepliesTo:   addr(f.Reverse.DstIP),
 	})
 }
 

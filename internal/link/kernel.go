@@ -53,7 +53,9 @@ func (k *Kernel) Exists(name string) error {
 
 func (k *Kernel) find(name string) (netlink.Link, error) {
 	l, err := k.linkByName(name)
-	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+	// The kernel finds an interface by its alternative names too (ip-link(8),
+	// altname), which rules and sysctls do not know.
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing || err == nil && l.Attrs().Name != name {
 		e := &MissingError{Interface: name}
 		links, err := k.links()
 		if err != nil {
@@ -101,11 +103,23 @@ func (k *Kernel) Observe(want Want) (State, error) {
 	if s.Promotes, err = isOn(promoteSecondaries(want.Interface)); err != nil {
 		return State{}, err
 	}
-	if want.Cluster.Interface == "" {
-		return s, nil
+	interfaces := []string{want.Interface}
+	if want.Cluster.Interface != "" {
+		if s.Cluster, err = k.observeCluster(want.Cluster, names); err != nil {
+			return State{}, err
+		}
+		if s.Cluster.Index != 0 {
+			interfaces = append(interfaces, want.Cluster.Interface)
+		}
 	}
-	s.Cluster, err = k.observeCluster(want.Cluster, names)
-	return s, err
+	for _, name := range interfaces {
+		on, err := isOn(forwarding(name))
+		if err != nil {
+			return State{}, err
+		}
+		s.Forwarding = append(s.Forwarding, InterfaceForwarding{name, on})
+	}
+	return s, nil
 }
 
 // observeCluster returns the state of the cluster side, the zero State where
@@ -222,11 +236,11 @@ func ipNet(p netip.Prefix) *net.IPNet {
 }
 
 // Do takes one step. Taking a step that is taken already is an error, except
-// for setting a link up or down and for writing a sysctl.
+// for setting a link up or down, writing a sysctl and replacing a route.
 func (k *Kernel) Do(s Step) error {
 	if err := k.do(s); err != nil {
-		if s.Sysctl == ipForward {
-			return &ForwardingError{err}
+		if s.Sysctl == ipForward || strings.HasSuffix(s.Sysctl, "/forwarding") {
+			return &ForwardingError{s.Sysctl, err}
 		}
 		return fmt.Errorf("trying to %s: %w", s, err)
 	}
@@ -255,7 +269,16 @@ func (k *Kernel) do(s Step) error {
 	case AppendRoute:
 		return k.handle.RouteAppend(kernelRoute(s.Route))
 	case DeleteRoute:
-		return k.handle.RouteDel(kernelRoute(s.Route))
+		route := kernelRoute(s.Route)
+		err := k.handle.RouteDel(route)
+		if errors.Is(err, unix.ESRCH) {
+			// A route by a nexthop object is listed with the object's gateway
+			// and interface, and does not match them.
+			err = k.handle.RouteDel(&netlink.Route{
+				Dst: route.Dst, Priority: route.Priority, Tos: route.Tos, Table: route.Table, Type: route.Type, Scope: netlink.SCOPE_NOWHERE,
+			})
+		}
+		return err
 	case AddRule:
 		return k.handle.RuleAdd(kernelRule(s.Rule))
 	case DeleteRule:

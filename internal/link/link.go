@@ -93,6 +93,12 @@ func (r Route) String() string {
 	return b.String()
 }
 
+// An InterfaceForwarding tells whether one interface forwards.
+type InterfaceForwarding struct {
+	Interface string
+	On        bool
+}
+
 // A State is what the kernel holds, as far as a Want concerns it.
 type State struct {
 	Index     int // of the egress interface
@@ -104,7 +110,10 @@ type State struct {
 	Routes    []Route        // IPv4, of the main table
 	Promotes  bool           // promote_secondaries holds on the egress interface
 	Forwards  bool           // net.ipv4.ip_forward
-	Cluster   ClusterState
+	// Whether the two interfaces forward what they receive
+	// (net.ipv4.conf.NAME.forwarding): those that are there.
+	Forwarding []InterfaceForwarding
+	Cluster    ClusterState
 }
 
 // Routes returns the routes that w needs, with index as the interface's.

@@ -10,6 +10,9 @@ import (
 // interfaces (ip-sysctl.rst). It belongs to the network namespace.
 const ipForward = "net.ipv4.ip_forward"
 
+// forwarding is the same for what one interface receives.
+func forwarding(name string) string { return "net/ipv4/conf/" + name + "/forwarding" }
+
 // promoteSecondaries is the sysctl that keeps an interface's secondary
 // addresses when their primary one is deleted (ip-sysctl.rst).
 func promoteSecondaries(name string) string {
@@ -60,10 +63,13 @@ func writeSysctl(name, value string) error {
 
 // A ForwardingError says that packets are not forwarded and that this cannot be
 // changed from here.
-type ForwardingError struct{ Err error }
+type ForwardingError struct {
+	Sysctl string
+	Err    error
+}
 
 func (e *ForwardingError) Error() string {
-	return fmt.Sprintf("turning on %s: it is 0 and cannot be written: %v", ipForward, e.Err)
+	return fmt.Sprintf("turning on %s: it is 0 and cannot be written: %v", e.Sysctl, e.Err)
 }
 
 // Unwrap returns what the kernel said.
@@ -77,12 +83,12 @@ func (e *ForwardingError) Hint() string {
 // CanForward returns nil where packets are forwarded already or forwarding can
 // be turned on, else a *ForwardingError. It changes nothing.
 func CanForward(have State) error {
-	if have.Forwards {
-		return nil
+	for _, s := range Forwarding(have) {
+		f, err := os.OpenFile(sysctlPath(s.Sysctl), os.O_WRONLY, 0)
+		if err != nil {
+			return &ForwardingError{s.Sysctl, err}
+		}
+		_ = f.Close() // nothing was written
 	}
-	f, err := os.OpenFile(sysctlPath(ipForward), os.O_WRONLY, 0)
-	if err != nil {
-		return &ForwardingError{err}
-	}
-	return f.Close()
+	return nil
 }

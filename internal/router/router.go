@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -35,12 +36,15 @@ type Network interface {
 	Observe(link.Want) (link.State, error)
 	Exists(name string) error
 	Do(link.Step) error
+	Forget(func(link.Connection) bool) (int, error)
 	Close()
 }
 
 // Rules are those of one network namespace, as a backend found them.
 type Rules interface {
 	fmt.Stringer                      // names the backend
+	Notes() []string                  // what a person should know about them, a line each
+	Redirects() bool                  // whether there are redirects of ours
 	Differs(want rules.Plan) []string // where they are not as wanted, a line each
 	// Apply makes them what is wanted and returns the way back. On an error
 	// they are as they were.
@@ -83,11 +87,16 @@ const rounds = 5
 // is as it was before.
 //
 // The order leaves no time at which redirected traffic has another source than
-// the reserved address or another way out than the egress interface: the rules
-// that set the source stand before routes change, redirects come after the
-// routes, forwarding is turned on last.
+// the reserved address or another way out than the egress interface: redirects
+// that are not as planned go first, the rules that set the source stand before
+// routes change, redirects come after the routes, forwarding is turned on last.
 func (r *Router) Apply(ctx context.Context) (err error) {
 	begin := time.Now()
+	release, err := lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
 	network, err := r.Network()
 	if err != nil {
 		return err
@@ -104,17 +113,18 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// To be reached by the cluster side instead: link.ClusterSide.Destinations.
-	r.Log.Debug("addresses of the host that the egress interface cannot reach", "addresses", parentAddresses)
+	// A macvlan does not reach its parent's addresses.
+	want := r.Link
+	want.Cluster.Destinations = slices.Concat(want.Cluster.Destinations, r.notRedirectedTo(parentAddresses))
 
 	// Nothing else changes before all of this has passed.
-	have, err := r.observe(network)
+	have, err := r.observe(network, want)
 	if err != nil {
 		return err
 	}
 	var socket *arp.Socket
 	if !have.NoARP {
-		if socket, err = arp.Open(have.Index); err != nil {
+		if socket, err = r.openSocket(have); err != nil {
 			return err
 		}
 		defer socket.Close()
@@ -129,15 +139,33 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 			return err
 		}
 		differs = current.Differs(*r.Plan)
-		r.Log.Debug("rules wanted", "backend", current.String(), "plan", r.Plan.String(), "differs", strings.Join(differs, "; "))
+		r.inspect(current, differs)
 	}
 
-	if len(differs) > 0 && len(link.Diff(r.Link, have)) > 0 {
+	c := change{router: r, network: network, want: want, done: &done}
+	if len(differs) > 0 && current.Redirects() {
 		if err := done.add(current.Apply(ctx, r.Plan.Guard())); err != nil {
 			return err
 		}
 	}
-	if have, err = r.converge(ctx, network, have, &done); err != nil {
+	// The address is announced as soon as it is there, because closing the
+	// socket takes some 10 ms, in which the rest is done.
+	if have, err = c.converge(ctx, link.Claim, have); err != nil {
+		return err
+	}
+	if socket != nil {
+		if err := socket.Announce(have.MAC, r.Link.Address.Addr()); err != nil {
+			return err
+		}
+		socket.Close()
+		r.Log.Debug("announced", "address", r.Link.Address.Addr(), "mac", have.MAC.String())
+	}
+	if len(differs) > 0 && len(link.Diff(want, have)) > 0 {
+		if err := done.add(current.Apply(ctx, r.Plan.Guard())); err != nil {
+			return err
+		}
+	}
+	if have, err = c.converge(ctx, link.Diff, have); err != nil {
 		return err
 	}
 	if len(differs) > 0 {
@@ -147,29 +175,70 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		r.Log.Info("rules loaded", "backend", current.String(), "because", strings.Join(differs, "; "))
 	}
 	if r.Plan != nil {
-		if err := r.take(ctx, network, link.Forwarding(have), &done); err != nil {
+		if err := c.take(ctx, link.Forwarding(have)...); err != nil {
 			return err
 		}
-	}
-	if socket != nil {
-		if err := socket.Announce(have.MAC, r.Link.Address.Addr()); err != nil {
-			return err
+		if len(differs) > 0 || c.changed {
+			r.forget(network, have)
 		}
-		r.Log.Debug("announced", "address", r.Link.Address.Addr(), "mac", have.MAC.String())
 	}
 	r.ready(have, current, begin)
 	return nil
 }
 
-// observe reads the state of the egress interface and sees that the cluster
+// openSocket opens the socket for the announcement. Whatever of the
+// announcement can fail beforehand does so here.
+func (r *Router) openSocket(have link.State) (*arp.Socket, error) {
+	if _, err := arp.Announcement(arp.Request, have.MAC, r.Link.Address.Addr()); err != nil {
+		return nil, err
+	}
+	return arp.Open(have.Index)
+}
+
+// inspect logs what a backend found.
+func (r *Router) inspect(current Rules, differs []string) {
+	for _, note := range current.Notes() {
+		r.Log.Warn(note, "backend", current.String())
+	}
+	if r.Log.Enabled(context.Background(), slog.LevelDebug) { // the plan may be long
+		r.Log.Debug("rules wanted", "backend", current.String(), "plan", r.Plan.String(), "differs", strings.Join(differs, "; "))
+	}
+}
+
+// forget ends connections that the kernel would go on treating as before.
+func (r *Router) forget(network Network, have link.State) {
+	stale := r.Plan.Stale(have.Cluster.Addresses)
+	n, err := network.Forget(func(c link.Connection) bool {
+		return stale(rules.Connection{Protocol: rules.Protocol(c.Protocol), To: c.To, RepliesFrom: c.RepliesFrom, RepliesTo: c.RepliesTo})
+	})
+	if err != nil {
+		r.Log.Warn("connections that were there before keep their old destination, or get no further", "error", err)
+	} else if n > 0 {
+		r.Log.Info("connections ended that were redirected otherwise", "number", n)
+	}
+}
+
+// notRedirectedTo returns the addresses that no redirect leads to: one that is
+// a destination has to be reached by the egress interface, or not at all.
+func (r *Router) notRedirectedTo(addresses []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(addresses, func(a netip.Prefix) bool {
+		return r.Plan != nil && slices.ContainsFunc(r.Plan.Destinations(), a.Contains)
+	})
+}
+
+// observe reads the state that want is about, and sees that the cluster
 // interface is there too where it is needed.
-func (r *Router) observe(network Network) (link.State, error) {
-	have, err := network.Observe(r.Link)
+func (r *Router) observe(network Network, want link.Want) (link.State, error) {
+	have, err := network.Observe(want)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
-		return have, &InterfaceError{"EGRESS_INTERFACE", err, fmt.Sprintf(egressHint, r.Link.Interface)}
+		return have, &InterfaceError{"EGRESS_INTERFACE", err, fmt.Sprintf(egressHint, want.Interface)}
 	}
 	if err != nil {
 		return have, err
+	}
+	isGateway := func(p netip.Prefix) bool { return p.Addr() == want.Gateway }
+	if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, want.Gateway) {
+		return have, fmt.Errorf("EGRESS_GATEWAY is %s, which is an address of the pod itself: give it the router of the physical network", want.Gateway)
 	}
 	return have, r.checkCluster(network)
 }
@@ -186,44 +255,55 @@ func (r *Router) checkCluster(network Network) error {
 	return err
 }
 
+// A change is what one run does to the network.
+type change struct {
+	router  *Router
+	network Network
+	want    link.Want
+	done    *undoList
+	changed bool     // at least one step was taken
+	left    []string // optional steps that failed once and are not tried again
+}
+
 // converge takes the steps from have to what is wanted, and returns the state
 // in which none is left.
-func (r *Router) converge(ctx context.Context, network Network, have link.State, done *undoList) (link.State, error) {
-	var optional []string // steps that failed once and are not tried again
+func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) []link.Step, have link.State) (link.State, error) {
+	var steps []link.Step
 	for range rounds {
-		steps := slices.DeleteFunc(link.Diff(r.Link, have), func(s link.Step) bool { return slices.Contains(optional, s.String()) })
+		steps = slices.DeleteFunc(diff(c.want, have), func(s link.Step) bool { return slices.Contains(c.left, s.String()) })
 		if len(steps) == 0 {
 			return have, nil
 		}
 		for _, s := range steps {
-			err := r.take(ctx, network, []link.Step{s}, done)
+			err := c.take(ctx, s)
 			if err != nil && s.Optional {
-				r.Log.Warn("left as it is", "step", s.String(), "error", err)
-				optional = append(optional, s.String())
+				c.router.Log.Warn("left as it is", "step", s.String(), "error", err)
+				c.left = append(c.left, s.String())
 			} else if err != nil {
 				return have, err
 			}
 		}
 		var err error
-		if have, err = network.Observe(r.Link); err != nil {
+		if have, err = c.network.Observe(c.want); err != nil {
 			return have, err
 		}
 	}
-	return have, fmt.Errorf("configuring %q: after %d rounds it still needs to %s: something else changes it back", r.Link.Interface, rounds, link.Diff(r.Link, have)[0])
+	return have, fmt.Errorf("configuring %q: after %d rounds it still needs to %s: something else changes it back", c.want.Interface, rounds, steps[0])
 }
 
-// take takes steps of the network.
-func (r *Router) take(ctx context.Context, network Network, steps []link.Step, done *undoList) error {
+// take takes steps of the network, and remembers the way back.
+func (c *change) take(ctx context.Context, steps ...link.Step) error {
 	for _, s := range steps {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := network.Do(s); err != nil {
+		if err := c.network.Do(s); err != nil {
 			return err
 		}
+		c.changed = true
 		inverse := s.Inverse()
-		_ = done.add(func() error { return network.Do(inverse) }, nil)
-		r.Log.Info("network changed", "step", s.String())
+		_ = c.done.add(func() error { return c.network.Do(inverse) }, nil)
+		c.router.Log.Info("network changed", "step", s.String())
 	}
 	return nil
 }
@@ -233,6 +313,11 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	if !have.Carrier {
 		r.Log.Warn("the egress interface has no carrier: the NIC it is cut from is down or unplugged", "interface", r.Link.Interface)
 	}
+	for _, a := range have.Addresses {
+		if a != r.Link.Address {
+			r.Log.Warn("the egress interface has another address, which is never used as a source", "address", a.String())
+		}
+	}
 	attrs := []any{"interface", r.Link.Interface, "address", r.Link.Address.String(), "gateway", r.Link.Gateway.String()}
 	if current != nil {
 		attrs = append(attrs, "redirects", r.Plan.Count(rules.DNAT), "backend", current.String())
@@ -240,7 +325,8 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	r.Log.Info("ready", append(attrs, "took", time.Since(begin).Round(100*time.Microsecond).String())...)
 }
 
-// Stay watches over the configuration until ctx ends.
+// Stay returns when ctx ends. It is the place of what watches over the
+// configuration meanwhile.
 func (r *Router) Stay(ctx context.Context) error {
 	<-ctx.Done()
 	return nil

@@ -1,0 +1,38 @@
+package rules
+
+import (
+	"net/netip"
+	"testing"
+)
+
+func TestStale(t *testing.T) {
+	stale := NewPlan(exampleSet, sides).Stale([]netip.Addr{ip("10.128.0.98")})
+	withoutFallback := NewPlan(Set{Redirects: exampleSet.Redirects}, sides).Stale([]netip.Addr{ip("10.128.0.98")})
+	at := netip.MustParseAddrPort
+	client, reserved := ip("10.128.0.71"), ip("192.168.12.99")
+	for name, test := range map[string]struct {
+		stale func(Connection) bool
+		c     Connection
+		want  bool
+	}{
+		"as planned":                   {stale, Connection{TCP, at("10.128.0.98:8080"), at("203.0.113.26:80"), reserved}, false},
+		"same port":                    {stale, Connection{TCP, at("10.128.0.98:80"), at("203.0.113.25:80"), reserved}, false},
+		"fallback":                     {stale, Connection{UDP, at("10.128.0.98:53"), at("203.0.113.27:53"), reserved}, false},
+		"fallback of a redirect's UDP": {stale, Connection{UDP, at("10.128.0.98:80"), at("203.0.113.27:80"), reserved}, false},
+		"fallback, ICMP":               {stale, Connection{1, at("10.128.0.98:0"), at("203.0.113.27:0"), reserved}, false},
+		"another server":               {stale, Connection{TCP, at("10.128.0.98:80"), at("203.0.113.99:80"), reserved}, true},
+		"another port":                 {stale, Connection{TCP, at("10.128.0.98:8080"), at("203.0.113.26:8080"), reserved}, true},
+		"another source":               {stale, Connection{UDP, at("10.128.0.98:53"), at("203.0.113.27:53"), ip("192.168.12.98")}, true},
+		"the client as the source":     {stale, Connection{UDP, at("10.128.0.98:53"), at("203.0.113.27:53"), client}, true},
+		"never redirected":             {stale, Connection{UDP, at("10.128.0.98:53"), at("10.128.0.98:53"), client}, true},
+		"to the pod itself":            {withoutFallback, Connection{TCP, at("10.128.0.98:22"), at("10.128.0.98:22"), client}, false},
+		"redirected no longer":         {withoutFallback, Connection{TCP, at("10.128.0.98:22"), at("203.0.113.27:22"), reserved}, true},
+		"not to the pod":               {stale, Connection{TCP, at("10.96.0.10:53"), at("10.96.0.10:53"), ip("10.128.0.98")}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := test.stale(test.c); got != test.want {
+				t.Errorf("%v", got)
+			}
+		})
+	}
+}
