@@ -125,7 +125,7 @@ func (e *ParseError) Error() string { return e.Sentence }
 func Parse(value string) (Set, error) {
 	var set Set
 	var fallback Line
-	seen := make([]int, 1<<16) // local port -> line; zero: not used
+	seen := make([]int32, 1<<16) // local port -> line; zero: not used
 	lines := Lines(value)
 	set.Redirects = make([]Redirect, 0, len(lines))
 	for _, line := range lines {
@@ -159,7 +159,7 @@ func Parse(value string) (Set, error) {
 				fmt.Sprintf("EGRESS_DESTINATION localport %d is already used, must be unique for each destination", r.Port),
 				fmt.Sprintf("line %d uses it first; a port stands once, whatever the protocol", first)}
 		}
-		seen[r.Port] = line.Number
+		seen[r.Port] = int32(line.Number)
 		set.Redirects = append(set.Redirects, r)
 	}
 	return set, nil

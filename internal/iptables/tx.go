@@ -18,6 +18,35 @@ type Tx struct {
 	backend *Backend
 	now     state
 	notes   []string
+
+	// The texts of the chains of the plan in hand: rendering thousands of
+	// rules takes about as long as everything else here.
+	rendered map[rules.Table]map[string]text
+}
+
+// text is a chain's rules and what iptables-save makes of them.
+type text struct {
+	rules []rules.Rule
+	saved []byte
+}
+
+// saved returns the rules of a chain as iptables-save prints them.
+func (tx *Tx) saved(chain rules.Chain) []byte {
+	same := func(a, b []rules.Rule) bool { return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0]) }
+	if t, done := tx.rendered[chain.Table][chain.Name]; done && same(t.rules, chain.Rules) {
+		return t.saved
+	}
+	t := text{chain.Rules, chain.AppendSaved(nil)}
+	if len(chain.Rules) > 0 {
+		if tx.rendered == nil {
+			tx.rendered = make(map[rules.Table]map[string]text)
+		}
+		if tx.rendered[chain.Table] == nil {
+			tx.rendered[chain.Table] = make(map[string]text)
+		}
+		tx.rendered[chain.Table][chain.Name] = t
+	}
+	return t.saved
 }
 
 // A state is what the kernel holds, or shall hold, of ours: table by table.
@@ -101,13 +130,13 @@ func parse(saved []byte) state {
 // rule that matches decides and a masquerading rule in front of ours would
 // choose another source address. Chains of ours that the plan does not have are
 // gone, or empty where a rule of somebody else leads to them.
-func (s state) wanted(plan rules.Plan) state {
-	want := make(state)
+func (tx *Tx) wanted(plan rules.Plan) state {
+	s, want := tx.now, make(state)
 	for _, chain := range plan.Chains {
 		if want[chain.Table] == nil {
 			want[chain.Table] = newContents()
 		}
-		want[chain.Table].chains[chain.Name] = chain.AppendSaved(nil)
+		want[chain.Table].chains[chain.Name] = tx.saved(chain)
 		want[chain.Table].jumps[chain.Name] = []int{1}
 	}
 	for table, have := range s {
@@ -161,42 +190,50 @@ func (s state) script(want state) []byte {
 	var b []byte
 	for _, table := range tablesOf(s, want) {
 		have, want := s.of(table), want.of(table)
-		var lines []byte
+		chains := chainsOf(have, want)
+		before := len(b)
+		b = fmt.Appendf(b, "*%s\n", table)
+		empty := len(b)
 		var gone []string
-		for _, chain := range chainsOf(have, want) {
+		size := 0
+		for _, chain := range chains {
 			text, wanted := want.chains[chain]
 			old, there := have.chains[chain]
 			switch {
 			case !wanted && there:
 				gone = append(gone, chain)
-				lines = fmt.Appendf(lines, "-F %s\n", chain)
+				b = fmt.Appendf(b, "-F %s\n", chain)
 			case wanted && (!there || !bytes.Equal(old, text)):
 				// Makes the chain, or empties it.
-				lines = fmt.Appendf(lines, ":%s - [0:0]\n", chain)
+				b = fmt.Appendf(b, ":%s - [0:0]\n", chain)
+				size += len(text)
 			}
 		}
-		for _, chain := range chainsOf(have, want) {
+		b = slices.Grow(b, size)
+		for _, chain := range chains {
 			if text, wanted := want.chains[chain]; wanted && !bytes.Equal(have.chains[chain], text) {
-				lines = append(lines, text...)
+				b = append(b, text...)
 			}
 		}
-		for _, chain := range chainsOf(have, want) {
+		for _, chain := range chains {
 			if slices.Equal(have.jumps[chain], want.jumps[chain]) {
 				continue
 			}
 			hook, _ := hookOf(chain)
 			for range have.jumps[chain] {
-				lines = fmt.Appendf(lines, "-D %s -j %s\n", hook, chain)
+				b = fmt.Appendf(b, "-D %s -j %s\n", hook, chain)
 			}
 			for _, position := range want.jumps[chain] {
-				lines = fmt.Appendf(lines, "-I %s %d -j %s\n", hook, position, chain)
+				b = fmt.Appendf(b, "-I %s %d -j %s\n", hook, position, chain)
 			}
 		}
 		for _, chain := range gone {
-			lines = fmt.Appendf(lines, "-X %s\n", chain)
+			b = fmt.Appendf(b, "-X %s\n", chain)
 		}
-		if len(lines) > 0 {
-			b = slices.Concat(b, []byte("*"+table+"\n"), lines, []byte("COMMIT\n"))
+		if len(b) == empty {
+			b = b[:before]
+		} else {
+			b = append(b, "COMMIT\n"...)
 		}
 	}
 	return b
@@ -231,13 +268,16 @@ func chainsOf(a, b *contents) []string {
 
 // RestoreInput returns the iptables-restore input for plan in a namespace that
 // has nothing of ours yet.
-func RestoreInput(plan rules.Plan) []byte { return state{}.script(state{}.wanted(plan)) }
+func RestoreInput(plan rules.Plan) []byte {
+	var nothing Tx
+	return nothing.now.script(nothing.wanted(plan))
+}
 
 // String names the program that the rules go in by: its version and flavour.
 func (tx *Tx) String() string { return tx.backend.version }
 
 // Differs says, one line each, where the kernel is not as plan wants it.
-func (tx *Tx) Differs(plan rules.Plan) []string { return tx.now.differences(tx.now.wanted(plan)) }
+func (tx *Tx) Differs(plan rules.Plan) []string { return tx.now.differences(tx.wanted(plan)) }
 
 // Redirects reports whether the kernel holds redirects of ours.
 func (tx *Tx) Redirects() bool {
@@ -265,8 +305,8 @@ const tries = 3
 func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	before := tx.now
 	// The way back is taken also when ctx has ended.
-	undo = func() error { return tx.become(context.WithoutCancel(ctx), func(state) state { return before }) }
-	if err := tx.become(ctx, func(now state) state { return now.wanted(plan) }); err != nil {
+	undo = func() error { return tx.become(context.WithoutCancel(ctx), func() state { return before }) }
+	if err := tx.become(ctx, func() state { return tx.wanted(plan) }); err != nil {
 		if len(tx.now.script(before)) > 0 {
 			err = errors.Join(err, undo())
 		}
@@ -275,10 +315,10 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	return undo, nil
 }
 
-// become makes the kernel hold what want makes of its state.
-func (tx *Tx) become(ctx context.Context, want func(now state) state) error {
+// become makes the kernel hold what want returns.
+func (tx *Tx) become(ctx context.Context, want func() state) error {
 	for try := 1; ; try++ {
-		target := want(tx.now)
+		target := want()
 		input := tx.now.script(target)
 		if len(input) == 0 {
 			return nil

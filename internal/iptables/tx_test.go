@@ -65,8 +65,8 @@ func plan(t *testing.T, source string) rules.Plan {
 }
 
 func TestDiffers(t *testing.T) {
-	have := parse([]byte(saved189))
-	got := have.differences(have.wanted(plan(t, "192.168.12.98")))
+	tx := &Tx{now: parse([]byte(saved189))}
+	got := tx.Differs(plan(t, "192.168.12.98"))
 	want := []string{
 		"chain EGRESS-POSTROUTING of table mangle is missing",
 		"chain EGRESS-PREROUTING of table mangle is missing",
@@ -84,8 +84,8 @@ func TestDiffers(t *testing.T) {
 // The way there and the way back, each one restore, with nothing in it of what
 // is not ours or does not change.
 func TestScript(t *testing.T) {
-	have := parse([]byte(saved189))
-	want := have.wanted(plan(t, "192.168.12.99"))
+	tx := &Tx{now: parse([]byte(saved189))}
+	have, want := tx.now, tx.wanted(plan(t, "192.168.12.99"))
 	const there = `*mangle
 :EGRESS-POSTROUTING - [0:0]
 :EGRESS-PREROUTING - [0:0]

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -114,6 +115,11 @@ type State struct {
 	// (net.ipv4.conf.NAME.forwarding): those that are there.
 	Forwarding []InterfaceForwarding
 	Cluster    ClusterState
+}
+
+// CanForward reports whether any packet that comes in could be forwarded.
+func (s State) CanForward() bool {
+	return s.Forwards || slices.ContainsFunc(s.Forwarding, func(i InterfaceForwarding) bool { return i.On })
 }
 
 // Routes returns the routes that w needs, with index as the interface's.

@@ -13,6 +13,10 @@ const ipForward = "net.ipv4.ip_forward"
 // forwarding is the same for what one interface receives.
 func forwarding(name string) string { return "net/ipv4/conf/" + name + "/forwarding" }
 
+// conntrackCount is the number of connections that the kernel tracks in the
+// network namespace (nf_conntrack-sysctl.rst).
+const conntrackCount = "net.netfilter.nf_conntrack_count"
+
 // promoteSecondaries is the sysctl that keeps an interface's secondary
 // addresses when their primary one is deleted (ip-sysctl.rst).
 func promoteSecondaries(name string) string {

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
@@ -90,6 +91,8 @@ const rounds = 5
 // the reserved address or another way out than the egress interface: redirects
 // that are not as planned go first, the rules that set the source stand before
 // routes change, redirects come after the routes, forwarding is turned on last.
+// Where the kernel does not forward yet, that alone holds redirected packets
+// back, and all rules come at once.
 func (r *Router) Apply(ctx context.Context) (err error) {
 	begin := time.Now()
 	release, err := lock(ctx)
@@ -161,7 +164,11 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		r.Log.Debug("announced", "address", r.Link.Address.Addr(), "mac", have.MAC.String())
 	}
 	if len(differs) > 0 && len(link.Diff(want, have)) > 0 {
-		if err := done.add(current.Apply(ctx, r.Plan.Guard())); err != nil {
+		first := *r.Plan
+		if have.CanForward() { // else no redirected packet goes anywhere yet
+			first = r.Plan.Guard()
+		}
+		if err := done.add(current.Apply(ctx, first)); err != nil {
 			return err
 		}
 	}
@@ -207,9 +214,10 @@ func (r *Router) inspect(current Rules, differs []string) {
 
 // forget ends connections that the kernel would go on treating as before.
 func (r *Router) forget(network Network, have link.State) {
-	stale := r.Plan.Stale(have.Cluster.Addresses)
+	// Worked out only where a connection is there to ask for.
+	stale := sync.OnceValue(func() func(rules.Connection) bool { return r.Plan.Stale(have.Cluster.Addresses) })
 	n, err := network.Forget(func(c link.Connection) bool {
-		return stale(rules.Connection{Protocol: rules.Protocol(c.Protocol), To: c.To, RepliesFrom: c.RepliesFrom, RepliesTo: c.RepliesTo})
+		return stale()(rules.Connection{Protocol: rules.Protocol(c.Protocol), To: c.To, RepliesFrom: c.RepliesFrom, RepliesTo: c.RepliesTo})
 	})
 	if err != nil {
 		r.Log.Warn("connections that were there before keep their old destination, or get no further", "error", err)

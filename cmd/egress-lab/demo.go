@@ -1,0 +1,203 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// A question is a port of the pod that the client asks at, and the server that
+// has to answer.
+type question struct {
+	proto string
+	port  uint16
+	want  netip.AddrPort
+}
+
+// questions has one for each line of the example; its last line, the fallback,
+// is asked twice, since it is for all ports of all protocols.
+var questions = []question{
+	{"tcp", 80, netip.MustParseAddrPort("203.0.113.25:80")},
+	{"tcp", 8080, netip.MustParseAddrPort("203.0.113.26:80")},
+	{"tcp", 8443, netip.MustParseAddrPort("203.0.113.26:443")},
+	{"tcp", 9000, netip.MustParseAddrPort("203.0.113.27:9000")},
+	{"udp", 53, netip.MustParseAddrPort("203.0.113.27:53")},
+}
+
+const demoPlace = `A client, the pod of a router, their node and the outside, each a network
+namespace on this machine that is gone when this program ends:
+
+  client               pod                             outside
+  10.128.0.71 -- eth0  10.128.0.98 | macvlan0 -------- 192.168.12.1   gateway
+                                                       203.0.113.25   servers
+                                                       203.0.113.26
+                                                       203.0.113.27
+
+`
+
+const demoTable = `
+The client asks the pod once more. Each line of EGRESS_DESTINATION names the
+server for one port, the last line the one for all others, and every server has
+to see the pod's reserved address, 192.168.12.99:
+
+`
+
+const demoAgain = `
+The router starts a second time, as when its container restarts, and shall find
+nothing to change. It logs:
+
+`
+
+// demo shows what the router is for: a client that knows only the pod reaches
+// servers outside, which see the reserved address. The error says what was not
+// as expected.
+func demo(ctx context.Context, program string, stdout io.Writer) error {
+	l, err := lab.New(lab.Options{})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	for _, q := range questions {
+		if _, err := l.Serve(l.Outside, q.proto, q.want); err != nil {
+			return err
+		}
+	}
+	fmt.Fprint(stdout, demoPlace)
+
+	var wrong []string
+	before, refused := askBefore(ctx, l)
+	fmt.Fprintf(stdout, "Before the router starts, the client asks the pod at tcp port 80: %s.\n", before)
+	if !refused {
+		wrong = append(wrong, "the client was not refused before the router started")
+	}
+
+	env := environment("init", "EGRESS_DESTINATION="+exampleDestination)
+	fmt.Fprint(stdout, "\nThe router starts in the pod with this environment:\n\n")
+	for _, variable := range env {
+		if name, value, _ := strings.Cut(variable, "="); strings.Contains(value, "\n") {
+			variable = name + "=\n  " + strings.ReplaceAll(value, "\n", "\n  ")
+		}
+		printIndented(stdout, variable)
+	}
+	fmt.Fprint(stdout, "\nIt logs:\n\n")
+	if _, err := startRouter(ctx, l, program, env, stdout); err != nil {
+		return err
+	}
+
+	fmt.Fprint(stdout, demoTable)
+	if bad := askAll(ctx, l, stdout); bad > 0 {
+		wrong = append(wrong, fmt.Sprintf("%d of %d answers are wrong", bad, len(questions)))
+	}
+
+	fmt.Fprint(stdout, demoAgain)
+	log, err := startRouter(ctx, l, program, env, stdout)
+	if err != nil {
+		return err
+	}
+	if found := changes(log); found != "" {
+		fmt.Fprintf(stdout, "\nWRONG: %s.\n", found)
+		wrong = append(wrong, found)
+	} else {
+		fmt.Fprint(stdout, "\nok: nothing had to be changed.\n")
+	}
+	if len(wrong) > 0 {
+		return errors.New(strings.Join(wrong, "; "))
+	}
+	fmt.Fprintf(stdout, "\ndemo: all %d answers as expected\n", len(questions))
+	return nil
+}
+
+// askBefore asks the pod before a router has run in it. The pod itself has to
+// refuse: a client that waits in vain would mean that the lab is broken.
+func askBefore(ctx context.Context, l *lab.Lab) (got string, refused bool) {
+	answer, err := l.Ask(ctx, l.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	if err == nil {
+		return fmt.Sprintf("answered by %s", answer.Server), false
+	}
+	return reason(err), errors.Is(err, syscall.ECONNREFUSED)
+}
+
+// startRouter runs the router to its end, prints what it logged and returns it.
+func startRouter(ctx context.Context, l *lab.Lab, program string, env []string, stdout io.Writer) (string, error) {
+	o, err := execute(ctx, l, l.Router, env, nil, program)
+	for line := range strings.Lines(o.stderr) {
+		if rest, ok := strings.CutPrefix(line, "time="); ok {
+			_, line, _ = strings.Cut(rest, " ") // all of it happens now
+		}
+		printIndented(stdout, line)
+	}
+	if o.stderr == "" {
+		printIndented(stdout, "(nothing)")
+	}
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.Exited() {
+		err = fmt.Errorf("the router failed with exit code %d; what it logged, above, says why", exit.ExitCode())
+	}
+	return o.stderr, err
+}
+
+// printIndented prints lines of what is not the demonstration's own text.
+func printIndented(w io.Writer, text string) {
+	for line := range strings.Lines(text) {
+		fmt.Fprintf(w, "  %s\n", strings.TrimSuffix(line, "\n"))
+	}
+}
+
+// askAll asks every question, prints a table of the answers, and returns how
+// many are wrong.
+func askAll(ctx context.Context, l *lab.Lab, stdout io.Writer) (bad int) {
+	table := tabwriter.NewWriter(stdout, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(table, "  PORT\tEXPECTED SERVER\tANSWERED BY\tSERVER SAW\tRESULT")
+	for _, q := range questions {
+		by, saw, verdict := "", "-", "ok"
+		answer, err := l.Ask(ctx, l.Client, q.proto, netip.AddrPortFrom(lab.RouterAddr, q.port))
+		if err == nil {
+			by, saw = answer.Server.String(), answer.Peer.Addr().String()
+		} else {
+			by = "nobody: " + reason(err)
+		}
+		if err != nil || answer.Server != q.want || answer.Peer.Addr() != lab.Source {
+			verdict = "WRONG"
+			bad++
+		}
+		fmt.Fprintf(table, "  %s %d\t%s\t%s\t%s\t%s\n", q.proto, q.port, q.want, by, saw, verdict)
+	}
+	table.Flush()
+	return bad
+}
+
+// reason says in a word or two why there is no answer.
+func reason(err error) string {
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "refused"
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Sprintf("no answer within %s", lab.Patience)
+	}
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
+		return errno.Error()
+	}
+	return err.Error()
+}
+
+// changes says what the log of a second run has that shows a change, or lacks
+// although it must end so; it is empty if all is well.
+func changes(log string) string {
+	for _, word := range []string{"network changed", "rules loaded"} {
+		if strings.Contains(log, word) {
+			return fmt.Sprintf("the second run logged %q", word)
+		}
+	}
+	if !strings.Contains(log, "msg=ready") {
+		return `the second run did not log "ready"`
+	}
+	return ""
+}

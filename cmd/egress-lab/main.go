@@ -1,0 +1,121 @@
+// Egress-lab runs a built egress-router in a network of its own, made of
+// namespaces on this machine (see package lab):
+//
+//	egress-lab demo PROGRAM    shows what a client of the router gets
+//	egress-lab bench PROGRAM   measures the router against bare iptables-restore
+//
+// PROGRAM is the egress-router to run, bin/egress-router after make build. It
+// cannot be below /run, of which egress-lab has one of its own.
+//
+// Nothing outside that network is touched, and nothing is left when the program
+// ends, killed or not: namespaces, files and processes all hang on it. It needs
+// root or, where the kernel allows user namespaces, no privilege at all.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+// The exit codes.
+const (
+	exitOK    = 0
+	exitError = 1
+	exitUsage = 2 // the arguments are not understood
+)
+
+const usage = `usage: egress-lab demo PROGRAM    show what a client of the router gets
+       egress-lab bench PROGRAM   measure the router against bare iptables-restore
+PROGRAM is an egress-router: make build makes bin/egress-router
+`
+
+func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+
+// run does what the arguments say and returns the exit code. It does so in a
+// second process, which has namespaces of its own; the first one only waits.
+func run(args []string, stdout, stderr io.Writer) int {
+	commands := map[string]func(context.Context, string, io.Writer) error{"demo": demo, "bench": bench}
+	if len(args) != 2 || commands[args[0]] == nil {
+		fmt.Fprintf(stderr, "egress-lab: arguments not understood: %q\n%s", args, usage)
+		return exitUsage
+	}
+	return nstest.M{Tests: command{name: args[0], run: commands[args[0]], program: args[1], stdout: stdout, stderr: stderr}}.Run()
+}
+
+// A command is what the second process runs.
+type command struct {
+	name           string
+	run            func(ctx context.Context, program string, stdout io.Writer) error
+	program        string // as the user named it
+	stdout, stderr io.Writer
+}
+
+// Run runs the command and returns its exit code.
+func (c command) Run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	program, err := executable(c.program)
+	if err == nil {
+		err = c.run(ctx, program, c.stdout)
+	}
+	switch {
+	case err == nil:
+		return exitOK
+	case ctx.Err() != nil:
+		fmt.Fprintf(c.stderr, "%s: interrupted\n", c.name)
+		return exitError
+	}
+	if h := hint(err); h != "" {
+		fmt.Fprintf(c.stderr, "hint: %s\n", h)
+	}
+	fmt.Fprintf(c.stderr, "%s: %v\n", c.name, err)
+	return exitError
+}
+
+// A hintedError is an error of which it is known what to do about it.
+type hintedError struct {
+	error
+	hint string
+}
+
+// Unwrap returns the error without the hint.
+func (e *hintedError) Unwrap() error { return e.error }
+
+// hint says what to do about an error, if that is known.
+func hint(err error) string {
+	if hinted, ok := errors.AsType[*hintedError](err); ok {
+		return hinted.hint
+	}
+	switch {
+	case errors.Is(err, syscall.EOPNOTSUPP):
+		return "the lab needs a kernel with veth, bridge and macvlan: as root, modprobe -a veth bridge macvlan"
+	case errors.Is(err, os.ErrPermission):
+		return "the lab needs CAP_SYS_ADMIN and CAP_NET_ADMIN in its namespaces and a writable /proc/sys/net: run it outside of a container, or in a privileged one"
+	}
+	return ""
+}
+
+// executable returns the absolute path of the router to run: the processes of a
+// lab are started by path.
+func executable(name string) (string, error) {
+	path, err := filepath.Abs(name)
+	if err != nil {
+		return "", fmt.Errorf("finding the router: %w", err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", &hintedError{fmt.Errorf("finding the router: %w", err), "make build makes bin/egress-router"}
+	}
+	if !info.Mode().IsRegular() || info.Mode().Perm()&0o111 == 0 {
+		return "", &hintedError{fmt.Errorf("finding the router: %q is not a program", path), "make build makes bin/egress-router"}
+	}
+	return path, nil
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// settled is how long a router that is ready gets to come to rest.
+const settled = 100 * time.Millisecond
+
+const sizeFormat = "%-44s %6s %6s %s\n"
+
+// printSizes prints the sizes of the program's file and of its memory. Memory is
+// that of a router in mode legacy, which does what init does and then stays, so
+// that the kernel's account of it can be read: the highest mark (VmHWM) is the
+// peak of that work. What wait4(2) reports of an init that has ended (ru_maxrss)
+// would be at least the size of this program, since a process that starts
+// another hands its mark on (setmax_mm_hiwater_rss in fs/exec.c).
+func printSizes(ctx context.Context, program string, f flavour, loads []load, stdout io.Writer) error {
+	info, err := os.Stat(program)
+	if err != nil {
+		return fmt.Errorf("reading the size of the router: %w", err)
+	}
+	const mega = 1e6
+	size := float64(info.Size()) / mega
+	fmt.Fprintln(stdout)
+	fmt.Fprintf(stdout, sizeFormat, "what", "MB", "goal", "ok")
+	fmt.Fprintf(stdout, sizeFormat, "program file", fmt.Sprintf("%.2f", size), fmt.Sprint(goalBinary), judge(size, goalBinary))
+	for _, l := range loads {
+		peak, idle, err := measureMemory(ctx, program, f, l)
+		if err != nil {
+			return fmt.Errorf("measuring memory with %s: %w", l.name, err)
+		}
+		fmt.Fprintf(stdout, sizeFormat, "resident memory, init, peak, "+l.name, fmt.Sprintf("%.2f", peak/mega), "", "")
+		fmt.Fprintf(stdout, sizeFormat, "resident memory, legacy, idle, "+l.name, fmt.Sprintf("%.2f", idle/mega), "", "")
+	}
+	return nil
+}
+
+// measureMemory returns the most memory that a router had while it set things
+// up, and what it has once at rest, in bytes.
+func measureMemory(ctx context.Context, program string, f flavour, load load) (peak, idle float64, err error) {
+	l, err := lab.New(lab.Options{})
+	if err != nil {
+		return 0, 0, err
+	}
+	defer l.Close()
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	cmd := prepare(ctx, environment("legacy", append(load.env, f.path())...), program)
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return 0, 0, fmt.Errorf("making a pipe: %w", err)
+	}
+	if err := l.Start(l.Router, cmd); err != nil {
+		return 0, 0, err
+	}
+	if err := awaitReady(stderr); err != nil {
+		cancel()
+		_ = cmd.Wait() // what it logged says more
+		return 0, 0, err
+	}
+	time.Sleep(settled)
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	if err != nil {
+		return 0, 0, fmt.Errorf("reading the router's status: %w", err)
+	}
+	if peak, err = memory(string(status), "VmHWM"); err != nil {
+		return 0, 0, err
+	}
+	if idle, err = memory(string(status), "VmRSS"); err != nil {
+		return 0, 0, err
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return 0, 0, fmt.Errorf("ending the router: %w", err)
+	}
+	if err := cmd.Wait(); err != nil {
+		return 0, 0, fmt.Errorf("ending the router: %w", err)
+	}
+	return peak, idle, nil
+}
+
+// awaitReady reads a router's log until it says that it is ready.
+func awaitReady(log io.Reader) error {
+	var read []string
+	lines := bufio.NewScanner(log)
+	for lines.Scan() {
+		if strings.Contains(lines.Text(), "msg=ready") {
+			return nil
+		}
+		read = append(read, lines.Text())
+	}
+	return fmt.Errorf("waiting for the router to be ready: it ended or was too slow: %s", strings.Join(read, "; "))
+}
+
+// memory returns a figure of /proc/PID/status in bytes (proc_pid_status(5)).
+func memory(status, name string) (float64, error) {
+	_, after, _ := strings.Cut(status, "\n"+name+":")
+	line, _, _ := strings.Cut(after, "\n")
+	kib, err := strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(line, " kB"))) // it means KiB
+	if err != nil {
+		return 0, fmt.Errorf("reading %s from a process's status: %w", name, err)
+	}
+	return float64(kib) * 1024, nil
+}
