@@ -5,10 +5,10 @@ export CGO_ENABLED = 0
 GO      ?= go
 LDFLAGS  = -s -w -buildid=
 
-.PHONY: help demo test build lint fuzz golden bench clean
+.PHONY: help demo test build lint fuzz golden bench image e2e clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: build iptables ## run the main job in a lab of namespaces and show what a client sees
 	$(GO) run ./cmd/egress-lab demo bin/egress-router
@@ -32,6 +32,12 @@ golden: ## rewrite testdata/golden and script after a change that is meant
 
 bench: build iptables ## measure against bare iptables-restore, as ratios
 	$(GO) run ./cmd/egress-lab bench bin/egress-router
+
+image: ## build the container images, and print their sizes
+	.ci/image
+
+e2e: ## run the images as pods and containers with podman (as root)
+	cd internal/e2e && $(GO) test -count=1 ./...
 
 clean: ## remove what was built
 	rm -rf bin

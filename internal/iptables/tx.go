@@ -175,9 +175,15 @@ func (s state) differences(want state) []string {
 			}
 		}
 		for _, chain := range chainsOf(have, want) {
-			if !slices.Equal(have.jumps[chain], want.jumps[chain]) {
-				hook, _ := hookOf(chain)
-				say("the jump from %s to %s of table %s is not the first rule, and the only jump", hook, chain, table)
+			hook, _ := hookOf(chain)
+			switch {
+			case slices.Equal(have.jumps[chain], want.jumps[chain]):
+			case len(have.jumps[chain]) == 0:
+				say("the jump from %s to %s of table %s is missing", hook, chain, table)
+			case len(want.jumps[chain]) == 0:
+				say("the jump from %s to %s of table %s is not in use", hook, chain, table)
+			default:
+				say("the jump from %s to %s of table %s is not the first rule, or not the only jump", hook, chain, table)
 			}
 		}
 	}

@@ -70,11 +70,11 @@ func TestDiffers(t *testing.T) {
 	want := []string{
 		"chain EGRESS-POSTROUTING of table mangle is missing",
 		"chain EGRESS-PREROUTING of table mangle is missing",
-		"the jump from POSTROUTING to EGRESS-POSTROUTING of table mangle is not the first rule, and the only jump",
-		"the jump from PREROUTING to EGRESS-PREROUTING of table mangle is not the first rule, and the only jump",
+		"the jump from POSTROUTING to EGRESS-POSTROUTING of table mangle is missing",
+		"the jump from PREROUTING to EGRESS-PREROUTING of table mangle is missing",
 		"chain EGRESS-POSTROUTING of table nat holds other rules",
 		"chain EGRESS-OUTPUT of table nat is not in use",
-		"the jump from PREROUTING to EGRESS-PREROUTING of table nat is not the first rule, and the only jump",
+		"the jump from PREROUTING to EGRESS-PREROUTING of table nat is not the first rule, or not the only jump",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)

@@ -1,0 +1,302 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/yaml"
+)
+
+// A NetworkAttachmentDefinition is that of the Network Plumbing Working Group's
+// specification, in which config is text.
+type NetworkAttachmentDefinition struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              struct {
+		Config string `json:"config"`
+	} `json:"spec"`
+}
+
+// A macvlanConfig is the configuration of the CNI plugin macvlan, as far as the
+// manifests use it.
+type macvlanConfig struct {
+	CNIVersion string `json:"cniVersion"`
+	Name       string `json:"name"`
+	Type       string `json:"type"`
+	Master     string `json:"master"`
+	Mode       string `json:"mode"`
+}
+
+// kinds are the types of what may stand in a manifest.
+var kinds = map[string]func() any{
+	"v1 ConfigMap":       func() any { return new(corev1.ConfigMap) },
+	"v1 Namespace":       func() any { return new(corev1.Namespace) },
+	"v1 Pod":             func() any { return new(corev1.Pod) },
+	"v1 Service":         func() any { return new(corev1.Service) },
+	"v1 ServiceAccount":  func() any { return new(corev1.ServiceAccount) },
+	"apps/v1 Deployment": func() any { return new(appsv1.Deployment) },
+	"k8s.cni.cncf.io/v1 NetworkAttachmentDefinition": func() any { return new(NetworkAttachmentDefinition) },
+}
+
+// A manifest is one file, decoded.
+type manifest struct {
+	file    string
+	text    string
+	objects []any
+}
+
+// decode reads all manifests. A field that the API does not have, or that is
+// there twice, is an error.
+func decode(t *testing.T) []manifest {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(manifests, "*.yaml"))
+	if err != nil || len(names) == 0 {
+		t.Fatalf("no manifests in %s: %v", manifests, err)
+	}
+	var all []manifest
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := manifest{file: filepath.Base(name), text: string(text)}
+		for i, document := range bytes.Split(text, []byte("\n---\n")) {
+			var meta metav1.TypeMeta
+			if err := yaml.Unmarshal(document, &meta); err != nil {
+				t.Fatalf("%s, document %d: %v", m.file, i+1, err)
+			}
+			kind, known := kinds[meta.APIVersion+" "+meta.Kind]
+			if !known {
+				t.Fatalf("%s, document %d: unknown kind %q", m.file, i+1, meta)
+			}
+			object := kind()
+			if err := yaml.UnmarshalStrict(document, object); err != nil {
+				t.Errorf("%s, document %d: %v", m.file, i+1, err)
+			}
+			m.objects = append(m.objects, object)
+		}
+		all = append(all, m)
+	}
+	return all
+}
+
+// pods returns the pods of a manifest, also those that a Deployment makes.
+func (m manifest) pods() []corev1.PodTemplateSpec {
+	var found []corev1.PodTemplateSpec
+	for _, o := range m.objects {
+		switch o := o.(type) {
+		case *corev1.Pod:
+			found = append(found, corev1.PodTemplateSpec{ObjectMeta: o.ObjectMeta, Spec: o.Spec})
+		case *appsv1.Deployment:
+			found = append(found, o.Spec.Template)
+		}
+	}
+	return found
+}
+
+// Every manifest is one that a cluster would take, as far as that can be said
+// without one, and says what the router understands.
+func TestManifests(t *testing.T) {
+	variables := run(t, "podman", "run", "--rm", "--network", "none", image, "help")
+	for _, m := range decode(t) {
+		t.Run(m.file, func(t *testing.T) {
+			maps := map[string]*corev1.ConfigMap{}
+			attachments := map[string]bool{}
+			for _, o := range m.objects {
+				switch o := o.(type) {
+				case *corev1.ConfigMap:
+					maps[o.Name] = o
+				case *appsv1.Deployment:
+					checkDeployment(t, o)
+				case *NetworkAttachmentDefinition:
+					attachments[o.Name] = true
+					checkAttachment(t, o)
+				case *corev1.Service:
+					if m.file != "service.yaml" && !slices.ContainsFunc(m.pods(), func(p corev1.PodTemplateSpec) bool { return selects(o.Spec.Selector, p.Labels) }) {
+						t.Errorf("Service %s selects no pod of its file", o.Name)
+					}
+				}
+			}
+			for _, p := range m.pods() {
+				if network := p.Annotations["k8s.v1.cni.cncf.io/networks"]; network != "" {
+					if name, link, _ := strings.Cut(network, "@"); !attachments[name] || link != "macvlan0" {
+						t.Errorf("pod %s: its network %q is not macvlan0 from one of the file", p.Name, network)
+					}
+				}
+				for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
+					if !slices.Contains(images, strings.TrimPrefix(c.Image, "localhost/")) {
+						t.Errorf("container %s: image %q is none of ours", c.Name, c.Image)
+					}
+					if slices.Equal(c.Args, []string{"wait"}) {
+						if s := c.SecurityContext; s != nil && s.Privileged != nil && *s.Privileged {
+							t.Errorf("container %s waits with privilege", c.Name)
+						}
+					} else if c.Image == image {
+						checkRouter(t, c, p.Spec, maps, variables)
+					}
+				}
+			}
+		})
+	}
+}
+
+func selects(selector, labels map[string]string) bool {
+	for key, value := range selector {
+		if labels[key] != value {
+			return false
+		}
+	}
+	return len(selector) > 0
+}
+
+// checkDeployment sees that the reserved address is never in two places.
+func checkDeployment(t *testing.T, d *appsv1.Deployment) {
+	t.Helper()
+	if d.Spec.Replicas == nil || *d.Spec.Replicas != 1 || d.Spec.Strategy.Type != appsv1.RecreateDeploymentStrategyType {
+		t.Errorf("Deployment %s could run two routers at once", d.Name)
+	}
+	if d.Spec.Selector == nil || !selects(d.Spec.Selector.MatchLabels, d.Spec.Template.Labels) {
+		t.Errorf("Deployment %s does not select its pods", d.Name)
+	}
+}
+
+func checkAttachment(t *testing.T, a *NetworkAttachmentDefinition) {
+	t.Helper()
+	decoder := json.NewDecoder(strings.NewReader(a.Spec.Config))
+	decoder.DisallowUnknownFields()
+	var config macvlanConfig
+	if err := decoder.Decode(&config); err != nil {
+		t.Errorf("NetworkAttachmentDefinition %s: %v", a.Name, err)
+	}
+	if config.Type != "macvlan" || config.Master == "" || config.CNIVersion == "" {
+		t.Errorf("NetworkAttachmentDefinition %s: %+v", a.Name, config)
+	}
+}
+
+// checkRouter checks a container that runs the router: its variables are known,
+// its plan can be made, and it may do what it has to.
+func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMaps map[string]*corev1.ConfigMap, variables string) {
+	t.Helper()
+	mounts := map[string]map[string]string{} // directory -> file -> text
+	for _, m := range c.VolumeMounts {
+		for _, v := range pod.Volumes {
+			if v.Name == m.Name && v.ConfigMap != nil && configMaps[v.ConfigMap.Name] != nil {
+				mounts[m.MountPath] = configMaps[v.ConfigMap.Name].Data
+			}
+		}
+		if mounts[m.MountPath] == nil {
+			t.Errorf("container %s mounts %s, which is not from a ConfigMap of the file", c.Name, m.Name)
+		}
+	}
+	args := []string{"podman", "run", "--rm", "--network", "none", "--cap-drop", "all"}
+	for _, e := range c.Env {
+		if !strings.Contains(variables, "\n  "+e.Name+" ") {
+			t.Errorf("container %s sets %s, which is no variable of the router", c.Name, e.Name)
+		}
+		value := e.Value
+		if e.ValueFrom != nil {
+			key := e.ValueFrom.ConfigMapKeyRef
+			if key == nil || configMaps[key.Name] == nil || configMaps[key.Name].Data[key.Key] == "" {
+				t.Errorf("container %s: %s comes from no ConfigMap of the file", c.Name, e.Name)
+				continue
+			}
+			value = configMaps[key.Name].Data[key.Key]
+		}
+		if e.Name == "EGRESS_DESTINATION_FILE" {
+			text, there := mounts[filepath.Dir(value)][filepath.Base(value)]
+			if !there {
+				t.Errorf("container %s: nothing mounts %s", c.Name, value)
+			}
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, filepath.Base(value)), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			args = append(args, "--volume", dir+":"+filepath.Dir(value)+":ro")
+		}
+		args = append(args, "--env", e.Name+"="+value)
+	}
+	if err := command(append(args, image, "plan")...).run(); err != nil {
+		t.Errorf("container %s: %v", c.Name, err)
+	}
+	s := c.SecurityContext
+	if s == nil || (s.Privileged == nil || !*s.Privileged) &&
+		(s.Capabilities == nil || !slices.Contains(s.Capabilities.Add, "NET_ADMIN") || !slices.Contains(s.Capabilities.Add, "NET_RAW")) {
+		t.Errorf("container %s has neither privilege nor capabilities", c.Name)
+	}
+}
+
+// The YAML in the README is in the manifests, which all of this tests: the lines
+// of each block stand in one of them, in the same order.
+func TestREADME(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?ms)^```yaml\n(.*?)^```$").FindAllStringSubmatch(string(text), -1)
+	if len(blocks) == 0 {
+		t.Fatal("the README shows no manifest")
+	}
+	all := decode(t)
+	for i, block := range blocks {
+		longest, where := 0, ""
+		lines := strings.Split(strings.TrimSuffix(block[1], "\n"), "\n")
+		for _, m := range all {
+			if n := inOrder(lines, strings.Split(m.text, "\n")); n > longest {
+				longest, where = n, m.file
+			}
+		}
+		if longest < len(lines) {
+			t.Errorf("block %d, line %d is not in %s, which fits best:\n%s", i+1, longest+1, where, lines[longest])
+		}
+	}
+}
+
+// inOrder returns how many of the lines, from the first on, are in text in this
+// order.
+func inOrder(lines, text []string) int {
+	n := 0
+	for _, line := range text {
+		if n < len(lines) && line == lines[n] {
+			n++
+		}
+	}
+	return n
+}
+
+// Every manifest that can be run is run by some test here.
+func TestManifestsAreRun(t *testing.T) {
+	// A cluster's own affairs, and what waits for the proxies.
+	notRun := []string{"deployment.yaml", "dns-proxy-pod.yaml", "http-proxy-pod.yaml", "multus.yaml", "namespace.yaml", "service.yaml"}
+	tests, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	code := map[string]bool{}
+	for _, name := range tests {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name != "manifests_test.go" {
+			for _, quoted := range regexp.MustCompile(`"[a-z-]+\.yaml"`).FindAllString(string(text), -1) {
+				code[strings.Trim(quoted, `"`)] = true
+			}
+		}
+	}
+	for _, m := range decode(t) {
+		if !slices.Contains(notRun, m.file) && !code[m.file] {
+			t.Errorf("no test runs %s; those that are run: %v", m.file, fmt.Sprint(slices.Sorted(maps.Keys(code))))
+		}
+	}
+}

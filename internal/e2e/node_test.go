@@ -1,0 +1,458 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// images are what .ci/image builds, by their name behind localhost/.
+var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy"}
+
+// image is the router's.
+const image = "localhost/egress-router"
+
+// A node is the network namespace that the tests run in, as a node of a cluster:
+//
+//	containers                           servers in outside:
+//	 eth0 10.128.0.0/23                   203.0.113.25, .26, .27
+//	  |                                    |
+//	podman0 - node - eth0 192.168.12.10/24 - lan0 192.168.12.1/24
+//	               - eth1 192.168.123.10/24 - lan1 192.168.123.1/24 - web 192.168.123.91
+//
+// The second physical network is that of the documentation's walk-through. The
+// node's default route goes by eth0. Outside has no route to the containers, and
+// the node translates the source of what they send by it to its own: a server sees
+// a reserved address only behind a router that works.
+type node struct{}
+
+// theNode is what the tests share.
+var theNode *node
+
+// The addresses of the servers, as the tests write them.
+var (
+	web     = "192.168.123.91"
+	servers = []string{
+		"203.0.113.25:80", "203.0.113.26:80", "203.0.113.26:443", "203.0.113.27:9000", web + ":80",
+	}
+)
+
+// Where the namespaces of [node] are.
+const (
+	outside = "/run/netns/outside"
+	webNS   = "/run/netns/web"
+)
+
+// The networks that podman has. Those of macvlans differ in their NIC and in
+// whether they give macvlan0 an address of their own.
+const (
+	cluster   = "podman"
+	bare      = "bare"      // eth0, without an address
+	addressed = "addressed" // eth0, with one
+	walk      = "walk"      // eth1, without
+)
+
+func newNode() (*node, error) {
+	// The kernel gives a new namespace the machine's IPv4 settings.
+	settle := "net.ipv4.ip_forward=0 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0"
+	for line := range strings.Lines(`
+		sysctl -q -w ` + settle + `
+		ip link set lo up
+		ip netns add outside
+		ip netns add web
+		ip netns exec outside sysctl -q -w ` + settle + `
+		ip netns exec web sysctl -q -w ` + settle + `
+		ip -n outside link set lo up
+		ip -n web link set lo up
+
+		ip link add eth0 type veth peer name lan0 netns outside
+		ip address add 192.168.12.10/24 dev eth0
+		ip link set eth0 up
+		ip -n outside address add 192.168.12.1/24 dev lan0
+		ip -n outside link set lan0 up
+		ip route add default via 192.168.12.1
+		ip -n outside address add 203.0.113.25/32 dev lo
+		ip -n outside address add 203.0.113.26/32 dev lo
+		ip -n outside address add 203.0.113.27/32 dev lo
+
+		ip -n outside link add lan1 type bridge
+		ip link add eth1 type veth peer name port1 netns outside
+		ip -n outside link add port2 type veth peer name eth0 netns web
+		ip address add 192.168.123.10/24 dev eth1
+		ip link set eth1 up
+		ip -n outside link set port1 master lan1 up
+		ip -n outside link set port2 master lan1 up
+		ip -n outside address add 192.168.123.1/24 dev lan1
+		ip -n outside link set lan1 up
+		ip -n web address add 192.168.123.91/24 dev eth0
+		ip -n web link set eth0 up
+		ip -n web route add default via 192.168.123.1
+		ip netns exec outside sysctl -q -w net.ipv4.ip_forward=1
+	`) {
+		if words := strings.Fields(line); len(words) > 0 {
+			if err := command(words...).run(); err != nil {
+				return nil, fmt.Errorf("making the node: %w", err)
+			}
+		}
+	}
+	for _, s := range servers {
+		ns := outside
+		if strings.HasPrefix(s, web) {
+			ns = webNS
+		}
+		if err := serveHTTP(ns, s); err != nil {
+			return nil, err
+		}
+	}
+	if err := serveUDP(outside, "203.0.113.27:53"); err != nil {
+		return nil, err
+	}
+	if err := configurePodman(); err != nil {
+		return nil, err
+	}
+	return &node{}, nil
+}
+
+// configurePodman makes podman work with what every machine has, whatever its own
+// configuration says, and gives it images and networks.
+func configurePodman() error {
+	for name, text := range map[string]string{
+		// Without CAP_SYS_RESOURCE, which a machine in a container lacks,
+		// podman's own limits would be above what may be set.
+		"CONTAINERS_CONF": `
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+[network]
+network_backend = "netavark"
+network_config_dir = "/run/e2e/networks"
+default_subnet = "10.128.0.0/23"
+`,
+		"CONTAINERS_STORAGE_CONF": `
+[storage]
+driver = "overlay"
+graphroot = "/var/lib/containers/storage"
+runroot = "/run/containers/storage"
+`,
+		// Nothing is ever fetched.
+		"CONTAINERS_REGISTRIES_CONF": "unqualified-search-registries = []\n",
+	} {
+		path := "/run/e2e/" + strings.ToLower(name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			return err
+		}
+		if err := os.Setenv(name, path); err != nil {
+			return err
+		}
+	}
+	dir := os.Getenv(directory)
+	for _, args := range [][]string{
+		{"load", "--quiet", "--input", filepath.Join(dir, nativeImages)},
+		{"load", "--quiet", "--input", filepath.Join(dir, foreignImages)},
+		{"network", "create", "--driver", "macvlan", "--opt", "parent=eth0", "--ipam-driver", "none", bare},
+		{"network", "create", "--driver", "macvlan", "--opt", "parent=eth0", "--subnet", "192.168.12.0/24", "--ip-range", "192.168.12.192/26", addressed},
+		{"network", "create", "--driver", "macvlan", "--opt", "parent=eth1", "--ipam-driver", "none", walk},
+	} {
+		if err := command(append([]string{"podman"}, args...)...).run(); err != nil {
+			return fmt.Errorf("preparing podman: %w", err)
+		}
+	}
+	// Already now: the first process cannot, if it is killed.
+	return os.RemoveAll(dir)
+}
+
+// A process is a program to run to its end, and then what it printed.
+type process struct {
+	cmd            *exec.Cmd
+	stdout, stderr bytes.Buffer
+}
+
+// command returns a process, not started yet.
+func command(args ...string) *process {
+	p := &process{cmd: exec.Command(args[0], args[1:]...)}
+	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
+	p.cmd.WaitDelay = time.Second // a child of it may keep the streams open
+	return p
+}
+
+// run starts the process and waits for it, a minute at most.
+func (p *process) run() error {
+	if err := p.cmd.Start(); err != nil {
+		return fmt.Errorf("starting %q: %w", strings.Join(p.cmd.Args, " "), err)
+	}
+	timer := time.AfterFunc(time.Minute, func() { _ = p.cmd.Process.Kill() })
+	defer timer.Stop()
+	if err := p.cmd.Wait(); err != nil {
+		return fmt.Errorf("running %q: %w\n%s%s", strings.Join(p.cmd.Args, " "), err, &p.stdout, &p.stderr)
+	}
+	return nil
+}
+
+// run runs a program that has to succeed and returns what it printed to stdout.
+func run(t *testing.T, args ...string) string {
+	t.Helper()
+	p := command(args...)
+	if err := p.run(); err != nil {
+		t.Fatal(err)
+	}
+	return p.stdout.String()
+}
+
+// in runs a program in the network namespace of a process, as the walk-through of
+// the documentation does, and returns what it printed to stdout.
+func in(t *testing.T, pid string, args ...string) string {
+	t.Helper()
+	return run(t, append([]string{"nsenter", "-n", "-t", pid}, args...)...)
+}
+
+// pidOf returns the process of a running container.
+func pidOf(t *testing.T, container string) string {
+	t.Helper()
+	pid := strings.TrimSpace(run(t, "podman", "inspect", "--format", "{{.State.Pid}}", container))
+	if pid == "0" {
+		t.Fatalf("container %s does not run:\n%s", container, logs(container))
+	}
+	return pid
+}
+
+// logs returns what a container printed.
+func logs(container string) string {
+	p := command("podman", "logs", container)
+	if err := p.run(); err != nil {
+		return err.Error()
+	}
+	return p.stdout.String() + p.stderr.String()
+}
+
+// start starts a container that stays and returns its name; args are the options
+// of podman run, and what follows "--" are the arguments of the image's program.
+func start(t *testing.T, args ...string) string {
+	t.Helper()
+	options, arguments := args, []string(nil)
+	for i, a := range args {
+		if a == "--" {
+			options, arguments = args[:i], args[i+1:]
+		}
+	}
+	line := append([]string{"podman", "run", "--detach"}, options...)
+	line = append(append(line, image), arguments...)
+	id := strings.TrimSpace(run(t, line...))
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log of %s:\n%s", strings.Join(line, " "), logs(id))
+		}
+		if err := command("podman", "rm", "--force", "--time", "2", id).run(); err != nil {
+			t.Error(err)
+		}
+	})
+	return id
+}
+
+// A client is a namespace that asks.
+type client string // its file
+
+// newClient starts a container on the cluster network.
+func newClient(t *testing.T) client {
+	t.Helper()
+	return client("/proc/" + pidOf(t, start(t, "--network", cluster, "--", "wait")) + "/ns/net")
+}
+
+// clusterAddress returns the address of eth0 in the namespace of a process.
+func clusterAddress(t *testing.T, pid string) netip.Addr {
+	t.Helper()
+	// 2: eth0    inet 10.128.0.2/23 brd 10.128.1.255 scope global eth0 ...
+	words := strings.Fields(in(t, pid, "ip", "-4", "-oneline", "address", "show", "dev", "eth0"))
+	if len(words) < 4 {
+		t.Fatal("eth0 has no address")
+	}
+	return netip.MustParsePrefix(words[3]).Addr()
+}
+
+// reserved is the source of the documentation's redirect pod.
+var reserved = netip.MustParseAddr("192.168.12.99")
+
+// An answer is what a server says: where it was reached, and by whom.
+type answer struct {
+	server netip.AddrPort
+	peer   netip.Addr
+}
+
+// patience is how long one answer may take. Nothing here takes longer, except the
+// first packets to a link that has just come up.
+const patience = 3 * time.Second
+
+// ask sends one request and returns the answer.
+func (c client) ask(proto, addr string) (answer, error) {
+	conn, err := c.dial(proto, addr)
+	if err != nil {
+		return answer{}, err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return answer{}, err
+	}
+	request := "?"
+	if proto == "tcp" {
+		request = "GET / HTTP/1.0\r\n\r\n"
+	}
+	if _, err := io.WriteString(conn, request); err != nil {
+		return answer{}, err
+	}
+	var body io.Reader = conn
+	if proto == "tcp" {
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			return answer{}, err
+		}
+		defer response.Body.Close()
+		body = response.Body
+	}
+	line, err := bufio.NewReader(body).ReadString('\n')
+	if err != nil {
+		return answer{}, err
+	}
+	return parseAnswer(line)
+}
+
+// dial opens a connection from the client.
+func (c client) dial(proto, addr string) (net.Conn, error) {
+	ns, err := netns.Open(string(c))
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	var conn net.Conn
+	err = ns.Do(func() (err error) {
+		dialer := net.Dialer{Timeout: patience}
+		conn, err = dialer.Dial(proto+"4", addr)
+		return err
+	})
+	return conn, err
+}
+
+func parseAnswer(line string) (answer, error) {
+	server, peer, _ := strings.Cut(strings.TrimSpace(line), " ")
+	a, err := netip.ParseAddrPort(server)
+	if err != nil {
+		return answer{}, fmt.Errorf("reading answer %q: %w", line, err)
+	}
+	p, err := netip.ParseAddr(peer)
+	if err != nil {
+		return answer{}, fmt.Errorf("reading answer %q: %w", line, err)
+	}
+	return answer{a, p}, nil
+}
+
+// want checks who answers at an address of a router, and whom that server saw.
+func (c client) want(t *testing.T, proto, addr, server string, peer netip.Addr) {
+	t.Helper()
+	a, err := c.ask(proto, addr)
+	if err != nil {
+		t.Errorf("%s %s: %v", proto, addr, err)
+	} else if a != (answer{netip.MustParseAddrPort(server), peer}) {
+		t.Errorf("%s %s: %s answered and saw %s, want %s, which sees %s", proto, addr, a.server, a.peer, server, peer)
+	}
+}
+
+// wantExample checks everything that the documentation's example promises.
+func (c client) wantExample(t *testing.T, router netip.Addr) {
+	t.Helper()
+	for _, w := range []struct{ proto, port, server string }{
+		{"tcp", "80", "203.0.113.25:80"},
+		{"tcp", "8080", "203.0.113.26:80"},
+		{"tcp", "8443", "203.0.113.26:443"},
+		{"tcp", "9000", "203.0.113.27:9000"},
+		{"udp", "53", "203.0.113.27:53"},
+	} {
+		c.want(t, w.proto, router.String()+":"+w.port, w.server, reserved)
+	}
+}
+
+// listen opens a socket in a namespace.
+func listen[T any](ns string, open func() (T, error)) (T, error) {
+	var none T
+	n, err := netns.Open(ns)
+	if err != nil {
+		return none, err
+	}
+	defer n.Close()
+	var opened T
+	err = n.Do(func() (err error) {
+		opened, err = open()
+		return err
+	})
+	return opened, err
+}
+
+func listenTCP(ns, addr string) (net.Listener, error) {
+	return listen(ns, func() (net.Listener, error) {
+		var config net.ListenConfig
+		config.SetMultipathTCP(false)
+		return config.Listen(context.Background(), "tcp4", addr)
+	})
+}
+
+// serveHTTP starts a server that answers with where it was reached and from
+// where, in a line. It ends with the process, as the other servers do.
+func serveHTTP(ns, addr string) error {
+	listener, err := listenTCP(ns, addr)
+	if err != nil {
+		return fmt.Errorf("serving %q: %w", addr, err)
+	}
+	handler := func(w http.ResponseWriter, r *http.Request) {
+		peer := netip.MustParseAddrPort(r.RemoteAddr).Addr()
+		fmt.Fprintf(w, "%s %s\n", r.Context().Value(http.LocalAddrContextKey), peer)
+	}
+	go func() { _ = http.Serve(listener, http.HandlerFunc(handler)) }()
+	return nil
+}
+
+// serveUDP is the same for datagrams.
+func serveUDP(ns, addr string) error {
+	conn, err := listen(ns, func() (net.PacketConn, error) { return net.ListenPacket("udp4", addr) })
+	if err != nil {
+		return fmt.Errorf("serving %q: %w", addr, err)
+	}
+	go func() {
+		buf := make([]byte, 2048)
+		for {
+			_, peer, err := conn.ReadFrom(buf)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			} else if err == nil {
+				_, _ = conn.WriteTo(fmt.Appendf(nil, "%s %s\n", addr, peer.(*net.UDPAddr).AddrPort().Addr()), peer)
+			}
+		}
+	}()
+	return nil
+}
+
+// await waits until a condition holds.
+func await(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}

@@ -1,0 +1,95 @@
+package e2e
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// manifests is where the manifests are that users start from.
+const manifests = "../../testdata/manifests"
+
+// A pod is one that podman plays from a manifest.
+type pod struct {
+	name    string
+	pid     string     // a process that stays as long as the pod: its infra container's
+	address netip.Addr // on the cluster network
+}
+
+// play runs the manifest with the given macvlan network, or none, and returns its
+// pod, when its init containers have ended well.
+func play(t *testing.T, manifest, macvlan string) pod {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(manifests, manifest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// podman 4.3 gives an init container the restart policy of its pod, and so
+	// would start it again and again. This line is all that is changed.
+	changed := strings.Replace(string(text), "\nspec:\n", "\nspec:\n  restartPolicy: OnFailure\n", 1)
+	file := filepath.Join(t.TempDir(), manifest)
+	if err := os.WriteFile(file, []byte(changed), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"podman", "play", "kube", "--network", cluster}
+	if macvlan != "" {
+		args = append(args, "--network", macvlan+":interface_name=macvlan0")
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			p := command("podman", "ps", "--all", "--format", "{{.Names}}")
+			_ = p.run()
+			for name := range strings.FieldsSeq(p.stdout.String()) {
+				t.Logf("log of %s:\n%s", name, logs(name))
+			}
+		}
+		// Nothing in these pods has a reason to wait for SIGKILL, which comes
+		// after 8 s.
+		begin := time.Now()
+		if err := command("podman", "pod", "stop", "--all", "--time", "8").run(); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(begin); took > 5*time.Second {
+			t.Errorf("stopping the pod took %s: something ignores SIGTERM", took)
+		}
+		if err := command("podman", "play", "kube", "--down", file).run(); err != nil {
+			t.Error(err)
+		}
+	})
+	run(t, append(args, file)...)
+
+	p := pod{name: strings.TrimSpace(run(t, "podman", "pod", "ps", "--format", "{{.Name}}"))}
+	infra := strings.TrimSpace(run(t, "podman", "pod", "inspect", "--format", "{{.InfraContainerID}}", p.name))
+	p.pid = pidOf(t, infra)
+	p.address = clusterAddress(t, p.pid)
+	return p
+}
+
+// awaitReady waits for a router that does not end when it is ready.
+func (p pod) awaitReady(t *testing.T, container string) {
+	t.Helper()
+	await(t, "a ready router in "+container, func() bool { return strings.Contains(logs(container), "msg=ready") })
+}
+
+// state describes everything in a namespace that a router changes, for comparing:
+// addresses, routes and routing rules of all tables, and packet rules without
+// their counters. Chains and routes are in the kernel's order, so that whatever is
+// there twice, or in another place, differs.
+func state(t *testing.T, pid string) string {
+	t.Helper()
+	var b strings.Builder
+	b.WriteString(in(t, pid, "ip", "-4", "-oneline", "address"))
+	b.WriteString(in(t, pid, "ip", "-4", "route", "show", "table", "all"))
+	b.WriteString(in(t, pid, "ip", "-4", "rule"))
+	for line := range strings.Lines(in(t, pid, "iptables-save")) {
+		if strings.HasPrefix(line, "#") {
+			continue // has the time
+		}
+		chain, _, _ := strings.Cut(line, " [")
+		b.WriteString(strings.TrimSpace(chain) + "\n")
+	}
+	return b.String()
+}

@@ -1,0 +1,98 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// router returns the options of podman run for the documentation's example, in
+// legacy mode, which stays.
+func router(more ...string) []string {
+	return append([]string{
+		"--network", cluster, "--network", bare + ":interface_name=macvlan0",
+		"--env", "EGRESS_SOURCE=192.168.12.99/24", "--env", "EGRESS_GATEWAY=192.168.12.1",
+		"--env", "EGRESS_DESTINATION=80   tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n203.0.113.27\n",
+	}, more...)
+}
+
+// What docker run and podman run do, with all privileges and with as few as
+// possible.
+func TestRun(t *testing.T) {
+	// A container starts with the machine's setting, so that forwarding is
+	// turned off here wherever it is not to be on.
+	const off, on = "net.ipv4.ip_forward=0", "net.ipv4.ip_forward=1"
+	few := []string{"--cap-drop", "all", "--cap-add", "net_admin,net_raw", "--security-opt", "no-new-privileges", "--read-only", "--sysctl", on}
+	for name, options := range map[string][]string{
+		"privileged":                 {"--privileged", "--sysctl", off},
+		"privileged, legacy flavour": {"--privileged", "--sysctl", off, "--env", "PATH=/usr/lib/iptables-legacy:/usr/sbin:/usr/bin"},
+		"two capabilities":           few,
+		"no writable file at all":    append([]string{"--read-only-tmpfs=false"}, few...),
+		"two capabilities, legacy flavour": append([]string{
+			"--env", "PATH=/usr/lib/iptables-legacy:/usr/sbin:/usr/bin"}, few...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			id := start(t, router(options...)...)
+			await(t, "a ready router", func() bool { return strings.Contains(logs(id), "msg=ready") })
+			if legacy := strings.Contains(name, "legacy flavour"); strings.Contains(logs(id), "(legacy)") != legacy {
+				t.Errorf("legacy flavour in use: %v, want %v", !legacy, legacy)
+			}
+			c := newClient(t)
+			c.wantExample(t, clusterAddress(t, pidOf(t, id)))
+		})
+	}
+}
+
+// Where forwarding is off and cannot be turned on, nothing changes, and the error
+// says what to set.
+func TestNoForwarding(t *testing.T) {
+	options := router("--cap-drop", "all", "--cap-add", "net_admin,net_raw", "--read-only", "--sysctl", "net.ipv4.ip_forward=0")
+	p := command(append(append([]string{"podman", "run", "--rm"}, options...), image)...)
+	err := p.run()
+	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 1 {
+		t.Fatalf("error %v, want exit code 1", err)
+	}
+	lines := strings.Split(strings.TrimSpace(p.stderr.String()), "\n")
+	if last := lines[len(lines)-1]; !strings.Contains(last, "turning on net.ipv4.ip_forward: ") {
+		t.Errorf("last line %q", last)
+	}
+	if !strings.Contains(p.stderr.String(), "hint: ") || !strings.Contains(p.stderr.String(), "--sysctl net.ipv4.ip_forward=1") {
+		t.Errorf("no hint what to set:\n%s", &p.stderr)
+	}
+	if strings.Contains(p.stderr.String(), "network changed") {
+		t.Errorf("something was changed:\n%s", &p.stderr)
+	}
+}
+
+// The second container of a pod needs nothing at all, and ends at once when told
+// to.
+func TestWait(t *testing.T) {
+	for _, user := range []string{"nonroot", "65532", "1000650000", "0"} {
+		id := start(t, "--network", "none", "--user", user, "--cap-drop", "all", "--security-opt", "no-new-privileges",
+			"--read-only", "--read-only-tmpfs=false", "--", "wait")
+		pidOf(t, id)
+		begin := time.Now()
+		run(t, "podman", "stop", "--time", "8", id)
+		if took := time.Since(begin); took > 2*time.Second {
+			t.Errorf("as user %s: %s from SIGTERM to the end", user, took)
+		}
+		if code := strings.TrimSpace(run(t, "podman", "inspect", "--format", "{{.State.ExitCode}}", id)); code != "0" {
+			t.Errorf("as user %s: exit code %s, want 0", user, code)
+		}
+	}
+}
+
+// A router in legacy mode ends at once, too, and leaves what it configured.
+func TestStop(t *testing.T) {
+	id := start(t, router("--privileged")...)
+	await(t, "a ready router", func() bool { return strings.Contains(logs(id), "msg=ready") })
+	begin := time.Now()
+	run(t, "podman", "stop", "--time", "8", id)
+	got := fmt.Sprintf("exit code %s", strings.TrimSpace(run(t, "podman", "inspect", "--format", "{{.State.ExitCode}}", id)))
+	if took := time.Since(begin); got != "exit code 0" || took > 2*time.Second {
+		t.Errorf("%s after %s, want exit code 0 at once", got, took)
+	}
+}
