@@ -28,6 +28,7 @@ type Hook string
 // The hooks that plans use.
 const (
 	Prerouting  Hook = "PREROUTING"
+	Forward     Hook = "FORWARD"
 	Postrouting Hook = "POSTROUTING"
 )
 
@@ -54,12 +55,14 @@ func (m Mark) String() string { return fmt.Sprintf("0x%x/0x%[1]x", uint32(m)) }
 type Rule struct {
 	In       string // interface that the packet arrived on
 	Out      string // interface that it leaves by
+	NotOut   string // interface that it does not leave by
 	Protocol Protocol
 	Port     Port // destination port
 	Marked   Mark // mark of the connection
 	// Of the connection that the packet belongs to:
 	RepliesNotTo netip.Addr // replies to it do not come to this address
 	Confirmed    bool       // its first packet has left
+	Redirected   bool       // by DNAT
 	Original     bool       // the packet goes the way of the first one
 
 	Target Target
@@ -98,12 +101,13 @@ const ChainPrefix = "EGRESS-"
 
 const (
 	preroutingChain  = ChainPrefix + string(Prerouting)
+	forwardChain     = ChainPrefix + string(Forward)
 	postroutingChain = ChainPrefix + string(Postrouting)
 )
 
 // Hooks are all hooks of the kernel. Chains named after one of them are ours,
 // also where this version has none there; others with our prefix need not be.
-var Hooks = []Hook{Prerouting, "INPUT", "FORWARD", "OUTPUT", Postrouting}
+var Hooks = []Hook{Prerouting, "INPUT", Forward, "OUTPUT", Postrouting}
 
 // NewPlan returns the chains that carry out set.
 //
@@ -117,6 +121,10 @@ var Hooks = []Hook{Prerouting, "INPUT", "FORWARD", "OUTPUT", Postrouting}
 // and what arrives for them on the egress side gets the mark before its route
 // is chosen: a routing rule for that mark leads back to the cluster side. The
 // packets of the connection's own direction must not get it.
+//
+// A redirected packet that would leave by another interface, because the egress
+// side or its default route is gone or the destination is on the cluster side,
+// is dropped.
 //
 // The last mangle rule is for connections that the NAT rules have not seen: the
 // kernel decides on the source of a connection with its first packet, so one
@@ -137,6 +145,9 @@ func NewPlan(set Set, sides Sides) Plan {
 		{Table: Mangle, Hook: Prerouting, Name: preroutingChain, Rules: []Rule{
 			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
 			{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
+		}},
+		{Table: Mangle, Hook: Forward, Name: forwardChain, Rules: []Rule{
+			{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},
 		}},
 		{Table: Mangle, Hook: Postrouting, Name: postroutingChain, Rules: []Rule{
 			{Out: sides.Egress, RepliesNotTo: sides.Source, Confirmed: true, Original: true, Target: Drop},

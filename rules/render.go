@@ -53,6 +53,9 @@ func (r Rule) append(b []byte, modules bool) []byte {
 	if r.Out != "" {
 		option("-o ", r.Out)
 	}
+	if r.NotOut != "" {
+		option("! -o ", r.NotOut)
+	}
 	if r.Protocol != 0 {
 		option("-p ", r.Protocol.String())
 	}
@@ -64,8 +67,11 @@ func (r Rule) append(b []byte, modules bool) []byte {
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
-	if r.RepliesNotTo.IsValid() || r.Confirmed || r.Original {
+	if r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original {
 		b = append(b, "-m conntrack "...)
+	}
+	if r.Redirected {
+		option("--ctstate ", "DNAT")
 	}
 	if r.RepliesNotTo.IsValid() {
 		option("! --ctrepldst ", r.RepliesNotTo.String())

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
@@ -172,4 +174,72 @@ func TestAlternativeName(t *testing.T) {
 		t.Errorf("exit code %d:\n%s", r.code, r.stderr)
 	}
 	p.wantState(before)
+}
+
+// Whatever happens to the egress side afterwards, redirected packets do not
+// leave by another interface: they stop.
+func TestNoOtherWayOut(t *testing.T) {
+	for name, damage := range map[string]func(h *netlink.Handle, macvlan, eth netlink.Link) error{
+		"default route back on eth0": func(h *netlink.Handle, _, eth netlink.Link) error {
+			everywhere := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+			return h.RouteReplace(&netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+		},
+		"macvlan0 gone": func(h *netlink.Handle, macvlan, eth netlink.Link) error {
+			everywhere := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+			if err := h.LinkDel(macvlan); err != nil {
+				return err
+			}
+			return h.RouteAdd(&netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachFlavour(t, lab.Options{}, func(p *pod) {
+				p.ok()
+				open := p.flow(53)
+				open.wantAnswer(p, "before", "203.0.113.27:53", "192.168.12.99")
+				h, err := p.lab.Netlink(p.lab.Router)
+				if err != nil {
+					p.Fatal(err)
+				}
+				defer h.Close()
+				macvlan, err := h.LinkByName("macvlan0")
+				if err != nil {
+					p.Fatal(err)
+				}
+				eth, err := h.LinkByName("eth0")
+				if err != nil {
+					p.Fatal(err)
+				}
+				capture, err := p.lab.Capture(p.lab.Router, "eth0")
+				if err != nil {
+					p.Fatal(err)
+				}
+				if err := damage(h, macvlan, eth); err != nil {
+					p.Fatal(err)
+				}
+				for _, f := range []*flow{open, p.flow(53), p.flow(54)} {
+					if a, err := f.ask(); err == nil {
+						p.Errorf("%v answers", a)
+					}
+				}
+				if err := capture.Stop(); err != nil {
+					p.Fatal(err)
+				}
+				asked := 0
+				for _, frame := range capture.Frames() {
+					ip, ok := frame.IPv4()
+					switch {
+					case !ok:
+					case !frame.Outgoing:
+						asked++
+					case netip.MustParsePrefix("203.0.113.0/24").Contains(ip.Dst.Addr()):
+						p.Errorf("back on the cluster network: %s", frame)
+					}
+				}
+				if asked < 3 {
+					p.Errorf("the pod received %d datagrams, want 3", asked)
+				}
+			})
+		})
+	}
 }

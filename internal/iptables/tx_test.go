@@ -68,8 +68,10 @@ func TestDiffers(t *testing.T) {
 	tx := &Tx{now: parse([]byte(saved189))}
 	got := tx.Differs(plan(t, "192.168.12.98"))
 	want := []string{
+		"chain EGRESS-FORWARD of table mangle is missing",
 		"chain EGRESS-POSTROUTING of table mangle is missing",
 		"chain EGRESS-PREROUTING of table mangle is missing",
+		"the jump from FORWARD to EGRESS-FORWARD of table mangle is missing",
 		"the jump from POSTROUTING to EGRESS-POSTROUTING of table mangle is missing",
 		"the jump from PREROUTING to EGRESS-PREROUTING of table mangle is missing",
 		"chain EGRESS-POSTROUTING of table nat holds other rules",
@@ -87,11 +89,14 @@ func TestScript(t *testing.T) {
 	tx := &Tx{now: parse([]byte(saved189))}
 	have, want := tx.now, tx.wanted(plan(t, "192.168.12.99"))
 	const there = `*mangle
+:EGRESS-FORWARD - [0:0]
 :EGRESS-POSTROUTING - [0:0]
 :EGRESS-PREROUTING - [0:0]
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
+-I FORWARD 1 -j EGRESS-FORWARD
 -I POSTROUTING 1 -j EGRESS-POSTROUTING
 -I PREROUTING 1 -j EGRESS-PREROUTING
 COMMIT
@@ -104,10 +109,13 @@ COMMIT
 COMMIT
 `
 	const back = `*mangle
+-F EGRESS-FORWARD
 -F EGRESS-POSTROUTING
 -F EGRESS-PREROUTING
+-D FORWARD -j EGRESS-FORWARD
 -D POSTROUTING -j EGRESS-POSTROUTING
 -D PREROUTING -j EGRESS-PREROUTING
+-X EGRESS-FORWARD
 -X EGRESS-POSTROUTING
 -X EGRESS-PREROUTING
 COMMIT

@@ -117,8 +117,8 @@ type State struct {
 	Cluster    ClusterState
 }
 
-// CanForward reports whether any packet that comes in could be forwarded.
-func (s State) CanForward() bool {
+// ForwardsAny reports whether any packet that comes in could be forwarded.
+func (s State) ForwardsAny() bool {
 	return s.Forwards || slices.ContainsFunc(s.Forwarding, func(i InterfaceForwarding) bool { return i.On })
 }
 

@@ -1,0 +1,245 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A change is what one run does to a namespace, and the way back from it.
+type change struct {
+	router  *Router
+	network Network
+	want    link.Want // the router's, with what is found out on the way
+
+	have    link.State
+	socket  *arp.Socket // nil where the interface needs no announcement
+	rules   Rules       // nil where the router has no plan
+	differs []string    // where the rules are not as planned
+
+	done    undoList
+	changed bool     // at least one step was taken
+	left    []string // optional steps that failed once and are not tried again
+}
+
+// prepare finds out all that apply needs, and sees that nothing stands in its
+// way. It changes nothing, but for making the egress interface where the router
+// is to: without it there is nothing to look at.
+func (c *change) prepare(ctx context.Context) error {
+	r := c.router
+	parentAddresses, err := r.ensureMacvlan(ctx, c.network, &c.done)
+	if err != nil {
+		return err
+	}
+	// A macvlan does not reach its parent's addresses.
+	c.want.Cluster.Destinations = slices.Concat(c.want.Cluster.Destinations, r.notRedirectedTo(parentAddresses))
+	if c.have, err = r.observe(c.network, c.want); err != nil {
+		return err
+	}
+	if !c.have.NoARP {
+		// What of the announcement can fail beforehand does so here.
+		if _, err := arp.Announcement(arp.Request, c.have.MAC, r.Link.Address.Addr()); err != nil {
+			return err
+		}
+		if c.socket, err = arp.Open(c.have.Index); err != nil {
+			return err
+		}
+	}
+	if r.Plan == nil {
+		return nil
+	}
+	if err := link.CanForward(c.have); err != nil {
+		return err
+	}
+	if c.rules, err = r.Rules(ctx); err != nil {
+		return err
+	}
+	c.differs = c.rules.Differs(*r.Plan)
+	for _, note := range c.rules.Notes() {
+		r.Log.Warn(note, "backend", c.rules.String())
+	}
+	if r.Log.Enabled(ctx, slog.LevelDebug) { // the plan may be long
+		r.Log.Debug("rules wanted", "backend", c.rules.String(), "plan", r.Plan.String(), "differs", strings.Join(c.differs, "; "))
+	}
+	return nil
+}
+
+// apply changes what is not as wanted.
+//
+// The order leaves no time at which redirected traffic has another source than
+// the reserved address or another way out than the egress interface: redirects
+// that are not as planned go first, the rules that set the source stand before
+// routes change, redirects come after the routes, forwarding is turned on last.
+// Where the kernel does not forward yet, that alone holds redirected packets
+// back, and all rules come at once.
+func (c *change) apply(ctx context.Context) error {
+	if c.rules != nil && c.rules.Redirects() {
+		if err := c.load(ctx, c.router.Plan.Guard()); err != nil {
+			return err
+		}
+	}
+	if err := c.converge(ctx, link.Claim); err != nil {
+		return err
+	}
+	// The address is announced as soon as it is there, because closing the
+	// socket takes some 10 ms, in which the rest is done.
+	if err := c.announce(); err != nil {
+		return err
+	}
+	if c.router.Plan == nil {
+		return c.converge(ctx, link.Diff)
+	}
+	if len(link.Diff(c.want, c.have)) > 0 {
+		first := *c.router.Plan
+		if c.have.ForwardsAny() {
+			first = c.router.Plan.Guard()
+		}
+		if err := c.load(ctx, first); err != nil {
+			return err
+		}
+	}
+	if err := c.converge(ctx, link.Diff); err != nil {
+		return err
+	}
+	if err := c.load(ctx, *c.router.Plan); err != nil {
+		return err
+	}
+	if len(c.differs) > 0 {
+		c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", strings.Join(c.differs, "; "))
+	}
+	if err := c.take(ctx, link.Forwarding(c.have)...); err != nil {
+		return err
+	}
+	if len(c.differs) > 0 || c.changed {
+		c.forget()
+	}
+	return nil
+}
+
+// load makes the kernel hold plan, where it was found not to hold the router's.
+func (c *change) load(ctx context.Context, plan rules.Plan) error {
+	if len(c.differs) == 0 {
+		return nil
+	}
+	return c.done.add(c.rules.Apply(ctx, plan))
+}
+
+// announce tells the physical network who has the reserved address.
+func (c *change) announce() error {
+	if c.socket == nil {
+		return nil
+	}
+	address := c.want.Address.Addr()
+	if err := c.socket.Announce(c.have.MAC, address); err != nil {
+		return err
+	}
+	c.close()
+	c.router.Log.Debug("announced", "address", address, "mac", c.have.MAC.String())
+	return nil
+}
+
+// close gives back what prepare opened.
+func (c *change) close() {
+	if c.socket != nil {
+		c.socket.Close()
+	}
+}
+
+// forget ends connections that the kernel would go on treating as before.
+func (c *change) forget() {
+	// Worked out only where a connection is there to ask for.
+	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.router.Plan.Stale(c.have.Cluster.Addresses) })
+	n, err := c.network.Forget(func(f link.Connection) bool {
+		return stale()(rules.Connection{Protocol: rules.Protocol(f.Protocol), To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo})
+	})
+	if err != nil {
+		c.router.Log.Warn("connections that were there before keep their old destination, or get no further", "error", err)
+	} else if n > 0 {
+		c.router.Log.Info("connections ended that were redirected otherwise", "number", n)
+	}
+}
+
+// rounds is how often the network is compared with what is wanted until it
+// holds. One is needed for the steps and one to see that they held; setting an
+// interface up can add routes that take another. More means that somebody
+// undoes the steps.
+const rounds = 5
+
+// converge takes the steps that diff returns until it returns none.
+func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) []link.Step) error {
+	var steps []link.Step
+	for range rounds {
+		steps = slices.DeleteFunc(diff(c.want, c.have), func(s link.Step) bool { return slices.Contains(c.left, s.String()) })
+		if len(steps) == 0 {
+			return nil
+		}
+		for _, s := range steps {
+			err := c.take(ctx, s)
+			if err != nil && s.Optional {
+				c.router.Log.Warn("left as it is", "step", s.String(), "error", err)
+				c.left = append(c.left, s.String())
+			} else if err != nil {
+				return err
+			}
+		}
+		var err error
+		if c.have, err = c.network.Observe(c.want); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("configuring %q: after %d rounds it still needs to %s: something else changes it back", c.want.Interface, rounds, steps[0])
+}
+
+// take takes steps of the network, and remembers the way back.
+func (c *change) take(ctx context.Context, steps ...link.Step) error {
+	for _, s := range steps {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := c.network.Do(s); err != nil {
+			return err
+		}
+		c.changed = true
+		inverse := s.Inverse()
+		_ = c.done.add(func() error { return c.network.Do(inverse) }, nil)
+		c.router.Log.Info("network changed", "step", s.String())
+	}
+	return nil
+}
+
+// An undoList holds the ways back from what was done, in the order done.
+type undoList []func() error
+
+// add appends a way back, unless there was an error, which it returns.
+func (l *undoList) add(undo func() error, err error) error {
+	if err == nil {
+		*l = append(*l, undo)
+	}
+	return err
+}
+
+// undo goes all ways back, the last one first, and on after a failure.
+func (l *undoList) undo(log *slog.Logger) error {
+	if len(*l) == 0 {
+		return nil
+	}
+	var failed []error
+	for _, step := range slices.Backward(*l) {
+		if err := step(); err != nil {
+			failed = append(failed, fmt.Errorf("putting back what was there: %w", err))
+		}
+	}
+	*l = nil
+	if len(failed) == 0 {
+		log.Info("everything is put back as it was")
+	}
+	return errors.Join(failed...)
+}
