@@ -402,9 +402,19 @@ func TestMacvlanParentDown(t *testing.T) {
 	if err := h.LinkSetUp(nic); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); p.macvlan().OperState != netlink.OperUp; time.Sleep(time.Millisecond) {
+	// The kernel tells both ends of their carrier up to a second later.
+	outside := p.handle(p.lab.Outside)
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		lan, err := outside.LinkByName(lab.LANLink)
+		if err != nil {
+			t.Fatal(err)
+		}
+		macvlan := p.macvlan()
+		if macvlan.OperState == netlink.OperUp && lan.Attrs().OperState == netlink.OperUp {
+			break
+		}
 		if time.Now().After(deadline) {
-			t.Fatalf("macvlan0 is still %s", p.macvlan().OperState)
+			t.Fatalf("macvlan0 is still %s, its gateway's interface %s", macvlan.OperState, lan.Attrs().OperState)
 		}
 	}
 	p.wantExample()
