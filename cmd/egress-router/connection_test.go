@@ -47,7 +47,7 @@ func (f *flow) wantAnswer(p *pod, what, server, saw string) {
 	p.Helper()
 	var a lab.Answer
 	var err error
-	for range 5 {
+	for range 20 {
 		if a, err = f.ask(); err == nil && a.Server.String() == server && a.Peer.Addr().String() == saw {
 			return
 		}

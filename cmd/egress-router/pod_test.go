@@ -13,10 +13,12 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // flavours are the two kinds of iptables, with the program that is all of its
@@ -159,11 +161,18 @@ func (p *pod) tool(name string, args ...string) string {
 // source is the address that every server shall see.
 var source = netip.MustParseAddr("192.168.12.99")
 
+// ask waits longer than an answer that comes can take on a busy machine.
+func (p *pod) ask(from *netns.Namespace, proto string, addr netip.AddrPort) (lab.Answer, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return p.lab.Ask(ctx, from, proto, addr)
+}
+
 // wantAnswer asks the pod from the client and checks who answered, and whom
 // that server saw.
 func (p *pod) wantAnswer(proto string, port uint16, server string) {
 	p.Helper()
-	a, err := p.lab.Ask(context.Background(), p.lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	a, err := p.ask(p.lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
 	if err != nil {
 		p.Errorf("%s port %d: %v", proto, port, err)
 	} else if a.Server != netip.MustParseAddrPort(server) || a.Peer.Addr() != source {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -17,7 +16,7 @@ import (
 // wantFarAnswer asks the pod from a client in another subnet.
 func (p *pod) wantFarAnswer(proto string, port uint16, server string) {
 	p.Helper()
-	a, err := p.lab.Ask(context.Background(), p.lab.Far, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	a, err := p.ask(p.lab.Far, proto, netip.AddrPortFrom(lab.RouterAddr, port))
 	if err != nil {
 		p.Errorf("from another subnet, %s port %d: %v", proto, port, err)
 	} else if a.Server != netip.MustParseAddrPort(server) || a.Peer.Addr() != source {
