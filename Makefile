@@ -3,7 +3,11 @@
 
 export CGO_ENABLED = 0
 GO      ?= go
-LDFLAGS  = -s -w -buildid=
+# The version is the source's own: without it (-buildvcs) a clone of another user
+# does not build. Empty where git cannot tell.
+VERSION := $(shell git describe --always --dirty 2>/dev/null)
+LDFLAGS  = -s -w -buildid= -X github.com/egress-router/egress-router/internal/cli.version=$(VERSION)
+export GOFLAGS += -buildvcs=false
 
 .PHONY: help demo test build lint fuzz golden bench image e2e clean
 

@@ -67,6 +67,9 @@ func redirectHint(words []string) string {
 	if _, ok := parseProtocol(words[1]); !ok {
 		return fmt.Sprintf(`%q is not a protocol that can be redirected: "tcp" and "udp" are`, words[1])
 	}
+	if ap, err := netip.ParseAddrPort(words[2]); err == nil && ap.Addr().Is4() && len(words) == 3 {
+		return fmt.Sprintf(`the remote port is a field of its own: "%s %s %s %d"`, words[0], words[1], ap.Addr(), ap.Port())
+	}
 	if _, ok := ParseIPv4(words[2]); !ok {
 		return addressHint(words[2])
 	}

@@ -46,22 +46,20 @@ func runHelp(_ context.Context, p Process) error {
 		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])
 	}
 	table.Flush()
-	b.WriteString("\nexit codes: 0 done or told to stop, 1 error (nothing is changed), 2 wrong arguments\n")
+	b.WriteString("\nexit codes: 0 done or told to stop, 1 error (what was changed is put back), 2 wrong arguments\n")
 	_, err := io.WriteString(p.Stdout, b.String())
 	return err
 }
 
+// version is set by the linker, to what git describes the source as.
+var version string
+
 func runVersion(_ context.Context, p Process) error {
-	version, revision := "(devel)", ""
-	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				revision = " " + s.Value
-			}
-		}
+	v := version
+	if info, ok := debug.ReadBuildInfo(); ok && v == "" {
+		v = info.Main.Version // what the module was fetched as, by go install
 	}
-	_, err := fmt.Fprintf(p.Stdout, "egress-router %s%s %s %s/%s\n", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	_, err := fmt.Fprintf(p.Stdout, "egress-router %s %s %s/%s\n", v, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	return err
 }
 
@@ -109,7 +107,11 @@ func planText(c config.Config) string {
 	}
 	step(fmt.Sprintf("copy the routes of %s, with its default route, to table %d", c.Cluster, c.ReplyTable))
 	step(fmt.Sprintf("add routing rules to that table: for packets with mark %s, and for those from an address of %s", c.ReplyMark, c.Cluster))
-	step(fmt.Sprintf("keep on the cluster side: the name servers of %s%s", resolvConf, also(c.ClusterDestinations)))
+	kept := "the name servers of " + resolvConf + also(c.ClusterDestinations)
+	if c.Macvlan != nil {
+		kept += ", the addresses of the NIC"
+	}
+	step("keep on the cluster side: " + kept)
 	step(fmt.Sprintf("loosen the reverse-path filter of %s where it is strict", c.Cluster))
 	for _, s := range link.Diff(want, link.State{Promotes: true}) {
 		step(s.String())

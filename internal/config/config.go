@@ -134,8 +134,8 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	case c.Mode.Redirects():
 		report(c.parseDestinations(env, readFile))
 	}
-	report(c.parseReply(env))
-	report(c.parseClusterCIDRs(env.ClusterCIDRs))
+	faults = append(faults, c.parseReply(env)...)
+	faults = append(faults, c.parseClusterCIDRs(env.ClusterCIDRs)...)
 	report(checkInterface("EGRESS_INTERFACE", c.Egress))
 	report(checkInterface("EGRESS_CLUSTER_INTERFACE", c.Cluster))
 	if c.Egress == c.Cluster {
@@ -172,7 +172,7 @@ func (c *Config) parseSource(s string) *Error {
 	}
 	address, length, given := strings.Cut(s, "/")
 	a, ok := rules.ParseIPv4(address)
-	if !ok {
+	if !ok || strings.ContainsFunc(s, unicode.IsSpace) {
 		return bad(addressHint("EGRESS_SOURCE", s, "the reserved address, for example 192.168.12.99/24"))
 	}
 	bits := a.BitLen()

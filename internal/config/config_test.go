@@ -92,12 +92,14 @@ func TestParse(t *testing.T) {
 func TestParseFindsAll(t *testing.T) {
 	_, err := Parse(Environment{
 		Mode: "redirect", Source: "a", Gateway: "b", Interface: "a/b", ClusterInterface: strings.Repeat("x", 16),
+		ReplyMark: "010x", ReplyTable: "254", ClusterCIDRs: "a,b",
 	}, noFile)
 	var variables []string
 	for _, e := range err.(Errors) {
 		variables = append(variables, e.Variable)
 	}
-	want := []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_ROUTER_MODE", "EGRESS_INTERFACE", "EGRESS_CLUSTER_INTERFACE"}
+	want := []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_ROUTER_MODE",
+		"EGRESS_REPLY_MARK", "EGRESS_REPLY_TABLE", "EGRESS_CLUSTER_CIDRS", "EGRESS_CLUSTER_CIDRS", "EGRESS_INTERFACE", "EGRESS_CLUSTER_INTERFACE"}
 	if diff := cmp.Diff(want, variables); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)
 	}

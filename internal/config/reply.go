@@ -7,17 +7,20 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/egress-router/egress-router/rules"
 )
 
 // parseReply reads the mark and the table of the reply path.
-func (c *Config) parseReply(env Environment) *Error {
+func (c *Config) parseReply(env Environment) Errors {
+	var faults Errors
 	c.ReplyMark, c.ReplyTable = DefaultReplyMark, DefaultReplyTable
 	if env.ReplyMark != "" {
-		n, err := strconv.ParseUint(env.ReplyMark, 0, 32)
+		n, err := parseMark(env.ReplyMark)
 		if err != nil || n == 0 {
-			return &Error{"EGRESS_REPLY_MARK", fmt.Sprintf("EGRESS_REPLY_MARK %q is not a mark: expected a number from 1 to 0xffffffff", env.ReplyMark), ""}
+			faults = append(faults, &Error{"EGRESS_REPLY_MARK",
+				fmt.Sprintf("EGRESS_REPLY_MARK %q is not a mark: expected a number from 1 to 4294967295, or from 0x1 to 0xffffffff", env.ReplyMark), ""})
 		}
 		c.ReplyMark = rules.Mark(n)
 	}
@@ -25,38 +28,55 @@ func (c *Config) parseReply(env Environment) *Error {
 		n, err := strconv.ParseUint(env.ReplyTable, 10, 31)
 		// 253 to 255 are the kernel's own (linux/rtnetlink.h, rt_class_t).
 		if err != nil || n == 0 || n >= 253 && n <= 255 {
-			return &Error{"EGRESS_REPLY_TABLE", fmt.Sprintf("EGRESS_REPLY_TABLE %q is not a table to use: expected a number from 1 to %d, other than 253, 254 and 255", env.ReplyTable, math.MaxInt32), ""}
+			faults = append(faults, &Error{"EGRESS_REPLY_TABLE",
+				fmt.Sprintf("EGRESS_REPLY_TABLE %q is not a table to use: expected a decimal number from 1 to %d, other than 253, 254 and 255", env.ReplyTable, math.MaxInt32), ""})
 		}
 		c.ReplyTable = int(n)
 	}
-	return nil
+	return faults
+}
+
+// parseMark reads a decimal or a hexadecimal number, and does not take a
+// leading zero for octal.
+func parseMark(s string) (uint64, error) {
+	if hex, ok := strings.CutPrefix(strings.ToLower(s), "0x"); ok {
+		return strconv.ParseUint(hex, 16, 32)
+	}
+	return strconv.ParseUint(s, 10, 32)
 }
 
 // parseClusterCIDRs reads the networks of the cluster side. One that holds the
 // gateway or a destination would send redirected connections back there.
-func (c *Config) parseClusterCIDRs(list string) *Error {
-	for _, word := range strings.FieldsFunc(list, func(r rune) bool { return r == ',' || r == ' ' || r == '\n' || r == '\t' }) {
-		bad := func(format string, args ...any) *Error {
-			return &Error{"EGRESS_CLUSTER_CIDRS", fmt.Sprintf("EGRESS_CLUSTER_CIDRS %q: ", word) + fmt.Sprintf(format, args...), ""}
-		}
-		p, err := netip.ParsePrefix(word)
-		if err != nil || !p.Addr().Is4() || p.Bits() == 0 {
-			return bad("expected an IPv4 network such as 10.96.0.0/12")
-		}
-		if p != p.Masked() {
-			return bad("the network with that length is %s", p.Masked())
-		}
-		if p.Contains(c.Gateway) {
-			return bad("it holds EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway)
-		}
-		for _, to := range c.destinations() {
-			if p.Contains(to) {
-				return bad("it holds %s, to which connections are redirected", to)
-			}
+func (c *Config) parseClusterCIDRs(list string) Errors {
+	var faults Errors
+	for _, word := range strings.FieldsFunc(list, func(r rune) bool { return r == ',' || unicode.IsSpace(r) }) {
+		p, why := c.clusterCIDR(word)
+		if why != "" {
+			faults = append(faults, &Error{"EGRESS_CLUSTER_CIDRS", fmt.Sprintf("EGRESS_CLUSTER_CIDRS %q: %s", word, why), ""})
+			continue
 		}
 		c.ClusterDestinations = append(c.ClusterDestinations, p)
 	}
-	return nil
+	return faults
+}
+
+// clusterCIDR reads one of them, or says why it cannot be one.
+func (c *Config) clusterCIDR(word string) (p netip.Prefix, why string) {
+	p, err := netip.ParsePrefix(word)
+	switch {
+	case err != nil || !p.Addr().Is4() || p.Bits() == 0:
+		return p, "expected an IPv4 network such as 10.96.0.0/12"
+	case p != p.Masked():
+		return p, fmt.Sprintf("the network with that length is %s", p.Masked())
+	case p.Contains(c.Gateway):
+		return p, fmt.Sprintf("it holds EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway)
+	}
+	for _, to := range c.destinations() {
+		if p.Contains(to) {
+			return p, fmt.Sprintf("it holds %s, to which connections are redirected", to)
+		}
+	}
+	return p, ""
 }
 
 // destinations returns where connections are redirected.

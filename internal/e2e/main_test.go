@@ -205,6 +205,13 @@ func initProcess() (int, error) {
 			return 1, fmt.Errorf("mounting %s on %q: %w", m.kind, m.on, err)
 		}
 	}
+	// Temporary directories go with the namespaces, however the tests end.
+	if err := os.Mkdir("/run/tmp", 0o700); err != nil {
+		return 1, err
+	}
+	if err := os.Setenv("TMPDIR", "/run/tmp"); err != nil {
+		return 1, err
+	}
 	if err := nameServer(); err != nil {
 		return 1, fmt.Errorf("naming a name server: %w", err)
 	}

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"net/netip"
 	"regexp"
 	"strings"
@@ -95,9 +96,15 @@ func TestWalkThrough(t *testing.T) {
 				t.Errorf("curl from the pod: %q, want %q", out, want)
 			}
 			dump := command("tcpdump", "-i", "eth1", "-e", "-n", "-c", "4", "tcp", "port", "80")
+			listening := make(chan struct{})
+			dump.cmd.Stderr = &watch{text: "listening on", seen: listening}
 			ended := make(chan error, 1)
 			go func() { ended <- dump.run() }()
-			await(t, "tcpdump", func() bool { return captures(t) })
+			select {
+			case <-listening:
+			case err := <-ended:
+				t.Fatalf("tcpdump ended before it listened: %v", err)
+			}
 			// The client's container has no curl of its own.
 			clientPID := strings.Split(string(c), "/")[2]
 			if out := in(t, clientPID, "curl", "-sS", "--max-time", "3", "http://"+service); out != want {
@@ -151,8 +158,18 @@ func macOf(t *testing.T, pid, link string) string {
 	return ""
 }
 
-// captures says whether some program of the node captures packets.
-func captures(t *testing.T) bool {
-	t.Helper()
-	return strings.Count(run(t, "cat", "/proc/self/net/packet"), "\n") > 1
+// A watch looks for a text in what is written to it.
+type watch struct {
+	text    string
+	written bytes.Buffer
+	seen    chan struct{} // closed then
+}
+
+func (w *watch) Write(b []byte) (int, error) {
+	before := strings.Contains(w.written.String(), w.text)
+	w.written.Write(b)
+	if !before && strings.Contains(w.written.String(), w.text) {
+		close(w.seen)
+	}
+	return len(b), nil
 }

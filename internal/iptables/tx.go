@@ -158,6 +158,9 @@ func (tx *Tx) wanted(plan rules.Plan) state {
 // of iptables prints another form than it was given, a run loads the same rules
 // once more, which costs one restore and changes nothing else.
 func (s state) differences(want state) []string {
+	if len(want) > 0 && !slices.ContainsFunc(slices.Collect(maps.Values(s)), func(c *contents) bool { return len(c.chains) > 0 }) {
+		return []string{"none of its chains is there yet"}
+	}
 	var found []string
 	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
 	for _, table := range tablesOf(s, want) {
