@@ -114,5 +114,10 @@ func cut(chars []byte, protected []bool) string {
 	if last < n && last-1 > first && !protected[last] && chars[last-1] == '\x01' {
 		last--
 	}
+	if last == first {
+		// All of it was blanks, some of them protected: bash leaves the mark of
+		// the first.
+		return "\x01"
+	}
 	return string(chars[first:last])
 }

@@ -24,6 +24,7 @@ func TestLines(t *testing.T) {
 		"also with blanks behind it":          {`a\   `, []Line{{1, "a "}}},
 		"but not at the end of several words": {`a b\ `, []Line{{1, "a b"}}},
 		"nor where several are protected":     {"a b\\ \t\\\t", []Line{{1, "a b"}}},
+		"protected blanks apart":              {`\  \ `, []Line{{1, "\x01"}}},
 		"a line of protected blanks":          {`\ \ `, []Line{{1, "  "}}},
 		"bash loses a \\x01 before a blank":   {"a b\x01 ", []Line{{1, "a b"}}},
 		"but keeps it elsewhere":              {"a\x01 b\x01\na\x01 ", []Line{{1, "a\x01 b\x01"}, {2, "a\x01"}}},

@@ -29,6 +29,7 @@ type Hook string
 const (
 	Prerouting  Hook = "PREROUTING"
 	Forward     Hook = "FORWARD"
+	Output      Hook = "OUTPUT"
 	Postrouting Hook = "POSTROUTING"
 )
 
@@ -64,6 +65,7 @@ type Rule struct {
 	Confirmed    bool       // its first packet has left
 	Redirected   bool       // by DNAT
 	Original     bool       // the packet goes the way of the first one
+	Reply        bool       // the packet goes the other way
 
 	Target Target
 	To     netip.Addr
@@ -102,12 +104,13 @@ const ChainPrefix = "EGRESS-"
 const (
 	preroutingChain  = ChainPrefix + string(Prerouting)
 	forwardChain     = ChainPrefix + string(Forward)
+	outputChain      = ChainPrefix + string(Output)
 	postroutingChain = ChainPrefix + string(Postrouting)
 )
 
 // Hooks are all hooks of the kernel. Chains named after one of them are ours,
 // also where this version has none there; others with our prefix need not be.
-var Hooks = []Hook{Prerouting, "INPUT", Forward, "OUTPUT", Postrouting}
+var Hooks = []Hook{Prerouting, "INPUT", Forward, Output, Postrouting}
 
 // NewPlan returns the chains that carry out set.
 //
@@ -120,7 +123,9 @@ var Hooks = []Hook{Prerouting, "INPUT", Forward, "OUTPUT", Postrouting}
 // would leave there. Connections that come in on the cluster side are marked,
 // and what arrives for them on the egress side gets the mark before its route
 // is chosen: a routing rule for that mark leads back to the cluster side. The
-// packets of the connection's own direction must not get it.
+// packets of the connection's own direction must not get it. What the pod itself
+// sends for them gets it too: ICMP errors, such as the one that tells a client of
+// a smaller MTU on the egress side.
 //
 // A redirected packet that would leave by another interface, because the egress
 // side or its default route is gone or the destination is on the cluster side,
@@ -145,6 +150,9 @@ func NewPlan(set Set, sides Sides) Plan {
 		{Table: Mangle, Hook: Prerouting, Name: preroutingChain, Rules: []Rule{
 			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
 			{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
+		}},
+		{Table: Mangle, Hook: Output, Name: outputChain, Rules: []Rule{
+			{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
 		}},
 		{Table: Mangle, Hook: Forward, Name: forwardChain, Rules: []Rule{
 			{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},

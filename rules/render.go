@@ -67,7 +67,7 @@ func (r Rule) append(b []byte, modules bool) []byte {
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
-	if r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original {
+	if r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
 		b = append(b, "-m conntrack "...)
 	}
 	if r.Redirected {
@@ -81,6 +81,9 @@ func (r Rule) append(b []byte, modules bool) []byte {
 	}
 	if r.Original {
 		option("--ctdir ", "ORIGINAL")
+	}
+	if r.Reply {
+		option("--ctdir ", "REPLY")
 	}
 	if r.Marked != 0 {
 		option("-m connmark --mark ", r.Marked.String())

@@ -208,9 +208,9 @@ func interrupt(t *testing.T, name string, s syscall.Signal) {
 	processes := descendants(t, cmd.Process.Pid)
 	spaces := namespaces(t, processes)
 	// The second process of egress-lab, the script and its sleep; the namespace
-	// of the second process and the four of the lab.
-	if len(processes) < 3 || len(spaces) < 5 {
-		t.Fatalf("processes %v in namespaces %v, want 3 and 5", processes, spaces)
+	// of the second process and the five of the lab.
+	if len(processes) < 3 || len(spaces) < 6 {
+		t.Fatalf("processes %v in namespaces %v, want 3 and 6", processes, spaces)
 	}
 
 	if err := cmd.Process.Signal(s); err != nil {

@@ -35,6 +35,14 @@ func TestRefusals(t *testing.T) {
 			hint: "EGRESS_CLUSTER_INTERFACE",
 		},
 		{
+			name: "the source is the pod's", env: map[string]string{"EGRESS_SOURCE": "10.128.0.98/24"},
+			last: "EGRESS_SOURCE is 10.128.0.98, which is the pod's address on the cluster network",
+		},
+		{
+			name: "the gateway is the pod's", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.98"},
+			last: "EGRESS_GATEWAY is 10.128.0.98, which is an address of the pod itself",
+		},
+		{
 			name: "no iptables", command: "without-iptables",
 			last: "looking for iptables",
 			hint: `install the package "iptables"`,
@@ -95,76 +103,156 @@ func TestReadOnlyProcSys(t *testing.T) {
 	p.wantExample()
 }
 
-// Every call of an iptables program fails once, in a fresh pod and in one that
-// is half damaged; each time everything is put back, and the next run succeeds.
+// programs puts a shell script in front of each iptables program; in it,
+// "$real" "$@" runs the program itself. Calls for the version pass by: who asks
+// does so twice at a time.
+func (p *pod) programs(script string) (path string) {
+	p.Helper()
+	programs, _, _ := strings.Cut(p.path, ":")
+	dir := p.TempDir()
+	for _, name := range []string{"iptables", "iptables-save", "iptables-restore"} {
+		text := fmt.Sprintf("#!/bin/sh\nreal=%s\ncase $* in *--version*) exec $real \"$@\"; esac\n%s", filepath.Join(programs, name), script)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil { //nolint:gosec // it has to run
+			p.Fatal(err)
+		}
+	}
+	return dir + ":" + p.path
+}
+
+// Every call of an iptables program fails once, before or after it has done its
+// work, in a fresh pod and in one that is half damaged; each time everything is
+// put back, and the next run succeeds. A restore that fails and yet has changed
+// the rules is no failure: the kernel is asked.
 func TestIptablesFails(t *testing.T) {
+	for _, test := range []struct {
+		name, does string
+		failures   int // at least
+	}{
+		{"at once", "", 2},
+		{"having done its work", `"$real" "$@";`, 1},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			eachFlavour(t, lab.Options{}, func(p *pod) { testIptablesFails(p, test.does, test.failures) })
+		})
+	}
+}
+
+func testIptablesFails(p *pod, does string, failures int) {
+	// The programs count their calls, and the one whose turn it is fails.
+	counter, turn := filepath.Join(p.TempDir(), "calls"), filepath.Join(p.TempDir(), "turn")
+	real, broken := p.path, p.programs(fmt.Sprintf("echo call >>%[1]s\n"+
+		"if [ $(wc -l <%[1]s) -eq $(cat %[2]s) ]; then %[3]s echo 'injected failure' >&2; exit 4; fi\n"+
+		"exec $real \"$@\"\n", counter, turn, does))
+	failing := func(call int) result {
+		if err := os.WriteFile(turn, fmt.Append(nil, call), 0o600); err != nil {
+			p.Fatal(err)
+		}
+		if err := os.RemoveAll(counter); err != nil {
+			p.Fatal(err)
+		}
+		p.path = broken
+		defer func() { p.path = real }()
+		return p.run()
+	}
+	for _, start := range []struct {
+		name string
+		make func()
+	}{
+		{"fresh", func() {}},
+		{"damaged", func() {
+			p.ok()
+			p.iptables("-t", "nat", "-D", "EGRESS-PREROUTING", "1")
+			p.iptables("-t", "nat", "-D", "PREROUTING", "-j", "EGRESS-PREROUTING")
+			p.iptables("-t", "nat", "-A", "POSTROUTING", "-j", "EGRESS-POSTROUTING")
+			p.iptables("-t", "nat", "-N", "EGRESS-INPUT")
+			p.iptables("-t", "nat", "-A", "EGRESS-INPUT", "-p", "tcp", "-m", "tcp", "--dport", "7", "-j", "ACCEPT")
+			p.iptables("-t", "nat", "-A", "INPUT", "-j", "EGRESS-INPUT")
+			p.iptables("-t", "nat", "-I", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
+			p.env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
+		}},
+	} {
+		start.make()
+		before := p.state()
+		call := 1
+		for ; ; call++ {
+			r := failing(call)
+			if r.code == 0 {
+				break
+			}
+			if call > 50 {
+				p.Fatalf("%s: it never succeeds:\n%s", start.name, r.stderr)
+			}
+			if r.code != 1 || !strings.Contains(r.last(), "injected failure") {
+				p.Errorf("%s, call %d: exit code %d:\n%s", start.name, call, r.code, r.stderr)
+			}
+			if got := p.state(); got != before {
+				p.Fatalf("%s, call %d: not put back.\n--- was\n%s--- is\n%s\nstderr:\n%s", start.name, call, before, got, r.stderr)
+			}
+		}
+		if call-1 < failures {
+			p.Errorf("%s: only %d calls could fail", start.name, call-1)
+		}
+		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
+	}
+}
+
+// A program that outlives the router that started it does not undo what the
+// next router does, which waits for it.
+func TestKilledInTheMiddle(t *testing.T) {
 	eachFlavour(t, lab.Options{}, func(p *pod) {
-		// The programs count their calls, and the one whose turn it is fails.
-		programs, _, _ := strings.Cut(p.path, ":")
-		wrappers, counter, turn := p.TempDir(), filepath.Join(p.TempDir(), "calls"), filepath.Join(p.TempDir(), "turn")
-		for _, name := range []string{"iptables", "iptables-save", "iptables-restore"} {
-			// Who asks for the version does so twice at a time.
-			script := fmt.Sprintf("#!/bin/sh\ncase $* in *--version*) exec %[3]s \"$@\"; esac\necho call >>%[1]s\n"+
-				"if [ $(wc -l <%[1]s) -eq $(cat %[2]s) ]; then echo 'injected failure' >&2; exit 4; fi\n"+
-				"exec %[3]s \"$@\"\n", counter, turn, filepath.Join(programs, name))
-			if err := os.WriteFile(filepath.Join(wrappers, name), []byte(script), 0o755); err != nil { //nolint:gosec // it has to run
-				p.Fatal(err)
-			}
+		started, real := filepath.Join(p.TempDir(), "started"), p.path
+		p.path = p.programs("case $0 in *-restore) touch " + started + "; sleep 0.5; esac\nexec $real \"$@\"\n")
+		cmd := p.command("egress-router")
+		p.path = real
+		if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+			p.Fatal(err)
 		}
-		real := p.path
-		broken := wrappers + ":" + real
-		failing := func(call int) result {
-			if err := os.WriteFile(turn, fmt.Append(nil, call), 0o600); err != nil {
-				p.Fatal(err)
+		for {
+			if _, err := os.Stat(started); err == nil {
+				break
 			}
-			if err := os.RemoveAll(counter); err != nil {
-				p.Fatal(err)
-			}
-			p.path = broken
-			defer func() { p.path = real }()
-			return p.run()
+			time.Sleep(time.Millisecond)
 		}
-		for _, start := range []struct {
-			name string
-			make func()
-		}{
-			{"fresh", func() {}},
-			{"damaged", func() {
-				p.ok()
-				p.iptables("-t", "nat", "-D", "EGRESS-PREROUTING", "1")
-				p.iptables("-t", "nat", "-D", "PREROUTING", "-j", "EGRESS-PREROUTING")
-				p.iptables("-t", "nat", "-A", "POSTROUTING", "-j", "EGRESS-POSTROUTING")
-				p.iptables("-t", "nat", "-N", "EGRESS-INPUT")
-				p.iptables("-t", "nat", "-A", "EGRESS-INPUT", "-p", "tcp", "-m", "tcp", "--dport", "7", "-j", "ACCEPT")
-				p.iptables("-t", "nat", "-A", "INPUT", "-j", "EGRESS-INPUT")
-				p.iptables("-t", "nat", "-I", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
-				p.env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
-			}},
-		} {
-			start.make()
-			before := p.state()
-			call := 1
-			for ; ; call++ {
-				r := failing(call)
-				if r.code == 0 {
-					break
-				}
-				if call > 50 {
-					p.Fatalf("%s: it never succeeds:\n%s", start.name, r.stderr)
-				}
-				if r.code != 1 || !strings.Contains(r.last(), "injected failure") {
-					p.Errorf("%s, call %d: exit code %d:\n%s", start.name, call, r.code, r.stderr)
-				}
-				if got := p.state(); got != before {
-					p.Fatalf("%s, call %d: not put back.\n--- was\n%s--- is\n%s\nstderr:\n%s", start.name, call, before, got, r.stderr)
-				}
-			}
-			if call < 3 {
-				p.Errorf("%s: only %d calls could fail", start.name, call-1)
-			}
-			p.wantAnswer("tcp", 8080, "203.0.113.26:80")
+		if err := cmd.Process.Kill(); err != nil {
+			p.Fatal(err)
 		}
+		_ = cmd.Wait()
+		begin := time.Now()
+		p.ok()
+		if took := time.Since(begin); took < 200*time.Millisecond {
+			p.Errorf("the next router was done after %v, before the program of the first", took)
+		}
+		time.Sleep(700 * time.Millisecond)
+		p.wantUnchanged(p.ok())
+		p.wantExample()
 	})
+}
+
+// A run that fails and cannot put back what it changed says so, also when it
+// was told to stop.
+func TestNotPutBack(t *testing.T) {
+	for _, mode := range []string{"init", "legacy"} {
+		t.Run(mode, func(t *testing.T) {
+			p := newPod(t, lab.Options{}, "nft")
+			if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+				t.Fatal(err)
+			}
+			p.env["EGRESS_ROUTER_MODE"] = mode
+			once, real := filepath.Join(p.TempDir(), "once"), p.path
+			// The first restore succeeds and has the router stopped, the others fail.
+			p.path = p.programs("case $0 in *-restore)\n" +
+				"if [ -e " + once + " ]; then echo 'injected failure' >&2; exit 4; fi\n" +
+				"touch " + once + "; \"$real\" \"$@\"; kill -TERM $PPID; sleep 0.2; exit 0;; esac\nexec $real \"$@\"\n")
+			r := p.run()
+			p.path = real
+			if r.code != 1 || !strings.Contains(r.last(), "putting back what was there: ") || !strings.Contains(r.stderr, "hint: the pod is configured in part") {
+				t.Errorf("exit code %d:\n%s", r.code, r.stderr)
+			}
+			p.env["EGRESS_ROUTER_MODE"] = "init"
+			p.ok()
+			p.wantExample()
+		})
+	}
 }
 
 // In legacy mode the program stays, repeats nothing, and ends at once with 0

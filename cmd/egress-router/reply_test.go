@@ -2,15 +2,19 @@ package main
 
 import (
 	"errors"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // wantFarAnswer asks the pod from a client in another subnet.
@@ -193,4 +197,178 @@ func TestOtherMarkAndTable(t *testing.T) {
 		p.wantFarAnswer("tcp", 80, "203.0.113.25:80")
 		p.wantUnchanged(p.ok())
 	})
+}
+
+// A client learns of the smaller MTU of the egress side, wherever it is: the
+// pod's ICMP error goes back by the cluster side.
+func TestICMPErrors(t *testing.T) {
+	eachFlavour(t, lab.Options{}, func(p *pod) {
+		p.ok()
+		h, err := p.lab.Netlink(p.lab.Router)
+		if err != nil {
+			p.Fatal(err)
+		}
+		defer h.Close()
+		macvlan, err := h.LinkByName("macvlan0")
+		if err != nil {
+			p.Fatal(err)
+		}
+		if err := h.LinkSetMTU(macvlan, 1400); err != nil {
+			p.Fatal(err)
+		}
+		conn, err := p.lab.Dial(p.Context(), p.lab.Far, "udp", netip.AddrPortFrom(lab.RouterAddr, 53))
+		if err != nil {
+			p.Fatal(err)
+		}
+		defer conn.Close()
+		raw, err := conn.(*net.UDPConn).SyscallConn()
+		if err != nil {
+			p.Fatal(err)
+		}
+		if err := raw.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
+		}); err != nil {
+			p.Fatal(err)
+		}
+		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			_, err := conn.Write(make([]byte, 1450))
+			if errors.Is(err, unix.EMSGSIZE) {
+				break
+			}
+			if time.Now().After(deadline) {
+				p.Fatalf("the client never learned of the MTU; last error %v", err)
+			}
+		}
+		p.wantUnchanged(p.ok())
+	})
+}
+
+// Redirects to the pod itself, which some use to move a port.
+func TestRedirectToThePod(t *testing.T) {
+	p := newPod(t, lab.Options{}, "nft")
+	p.env["EGRESS_DESTINATION"] = "80 tcp 192.168.12.99 8080"
+	p.ok()
+	if _, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:8080")); err != nil {
+		t.Fatal(err)
+	}
+	for name, client := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
+		if _, err := p.ask(client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What a CNI may have given the cluster interface.
+func TestClusterLayouts(t *testing.T) {
+	network := func(s string) *net.IPNet {
+		_, n, err := net.ParseCIDR(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	for _, test := range []struct {
+		name    string
+		prepare func(h *netlink.Handle, eth netlink.Link) error
+		env     map[string]string
+		state   []string // lines of it afterwards
+		log     string
+	}{
+		{
+			name: "an address with two lengths",
+			prepare: func(h *netlink.Handle, eth netlink.Link) error {
+				return h.AddrAdd(eth, &netlink.Addr{IPNet: network("10.128.0.98/32")})
+			},
+			state: []string{"rule priority 20000 from 10.128.0.98/32 table 4711"},
+		},
+		{
+			name: "a route that is to be kept, from the CNI",
+			prepare: func(h *netlink.Handle, eth netlink.Link) error {
+				return h.RouteAdd(&netlink.Route{Dst: network("172.30.0.0/16"), Gw: lab.ClientAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+			},
+			env: map[string]string{"EGRESS_CLUSTER_CIDRS": "172.30.0.0/16"},
+			state: []string{
+				"route 172.30.0.0/16 via 10.128.0.71 dev eth0",
+				"route 172.30.0.0/16 via 10.128.0.71 dev eth0 table 4711",
+			},
+		},
+		{
+			name: "a link-local gateway, as Calico has it",
+			prepare: func(h *netlink.Handle, eth netlink.Link) error {
+				if err := h.RouteAdd(&netlink.Route{Dst: network("169.254.1.1/32"), LinkIndex: eth.Attrs().Index, Scope: netlink.SCOPE_LINK}); err != nil {
+					return err
+				}
+				return h.RouteReplace(&netlink.Route{Dst: network("0.0.0.0/0"), Gw: net.IPv4(169, 254, 1, 1).To4(), LinkIndex: eth.Attrs().Index})
+			},
+			state: []string{
+				"route 169.254.1.1 dev eth0 scope link table 4711",
+				"route default via 169.254.1.1 dev eth0 table 4711",
+			},
+		},
+		{
+			name: "a default route of two paths",
+			prepare: func(h *netlink.Handle, eth netlink.Link) error {
+				return h.RouteReplace(&netlink.Route{Dst: network("0.0.0.0/0"), MultiPath: []*netlink.NexthopInfo{
+					{LinkIndex: eth.Attrs().Index, Gw: lab.NodeAddr.AsSlice()}, {LinkIndex: eth.Attrs().Index, Gw: lab.ClientAddr.AsSlice()},
+				}})
+			},
+			state: []string{"route default table 4711"},
+		},
+		{
+			name: "no default route",
+			prepare: func(h *netlink.Handle, eth netlink.Link) error {
+				return h.RouteDel(&netlink.Route{Dst: network("0.0.0.0/0"), Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+			},
+			state: []string{"route unreachable default metric 4294967295 table 4711"},
+			log:   "the cluster interface has no default route",
+		},
+		{
+			name: "a route to a destination",
+			prepare: func(h *netlink.Handle, eth netlink.Link) error {
+				return h.RouteAdd(&netlink.Route{Dst: network("198.51.100.0/24"), Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+			},
+			env: map[string]string{"EGRESS_DESTINATION": "7 tcp 198.51.100.7\n" + example()["EGRESS_DESTINATION"]},
+			log: "a route leads a destination to another interface",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			p := newPod(t, lab.Options{}, "nft")
+			h, err := p.lab.Netlink(p.lab.Router)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer h.Close()
+			eth, err := h.LinkByName("eth0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := test.prepare(h, eth); err != nil {
+				t.Fatal(err)
+			}
+			maps.Copy(p.env, test.env)
+			if r := p.ok(); !strings.Contains(r.stderr, test.log) {
+				t.Errorf("the log lacks %q:\n%s", test.log, r.stderr)
+			}
+			state := p.state()
+			for _, line := range test.state {
+				if !strings.Contains(state, line+"\n") {
+					t.Errorf("state lacks %q:\n%s", line, state)
+				}
+			}
+			p.wantExample()
+			p.wantUnchanged(p.ok())
+		})
+	}
+}
+
+// What an earlier run kept on the cluster side may be a destination now.
+func TestKeptNoLonger(t *testing.T) {
+	p := newPod(t, lab.Options{}, "nft")
+	p.env["EGRESS_DESTINATION"], p.env["EGRESS_CLUSTER_CIDRS"] = "80 tcp 192.168.12.80", "203.0.113.0/24"
+	p.ok()
+	p.wantAnswer("tcp", 80, "192.168.12.80:80")
+	p.env = example()
+	p.ok()
+	p.wantExample()
+	p.wantUnchanged(p.ok())
 }

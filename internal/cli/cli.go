@@ -124,8 +124,8 @@ func runMode(ctx context.Context, p Process) error {
 	}
 	r := newRouter(c, log)
 	err = r.Apply(ctx)
-	if ctx.Err() != nil && c.Mode == config.Legacy && errors.Is(err, ctx.Err()) {
-		return nil // told to stop, and nothing is left half-done
+	if c.Mode == config.Legacy && stopped(err) {
+		return nil
 	}
 	if err != nil || c.Mode != config.Legacy {
 		return err
@@ -191,6 +191,13 @@ func logger(w io.Writer, debug bool) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
+// stopped reports whether an error says that the program was told to stop, and
+// that nothing is left half-done.
+func stopped(err error) bool {
+	_, left := errors.AsType[*router.UndoError](err)
+	return errors.Is(err, context.Canceled) && !left
+}
+
 // report prints an error: hints first, since the last line is the one that
 // users of the original look at.
 func report(w io.Writer, err error) {
@@ -198,7 +205,7 @@ func report(w io.Writer, err error) {
 		fmt.Fprintln(w, faults)
 		return
 	}
-	if errors.Is(err, context.Canceled) {
+	if stopped(err) {
 		fmt.Fprintln(w, "egress-router: told to stop before it was done: what was changed is put back")
 		return
 	}

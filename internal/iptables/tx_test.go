@@ -69,9 +69,11 @@ func TestDiffers(t *testing.T) {
 	got := tx.Differs(plan(t, "192.168.12.98"))
 	want := []string{
 		"chain EGRESS-FORWARD of table mangle is missing",
+		"chain EGRESS-OUTPUT of table mangle is missing",
 		"chain EGRESS-POSTROUTING of table mangle is missing",
 		"chain EGRESS-PREROUTING of table mangle is missing",
 		"the jump from FORWARD to EGRESS-FORWARD of table mangle is missing",
+		"the jump from OUTPUT to EGRESS-OUTPUT of table mangle is missing",
 		"the jump from POSTROUTING to EGRESS-POSTROUTING of table mangle is missing",
 		"the jump from PREROUTING to EGRESS-PREROUTING of table mangle is missing",
 		"chain EGRESS-POSTROUTING of table nat holds other rules",
@@ -90,13 +92,16 @@ func TestScript(t *testing.T) {
 	have, want := tx.now, tx.wanted(plan(t, "192.168.12.99"))
 	const there = `*mangle
 :EGRESS-FORWARD - [0:0]
+:EGRESS-OUTPUT - [0:0]
 :EGRESS-POSTROUTING - [0:0]
 :EGRESS-PREROUTING - [0:0]
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
+-A EGRESS-OUTPUT -m conntrack --ctdir REPLY -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -I FORWARD 1 -j EGRESS-FORWARD
+-I OUTPUT 1 -j EGRESS-OUTPUT
 -I POSTROUTING 1 -j EGRESS-POSTROUTING
 -I PREROUTING 1 -j EGRESS-PREROUTING
 COMMIT
@@ -110,12 +115,15 @@ COMMIT
 `
 	const back = `*mangle
 -F EGRESS-FORWARD
+-F EGRESS-OUTPUT
 -F EGRESS-POSTROUTING
 -F EGRESS-PREROUTING
 -D FORWARD -j EGRESS-FORWARD
+-D OUTPUT -j EGRESS-OUTPUT
 -D POSTROUTING -j EGRESS-POSTROUTING
 -D PREROUTING -j EGRESS-PREROUTING
 -X EGRESS-FORWARD
+-X EGRESS-OUTPUT
 -X EGRESS-POSTROUTING
 -X EGRESS-PREROUTING
 COMMIT

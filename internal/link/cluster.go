@@ -88,7 +88,7 @@ func (c ClusterSide) rules(addresses []netip.Addr) []Rule {
 func (c ClusterSide) routes(have State, standard Route, known bool) []Route {
 	var routes []Route
 	for _, r := range have.Routes {
-		if r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !slices.Contains(c.Destinations, r.Destination) {
+		if r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !r.Kept {
 			routes = append(routes, r)
 		}
 	}
@@ -162,14 +162,23 @@ func diffCluster(want ClusterSide, have State) []Step {
 			take(Step{Op: DeleteRule, Rule: r})
 		}
 	}
+	kept := make(map[int]bool)
 	for _, d := range want.Destinations {
 		if !known || onClusterSide(d, have) {
 			continue
 		}
 		r := standard
-		r.Table, r.Destination, r.Metric = 0, d, 0
-		if step, _ := place(r, have.Routes); step != nil {
+		r.Table, r.Destination, r.Metric, r.Kept = 0, d, 0, true
+		step, i := place(r, have.Routes)
+		if step != nil {
 			take(*step)
+		}
+		kept[i] = true
+	}
+	// What an earlier run kept there may be a destination of redirects now.
+	for i, r := range slices.Backward(have.Routes) {
+		if r.Kept && !kept[i] {
+			take(Step{Op: DeleteRoute, Route: r})
 		}
 	}
 	// A packet from a client that is reached by the cluster's default route
@@ -180,12 +189,18 @@ func diffCluster(want ClusterSide, have State) []Step {
 	return steps
 }
 
+// HasClusterDefault reports whether a default route of the cluster interface is
+// known, from the main table or from before it was replaced there.
+func (s State) HasClusterDefault() bool {
+	_, known := clusterDefault(s)
+	return known
+}
+
 // onClusterSide reports whether a route of the main table, other than a default
-// route and other than the one that would be put there, leads to all of d by
-// the cluster interface.
+// route and one that a router added, leads to all of d by the cluster interface.
 func onClusterSide(d netip.Prefix, have State) bool {
 	return slices.ContainsFunc(have.Routes, func(r Route) bool {
-		return r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && r.Destination != d &&
+		return r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !r.Kept &&
 			r.Destination.Bits() <= d.Bits() && r.Destination.Contains(d.Addr())
 	})
 }

@@ -137,8 +137,10 @@ func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (Cluster
 	if err != nil {
 		return ClusterState{}, err
 	}
-	for _, p := range prefixes {
-		s.Addresses = append(s.Addresses, p.Addr())
+	for _, p := range prefixes { // one may stand there with several lengths
+		if !slices.Contains(s.Addresses, p.Addr()) {
+			s.Addresses = append(s.Addresses, p.Addr())
+		}
 	}
 	if s.Table, err = k.table(want.Table, names); err != nil {
 		return ClusterState{}, err
@@ -186,6 +188,11 @@ func (k *Kernel) table(number int, names map[int]string) ([]Route, error) {
 	return found, nil
 }
 
+// protocol marks the routes that a router adds to keep destinations on the
+// cluster side (rtnetlink(7), rtm_protocol): none of the numbers that iproute2
+// lists in rt_protos.
+const protocol netlink.RouteProtocol = 233
+
 // route converts a listed route and keeps the original to put it back whole.
 // names holds the interface names that are known already.
 func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
@@ -206,17 +213,28 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 	if table == unix.RT_TABLE_MAIN {
 		table = 0
 	}
+	index := r.LinkIndex
+	if index == 0 && len(r.MultiPath) > 0 {
+		index = r.MultiPath[0].LinkIndex
+		for _, hop := range r.MultiPath {
+			if hop.LinkIndex != index {
+				index = 0
+				break
+			}
+		}
+	}
 	return Route{
 		Table:       table,
 		Destination: prefix(r.Dst),
 		Gateway:     gateway.Unmap(),
-		Index:       r.LinkIndex,
+		Index:       index,
 		Interface:   name,
 		Source:      source.Unmap(),
 		Metric:      r.Priority,
 		Scope:       Scope(r.Scope),
 		TOS:         r.Tos,
 		Type:        kind,
+		Kept:        r.Protocol == protocol,
 		kernel:      r,
 	}
 }
@@ -306,6 +324,9 @@ func kernelRoute(r Route) *netlink.Route {
 	route.Src = r.Source.AsSlice()
 	route.Priority = r.Metric
 	route.Table = cmp.Or(r.Table, unix.RT_TABLE_MAIN)
+	if r.Kept {
+		route.Protocol = protocol
+	}
 	// The kernel reports other flags and refuses to be told them
 	// (fib_create_info in net/ipv4/fib_semantics.c).
 	const settable = unix.RTNH_F_ONLINK | unix.RTNH_F_PERVASIVE

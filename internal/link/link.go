@@ -43,7 +43,8 @@ type Route struct {
 	Metric      int          // lower is preferred
 	Scope       Scope
 	TOS         int
-	Type        int // of the kernel (rtnetlink(7), rtm_type); zero: unicast
+	Type        int  // of the kernel (rtnetlink(7), rtm_type); zero: unicast
+	Kept        bool // added by a router, to keep a destination on the cluster side
 
 	kernel any // the adapter's own form, with all it has to put back
 }
@@ -120,6 +121,14 @@ type State struct {
 // ForwardsAny reports whether any packet that comes in could be forwarded.
 func (s State) ForwardsAny() bool {
 	return s.Forwards || slices.ContainsFunc(s.Forwarding, func(i InterfaceForwarding) bool { return i.On })
+}
+
+// EgressHas reports whether a route to a, by the egress interface, is more
+// specific than one of the given length.
+func (s State) EgressHas(a netip.Addr, bits int) bool {
+	return slices.ContainsFunc(s.Routes, func(r Route) bool {
+		return r.Index == s.Index && r.Type == 0 && r.Destination.Bits() > bits && r.Destination.Contains(a)
+	})
 }
 
 // Routes returns the routes that w needs, with index as the interface's.

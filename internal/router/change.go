@@ -215,6 +215,20 @@ func (c *change) take(ctx context.Context, steps ...link.Step) error {
 	return nil
 }
 
+// An UndoError says that a run failed and that not all of what it had changed
+// could be put back.
+type UndoError struct{ Err error }
+
+func (e *UndoError) Error() string { return fmt.Sprintf("putting back what was there: %v", e.Err) }
+
+// Unwrap returns what could not be put back, and why.
+func (e *UndoError) Unwrap() error { return e.Err }
+
+// Hint says what to do.
+func (e *UndoError) Hint() string {
+	return "the pod is configured in part: start the router again, which repairs every part, or delete the pod"
+}
+
 // An undoList holds the ways back from what was done, in the order done.
 type undoList []func() error
 
@@ -234,12 +248,13 @@ func (l *undoList) undo(log *slog.Logger) error {
 	var failed []error
 	for _, step := range slices.Backward(*l) {
 		if err := step(); err != nil {
-			failed = append(failed, fmt.Errorf("putting back what was there: %w", err))
+			failed = append(failed, err)
 		}
 	}
 	*l = nil
-	if len(failed) == 0 {
-		log.Info("everything is put back as it was")
+	if len(failed) > 0 {
+		return &UndoError{errors.Join(failed...)}
 	}
-	return errors.Join(failed...)
+	log.Info("everything is put back as it was")
+	return nil
 }

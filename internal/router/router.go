@@ -129,6 +129,9 @@ func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 	if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, want.Gateway) {
 		return have, fmt.Errorf("EGRESS_GATEWAY is %s, which is an address of the pod itself: give it the router of the physical network", want.Gateway)
 	}
+	if slices.Contains(have.Cluster.Addresses, want.Address.Addr()) {
+		return have, fmt.Errorf("EGRESS_SOURCE is %s, which is the pod's address on the cluster network: give it one of the physical network that nobody else has", want.Address.Addr())
+	}
 	return have, r.checkCluster(network)
 }
 
@@ -149,6 +152,9 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	if !have.Carrier {
 		r.Log.Warn("the egress interface has no carrier: the NIC it is cut from is down or unplugged", "interface", r.Link.Interface)
 	}
+	if r.Plan != nil {
+		r.warnOfOtherWays(have)
+	}
 	for _, a := range have.Addresses {
 		if a != r.Link.Address {
 			r.Log.Warn("the egress interface has another address, which is never used as a source", "address", a.String())
@@ -159,6 +165,27 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 		attrs = append(attrs, "redirects", r.Plan.Count(rules.DNAT), "backend", current.String())
 	}
 	r.Log.Info("ready", append(attrs, "took", time.Since(begin).Round(100*time.Microsecond).String())...)
+}
+
+// warnOfOtherWays says which destinations are behind another interface: a
+// packet that is redirected there is dropped.
+func (r *Router) warnOfOtherWays(have link.State) {
+	if have.Cluster.Index != 0 && !have.HasClusterDefault() {
+		r.Log.Warn("the cluster interface has no default route: clients that it has no route to get no replies", "interface", r.Link.Cluster.Interface)
+	}
+	destinations := r.Plan.Destinations()
+	for _, other := range have.Routes {
+		if other.Index == have.Index || other.IsDefault() {
+			continue
+		}
+		for _, to := range destinations {
+			if other.Destination.Contains(to) && !have.EgressHas(to, other.Destination.Bits()) {
+				r.Log.Warn("a route leads a destination to another interface: connections that are redirected there are dropped",
+					"destination", to.String(), "route", other.String())
+				break // one is enough of each route
+			}
+		}
+	}
 }
 
 // Stay returns when ctx ends. It is the place of what watches over the
