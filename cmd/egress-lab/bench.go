@@ -51,8 +51,7 @@ Each ratio is that of the medians of %d rounds, %d with 10,000 lines; the spread
 the middle half of the ratios of single rounds. init again finds nothing to change.
 unit-test prints the rules and does nothing else, so it is what starting the
 process and reading its configuration take. A goal is the most that is allowed.
-MISSED means that it was not met this time; the exit code stays 0, since on a busy
-machine that is no defect.
+MISSED means that it was not met in this run; the exit code stays 0.
 `
 
 // bench measures the router as ratios: times are those of one machine on one day.

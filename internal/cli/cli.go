@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -100,8 +101,14 @@ func readFile(name string) ([]byte, error) {
 	return data, err
 }
 
+// startMemory is how much a run may take before it collects garbage, in bytes.
+// The largest destination list that a ConfigMap holds needs less than half.
+const startMemory = 64 << 20
+
 // runMode does what EGRESS_ROUTER_MODE says.
 func runMode(ctx context.Context, p Process) error {
+	// A run ends in milliseconds; one collection would take as long again.
+	percent, limit := debug.SetGCPercent(-1), debug.SetMemoryLimit(startMemory)
 	c, err := parse(p)
 	if err != nil {
 		return err
@@ -130,6 +137,9 @@ func runMode(ctx context.Context, p Process) error {
 	if err != nil || c.Mode != config.Legacy {
 		return err
 	}
+	debug.SetGCPercent(percent)
+	debug.SetMemoryLimit(limit)
+	debug.FreeOSMemory() // from here on the process is idle
 	return r.Stay(ctx)
 }
 
