@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
@@ -37,8 +38,9 @@ var oldest = [3]int{1, 6, 2}
 
 // A Backend is an installation of iptables.
 type Backend struct {
-	directory string // of iptables, iptables-save and iptables-restore
-	version   string // with the flavour, as iptables prints it
+	directory string       // of iptables, iptables-save and iptables-restore
+	asked     func() error // waits for what follows to be known
+	version   string       // with the flavour, as iptables prints it
 }
 
 // A MissingError says that there is no usable iptables on this machine.
@@ -76,37 +78,38 @@ func Find(ctx context.Context) (*Backend, error) {
 			return nil, &MissingError{err}
 		}
 	}
-	return b, b.probe(ctx, path)
+	b.asked = sync.OnceValue(func() error { return b.ask(ctx, path) })
+	go func() { _ = b.asked() }() // Begin waits for it, and has the error
+	return b, nil
 }
 
-// probe asks iptables for its version and flavour.
-func (b *Backend) probe(ctx context.Context, path string) error {
+// ask asks iptables for its version and flavour. The answer does not depend on
+// the network namespace, so any thread may ask.
+func (b *Backend) ask(ctx context.Context, path string) error {
 	// go-iptables knows versions, and keeps the flavour to itself. Each asks
 	// by a process of its own, so they ask at the same time.
-	type answer struct {
-		number [3]int
-		err    error
-	}
-	asked := make(chan answer, 1)
+	numbers := make(chan [3]int, 1)
+	failed := make(chan error, 1)
 	go func() {
 		ipt, err := goiptables.New(goiptables.Path(path), goiptables.IPFamily(goiptables.ProtocolIPv4))
 		if err != nil {
-			asked <- answer{err: fmt.Errorf("asking %s for its version: %w", path, err)}
+			failed <- fmt.Errorf("asking %s for its version: %w", path, err)
 			return
 		}
 		major, minor, patch := ipt.GetIptablesVersion()
-		asked <- answer{number: [3]int{major, minor, patch}}
+		numbers <- [3]int{major, minor, patch}
 	}()
 	version, _, err := b.run(ctx, nil, filepath.Base(path), "--version")
 	b.version = strings.TrimSpace(string(version))
-	got := <-asked
-	if err := errors.Join(err, got.err); err != nil {
+	select {
+	case again := <-failed:
+		return errors.Join(err, again)
+	case number := <-numbers:
+		if err == nil && slices.Compare(number[:], oldest[:]) < 0 {
+			err = fmt.Errorf("%s is too old: 1.6.2 is the first that waits for the lock when it restores", b.version)
+		}
 		return err
 	}
-	if slices.Compare(got.number[:], oldest[:]) < 0 {
-		return fmt.Errorf("%s is too old: 1.6.2 is the first that waits for the lock when it restores", b.version)
-	}
-	return nil
 }
 
 // run executes one of the programs and returns what it prints. Where it fails,
@@ -193,5 +196,5 @@ func (e *printedError) Hint() string {
 // Begin reads what the kernel holds and returns a Tx that changes it.
 func (b *Backend) Begin(ctx context.Context) (*Tx, error) {
 	tx := &Tx{backend: b}
-	return tx, tx.read(ctx)
+	return tx, errors.Join(tx.read(ctx), b.asked())
 }
