@@ -156,15 +156,8 @@ func TestTwoAtOnce(t *testing.T) {
 // An interface's alternative name is no name for a rule to match.
 func TestAlternativeName(t *testing.T) {
 	p := newPod(t, lab.Options{}, "nft")
-	h, err := p.lab.Netlink(p.lab.Router)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer h.Close()
-	eth, err := h.LinkByName("eth0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := p.handle(p.lab.Router)
+	eth := p.link(h, "eth0")
 	if err := h.LinkAddAltName(eth, "cluster0"); err != nil {
 		t.Fatal(err)
 	}
@@ -197,19 +190,9 @@ func TestNoOtherWayOut(t *testing.T) {
 				p.ok()
 				open := p.flow(53)
 				open.wantAnswer(p, "before", "203.0.113.27:53", "192.168.12.99")
-				h, err := p.lab.Netlink(p.lab.Router)
-				if err != nil {
-					p.Fatal(err)
-				}
-				defer h.Close()
-				macvlan, err := h.LinkByName("macvlan0")
-				if err != nil {
-					p.Fatal(err)
-				}
-				eth, err := h.LinkByName("eth0")
-				if err != nil {
-					p.Fatal(err)
-				}
+				h := p.handle(p.lab.Router)
+				macvlan := p.link(h, "macvlan0")
+				eth := p.link(h, "eth0")
 				capture, err := p.lab.Capture(p.lab.Router, "eth0")
 				if err != nil {
 					p.Fatal(err)

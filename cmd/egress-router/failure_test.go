@@ -72,20 +72,7 @@ func TestRefusals(t *testing.T) {
 			p := newPod(t, test.options, "nft")
 			before := p.state()
 			maps.Copy(p.env, test.env)
-			command := test.command
-			if command == "" {
-				command = "egress-router"
-			}
-			r := p.run(command)
-			if r.code != 1 || r.stdout != "" {
-				t.Errorf("exit code %d, stdout %q; want 1 and nothing", r.code, r.stdout)
-			}
-			if !strings.Contains(r.last(), test.last) {
-				t.Errorf("last line:\n got %s\nwant %s", r.last(), test.last)
-			}
-			if !strings.Contains(r.stderr, test.hint) {
-				t.Errorf("stderr lacks %q:\n%s", test.hint, r.stderr)
-			}
+			p.wantRefusal(test.command, test.last, test.hint)
 			p.wantState(before)
 		})
 	}

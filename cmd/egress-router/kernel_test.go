@@ -318,15 +318,8 @@ func TestOtherAddress(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			p := newPod(t, lab.Options{}, "nft")
-			h, err := p.lab.Netlink(p.lab.Router)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer h.Close()
-			macvlan, err := h.LinkByName("macvlan0")
-			if err != nil {
-				t.Fatal(err)
-			}
+			h := p.handle(p.lab.Router)
+			macvlan := p.link(h, "macvlan0")
 			other, err := netlink.ParseAddr(test.address)
 			if err != nil {
 				t.Fatal(err)
@@ -397,15 +390,8 @@ func TestAnnouncement(t *testing.T) {
 		t.Errorf("announcements by ARP opcode: %v, want a reply (2), then a request (1)", forms)
 	}
 
-	h, err := p.lab.Netlink(p.lab.Router)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer h.Close()
-	macvlan, err := h.LinkByName("macvlan0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := p.handle(p.lab.Router)
+	macvlan := p.link(h, "macvlan0")
 	got, err := p.lab.Neighbour(p.lab.Outside, lab.LANLink, lab.Source)
 	if err != nil || got.String() != macvlan.Attrs().HardwareAddr.String() {
 		t.Errorf("the neighbour has %s (%v), want %s", got, err, macvlan.Attrs().HardwareAddr)

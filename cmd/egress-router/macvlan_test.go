@@ -94,17 +94,6 @@ func newMacvlanPod(t *testing.T) *pod {
 // file returns a file that stands for a namespace.
 func file(ns *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd()) }
 
-// handle returns a netlink handle in a namespace, until the test ends.
-func (p *pod) handle(ns *netns.Namespace) *netlink.Handle {
-	p.Helper()
-	h, err := p.lab.Netlink(ns)
-	if err != nil {
-		p.Fatal(err)
-	}
-	p.Cleanup(h.Close)
-	return h
-}
-
 // inventory describes the links, addresses and routes of a namespace.
 func (p *pod) inventory(ns *netns.Namespace) string {
 	p.Helper()
@@ -577,20 +566,7 @@ func TestMacvlanRefusals(t *testing.T) {
 			}
 			maps.Copy(p.env, test.env)
 			pod, host := p.inventory(p.lab.Router), p.inventory(p.lab.Node)
-			command := test.command
-			if command == "" {
-				command = "egress-router"
-			}
-			r := p.run(command)
-			if r.code != 1 || r.stdout != "" {
-				t.Errorf("exit code %d, stdout %q; want 1 and nothing", r.code, r.stdout)
-			}
-			if !strings.Contains(r.last(), test.last) {
-				t.Errorf("last line:\n got %s\nwant %s", r.last(), test.last)
-			}
-			if !strings.Contains(r.stderr, test.hint) {
-				t.Errorf("stderr lacks %q:\n%s", test.hint, r.stderr)
-			}
+			p.wantRefusal(test.command, test.last, test.hint)
 			p.wantInventory(p.lab.Router, "the pod", pod)
 			p.wantInventory(p.lab.Node, "the host", host)
 		})

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/link"
@@ -138,6 +140,26 @@ func (p *pod) ok() result {
 		p.Fatalf("exit code %d:\n%s", r.code, r.stderr)
 	}
 	return r
+}
+
+// wantRefusal runs the router, or another command under whose name it runs, and
+// expects exit code 1, nothing on stdout, a last line with the reason, and what
+// to do before it.
+func (p *pod) wantRefusal(command, last, hint string) {
+	p.Helper()
+	if command == "" {
+		command = "egress-router"
+	}
+	r := p.run(command)
+	if r.code != 1 || r.stdout != "" {
+		p.Errorf("exit code %d, stdout %q; want 1 and nothing", r.code, r.stdout)
+	}
+	if !strings.Contains(r.last(), last) {
+		p.Errorf("last line:\n got %s\nwant %s", r.last(), last)
+	}
+	if !strings.Contains(r.stderr, hint) {
+		p.Errorf("stderr lacks %q:\n%s", hint, r.stderr)
+	}
 }
 
 // iptables runs iptables in the router's namespace.
@@ -272,4 +294,25 @@ func (p *pod) wantUnchanged(r result) {
 			p.Errorf("a run with nothing to do says %q:\n%s", word, r.stderr)
 		}
 	}
+}
+
+// handle returns a netlink handle in a namespace, until the test ends.
+func (p *pod) handle(ns *netns.Namespace) *netlink.Handle {
+	p.Helper()
+	h, err := p.lab.Netlink(ns)
+	if err != nil {
+		p.Fatal(err)
+	}
+	p.Cleanup(h.Close)
+	return h
+}
+
+// link returns a link of a namespace.
+func (p *pod) link(h *netlink.Handle, name string) netlink.Link {
+	p.Helper()
+	l, err := h.LinkByName(name)
+	if err != nil {
+		p.Fatal(err)
+	}
+	return l
 }

@@ -85,11 +85,7 @@ func TestReplyPathSurvivesDamage(t *testing.T) {
 	p := newPod(t, lab.Options{}, "nft")
 	p.ok()
 	state := p.state()
-	h, err := p.lab.Netlink(p.lab.Router)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer h.Close()
+	h := p.handle(p.lab.Router)
 	rules, err := h.RuleList(netlink.FAMILY_V4)
 	if err != nil {
 		t.Fatal(err)
@@ -112,10 +108,7 @@ func TestReplyPathSurvivesDamage(t *testing.T) {
 	if err := h.RuleAdd(stray); err != nil {
 		t.Fatal(err)
 	}
-	eth, err := h.LinkByName("eth0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	eth := p.link(h, "eth0")
 	_, network, err := net.ParseCIDR("198.51.100.0/24")
 	if err != nil {
 		t.Fatal(err)
@@ -154,11 +147,7 @@ func TestClusterDestinations(t *testing.T) {
 // address.
 func TestReplyNeverLeavesByEgressSide(t *testing.T) {
 	p := newPod(t, lab.Options{}, "nft")
-	h, err := p.lab.Netlink(p.lab.Router)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer h.Close()
+	h := p.handle(p.lab.Router)
 	if err := h.RouteDel(&netlink.Route{Gw: lab.NodeAddr.AsSlice()}); err != nil {
 		t.Fatal(err)
 	}
@@ -204,15 +193,8 @@ func TestOtherMarkAndTable(t *testing.T) {
 func TestICMPErrors(t *testing.T) {
 	eachFlavour(t, lab.Options{}, func(p *pod) {
 		p.ok()
-		h, err := p.lab.Netlink(p.lab.Router)
-		if err != nil {
-			p.Fatal(err)
-		}
-		defer h.Close()
-		macvlan, err := h.LinkByName("macvlan0")
-		if err != nil {
-			p.Fatal(err)
-		}
+		h := p.handle(p.lab.Router)
+		macvlan := p.link(h, "macvlan0")
 		if err := h.LinkSetMTU(macvlan, 1400); err != nil {
 			p.Fatal(err)
 		}
@@ -333,15 +315,8 @@ func TestClusterLayouts(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			p := newPod(t, lab.Options{}, "nft")
-			h, err := p.lab.Netlink(p.lab.Router)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer h.Close()
-			eth, err := h.LinkByName("eth0")
-			if err != nil {
-				t.Fatal(err)
-			}
+			h := p.handle(p.lab.Router)
+			eth := p.link(h, "eth0")
 			if err := test.prepare(h, eth); err != nil {
 				t.Fatal(err)
 			}
