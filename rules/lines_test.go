@@ -1,6 +1,9 @@
 package rules
 
 import (
+	"bytes"
+	"os/exec"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -59,5 +62,47 @@ func TestUnread(t *testing.T) {
 				t.Errorf("Unread(%q) = %v, %v; want %v, %v", test.value, got, ok, test.want, test.ok)
 			}
 		})
+	}
+}
+
+// Every value of up to five characters that matter to the shell's read is split
+// as bash splits it.
+func TestLinesAsBash(t *testing.T) {
+	values := []string{""}
+	for begin := 0; len(values[len(values)-1]) < 5; {
+		end := len(values)
+		for _, v := range values[begin:end] {
+			for _, c := range []string{`\`, " ", "\t", "\n", "x", "\x01"} {
+				values = append(values, v+c)
+			}
+		}
+		begin = end
+	}
+	// A line holds no newline, so one ends the lines of a value.
+	const script = `while IFS= read -r -d '' value; do
+		while read line; do printf '%s\0' "$line"; done <<< "$value"
+		printf '\n\0'
+	done`
+	bash := exec.Command("bash", "-c", script)
+	bash.Env = []string{"LC_ALL=C"}
+	bash.Stdin = strings.NewReader(strings.Join(values, "\x00") + "\x00")
+	var stderr bytes.Buffer
+	bash.Stderr = &stderr
+	out, err := bash.Output()
+	if err != nil {
+		t.Fatalf("running bash: %v\n%s", err, &stderr)
+	}
+	answers := strings.Split(string(out), "\n\x00")
+	if len(answers) != len(values)+1 {
+		t.Fatalf("bash answered %d values of %d", len(answers)-1, len(values))
+	}
+	for i, v := range values {
+		var got strings.Builder
+		for _, line := range Lines(v) {
+			got.WriteString(line.Text + "\x00")
+		}
+		if got.String() != answers[i] {
+			t.Errorf("Lines(%q) = %q, bash: %q", v, got.String(), answers[i])
+		}
 	}
 }
