@@ -35,6 +35,9 @@ func hint(text string) string {
 	case len(words) == 1:
 		return addressHint(words[0])
 	case len(words) == 2 && isDigits(words[0]):
+		if _, ok := parseProtocol(words[1]); ok {
+			return fmt.Sprintf(`the address is missing: write "%s %s IP"`, words[0], words[1])
+		}
 		return fmt.Sprintf(`the protocol is missing: write "%s tcp %s" or "%[1]s udp %[2]s"`, words[0], words[1])
 	case len(words) == 3 || len(words) == 4:
 		return redirectHint(words)

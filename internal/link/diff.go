@@ -6,8 +6,9 @@ import (
 )
 
 // Claim returns the steps that give the egress interface the reserved address
-// and set it up. They lead no packet another way, so they may come before any
-// rule stands.
+// and set it up. With the address the kernel adds the route to its subnet, and no
+// other packet goes another way: they may come before the rules, if nothing is
+// redirected yet.
 func Claim(want Want, have State) []Step {
 	var steps []Step
 	take := func(s Step) {
