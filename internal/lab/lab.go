@@ -185,6 +185,15 @@ func (l *Lab) Sysctl(ns *netns.Namespace, key string) (string, error) {
 	return string(text), nil
 }
 
+// ForgetConnections empties the table of the connections that the kernel tracks
+// for ns, those included that have ended and would wait there for their timeout.
+func (l *Lab) ForgetConnections(ns *netns.Namespace) error {
+	if err := ns.Do(func() error { return netlink.ConntrackTableFlush(netlink.ConntrackTable) }); err != nil {
+		return fmt.Errorf("emptying the connection table: %w", err)
+	}
+	return nil
+}
+
 // Start starts cmd in ns; the caller waits for it as usual. The process is killed
 // when the lab is closed or this process ends, so that it cannot keep the
 // namespace alive (cmd.SysProcAttr.Pdeathsig, unless set already).

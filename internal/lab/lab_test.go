@@ -568,6 +568,48 @@ func TestSysctl(t *testing.T) {
 	}
 }
 
+func TestRoutePlainly(t *testing.T) {
+	l := newLab(t, lab.Options{})
+	if err := l.RoutePlainly(); err != nil {
+		t.Fatal(err)
+	}
+	for _, proto := range []string{"tcp", "udp"} {
+		for _, remote := range lab.Remote {
+			s := serve(t, l, l.Outside, proto, remote, 80)
+			a, err := l.Ask(t.Context(), l.Client, proto, s.Addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if a.Server != s.Addr || a.Peer.Addr() != lab.ClientAddr {
+				t.Errorf("%s: %s answers %s, want %s and %s", proto, a.Server, a.Peer.Addr(), s.Addr, lab.ClientAddr)
+			}
+		}
+	}
+	if err := l.RoutePlainly(); !errors.Is(err, os.ErrExist) {
+		t.Errorf("a second time: error %v, want that it exists", err)
+	}
+}
+
+func TestForgetConnections(t *testing.T) {
+	l := newLab(t, lab.Options{})
+	// The kernel tracks connections where a rule asks about them.
+	if err := l.Run(l.Router, exec.Command("iptables", "-A", "INPUT", "-m", "conntrack", "--ctstate", "NEW")); err != nil {
+		t.Fatal(err)
+	}
+	s := serve(t, l, l.Router, "tcp", lab.RouterAddr, 80)
+	if _, err := l.Ask(t.Context(), l.Client, "tcp", s.Addr); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"1", "0"} {
+		if got, err := l.Sysctl(l.Router, "net/netfilter/nf_conntrack_count"); got != want || err != nil {
+			t.Errorf("%s connections (%v), want %s", got, err, want)
+		}
+		if err := l.ForgetConnections(l.Router); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestNeighbour(t *testing.T) {
 	l := newLab(t, lab.Options{})
 	if mac, err := l.Neighbour(l.Node, lab.NIC, lab.GatewayAddr); !errors.Is(err, os.ErrNotExist) {
