@@ -17,7 +17,7 @@ help: ## list the targets
 demo: build iptables ## run the main job in a lab of namespaces and show what a client sees
 	$(GO) run ./cmd/egress-lab demo bin/egress-router
 
-test: iptables ## run all tests, on the real kernel
+test: iptables nft ## run all tests, on the real kernel
 	$(GO) test ./...
 
 build: ## build bin/egress-router, static
@@ -34,8 +34,8 @@ golden: ## rewrite testdata/golden and script after a change that is meant
 	$(GO) test ./internal/cli -run Golden -update
 	$(GO) test ./cmd/egress-router -run Scripts -update
 
-bench: build iptables ## measure against bare iptables-restore, as ratios
-	$(GO) run ./cmd/egress-lab bench bin/egress-router
+bench: build iptables nft ## measure what it costs, as ratios; PART=load for less
+	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)
 
 image: ## build the container images, and print their sizes
 	.ci/image
@@ -46,6 +46,8 @@ e2e: ## run the images as pods and containers with podman (as root)
 clean: ## remove what was built
 	rm -rf bin
 
-.PHONY: iptables
+.PHONY: iptables nft
 iptables:
 	@.ci/install iptables
+nft:
+	@.ci/install nftables:nft

@@ -1,38 +1,53 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// Two rounds with each flavour: that it can measure, not what.
-func TestMeasure(t *testing.T) {
-	found, err := flavours()
+// known returns the variants that a router has: one without backends to choose
+// from takes all for iptables.
+func known(t *testing.T, program string) []variant {
+	t.Helper()
+	found, err := variants()
 	if err != nil {
 		t.Fatal(err)
 	}
+	help, err := exec.Command(program, "help").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(help, []byte("EGRESS_ROUTER_BACKEND")) {
+		return found[:2]
+	}
+	return found
+}
+
+// Two rounds with each variant: that it can measure, not what.
+func TestMeasure(t *testing.T) {
+	program := router(t)
+	found := known(t, program)
 	loads, err := makeLoads()
 	if err != nil {
 		t.Fatal(err)
 	}
-	program := router(t)
-	for _, f := range found {
+	loads[1].rivalGoal = goalRival
+	for _, v := range found {
 		for _, l := range loads[:2] {
 			l.rounds = 2
-			rows, err := measure(t.Context(), program, f, l)
+			rows, err := measure(t.Context(), program, v, l)
 			if err != nil {
-				t.Fatalf("%s, %s: %v", f.name, l.name, err)
+				t.Fatalf("%s, %s: %v", v.name, l.name, err)
 			}
-			for _, r := range rows {
-				if len(r.pairs) != 2 || r.pairs[0].reference <= 0 || r.pairs[0].router <= 0 {
-					t.Errorf("%s, %s: pairs %v, want two", r.what, r.flavour, r.pairs)
-				}
-			}
+			checkRows(t, rows, 2)
 		}
 	}
 	peak, idle, err := measureMemory(t.Context(), program, found[0], loads[0])
@@ -41,19 +56,38 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
-// A router that loads less than it was asked to is not measured.
+// checkRows checks that there are figures, in all rows.
+func checkRows(t *testing.T, rows []row, rounds int) {
+	t.Helper()
+	if len(rows) == 0 {
+		t.Error("no rows")
+	}
+	for _, r := range rows {
+		if len(r.pairs) != rounds || r.pairs[0].reference <= 0 || r.pairs[0].router <= 0 {
+			t.Errorf("%s, %s: pairs %v, want %d", r.what, r.variant, r.pairs, rounds)
+		}
+	}
+}
+
+// A router that loads less than it was asked to, or elsewhere, is not measured.
 func TestMeasureRefuses(t *testing.T) {
-	found, err := flavours()
+	found, err := variants()
 	if err != nil {
 		t.Fatal(err)
 	}
 	l := load{name: "example", redirects: 4, rounds: 1}
-	for program, want := range map[string]string{
-		"/bin/true":  "there are 0 redirects, want 4",
-		"/bin/false": "exit status 1",
+	for _, test := range []struct {
+		program string
+		variant variant
+		want    string
+	}{
+		{"/bin/true", found[0], "there are 0 redirects, want 4"},
+		{"/bin/true", found[1], "there are 0 redirects, want 4"},
+		{"/bin/true", found[2], `there is no "table ip egress-router"`},
+		{"/bin/false", found[0], "exit status 1"},
 	} {
-		if _, err := measure(t.Context(), program, found[0], l); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%s: error %v, want %q", program, err, want)
+		if _, err := measure(t.Context(), test.program, test.variant, l); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s, %s: error %v, want %q", test.program, test.variant.name, err, test.want)
 		}
 	}
 	if _, _, err := measureMemory(t.Context(), "/bin/true", found[0], l); err == nil {
@@ -61,10 +95,85 @@ func TestMeasureRefuses(t *testing.T) {
 	}
 }
 
-func TestMissingFlavour(t *testing.T) {
-	_, err := findFlavour("new")
+func TestMissingTool(t *testing.T) {
+	_, err := findIptables("new")
 	if !errors.Is(err, os.ErrNotExist) || !strings.Contains(hint(err), "install the package iptables") {
 		t.Errorf("error %v, hint %q", err, hint(err))
+	}
+	_, err = findNft("/nowhere/nft")
+	if !errors.Is(err, os.ErrNotExist) || !strings.Contains(hint(err), "install the package nftables") {
+		t.Errorf("error %v, hint %q", err, hint(err))
+	}
+}
+
+// What nft lists of a router's tables loads again as the same.
+func TestNftRules(t *testing.T) {
+	const tables = `table ip egress-router {
+	map redirects {
+		type inet_proto . inet_service : ipv4_addr . inet_service
+		counter
+		elements = { tcp . 80 : 203.0.113.25 . 80, udp . 53 : 203.0.113.26 . 5353 }
+	}
+	chain prerouting {
+		type nat hook prerouting priority dstnat;
+		iifname "eth0" dnat to meta l4proto . th dport map @redirects
+		iifname "eth0" dnat to 203.0.113.27
+	}
+	chain postrouting {
+		type nat hook postrouting priority srcnat;
+		oifname "macvlan0" counter snat to 192.168.12.99
+	}
+}
+table ip6 egress-router {
+	chain forward {
+		type filter hook forward priority 0;
+		iifname "eth0" drop
+	}
+}
+table ip other {
+	chain prerouting {
+		type nat hook prerouting priority dstnat;
+		dnat to 203.0.113.28
+	}
+}
+`
+	found, err := variants()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := found[2].tool
+	l, err := lab.New(lab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	first, err := writeRules(tables)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.load(t.Context(), l, l.Client, first); err != nil {
+		t.Fatal(err)
+	}
+	listed, err := n.rules(t.Context(), l, l.Client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := n.redirects(listed); got != 3 {
+		t.Errorf("%d redirects, want 3, in\n%s", got, listed)
+	}
+	second, err := writeRules(listed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.load(t.Context(), l, l.Far, second); err != nil {
+		t.Fatal(err)
+	}
+	again, err := n.rules(t.Context(), l, l.Far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(listed, again); diff != "" || !strings.Contains(listed, "table ip6 ") {
+		t.Errorf("- first, + again:\n%s", diff)
 	}
 }
 
@@ -119,23 +228,57 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
+func TestGoal(t *testing.T) {
+	for _, test := range []struct {
+		goal             goal
+		figure           float64
+		want, wantString string
+	}{
+		{goal{}, 7, "", ""},
+		{atMost(1.3), 1.29, "ok", "<= 1.3"},
+		{atMost(1.3), 1.3, "ok", "<= 1.3"},
+		{atMost(1.3), 1.31, "MISSED", "<= 1.3"},
+		{atLeast(0.95), 0.949, "MISSED", ">= 0.95"},
+		{atLeast(0.95), 0.95, "ok", ">= 0.95"},
+		{atLeast(5), 6, "ok", ">= 5"},
+	} {
+		if got := test.goal.judge(test.figure); got != test.want || test.goal.String() != test.wantString {
+			t.Errorf("%s: %g is %q, want %q and %q", test.goal, test.figure, got, test.want, test.wantString)
+		}
+	}
+}
+
+func TestThousands(t *testing.T) {
+	for n, want := range map[int]string{1: "1", 100: "100", 1000: "1,000", 10000: "10,000", 123456: "123,456"} {
+		if got := thousands(n); got != want {
+			t.Errorf("thousands(%d) = %q, want %q", n, got, want)
+		}
+	}
+}
+
 func TestPrintRow(t *testing.T) {
-	r := row{what: "init, example", flavour: "nft", goal: 10}
-	for _, router := range []time.Duration{16, 24, 20} {
-		r.pairs = append(r.pairs, pair{2 * time.Millisecond, router * time.Millisecond})
+	r := row{what: "init, example", variant: "iptables-legacy", goal: atMost(10)}
+	for _, router := range []float64{16, 24, 20} {
+		r.pairs = append(r.pairs, pair{2, router})
 	}
 	var got strings.Builder
-	printHeader(&got)
+	printHeader(&got, "ms")
 	r.print(&got)
-	r.goal = 9
+	r.goal = atMost(9)
 	r.print(&got)
-	r.goal = 0
+	r.goal = atLeast(10)
+	r.print(&got)
+	r.goal = goal{}
+	r.print(&got)
+	r.pairs = []pair{{20000, 19000}}
 	r.print(&got)
 	const want = `
-what                         flavour  reference ms  router ms   ratio          spread   goal ok
-init, example                nft              2.00      20.00   10.00   9.00 to 11.00     10 ok
-init, example                nft              2.00      20.00   10.00   9.00 to 11.00      9 MISSED
-init, example                nft              2.00      20.00   10.00   9.00 to 11.00
+what                                     variant           reference ms   router ms   ratio          spread    goal ok
+init, example                            iptables-legacy           2.00       20.00   10.00   9.00 to 11.00   <= 10 ok
+init, example                            iptables-legacy           2.00       20.00   10.00   9.00 to 11.00    <= 9 MISSED
+init, example                            iptables-legacy           2.00       20.00   10.00   9.00 to 11.00   >= 10 ok
+init, example                            iptables-legacy           2.00       20.00   10.00   9.00 to 11.00
+init, example                            iptables-legacy          20000       19000    0.95    0.95 to 0.95
 `
 	if diff := cmp.Diff(want[1:], got.String()); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)

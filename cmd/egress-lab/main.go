@@ -1,8 +1,12 @@
 // Egress-lab runs a built egress-router in a network of its own, made of
 // namespaces on this machine (see package lab):
 //
-//	egress-lab demo PROGRAM    shows what a client of the router gets
-//	egress-lab bench PROGRAM   measures the router against bare iptables-restore
+//	egress-lab demo PROGRAM           shows what a client of the router gets
+//	egress-lab bench PROGRAM [PART]   measures the router, as ratios
+//
+// The parts of bench, without PART all of them, are
+//
+//	load          start to exit, against the bare tool with the same rules; sizes
 //
 // PROGRAM is the egress-router to run, bin/egress-router after make build. It
 // cannot be below /run, of which egress-lab has one of its own.
@@ -20,6 +24,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/egress-router/egress-router/internal/netns/nstest"
@@ -32,9 +37,10 @@ const (
 	exitUsage = 2 // the arguments are not understood
 )
 
-const usage = `usage: egress-lab demo PROGRAM    show what a client of the router gets
-       egress-lab bench PROGRAM   measure the router against bare iptables-restore
+const usage = `usage: egress-lab demo PROGRAM           show what a client of the router gets
+       egress-lab bench PROGRAM [PART]   measure the router, as ratios
 PROGRAM is an egress-router: make build makes bin/egress-router
+PART is load; without it all are measured
 `
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
@@ -42,12 +48,20 @@ func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 // run does what the arguments say and returns the exit code. It does so in a
 // second process, which has namespaces of its own; the first one only waits.
 func run(args []string, stdout, stderr io.Writer) int {
-	commands := map[string]func(context.Context, string, io.Writer) error{"demo": demo, "bench": bench}
-	if len(args) != 2 || commands[args[0]] == nil {
+	c := command{stdout: stdout, stderr: stderr}
+	switch {
+	case len(args) == 2 && args[0] == "demo":
+		c.run = demo
+	case len(args) == 2 && args[0] == "bench":
+		c.run = bench(parts)
+	case len(args) == 3 && args[0] == "bench" && slices.Contains(parts, args[2]):
+		c.run = bench(args[2:])
+	default:
 		fmt.Fprintf(stderr, "egress-lab: arguments not understood: %q\n%s", args, usage)
 		return exitUsage
 	}
-	return nstest.M{Tests: command{name: args[0], run: commands[args[0]], program: args[1], stdout: stdout, stderr: stderr}}.Run()
+	c.name, c.program = args[0], args[1]
+	return nstest.M{Tests: c}.Run()
 }
 
 // A command is what the second process runs.

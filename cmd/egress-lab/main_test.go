@@ -156,7 +156,7 @@ func TestDemoWrong(t *testing.T) {
 }
 
 func TestArguments(t *testing.T) {
-	for _, args := range [][]string{nil, {"demo"}, {"show", "/bin/true"}, {"demo", "/bin/true", "more"}} {
+	for _, args := range [][]string{nil, {"demo"}, {"show", "/bin/true"}, {"demo", "/bin/true", "load"}, {"bench"}, {"bench", "/bin/true", "all"}, {"bench", "/bin/true", "load", "more"}} {
 		code, stdout, stderr := finish(t, labCommand(t, args...))
 		if code != 2 || stdout != "" || !strings.HasSuffix(stderr, usage) {
 			t.Errorf("%q: exit code %d, stdout %q, stderr %q; want the usage", args, code, stdout, stderr)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -17,7 +18,7 @@ import (
 // settled is how long a router that is ready gets to come to rest.
 const settled = 100 * time.Millisecond
 
-const sizeFormat = "%-44s %6s %6s %s\n"
+const sizeFormat = "%-42s %-15s %14s %7s %s\n"
 
 // printSizes prints the sizes of the program's file and of its memory. Memory is
 // that of a router in mode legacy, which does what init does and then stays, so
@@ -25,7 +26,7 @@ const sizeFormat = "%-44s %6s %6s %s\n"
 // peak of that work. What wait4(2) reports of an init that has ended (ru_maxrss)
 // would be at least the size of this program, since a process that starts
 // another hands its mark on (setmax_mm_hiwater_rss in fs/exec.c).
-func printSizes(ctx context.Context, program string, f flavour, loads []load, stdout io.Writer) error {
+func printSizes(ctx context.Context, program string, found []variant, loads []load, stdout io.Writer) error {
 	info, err := os.Stat(program)
 	if err != nil {
 		return fmt.Errorf("reading the size of the router: %w", err)
@@ -33,22 +34,24 @@ func printSizes(ctx context.Context, program string, f flavour, loads []load, st
 	const mega = 1e6
 	size := float64(info.Size()) / mega
 	fmt.Fprintln(stdout)
-	fmt.Fprintf(stdout, sizeFormat, "what", "MB", "goal", "ok")
-	fmt.Fprintf(stdout, sizeFormat, "program file", fmt.Sprintf("%.2f", size), fmt.Sprint(goalBinary), judge(size, goalBinary))
-	for _, l := range loads {
-		peak, idle, err := measureMemory(ctx, program, f, l)
-		if err != nil {
-			return fmt.Errorf("measuring memory with %s: %w", l.name, err)
+	fmt.Fprintf(stdout, sizeFormat, "what", "variant", "MB", "goal", "ok")
+	fmt.Fprintf(stdout, sizeFormat, "program file", "", fmt.Sprintf("%.2f", size), goalBinary, goalBinary.judge(size))
+	for _, v := range found {
+		for _, l := range loads {
+			peak, idle, err := measureMemory(ctx, program, v, l)
+			if err != nil {
+				return fmt.Errorf("measuring memory with %s and %s: %w", v.name, l.name, err)
+			}
+			fmt.Fprintf(stdout, sizeFormat, "resident memory, init, peak, "+l.name, v.name, fmt.Sprintf("%.2f", peak/mega), "", "")
+			fmt.Fprintf(stdout, sizeFormat, "resident memory, legacy, idle, "+l.name, v.name, fmt.Sprintf("%.2f", idle/mega), "", "")
 		}
-		fmt.Fprintf(stdout, sizeFormat, "resident memory, init, peak, "+l.name, fmt.Sprintf("%.2f", peak/mega), "", "")
-		fmt.Fprintf(stdout, sizeFormat, "resident memory, legacy, idle, "+l.name, fmt.Sprintf("%.2f", idle/mega), "", "")
 	}
 	return nil
 }
 
 // measureMemory returns the most memory that a router had while it set things
 // up, and what it has once at rest, in bytes.
-func measureMemory(ctx context.Context, program string, f flavour, load load) (peak, idle float64, err error) {
+func measureMemory(ctx context.Context, program string, v variant, load load) (peak, idle float64, err error) {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
 		return 0, 0, err
@@ -56,7 +59,7 @@ func measureMemory(ctx context.Context, program string, f flavour, load load) (p
 	defer l.Close()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	cmd := prepare(ctx, environment("legacy", append(load.env, f.path())...), program)
+	cmd := prepare(ctx, environment("legacy", append(slices.Clip(load.env), v.env...)...), program)
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		return 0, 0, fmt.Errorf("making a pipe: %w", err)

@@ -4,28 +4,59 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
-	"time"
 )
 
-// A pair is one round: the reference, then the router, one right after the
-// other, so that both see the machine in the same mood.
+// A pair is one round: the reference and the router, one soon after the other, so
+// that both see the machine in the same mood.
 type pair struct {
-	reference, router time.Duration
+	reference, router float64
 }
 
-// A row is one line of the table of ratios.
+// A row is one line of a table of ratios.
 type row struct {
-	what, flavour string
+	what, variant string
 	pairs         []pair
-	goal          float64 // the ratio allowed at most; 0: none is set
+	goal          goal
 }
 
-const rowFormat = "%-28s %-7s %13s %10s %7s %15s %6s %s"
+// A goal is a ratio to hold, at most or at least. The zero goal is none.
+type goal struct {
+	ratio float64
+	least bool
+}
 
-// printHeader prints the line above the rows.
-func printHeader(w io.Writer) {
-	fmt.Fprintf(w, rowFormat+"\n", "what", "flavour", "reference ms", "router ms", "ratio", "spread", "goal", "ok")
+func atMost(ratio float64) goal  { return goal{ratio: ratio} }
+func atLeast(ratio float64) goal { return goal{ratio: ratio, least: true} }
+
+// String returns the goal as the tables have it.
+func (g goal) String() string {
+	switch {
+	case g.ratio == 0:
+		return ""
+	case g.least:
+		return fmt.Sprintf(">= %g", g.ratio)
+	}
+	return fmt.Sprintf("<= %g", g.ratio)
+}
+
+// judge says whether a figure keeps to the goal.
+func (g goal) judge(figure float64) string {
+	switch {
+	case g.ratio == 0:
+		return ""
+	case g.least && figure >= g.ratio, !g.least && figure <= g.ratio:
+		return "ok"
+	}
+	return "MISSED"
+}
+
+const rowFormat = "%-40s %-15s %14s %11s %7s %15s %7s %s\n"
+
+// printHeader prints the line above rows whose figures have a unit.
+func printHeader(w io.Writer, unit string) {
+	fmt.Fprintf(w, rowFormat, "what", "variant", "reference "+unit, "router "+unit, "ratio", "spread", "goal", "ok")
 }
 
 // print prints the row: medians, the ratio of the medians, and as spread the
@@ -33,29 +64,32 @@ func printHeader(w io.Writer) {
 func (r row) print(w io.Writer) {
 	var references, routers, ratios []float64
 	for _, p := range r.pairs {
-		references = append(references, milliseconds(p.reference))
-		routers = append(routers, milliseconds(p.router))
-		ratios = append(ratios, float64(p.router)/float64(p.reference))
+		references = append(references, p.reference)
+		routers = append(routers, p.router)
+		ratios = append(ratios, p.router/p.reference)
 	}
-	ratio := quantile(routers, 0.5) / quantile(references, 0.5)
-	goal, verdict := "", ""
-	if r.goal > 0 {
-		goal, verdict = fmt.Sprintf("%g", r.goal), judge(ratio, r.goal)
-	}
-	fmt.Fprintln(w, strings.TrimRight(fmt.Sprintf(rowFormat, r.what, r.flavour,
-		fmt.Sprintf("%.2f", quantile(references, 0.5)), fmt.Sprintf("%.2f", quantile(routers, 0.5)), fmt.Sprintf("%.2f", ratio),
-		fmt.Sprintf("%.2f to %.2f", quantile(ratios, 0.25), quantile(ratios, 0.75)), goal, verdict), " "))
+	reference, router := quantile(references, 0.5), quantile(routers, 0.5)
+	fmt.Fprintln(w, strings.TrimRight(fmt.Sprintf(rowFormat, r.what, r.variant, digits(reference), digits(router),
+		fmt.Sprintf("%.2f", router/reference), fmt.Sprintf("%.2f to %.2f", quantile(ratios, 0.25), quantile(ratios, 0.75)),
+		r.goal, r.goal.judge(router/reference)), " \n"))
 }
 
-// judge compares a figure with the largest one allowed.
-func judge(figure, goal float64) string {
-	if figure <= goal {
-		return "ok"
+// digits returns a figure with as many digits as it is worth.
+func digits(figure float64) string {
+	if figure < 1000 {
+		return fmt.Sprintf("%.2f", figure)
 	}
-	return "MISSED"
+	return fmt.Sprintf("%.0f", figure)
 }
 
-func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+// thousands returns a number below a million with a comma.
+func thousands(n int) string {
+	s := strconv.Itoa(n)
+	if len(s) > 3 {
+		s = s[:len(s)-3] + "," + s[len(s)-3:]
+	}
+	return s
+}
 
 // quantile returns the value below which the fraction q of the values is, with
 // the line between two neighbours where it falls between them. The median, 0.5,
