@@ -34,7 +34,7 @@ golden: ## rewrite testdata/golden and script after a change that is meant
 	$(GO) test ./internal/cli -run Golden -update
 	$(GO) test ./cmd/egress-router -run Scripts -update
 
-bench: build iptables nft ## measure what it costs, as ratios; PART=load for less
+bench: build iptables nft ## measure what it costs, as ratios; PART=load, connections or throughput for less
 	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)
 
 image: ## build the container images, and print their sizes

@@ -15,16 +15,23 @@ import (
 // The goals of the benchmark. A goal that is missed is shown, not punished: the
 // ratio of two measurements depends on what else the machine does.
 var (
-	goalExample = atMost(10)  // times the load of the example's rules
-	goalLarge   = atMost(1.3) // times the load of 10,000 destinations
-	goalRival   = atMost(0.5) // times the load of 10,000 with iptables-restore
-	goalBinary  = atMost(8)   // MB, 10^6 bytes
+	goalExample = atMost(10)    // times the load of the example's rules
+	goalLarge   = atMost(1.3)   // times the load of 10,000 destinations
+	goalRival   = atMost(0.5)   // times the load of 10,000 with iptables-restore
+	goalFlat    = atLeast(0.9)  // connections with 10,000 destinations, times those with one
+	goalLinear  = atLeast(5)    // connections with 10,000 destinations, times those through a linear chain
+	goalBulk    = atLeast(0.95) // TCP bytes, times those without any rule
+	goalBinary  = atMost(8)     // MB, 10^6 bytes
 )
 
 // The parts of the benchmark, in the order of a whole one.
-const partLoad = "load"
+const (
+	partLoad        = "load"
+	partConnections = "connections"
+	partThroughput  = "throughput"
+)
 
-var parts = []string{partLoad}
+var parts = []string{partLoad, partConnections, partThroughput}
 
 const benchFoot = `Each ratio is that of the medians of all rounds; the spread is the middle half of
 the ratios of single rounds. MISSED means that a goal was not met in this run; the
@@ -35,7 +42,9 @@ exit code stays 0.
 // machine on one day.
 func bench(parts []string) func(context.Context, string, io.Writer) error {
 	measures := map[string]func(context.Context, string, []variant, io.Writer) error{
-		partLoad: benchLoad,
+		partLoad:        benchLoad,
+		partConnections: benchConnections,
+		partThroughput:  benchThroughput,
 	}
 	return func(ctx context.Context, program string, stdout io.Writer) error {
 		found, err := variants()

@@ -3,10 +3,13 @@ package main
 import (
 	"bytes"
 	"errors"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -56,6 +59,27 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
+// brief is an effort that shows whether something can be measured.
+var brief = effort{rounds: 1, each: 5 * time.Millisecond, sizes: []int{1, 20}}
+
+func TestMeasureConnections(t *testing.T) {
+	program := router(t)
+	rows, err := measureConnections(t.Context(), program, known(t, program), brief)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkRows(t, rows, brief.rounds)
+}
+
+func TestMeasureThroughput(t *testing.T) {
+	program := router(t)
+	rows, err := measureThroughput(t.Context(), program, known(t, program), brief)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkRows(t, rows, brief.rounds)
+}
+
 // checkRows checks that there are figures, in all rows.
 func checkRows(t *testing.T, rows []row, rounds int) {
 	t.Helper()
@@ -89,9 +113,34 @@ func TestMeasureRefuses(t *testing.T) {
 		if _, err := measure(t.Context(), test.program, test.variant, l); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s, %s: error %v, want %q", test.program, test.variant.name, err, test.want)
 		}
+		if _, err := measureConnections(t.Context(), test.program, []variant{test.variant}, brief); err == nil {
+			t.Errorf("%s, %s: there are connections", test.program, test.variant.name)
+		}
 	}
 	if _, _, err := measureMemory(t.Context(), "/bin/true", found[0], l); err == nil {
 		t.Error("/bin/true is ready")
+	}
+}
+
+// A figure of a path that leads to another place, or nowhere, would be false.
+func TestPathRefuses(t *testing.T) {
+	l, err := lab.New(lab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	p, err := plainPath(t.Context(), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.check(t.Context(), "tcp", lab.Source); err == nil {
+		t.Error("plain routing translates the source")
+	}
+	p.to = netip.AddrPortFrom(fallback.Addr(), fallback.Port()+1)
+	for what, measure := range map[string]func(time.Duration) (float64, error){"connections": p.connections, "datagrams": p.datagrams} {
+		if _, err := measure(time.Millisecond); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%s: error %v, want a refusal", what, err)
+		}
 	}
 }
 
@@ -281,6 +330,46 @@ init, example                            iptables-legacy           2.00       20
 init, example                            iptables-legacy          20000       19000    0.95    0.95 to 0.95
 `
 	if diff := cmp.Diff(want[1:], got.String()); diff != "" {
+		t.Errorf("- wanted, + got:\n%s", diff)
+	}
+}
+
+func TestCompare(t *testing.T) {
+	rows := compare([]series{
+		{"one", [][]float64{{100, 200}, {99, 198}, {95, 190}}},
+		{linear, [][]float64{{100, 200}, {80, 160}, {10, 20}}},
+	}, []int{1, 100, 10000})
+	want := []row{
+		{"100 destinations, to 1", "one", []pair{{100, 99}, {200, 198}}, goal{}},
+		{"10,000 destinations, to 1", "one", []pair{{100, 95}, {200, 190}}, goalFlat},
+		{"10,000 destinations, to linear chain", "one", []pair{{10, 95}, {20, 190}}, goalLinear},
+		{"100 destinations, to 1", linear, []pair{{100, 80}, {200, 160}}, goal{}},
+		{"10,000 destinations, to 1", linear, []pair{{100, 10}, {200, 20}}, goal{}},
+	}
+	if diff := cmp.Diff(want, rows, cmp.AllowUnexported(row{}, pair{}, goal{})); diff != "" {
+		t.Errorf("- wanted, + got:\n%s", diff)
+	}
+}
+
+func TestLengthen(t *testing.T) {
+	const one = `*nat
+:EGRESS-POSTROUTING - [0:0]
+:EGRESS-PREROUTING - [0:0]
+-A PREROUTING -j EGRESS-PREROUTING
+-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 10001 -j DNAT --to-destination 203.0.113.26:443
+COMMIT
+`
+	const three = `*nat
+:EGRESS-POSTROUTING - [0:0]
+:EGRESS-PREROUTING - [0:0]
+-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 10001 -j DNAT --to-destination 203.0.113.26:443
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 10002 -j DNAT --to-destination 203.0.113.26:443
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 10003 -j DNAT --to-destination 203.0.113.26:443
+COMMIT
+`
+	if diff := cmp.Diff(three, lengthen(one, 3)); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)
 	}
 }

@@ -7,6 +7,8 @@
 // The parts of bench, without PART all of them, are
 //
 //	load          start to exit, against the bare tool with the same rules; sizes
+//	connections   new connections with long lists, against those with one destination
+//	throughput    bytes and datagrams, against plain routing
 //
 // PROGRAM is the egress-router to run, bin/egress-router after make build. It
 // cannot be below /run, of which egress-lab has one of its own.
@@ -40,7 +42,7 @@ const (
 const usage = `usage: egress-lab demo PROGRAM           show what a client of the router gets
        egress-lab bench PROGRAM [PART]   measure the router, as ratios
 PROGRAM is an egress-router: make build makes bin/egress-router
-PART is load; without it all are measured
+PART is load, connections or throughput; without it all are measured
 `
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }

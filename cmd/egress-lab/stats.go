@@ -14,6 +14,15 @@ type pair struct {
 	reference, router float64
 }
 
+// pairs makes pairs of the figures of rounds.
+func pairs(reference, router []float64) []pair {
+	all := make([]pair, len(reference))
+	for i := range all {
+		all[i] = pair{reference[i], router[i]}
+	}
+	return all
+}
+
 // A row is one line of a table of ratios.
 type row struct {
 	what, variant string

@@ -1,0 +1,212 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// An effort says how much is measured.
+type effort struct {
+	rounds int // that count, after a first one
+	each   time.Duration
+	sizes  []int // numbers of destinations
+}
+
+var connectionsEffort = effort{rounds: 9, each: 500 * time.Millisecond, sizes: []int{1, 100, 1000, 10000}}
+
+const connectionsHead = `Connections: new TCP connections a second through the router to the last destination of
+a list, beside those with one destination, and beside those through a linear chain of
+as many rules.
+
+`
+
+const connectionsFoot = `
+%d rounds of %s each, in which all lists and variants take turns. One thread opens a
+connection, resets it, and opens the next.
+`
+
+// linear is the name of what the variants are compared to.
+const linear = "linear chain"
+
+// benchConnections measures whether a connection costs the same whatever the
+// length of the list.
+func benchConnections(ctx context.Context, program string, found []variant, stdout io.Writer) error {
+	fmt.Fprint(stdout, connectionsHead)
+	printHeader(stdout, "1/s")
+	rows, err := measureConnections(ctx, program, found, connectionsEffort)
+	if err != nil {
+		return fmt.Errorf("measuring connections: %w", err)
+	}
+	for _, r := range rows {
+		r.print(stdout)
+	}
+	fmt.Fprintf(stdout, connectionsFoot, connectionsEffort.rounds, connectionsEffort.each)
+	return nil
+}
+
+// A series is what was measured of a variant: for each list, a figure of each
+// round.
+type series struct {
+	variant string
+	figures [][]float64
+}
+
+// measureConnections measures all variants. The labs exist at the same time, so
+// that what is compared is measured within seconds of each other.
+func measureConnections(ctx context.Context, program string, found []variant, e effort) ([]row, error) {
+	all := make([]series, len(found)+1)
+	var turns []turn
+	for i := range all {
+		s := &all[i]
+		s.variant, s.figures = linear, make([][]float64, len(e.sizes))
+		if i < len(found) {
+			s.variant = found[i].name
+		}
+		for j, n := range e.sizes {
+			l, err := lab.New(lab.Options{})
+			if err != nil {
+				return nil, err
+			}
+			defer l.Close()
+			if i < len(found) {
+				err = runList(ctx, l, program, found[i], n)
+			} else {
+				err = runChain(ctx, l, program, found[0], n)
+			}
+			p := pathToLast(l, n)
+			if err == nil {
+				err = p.check(ctx, "tcp", lab.Source)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("%s, %s destinations: %w", s.variant, thousands(n), err)
+			}
+			turns = append(turns, turn{path: p, figures: &s.figures[j]})
+		}
+	}
+	for round := range e.rounds + 1 {
+		// There and back, so that no place in the order is the better one.
+		slices.Reverse(turns)
+		for _, t := range turns {
+			figure, err := t.path.connections(e.each)
+			if err := errors.Join(ctx.Err(), err); err != nil {
+				return nil, err
+			}
+			if round > 0 {
+				*t.figures = append(*t.figures, figure)
+			}
+		}
+	}
+	return compare(all, e.sizes), nil
+}
+
+// A turn is one measurement of a round.
+type turn struct {
+	path    path
+	figures *[]float64
+}
+
+// compare makes the rows of series, of which the last is the linear chain.
+func compare(all []series, sizes []int) []row {
+	var rows []row
+	last := len(sizes) - 1
+	chain := all[len(all)-1]
+	for _, s := range all {
+		for j := 1; j <= last; j++ {
+			r := row{what: thousands(sizes[j]) + " destinations, to " + thousands(sizes[0]), variant: s.variant, pairs: pairs(s.figures[0], s.figures[j])}
+			if j == last && s.variant != linear {
+				r.goal = goalFlat
+			}
+			rows = append(rows, r)
+		}
+		if s.variant != linear {
+			rows = append(rows, row{
+				what: thousands(sizes[last]) + " destinations, to " + linear, variant: s.variant,
+				pairs: pairs(chain.figures[last], s.figures[last]), goal: goalLinear,
+			})
+		}
+	}
+	return rows
+}
+
+// runList runs a router with n destinations.
+func runList(ctx context.Context, l *lab.Lab, program string, v variant, n int) error {
+	load, err := makeLoad(n)
+	if err != nil {
+		return err
+	}
+	_, err = runInit(ctx, l, program, v, load)
+	return err
+}
+
+// runChain runs a router with one destination, and then puts n into its place, one
+// rule after the other in its chain.
+func runChain(ctx context.Context, l *lab.Lab, program string, v variant, n int) error {
+	load, err := makeLoad(1)
+	if err != nil {
+		return err
+	}
+	rules, err := runInit(ctx, l, program, v, load)
+	if err != nil {
+		return err
+	}
+	file, err := writeRules(lengthen(rules, n))
+	if err != nil {
+		return err
+	}
+	if _, err := v.tool.load(ctx, l, l.Router, file); err != nil {
+		return err
+	}
+	if rules, err = v.tool.rules(ctx, l, l.Router); err != nil {
+		return err
+	}
+	if got := v.tool.redirects(rules); got != n {
+		return fmt.Errorf("making a chain: there are %d redirects, want %d", got, n)
+	}
+	return nil
+}
+
+// lengthen returns rules for iptables-restore --noflush that fill the chains of
+// rules anew, with n redirects where there was the one of firstPort. What is in
+// the kernel's chains stays as it is.
+func lengthen(rules string, n int) string {
+	const port = " --dport "
+	var b strings.Builder
+	own := map[string]bool{}
+	for line := range strings.Lines(rules) {
+		name, _, _ := strings.Cut(line[1:], " ")
+		if line[0] == ':' {
+			own[name] = true
+		}
+		if rule, ok := strings.CutPrefix(line, "-A "); ok {
+			if name, _, _ = strings.Cut(rule, " "); !own[name] {
+				continue
+			}
+		}
+		before, after, found := strings.Cut(line, fmt.Sprint(port, firstPort, " "))
+		if !found || !strings.Contains(after, jumpDNAT[1:]) {
+			b.WriteString(line)
+			continue
+		}
+		for i := range n {
+			fmt.Fprint(&b, before, port, firstPort+i, " ", after)
+		}
+	}
+	return b.String()
+}
+
+// pathToLast is the path by the last destination of a list.
+func pathToLast(l *lab.Lab, n int) path {
+	return path{
+		lab:    l,
+		to:     netip.AddrPortFrom(lab.RouterAddr, uint16(firstPort+n-1)),
+		server: netip.AddrPortFrom(netip.MustParseAddr(server), onePort),
+	}
+}

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// The sockets of package net add a poller and a scheduler to every call, which
+// costs more than the rules that are to be measured. These block their threads.
+
+// The time after which a server's socket gives up, so that nothing hangs. For
+// datagrams it only ends a measurement.
+const (
+	quiet    = 5 * time.Second
+	quietUDP = 50 * time.Millisecond
+	buffer   = 8 << 20 // bytes of datagrams that wait for the server
+	backlog  = 128     // connections that wait for the server, far more than there are
+)
+
+// listen makes a server's socket in ns.
+func listen(ns *netns.Namespace, kind int, at netip.AddrPort) (socket int, err error) {
+	err = ns.Do(func() (err error) {
+		socket, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0)
+		return err
+	})
+	if err != nil {
+		return -1, fmt.Errorf("making a socket: %w", err)
+	}
+	patience := quiet
+	if kind == unix.SOCK_DGRAM {
+		patience = quietUDP
+	}
+	timeout := unix.NsecToTimeval(patience.Nanoseconds())
+	err = unix.SetsockoptTimeval(socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout)
+	if err == nil && kind == unix.SOCK_DGRAM {
+		err = unix.SetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, buffer)
+		if errors.Is(err, unix.EPERM) { // only root of the machine may go beyond net.core.rmem_max
+			err = unix.SetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_RCVBUF, buffer)
+		}
+	}
+	if err == nil {
+		err = unix.Bind(socket, address(at))
+	}
+	if err == nil && kind == unix.SOCK_STREAM {
+		err = unix.Listen(socket, backlog)
+	}
+	if err != nil {
+		_ = unix.Close(socket)
+		return -1, fmt.Errorf("listening at %q: %w", at, err)
+	}
+	return socket, nil
+}
+
+// dial makes a client's socket in the namespace of the thread.
+func dial(kind int, to netip.AddrPort) (socket int, err error) {
+	socket, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("making a socket: %w", err)
+	}
+	// A signal to the thread restarts the call, and that goes on waiting.
+	if err := unix.Connect(socket, address(to)); err != nil {
+		_ = unix.Close(socket)
+		return -1, fmt.Errorf("connecting: %w", err)
+	}
+	return socket, nil
+}
+
+func address(a netip.AddrPort) *unix.SockaddrInet4 {
+	return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+}
+
+// The calls below can be interrupted, by the Go scheduler for one, and are not
+// restarted by the kernel where the socket has a timeout (signal(7)).
+
+func accept(listener int) (int, error) {
+	return interrupted(func() (int, error) {
+		socket, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+		return socket, err
+	})
+}
+
+func read(socket int, buf []byte) (int, error) {
+	return interrupted(func() (int, error) { return unix.Read(socket, buf) })
+}
+
+func write(socket int, buf []byte) (int, error) {
+	return interrupted(func() (int, error) { return unix.Write(socket, buf) })
+}
+
+// interrupted makes a call again as long as it is interrupted.
+func interrupted(call func() (int, error)) (int, error) {
+	for {
+		n, err := call()
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}

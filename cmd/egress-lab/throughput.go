@@ -1,0 +1,136 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+var throughputEffort = effort{rounds: 7, each: time.Second}
+
+const throughputHead = `Throughput: what arrives through the router with the example's rules, beside plain
+routing through the same namespaces, without a rule and without connection tracking.
+
+`
+
+const throughputFoot = `
+%d rounds of %s each, in which all variants take turns. UDP datagrams have %d bytes and
+come from one thread, as fast as that can send them.
+`
+
+// The kinds of traffic.
+var traffic = []struct {
+	what    string
+	measure func(path, time.Duration) (float64, error)
+	goal    goal
+}{
+	{"TCP, one stream, Gbit/s", func(p path, d time.Duration) (float64, error) { return p.streams(1, d) }, goalBulk},
+	{"TCP, 4 streams, Gbit/s", func(p path, d time.Duration) (float64, error) { return p.streams(4, d) }, goalBulk},
+	{"UDP, thousand datagrams/s", path.datagrams, goal{}},
+}
+
+// benchThroughput measures what the rules cost a packet of a connection that is
+// there.
+func benchThroughput(ctx context.Context, program string, found []variant, stdout io.Writer) error {
+	fmt.Fprint(stdout, throughputHead)
+	printHeader(stdout, "")
+	rows, err := measureThroughput(ctx, program, found, throughputEffort)
+	if err != nil {
+		return fmt.Errorf("measuring throughput: %w", err)
+	}
+	for _, r := range rows {
+		r.print(stdout)
+	}
+	fmt.Fprintf(stdout, throughputFoot, throughputEffort.rounds, throughputEffort.each, small)
+	return nil
+}
+
+// measureThroughput measures all variants. The labs exist at the same time, so
+// that what is compared is measured within seconds of each other.
+func measureThroughput(ctx context.Context, program string, found []variant, e effort) ([]row, error) {
+	plain, err := lab.New(lab.Options{})
+	if err != nil {
+		return nil, err
+	}
+	defer plain.Close()
+	p, err := plainPath(ctx, plain)
+	if err != nil {
+		return nil, fmt.Errorf("plain routing: %w", err)
+	}
+	paths := []path{p}
+	for _, v := range found {
+		l, err := lab.New(lab.Options{})
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close()
+		if p, err = fallbackPath(ctx, l, program, v); err != nil {
+			return nil, fmt.Errorf("%s: %w", v.name, err)
+		}
+		paths = append(paths, p)
+	}
+
+	// Plain routing first; for each kind of traffic a figure of each round.
+	all := make([]series, len(paths))
+	for i := range all {
+		all[i].figures = make([][]float64, len(traffic))
+	}
+	order := make([]int, len(paths))
+	for i := range order {
+		order[i] = i
+	}
+	for round := range e.rounds + 1 {
+		// There and back, so that no place in the order is the better one.
+		slices.Reverse(order)
+		for k, kind := range traffic {
+			for _, i := range order {
+				figure, err := kind.measure(paths[i], e.each)
+				if err := errors.Join(ctx.Err(), err); err != nil {
+					return nil, err
+				}
+				if round > 0 {
+					all[i].figures[k] = append(all[i].figures[k], figure)
+				}
+			}
+		}
+	}
+	var rows []row
+	for i, v := range found {
+		for k, kind := range traffic {
+			rows = append(rows, row{what: kind.what, variant: v.name, goal: kind.goal, pairs: pairs(all[0].figures[k], all[i+1].figures[k])})
+		}
+	}
+	return rows, nil
+}
+
+// asked is the port that the client asks at. It is none of the example's, so that
+// all of its rules are looked at.
+const asked = 9000
+
+// fallback is where that port leads to.
+var fallback = netip.AddrPortFrom(netip.MustParseAddr("203.0.113.27"), asked)
+
+// fallbackPath runs a router with the example and returns the path by its last
+// line.
+func fallbackPath(ctx context.Context, l *lab.Lab, program string, v variant) (path, error) {
+	if _, err := runInit(ctx, l, program, v, example()); err != nil {
+		return path{}, err
+	}
+	p := path{lab: l, to: netip.AddrPortFrom(lab.RouterAddr, asked), server: fallback}
+	return p, errors.Join(p.check(ctx, "tcp", lab.Source), p.check(ctx, "udp", lab.Source))
+}
+
+// plainPath returns the path to the same server by a plain router.
+func plainPath(ctx context.Context, l *lab.Lab) (path, error) {
+	if err := l.RoutePlainly(); err != nil {
+		return path{}, err
+	}
+	p := path{lab: l, to: fallback, server: fallback}
+	return p, errors.Join(p.check(ctx, "tcp", lab.ClientAddr), p.check(ctx, "udp", lab.ClientAddr))
+}

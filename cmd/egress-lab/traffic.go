@@ -1,0 +1,201 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// A path leads from the client to a server, by the router of a lab.
+type path struct {
+	lab    *lab.Lab
+	to     netip.AddrPort // that the client connects or sends to
+	server netip.AddrPort // that it reaches
+}
+
+// check asks the server over the path, which must see the client as from.
+func (p path) check(ctx context.Context, proto string, from netip.Addr) error {
+	s, err := p.lab.Serve(p.lab.Outside, proto, p.server)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	answer, err := p.lab.Ask(ctx, p.lab.Client, proto, p.to)
+	if err != nil {
+		return err
+	}
+	if answer.Server != p.server || answer.Peer.Addr() != from {
+		return fmt.Errorf("asking %s %q: %s answers %s, want %s and %s", proto, p.to, answer.Server, answer.Peer.Addr(), p.server, from)
+	}
+	return nil
+}
+
+// stuck is what no connection takes. The kernel sends a first packet again after
+// 1 s (TCP_TIMEOUT_INIT in include/net/tcp.h), so one that takes longer has lost
+// it, and the figure would tell of that.
+const stuck = 900 * time.Millisecond
+
+// connections makes connections for some time, one after the other, and returns
+// how many a second. It does so on one thread: the kernel handles a packet on the
+// processor that sends it, so what is measured is the time that a connection
+// takes there, and not how several processors get in each other's way.
+func (p path) connections(d time.Duration) (float64, error) {
+	// What an earlier measurement has left would fill the table.
+	if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
+		return 0, err
+	}
+	listener, err := listen(p.lab.Outside, unix.SOCK_STREAM, p.server)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = unix.Close(listener) }()
+	var figure float64
+	err = p.lab.Client.Do(func() error {
+		begin := time.Now()
+		for made, now := 0, begin; ; made++ {
+			if now.Sub(begin) >= d {
+				figure = float64(made) / now.Sub(begin).Seconds()
+				return nil
+			}
+			if err := p.connect(listener); err != nil {
+				return fmt.Errorf("connecting to %q: %w", p.to, err)
+			}
+			before := now
+			now = time.Now()
+			if took := now.Sub(before); took > stuck {
+				return fmt.Errorf("connecting to %q: packets were lost, it took %s", p.to, took)
+			}
+		}
+	})
+	return figure, err
+}
+
+// connect makes a connection of four packets: three to open it, and a reset by
+// the client, after which neither end waits (SO_LINGER in socket(7)).
+func (p path) connect(listener int) error {
+	client, err := dial(unix.SOCK_STREAM, p.to)
+	if err != nil {
+		return err
+	}
+	server, err := accept(listener)
+	err = errors.Join(err, unix.SetsockoptLinger(client, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}), unix.Close(client))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(server) }()
+	// If the server closed before the reset has come, it would send packets too.
+	if _, err := read(server, make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		return fmt.Errorf("waiting for the reset: %w", err)
+	}
+	return nil
+}
+
+// streams sends over so many TCP connections at once for some time, and returns
+// how many Gbit/s have arrived.
+func (p path) streams(number int, d time.Duration) (float64, error) {
+	listener, err := listen(p.lab.Outside, unix.SOCK_STREAM, p.server)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = unix.Close(listener) }()
+	var arrived atomic.Int64
+	begin := time.Now()
+	err = together(2*number, func(i int) error {
+		if i%2 == 0 {
+			return p.send(unix.SOCK_STREAM, bulk, begin.Add(d))
+		}
+		accepted, err := accept(listener)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = unix.Close(accepted) }()
+		buf := make([]byte, bulk)
+		for {
+			n, err := read(accepted, buf)
+			if n <= 0 || err != nil {
+				return err
+			}
+			arrived.Add(int64(n))
+		}
+	})
+	return float64(arrived.Load()) * 8 / 1e9 / time.Since(begin).Seconds(), err
+}
+
+// What one call sends: as much as a socket takes well, and as little as a
+// question to a name server has.
+const (
+	bulk  = 128 << 10
+	small = 64
+)
+
+// datagrams sends small UDP datagrams for some time, from one thread and as fast
+// as that can, and returns how many thousand a second have arrived.
+func (p path) datagrams(d time.Duration) (float64, error) {
+	socket, err := listen(p.lab.Outside, unix.SOCK_DGRAM, p.server)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = unix.Close(socket) }()
+	var (
+		arrived int
+		took    time.Duration
+		sent    atomic.Bool
+	)
+	err = together(2, func(i int) error {
+		if i == 0 {
+			defer sent.Store(true)
+			begin := time.Now()
+			err := p.send(unix.SOCK_DGRAM, small, begin.Add(d))
+			took = time.Since(begin)
+			return err
+		}
+		for buf := make([]byte, small); ; {
+			_, err := read(socket, buf)
+			switch {
+			case err == nil:
+				arrived++
+			case errors.Is(err, unix.EAGAIN) && sent.Load():
+				return nil // nothing is left
+			case !errors.Is(err, unix.EAGAIN):
+				return err
+			}
+		}
+	})
+	return float64(arrived) / 1e3 / took.Seconds(), err
+}
+
+// send sends from the client until a point in time.
+func (p path) send(kind, size int, end time.Time) error {
+	return p.lab.Client.Do(func() error {
+		socket, err := dial(kind, p.to)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = unix.Close(socket) }()
+		for buf := make([]byte, size); time.Now().Before(end); {
+			if _, err := write(socket, buf); err != nil {
+				return fmt.Errorf("sending to %q: %w", p.to, err)
+			}
+		}
+		return nil
+	})
+}
+
+// together runs a function n times at once and waits for all.
+func together(n int, do func(i int) error) error {
+	errs := make([]error, n)
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { errs[i] = do(i) })
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
