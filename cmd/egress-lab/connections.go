@@ -20,7 +20,7 @@ type effort struct {
 	sizes  []int // numbers of destinations
 }
 
-var connectionsEffort = effort{rounds: 9, each: 500 * time.Millisecond, sizes: []int{1, 100, 1000, 10000}}
+var connectionsEffort = effort{rounds: 15, each: 250 * time.Millisecond, sizes: []int{1, 100, 1000, 10000}}
 
 const connectionsHead = `Connections: new TCP connections a second through the router to the last destination of
 a list, beside those with one destination, and beside those through a linear chain of

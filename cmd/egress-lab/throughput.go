@@ -12,7 +12,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-var throughputEffort = effort{rounds: 7, each: time.Second}
+var throughputEffort = effort{rounds: 25, each: 250 * time.Millisecond}
 
 const throughputHead = `Throughput: what arrives through the router with the example's rules, beside plain
 routing through the same namespaces, without a rule and without connection tracking.
