@@ -15,19 +15,24 @@ func TestStale(t *testing.T) {
 		c     Connection
 		want  bool
 	}{
-		"as planned":                   {stale, Connection{TCP, at("10.128.0.98:8080"), at("203.0.113.26:80"), reserved}, false},
-		"same port":                    {stale, Connection{TCP, at("10.128.0.98:80"), at("203.0.113.25:80"), reserved}, false},
-		"fallback":                     {stale, Connection{UDP, at("10.128.0.98:53"), at("203.0.113.27:53"), reserved}, false},
-		"fallback of a redirect's UDP": {stale, Connection{UDP, at("10.128.0.98:80"), at("203.0.113.27:80"), reserved}, false},
-		"fallback, ICMP":               {stale, Connection{1, at("10.128.0.98:0"), at("203.0.113.27:0"), reserved}, false},
-		"another server":               {stale, Connection{TCP, at("10.128.0.98:80"), at("203.0.113.99:80"), reserved}, true},
-		"another port":                 {stale, Connection{TCP, at("10.128.0.98:8080"), at("203.0.113.26:8080"), reserved}, true},
-		"another source":               {stale, Connection{UDP, at("10.128.0.98:53"), at("203.0.113.27:53"), ip("192.168.12.98")}, true},
-		"the client as the source":     {stale, Connection{UDP, at("10.128.0.98:53"), at("203.0.113.27:53"), client}, true},
-		"never redirected":             {stale, Connection{UDP, at("10.128.0.98:53"), at("10.128.0.98:53"), client}, true},
-		"to the pod itself":            {withoutFallback, Connection{TCP, at("10.128.0.98:22"), at("10.128.0.98:22"), client}, false},
-		"redirected no longer":         {withoutFallback, Connection{TCP, at("10.128.0.98:22"), at("203.0.113.27:22"), reserved}, true},
-		"not to the pod":               {stale, Connection{TCP, at("10.96.0.10:53"), at("10.96.0.10:53"), ip("10.128.0.98")}, false},
+		"as planned":                   {stale, Connection{TCP, client, at("10.128.0.98:8080"), at("203.0.113.26:80"), reserved}, false},
+		"same port":                    {stale, Connection{TCP, client, at("10.128.0.98:80"), at("203.0.113.25:80"), reserved}, false},
+		"fallback":                     {stale, Connection{UDP, client, at("10.128.0.98:53"), at("203.0.113.27:53"), reserved}, false},
+		"fallback of a redirect's UDP": {stale, Connection{UDP, client, at("10.128.0.98:80"), at("203.0.113.27:80"), reserved}, false},
+		"fallback, ICMP":               {stale, Connection{1, client, at("10.128.0.98:0"), at("203.0.113.27:0"), reserved}, false},
+		"another server":               {stale, Connection{TCP, client, at("10.128.0.98:80"), at("203.0.113.99:80"), reserved}, true},
+		"another port":                 {stale, Connection{TCP, client, at("10.128.0.98:8080"), at("203.0.113.26:8080"), reserved}, true},
+		"another source":               {stale, Connection{UDP, client, at("10.128.0.98:53"), at("203.0.113.27:53"), ip("192.168.12.98")}, true},
+		"the client as the source":     {stale, Connection{UDP, client, at("10.128.0.98:53"), at("203.0.113.27:53"), client}, true},
+		"never redirected":             {stale, Connection{UDP, client, at("10.128.0.98:53"), at("10.128.0.98:53"), client}, true},
+		"to the pod itself":            {withoutFallback, Connection{TCP, client, at("10.128.0.98:22"), at("10.128.0.98:22"), client}, false},
+		"redirected no longer":         {withoutFallback, Connection{TCP, client, at("10.128.0.98:22"), at("203.0.113.27:22"), reserved}, true},
+		"not to the pod":               {stale, Connection{TCP, ip("10.128.0.98"), at("10.96.0.10:53"), at("10.96.0.10:53"), ip("10.128.0.98")}, false},
+		"through the pod":              {stale, Connection{TCP, client, at("198.51.100.7:80"), at("203.0.113.25:80"), reserved}, false},
+		"through it, another server":   {stale, Connection{TCP, client, at("198.51.100.7:80"), at("203.0.113.99:80"), reserved}, true},
+		"through it, not redirected":   {stale, Connection{TCP, client, at("198.51.100.7:80"), at("198.51.100.7:80"), reserved}, false},
+		"of the pod, by others":        {stale, Connection{UDP, ip("127.0.0.1"), at("127.0.0.11:53"), at("127.0.0.11:40000"), ip("127.0.0.1")}, false},
+		"of the pod, translated":       {stale, Connection{TCP, ip("10.128.0.98"), at("198.51.100.7:80"), at("198.51.100.8:80"), reserved}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := test.stale(test.c); got != test.want {

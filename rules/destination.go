@@ -8,14 +8,17 @@ import (
 	"strings"
 )
 
-// A Protocol is a transport protocol by its IANA number. The grammar yields
-// TCP and UDP only.
+// A Protocol is a protocol above IP by its IANA number. The grammar yields TCP
+// and UDP only.
 type Protocol uint8
 
-// The protocols of the grammar. The zero Protocol stands for every protocol.
+// The protocols of the grammar, and those that rules name besides. The zero
+// Protocol stands for every protocol.
 const (
-	TCP Protocol = 6
-	UDP Protocol = 17
+	ICMP   Protocol = 1
+	TCP    Protocol = 6
+	UDP    Protocol = 17
+	ICMPv6 Protocol = 58
 )
 
 // String returns the protocol's name as the grammar and iptables write it.
@@ -23,6 +26,10 @@ func (p Protocol) String() string {
 	switch p {
 	case 0:
 		return "all"
+	case ICMP:
+		return "icmp"
+	case ICMPv6:
+		return "ipv6-icmp"
 	case TCP:
 		return "tcp"
 	case UDP:

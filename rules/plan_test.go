@@ -1,6 +1,8 @@
 package rules
 
 import (
+	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -34,31 +36,83 @@ func TestUnitTest(t *testing.T) {
 	}
 }
 
-func TestAppendSaved(t *testing.T) {
-	want := []string{
-		`-A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
+func TestIPTables(t *testing.T) {
+	closed := []string{
+		`IPv4 mangle EGRESS-PREROUTING
+-A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 `,
-		`-A EGRESS-OUTPUT -m conntrack --ctdir REPLY -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
-`,
-		`-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
-`,
-		`-A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
-`,
-		`-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25
+		`IPv4 nat EGRESS-PREROUTING
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25
 -A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 203.0.113.26:80
 -A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 8443 -j DNAT --to-destination 203.0.113.26:443
 -A EGRESS-PREROUTING -i eth0 -j DNAT --to-destination 203.0.113.27
 `,
-		`-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
+		`IPv4 mangle EGRESS-FORWARD
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
+`,
+		`IPv4 filter EGRESS-FORWARD
+-A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
+-A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
+-A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
+-A EGRESS-FORWARD -j DROP
+`,
+		`IPv4 filter EGRESS-INPUT
+-A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
+-A EGRESS-INPUT -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
+-A EGRESS-INPUT -i macvlan0 -j DROP
+`,
+		`IPv4 mangle EGRESS-OUTPUT
+-A EGRESS-OUTPUT -m conntrack --ctdir REPLY -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
+`,
+		`IPv4 mangle EGRESS-POSTROUTING
+-A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
+-A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
+`,
+		`IPv4 nat EGRESS-POSTROUTING
+-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
+`,
+		`IPv6 filter EGRESS-FORWARD
+-A EGRESS-FORWARD -j DROP
+`,
+		`IPv6 filter EGRESS-INPUT
+-A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
+-A EGRESS-INPUT -i macvlan0 -p ipv6-icmp -j RETURN
+-A EGRESS-INPUT -i macvlan0 -j DROP
 `,
 	}
-	var got []string
-	for _, chain := range NewPlan(exampleSet, sides).Chains {
-		got = append(got, string(chain.AppendSaved(nil)))
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+	open := slices.Clone(closed)
+	open[3] = `IPv4 filter EGRESS-FORWARD
+-A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctdir ORIGINAL -j RETURN
+-A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
+-A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
+-A EGRESS-FORWARD -j DROP
+`
+	open = slices.Delete(open, 8, 9) // forwarding of IPv6
+	all := sides
+	all.Crossing = CrossAll
+	drop := "IPv4 filter EGRESS-FORWARD\n-A EGRESS-FORWARD -j DROP\n"
+	for name, test := range map[string]struct {
+		plan Plan
+		want []string
+	}{
+		"redirected only": {NewPlan(exampleSet, sides), closed},
+		"all":             {NewPlan(exampleSet, all), open},
+		"proxy":           {NewProxyPlan(sides), []string{drop, closed[4], closed[8], closed[9]}},
+		"proxy, all":      {NewProxyPlan(all), []string{drop, closed[4], closed[8], closed[9]}},
+		"no IPv6":         {NewPlan(exampleSet, sides).Without(IPv6), closed[:8]},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var got []string
+			for _, c := range test.plan.IPTables() {
+				got = append(got, fmt.Sprintf("%s %s %s\n%s", c.Family, c.Table, c.Name, c.Saved))
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("- wanted, + got:\n%s", diff)
+			}
+		})
 	}
 }
 
@@ -68,8 +122,8 @@ func TestGuard(t *testing.T) {
 	if !guard.Equal(NewPlan(Set{}, sides)) {
 		t.Errorf("the guard is not the plan of an empty set:\n%s", guard)
 	}
-	if plan.Count(DNAT) != 4 || guard.Count(DNAT) != 0 || guard.Count(SNAT) != 1 {
-		t.Errorf("redirects in plan, guard: %d, %d; source rules in guard: %d; want 4, 0; 1", plan.Count(DNAT), guard.Count(DNAT), guard.Count(SNAT))
+	if len(plan.Destinations()) != 4 || len(guard.Destinations()) != 0 {
+		t.Errorf("destinations of plan, guard: %v, %v; want 4, none", plan.Destinations(), guard.Destinations())
 	}
 	if plan.Equal(guard) {
 		t.Error("plan and guard are equal")

@@ -10,42 +10,76 @@ import (
 // each destination, then one for the source address.
 func UnitTest(set Set, sides Sides) []byte {
 	var b []byte
-	for _, c := range NewPlan(set, sides).Chains {
+	plan := NewPlan(set, sides)
+	for _, c := range plan.Chains {
 		if c.Table != NAT {
 			continue
 		}
 		for _, r := range c.Rules {
-			b = append(b, "-A "...)
-			b = append(b, c.Hook...)
-			b = append(b, ' ')
-			b = append(r.append(b, false), '\n')
+			for _, r := range plan.spellOut(r) {
+				b = append(b, "-A "...)
+				b = append(b, c.Hook...)
+				b = append(b, ' ')
+				b = append(r.append(b, c.Family, false), '\n')
+			}
 		}
 	}
 	return b
 }
 
-// AppendSaved appends to b the rules of the chain as iptables-save prints them
-// and iptables-restore takes them, a line each. Because both are the same, a
-// chain that still is as it was loaded can be told by comparing text.
-func (c Chain) AppendSaved(b []byte) []byte {
-	const line = 96 // bytes of a redirect, with room to spare
-	b = slices.Grow(b, line*len(c.Rules))
-	for _, r := range c.Rules {
-		b = append(b, "-A "...)
-		b = append(b, c.Name...)
-		b = append(b, ' ')
-		b = append(r.append(b, true), '\n')
+// A TextChain is a chain of iptables: one of a plan, or one that such a chain
+// leads to.
+type TextChain struct {
+	Family Family
+	Table  Table
+	Name   string
+	Hook   Hook // where a jump to it stands; empty: it is reached from other chains
+	// The rules as iptables-save prints them and iptables-restore takes them, a
+	// line each. Because both are the same, a chain that still is as it was
+	// loaded can be told by comparing text.
+	Saved []byte
+}
+
+// IPTables returns the plan as chains of iptables.
+func (p Plan) IPTables() []TextChain {
+	var chains []TextChain
+	for _, c := range p.Chains {
+		chain := TextChain{Family: c.Family, Table: c.Table, Name: c.Name(), Hook: c.Hook}
+		var reached []TextChain
+		for _, r := range c.Rules {
+			if r.Target == Redirected && len(p.Redirects) > plainRedirects {
+				chain.Saved, reached = p.appendTree(chain.Saved, chain, r)
+				continue
+			}
+			chain.appendRules(p.spellOut(r))
+		}
+		chains = append(append(chains, chain), reached...)
 	}
-	return b
+	return chains
+}
+
+// appendRules appends rules to the text of the chain.
+func (c *TextChain) appendRules(rules []Rule) {
+	const line = 96 // bytes of a redirect, with room to spare
+	c.Saved = slices.Grow(c.Saved, line*len(rules))
+	for _, r := range rules {
+		c.Saved = append(c.Saved, "-A "...)
+		c.Saved = append(c.Saved, c.Name...)
+		c.Saved = append(c.Saved, ' ')
+		c.Saved = append(r.append(c.Saved, c.Family, true), '\n')
+	}
 }
 
 // append writes the rule's match and target in iptables notation. Where modules
 // is set it names the match module of the protocol, as iptables-save does.
-func (r Rule) append(b []byte, modules bool) []byte {
+func (r Rule) append(b []byte, family Family, modules bool) []byte {
 	option := func(name, value string) {
 		b = append(b, name...)
 		b = append(b, value...)
 		b = append(b, ' ')
+	}
+	if r.NotFrom.IsValid() {
+		option("! -s ", r.NotFrom.String()+"/"+strconv.Itoa(r.NotFrom.BitLen()))
 	}
 	if r.In != "" {
 		option("-i ", r.In)
@@ -67,8 +101,32 @@ func (r Rule) append(b []byte, modules bool) []byte {
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
-	if r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
+	if r.Echo {
+		option("-p ", "icmp")
+		if modules {
+			option("-m ", "icmp")
+		}
+		option("--icmp-type ", "8")
+	}
+	b = r.appendConnection(b)
+	b = append(b, "-j "...)
+	b = append(b, r.Target...)
+	return r.appendTarget(b, family)
+}
+
+// appendConnection writes what the rule matches of the packet's connection, in
+// the order in which iptables-save prints it.
+func (r Rule) appendConnection(b []byte) []byte {
+	option := func(name, value string) {
+		b = append(b, name...)
+		b = append(b, value...)
+		b = append(b, ' ')
+	}
+	if r.Unconnected || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
 		b = append(b, "-m conntrack "...)
+	}
+	if r.Unconnected {
+		option("--ctstate ", "INVALID,UNTRACKED")
 	}
 	if r.Redirected {
 		option("--ctstate ", "DNAT")
@@ -88,11 +146,12 @@ func (r Rule) append(b []byte, modules bool) []byte {
 	if r.Marked != 0 {
 		option("-m connmark --mark ", r.Marked.String())
 	}
-	b = append(b, "-j "...)
-	b = append(b, r.Target...)
+	return b
+}
+
+// appendTarget writes what follows the target's name.
+func (r Rule) appendTarget(b []byte, family Family) []byte {
 	switch r.Target {
-	case Drop:
-		return b
 	case DNAT:
 		b = append(b, " --to-destination "...)
 	case SNAT:
@@ -100,6 +159,16 @@ func (r Rule) append(b []byte, modules bool) []byte {
 	case MarkPacket, MarkConnection:
 		b = append(b, " --set-xmark "...)
 		return append(b, r.Mark.String()...)
+	case Reject:
+		switch {
+		case r.Protocol == TCP:
+			return append(b, " --reject-with tcp-reset"...)
+		case family == IPv6:
+			return append(b, " --reject-with icmp6-port-unreachable"...)
+		}
+		return append(b, " --reject-with icmp-port-unreachable"...)
+	default:
+		return b
 	}
 	b = r.To.AppendTo(b)
 	if r.ToPort != 0 {

@@ -58,7 +58,7 @@ func (f *flow) wantAnswer(p *pod, what, server, saw string) {
 // What the kernel decided for a connection before a run does not outlive the
 // run where it is not what is planned.
 func TestConnectionsFromBefore(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		const was, is = "203.0.113.25:53", "203.0.113.27:53"
 		// Another program's rule makes the kernel track connections.
 		p.iptables("-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "1", "-j", "ACCEPT")
@@ -83,7 +83,7 @@ func TestConnectionsFromBefore(t *testing.T) {
 			p.Fatal(err)
 		}
 		begin := time.Now()
-		p.iptables("-t", "nat", "-F", "EGRESS-POSTROUTING")
+		p.flushSourceRule()
 		during := p.flow(53) // begun without a source rule
 		_, _ = during.ask()
 		p.ok()
@@ -108,10 +108,10 @@ func TestConnectionsFromBefore(t *testing.T) {
 // A connection that the NAT rules have not seen cannot leave with its own
 // source, whatever happened to it before: the kernel drops its packets.
 func TestNoOtherSourceGetsOut(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.env["EGRESS_DESTINATION"] = "53 udp 203.0.113.27\n"
 		p.ok()
-		p.iptables("-t", "nat", "-F", "EGRESS-POSTROUTING")
+		p.flushSourceRule()
 		f := p.flow(53)
 		_, _ = f.ask()
 		capture, err := p.lab.Capture(p.lab.Outside, lab.LANLink)
@@ -139,7 +139,7 @@ func TestNoOtherSourceGetsOut(t *testing.T) {
 // Two routers that start at the same time do it one after the other, and both
 // succeed.
 func TestTwoAtOnce(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	results := make(chan result)
 	for range 4 {
 		go func() { results <- p.run() }()
@@ -155,7 +155,7 @@ func TestTwoAtOnce(t *testing.T) {
 
 // An interface's alternative name is no name for a rule to match.
 func TestAlternativeName(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	h := p.handle(p.lab.Router)
 	eth := p.link(h, "eth0")
 	if err := h.LinkAddAltName(eth, "cluster0"); err != nil {
@@ -186,7 +186,7 @@ func TestNoOtherWayOut(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			eachFlavour(t, lab.Options{}, func(p *pod) {
+			eachBackend(t, lab.Options{}, func(p *pod) {
 				p.ok()
 				open := p.flow(53)
 				open.wantAnswer(p, "before", "203.0.113.27:53", "192.168.12.99")

@@ -20,7 +20,7 @@ import (
 
 // A fresh pod, the same again, and the state that the contract describes.
 func TestInit(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.ok()
 		p.wantExample()
 		state := p.state()
@@ -46,17 +46,86 @@ func TestInit(t *testing.T) {
 	})
 }
 
+// A damage is something that somebody does to a router.
+type damage struct {
+	name string
+	do   func(h *netlink.Handle, macvlan, eth netlink.Link) error
+}
+
+// damagedRules returns damages to the rules of the pod's backend.
+func (p *pod) damagedRules() []damage {
+	var damages []damage
+	add := func(name string, do func()) {
+		damages = append(damages, damage{name, func(*netlink.Handle, netlink.Link, netlink.Link) error { do(); return nil }})
+	}
+	if p.backend == nftables {
+		for name, lines := range map[string][]string{
+			"one redirect deleted":      {"delete element ip egress-router redirects { tcp . 8080 : 203.0.113.26 . 80 }"},
+			"one redirect elsewhere":    {"delete element ip egress-router redirects { tcp . 80 : 203.0.113.25 . 80 }", "add element ip egress-router redirects { tcp . 80 : 203.0.113.27 . 80 }"},
+			"one redirect too many":     {"add element ip egress-router redirects { tcp . 9000 : 203.0.113.25 . 80 }"},
+			"redirects flushed":         {"flush map ip egress-router redirects"},
+			"redirect rule flushed":     {"flush chain ip egress-router nat-prerouting"},
+			"a rule too many":           {"insert rule ip egress-router nat-prerouting tcp dport 80 accept"},
+			"source rule deleted":       {"flush chain ip egress-router nat-postrouting"},
+			"a chain gone":              {"flush chain ip egress-router nat-postrouting", "delete chain ip egress-router nat-postrouting"},
+			"a chain too many":          {"add chain ip egress-router mine { type nat hook prerouting priority -190 ; }", "add rule ip egress-router mine tcp dport 80 accept"},
+			"a chain elsewhere":         {"flush chain ip egress-router nat-postrouting", "delete chain ip egress-router nat-postrouting", "add chain ip egress-router nat-postrouting { type nat hook postrouting priority 300 ; }"},
+			"a policy that drops":       {"add chain ip egress-router filter-input { type filter hook input priority filter - 1 ; policy drop ; }"},
+			"a set too many":            {"add set ip egress-router mine { type ipv4_addr ; }"},
+			"all rules flushed":         {"flush table ip egress-router"},
+			"the table gone":            {"delete table ip egress-router"},
+			"the table switched off":    {"add table ip egress-router { flags dormant ; }"},
+			"what lets cross flushed":   {"flush chain ip egress-router filter-forward"},
+			"the IPv6 table gone":       {"delete table ip6 egress-router"},
+			"the IPv6 rules flushed":    {"flush table ip6 egress-router"},
+			"everything flushed":        {"flush ruleset"},
+			"the marks flushed":         {"flush chain ip egress-router mangle-prerouting"},
+			"a rule of another kind in": {"add rule ip egress-router filter-input iifname macvlan0 limit rate 1/second accept"},
+		} {
+			add(name, func() {
+				for _, line := range lines {
+					p.nft(line)
+				}
+			})
+		}
+		return damages
+	}
+	nat := func(name string, args ...string) {
+		add(name, func() { p.iptables(append([]string{"-t", "nat"}, args...)...) })
+	}
+	nat("one redirect deleted", "-D", "EGRESS-PREROUTING", "2")
+	nat("redirects flushed", "-F", "EGRESS-PREROUTING")
+	nat("a rule too many", "-I", "EGRESS-PREROUTING", "-p", "tcp", "--dport", "80", "-j", "ACCEPT")
+	nat("source rule deleted", "-F", "EGRESS-POSTROUTING")
+	nat("a jump gone", "-D", "POSTROUTING", "-j", "EGRESS-POSTROUTING")
+	nat("a jump twice", "-A", "PREROUTING", "-j", "EGRESS-PREROUTING")
+	nat("all of the table flushed", "-F")
+	add("a chain of another version, in use", func() {
+		p.iptables("-t", "nat", "-N", "EGRESS-OUTPUT")
+		p.iptables("-t", "nat", "-A", "EGRESS-OUTPUT", "-p", "tcp", "-j", "ACCEPT")
+		p.iptables("-t", "nat", "-A", "OUTPUT", "-j", "EGRESS-OUTPUT")
+	})
+	add("a tree that is not in use", func() {
+		p.iptables("-t", "nat", "-N", "EGRESS-TCP")
+		p.iptables("-t", "nat", "-N", "EGRESS-TCP-0-4095")
+		p.iptables("-t", "nat", "-A", "EGRESS-TCP", "-p", "tcp", "--dport", "0:4095", "-g", "EGRESS-TCP-0-4095")
+		p.iptables("-t", "nat", "-I", "EGRESS-PREROUTING", "-p", "tcp", "-j", "EGRESS-TCP")
+	})
+	add("what lets cross flushed", func() { p.iptables("-F", "EGRESS-FORWARD") })
+	add("the marks flushed", func() { p.iptables("-t", "mangle", "-F", "EGRESS-PREROUTING") })
+	add("the IPv6 rules flushed", func() { p.tool(p.program("ip6tables"), "-F") })
+	add("an IPv6 jump gone", func() { p.tool(p.program("ip6tables"), "-D", "INPUT", "-j", "EGRESS-INPUT") })
+	return damages
+}
+
 // Whatever was damaged, the next run repairs it, and nothing else.
 func TestDamage(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.ok()
 		state := p.state()
 		address := &netlink.Addr{IPNet: &net.IPNet{IP: lab.Source.AsSlice(), Mask: net.CIDRMask(24, 32)}}
 		everywhere := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
-		for _, damage := range []struct {
-			name string
-			do   func(h *netlink.Handle, macvlan, eth netlink.Link) error
-		}{
+		for _, damage := range append(p.damagedRules(), []damage{
 			{"address gone", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.AddrDel(macvlan, address) }},
 			{"link down", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
 			{"default route back on eth0", func(h *netlink.Handle, _, eth netlink.Link) error {
@@ -77,18 +146,6 @@ func TestDamage(t *testing.T) {
 			{"no forwarding", func(*netlink.Handle, netlink.Link, netlink.Link) error {
 				return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0)
 			}},
-			{"one redirect deleted", p.damageRules("-D", "EGRESS-PREROUTING", "2")},
-			{"redirects flushed", p.damageRules("-F", "EGRESS-PREROUTING")},
-			{"a rule too many", p.damageRules("-I", "EGRESS-PREROUTING", "-p", "tcp", "--dport", "80", "-j", "ACCEPT")},
-			{"source rule deleted", p.damageRules("-F", "EGRESS-POSTROUTING")},
-			{"a jump gone", p.damageRules("-D", "POSTROUTING", "-j", "EGRESS-POSTROUTING")},
-			{"a jump twice", p.damageRules("-A", "PREROUTING", "-j", "EGRESS-PREROUTING")},
-			{"all of the table flushed", p.damageRules("-F")},
-			{"a chain of another version, in use", func(h *netlink.Handle, macvlan, eth netlink.Link) error {
-				_ = p.damageRules("-N", "EGRESS-OUTPUT")(h, macvlan, eth)
-				_ = p.damageRules("-A", "EGRESS-OUTPUT", "-p", "tcp", "-j", "ACCEPT")(h, macvlan, eth)
-				return p.damageRules("-A", "OUTPUT", "-j", "EGRESS-OUTPUT")(h, macvlan, eth)
-			}},
 			{"another default route in front of ours", func(h *netlink.Handle, _, eth netlink.Link) error {
 				return prepend(h, &netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 			}},
@@ -106,7 +163,7 @@ func TestDamage(t *testing.T) {
 			{"no forwarding by one interface", func(*netlink.Handle, netlink.Link, netlink.Link) error {
 				return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/forwarding", []byte("0"), 0)
 			}},
-		} {
+		}...) {
 			err := p.lab.Router.Do(func() error {
 				h, err := p.lab.Netlink(p.lab.Router)
 				if err != nil {
@@ -162,17 +219,10 @@ func prepend(h *netlink.Handle, r *netlink.Route) error {
 	return nil
 }
 
-func (p *pod) damageRules(args ...string) func(*netlink.Handle, netlink.Link, netlink.Link) error {
-	return func(*netlink.Handle, netlink.Link, netlink.Link) error {
-		p.iptables(append([]string{"-t", "nat"}, args...)...)
-		return nil
-	}
-}
-
 // Rules of other programs stay, and do not come before ours: a masquerading
 // rule would choose another source address.
 func TestForeignRules(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.iptables("-t", "nat", "-N", "CNI-HOSTPORT")
 		p.iptables("-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "CNI-HOSTPORT")
 		p.iptables("-t", "nat", "-A", "CNI-HOSTPORT", "-p", "tcp", "-j", "DNAT", "--to-destination", "203.0.113.27:9000")
@@ -203,7 +253,7 @@ func TestForeignRules(t *testing.T) {
 
 // Changed destinations take effect, in one step.
 func TestChangedDestinations(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.ok()
 		p.env["EGRESS_DESTINATION"] = "81 tcp 203.0.113.26 80\n"
 		p.ok()
@@ -215,7 +265,7 @@ func TestChangedDestinations(t *testing.T) {
 
 // Without a length the address is /32, and everything goes by the gateway.
 func TestSourceWithoutLength(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.env["EGRESS_SOURCE"] = "192.168.12.99"
 		p.ok()
 		p.wantExample()
@@ -230,7 +280,7 @@ func TestSourceWithoutLength(t *testing.T) {
 func TestSourceLengths(t *testing.T) {
 	for _, length := range []string{"/0", "/8", "/31"} {
 		t.Run(length, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, "nft")
+			p := newPod(t, lab.Options{}, iptablesNFT)
 			p.env["EGRESS_SOURCE"] = "192.168.12.99" + length
 			p.ok()
 			p.wantExample()
@@ -240,7 +290,7 @@ func TestSourceLengths(t *testing.T) {
 }
 
 func TestNoFallback(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
 		p.ok()
 		p.wantAnswer("tcp", 80, "203.0.113.25:80")
@@ -252,7 +302,7 @@ func TestNoFallback(t *testing.T) {
 // The local port is one of the protocol written: the same port of the other
 // protocol goes to the fallback.
 func TestUDP(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.env["EGRESS_DESTINATION"] = "5353 udp 203.0.113.25 53\n203.0.113.27"
 		p.ok()
 		p.wantAnswer("udp", 5353, "203.0.113.25:53")
@@ -262,7 +312,7 @@ func TestUDP(t *testing.T) {
 
 // Only comments: nothing is redirected, whatever leaves has the address.
 func TestOnlyComments(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	p.env["EGRESS_DESTINATION"] = "# 80 tcp 203.0.113.25\n"
 	r := p.ok()
 	if !strings.Contains(r.stderr, "nothing is redirected") {
@@ -276,7 +326,7 @@ func TestOnlyComments(t *testing.T) {
 
 // A list from a file, larger than an environment variable can be.
 func TestDestinationFile(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		var list strings.Builder
 		for port := 10001; port <= 20000; port++ {
 			fmt.Fprintf(&list, "%d tcp 203.0.113.26 443\n", port)
@@ -296,7 +346,7 @@ func TestDestinationFile(t *testing.T) {
 }
 
 func TestInterfaceNames(t *testing.T) {
-	eachFlavour(t, lab.Options{MacvlanName: "net1", ClusterName: "net0"}, func(p *pod) {
+	eachBackend(t, lab.Options{MacvlanName: "net1", ClusterName: "net0"}, func(p *pod) {
 		p.env["EGRESS_INTERFACE"], p.env["EGRESS_CLUSTER_INTERFACE"] = "net1", "net0"
 		p.ok()
 		p.wantExample()
@@ -317,7 +367,7 @@ func TestOtherAddress(t *testing.T) {
 		{"single address", "192.168.12.50/32", true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, "nft")
+			p := newPod(t, lab.Options{}, iptablesNFT)
 			h := p.handle(p.lab.Router)
 			macvlan := p.link(h, "macvlan0")
 			other, err := netlink.ParseAddr(test.address)
@@ -359,7 +409,7 @@ func TestOtherAddress(t *testing.T) {
 // The network is told in both forms, reply first, and a neighbour that has the
 // address at another node's hardware address learns the new one.
 func TestAnnouncement(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	old := net.HardwareAddr{2, 0, 0, 0, 0, 9}
 	if err := p.lab.SetStaleNeighbour(p.lab.Outside, lab.LANLink, lab.Source, old); err != nil {
 		t.Fatal(err)
@@ -398,47 +448,41 @@ func TestAnnouncement(t *testing.T) {
 	}
 }
 
-// A proxy's init container sets up the network only: no rules, no forwarding,
-// no iptables, and the destinations are not read.
+// A proxy's init container sets up the network and keeps the physical network
+// out: nothing is translated or forwarded, and the destinations are not read.
 func TestProxyModes(t *testing.T) {
 	for _, mode := range []string{"http-proxy", "dns-proxy"} {
 		t.Run(mode, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, "nft")
-			p.env["EGRESS_ROUTER_MODE"] = mode
-			p.env["EGRESS_DESTINATION"] = "not a destination"
-			before := rulesOf(p.state())
-			if r := p.run("without-iptables"); r.code != 0 {
-				t.Fatalf("exit code %d:\n%s", r.code, r.stderr)
-			}
-			state := p.state()
-			if rulesOf(state) != before {
-				t.Errorf("rules have changed:\n%s", state)
-			}
-			for _, want := range []string{"macvlan0 up true forwards false", "address 192.168.12.99/24\n", "route default via 192.168.12.1 dev macvlan0"} {
-				if !strings.Contains(state, want) {
-					t.Errorf("state lacks %q:\n%s", want, state)
+			eachBackend(t, lab.Options{}, func(p *pod) {
+				p.env["EGRESS_ROUTER_MODE"] = mode
+				p.env["EGRESS_DESTINATION"] = "not a destination"
+				p.ok()
+				state := p.state()
+				for _, want := range []string{"macvlan0 up true forwards false", "address 192.168.12.99/24\n", "route default via 192.168.12.1 dev macvlan0"} {
+					if !strings.Contains(state, want) {
+						p.Errorf("state lacks %q:\n%s", want, state)
+					}
 				}
-			}
-			a, err := p.lab.Ask(t.Context(), p.lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
-			if err != nil || a.Peer.Addr() != source {
-				t.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, source)
-			}
-			p.wantUnchanged(p.ok())
+				for _, never := range []string{"SNAT", "DNAT", "snat", "dnat", "MARK"} {
+					if strings.Contains(p.rules(), never) {
+						p.Errorf("the rules have %s:\n%s", never, p.rules())
+					}
+				}
+				a, err := p.lab.Ask(p.Context(), p.lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+				if err != nil || a.Peer.Addr() != source {
+					p.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, source)
+				}
+				p.wantUnchanged(p.ok())
+			})
 		})
 	}
-}
-
-// rulesOf returns the part of a state that is about rules.
-func rulesOf(state string) string {
-	_, rules, _ := strings.Cut(state, "table nat")
-	return rules
 }
 
 // While the router starts, and clients try all the time, no packet for a server
 // leaves by another interface or with another source. Forwarding is on from the
 // start, so that nothing but the order of changes can hold one back.
 func TestNeverAnotherSource(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 			p.Fatal(err)
 		}
@@ -508,7 +552,7 @@ func TestNeverAnotherSource(t *testing.T) {
 
 // A connection that is open when the router runs again stays open.
 func TestOpenConnectionSurvives(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.ok()
 		conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		if err != nil {

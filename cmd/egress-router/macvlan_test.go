@@ -85,7 +85,7 @@ func inPod() {
 // that of the machine that the tests run on.
 func newMacvlanPod(t *testing.T) *pod {
 	t.Helper()
-	p := newPod(t, lab.Options{NoMacvlan: true}, "nft")
+	p := newPod(t, lab.Options{NoMacvlan: true}, iptablesNFT)
 	p.env["EGRESS_MACVLAN_PARENT"] = "true"
 	p.env["EGRESS_HOST_NETNS"] = file(p.lab.Node)
 	return p
@@ -316,6 +316,7 @@ func TestMacvlanKeptOnFailure(t *testing.T) {
 	p := newMacvlanPod(t)
 	p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
 	before := p.inventory(p.lab.Router)
+	p.env["EGRESS_ROUTER_BACKEND"] = "iptables"
 	if r := p.run("without-iptables"); r.code != 1 {
 		t.Errorf("exit code %d, want 1:\n%s", r.code, r.stderr)
 	}
@@ -544,7 +545,7 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 		// What is found only after the interface is made.
 		{
-			name: "no iptables", command: "without-iptables",
+			name: "no iptables", command: "without-iptables", env: map[string]string{"EGRESS_ROUTER_BACKEND": "iptables"},
 			last: "looking for iptables",
 			hint: `install the package "iptables"`,
 		},

@@ -15,6 +15,8 @@
 //	EGRESS_CLUSTER_CIDRS      (none) networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces
 //	EGRESS_REPLY_MARK         (0x1000) bits of the mark of connections that came in on the cluster side, if another program uses the default
 //	EGRESS_REPLY_TABLE        (4711) number of the routing table of their replies, if another program uses the default
+//	EGRESS_ROUTER_BACKEND     (auto) how rules get into the kernel: iptables, nftables, or auto, which is iptables where it works and else nftables
+//	EGRESS_FORWARD            (redirected) what crosses from the cluster side: redirected connections, or open, all connections, for a pod that is the gateway of others
 //	EGRESS_MACVLAN_PARENT     (none) NIC of the host of which the router makes the egress interface, a macvlan; true: that of the host's IPv4 default route
 //	EGRESS_MACVLAN_MODE       (private) mode of that macvlan: private, bridge, vepa or passthru
 //	EGRESS_HOST_NETNS         (/proc/1/ns/net) file of the host's network namespace, in which that NIC is

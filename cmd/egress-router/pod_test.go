@@ -23,14 +23,28 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// flavours are the two kinds of iptables, with the program that is all of its
-// programs.
-var flavours = map[string]string{"nft": "xtables-nft-multi", "legacy": "xtables-legacy-multi"}
+// A backend is one way for rules to get into the kernel.
+type backend struct {
+	name     string // of subtests
+	programs string // that is all programs of iptables in PATH
+	choice   string // EGRESS_ROUTER_BACKEND
+}
+
+// The backends: iptables of both kinds, and netlink. The first is chosen by
+// itself, as in most pods.
+var (
+	iptablesNFT    = backend{"iptables-nft", "xtables-nft-multi", ""}
+	iptablesLegacy = backend{"iptables-legacy", "xtables-legacy-multi", "iptables"}
+	nftables       = backend{"nftables", "xtables-nft-multi", "nftables"}
+
+	backends = []backend{iptablesNFT, iptablesLegacy, nftables}
+)
 
 // A pod is a lab with servers, and the environment of a router in it.
 type pod struct {
 	*testing.T
-	lab  *lab.Lab
+	lab *lab.Lab
+	backend
 	path string // PATH of the router
 	env  map[string]string
 }
@@ -45,14 +59,21 @@ func example() map[string]string {
 	}
 }
 
-// eachFlavour runs a test in a fresh pod with each kind of iptables.
-func eachFlavour(t *testing.T, o lab.Options, test func(*pod)) {
-	for flavour := range flavours {
-		t.Run(flavour, func(t *testing.T) { test(newPod(t, o, flavour)) })
+// eachBackend runs a test in a fresh pod with each backend.
+func eachBackend(t *testing.T, o lab.Options, test func(*pod)) {
+	for _, b := range backends {
+		t.Run(b.name, func(t *testing.T) { test(newPod(t, o, b)) })
 	}
 }
 
-func newPod(t *testing.T, o lab.Options, flavour string) *pod {
+// eachFlavour runs a test in a fresh pod with each kind of iptables.
+func eachFlavour(t *testing.T, o lab.Options, test func(*pod)) {
+	for _, b := range []backend{iptablesNFT, iptablesLegacy} {
+		t.Run(b.name, func(t *testing.T) { test(newPod(t, o, b)) })
+	}
+}
+
+func newPod(t *testing.T, o lab.Options, b backend) *pod {
 	t.Helper()
 	l, err := lab.New(o)
 	if err != nil {
@@ -67,18 +88,18 @@ func newPod(t *testing.T, o lab.Options, flavour string) *pod {
 			t.Fatal(err)
 		}
 	}
-	return &pod{t, l, iptablesPath(t, flavour) + ":" + os.Getenv("PATH"), example()}
+	return &pod{t, l, b, iptablesPath(t, b.programs) + ":" + os.Getenv("PATH"), example()}
 }
 
 // iptablesPath returns a directory in which iptables is of the given kind.
-func iptablesPath(t *testing.T, flavour string) string {
+func iptablesPath(t *testing.T, programs string) string {
 	t.Helper()
-	multi := filepath.Join("/usr/sbin", flavours[flavour])
+	multi := filepath.Join("/usr/sbin", programs)
 	if _, err := os.Stat(multi); err != nil {
 		t.Fatalf("both kinds of iptables are needed (package iptables): %v", err)
 	}
 	dir := t.TempDir()
-	for _, name := range []string{"iptables", "iptables-save", "iptables-restore"} {
+	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
 		if err := os.Symlink(multi, filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -95,7 +116,7 @@ func (p *pod) command(name string, args ...string) *exec.Cmd {
 		p.Fatal(err)
 	}
 	cmd := exec.Command(path, args...)
-	cmd.Env = []string{"PATH=" + p.path}
+	cmd.Env = []string{"PATH=" + p.path, "EGRESS_ROUTER_BACKEND=" + p.choice}
 	for name, value := range p.env {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
@@ -165,8 +186,30 @@ func (p *pod) wantRefusal(command, last, hint string) {
 // iptables runs iptables in the router's namespace.
 func (p *pod) iptables(args ...string) {
 	p.Helper()
+	p.tool(p.program("iptables"), args...)
+}
+
+// program returns the path of a program of iptables.
+func (p *pod) program(name string) string {
 	dir, _, _ := strings.Cut(p.path, ":")
-	p.tool(filepath.Join(dir, "iptables"), args...)
+	return filepath.Join(dir, name)
+}
+
+// nft runs one line of nft(8) in the router's namespace.
+func (p *pod) nft(line string) string {
+	p.Helper()
+	return p.tool("nft", line)
+}
+
+// flushSourceRule deletes the rule that sets the source, behind the router's
+// back.
+func (p *pod) flushSourceRule() {
+	p.Helper()
+	if p.backend == nftables {
+		p.nft("flush chain ip egress-router nat-postrouting")
+	} else {
+		p.iptables("-t", "nat", "-F", "EGRESS-POSTROUTING")
+	}
 }
 
 func (p *pod) tool(name string, args ...string) string {
@@ -258,22 +301,58 @@ func (p *pod) state() string {
 		p.Fatal(err)
 	}
 	slices.Sort(routes)
-	lines = append(lines, routes...)
-	dir, _, _ := strings.Cut(p.path, ":")
-	for _, table := range []string{"nat", "filter", "mangle"} {
-		var chains, rules []string
-		for line := range strings.Lines(p.tool(filepath.Join(dir, "iptables-save"), "-t", table)) {
-			line = strings.TrimSpace(line)
-			switch line[0] {
-			case ':':
-				chain, _, _ := strings.Cut(line, " [") // counters
-				chains = append(chains, chain)
-			case '-':
-				rules = append(rules, line)
+	return strings.Join(append(lines, routes...), "\n") + "\n" + p.rules()
+}
+
+// clear takes all rules and what else init did away again, but for what does
+// not matter to a next run.
+func (p *pod) clear() {
+	p.Helper()
+	p.nft("flush ruleset")
+	if p.backend == iptablesLegacy {
+		for _, table := range []string{"nat", "mangle", "filter"} {
+			for _, program := range []string{"iptables", "ip6tables"} {
+				if program == "ip6tables" && table != "filter" {
+					continue
+				}
+				p.tool(p.program(program), "-t", table, "-F")
+				p.tool(p.program(program), "-t", table, "-X")
 			}
 		}
-		slices.Sort(chains)
-		lines = append(append(append(lines, "table "+table), chains...), rules...)
+	}
+}
+
+// rules describes the rules of every backend.
+func (p *pod) rules() string {
+	p.Helper()
+	var lines []string
+	for _, tables := range []struct {
+		save  string
+		names []string
+	}{{"iptables-save", []string{"nat", "filter", "mangle"}}, {"ip6tables-save", []string{"filter"}}} {
+		for _, table := range tables.names {
+			var chains, rules []string
+			for line := range strings.Lines(p.tool(p.program(tables.save), "-t", table)) {
+				line = strings.TrimSpace(line)
+				switch line[0] {
+				case ':':
+					chain, _, _ := strings.Cut(line, " [") // counters
+					chains = append(chains, chain)
+				case '-':
+					rules = append(rules, line)
+				}
+			}
+			slices.Sort(chains)
+			lines = append(append(append(lines, tables.save+" table "+table), chains...), rules...)
+		}
+	}
+	for _, family := range []string{"ip", "ip6"} {
+		if name := "table " + family + " egress-router"; strings.Contains(p.nft("list tables"), name) {
+			// The order of chains is that in which they were made.
+			blocks := strings.Split(strings.TrimSuffix(strings.TrimSpace(p.nft("list "+name)), "}"), "\n\n")
+			slices.Sort(blocks[1:])
+			lines = append(lines, strings.Join(blocks, "\n"))
+		}
 	}
 	return strings.Join(lines, "\n") + "\n"
 }

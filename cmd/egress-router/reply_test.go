@@ -32,7 +32,7 @@ func (p *pod) wantFarAnswer(proto string, port uint16, server string) {
 // by it: of redirected connections, and of sockets of the pod. The reverse-path
 // filter is loosened where it is strict.
 func TestReplyPath(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		for _, filter := range []string{"0", "1", "2"} {
 			for _, name := range []string{"all", "eth0"} {
 				if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/conf/"+name+"/rp_filter", filter); err != nil {
@@ -51,7 +51,7 @@ func TestReplyPath(t *testing.T) {
 func TestReplyPathOfLocalSockets(t *testing.T) {
 	for _, mode := range []string{"http-proxy", "init"} {
 		t.Run(mode, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, "nft")
+			p := newPod(t, lab.Options{}, iptablesNFT)
 			p.env["EGRESS_ROUTER_MODE"] = mode
 			p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
 			if _, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:8080")); err != nil {
@@ -82,7 +82,7 @@ func TestReplyPathOfLocalSockets(t *testing.T) {
 // The original default route is gone from the main table when the container
 // starts again; the replies' table has it.
 func TestReplyPathSurvivesDamage(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	p.ok()
 	state := p.state()
 	h := p.handle(p.lab.Router)
@@ -124,7 +124,7 @@ func TestReplyPathSurvivesDamage(t *testing.T) {
 // Name servers and the networks of EGRESS_CLUSTER_CIDRS stay reachable by the
 // cluster side, with the pod's own address.
 func TestClusterDestinations(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	p.env["EGRESS_CLUSTER_CIDRS"] = "10.129.0.0/24"
 	if _, err := p.lab.Serve(p.lab.Far, "tcp", netip.AddrPortFrom(lab.FarAddr, 80)); err != nil {
 		t.Fatal(err)
@@ -146,7 +146,7 @@ func TestClusterDestinations(t *testing.T) {
 // goes nowhere; it does not leave on the physical network with the pod's
 // address.
 func TestReplyNeverLeavesByEgressSide(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	h := p.handle(p.lab.Router)
 	if err := h.RouteDel(&netlink.Route{Gw: lab.NodeAddr.AsSlice()}); err != nil {
 		t.Fatal(err)
@@ -179,7 +179,7 @@ func TestReplyNeverLeavesByEgressSide(t *testing.T) {
 
 // Another program's mark, table and rules are left alone when ours are moved.
 func TestOtherMarkAndTable(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.env["EGRESS_REPLY_MARK"], p.env["EGRESS_REPLY_TABLE"] = "0x80000000", "77"
 		p.ok()
 		p.wantExample()
@@ -191,7 +191,7 @@ func TestOtherMarkAndTable(t *testing.T) {
 // A client learns of the smaller MTU of the egress side, wherever it is: the
 // pod's ICMP error goes back by the cluster side.
 func TestICMPErrors(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
 		p.ok()
 		h := p.handle(p.lab.Router)
 		macvlan := p.link(h, "macvlan0")
@@ -227,7 +227,7 @@ func TestICMPErrors(t *testing.T) {
 
 // Redirects to the pod itself, which some use to move a port.
 func TestRedirectToThePod(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	p.env["EGRESS_DESTINATION"] = "80 tcp 192.168.12.99 8080"
 	p.ok()
 	if _, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:8080")); err != nil {
@@ -314,7 +314,7 @@ func TestClusterLayouts(t *testing.T) {
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, "nft")
+			p := newPod(t, lab.Options{}, iptablesNFT)
 			h := p.handle(p.lab.Router)
 			eth := p.link(h, "eth0")
 			if err := test.prepare(h, eth); err != nil {
@@ -338,7 +338,7 @@ func TestClusterLayouts(t *testing.T) {
 
 // What an earlier run kept on the cluster side may be a destination now.
 func TestKeptNoLonger(t *testing.T) {
-	p := newPod(t, lab.Options{}, "nft")
+	p := newPod(t, lab.Options{}, iptablesNFT)
 	p.env["EGRESS_DESTINATION"], p.env["EGRESS_CLUSTER_CIDRS"] = "80 tcp 192.168.12.80", "203.0.113.0/24"
 	p.ok()
 	p.wantAnswer("tcp", 80, "192.168.12.80:80")

@@ -15,7 +15,6 @@ import (
 	"syscall"
 
 	"github.com/egress-router/egress-router/internal/config"
-	"github.com/egress-router/egress-router/internal/iptables"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
@@ -158,22 +157,16 @@ func runProxy(_ context.Context, p Process) error {
 }
 
 func newRouter(c config.Config, log *slog.Logger) *router.Router {
-	r := &router.Router{
-		Link: wanted(c), Macvlan: macvlan(c), Log: log,
+	families, plan := []rules.Family{rules.IPv4, rules.IPv6}, c.Plan()
+	if !link.HasIPv6() {
+		families, plan = families[:1], plan.Without(rules.IPv6)
+	}
+	b := backend{c.Backend, families, log}
+	return &router.Router{
+		Link: wanted(c), Macvlan: macvlan(c), Plan: plan, Forward: c.Mode.Redirects(), Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
+		Rules:   b.rules, Strays: b.strays,
 	}
-	if c.Mode.Redirects() {
-		plan := rules.NewPlan(c.Set, c.Sides())
-		r.Plan = &plan
-		r.Rules = func(ctx context.Context) (router.Rules, error) {
-			backend, err := iptables.Find(ctx)
-			if err != nil {
-				return nil, err
-			}
-			return backend.Begin(ctx)
-		}
-	}
-	return r
 }
 
 func wanted(c config.Config) link.Want {

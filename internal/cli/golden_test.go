@@ -32,6 +32,10 @@ var environments = map[string]config.Environment{
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",
 		Interface: "net1", ClusterInterface: "net0",
 	},
+	"open": {
+		Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25", Forward: "open",
+	},
+	"large": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: manyLines(40)},
 	"macvlan": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",
 		MacvlanParent: "true",
@@ -41,6 +45,15 @@ var environments = map[string]config.Environment{
 		MacvlanParent: "ens3", MacvlanMode: "bridge", HostNetns: "/host/proc/1/ns/net",
 	},
 	"dns-proxy": {Mode: "dns-proxy", Source: "192.168.12.99/24", Gateway: "192.168.12.1"},
+}
+
+// manyLines returns more lines than a plain chain holds, of both protocols.
+func manyLines(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "%d tcp 203.0.113.26 443\n", 10001+i)
+	}
+	return b.String() + "53 udp 203.0.113.25\n203.0.113.27\n"
 }
 
 func TestGolden(t *testing.T) {
@@ -53,9 +66,9 @@ func TestGolden(t *testing.T) {
 			var got bytes.Buffer
 			if c.Mode.Redirects() {
 				fmt.Fprintf(&got, "-- unit-test --\n%s", rules.UnitTest(c.Set, c.Sides()))
-				plan := rules.NewPlan(c.Set, c.Sides())
-				fmt.Fprintf(&got, "-- iptables-restore --\n%s", iptables.RestoreInput(plan))
 			}
+			fmt.Fprintf(&got, "-- iptables-restore --\n%s", iptables.RestoreInput(c.Plan(), rules.IPv4))
+			fmt.Fprintf(&got, "-- ip6tables-restore --\n%s", iptables.RestoreInput(c.Plan(), rules.IPv6))
 			fmt.Fprintf(&got, "-- plan --\n%s", planText(c))
 
 			file := filepath.Join("../../testdata/golden", name+".txt")

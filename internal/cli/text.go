@@ -84,9 +84,10 @@ func planText(c config.Config) string {
 		b.Write(rules.UnitTest(c.Set, c.Sides()))
 		return b.String()
 	}
-	want, plan := wanted(c), rules.NewPlan(c.Set, c.Sides())
+	want, plan := wanted(c), c.Plan()
 	fmt.Fprintf(&b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
-	fmt.Fprintf(&b, "address    %s, announced to the physical network\n\n", c.Source)
+	fmt.Fprintf(&b, "address    %s, announced to the physical network\n", c.Source)
+	fmt.Fprintf(&b, "backend    %s\n\n", c.Backend)
 	b.WriteString("in this order, each where the kernel does not have it yet:\n")
 	number := 0
 	step := func(text string) {
@@ -103,7 +104,9 @@ func planText(c config.Config) string {
 		step(m.String())
 	}
 	if c.Mode.Redirects() {
-		stepRules("rules that mark connections and set the source address", plan.Guard())
+		stepRules("rules that mark connections, set the source address and let nothing else cross", plan.Guard())
+	} else {
+		stepRules("rules that keep the physical network out", plan)
 	}
 	step(fmt.Sprintf("copy the routes of %s, with its default route, to table %d", c.Cluster, c.ReplyTable))
 	step(fmt.Sprintf("add routing rules to that table: for packets with mark %s, and for those from an address of %s", c.ReplyMark, c.Cluster))
@@ -123,6 +126,7 @@ func planText(c config.Config) string {
 			step(s.String())
 		}
 	}
+	step("remove rules that earlier runs loaded with another backend")
 	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", c.Source.Addr()))
 	if c.Mode.Redirects() {
 		b.WriteString("\n" + effect(c.Set, c.Source.Addr()))

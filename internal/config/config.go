@@ -60,6 +60,9 @@ type Config struct {
 	Macvlan *Macvlan  // nil: the egress interface is there before the router starts
 	Debug   bool
 
+	Backend  Backend
+	Crossing rules.Crossing // what crosses from the cluster side
+
 	ReplyMark           rules.Mark     // of connections that came in on the cluster side
 	ReplyTable          int            // routing table of their replies
 	ClusterDestinations []netip.Prefix // what else is reached by the cluster side
@@ -71,7 +74,15 @@ type Config struct {
 
 // Sides returns the part of the configuration that a rule plan needs.
 func (c Config) Sides() rules.Sides {
-	return rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark}
+	return rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark, Crossing: c.Crossing}
+}
+
+// Plan returns the rules of the mode.
+func (c Config) Plan() rules.Plan {
+	if c.Mode.Redirects() {
+		return rules.NewPlan(c.Set, c.Sides())
+	}
+	return rules.NewProxyPlan(c.Sides())
 }
 
 // An Error is a fault in one variable.
@@ -134,6 +145,8 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	case c.Mode.Redirects():
 		report(c.parseDestinations(env, readFile))
 	}
+	report(c.parseBackend(env.Backend))
+	report(c.parseForward(env.Forward))
 	faults = append(faults, c.parseReply(env)...)
 	faults = append(faults, c.parseClusterCIDRs(env.ClusterCIDRs)...)
 	report(checkInterface("EGRESS_INTERFACE", c.Egress))

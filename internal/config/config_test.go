@@ -32,6 +32,7 @@ func TestParse(t *testing.T) {
 		Egress:  "macvlan0",
 		Cluster: "eth0",
 
+		Backend:    Auto,
 		ReplyMark:  0x1000,
 		ReplyTable: 4711,
 	}
@@ -49,6 +50,16 @@ func TestParse(t *testing.T) {
 		"a proxy reads no destination": {
 			func(e *Environment) { e.Mode, e.Destination = "http-proxy", "nonsense" },
 			func(c *Config) { c.Mode, c.Set = HTTPProxy, rules.Set{} },
+		},
+		"backend":      {func(e *Environment) { e.Backend = "nftables" }, func(c *Config) { c.Backend = NFTables }},
+		"forward":      {func(e *Environment) { e.Forward = "redirected" }, func(*Config) {}},
+		"forward open": {func(e *Environment) { e.Forward = "open" }, func(c *Config) { c.Crossing = rules.CrossAll }},
+		"forward open with a proxy": {
+			func(e *Environment) { e.Mode, e.Forward = "http-proxy", "open" },
+			func(c *Config) {
+				c.Mode, c.Set = HTTPProxy, rules.Set{}
+				c.Warnings = []string{"EGRESS_FORWARD=open has no effect in mode http-proxy: nothing is forwarded"}
+			},
 		},
 		"nor a file": {
 			func(e *Environment) { e.Mode, e.Destination, e.DestinationFile = "dns-proxy", "nonsense", "missing" },

@@ -35,6 +35,8 @@ type Environment struct {
 	ClusterCIDRs     string `envconfig:"EGRESS_CLUSTER_CIDRS" unset:"none" doc:"networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces"`
 	ReplyMark        string `envconfig:"EGRESS_REPLY_MARK" unset:"0x1000" doc:"bits of the mark of connections that came in on the cluster side, if another program uses the default"`
 	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" unset:"4711" doc:"number of the routing table of their replies, if another program uses the default"`
+	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" unset:"auto" doc:"how rules get into the kernel: iptables, nftables, or auto, which is iptables where it works and else nftables"`
+	Forward          string `envconfig:"EGRESS_FORWARD" unset:"redirected" doc:"what crosses from the cluster side: redirected connections, or open, all connections, for a pod that is the gateway of others"`
 	MacvlanParent    string `envconfig:"EGRESS_MACVLAN_PARENT" unset:"none" doc:"NIC of the host of which the router makes the egress interface, a macvlan; true: that of the host's IPv4 default route"`
 	MacvlanMode      string `envconfig:"EGRESS_MACVLAN_MODE" unset:"private" doc:"mode of that macvlan: private, bridge, vepa or passthru"`
 	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, in which that NIC is"`

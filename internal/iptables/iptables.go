@@ -22,6 +22,8 @@ import (
 
 	goiptables "github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // lockSeconds is how long to wait for the xtables lock, which the legacy
@@ -36,11 +38,24 @@ var directories = []string{"/usr/sbin", "/sbin", "/usr/local/sbin"}
 // oldest is the first version whose iptables-restore takes -w.
 var oldest = [3]int{1, 6, 2}
 
+// A Flavour is one of the two kinds of iptables, which keep their rules in
+// different places of the kernel, as iptables prints it with its version. Older
+// ones, which print none, are of the legacy flavour.
+type Flavour string
+
+// The flavours.
+const (
+	NFTables Flavour = "nf_tables"
+	Legacy   Flavour = "legacy"
+)
+
 // A Backend is an installation of iptables.
 type Backend struct {
-	directory string       // of iptables, iptables-save and iptables-restore
-	asked     func() error // waits for what follows to be known
-	version   string       // with the flavour, as iptables prints it
+	directory string         // of its programs
+	variant   string         // in the programs' names, such as "-legacy"
+	families  []rules.Family // to change, IPv4 first
+	asked     func() error   // waits for what follows to be known
+	version   string         // with the flavour, as iptables prints it
 }
 
 // A MissingError says that there is no usable iptables on this machine.
@@ -53,29 +68,53 @@ func (e *MissingError) Unwrap() error { return e.Err }
 
 // Hint says what to do.
 func (e *MissingError) Hint() string {
-	return `install the package "iptables", which has iptables, iptables-save and iptables-restore, or use the router's container image`
+	return `install the package "iptables", which has iptables, iptables-save, iptables-restore and the same for IPv6; or use the router's container image, or EGRESS_ROUTER_BACKEND=nftables, which needs no program`
+}
+
+// program returns the name of a program: that of the family itself, or one with
+// a suffix, such as iptables-save.
+func (b *Backend) program(f rules.Family, suffix string) string {
+	name := "iptables"
+	if f == rules.IPv6 {
+		name = "ip6tables"
+	}
+	name += b.variant
+	if suffix != "" {
+		name += "-" + suffix
+	}
+	return name
 }
 
 // Find returns the iptables that PATH names first, or one in the usual
 // directories. All its programs are taken from one directory, so that they are
 // of one flavour. Where one of them is not there, the error is a *MissingError.
-func Find(ctx context.Context) (*Backend, error) {
-	path, err := exec.LookPath("iptables")
+// Families are those whose rules it is for.
+func Find(ctx context.Context, families ...rules.Family) (*Backend, error) {
+	return find(ctx, "", directories, families)
+}
+
+// find looks for the programs with variant in their names.
+func find(ctx context.Context, variant string, directories []string, families []rules.Family) (*Backend, error) {
+	b := &Backend{variant: variant, families: families}
+	main := b.program(rules.IPv4, "")
+	path, err := exec.LookPath(main)
 	for _, d := range directories {
 		if err == nil {
 			break
 		}
-		if _, missing := exec.LookPath(filepath.Join(d, "iptables")); missing == nil {
-			path, err = filepath.Join(d, "iptables"), nil
+		if _, missing := exec.LookPath(filepath.Join(d, main)); missing == nil {
+			path, err = filepath.Join(d, main), nil
 		}
 	}
 	if err != nil {
 		return nil, &MissingError{fmt.Errorf("%w, nor in %s", err, strings.Join(directories, ", "))}
 	}
-	b := &Backend{directory: filepath.Dir(path)}
-	for _, program := range []string{"iptables-save", "iptables-restore"} {
-		if _, err := exec.LookPath(filepath.Join(b.directory, program)); err != nil {
-			return nil, &MissingError{err}
+	b.directory = filepath.Dir(path)
+	for _, f := range families {
+		for _, suffix := range []string{"save", "restore"} {
+			if _, err := exec.LookPath(filepath.Join(b.directory, b.program(f, suffix))); err != nil {
+				return nil, &MissingError{err}
+			}
 		}
 	}
 	b.asked = sync.OnceValue(func() error { return b.ask(ctx, path) })
@@ -99,7 +138,7 @@ func (b *Backend) ask(ctx context.Context, path string) error {
 		major, minor, patch := ipt.GetIptablesVersion()
 		numbers <- [3]int{major, minor, patch}
 	}()
-	version, _, err := b.run(ctx, nil, filepath.Base(path), "--version")
+	version, _, err := b.start(ctx, nil, filepath.Base(path), "--version")()
 	b.version = strings.TrimSpace(string(version))
 	select {
 	case again := <-failed:
@@ -112,16 +151,22 @@ func (b *Backend) ask(ctx context.Context, path string) error {
 	}
 }
 
-// run executes one of the programs and returns what it prints. Where it fails,
-// what it printed as the reason becomes part of the error.
-func (b *Backend) run(ctx context.Context, input []byte, program string, args ...string) (stdout, stderr []byte, err error) {
+// start executes one of the programs. What it returns waits for its end and
+// returns what it printed. Where it fails, what it printed as the reason becomes
+// part of the error.
+//
+// The program runs in the network namespace of the thread that starts it.
+func (b *Backend) start(ctx context.Context, input []byte, program string, args ...string) (finish func() (stdout, stderr []byte, err error)) {
+	fail := func(err error) func() ([]byte, []byte, error) {
+		return func() ([]byte, []byte, error) { return nil, nil, err }
+	}
 	cmd := exec.CommandContext(ctx, filepath.Join(b.directory, program), args...)
 	if len(input) > 0 {
 		file, err := inMemory(program, input)
 		if err != nil {
-			return nil, nil, err
+			return fail(err)
 		}
-		defer file.Close()
+		defer file.Close() // the program has it
 		cmd.Stdin = file
 	}
 	var out, printed bytes.Buffer
@@ -129,13 +174,18 @@ func (b *Backend) run(ctx context.Context, input []byte, program string, args ..
 	// Of a process group of its own, so that who interrupts the router from a
 	// terminal does not interrupt a change of rules.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Run(); err != nil {
-		if ctx.Err() != nil {
-			return nil, nil, fmt.Errorf("running %s: %w", program, ctx.Err())
-		}
-		return nil, nil, runError(program, err, printed.String())
+	if err := cmd.Start(); err != nil {
+		return fail(fmt.Errorf("running %s: %w", program, err))
 	}
-	return out.Bytes(), printed.Bytes(), nil
+	return func() ([]byte, []byte, error) {
+		if err := cmd.Wait(); err != nil {
+			if ctx.Err() != nil {
+				return nil, nil, fmt.Errorf("running %s: %w", program, ctx.Err())
+			}
+			return nil, nil, runError(program, err, printed.String())
+		}
+		return out.Bytes(), printed.Bytes(), nil
+	}
 }
 
 // inMemory returns a file in memory that holds data (memfd_create(2)). A large
@@ -196,5 +246,26 @@ func (e *printedError) Hint() string {
 // Begin reads what the kernel holds and returns a Tx that changes it.
 func (b *Backend) Begin(ctx context.Context) (*Tx, error) {
 	tx := &Tx{backend: b}
-	return tx, errors.Join(tx.read(ctx), b.asked())
+	var waits []func() error
+	for _, family := range b.families {
+		f := &familyTx{backend: b, family: family}
+		tx.families = append(tx.families, f)
+		waits = append(waits, f.read(ctx))
+	}
+	var failed []error
+	for _, wait := range waits {
+		failed = append(failed, wait())
+	}
+	if err := errors.Join(append(failed, b.asked())...); err != nil {
+		return nil, err
+	}
+	return tx, nil
+}
+
+// Flavour returns which kind of iptables it is.
+func (tx *Tx) Flavour() Flavour {
+	if strings.Contains(tx.backend.version, string(NFTables)) {
+		return NFTables
+	}
+	return Legacy
 }

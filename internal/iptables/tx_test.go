@@ -65,9 +65,13 @@ func plan(t *testing.T, source string) rules.Plan {
 }
 
 func TestDiffers(t *testing.T) {
-	tx := &Tx{now: parse([]byte(saved189))}
+	tx := &Tx{families: []*familyTx{{family: rules.IPv4, now: parse([]byte(saved189))}, {family: rules.IPv6}}}
 	got := tx.Differs(plan(t, "192.168.12.98"))
 	want := []string{
+		"chain EGRESS-FORWARD of table filter is missing",
+		"chain EGRESS-INPUT of table filter is missing",
+		"the jump from FORWARD to EGRESS-FORWARD of table filter is missing",
+		"the jump from INPUT to EGRESS-INPUT of table filter is missing",
 		"chain EGRESS-FORWARD of table mangle is missing",
 		"chain EGRESS-OUTPUT of table mangle is missing",
 		"chain EGRESS-POSTROUTING of table mangle is missing",
@@ -79,6 +83,7 @@ func TestDiffers(t *testing.T) {
 		"chain EGRESS-POSTROUTING of table nat holds other rules",
 		"chain EGRESS-OUTPUT of table nat is not in use",
 		"the jump from PREROUTING to EGRESS-PREROUTING of table nat is not the first rule, or not the only jump",
+		"IPv6: none of its chains is there yet",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)
@@ -88,9 +93,23 @@ func TestDiffers(t *testing.T) {
 // The way there and the way back, each one restore, with nothing in it of what
 // is not ours or does not change.
 func TestScript(t *testing.T) {
-	tx := &Tx{now: parse([]byte(saved189))}
-	have, want := tx.now, tx.wanted(plan(t, "192.168.12.99"))
-	const there = `*mangle
+	f := familyTx{family: rules.IPv4, now: parse([]byte(saved189))}
+	have, want := f.now, f.wanted(plan(t, "192.168.12.99").IPTables())
+	const there = `*filter
+:EGRESS-FORWARD - [0:0]
+:EGRESS-INPUT - [0:0]
+-A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
+-A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
+-A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
+-A EGRESS-FORWARD -j DROP
+-A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
+-A EGRESS-INPUT -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
+-A EGRESS-INPUT -i macvlan0 -j DROP
+-I FORWARD 1 -j EGRESS-FORWARD
+-I INPUT 1 -j EGRESS-INPUT
+COMMIT
+*mangle
 :EGRESS-FORWARD - [0:0]
 :EGRESS-OUTPUT - [0:0]
 :EGRESS-POSTROUTING - [0:0]
@@ -98,6 +117,7 @@ func TestScript(t *testing.T) {
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-OUTPUT -m conntrack --ctdir REPLY -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
+-A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -I FORWARD 1 -j EGRESS-FORWARD
@@ -113,7 +133,15 @@ COMMIT
 -X EGRESS-OUTPUT
 COMMIT
 `
-	const back = `*mangle
+	const back = `*filter
+-F EGRESS-FORWARD
+-F EGRESS-INPUT
+-D FORWARD -j EGRESS-FORWARD
+-D INPUT -j EGRESS-INPUT
+-X EGRESS-FORWARD
+-X EGRESS-INPUT
+COMMIT
+*mangle
 -F EGRESS-FORWARD
 -F EGRESS-OUTPUT
 -F EGRESS-POSTROUTING

@@ -46,10 +46,11 @@ func (k *Kernel) routesOf(table int) ([]netlink.Route, error) {
 }
 
 // A Connection is one that the kernel tracks, with the addresses that it had
-// when it came in (To) and those of its replies. Ports are zero where its
+// when it came in (From, To) and those of its replies. Ports are zero where its
 // protocol (IANA number) has none.
 type Connection struct {
 	Protocol    uint8
+	From        netip.Addr
 	To          netip.AddrPort
 	RepliesFrom netip.AddrPort
 	RepliesTo   netip.Addr
@@ -91,6 +92,7 @@ func (p picker) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 	}
 	return p(Connection{
 		Protocol:    f.Forward.Protocol,
+		From:        addr(f.Forward.SrcIP),
 		To:          netip.AddrPortFrom(addr(f.Forward.DstIP), f.Forward.DstPort),
 		RepliesFrom: netip.AddrPortFrom(addr(f.Reverse.SrcIP), f.Reverse.SrcPort),
 		RepliesTo:   addr(f.Reverse.DstIP),

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -28,6 +29,17 @@ func promoteSecondaries(name string) string {
 // interfaces or that for the one, whichever is higher, holds (ip-sysctl.rst,
 // rp_filter: 0 off, 1 strict, 2 loose).
 func reversePathFilter(name string) string { return "net/ipv4/conf/" + name + "/rp_filter" }
+
+// addressesIPv6 lists the IPv6 addresses of the network namespace of the thread
+// that opens it (proc_pid_net(5)). A kernel without IPv6, or with it switched off
+// by ipv6.disable=1, does not have it.
+const addressesIPv6 = "/proc/thread-self/net/if_inet6"
+
+// HasIPv6 reports whether the kernel does IPv6.
+func HasIPv6() bool {
+	_, err := os.Stat(addressesIPv6)
+	return !errors.Is(err, os.ErrNotExist)
+}
 
 // sysctlPath returns the file of a sysctl. As with sysctl(8), a name that is
 // written with slashes may have dots in its parts (interface names have).

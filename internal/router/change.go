@@ -22,8 +22,9 @@ type change struct {
 
 	have    link.State
 	socket  *arp.Socket // nil where the interface needs no announcement
-	rules   Rules       // nil where the router has no plan
-	differs []string    // where the rules are not as planned
+	rules   Rules
+	differs []string // where the rules are not as planned
+	strays  []Stray
 
 	done    undoList
 	changed bool     // at least one step was taken
@@ -53,16 +54,18 @@ func (c *change) prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	if r.Plan == nil {
-		return nil
-	}
-	if err := link.CanForward(c.have); err != nil {
-		return err
+	if r.Forward {
+		if err := link.CanForward(c.have); err != nil {
+			return err
+		}
 	}
 	if c.rules, err = r.Rules(ctx); err != nil {
 		return err
 	}
-	c.differs = c.rules.Differs(*r.Plan)
+	if c.strays, err = r.Strays(ctx, c.rules); err != nil {
+		return err
+	}
+	c.differs = c.rules.Differs(r.Plan)
 	for _, note := range c.rules.Notes() {
 		r.Log.Warn(note, "backend", c.rules.String())
 	}
@@ -75,14 +78,23 @@ func (c *change) prepare(ctx context.Context) error {
 // apply changes what is not as wanted.
 //
 // The order leaves no time at which redirected traffic has another source than
-// the reserved address or another way out than the egress interface: redirects
-// that are not as planned go first, the rules that set the source stand before
-// routes change, redirects come after the routes, forwarding is turned on last.
-// Where the kernel does not forward yet, that alone holds redirected packets
-// back, and all rules come at once.
+// the reserved address or another way out than the egress interface: before
+// routes change, redirects that are not as planned go, and the rules that set
+// the source stand; redirects come after the routes; forwarding is turned on
+// last. Where the routes are right, rules change from what they are to what is
+// planned at once, so that no new connection is refused meanwhile. Where the
+// kernel does not forward yet, that alone holds redirected packets back, and all
+// rules come at once. Without redirects the rules come first of all: they keep
+// the physical network from what listens in the pod.
 func (c *change) apply(ctx context.Context) error {
-	if c.rules != nil && c.rules.Redirects() {
-		if err := c.load(ctx, c.router.Plan.Guard()); err != nil {
+	plan := c.router.Plan
+	switch {
+	case !c.router.Forward:
+		if err := c.load(ctx, plan); err != nil {
+			return err
+		}
+	case c.rules.Redirects() && len(link.Diff(c.want, c.have)) > 0:
+		if err := c.load(ctx, plan.Guard()); err != nil {
 			return err
 		}
 	}
@@ -94,13 +106,10 @@ func (c *change) apply(ctx context.Context) error {
 	if err := c.announce(); err != nil {
 		return err
 	}
-	if c.router.Plan == nil {
-		return c.converge(ctx, link.Diff)
-	}
-	if len(link.Diff(c.want, c.have)) > 0 {
-		first := *c.router.Plan
+	if c.router.Forward && len(link.Diff(c.want, c.have)) > 0 {
+		first := plan
 		if c.have.ForwardsAny() {
-			first = c.router.Plan.Guard()
+			first = plan.Guard()
 		}
 		if err := c.load(ctx, first); err != nil {
 			return err
@@ -109,17 +118,41 @@ func (c *change) apply(ctx context.Context) error {
 	if err := c.converge(ctx, link.Diff); err != nil {
 		return err
 	}
-	if err := c.load(ctx, *c.router.Plan); err != nil {
+	if err := c.load(ctx, plan); err != nil {
 		return err
 	}
 	if len(c.differs) > 0 {
 		c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", strings.Join(c.differs, "; "))
 	}
-	if err := c.take(ctx, link.Forwarding(c.have)...); err != nil {
+	if c.router.Forward {
+		if err := c.take(ctx, link.Forwarding(c.have)...); err != nil {
+			return err
+		}
+	}
+	if err := c.removeStrays(ctx); err != nil {
 		return err
 	}
-	if len(c.differs) > 0 || c.changed {
+	if c.router.Forward && (len(c.differs) > 0 || len(c.strays) > 0 || c.changed) {
 		c.forget()
+	}
+	return nil
+}
+
+// removeStrays removes what other backends hold. Until then it works as before,
+// beside the rules in use.
+func (c *change) removeStrays(ctx context.Context) error {
+	for _, s := range c.strays {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		undo, err := s.Remove(ctx)
+		if err != nil {
+			return err
+		}
+		if undo != nil {
+			_ = c.done.add(undo, nil)
+		}
+		c.router.Log.Info("rules of an earlier run removed", "backend", c.rules.String(), "removed", s.String())
 	}
 	return nil
 }
@@ -158,7 +191,7 @@ func (c *change) forget() {
 	// Worked out only where a connection is there to ask for.
 	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.router.Plan.Stale(c.have.Cluster.Addresses) })
 	n, err := c.network.Forget(func(f link.Connection) bool {
-		return stale()(rules.Connection{Protocol: rules.Protocol(f.Protocol), To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo})
+		return stale()(rules.Connection{Protocol: rules.Protocol(f.Protocol), From: f.From, To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo})
 	})
 	if err != nil {
 		c.router.Log.Warn("connections that were there before keep their old destination, or get no further", "error", err)

@@ -24,6 +24,7 @@ type script struct {
 	state     link.State
 	redirects bool
 	loaded    rules.Plan
+	stray     bool
 	done      []string
 }
 
@@ -68,17 +69,33 @@ func (s *script) Differs(want rules.Plan) []string {
 	return []string{"other rules"}
 }
 
-func (s *script) Apply(_ context.Context, want rules.Plan) (func() error, error) {
+func (s *script) Apply(ctx context.Context, want rules.Plan) (func() error, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	if s.loaded.Equal(want) {
 		return func() error { return nil }, nil
 	}
-	s.loaded, s.redirects = want, want.Count(rules.DNAT) > 0
+	s.loaded, s.redirects = want, len(want.Destinations()) > 0
 	text := "load rules without redirects"
 	if s.redirects {
 		text = "load all rules"
 	}
 	s.done = append(s.done, text)
 	return func() error { return nil }, nil
+}
+
+// strays returns what another backend holds, once.
+func (s *script) strays(context.Context, router.Rules) ([]router.Stray, error) {
+	if !s.stray {
+		return nil, nil
+	}
+	return []router.Stray{s}, nil
+}
+
+func (s *script) Remove(context.Context) (func() error, error) {
+	s.done, s.stray = append(s.done, "remove the stray"), false
+	return nil, nil
 }
 
 // The order in which nothing can leave the wrong way, in each kind of pod.
@@ -92,33 +109,50 @@ func TestOrder(t *testing.T) {
 		standard = "replace route default via 10.128.0.1 dev eth0 by default via 192.168.12.1 dev macvlan0 src 192.168.12.99"
 		forward  = "set net.ipv4.ip_forward = 1"
 		forget   = "forget connections"
+		stray    = "remove the stray"
 	)
 	cluster := link.Route{
 		Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: lab.NodeAddr, Index: 2, Interface: "eth0",
 	}
+	plan := rules.NewPlan(rules.Set{Fallback: lab.Remote[0]}, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
+	proxy := rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"})
+	ready := func(s *script) { // as after a run
+		want := link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}
+		s.state.Routes = nil
+		for _, step := range link.Diff(want, s.state) {
+			_ = s.Do(step)
+		}
+		s.state.Forwards, s.redirects, s.done = true, true, nil
+	}
 	for name, test := range map[string]struct {
-		forwards, redirects bool
-		want                []string
+		start func(*script)
+		plan  rules.Plan
+		want  []string
 	}{
-		"fresh":                            {false, false, []string{address, up, all, gateway, standard, forward, forget}},
-		"fresh, forwarding already":        {true, false, []string{address, up, guard, gateway, standard, all, forget}},
-		"redirects already, others wanted": {true, true, []string{guard, address, up, gateway, standard, all, forget}},
+		"fresh":                     {func(*script) {}, plan, []string{address, up, all, gateway, standard, forward, forget}},
+		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{address, up, guard, gateway, standard, all, forget}},
+		"redirects already, others wanted": {
+			func(s *script) { s.state.Forwards, s.redirects = true, true }, plan,
+			[]string{guard, address, up, gateway, standard, all, forget},
+		},
+		"only other rules wanted":   {ready, plan, []string{all, forget}},
+		"another backend's rules":   {func(s *script) { ready(s); s.stray = true }, plan, []string{all, stray, forget}},
+		"nothing but such rules":    {func(s *script) { ready(s); s.loaded, s.stray = plan, true }, plan, []string{stray, forget}},
+		"a proxy's rules are first": {func(*script) {}, proxy, []string{guard, address, up, gateway, standard}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			plan := rules.NewPlan(rules.Set{Fallback: lab.Remote[0]}, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
-			s := &script{
-				redirects: test.redirects,
-				state: link.State{
-					Index: 3, Forwards: test.forwards, Carrier: true, NoARP: true,
-					MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Routes: []link.Route{cluster},
-				},
-			}
+			s := &script{state: link.State{
+				Index: 3, Carrier: true, NoARP: true, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Routes: []link.Route{cluster},
+			}}
+			test.start(s)
 			r := &router.Router{
 				Link:    link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
-				Plan:    &plan,
+				Plan:    test.plan,
+				Forward: len(test.plan.Destinations()) > 0,
 				Log:     slog.New(slog.DiscardHandler),
 				Network: func() (router.Network, error) { return s, nil },
 				Rules:   func(context.Context) (router.Rules, error) { return s, nil },
+				Strays:  s.strays,
 			}
 			if err := r.Apply(t.Context()); err != nil {
 				t.Fatal(err)
@@ -164,8 +198,11 @@ func TestRefusesBeforehand(t *testing.T) {
 	s := &script{state: link.State{Index: 3, NoARP: true}}
 	r := &router.Router{
 		Link:    link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
+		Plan:    rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"}),
 		Log:     slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) { return s, nil },
+		Rules:   func(context.Context) (router.Rules, error) { return s, nil },
+		Strays:  s.strays,
 	}
 	if err := r.Apply(canceled); !errors.Is(err, context.Canceled) || len(s.done) > 0 {
 		t.Errorf("error %v, done %v; want %v and nothing", err, s.done, context.Canceled)

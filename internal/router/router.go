@@ -20,13 +20,19 @@ import (
 type Router struct {
 	Link    link.Want
 	Macvlan *link.Macvlan // nil: the egress interface is there already
-	Plan    *rules.Plan   // nil: the network only
+	Plan    rules.Plan
+	// Forward: packets cross from one side to the other. Where they do not, the
+	// plan has no redirects, and a proxy in the pod does the work.
+	Forward bool
 	Log     *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
 	Network func() (Network, error)
-	// Rules reads the kernel's rules. It is not called without a Plan.
+	// Rules reads the kernel's rules.
 	Rules func(context.Context) (Rules, error)
+	// Strays finds what other backends than that of the rules hold. They are
+	// removed in their order, once everything else is done.
+	Strays func(context.Context, Rules) ([]Stray, error)
 }
 
 // A Network observes and changes the network; it is a *link.Kernel.
@@ -47,6 +53,14 @@ type Rules interface {
 	// Apply makes them what is wanted and returns the way back. On an error
 	// they are as they were.
 	Apply(ctx context.Context, want rules.Plan) (undo func() error, err error)
+}
+
+// A Stray is what an earlier run loaded with another backend.
+type Stray interface {
+	fmt.Stringer
+	// Remove removes it and returns the way back; nil where there is none, of
+	// a stray that has to be the last. On an error it is as it was.
+	Remove(context.Context) (undo func() error, err error)
 }
 
 // An InterfaceError says that one of the two interfaces is not there.
@@ -111,7 +125,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 // a destination has to be reached by the egress interface, or not at all.
 func (r *Router) notRedirectedTo(addresses []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(addresses, func(a netip.Prefix) bool {
-		return r.Plan != nil && slices.ContainsFunc(r.Plan.Destinations(), a.Contains)
+		return slices.ContainsFunc(r.Plan.Destinations(), a.Contains)
 	})
 }
 
@@ -137,7 +151,7 @@ func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 
 // checkCluster sees that the cluster interface is there where it is needed.
 func (r *Router) checkCluster(network Network) error {
-	if r.Plan == nil {
+	if !r.Forward {
 		return nil
 	}
 	err := network.Exists(r.Link.Cluster.Interface)
@@ -152,7 +166,7 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	if !have.Carrier {
 		r.Log.Warn("the egress interface has no carrier: the NIC it is cut from is down or unplugged", "interface", r.Link.Interface)
 	}
-	if r.Plan != nil {
+	if r.Forward {
 		r.warnOfOtherWays(have)
 	}
 	for _, a := range have.Addresses {
@@ -161,10 +175,10 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 		}
 	}
 	attrs := []any{"interface", r.Link.Interface, "address", r.Link.Address.String(), "gateway", r.Link.Gateway.String()}
-	if current != nil {
-		attrs = append(attrs, "redirects", r.Plan.Count(rules.DNAT), "backend", current.String())
+	if r.Forward {
+		attrs = append(attrs, "redirects", len(r.Plan.Destinations()))
 	}
-	r.Log.Info("ready", append(attrs, "took", time.Since(begin).Round(100*time.Microsecond).String())...)
+	r.Log.Info("ready", append(attrs, "backend", current.String(), "took", time.Since(begin).Round(100*time.Microsecond).String())...)
 }
 
 // warnOfOtherWays says which destinations are behind another interface: a

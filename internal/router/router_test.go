@@ -60,19 +60,20 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 		Link: link.Want{
 			Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr, Cluster: clusterSide,
 		},
-		Plan: &plan,
-		Log:  slog.New(slog.DiscardHandler),
+		Plan: plan, Forward: true,
+		Log: slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) {
 			kernel, err := link.Open()
 			return failingNetwork{kernel, left, steps}, err
 		},
 		Rules: func(ctx context.Context) (router.Rules, error) {
-			backend, err := iptables.Find(ctx)
+			backend, err := iptables.Find(ctx, rules.IPv4, rules.IPv6)
 			if err != nil {
 				return nil, err
 			}
 			return backend.Begin(ctx)
 		},
+		Strays: func(context.Context, router.Rules) ([]router.Stray, error) { return nil, nil },
 	}
 }
 
@@ -101,7 +102,7 @@ func state(t *testing.T, l *lab.Lab) string {
 			fmt.Fprintln(&b, r)
 		}
 		fmt.Fprintln(&b, s.Cluster.Rules, s.Cluster.Filter)
-		backend, err := iptables.Find(t.Context())
+		backend, err := iptables.Find(t.Context(), rules.IPv4, rules.IPv6)
 		if err != nil {
 			return err
 		}

@@ -1,0 +1,137 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/iptables"
+	"github.com/egress-router/egress-router/internal/nft"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A backend brings the router together with the way in which its rules get into
+// the kernel.
+type backend struct {
+	choice   config.Backend
+	families []rules.Family
+	log      *slog.Logger
+}
+
+// rules reads the kernel's rules by the backend of choice.
+func (b backend) rules(ctx context.Context) (router.Rules, error) {
+	switch b.choice {
+	case config.NFTables:
+		return b.nftables(ctx)
+	case config.IPTables:
+		return b.iptables(ctx)
+	}
+	first, err := b.iptables(ctx)
+	if err == nil {
+		return &fallback{Rules: first, next: b.nftables, log: b.log}, nil
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	next, nextErr := b.nftables(ctx)
+	if nextErr != nil {
+		// Not wrapped as one: what to do about the first is what can be done.
+		return nil, errors.Join(err, nextErr)
+	}
+	if _, missing := errors.AsType[*iptables.MissingError](err); missing {
+		b.log.Debug("there is no iptables here: nftables takes its place", "error", err)
+	} else {
+		b.log.Warn("iptables does not work here: nftables takes its place", "error", err)
+	}
+	return next, nil
+}
+
+func (b backend) iptables(ctx context.Context) (router.Rules, error) {
+	found, err := iptables.Find(ctx, b.families...)
+	if err != nil {
+		return nil, err
+	}
+	tx, err := found.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return tx, nil
+}
+
+func (b backend) nftables(ctx context.Context) (router.Rules, error) {
+	tx, err := nft.Begin(ctx, b.families...)
+	if err != nil {
+		return nil, err
+	}
+	return tx, nil
+}
+
+// strays finds what earlier runs loaded with others than the backend in use. The
+// one without a way back is the last.
+func (b backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray, error) {
+	if f, ok := inUse.(*fallback); ok {
+		inUse = f.Rules
+	}
+	var found []router.Stray
+	var flavour iptables.Flavour
+	if tx, ok := inUse.(*iptables.Tx); ok {
+		flavour = tx.Flavour()
+	}
+	if flavour != iptables.Legacy {
+		stray, err := iptables.FindStray(ctx, b.families)
+		if err != nil {
+			return nil, err
+		}
+		if stray != nil {
+			found = append(found, stray)
+		}
+	}
+	stray, err := nft.FindStrays(b.families, flavour != "", flavour != iptables.NFTables)
+	if err != nil {
+		return nil, err
+	}
+	if stray != nil {
+		found = append(found, stray)
+	}
+	return found, nil
+}
+
+// A fallback is a backend that another one takes the place of if it cannot load
+// the rules: a kernel may have the tables of iptables and lack what its rules
+// need, which is known only when it is asked to take them.
+type fallback struct {
+	router.Rules
+	next func(context.Context) (router.Rules, error) // nil once one of them has loaded rules
+	log  *slog.Logger
+}
+
+// Apply makes the kernel hold want.
+func (f *fallback) Apply(ctx context.Context, want rules.Plan) (undo func() error, err error) {
+	undo, err = f.Rules.Apply(ctx, want)
+	next := f.next
+	if err == nil {
+		f.next = nil
+		return undo, nil
+	}
+	// Rules that it holds already would go on working beside the others'.
+	if next == nil || ctx.Err() != nil || errors.Is(err, os.ErrPermission) || len(f.Differs(rules.Plan{})) > 0 {
+		return nil, err
+	}
+	other, nextErr := next(ctx)
+	if nextErr != nil {
+		return nil, errors.Join(err, nextErr)
+	}
+	if undo, nextErr = other.Apply(ctx, want); nextErr != nil {
+		return nil, errors.Join(err, nextErr)
+	}
+	f.log.Warn("iptables cannot load the rules: nftables takes its place", "backend", f.Rules.String(), "error", err)
+	f.Rules, f.next = other, nil
+	return undo, nil
+}
+
+// String names the backend in use.
+func (f *fallback) String() string { return fmt.Sprint(f.Rules) }

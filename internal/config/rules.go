@@ -1,0 +1,58 @@
+package config
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A Backend is the way in which rules get into the kernel.
+type Backend string
+
+// The backends, by the values of EGRESS_ROUTER_BACKEND.
+const (
+	Auto     Backend = "auto"     // iptables where it works, else nftables
+	IPTables Backend = "iptables" // by the programs of iptables, of either flavour
+	NFTables Backend = "nftables" // by netlink, without a program
+)
+
+// Backends lists every backend.
+var Backends = []Backend{Auto, IPTables, NFTables}
+
+// parseBackend reads the backend.
+func (c *Config) parseBackend(s string) *Error {
+	c.Backend = Backend(orDefault(s, string(Auto)))
+	if slices.Contains(Backends, c.Backend) {
+		return nil
+	}
+	var names []string
+	for _, b := range Backends {
+		names = append(names, string(b))
+	}
+	return &Error{"EGRESS_ROUTER_BACKEND", fmt.Sprintf("EGRESS_ROUTER_BACKEND %q is not a backend", s),
+		"hint: the backends are " + strings.Join(names, ", ")}
+}
+
+// The values of EGRESS_FORWARD.
+const (
+	forwardRedirected = "redirected"
+	forwardOpen       = "open"
+)
+
+// parseForward reads what crosses from the cluster side.
+func (c *Config) parseForward(s string) *Error {
+	switch orDefault(s, forwardRedirected) {
+	case forwardRedirected:
+		return nil
+	case forwardOpen:
+		if !c.Mode.Redirects() {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_FORWARD=%s has no effect in mode %s: nothing is forwarded", forwardOpen, c.Mode))
+			return nil
+		}
+		c.Crossing = rules.CrossAll
+		return nil
+	}
+	return &Error{"EGRESS_FORWARD", fmt.Sprintf("EGRESS_FORWARD %q is neither %s nor %s", s, forwardRedirected, forwardOpen), ""}
+}

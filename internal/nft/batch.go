@@ -1,0 +1,194 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A batch is a transaction: changes that the kernel takes as a whole or not at
+// all (linux/netfilter/nfnetlink.h, NFNL_MSG_BATCH_BEGIN).
+//
+// The library has batches too. For thousands of elements they take about as
+// long as the kernel does with them, and a tenth of a megabyte for every
+// hundred; of the library's this uses the expressions.
+type batch struct {
+	messages []netlink.Message
+	err      error // of the first thing that could not be encoded
+}
+
+// writeBuffer is the room for a batch in bytes. The largest possible one, with a
+// redirect for every port, has 2.3 MiB; the kernel halves what it is asked for
+// to keep books on it (socket(7), SO_SNDBUF).
+const writeBuffer = 8 << 20
+
+// header returns the part of a message in front of its attributes
+// (linux/netfilter/nfnetlink.h, struct nfgenmsg).
+func header(family byte, resource uint16) []byte {
+	return append([]byte{family, unix.NFNETLINK_V0}, byte(resource>>8), byte(resource))
+}
+
+// add appends a message of nf_tables to the batch.
+func (b *batch) add(kind int, flags netlink.HeaderFlags, family nftables.TableFamily, encode func(*netlink.AttributeEncoder)) {
+	e := netlink.NewAttributeEncoder()
+	e.ByteOrder = binary.BigEndian
+	encode(e)
+	attributes, err := e.Encode()
+	if err != nil && b.err == nil {
+		b.err = err
+	}
+	b.append(kind, flags, family, attributes)
+}
+
+func (b *batch) append(kind int, flags netlink.HeaderFlags, family nftables.TableFamily, attributes []byte) {
+	b.messages = append(b.messages, netlink.Message{
+		Header: netlink.Header{
+			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
+			Flags: netlink.Request | flags,
+		},
+		Data: append(header(byte(family), 0), attributes...),
+	})
+}
+
+// addTable adds a table, deleteTable deletes it with all that is in it.
+func (b *batch) addTable(t *nftables.Table) {
+	b.add(unix.NFT_MSG_NEWTABLE, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_TABLE_NAME, t.Name)
+		e.Uint32(unix.NFTA_TABLE_FLAGS, uint32(t.Flags))
+	})
+}
+
+func (b *batch) deleteTable(t *nftables.Table) {
+	b.add(unix.NFT_MSG_DELTABLE, 0, t.Family, func(e *netlink.AttributeEncoder) { e.String(unix.NFTA_TABLE_NAME, t.Name) })
+}
+
+// addChain adds a chain without rules.
+func (b *batch) addChain(t *nftables.Table, name string, c *chain) {
+	b.add(unix.NFT_MSG_NEWCHAIN, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_CHAIN_TABLE, t.Name)
+		e.String(unix.NFTA_CHAIN_NAME, name)
+		if !c.based {
+			return
+		}
+		e.Nested(unix.NFTA_CHAIN_HOOK, func(e *netlink.AttributeEncoder) error {
+			e.Uint32(unix.NFTA_HOOK_HOOKNUM, uint32(c.hook))
+			e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.priority)) //nolint:gosec // two's complement is what the kernel takes
+			return nil
+		})
+		policy := uint32(nftables.ChainPolicyAccept)
+		if c.drops {
+			policy = uint32(nftables.ChainPolicyDrop)
+		}
+		e.Uint32(unix.NFTA_CHAIN_POLICY, policy)
+		e.String(unix.NFTA_CHAIN_TYPE, string(c.kind))
+	})
+}
+
+// deleteChain deletes a chain that has no rules and to which none leads.
+func (b *batch) deleteChain(t *nftables.Table, name string) {
+	b.add(unix.NFT_MSG_DELCHAIN, 0, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_CHAIN_TABLE, t.Name)
+		e.String(unix.NFTA_CHAIN_NAME, name)
+	})
+}
+
+// addRule appends a rule to a chain.
+func (b *batch) addRule(t *nftables.Table, chain string, rule []expr.Any) {
+	b.add(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_RULE_TABLE, t.Name)
+		e.String(unix.NFTA_RULE_CHAIN, chain)
+		e.Nested(unix.NFTA_RULE_EXPRESSIONS, func(e *netlink.AttributeEncoder) error {
+			for _, x := range rule {
+				data, err := expr.Marshal(byte(t.Family), x)
+				if err != nil {
+					return fmt.Errorf("encoding expression %T: %w", x, err)
+				}
+				e.Bytes(unix.NFTA_LIST_ELEM|netlink.Nested, data)
+			}
+			return nil
+		})
+	})
+}
+
+// deleteRules deletes the rule with the given handle, or, where it is zero, all
+// rules of the chain.
+func (b *batch) deleteRules(t *nftables.Table, chain string, handle uint64) {
+	b.add(unix.NFT_MSG_DELRULE, 0, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_RULE_TABLE, t.Name)
+		e.String(unix.NFTA_RULE_CHAIN, chain)
+		if handle != 0 {
+			e.Uint64(unix.NFTA_RULE_HANDLE, handle)
+		}
+	})
+}
+
+// addMap adds the map of redirects, without elements.
+func (b *batch) addMap(t *nftables.Table) {
+	b.add(unix.NFT_MSG_NEWSET, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_SET_TABLE, t.Name)
+		e.String(unix.NFTA_SET_NAME, mapName)
+		e.Uint32(unix.NFTA_SET_ID, 1) // within the batch
+		e.Uint32(unix.NFTA_SET_FLAGS, unix.NFT_SET_MAP|nftables.NFT_SET_CONCAT)
+		e.Uint32(unix.NFTA_SET_KEY_TYPE, keyType.GetNFTMagic())
+		e.Uint32(unix.NFTA_SET_KEY_LEN, keyType.Bytes)
+		e.Uint32(unix.NFTA_SET_DATA_TYPE, valueType.GetNFTMagic())
+		e.Uint32(unix.NFTA_SET_DATA_LEN, valueType.Bytes)
+		e.Nested(unix.NFTA_SET_DESC, func(e *netlink.AttributeEncoder) error {
+			e.Nested(nftables.NFTA_SET_DESC_CONCAT, func(e *netlink.AttributeEncoder) error {
+				for _, part := range nftables.ConcatSetTypeElements(keyType) {
+					e.Nested(unix.NFTA_LIST_ELEM, func(e *netlink.AttributeEncoder) error {
+						e.Uint32(unix.NFTA_SET_DESC_SIZE, part.Bytes)
+						return nil
+					})
+				}
+				return nil
+			})
+			return nil
+		})
+	})
+}
+
+// run hands the batch to the kernel, in the calling thread's network namespace.
+func (b *batch) run() error {
+	if b.err != nil || len(b.messages) == 0 {
+		return b.err
+	}
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return fmt.Errorf("opening a netlink socket for rules: %w", err)
+	}
+	defer conn.Close()
+	// Without privilege over the machine the system's limit holds, which is
+	// enough for some 10,000 redirects; sending says where it is not.
+	if err := conn.SetWriteBuffer(writeBuffer); err != nil {
+		return fmt.Errorf("enlarging the buffer of a netlink socket: %w", err)
+	}
+	edge := func(kind int) netlink.Message {
+		return netlink.Message{
+			Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request},
+			Data:   header(unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES),
+		}
+	}
+	messages := append([]netlink.Message{edge(unix.NFNL_MSG_BATCH_BEGIN)}, b.messages...)
+	// The kernel reports errors in the order of the messages: if the first
+	// report is that the last one went well, all of them have.
+	messages[len(messages)-1].Header.Flags |= netlink.Acknowledge
+	if _, err := conn.SendMessages(append(messages, edge(unix.NFNL_MSG_BATCH_END))); err != nil {
+		return reason(err)
+	}
+	_, err = conn.Receive()
+	return reason(err)
+}
+
+// reason returns what the kernel said, without the library's words.
+func reason(err error) error {
+	if op, ok := errors.AsType[*netlink.OpError](err); ok {
+		return op.Err
+	}
+	return err
+}

@@ -1,0 +1,306 @@
+package nft
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"syscall"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// destinations is the content of the map of redirects, in the order of its keys.
+type destinations []destination
+
+// A destination is an element of the map: the key is a protocol and a port, the
+// value an address and a port, each in a register of four bytes in network
+// order, as the kernel compares them.
+type destination struct{ key, value [8]byte }
+
+// mapName is the name of the map of redirects.
+const mapName = "redirects"
+
+// newDestinations returns the elements for redirects.
+func newDestinations(redirects []rules.Redirect) destinations {
+	d := make(destinations, len(redirects))
+	for i, r := range redirects {
+		port := r.ToPort
+		if port == 0 {
+			port = r.Port
+		}
+		a := r.To.As4()
+		d[i] = destination{
+			key:   [8]byte{0: byte(r.Protocol), 4: byte(r.Port >> 8), 5: byte(r.Port)},
+			value: [8]byte{a[0], a[1], a[2], a[3], byte(port >> 8), byte(port)},
+		}
+	}
+	d.sort()
+	return d
+}
+
+func (d destinations) sort() {
+	slices.SortFunc(d, func(a, b destination) int { return bytes.Compare(a.key[:], b.key[:]) })
+}
+
+// steps returns what has to go from d, and then to be added, for it to be as
+// wanted.
+func (d destinations) steps(want destinations) (gone, more destinations) {
+	if len(d) == 0 {
+		return nil, want
+	}
+	for len(d) > 0 || len(want) > 0 {
+		order := -1 // that of the first keys
+		switch {
+		case len(d) == 0:
+			order = 1
+		case len(want) > 0:
+			order = bytes.Compare(d[0].key[:], want[0].key[:])
+		}
+		if order == 0 && d[0] == want[0] {
+			d, want = d[1:], want[1:]
+			continue
+		}
+		if order <= 0 {
+			gone, d = append(gone, d[0]), d[1:]
+		}
+		if order >= 0 {
+			more, want = append(more, want[0]), want[1:]
+		}
+	}
+	return gone, more
+}
+
+// An element as attributes of netlink(7) (linux/netfilter/nf_tables.h,
+// nft_set_elem_attributes): each of key and value is a value in a nest in a nest,
+// with a header of four bytes around each, the whole in one more.
+const (
+	headerLen   = unix.NLA_HDRLEN
+	valueLen    = 8
+	partLen     = 2*headerLen + valueLen
+	elementLen  = headerLen + 2*partLen
+	keyOffset   = 3 * headerLen
+	valueOffset = keyOffset + partLen
+)
+
+// elementsInMessage is how many elements go into one message. Their list is one
+// attribute, whose length has 16 bits.
+const elementsInMessage = 1000
+
+// changeElements adds elements to the map or, by NFT_MSG_DELSETELEM, deletes them.
+func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.Table, d destinations) {
+	element := make([]byte, elementLen)
+	attribute := func(at, length int, kind uint16) {
+		binary.NativeEndian.PutUint16(element[at:], uint16(length))
+		binary.NativeEndian.PutUint16(element[at+2:], kind)
+	}
+	attribute(0, elementLen, unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED)
+	attribute(headerLen, partLen, unix.NFTA_SET_ELEM_KEY|unix.NLA_F_NESTED)
+	attribute(keyOffset-headerLen, headerLen+valueLen, unix.NFTA_DATA_VALUE)
+	attribute(headerLen+partLen, partLen, unix.NFTA_SET_ELEM_DATA|unix.NLA_F_NESTED)
+	attribute(valueOffset-headerLen, headerLen+valueLen, unix.NFTA_DATA_VALUE)
+	for part := range slices.Chunk(d, elementsInMessage) {
+		b.add(kind, flags, t.Family, func(e *netlink.AttributeEncoder) {
+			e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
+			e.String(unix.NFTA_SET_ELEM_LIST_SET, mapName)
+		})
+		m := &b.messages[len(b.messages)-1]
+		length := headerLen + len(part)*elementLen
+		list := make([]byte, 0, len(m.Data)+length)
+		list = append(list, m.Data...)
+		list = binary.NativeEndian.AppendUint16(list, uint16(length))
+		list = binary.NativeEndian.AppendUint16(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
+		for _, e := range part {
+			copy(element[keyOffset:], e.key[:])
+			copy(element[valueOffset:], e.value[:])
+			list = append(list, element...)
+		}
+		m.Data = list
+	}
+}
+
+// countAttribute is where kernels since 6.16 say how many elements a set has
+// (linux/netfilter/nf_tables.h, NFTA_SET_COUNT).
+const countAttribute = 20
+
+// countElements returns how many elements the map of redirects of a table has.
+func countElements(t *nftables.Table) (int, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return 0, fmt.Errorf("opening a netlink socket for rules: %w", err)
+	}
+	defer conn.Close()
+	var b batch
+	b.add(unix.NFT_MSG_GETSET, 0, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_SET_TABLE, t.Name)
+		e.String(unix.NFTA_SET_NAME, mapName)
+	})
+	if b.err != nil {
+		return 0, b.err
+	}
+	messages, err := conn.Execute(b.messages[0])
+	if err != nil {
+		return 0, reason(err)
+	}
+	n := -1
+	for _, m := range messages {
+		err := attributes(m.Data[len(header(0, 0)):], func(kind uint16, data []byte) error {
+			if kind == countAttribute && len(data) == 4 {
+				n = int(binary.BigEndian.Uint32(data))
+			}
+			return nil
+		})
+		if err != nil {
+			return 0, err
+		}
+	}
+	if n < 0 { // an older kernel: listing them takes as long as loading them
+		d, err := readElements(t)
+		return len(d), err
+	}
+	return n, nil
+}
+
+// readTries is how often a listing is taken before its interruption is an error.
+const readTries = 20
+
+// errInterrupted says that the map changed while it was listed, so that the
+// listing may lack something (netlink(7), NLM_F_DUMP_INTR).
+var errInterrupted = errors.New("it changes all the time")
+
+// readElements returns the elements of the map of redirects of a table.
+func readElements(t *nftables.Table) (destinations, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
+	}
+	defer conn.Close()
+	for try := 1; ; try++ {
+		d, err := listElements(conn, t)
+		if !errors.Is(err, errInterrupted) || try == readTries {
+			return d, err
+		}
+	}
+}
+
+func listElements(conn *netlink.Conn, t *nftables.Table) (destinations, error) {
+	var b batch
+	b.add(unix.NFT_MSG_GETSETELEM, netlink.Dump, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
+		e.String(unix.NFTA_SET_ELEM_LIST_SET, mapName)
+	})
+	if b.err != nil {
+		return nil, b.err
+	}
+	if _, err := conn.Send(b.messages[0]); err != nil {
+		return nil, reason(err)
+	}
+	d, interrupted := destinations{}, false
+	err := receive(conn, func(m syscall.NetlinkMessage) error {
+		interrupted = interrupted || m.Header.Flags&unix.NLM_F_DUMP_INTR != 0
+		return attributes(m.Data[len(header(0, 0)):], func(kind uint16, list []byte) error {
+			if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				return nil
+			}
+			return attributes(list, func(_ uint16, element []byte) error {
+				e, err := parseElement(element)
+				d = append(d, e)
+				return err
+			})
+		})
+	})
+	if err == nil && interrupted {
+		err = errInterrupted
+	}
+	d.sort()
+	return d, err
+}
+
+// receive calls fn for each message of a listing.
+//
+// The library reads by the page, and the kernel answers in pieces of the size
+// that is read by (netlink_dump in net/netlink/af_netlink.c), looking for the
+// place to go on from the map's beginning each time.
+func receive(conn *netlink.Conn, fn func(syscall.NetlinkMessage) error) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	b := make([]byte, 64<<10) // twice what the kernel sends at a time
+	for done := false; !done; {
+		n := 0
+		if readErr := raw.Read(func(fd uintptr) bool {
+			n, _, err = unix.Recvfrom(int(fd), b, 0)
+			return !errors.Is(err, unix.EAGAIN)
+		}); readErr != nil {
+			return readErr
+		}
+		if err != nil {
+			return os.NewSyscallError("recvfrom", err)
+		}
+		messages, err := syscall.ParseNetlinkMessage(b[:n])
+		if err != nil {
+			return err
+		}
+		for _, m := range messages {
+			switch m.Header.Type {
+			case unix.NLMSG_DONE:
+				done = true
+			case unix.NLMSG_ERROR:
+				return unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data))) //nolint:gosec // an error number, negated
+			default:
+				if err := fn(m); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// parseElement reads the key and the value of an element.
+func parseElement(b []byte) (destination, error) {
+	var d destination
+	err := attributes(b, func(kind uint16, part []byte) error {
+		var into *[8]byte
+		switch kind {
+		case unix.NFTA_SET_ELEM_KEY:
+			into = &d.key
+		case unix.NFTA_SET_ELEM_DATA:
+			into = &d.value
+		default:
+			return nil
+		}
+		return attributes(part, func(kind uint16, value []byte) error {
+			if kind != unix.NFTA_DATA_VALUE || len(value) != len(into) {
+				return fmt.Errorf("an element has %d bytes in attribute %d, want %d", len(value), kind, len(into))
+			}
+			*into = [8]byte(value)
+			return nil
+		})
+	})
+	return d, err
+}
+
+// attributes calls fn for each attribute in b, with its kind and content.
+func attributes(b []byte, fn func(kind uint16, data []byte) error) error {
+	const flags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
+	for len(b) >= headerLen {
+		length := int(binary.NativeEndian.Uint16(b))
+		kind := binary.NativeEndian.Uint16(b[2:])
+		if length < headerLen || length > len(b) {
+			return fmt.Errorf("an attribute has a length of %d among %d bytes", length, len(b))
+		}
+		if err := fn(kind&^flags, b[headerLen:length]); err != nil {
+			return err
+		}
+		b = b[min(len(b), (length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1)):]
+	}
+	return nil
+}

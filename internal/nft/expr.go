@@ -1,0 +1,190 @@
+package nft
+
+import (
+	"bytes"
+
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// register is the one in which rules compare: the kernel's first. Of its 16
+// bytes the second word has a number of its own, secondWord, which is where the
+// second part of a concatenation stands (linux/netfilter/nf_tables.h,
+// nft_registers).
+const (
+	register   = unix.NFT_REG_1
+	secondWord = unix.NFT_REG32_01
+)
+
+// Of a connection's state and status (linux/netfilter/nf_conntrack_common.h,
+// ip_conntrack_status).
+const (
+	statusConfirmed      = 1 << 3
+	statusDestinationNAT = 1 << 5
+)
+
+// echoRequest is the ICMP type of a request (RFC 792).
+const echoRequest = 8
+
+// portUnreachable is the ICMP code of a refusal (RFC 792).
+const portUnreachable = 3
+
+// offsets in the headers.
+const (
+	sourceAddress   = 12 // of the IPv4 header (RFC 791)
+	destinationPort = 2  // of the TCP and UDP headers (RFC 9293, RFC 768)
+)
+
+// expressions returns a rule as the kernel's expressions. It gives them in the
+// form in which the kernel lists them, so that a rule that still is as it was
+// loaded can be told by comparing.
+func expressions(r rules.Rule) []expr.Any {
+	return append(matches(r), actions(r)...)
+}
+
+// matches returns what the rule matches.
+func matches(r rules.Rule) []expr.Any {
+	var e []expr.Any
+	add := func(more ...expr.Any) { e = append(e, more...) }
+	if r.NotFrom.IsValid() {
+		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: sourceAddress, Len: 4},
+			compare(expr.CmpOpNeq, r.NotFrom.AsSlice()))
+	}
+	for _, i := range []struct {
+		name string
+		key  expr.MetaKey
+		op   expr.CmpOp
+	}{
+		{r.In, expr.MetaKeyIIFNAME, expr.CmpOpEq},
+		{r.Out, expr.MetaKeyOIFNAME, expr.CmpOpEq},
+		{r.NotOut, expr.MetaKeyOIFNAME, expr.CmpOpNeq},
+	} {
+		if i.name != "" {
+			add(&expr.Meta{Key: i.key, Register: register}, compare(i.op, interfaceName(i.name)))
+		}
+	}
+	if r.Protocol != 0 {
+		add(protocol(r.Protocol)...)
+	}
+	if r.Echo {
+		add(protocol(rules.ICMP)...)
+		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
+			compare(expr.CmpOpEq, []byte{echoRequest}))
+	}
+	return append(e, connectionMatches(r)...)
+}
+
+// connectionMatches returns what the rule matches of the packet's connection.
+// Where there is none the kernel takes these as not matched, but for the state.
+func connectionMatches(r rules.Rule) []expr.Any {
+	var e []expr.Any
+	add := func(more ...expr.Any) { e = append(e, more...) }
+	if r.Unconnected {
+		add(&expr.Ct{Key: expr.CtKeySTATE, Register: register})
+		add(anyBit(expr.CtStateBitINVALID | expr.CtStateBitUNTRACKED)...)
+	}
+	if r.Redirected {
+		add(&expr.Ct{Key: expr.CtKeySTATUS, Register: register})
+		add(anyBit(statusDestinationNAT)...)
+	}
+	if r.RepliesNotTo.IsValid() {
+		add(&expr.Ct{Key: expr.CtKeyDSTIP, Register: register, Direction: expr.CtDirReply},
+			compare(expr.CmpOpNeq, r.RepliesNotTo.AsSlice()))
+	}
+	if r.Confirmed {
+		add(&expr.Ct{Key: expr.CtKeySTATUS, Register: register})
+		add(anyBit(statusConfirmed)...)
+	}
+	if r.Original {
+		add(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: register}, compare(expr.CmpOpEq, []byte{expr.CtDirOriginal}))
+	}
+	if r.Reply {
+		add(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: register}, compare(expr.CmpOpEq, []byte{expr.CtDirReply}))
+	}
+	if r.Marked != 0 {
+		mark := binaryutil.NativeEndian.PutUint32(uint32(r.Marked))
+		add(&expr.Ct{Key: expr.CtKeyMARK, Register: register}, bits(mark, make([]byte, 4)), compare(expr.CmpOpEq, mark))
+	}
+	return e
+}
+
+// actions returns what the rule does.
+func actions(r rules.Rule) []expr.Any {
+	switch r.Target {
+	case rules.Redirected:
+		// The key is put together in the register: what a packet of another
+		// protocol has where TCP has its port does not matter, since the map
+		// has none of that protocol.
+		return []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
+			&expr.Payload{DestRegister: secondWord, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
+			&expr.Lookup{SourceRegister: register, DestRegister: register, IsDestRegSet: true, SetName: mapName},
+			&expr.NAT{
+				Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: register, RegAddrMax: register,
+				RegProtoMin: secondWord, RegProtoMax: secondWord, Specified: true,
+			},
+		}
+	case rules.DNAT, rules.SNAT:
+		kind := expr.NATTypeDestNAT
+		if r.Target == rules.SNAT {
+			kind = expr.NATTypeSourceNAT
+		}
+		return []expr.Any{
+			&expr.Immediate{Register: register, Data: r.To.AsSlice()},
+			&expr.NAT{Type: kind, Family: unix.NFPROTO_IPV4, RegAddrMin: register, RegAddrMax: register},
+		}
+	case rules.MarkPacket:
+		return []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+			setBits(r.Mark),
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: register, SourceRegister: true},
+		}
+	case rules.MarkConnection:
+		return []expr.Any{
+			&expr.Ct{Key: expr.CtKeyMARK, Register: register},
+			setBits(r.Mark),
+			&expr.Ct{Key: expr.CtKeyMARK, Register: register, SourceRegister: true},
+		}
+	case rules.Reject:
+		if r.Protocol == rules.TCP {
+			return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
+		}
+		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: portUnreachable}}
+	case rules.Return:
+		return []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}
+	}
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}
+}
+
+func compare(op expr.CmpOp, data []byte) expr.Any {
+	return &expr.Cmp{Op: op, Register: register, Data: data}
+}
+
+// protocol matches the protocol above IP.
+func protocol(p rules.Protocol) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register}, compare(expr.CmpOpEq, []byte{byte(p)})}
+}
+
+// interfaceName returns a name as the kernel compares it: whole (IFNAMSIZ in
+// linux/if.h).
+func interfaceName(name string) []byte {
+	return append([]byte(name), bytes.Repeat([]byte{0}, unix.IFNAMSIZ-len(name))...)
+}
+
+// anyBit matches a number in the register of which one of the bits is set.
+func anyBit(mask uint32) []expr.Any {
+	return []expr.Any{bits(binaryutil.NativeEndian.PutUint32(mask), make([]byte, 4)), compare(expr.CmpOpNeq, make([]byte, 4))}
+}
+
+// setBits sets the bits of a mark in the register.
+func setBits(m rules.Mark) expr.Any {
+	return bits(binaryutil.NativeEndian.PutUint32(^uint32(m)), binaryutil.NativeEndian.PutUint32(uint32(m)))
+}
+
+// bits changes the register: and mask, exclusive or xor.
+func bits(mask, xor []byte) expr.Any {
+	return &expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 4, Mask: mask, Xor: xor}
+}

@@ -1,0 +1,188 @@
+package nft
+
+import (
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A state is what the kernel holds, or shall hold, of ours: one table for each
+// family that has any.
+type state map[rules.Family]*table
+
+// A table is what one of our tables holds.
+type table struct {
+	flags  nftables.TableFlags // such as dormant, which switches it off
+	chains map[string]*chain
+	to     destinations // nil: it has no map
+	others []string     // of other things in it, which are not ours
+}
+
+// A chain is a base chain of ours or, where it has no hook, one that somebody
+// put into our table.
+type chain struct {
+	kind     nftables.ChainType
+	hook     nftables.ChainHook
+	priority nftables.ChainPriority
+	based    bool // it has the three above
+	drops    bool // by its policy
+	rules    [][]expr.Any
+}
+
+// A place is where a chain of a plan stands in nftables.
+type place struct {
+	kind     nftables.ChainType
+	hook     *nftables.ChainHook
+	priority nftables.ChainPriority
+}
+
+// places has the place of each chain. A base chain is walked in the order of
+// priorities; ours are one in front of those of iptables (linux/netfilter_ipv4.h,
+// nf_ip_hook_priorities) and of most others, since in a nat chain the first
+// verdict counts: a masquerading rule of somebody else would choose another
+// source address.
+var places = map[rules.Table]map[rules.Hook]place{
+	rules.Mangle: {
+		rules.Prerouting:  {nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle - 1},
+		rules.Forward:     {nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityMangle - 1},
+		rules.Output:      {nftables.ChainTypeRoute, nftables.ChainHookOutput, *nftables.ChainPriorityMangle - 1},
+		rules.Postrouting: {nftables.ChainTypeFilter, nftables.ChainHookPostrouting, *nftables.ChainPriorityMangle - 1},
+	},
+	rules.NAT: {
+		rules.Prerouting:  {nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest - 1},
+		rules.Postrouting: {nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource - 1},
+	},
+	rules.Filter: {
+		rules.Input:   {nftables.ChainTypeFilter, nftables.ChainHookInput, *nftables.ChainPriorityFilter - 1},
+		rules.Forward: {nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter - 1},
+	},
+}
+
+// chainName returns the name that a chain of a plan has in its table.
+func chainName(c rules.Chain) string { return strings.ToLower(fmt.Sprintf("%s-%s", c.Table, c.Hook)) }
+
+// render returns the state in which the kernel holds plan.
+func render(plan rules.Plan) state {
+	want := make(state)
+	for _, c := range plan.Chains {
+		t := want[c.Family]
+		if t == nil {
+			t = &table{chains: make(map[string]*chain)}
+			want[c.Family] = t
+		}
+		at := places[c.Table][c.Hook]
+		rendered := &chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}
+		for _, r := range c.Rules {
+			rendered.rules = append(rendered.rules, expressions(r))
+			if r.Target == rules.Redirected {
+				t.to = newDestinations(plan.Redirects)
+			}
+		}
+		t.chains[chainName(c)] = rendered
+	}
+	return want
+}
+
+// redirects reports whether the table redirects anything.
+func (t *table) redirects() bool {
+	if len(t.to) > 0 {
+		return true
+	}
+	for _, c := range t.chains {
+		for _, r := range c.rules {
+			for _, e := range r {
+				if nat, ok := e.(*expr.NAT); ok && nat.Type == expr.NATTypeDestNAT && !looksUp(r) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// looksUp reports whether a rule takes its destination from a map.
+func looksUp(rule []expr.Any) bool {
+	return slices.ContainsFunc(rule, func(e expr.Any) bool { _, lookup := e.(*expr.Lookup); return lookup })
+}
+
+// sameRules reports whether both chains hold the same rules.
+func (c *chain) sameRules(other *chain) bool {
+	return slices.EqualFunc(c.rules, other.rules, func(a, b []expr.Any) bool { return reflect.DeepEqual(a, b) })
+}
+
+// sameBase reports whether both chains stand at the same place.
+func (c *chain) sameBase(other *chain) bool {
+	return c.kind == other.kind && c.hook == other.hook && c.priority == other.priority && c.based == other.based && c.drops == other.drops
+}
+
+// differences says, one line each, where s is not as wanted in the given
+// families.
+func (s state) differences(want state, families []rules.Family) []string {
+	var found []string
+	if len(s) == 0 && len(want) > 0 {
+		return []string{"none of its tables is there yet"}
+	}
+	for _, f := range families {
+		have, want := s[f], want[f]
+		say := func(format string, args ...any) {
+			found = append(found, fmt.Sprintf("table %s %s: ", familyNames[f], tableName)+fmt.Sprintf(format, args...))
+		}
+		switch {
+		case have == nil && want == nil:
+		case have == nil:
+			say("it is missing")
+		case want == nil:
+			say("it is not in use")
+		default:
+			for _, line := range have.differences(want) {
+				say("%s", line)
+			}
+		}
+	}
+	return found
+}
+
+// differences says, one line each, where t is not as wanted.
+func (t *table) differences(want *table) []string {
+	var found []string
+	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
+	if t.flags != want.flags {
+		say("it has flags, which may switch it off (%#x)", t.flags)
+	}
+	for _, name := range t.others {
+		if !slices.Contains(want.others, name) {
+			say("it has a %s, which is not in use", name)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(want.chains)) {
+		c, there := t.chains[name]
+		switch {
+		case !there:
+			say("chain %s is missing", name)
+		case !c.sameBase(want.chains[name]):
+			say("chain %s is another kind of chain", name)
+		case !c.sameRules(want.chains[name]):
+			say("chain %s holds other rules", name)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(t.chains)) {
+		if _, wanted := want.chains[name]; !wanted {
+			say("chain %s is not in use", name)
+		}
+	}
+	switch {
+	case (t.to == nil) != (want.to == nil):
+		say("the map %s is not as wanted", mapName)
+	case !slices.Equal(t.to, want.to):
+		gone, more := t.to.steps(want.to)
+		say("of the map %s, %d elements are not as wanted", mapName, max(len(gone), len(more)))
+	}
+	return found
+}

@@ -1,0 +1,131 @@
+package nft
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A Stray is what an earlier run with another backend left in nf_tables: our
+// own tables, or chains that iptables of the nf_tables flavour has made for us.
+// Whatever the rules in use say, it would go on redirecting.
+type Stray struct {
+	batch batch
+	found []string // for a person
+}
+
+// FindStrays looks for our own tables, if ours is set, and for chains of ours in
+// the tables of iptables, if iptables is set. It returns nil where there is
+// nothing, which is also what a kernel without nf_tables has.
+func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
+	conn, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
+	}
+	defer conn.CloseLasting()
+	var s Stray
+	for _, f := range families {
+		chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])
+		if missing(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("listing the chains of other backends: %w", err)
+		}
+		if ours && slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == tableName }) {
+			s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", familyNames[f], tableName))
+			s.batch.deleteTable(tableOf(f))
+		}
+		if iptables {
+			if err := s.addIPTables(conn, f, chains); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if len(s.found) == 0 {
+		return nil, nil
+	}
+	return &s, nil
+}
+
+// addIPTables adds the chains that iptables has made for us in one family.
+func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftables.Chain) error {
+	for _, name := range []rules.Table{rules.NAT, rules.Mangle, rules.Filter} {
+		t := &nftables.Table{Name: string(name), Family: tableFamilies[f]}
+		var own, others []string
+		for _, c := range chains {
+			switch {
+			case c.Table.Name != t.Name:
+			case rules.OwnsChain(c.Name):
+				own = append(own, c.Name)
+			default:
+				others = append(others, c.Name)
+			}
+		}
+		if len(own) == 0 {
+			continue
+		}
+		s.found = append(s.found, fmt.Sprintf("%d chains of iptables (nf_tables) in table %s %s", len(own), familyNames[f], name))
+		referenced := make(map[string]bool)
+		for _, chain := range others {
+			list, err := conn.GetRules(t, &nftables.Chain{Name: chain})
+			if err != nil {
+				return fmt.Errorf("listing the rules of chain %s of table %s: %w", chain, t.Name, err)
+			}
+			for _, r := range list {
+				to, plain := leadsTo(r.Exprs)
+				if !slices.Contains(own, to) {
+					continue
+				}
+				if plain {
+					s.batch.deleteRules(t, chain, r.Handle)
+				} else {
+					referenced[to] = true // somebody else's rule: it stays, and leads to an empty chain
+				}
+			}
+		}
+		for _, chain := range own {
+			s.batch.deleteRules(t, chain, 0)
+		}
+		for _, chain := range own {
+			if !referenced[chain] {
+				s.batch.deleteChain(t, chain)
+			}
+		}
+	}
+	return nil
+}
+
+// leadsTo returns the chain that a rule leads to, and whether it leads every
+// packet there, as the jumps of ours do.
+func leadsTo(rule []expr.Any) (chain string, plain bool) {
+	plain = true
+	for _, e := range rule {
+		switch e := e.(type) {
+		case *expr.Counter: // iptables counts in every rule
+		case *expr.Verdict:
+			chain = e.Chain
+		default:
+			plain = false
+		}
+	}
+	return chain, plain
+}
+
+// String says what was found.
+func (s *Stray) String() string { return strings.Join(s.found, ", ") }
+
+// Remove removes all of it, or, on an error, nothing. There is no way back:
+// rules of iptables have parts that only iptables understands.
+func (s *Stray) Remove(context.Context) (undo func() error, err error) {
+	if err := s.batch.run(); err != nil {
+		return nil, fmt.Errorf("removing %s: %w", s, err)
+	}
+	return nil, nil
+}

@@ -1,0 +1,221 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// tableFamilies are the families as nftables numbers them, familyNames as it
+// names them.
+var (
+	tableFamilies = map[rules.Family]nftables.TableFamily{rules.IPv4: nftables.TableFamilyIPv4, rules.IPv6: nftables.TableFamilyIPv6}
+	familyNames   = map[rules.Family]string{rules.IPv4: "ip", rules.IPv6: "ip6"}
+)
+
+// The types of the map's keys and values. The kernel pads each part of a
+// concatenation to four bytes.
+var (
+	keyType   = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+	valueType = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
+)
+
+// tableOf returns our table of a family.
+func tableOf(f rules.Family) *nftables.Table {
+	return &nftables.Table{Name: tableName, Family: tableFamilies[f]}
+}
+
+// read takes the state from the kernel.
+func read(families []rules.Family) (state, error) {
+	// One socket for all: the kernel takes its time to close one.
+	conn, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
+	}
+	defer conn.CloseLasting()
+	s := make(state)
+	for _, f := range families {
+		found, err := readTable(conn, f)
+		if err != nil {
+			return nil, fmt.Errorf("reading table %s %s: %w", familyNames[f], tableName, err)
+		}
+		if found != nil {
+			s[f] = found
+		}
+	}
+	return s, nil
+}
+
+// readTable returns our table of a family, nil where it is not there.
+func readTable(conn *nftables.Conn, f rules.Family) (*table, error) {
+	tables, err := conn.ListTablesOfFamily(tableFamilies[f])
+	if err != nil {
+		if missing(err) {
+			return nil, &KernelError{err}
+		}
+		return nil, err
+	}
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName })
+	if i < 0 {
+		return nil, nil
+	}
+	found := &table{flags: tables[i].Flags, chains: make(map[string]*chain)}
+	if err := readChains(conn, f, found); err != nil {
+		return nil, err
+	}
+	sets, err := conn.GetSets(tableOf(f))
+	if err != nil {
+		return nil, fmt.Errorf("listing sets: %w", err)
+	}
+	for _, s := range sets {
+		if s.Name != mapName || !s.IsMap || s.Interval || s.Constant || s.Timeout != 0 ||
+			s.KeyType.Name != keyType.Name || s.DataType.Name != valueType.Name {
+			found.others = append(found.others, "set "+s.Name)
+			continue
+		}
+		if found.to, err = readElements(tableOf(f)); err != nil {
+			return nil, fmt.Errorf("listing the elements of %s: %w", mapName, err)
+		}
+	}
+	return found, nil
+}
+
+// readChains reads the chains of our table of a family.
+func readChains(conn *nftables.Conn, f rules.Family, into *table) error {
+	chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])
+	if err != nil {
+		return fmt.Errorf("listing chains: %w", err)
+	}
+	for _, c := range chains {
+		if c.Table.Name != tableName {
+			continue
+		}
+		found := &chain{kind: c.Type, drops: c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop}
+		if c.Hooknum != nil && c.Priority != nil {
+			found.based, found.hook, found.priority = true, *c.Hooknum, *c.Priority
+		}
+		rules, err := conn.GetRules(tableOf(f), c)
+		if err != nil {
+			return fmt.Errorf("listing the rules of chain %s: %w", c.Name, err)
+		}
+		for _, r := range rules {
+			found.rules = append(found.rules, r.Exprs)
+		}
+		into.chains[c.Name] = found
+	}
+	return nil
+}
+
+// become makes the kernel hold target, by one transaction, and sees that no
+// element got lost on the way.
+func (tx *Tx) become(target state) error {
+	if len(tx.now.differences(target, tx.families)) == 0 {
+		return nil
+	}
+	var b batch
+	for _, f := range tx.families {
+		b.change(tableOf(f), tx.now[f], target[f])
+	}
+	if err := b.run(); err != nil {
+		return &LoadError{err}
+	}
+	tx.now = target
+	for f, t := range target {
+		if t.to == nil {
+			continue
+		}
+		n, err := countElements(tableOf(f))
+		if err == nil && n != len(t.to) {
+			err = fmt.Errorf("the kernel holds %d elements of %d", n, len(t.to))
+		}
+		if err != nil {
+			// The way back starts from what is there.
+			now, again := read(tx.families)
+			tx.now = now
+			return errors.Join(fmt.Errorf("checking the map %s: %w", mapName, err), again)
+		}
+	}
+	return nil
+}
+
+// change adds to the batch what gets a table from have to want. Chains of which
+// only the rules differ keep their hooks, and elements of the map that stay as
+// they are are not touched.
+func (b *batch) change(t *nftables.Table, have, want *table) {
+	if have != nil && (want == nil || !have.sameFrame(want)) {
+		b.deleteTable(t)
+		have = nil
+	}
+	if want == nil {
+		return
+	}
+	if have == nil {
+		t.Flags = want.flags
+		b.addTable(t)
+		have = &table{}
+	}
+	if want.to != nil {
+		if have.to == nil {
+			b.addMap(t)
+		}
+		gone, more := have.to.steps(want.to)
+		b.changeElements(unix.NFT_MSG_DELSETELEM, 0, t, gone)
+		b.changeElements(unix.NFT_MSG_NEWSETELEM, netlink.Create, t, more)
+	}
+	for _, name := range slices.Sorted(maps.Keys(want.chains)) {
+		c, old := want.chains[name], have.chains[name]
+		switch {
+		case old == nil:
+			b.addChain(t, name, c)
+		case old.sameRules(c):
+			continue
+		default:
+			b.deleteRules(t, name, 0)
+		}
+		for _, r := range c.rules {
+			b.addRule(t, name, r)
+		}
+	}
+}
+
+// sameFrame reports whether both tables have the same chains and maps, whatever
+// is in them.
+func (t *table) sameFrame(want *table) bool {
+	if t.flags != want.flags || len(t.others) > 0 || (t.to == nil) != (want.to == nil) || len(t.chains) != len(want.chains) {
+		return false
+	}
+	for name, c := range want.chains {
+		if t.chains[name] == nil || !t.chains[name].sameBase(c) {
+			return false
+		}
+	}
+	return true
+}
+
+// A LoadError says that the kernel refused the rules.
+type LoadError struct{ Err error }
+
+func (e *LoadError) Error() string { return fmt.Sprintf("loading rules: %v", e.Err) }
+
+// Unwrap returns what the kernel said.
+func (e *LoadError) Unwrap() error { return e.Err }
+
+// Hint says what to do.
+func (e *LoadError) Hint() string {
+	switch {
+	case errors.Is(e.Err, unix.EMSGSIZE):
+		return "so many destinations take more room in a socket than net.core.wmem_max allows: raise it on the node, or run the pod without a user namespace of its own"
+	case errors.Is(e.Err, os.ErrPermission):
+		return ""
+	}
+	return "the kernel has nf_tables, but lacks what the rules need: modprobe nft_nat nft_ct nft_reject_ipv4 on the node, or EGRESS_ROUTER_BACKEND=iptables"
+}
