@@ -3,9 +3,7 @@ package cli
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"os"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/iptables"
@@ -32,7 +30,7 @@ func (b backend) rules(ctx context.Context) (router.Rules, error) {
 	}
 	first, err := b.iptables(ctx)
 	if err == nil {
-		return &fallback{Rules: first, next: b.nftables, log: b.log}, nil
+		return first, nil
 	}
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
@@ -73,9 +71,6 @@ func (b backend) nftables(ctx context.Context) (router.Rules, error) {
 // strays finds what earlier runs loaded with others than the backend in use. The
 // one without a way back is the last.
 func (b backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray, error) {
-	if f, ok := inUse.(*fallback); ok {
-		inUse = f.Rules
-	}
 	var found []router.Stray
 	var flavour iptables.Flavour
 	if tx, ok := inUse.(*iptables.Tx); ok {
@@ -100,38 +95,13 @@ func (b backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray
 	return found, nil
 }
 
-// A fallback is a backend that another one takes the place of if it cannot load
-// the rules: a kernel may have the tables of iptables and lack what its rules
-// need, which is known only when it is asked to take them.
-type fallback struct {
-	router.Rules
-	next func(context.Context) (router.Rules, error) // nil once one of them has loaded rules
-	log  *slog.Logger
+// next returns the backend that takes the place of one that could not load the
+// rules, nil where none does. A kernel may have the tables of iptables and lack
+// what its rules need, which is known only when it is asked to take them.
+func (b backend) next(ctx context.Context, failed router.Rules, why error) (router.Rules, error) {
+	if _, ok := failed.(*iptables.Tx); !ok || b.choice != config.Auto {
+		return nil, nil
+	}
+	b.log.Warn("iptables cannot load the rules: nftables takes its place", "backend", failed.String(), "error", why)
+	return b.nftables(ctx)
 }
-
-// Apply makes the kernel hold want.
-func (f *fallback) Apply(ctx context.Context, want rules.Plan) (undo func() error, err error) {
-	undo, err = f.Rules.Apply(ctx, want)
-	next := f.next
-	if err == nil {
-		f.next = nil
-		return undo, nil
-	}
-	// Rules that it holds already would go on working beside the others'.
-	if next == nil || ctx.Err() != nil || errors.Is(err, os.ErrPermission) || len(f.Differs(rules.Plan{})) > 0 {
-		return nil, err
-	}
-	other, nextErr := next(ctx)
-	if nextErr != nil {
-		return nil, errors.Join(err, nextErr)
-	}
-	if undo, nextErr = other.Apply(ctx, want); nextErr != nil {
-		return nil, errors.Join(err, nextErr)
-	}
-	f.log.Warn("iptables cannot load the rules: nftables takes its place", "backend", f.Rules.String(), "error", err)
-	f.Rules, f.next = other, nil
-	return undo, nil
-}
-
-// String names the backend in use.
-func (f *fallback) String() string { return fmt.Sprint(f.Rules) }

@@ -165,7 +165,7 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	return &router.Router{
 		Link: wanted(c), Macvlan: macvlan(c), Plan: plan, Forward: c.Mode.Redirects(), Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
-		Rules:   b.rules, Strays: b.strays,
+		Rules:   b.rules, Next: b.next, Strays: b.strays,
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -59,13 +60,20 @@ func (c *change) prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	if c.rules, err = r.Rules(ctx); err != nil {
+	current, err := r.Rules(ctx)
+	if err != nil {
 		return err
 	}
-	if c.strays, err = r.Strays(ctx, c.rules); err != nil {
+	return c.use(ctx, current)
+}
+
+// use makes the backend of the given rules the one in use.
+func (c *change) use(ctx context.Context, current Rules) (err error) {
+	r := c.router
+	if c.strays, err = r.Strays(ctx, current); err != nil {
 		return err
 	}
-	c.differs = c.rules.Differs(r.Plan)
+	c.rules, c.differs = current, current.Differs(r.Plan)
 	for _, note := range c.rules.Notes() {
 		r.Log.Warn(note, "backend", c.rules.String())
 	}
@@ -158,11 +166,27 @@ func (c *change) removeStrays(ctx context.Context) error {
 }
 
 // load makes the kernel hold plan, where it was found not to hold the router's.
+// Another backend takes the place of one that cannot do it, unless that holds
+// rules of ours: they would go on working beside the other's.
 func (c *change) load(ctx context.Context, plan rules.Plan) error {
 	if len(c.differs) == 0 {
 		return nil
 	}
-	return c.done.add(c.rules.Apply(ctx, plan))
+	undo, err := c.rules.Apply(ctx, plan)
+	if err == nil {
+		return c.done.add(undo, nil)
+	}
+	if ctx.Err() != nil || errors.Is(err, os.ErrPermission) || len(c.rules.Differs(rules.Plan{})) > 0 {
+		return err
+	}
+	next, nextErr := c.router.Next(ctx, c.rules, err)
+	if next == nil || nextErr != nil {
+		return errors.Join(err, nextErr)
+	}
+	if err := c.use(ctx, next); err != nil {
+		return err
+	}
+	return c.load(ctx, plan)
 }
 
 // announce tells the physical network who has the reserved address.

@@ -85,6 +85,8 @@ func (s *script) Apply(ctx context.Context, want rules.Plan) (func() error, erro
 	return func() error { return nil }, nil
 }
 
+func (s *script) next(context.Context, router.Rules, error) (router.Rules, error) { return nil, nil }
+
 // strays returns what another backend holds, once.
 func (s *script) strays(context.Context, router.Rules) ([]router.Stray, error) {
 	if !s.stray {
@@ -152,6 +154,7 @@ func TestOrder(t *testing.T) {
 				Log:     slog.New(slog.DiscardHandler),
 				Network: func() (router.Network, error) { return s, nil },
 				Rules:   func(context.Context) (router.Rules, error) { return s, nil },
+				Next:    s.next,
 				Strays:  s.strays,
 			}
 			if err := r.Apply(t.Context()); err != nil {
@@ -202,6 +205,7 @@ func TestRefusesBeforehand(t *testing.T) {
 		Log:     slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) { return s, nil },
 		Rules:   func(context.Context) (router.Rules, error) { return s, nil },
+		Next:    s.next,
 		Strays:  s.strays,
 	}
 	if err := r.Apply(canceled); !errors.Is(err, context.Canceled) || len(s.done) > 0 {

@@ -30,6 +30,9 @@ type Router struct {
 	Network func() (Network, error)
 	// Rules reads the kernel's rules.
 	Rules func(context.Context) (Rules, error)
+	// Next does so by another backend than the one that could not load its
+	// first rules; it returns nil where there is no other.
+	Next func(ctx context.Context, failed Rules, why error) (Rules, error)
 	// Strays finds what other backends than that of the rules hold. They are
 	// removed in their order, once everything else is done.
 	Strays func(context.Context, Rules) ([]Stray, error)

@@ -73,6 +73,7 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 			}
 			return backend.Begin(ctx)
 		},
+		Next:   func(context.Context, router.Rules, error) (router.Rules, error) { return nil, nil },
 		Strays: func(context.Context, router.Rules) ([]router.Stray, error) { return nil, nil },
 	}
 }

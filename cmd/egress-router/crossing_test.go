@@ -1,0 +1,704 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// remote are the servers beyond the gateway.
+var remote = netip.MustParsePrefix("203.0.113.0/24")
+
+// ipNet returns a network as netlink takes it.
+func ipNet(s string) *net.IPNet {
+	n := netip.MustParsePrefix(s)
+	return &net.IPNet{IP: n.Addr().AsSlice(), Mask: net.CIDRMask(n.Bits(), n.Addr().BitLen())}
+}
+
+// addRoute leads to a network by a neighbour.
+func (p *pod) addRoute(ns *netns.Namespace, name, to, via string) {
+	p.Helper()
+	h := p.handle(ns)
+	r := &netlink.Route{Dst: ipNet(to), Gw: netip.MustParseAddr(via).AsSlice(), LinkIndex: p.link(h, name).Attrs().Index}
+	if err := h.RouteReplace(r); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// routeThroughPod makes the pod the gateway of the clients to the servers.
+func (p *pod) routeThroughPod() {
+	p.Helper()
+	p.addRoute(p.lab.Client, lab.ClientLink, "203.0.113.0/24", "10.128.0.98")
+	p.addRoute(p.lab.Client, lab.ClientLink, "192.168.12.0/24", "10.128.0.98")
+	p.addRoute(p.lab.Node, lab.Bridge, "203.0.113.0/24", "10.128.0.98") // for far
+}
+
+// A watch captures on several links, and says afterwards what they have seen.
+type watch struct {
+	p        *pod
+	captures map[string]*lab.Capture
+}
+
+// watch begins to capture on links of a namespace.
+func (p *pod) watch(ns *netns.Namespace, links ...string) watch {
+	p.Helper()
+	w := watch{p, make(map[string]*lab.Capture)}
+	for _, name := range links {
+		c, err := p.lab.Capture(ns, name)
+		if err != nil {
+			p.Fatal(err)
+		}
+		w.captures[name] = c
+	}
+	return w
+}
+
+// outgoing returns the IPv4 frames that left by a link so far.
+func (w watch) outgoing(name string) []lab.Frame {
+	return slices.DeleteFunc(w.captures[name].Frames(), func(f lab.Frame) bool {
+		_, ok := f.IPv4()
+		return !ok || !f.Outgoing
+	})
+}
+
+// wantSource checks that whatever left by a link had the reserved address.
+func (w watch) wantSource(name string) {
+	w.p.Helper()
+	for _, f := range w.outgoing(name) {
+		if ip, _ := f.IPv4(); ip.Src.Addr() != source {
+			w.p.Errorf("by %s: %s", name, f)
+		}
+	}
+}
+
+// wantNothing checks that no frame left by a link that match picks.
+func (w watch) wantNothing(name string, match func(lab.Packet) bool) {
+	w.p.Helper()
+	for _, f := range w.outgoing(name) {
+		if ip, _ := f.IPv4(); match(ip) {
+			w.p.Errorf("by %s: %s", name, f)
+		}
+	}
+}
+
+// toServers picks packets to the servers beyond the gateway.
+func toServers(ip lab.Packet) bool { return remote.Contains(ip.Dst.Addr()) }
+
+// refused checks that a question is refused, and at once.
+func (p *pod) wantRefusedFrom(ns *netns.Namespace, proto, addr string) {
+	p.Helper()
+	begin := time.Now()
+	a, err := p.ask(ns, proto, netip.MustParseAddrPort(addr))
+	if !errors.Is(err, syscall.ECONNREFUSED) || time.Since(begin) > 2*time.Second {
+		p.Errorf("%s %s: answer %v, error %v after %v; want a refusal at once", proto, addr, a, err, time.Since(begin))
+	}
+}
+
+// wantNoAnswer checks that a question meets silence.
+func (p *pod) wantNoAnswer(ns *netns.Namespace, proto, addr string) {
+	p.Helper()
+	ctx, cancel := context.WithTimeout(p.Context(), 300*time.Millisecond)
+	defer cancel()
+	a, err := p.lab.Ask(ctx, ns, proto, netip.MustParseAddrPort(addr))
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		p.Errorf("%s %s: answer %v, error %v; want silence", proto, addr, a, err)
+	}
+}
+
+// Whoever sends packets through the pod that no redirect is for is refused, as
+// by a port that nobody listens on, wherever it is; nothing of it leaves by the
+// egress side.
+func TestOnlyRedirectedCrosses(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
+		p.ok()
+		p.routeThroughPod()
+		w := p.watch(p.lab.Router, "macvlan0")
+		for _, client := range []*netns.Namespace{p.lab.Client, p.lab.Far} {
+			for _, proto := range []string{"tcp", "udp"} {
+				p.wantRefusedFrom(client, proto, "203.0.113.25:53")
+				p.wantRefusedFrom(client, proto, "10.128.0.98:53") // the pod itself, as ever
+			}
+		}
+		p.wantRefusedFrom(p.lab.Client, "tcp", "192.168.12.80:80")
+		if p.ping(p.lab.Client, netip.MustParseAddr("203.0.113.25")) {
+			p.Error("a ping went through")
+		}
+		w.wantNothing("macvlan0", func(lab.Packet) bool { return true })
+
+		// What a redirect is for crosses, also if it is sent through the pod.
+		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
+		a, err := p.ask(p.lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:8080"))
+		if err != nil || a.Server.String() != "203.0.113.26:80" || a.Peer.Addr() != source {
+			p.Errorf("answer %v, error %v; want that of the redirect", a, err)
+		}
+		w.wantSource("macvlan0")
+	})
+}
+
+// A packet that belongs to no connection is not translated. It does not leave,
+// neither on the way out nor on the way back.
+func TestStrayPackets(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		for name, crossing := range map[string]string{"redirected": "redirected", "open": "open"} {
+			p.env["EGRESS_FORWARD"] = crossing
+			p.ok()
+			p.routeThroughPod()
+			p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+			// The kernel makes no connection of a segment in the middle of one.
+			if err := p.lab.SetSysctl(p.lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+				p.Fatal(err)
+			}
+			w := p.watch(p.lab.Router, "macvlan0", "eth0")
+			p.sendACK(p.lab.Client, "10.128.0.71", "203.0.113.25")
+			p.sendACK(p.lab.Outside, "203.0.113.25", "10.128.0.71")
+			p.sendACK(p.lab.Outside, "203.0.113.25", "192.168.12.99")
+			// They are there when what was sent after them is.
+			p.wantAnswer("tcp", 80, "203.0.113.25:80")
+			w.wantSource("macvlan0")
+			if !slices.ContainsFunc(w.captures["eth0"].Frames(), func(f lab.Frame) bool {
+				ip, ok := f.IPv4()
+				return ok && !f.Outgoing && ip.Dst.Port() == strayPort
+			}) {
+				p.Errorf("%s: the segment did not reach the pod", name)
+			}
+			for _, link := range []string{"macvlan0", "eth0"} {
+				w.wantNothing(link, func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort || ip.Src.Port() == strayPort })
+			}
+		}
+	})
+}
+
+// strayPort is the destination port of segments in the middle of nothing.
+const strayPort = 4242
+
+// sendACK sends a TCP segment that acknowledges something and opens nothing.
+func (p *pod) sendACK(ns *netns.Namespace, from, to string) {
+	p.Helper()
+	segment := make([]byte, 20) // RFC 9293, section 3.1
+	binary.BigEndian.PutUint16(segment[0:], 40000)
+	binary.BigEndian.PutUint16(segment[2:], strayPort)
+	binary.BigEndian.PutUint32(segment[4:], 1)
+	binary.BigEndian.PutUint32(segment[8:], 1)
+	segment[12], segment[13] = 5<<4, 0x10 // length in words, ACK
+	binary.BigEndian.PutUint16(segment[14:], 1000)
+	pseudo := slices.Concat(netip.MustParseAddr(from).AsSlice(), netip.MustParseAddr(to).AsSlice(), []byte{0, 6, 0, 20})
+	binary.BigEndian.PutUint16(segment[16:], checksum(append(pseudo, segment...)))
+	p.sendIP(ns, "ip4:tcp", from, to, segment)
+}
+
+// sendIP sends a packet with the given content.
+func (p *pod) sendIP(ns *netns.Namespace, network, from, to string, content []byte) {
+	p.Helper()
+	err := ns.Do(func() error {
+		c, err := net.DialIP(network, &net.IPAddr{IP: net.ParseIP(from)}, &net.IPAddr{IP: net.ParseIP(to)})
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = c.Write(content)
+		return err
+	})
+	if err != nil {
+		p.Fatal(err)
+	}
+}
+
+// checksum is that of the Internet protocols (RFC 1071).
+func checksum(b []byte) uint16 {
+	var sum uint32
+	for i := 0; i+1 < len(b); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(b[i:]))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
+
+// ping reports whether an echo request is answered.
+func (p *pod) ping(ns *netns.Namespace, addr netip.Addr) bool {
+	p.Helper()
+	var c *net.IPConn
+	err := ns.Do(func() (err error) {
+		c, err = net.DialIP("ip4:icmp", nil, &net.IPAddr{IP: addr.AsSlice()})
+		return err
+	})
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer c.Close()
+	request := []byte{8, 0, 0, 0, 0x12, 0x34, 0, 1} // RFC 792
+	binary.BigEndian.PutUint16(request[2:], checksum(request))
+	if _, err := c.Write(request); err != nil {
+		return false
+	}
+	_ = c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	for b := make([]byte, 1500); ; {
+		n, _, err := c.ReadFrom(b) // without the IP header
+		if err != nil {
+			return false
+		}
+		if n >= 8 && b[0] == 0 && b[4] == 0x12 && b[5] == 0x34 {
+			return true
+		}
+	}
+}
+
+// With EGRESS_FORWARD=open every connection from the cluster side crosses, with
+// the reserved address. Nothing comes from the other side.
+func TestForwardOpen(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.env["EGRESS_DESTINATION"], p.env["EGRESS_FORWARD"] = "8080 tcp 203.0.113.26 80\n", "open"
+		p.ok()
+		p.routeThroughPod()
+		w := p.watch(p.lab.Router, "macvlan0")
+		for _, server := range []struct{ proto, addr string }{
+			{"tcp", "203.0.113.25:80"}, {"tcp", "203.0.113.27:9000"}, {"udp", "203.0.113.27:53"}, {"tcp", "192.168.12.80:80"},
+		} {
+			a, err := p.ask(p.lab.Client, server.proto, netip.MustParseAddrPort(server.addr))
+			if err != nil || a.Peer.Addr() != source {
+				p.Errorf("%v: answer %v, error %v", server, a, err)
+			}
+		}
+		if a, err := p.ask(p.lab.Far, "tcp", netip.MustParseAddrPort("203.0.113.25:80")); err != nil || a.Peer.Addr() != source {
+			p.Errorf("from another subnet: answer %v, error %v", a, err)
+		}
+		if !p.ping(p.lab.Client, netip.MustParseAddr("203.0.113.25")) {
+			p.Error("a ping did not go through")
+		}
+		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
+		w.wantSource("macvlan0")
+		p.wantUnchanged(p.ok())
+		p.wantClosedToPhysicalNetwork()
+
+		// And closed again, also for a connection that is open.
+		conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+		if err != nil {
+			p.Fatal(err)
+		}
+		defer conn.Close()
+		delete(p.env, "EGRESS_FORWARD")
+		p.ok()
+		p.wantRefusedFrom(p.lab.Client, "tcp", "203.0.113.25:80")
+		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		_, _ = conn.Write([]byte("still there?\n"))
+		r := bufio.NewReader(conn)
+		_, _ = lab.ReadAnswer(r)
+		if _, err := r.ReadString('\n'); !errors.Is(err, syscall.ECONNRESET) {
+			p.Errorf("the connection from before: %v, want a reset", err)
+		}
+	})
+}
+
+// wantClosedToPhysicalNetwork checks that new connections from the physical
+// network reach neither the pod nor, through it, the cluster, while echo
+// requests and ARP do.
+func (p *pod) wantClosedToPhysicalNetwork() {
+	p.Helper()
+	// Whoever is there only has to send its packets to the pod.
+	p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+	defer func() {
+		h := p.handle(p.lab.Outside)
+		_ = h.RouteDel(&netlink.Route{Dst: ipNet("10.128.0.0/23")})
+	}()
+	for _, proto := range []string{"tcp", "udp"} {
+		for _, at := range []struct {
+			ns   *netns.Namespace
+			addr string
+		}{
+			{p.lab.Router, "192.168.12.99:7070"}, {p.lab.Router, "10.128.0.98:7070"}, {p.lab.Client, "10.128.0.71:7070"},
+		} {
+			s, err := p.lab.Serve(at.ns, proto, netip.MustParseAddrPort(at.addr))
+			if err != nil {
+				p.Fatal(err)
+			}
+			defer s.Close()
+		}
+	}
+	w := p.watch(p.lab.Router, "eth0")
+	for _, proto := range []string{"tcp", "udp"} {
+		for _, addr := range []string{"192.168.12.99:7070", "192.168.12.99:7071", "10.128.0.98:7070", "10.128.0.71:7070"} {
+			p.wantNoAnswer(p.lab.Outside, proto, addr)
+		}
+	}
+	fromOutside := func(ip lab.Packet) bool {
+		return lab.LAN.Contains(ip.Src.Addr()) || remote.Contains(ip.Src.Addr())
+	}
+	w.wantNothing("eth0", func(ip lab.Packet) bool { return fromOutside(ip) && ip.Dst.Port() == 7070 })
+	if p.ping(p.lab.Outside, lab.ClientAddr) {
+		p.Error("a ping from the physical network reaches the cluster")
+	}
+	if !p.ping(p.lab.Outside, source) {
+		p.Error("the reserved address does not answer to a ping")
+	}
+	h := p.handle(p.lab.Router)
+	mac, err := p.lab.Neighbour(p.lab.Outside, lab.LANLink, source)
+	if err != nil || mac.String() != p.link(h, "macvlan0").Attrs().HardwareAddr.String() {
+		p.Errorf("the reserved address is at %s (%v)", mac, err)
+	}
+}
+
+// From the physical network only replies come in, whatever the mode.
+func TestClosedToPhysicalNetwork(t *testing.T) {
+	for _, mode := range []string{"init", "http-proxy"} {
+		t.Run(mode, func(t *testing.T) {
+			eachBackend(t, lab.Options{}, func(p *pod) {
+				if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+					p.Fatal(err)
+				}
+				p.env["EGRESS_ROUTER_MODE"] = mode
+				// A listener answers on the physical network before.
+				h := p.handle(p.lab.Router)
+				macvlan := p.link(h, "macvlan0")
+				if err := h.LinkSetUp(macvlan); err != nil {
+					p.Fatal(err)
+				}
+				if err := h.AddrAdd(macvlan, parseAddr("192.168.12.99/24")); err != nil {
+					p.Fatal(err)
+				}
+				s, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:7070"))
+				if err != nil {
+					p.Fatal(err)
+				}
+				conn, err := p.lab.Dial(p.Context(), p.lab.Outside, "tcp", s.Addr)
+				if err != nil {
+					p.Fatalf("before the router: %v", err)
+				}
+				defer conn.Close()
+				p.ok()
+				// Not even this connection goes on.
+				r := bufio.NewReader(conn)
+				_, _ = lab.ReadAnswer(r)
+				_, _ = conn.Write([]byte("still there?\n"))
+				_ = conn.SetDeadline(time.Now().Add(300 * time.Millisecond))
+				if line, err := r.ReadString('\n'); !errors.Is(err, os.ErrDeadlineExceeded) {
+					p.Errorf("a connection from before: %q, %v; want silence", line, err)
+				}
+				s.Close()
+				p.wantClosedToPhysicalNetwork()
+				// The pod's own connections work.
+				a, err := p.ask(p.lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+				if err != nil || a.Peer.Addr() != source {
+					p.Errorf("a socket of the pod: answer %v, error %v", a, err)
+				}
+			})
+		})
+	}
+}
+
+func parseAddr(s string) *netlink.Addr { return &netlink.Addr{IPNet: ipNet(s)} }
+
+// A router on the way that has a smaller MTU says so to the reserved address;
+// the client learns of it.
+func TestPathMTU(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.ok()
+		for name, ns := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
+			w := p.watch(p.lab.Router, "macvlan0")
+			conn, err := p.lab.Dial(p.Context(), ns, "udp", netip.AddrPortFrom(lab.RouterAddr, 53))
+			if err != nil {
+				p.Fatal(err)
+			}
+			defer conn.Close()
+			dontFragment(p, conn)
+			if _, err := conn.Write(make([]byte, 1400)); err != nil {
+				p.Fatal(err)
+			}
+			sent, err := w.captures["macvlan0"].Wait(p.Context(), func(f lab.Frame) bool {
+				ip, ok := f.IPv4()
+				return ok && f.Outgoing && toServers(ip)
+			})
+			if err != nil {
+				p.Fatal(err)
+			}
+			// RFC 792 and 1191: "fragmentation needed", with the MTU and the
+			// beginning of the packet.
+			const header = 14 // of Ethernet
+			message := slices.Concat([]byte{3, 4, 0, 0, 0, 0, 1200 >> 8, 1200 & 0xff}, sent.Data[header:header+28])
+			binary.BigEndian.PutUint16(message[2:], checksum(message))
+			p.sendIP(p.lab.Outside, "ip4:icmp", "192.168.12.1", "192.168.12.99", message)
+			for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+				_, err := conn.Write(make([]byte, 1400))
+				if errors.Is(err, unix.EMSGSIZE) {
+					break
+				}
+				if time.Now().After(deadline) {
+					p.Fatalf("%s never learned of the MTU; last error %v", name, err)
+				}
+			}
+		}
+	})
+}
+
+// dontFragment makes a socket refuse what is too long for its path.
+func dontFragment(p *pod, conn net.Conn) {
+	p.Helper()
+	raw, err := conn.(*net.UDPConn).SyscallConn()
+	if err != nil {
+		p.Fatal(err)
+	}
+	if ctrlErr := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
+	}); ctrlErr != nil || err != nil {
+		p.Fatal(ctrlErr, err)
+	}
+}
+
+// IPv6 is there, and the pod forwards it: nothing crosses unless asked for, and
+// what listens in the pod is not reached from the physical network, by whatever
+// address; neighbours are found.
+func TestIPv6(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.enableIPv6()
+		for _, at := range []struct {
+			ns   *netns.Namespace
+			addr string
+		}{{p.lab.Outside, "[fd00:12::1]:80"}, {p.lab.Router, "[fd00:12::99]:7070"}, {p.lab.Router, "[fd00:10::98]:7070"}} {
+			if _, err := p.lab.Serve(at.ns, "tcp", netip.MustParseAddrPort(at.addr)); err != nil {
+				p.Fatal(err)
+			}
+		}
+		through, inside := "[fd00:12::1]:80", "[fd00:12::99]:7070"
+		// Without a router both are reached.
+		p.wantConnection(p.lab.Client, through)
+		p.wantConnection(p.lab.Outside, inside)
+
+		for _, mode := range []string{"http-proxy", "init"} {
+			p.env["EGRESS_ROUTER_MODE"] = mode
+			p.ok()
+			p.wantNoAnswer(p.lab.Client, "tcp", through)
+			p.wantNoAnswer(p.lab.Outside, "tcp", inside)
+			p.wantConnection(p.lab.Client, "[fd00:10::98]:7070") // by the cluster side
+			p.wantConnection(p.lab.Router, through)              // the pod's own
+		}
+		p.env["EGRESS_FORWARD"] = "open"
+		p.ok()
+		p.wantConnection(p.lab.Client, through)
+		p.wantNoAnswer(p.lab.Outside, "tcp", inside)
+		p.wantUnchanged(p.ok())
+	})
+}
+
+// enableIPv6 gives the client, both sides of the pod and the outside addresses,
+// and makes the pod a router of IPv6.
+func (p *pod) enableIPv6() {
+	p.Helper()
+	for _, a := range []struct {
+		ns         *netns.Namespace
+		link, addr string
+	}{
+		{p.lab.Client, lab.ClientLink, "fd00:10::71/64"}, {p.lab.Router, "eth0", "fd00:10::98/64"},
+		{p.lab.Router, "macvlan0", "fd00:12::99/64"}, {p.lab.Outside, lab.LANLink, "fd00:12::1/64"},
+	} {
+		if err := p.lab.SetSysctl(a.ns, "net/ipv6/conf/"+a.link+"/disable_ipv6", "0"); err != nil {
+			p.Fatal(err)
+		}
+		h := p.handle(a.ns)
+		l := p.link(h, a.link)
+		if err := h.LinkSetUp(l); err != nil {
+			p.Fatal(err)
+		}
+		addr := parseAddr(a.addr)
+		addr.Flags = unix.IFA_F_NODAD
+		if err := h.AddrAdd(l, addr); err != nil {
+			p.Fatal(err)
+		}
+	}
+	if err := p.lab.SetSysctl(p.lab.Router, "net/ipv6/conf/all/forwarding", "1"); err != nil {
+		p.Fatal(err)
+	}
+	p.addRoute(p.lab.Client, lab.ClientLink, "fd00:12::/64", "fd00:10::98")
+	p.addRoute(p.lab.Outside, lab.LANLink, "fd00:10::/64", "fd00:12::99")
+}
+
+// wantConnection checks that a server answers.
+func (p *pod) wantConnection(ns *netns.Namespace, addr string) {
+	p.Helper()
+	if _, err := p.ask(ns, "tcp", netip.MustParseAddrPort(addr)); err != nil {
+		p.Errorf("tcp %s: %v", addr, err)
+	}
+}
+
+// The egress side is taken away under traffic, in several ways. Redirected
+// packets stop; none leaves by another interface of the pod, although one has a
+// default route then, and none with another source.
+func TestEgressSideTakenAway(t *testing.T) {
+	const extra = "extra0"
+	everywhere := ipNet("0.0.0.0/0")
+	for _, damage := range []damage{
+		{"macvlan0 deleted", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkDel(macvlan) }},
+		{"macvlan0 down", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
+		{"no default route", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: everywhere, LinkIndex: macvlan.Attrs().Index})
+		}},
+		{"default route to the cluster", func(h *netlink.Handle, _, eth netlink.Link) error {
+			return h.RouteReplace(&netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+		}},
+		{"the address gone", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.AddrDel(macvlan, parseAddr("192.168.12.99/24"))
+		}},
+	} {
+		t.Run(damage.name, func(t *testing.T) {
+			eachBackend(t, lab.Options{}, func(p *pod) {
+				h := p.handle(p.lab.Router)
+				// Another network, whose gateway takes whatever it is sent.
+				veth := netlink.NewVeth(netlink.LinkAttrs{Name: extra, Index: 301})
+				veth.PeerName, veth.PeerNamespace = extra, netlink.NsFd(p.lab.Node.Fd())
+				if err := h.LinkAdd(veth); err != nil {
+					p.Fatal(err)
+				}
+				node := p.handle(p.lab.Node)
+				for _, end := range []struct {
+					h    *netlink.Handle
+					addr string
+				}{{h, "172.31.0.98/24"}, {node, "172.31.0.1/24"}} {
+					l := p.link(end.h, extra)
+					if err := end.h.LinkSetUp(l); err != nil {
+						p.Fatal(err)
+					}
+					if err := end.h.AddrAdd(l, parseAddr(end.addr)); err != nil {
+						p.Fatal(err)
+					}
+				}
+				p.ok()
+				if err := h.RouteAdd(&netlink.Route{Dst: everywhere, Gw: net.IPv4(172, 31, 0, 1).To4(), LinkIndex: p.link(h, extra).Attrs().Index, Priority: 500}); err != nil {
+					p.Fatal(err)
+				}
+				open := p.flow(53)
+				open.wantAnswer(p, "before", "203.0.113.27:53", "192.168.12.99")
+				conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+				if err != nil {
+					p.Fatal(err)
+				}
+				defer conn.Close()
+				macvlan, eth := p.link(h, "macvlan0"), p.link(h, "eth0")
+
+				w := p.watch(p.lab.Router, "eth0", extra, "macvlan0")
+				stop := p.traffic(conn)
+				if err := damage.do(h, macvlan, eth); err != nil {
+					p.Fatal(err)
+				}
+				time.Sleep(200 * time.Millisecond) // of traffic
+				if n := stop(); n < 10 {
+					p.Errorf("only %d packets were sent meanwhile", n)
+				}
+				for _, link := range []string{"eth0", extra} {
+					w.wantNothing(link, toServers)
+				}
+				w.wantSource("macvlan0")
+				if a, err := p.flow(53).ask(); err == nil {
+					p.Errorf("%v answers", a)
+				}
+			})
+		})
+	}
+}
+
+// traffic sends by an open connection, by open flows and by new ones until it is
+// told to stop; that returns how many packets it sent.
+func (p *pod) traffic(conn net.Conn) (stop func() int) {
+	flow := p.flow(53)
+	done, sent := make(chan struct{}), make(chan int)
+	go func() {
+		n := 0
+		for ; ; n++ {
+			select {
+			case <-done:
+				sent <- n
+				return
+			default:
+			}
+			_ = conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
+			_, _ = conn.Write([]byte("more\n"))
+			_, _ = flow.conn.Write([]byte("?\n"))
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Millisecond)
+			_, _ = p.lab.Ask(ctx, p.lab.Client, "udp", netip.AddrPortFrom(lab.RouterAddr, 54))
+			_, _ = p.lab.Ask(ctx, p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+			cancel()
+		}
+	}()
+	return func() int {
+		close(done)
+		return <-sent
+	}
+}
+
+// An open connection ends when its destination is removed from the list, and
+// goes on when others are.
+func TestRemovedDestination(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n"
+		p.ok()
+		conns := make(map[uint16]net.Conn)
+		readers := make(map[uint16]*bufio.Reader)
+		for _, port := range []uint16{80, 8080, 8443} {
+			conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+			if err != nil {
+				p.Fatal(err)
+			}
+			defer conn.Close()
+			conns[port], readers[port] = conn, bufio.NewReader(conn)
+			if _, err := lab.ReadAnswer(readers[port]); err != nil {
+				p.Fatal(err)
+			}
+		}
+		// 8080 is gone, 8443 leads elsewhere, 81 is new.
+		p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8443 tcp 203.0.113.25 80\n81 tcp 203.0.113.26 80\n"
+		p.ok()
+		for port, want := range map[uint16]error{80: nil, 8080: syscall.ECONNRESET, 8443: syscall.ECONNRESET} {
+			_ = conns[port].SetDeadline(time.Now().Add(5 * time.Second))
+			_, err := conns[port].Write([]byte("still there\n"))
+			if err == nil {
+				_, err = readers[port].ReadString('\n')
+			}
+			if !errors.Is(err, want) {
+				p.Errorf("port %d: %v, want %v", port, err, want)
+			}
+		}
+		p.wantAnswer("tcp", 81, "203.0.113.26:80")
+		p.wantRefused("tcp", 8080)
+	})
+}
+
+// From a list that is a plain chain to one that is a tree and back, with every
+// step found unchanged by the next run.
+func TestSmallAndLarge(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.ok()
+		small := p.state()
+		for _, n := range []int{33, 300, 2000, 40} {
+			var list strings.Builder
+			for i := range n {
+				fmt.Fprintf(&list, "%d %s 203.0.113.2%d %d\n", 1000+31*i, []string{"tcp", "udp"}[i%2], 6+i%2, []int{443, 53}[i%2])
+			}
+			p.env["EGRESS_DESTINATION"] = list.String()
+			p.ok()
+			p.wantUnchanged(p.ok())
+			for _, i := range []int{0, n / 2 / 2 * 2, n - 2 + n%2} { // even: tcp
+				p.wantAnswer("tcp", uint16(1000+31*i), "203.0.113.26:443")
+				p.wantAnswer("udp", uint16(1000+31*(i+1-2*(i/(n-1)))), "203.0.113.27:53")
+			}
+			p.wantRefused("tcp", 999)
+		}
+		p.env = example()
+		p.ok()
+		p.wantState(small)
+	})
+}
