@@ -94,7 +94,7 @@ func TestBackendChanges(t *testing.T) {
 				if err != nil {
 					t.Errorf("the open connection: %v", err)
 				}
-				w.wantSource("macvlan0")
+				w.wantSource()
 				w.wantNothing("eth0", toServers)
 				if got := fmt.Sprint(p.holders()); got != held[to.name] {
 					t.Errorf("rules of ours are in %s, want %s", got, held[to.name])

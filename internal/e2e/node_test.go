@@ -21,10 +21,14 @@ import (
 )
 
 // images are what .ci/image builds, by their name behind localhost/.
-var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy"}
+var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy", alone}
 
-// image is the router's.
-const image = "localhost/egress-router"
+const (
+	// alone is the image that holds the program and nothing else.
+	alone = "egress-router-nftables"
+	// image is the router's.
+	image = "localhost/egress-router"
+)
 
 // A node is the network namespace that the tests run in, as a node of a cluster:
 //
@@ -247,6 +251,12 @@ func logs(container string) string {
 // start starts a container that stays and returns its name; args are the options
 // of podman run, and what follows "--" are the arguments of the image's program.
 func start(t *testing.T, args ...string) string {
+	t.Helper()
+	return startImage(t, image, args...)
+}
+
+// startImage does so with another image.
+func startImage(t *testing.T, image string, args ...string) string {
 	t.Helper()
 	options, arguments := args, []string(nil)
 	for i, a := range args {

@@ -34,6 +34,9 @@ func play(t *testing.T, manifest, macvlan string) pod {
 	if err := os.WriteFile(file, []byte(changed), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	if strings.Contains(changed, "net.ipv4.ip_forward") {
+		forwardFromTheStart(t)
+	}
 	args := []string{"podman", "play", "kube", "--network", cluster}
 	if macvlan != "" {
 		args = append(args, "--network", macvlan+":interface_name=macvlan0")
@@ -66,6 +69,23 @@ func play(t *testing.T, manifest, macvlan string) pod {
 	p.pid = pidOf(t, infra)
 	p.address = clusterAddress(t, p.pid)
 	return p
+}
+
+// forwardFromTheStart gives every container what a pod's sysctl is for: podman 4.3
+// leaves a pod's sysctls out, and its containers start with the machine's setting.
+func forwardFromTheStart(t *testing.T) {
+	t.Helper()
+	const variable, section = "CONTAINERS_CONF", "[containers]\n"
+	text, err := os.ReadFile(os.Getenv(variable))
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := strings.Replace(string(text), section, section+`default_sysctls = ["net.ipv4.ip_forward=1"]`+"\n", 1)
+	file := filepath.Join(t.TempDir(), "containers.conf")
+	if err := os.WriteFile(file, []byte(changed), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(variable, file)
 }
 
 // awaitReady waits for a router that does not end when it is ready.

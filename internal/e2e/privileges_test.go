@@ -31,14 +31,27 @@ func TestRun(t *testing.T) {
 		"privileged, legacy flavour": {"--privileged", "--sysctl", off, "--env", "PATH=/usr/lib/iptables-legacy:/usr/sbin:/usr/bin"},
 		"two capabilities":           few,
 		"no writable file at all":    append([]string{"--read-only-tmpfs=false"}, few...),
+		"two capabilities, nftables": append([]string{"--env", "EGRESS_ROUTER_BACKEND=nftables"}, few...),
+		alone:                        few,
+		alone + ", privileged":       {"--privileged", "--sysctl", off},
+		alone + ", no writable file": append([]string{"--read-only-tmpfs=false"}, few...),
 		"two capabilities, legacy flavour": append([]string{
 			"--env", "PATH=/usr/lib/iptables-legacy:/usr/sbin:/usr/bin"}, few...),
 	} {
 		t.Run(name, func(t *testing.T) {
-			id := start(t, router(options...)...)
+			image, backend := image, "(nf_tables)"
+			switch {
+			case strings.HasPrefix(name, alone):
+				image, backend = "localhost/"+alone, "backend=nftables"
+			case strings.Contains(name, "nftables"):
+				backend = "backend=nftables"
+			case strings.Contains(name, "legacy flavour"):
+				backend = "(legacy)"
+			}
+			id := startImage(t, image, router(options...)...)
 			await(t, "a ready router", func() bool { return strings.Contains(logs(id), "msg=ready") })
-			if legacy := strings.Contains(name, "legacy flavour"); strings.Contains(logs(id), "(legacy)") != legacy {
-				t.Errorf("legacy flavour in use: %v, want %v", !legacy, legacy)
+			if log := logs(id); !strings.Contains(log, backend) {
+				t.Errorf("the backend is not %s:\n%s", backend, log)
 			}
 			c := newClient(t)
 			c.wantExample(t, clusterAddress(t, pidOf(t, id)))

@@ -166,7 +166,8 @@ func (b *Backend) start(ctx context.Context, input []byte, program string, args 
 		if err != nil {
 			return fail(err)
 		}
-		defer file.Close() // the program has it
+		// The program has one of its own.
+		defer file.Close()
 		cmd.Stdin = file
 	}
 	var out, printed bytes.Buffer

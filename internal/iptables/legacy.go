@@ -103,7 +103,7 @@ func legacyHolds(f rules.Family) (bool, error) {
 	if err != nil {
 		return false, os.NewSyscallError("socket", err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	for name := range strings.FieldsSeq(string(names)) {
 		if !slices.Contains([]rules.Table{rules.Mangle, rules.NAT, rules.Filter}, rules.Table(name)) {
 			continue

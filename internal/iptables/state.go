@@ -39,11 +39,9 @@ func (s state) of(table rules.Table) *contents {
 // chainOf returns the name of our chain that stands at a hook.
 func chainOf(hook rules.Hook) string { return rules.ChainPrefix + string(hook) }
 
-// hookOf returns the hook that a chain of ours stands at; none for a chain that
-// is not ours.
-func hookOf(chain string) (rules.Hook, bool) {
-	hook := rules.Hook(strings.TrimPrefix(chain, rules.ChainPrefix))
-	return hook, chain == chainOf(hook) && slices.Contains(rules.Hooks, hook)
+// hookOf returns the hook that a chain of ours is named after.
+func hookOf(chain string) rules.Hook {
+	return rules.Hook(strings.TrimPrefix(chain, rules.ChainPrefix))
 }
 
 // ICMPv6 by the name that iptables has for it where /etc/protocols is missing,
@@ -141,7 +139,7 @@ func (s state) differences(want state) []string {
 			say("of the chains %sTCP… and %[1]sUDP… of table %s, %d are not as wanted", rules.ChainPrefix, table, inTree)
 		}
 		for _, chain := range chainsOf(have, want) {
-			hook, _ := hookOf(chain)
+			hook := hookOf(chain)
 			switch {
 			case slices.Equal(have.jumps[chain], want.jumps[chain]):
 			case len(have.jumps[chain]) == 0:
@@ -196,7 +194,7 @@ func (s state) script(want state) []byte {
 			if slices.Equal(have.jumps[chain], want.jumps[chain]) {
 				continue
 			}
-			hook, _ := hookOf(chain)
+			hook := hookOf(chain)
 			for range have.jumps[chain] {
 				b = fmt.Appendf(b, "-D %s -j %s\n", hook, chain)
 			}

@@ -1,13 +1,19 @@
 package nft
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
-	"os/exec"
+	"os"
 	"strings"
 	"testing"
-	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -16,36 +22,281 @@ func TestMain(m *testing.M) { nstest.Main(m) }
 
 var sides = rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: netip.MustParseAddr("192.168.12.99"), Mark: 0x1000}
 
-func TestX(t *testing.T) {
-	for _, n := range []int{4, 10000} {
-		var list strings.Builder
-		for i := range n {
-			fmt.Fprintf(&list, "%d tcp 203.0.113.26 443\n", 10001+i)
+func parse(t *testing.T, list string) rules.Plan {
+	t.Helper()
+	set, err := rules.Parse(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rules.NewPlan(set, sides)
+}
+
+// lines returns a list of n redirects.
+func lines(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "%d tcp 203.0.113.26 443\n", 10001+i)
+	}
+	return b.String()
+}
+
+// inNamespace runs fn in an empty network namespace.
+func inNamespace(t *testing.T, fn func()) {
+	t.Helper()
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	if err := ns.Do(func() error { fn(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func begin(t *testing.T) *Tx {
+	t.Helper()
+	tx, err := Begin(t.Context(), rules.IPv4, rules.IPv6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tx
+}
+
+// What the kernel lists is what was loaded, for every plan, from every plan; and
+// the way back leads to what was there.
+func TestApply(t *testing.T) {
+	open := sides
+	open.Crossing = rules.CrossAll
+	example := "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n53 udp 203.0.113.26\n203.0.113.27\n"
+	plans := map[string]rules.Plan{
+		"none":        {},
+		"example":     parse(t, example),
+		"guard":       parse(t, example).Guard(),
+		"no fallback": parse(t, "80 tcp 203.0.113.25\n"),
+		"another":     parse(t, "80 tcp 203.0.113.26\n8081 tcp 203.0.113.26 80\n"),
+		"large":       parse(t, lines(10000)),
+		"open":        rules.NewPlan(rules.Set{}, open),
+		"proxy":       rules.NewProxyPlan(sides),
+		"no IPv6":     parse(t, example).Without(rules.IPv6),
+	}
+	for from := range plans {
+		t.Run(from, func(t *testing.T) {
+			for to := range plans {
+				inNamespace(t, func() {
+					if _, err := begin(t).Apply(t.Context(), plans[from]); err != nil {
+						t.Fatal(err)
+					}
+					tx := begin(t)
+					if found := tx.Differs(plans[from]); len(found) > 0 {
+						t.Fatalf("not as loaded: %v", found)
+					}
+					undo, err := tx.Apply(t.Context(), plans[to])
+					if err != nil {
+						t.Fatalf("to %s: %v", to, err)
+					}
+					again := begin(t)
+					if found := again.Differs(plans[to]); len(found) > 0 {
+						t.Errorf("to %s: %v", to, found)
+					}
+					if got, want := again.Redirects(), len(plans[to].Destinations()) > 0; got != want {
+						t.Errorf("to %s: redirects: %v", to, got)
+					}
+					if err := undo(); err != nil {
+						t.Errorf("back from %s: %v", to, err)
+					}
+					if found := begin(t).Differs(plans[from]); len(found) > 0 {
+						t.Errorf("back from %s: %v", to, found)
+					}
+				})
+			}
+		})
+	}
+}
+
+// A transaction that the kernel refuses changes nothing.
+func TestRefused(t *testing.T) {
+	inNamespace(t, func() {
+		before, bad := parse(t, "80 tcp 203.0.113.25\n"), parse(t, lines(1500))
+		if _, err := begin(t).Apply(t.Context(), before); err != nil {
+			t.Fatal(err)
 		}
-		set, err := rules.Parse(list.String() + "203.0.113.27")
+		// A source translation where none can be, in the last chain.
+		last := &bad.Chains[len(bad.Chains)-1]
+		last.Rules = append(last.Rules, rules.Rule{Target: rules.SNAT, To: sides.Source})
+		_, err := begin(t).Apply(t.Context(), bad)
+		if _, ok := errors.AsType[*LoadError](err); !ok {
+			t.Errorf("error %v, want a *LoadError", err)
+		}
+		if found := begin(t).Differs(before); len(found) > 0 {
+			t.Errorf("it changed: %v", found)
+		}
+	})
+}
+
+// Elements that stay are not touched: what the kernel counts in them, for whoever
+// asks it to, goes on.
+func TestOnlyWhatDiffersChanges(t *testing.T) {
+	have, want := render(parse(t, lines(3000)))[rules.IPv4], render(parse(t, lines(2999)+"9 udp 203.0.113.25\n"))[rules.IPv4]
+	var b batch
+	b.change(tableOf(rules.IPv4), have, want)
+	var kinds []int
+	for _, m := range b.messages {
+		kinds = append(kinds, int(m.Header.Type)&0xff)
+	}
+	if diff := cmp.Diff([]int{unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM}, kinds); diff != "" {
+		t.Errorf("messages: - wanted, + got:\n%s", diff)
+	}
+	for _, m := range b.messages {
+		if len(m.Data) > 200 {
+			t.Errorf("a message of %d bytes for one element", len(m.Data))
+		}
+	}
+}
+
+func TestSteps(t *testing.T) {
+	d := func(list string) destinations {
+		set, err := rules.Parse(list)
 		if err != nil {
 			t.Fatal(err)
 		}
-		begin := time.Now()
-		tx, err := Begin(t.Context(), rules.IPv4, rules.IPv6)
+		return newDestinations(set.Redirects)
+	}
+	for name, test := range map[string]struct{ have, want, gone, more string }{
+		"nothing":     {"", "", "", ""},
+		"from none":   {"", "1 tcp 192.0.2.1", "", "1 tcp 192.0.2.1"},
+		"to none":     {"1 tcp 192.0.2.1", "", "1 tcp 192.0.2.1", ""},
+		"same":        {"1 tcp 192.0.2.1\n2 udp 192.0.2.1", "2 udp 192.0.2.1\n1 tcp 192.0.2.1 1", "", ""},
+		"elsewhere":   {"1 tcp 192.0.2.1", "1 tcp 192.0.2.2", "1 tcp 192.0.2.1", "1 tcp 192.0.2.2"},
+		"one between": {"1 tcp 192.0.2.1\n3 tcp 192.0.2.1", "1 tcp 192.0.2.1\n2 tcp 192.0.2.1\n3 tcp 192.0.2.1", "", "2 tcp 192.0.2.1"},
+		"one less":    {"1 tcp 192.0.2.1\n300 tcp 192.0.2.1\n7 udp 192.0.2.9", "1 tcp 192.0.2.1\n7 udp 192.0.2.9", "300 tcp 192.0.2.1", ""},
+		"protocol":    {"1 tcp 192.0.2.1", "1 udp 192.0.2.1", "1 tcp 192.0.2.1", "1 udp 192.0.2.1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			gone, more := d(test.have).steps(d(test.want))
+			show := func(d destinations) string { return fmt.Sprint([]destination(d)) }
+			if show(gone) != show(d(test.gone)) || show(more) != show(d(test.more)) {
+				t.Errorf("gone %v, more %v", gone, more)
+			}
+		})
+	}
+}
+
+// An answer of the kernel that is cut short is an error, and no panic.
+func FuzzAttributes(f *testing.F) {
+	var b batch
+	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(rules.IPv4), newDestinations([]rules.Redirect{
+		{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("192.0.2.1")},
+	}))
+	f.Add(b.messages[0].Data[4:])
+	f.Add([]byte{3, 0, 0, 0})
+	f.Fuzz(func(_ *testing.T, data []byte) {
+		_ = attributes(data, func(_ uint16, list []byte) error {
+			return attributes(list, func(_ uint16, element []byte) error {
+				_, err := parseElement(element)
+				return err
+			})
+		})
+	})
+}
+
+// An element is read as it was written.
+func TestElementRoundTrip(t *testing.T) {
+	want := newDestinations([]rules.Redirect{
+		{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("192.0.2.1")},
+		{Protocol: rules.UDP, Port: 65535, To: netip.MustParseAddr("203.0.113.255"), ToPort: 1},
+	})
+	var b batch
+	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(rules.IPv4), want)
+	var got destinations
+	err := attributes(b.messages[0].Data[4:], func(kind uint16, list []byte) error {
+		if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+			return nil
+		}
+		return attributes(list, func(_ uint16, element []byte) error {
+			d, err := parseElement(element)
+			got = append(got, d)
+			return err
+		})
+	})
+	if err != nil || fmt.Sprint([]destination(got)) != fmt.Sprint([]destination(want)) {
+		t.Errorf("%v, %v; want %v", got, err, want)
+	}
+}
+
+// Our own tables and nothing else are removed, of nftables; of iptables, our
+// chains and what leads to them.
+func TestStrays(t *testing.T) {
+	both := []rules.Family{rules.IPv4, rules.IPv6}
+	inNamespace(t, func() {
+		if s, err := FindStrays(both, true, true); s != nil || err != nil {
+			t.Fatalf("in an empty namespace: %v, %v", s, err)
+		}
+		if _, err := begin(t).Apply(t.Context(), parse(t, lines(10))); err != nil {
+			t.Fatal(err)
+		}
+		conn, err := nftables.New()
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Log("begin", time.Since(begin))
-		plan := rules.NewPlan(set, sides)
-		begin = time.Now()
-		_, err = tx.Apply(t.Context(), plan)
-		t.Log("apply", time.Since(begin))
+		// As iptables would have them; a rule of somebody else leads to one too.
+		nat := conn.AddTable(&nftables.Table{Name: "nat", Family: nftables.TableFamilyIPv4})
+		base := conn.AddChain(&nftables.Chain{
+			Name: "PREROUTING", Table: nat, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest,
+		})
+		for _, name := range []string{"EGRESS-PREROUTING", "EGRESS-TCP", "EGRESS-TCP-0-4095", "EGRESS-MYLOG"} {
+			c := conn.AddChain(&nftables.Chain{Name: name, Table: nat})
+			conn.AddRule(&nftables.Rule{Table: nat, Chain: c, Exprs: []expr.Any{&expr.Counter{}}})
+			for _, match := range [][]expr.Any{nil, protocol(rules.TCP)} {
+				if match != nil && name != "EGRESS-PREROUTING" {
+					continue
+				}
+				conn.AddRule(&nftables.Rule{Table: nat, Chain: base, Exprs: append(match, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictJump, Chain: name})})
+			}
+		}
+		if err := conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		s, err := FindStrays(both, true, true)
+		if s == nil || err != nil {
+			t.Fatalf("%v, %v", s, err)
+		}
+		if want := "table ip egress-router of nftables, 3 chains of iptables (nf_tables) in table ip nat, table ip6 egress-router of nftables"; s.String() != want {
+			t.Errorf("found %q, want %q", s, want)
+		}
+		if _, err := s.Remove(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var left []string
+		chains, err := conn.ListChains()
 		if err != nil {
-			t.Error(err)
+			t.Fatal(err)
 		}
-		out, _ := exec.Command("nft", "list", "ruleset").CombinedOutput()
-		if n == 4 {
-			t.Logf("%s", out)
+		for _, c := range chains {
+			list, err := conn.GetRules(c.Table, c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			left = append(left, fmt.Sprintf("%s %s %d", c.Table.Name, c.Name, len(list)))
 		}
-		begin = time.Now()
-		tx, err = Begin(t.Context(), rules.IPv4, rules.IPv6)
-		t.Log("begin", time.Since(begin), err)
-		t.Log(tx.Differs(plan))
+		// The other program's rule still leads to a chain, which is empty.
+		if diff := cmp.Diff([]string{"nat PREROUTING 2", "nat EGRESS-PREROUTING 0", "nat EGRESS-MYLOG 1"}, left); diff != "" {
+			t.Errorf("left: - wanted, + got:\n%s", diff)
+		}
+	})
+}
+
+func TestHints(t *testing.T) {
+	for name, test := range map[string]struct {
+		err  interface{ Hint() string }
+		want string
+	}{
+		"too long":      {&LoadError{unix.EMSGSIZE}, "net.core.wmem_max"},
+		"missing parts": {&LoadError{unix.ENOENT}, "modprobe nft_nat"},
+		"no nf_tables":  {&KernelError{unix.EINVAL}, "modprobe nf_tables"},
+		"no privilege":  {&LoadError{os.ErrPermission}, ""},
+	} {
+		if got := test.err.Hint(); !strings.Contains(got, test.want) || (test.want == "") != (got == "") {
+			t.Errorf("%s: %q", name, got)
+		}
 	}
 }

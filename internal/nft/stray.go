@@ -28,7 +28,7 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
 	}
-	defer conn.CloseLasting()
+	defer func() { _ = conn.CloseLasting() }()
 	var s Stray
 	for _, f := range families {
 		chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])

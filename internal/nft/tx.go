@@ -41,7 +41,7 @@ func read(families []rules.Family) (state, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
 	}
-	defer conn.CloseLasting()
+	defer func() { _ = conn.CloseLasting() }()
 	s := make(state)
 	for _, f := range families {
 		found, err := readTable(conn, f)

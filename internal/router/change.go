@@ -158,7 +158,7 @@ func (c *change) removeStrays(ctx context.Context) error {
 			return err
 		}
 		if undo != nil {
-			_ = c.done.add(undo, nil)
+			c.done.add(undo)
 		}
 		c.router.Log.Info("rules of an earlier run removed", "backend", c.rules.String(), "removed", s.String())
 	}
@@ -174,7 +174,8 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 	}
 	undo, err := c.rules.Apply(ctx, plan)
 	if err == nil {
-		return c.done.add(undo, nil)
+		c.done.add(undo)
+		return nil
 	}
 	if ctx.Err() != nil || errors.Is(err, os.ErrPermission) || len(c.rules.Differs(rules.Plan{})) > 0 {
 		return err
@@ -266,7 +267,7 @@ func (c *change) take(ctx context.Context, steps ...link.Step) error {
 		}
 		c.changed = true
 		inverse := s.Inverse()
-		_ = c.done.add(func() error { return c.network.Do(inverse) }, nil)
+		c.done.add(func() error { return c.network.Do(inverse) })
 		c.router.Log.Info("network changed", "step", s.String())
 	}
 	return nil
@@ -289,13 +290,8 @@ func (e *UndoError) Hint() string {
 // An undoList holds the ways back from what was done, in the order done.
 type undoList []func() error
 
-// add appends a way back, unless there was an error, which it returns.
-func (l *undoList) add(undo func() error, err error) error {
-	if err == nil {
-		*l = append(*l, undo)
-	}
-	return err
-}
+// add appends a way back.
+func (l *undoList) add(undo func() error) { *l = append(*l, undo) }
 
 // undo goes all ways back, the last one first, and on after a failure.
 func (l *undoList) undo(log *slog.Logger) error {

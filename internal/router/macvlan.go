@@ -104,14 +104,14 @@ func (r *Router) ensureMacvlan(ctx context.Context, network Network, done *undoL
 	if err := inHost.CreateMacvlan(m, parent, pod.Fd()); err != nil {
 		return nil, err
 	}
-	_ = done.add(func() error {
+	done.add(func() error {
 		kernel, err := link.Open() // the other one is closed by then
 		if err != nil {
 			return err
 		}
 		defer kernel.Close()
 		return kernel.DeleteMacvlan(m)
-	}, nil)
+	})
 	r.Log.Info("network changed", "step", m.String())
 	if m.Mode == "passthru" && len(parent.Addresses) > 0 {
 		r.Log.Warn("in mode passthru all frames of the NIC are the pod's: the host is cut off from its addresses there", "nic", parent.Name, "addresses", parent.Addresses)
