@@ -185,10 +185,6 @@ const (
 // sends for them gets it too: refusals, and ICMP errors such as the one that
 // tells a client of a smaller MTU on the egress side.
 //
-// A redirected packet that would leave by another interface, because the egress
-// side or its default route is gone or the destination is on the cluster side,
-// is dropped; not refused, so that its connection goes on when they are back.
-//
 // The last mangle rules are for packets that the NAT rules have not seen. The
 // kernel decides on the source of a connection with its first packet, so one
 // that was there before the source rule, or before the reserved address was
@@ -196,7 +192,10 @@ const (
 // packet that belongs to no connection, such as one out of TCP's window, would
 // leave as it is.
 //
-// The filter rules let nothing else cross. Whoever can route packets to the pod
+// The filter rules: a redirected packet that would leave by another interface,
+// because the egress side or its default route is gone or the destination is on
+// the cluster side, is dropped; not refused, so that its connection goes on when
+// they are back. And nothing else crosses. Whoever can route packets to the pod
 // could otherwise use the reserved address, and whoever is on the physical
 // network could send packets into the cluster, or talk to what listens in the
 // pod; the original forwarded all of it. Of IPv6, which has no reserved address,
@@ -215,10 +214,8 @@ func NewPlan(set Set, sides Sides) Plan {
 				{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
 			}},
 			{IPv4, NAT, Prerouting, translate},
-			{IPv4, Mangle, Forward, []Rule{
-				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},
-			}},
 			{IPv4, Filter, Forward, []Rule{
+				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},
 				{In: sides.Cluster, Out: sides.Egress, Redirected: closed, Original: true, Target: Return},
 				{In: sides.Egress, Out: sides.Cluster, Redirected: closed, Reply: true, Target: Return},
 				{In: sides.Cluster, Protocol: TCP, Original: true, Target: Reject},

@@ -48,10 +48,8 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 8443 -j DNAT --to-destination 203.0.113.26:443
 -A EGRESS-PREROUTING -i eth0 -j DNAT --to-destination 203.0.113.27
 `,
-		`IPv4 mangle EGRESS-FORWARD
--A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
-`,
 		`IPv4 filter EGRESS-FORWARD
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
@@ -83,14 +81,15 @@ func TestIPTables(t *testing.T) {
 `,
 	}
 	open := slices.Clone(closed)
-	open[3] = `IPv4 filter EGRESS-FORWARD
+	open[2] = `IPv4 filter EGRESS-FORWARD
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
 -A EGRESS-FORWARD -j DROP
 `
-	open = slices.Delete(open, 8, 9) // forwarding of IPv6
+	open = slices.Delete(open, 7, 8) // forwarding of IPv6
 	all := sides
 	all.Crossing = CrossAll
 	drop := "IPv4 filter EGRESS-FORWARD\n-A EGRESS-FORWARD -j DROP\n"
@@ -100,9 +99,9 @@ func TestIPTables(t *testing.T) {
 	}{
 		"redirected only": {NewPlan(exampleSet, sides), closed},
 		"all":             {NewPlan(exampleSet, all), open},
-		"proxy":           {NewProxyPlan(sides), []string{drop, closed[4], closed[8], closed[9]}},
-		"proxy, all":      {NewProxyPlan(all), []string{drop, closed[4], closed[8], closed[9]}},
-		"no IPv6":         {NewPlan(exampleSet, sides).Without(IPv6), closed[:8]},
+		"proxy":           {NewProxyPlan(sides), []string{drop, closed[3], closed[7], closed[8]}},
+		"proxy, all":      {NewProxyPlan(all), []string{drop, closed[3], closed[7], closed[8]}},
+		"no IPv6":         {NewPlan(exampleSet, sides).Without(IPv6), closed[:7]},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var got []string

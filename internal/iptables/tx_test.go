@@ -72,11 +72,9 @@ func TestDiffers(t *testing.T) {
 		"chain EGRESS-INPUT of table filter is missing",
 		"the jump from FORWARD to EGRESS-FORWARD of table filter is missing",
 		"the jump from INPUT to EGRESS-INPUT of table filter is missing",
-		"chain EGRESS-FORWARD of table mangle is missing",
 		"chain EGRESS-OUTPUT of table mangle is missing",
 		"chain EGRESS-POSTROUTING of table mangle is missing",
 		"chain EGRESS-PREROUTING of table mangle is missing",
-		"the jump from FORWARD to EGRESS-FORWARD of table mangle is missing",
 		"the jump from OUTPUT to EGRESS-OUTPUT of table mangle is missing",
 		"the jump from POSTROUTING to EGRESS-POSTROUTING of table mangle is missing",
 		"the jump from PREROUTING to EGRESS-PREROUTING of table mangle is missing",
@@ -98,6 +96,7 @@ func TestScript(t *testing.T) {
 	const there = `*filter
 :EGRESS-FORWARD - [0:0]
 :EGRESS-INPUT - [0:0]
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
@@ -110,17 +109,14 @@ func TestScript(t *testing.T) {
 -I INPUT 1 -j EGRESS-INPUT
 COMMIT
 *mangle
-:EGRESS-FORWARD - [0:0]
 :EGRESS-OUTPUT - [0:0]
 :EGRESS-POSTROUTING - [0:0]
 :EGRESS-PREROUTING - [0:0]
--A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-OUTPUT -m conntrack --ctdir REPLY -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
 -A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
--I FORWARD 1 -j EGRESS-FORWARD
 -I OUTPUT 1 -j EGRESS-OUTPUT
 -I POSTROUTING 1 -j EGRESS-POSTROUTING
 -I PREROUTING 1 -j EGRESS-PREROUTING
@@ -142,15 +138,12 @@ COMMIT
 -X EGRESS-INPUT
 COMMIT
 *mangle
--F EGRESS-FORWARD
 -F EGRESS-OUTPUT
 -F EGRESS-POSTROUTING
 -F EGRESS-PREROUTING
--D FORWARD -j EGRESS-FORWARD
 -D OUTPUT -j EGRESS-OUTPUT
 -D POSTROUTING -j EGRESS-POSTROUTING
 -D PREROUTING -j EGRESS-PREROUTING
--X EGRESS-FORWARD
 -X EGRESS-OUTPUT
 -X EGRESS-POSTROUTING
 -X EGRESS-PREROUTING

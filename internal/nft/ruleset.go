@@ -51,7 +51,6 @@ type place struct {
 var places = map[rules.Table]map[rules.Hook]place{
 	rules.Mangle: {
 		rules.Prerouting:  {nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle - 1},
-		rules.Forward:     {nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityMangle - 1},
 		rules.Output:      {nftables.ChainTypeRoute, nftables.ChainHookOutput, *nftables.ChainPriorityMangle - 1},
 		rules.Postrouting: {nftables.ChainTypeFilter, nftables.ChainHookPostrouting, *nftables.ChainPriorityMangle - 1},
 	},
