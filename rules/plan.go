@@ -304,25 +304,23 @@ func (p Plan) String() string {
 	for _, c := range p.Chains {
 		fmt.Fprintln(&b, c)
 		for _, r := range c.Rules {
-			for _, r := range p.spellOut(r) {
-				fmt.Fprintf(&b, "  %s\n", r.append(nil, c.Family, false))
-			}
+			p.spellOut(r, func(r *Rule) { fmt.Fprintf(&b, "  %s\n", r.append(nil, c.Family, false)) })
 		}
 	}
 	return b.String()
 }
 
-// spellOut returns the rule as rules without the target Redirected.
-func (p Plan) spellOut(r Rule) []Rule {
+// spellOut calls fn with the rule, or, in place of one with the target
+// Redirected, with a rule for each redirect. The rule is fn's for the call only.
+func (p Plan) spellOut(r Rule, fn func(*Rule)) {
 	if r.Target != Redirected {
-		return []Rule{r}
+		fn(&r)
+		return
 	}
-	rules := make([]Rule, 0, len(p.Redirects))
 	for _, to := range p.Redirects {
 		r.Protocol, r.Port, r.Target, r.To, r.ToPort = to.Protocol, to.Port, DNAT, to.To, to.ToPort
-		rules = append(rules, r)
+		fn(&r)
 	}
-	return rules
 }
 
 // Destinations returns where the plan redirects to.

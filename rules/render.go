@@ -1,9 +1,6 @@
 package rules
 
-import (
-	"slices"
-	"strconv"
-)
+import "strconv"
 
 // UnitTest returns the NAT rules of set in the notation that the original
 // prints in its unit-test mode: built-in chains, no match modules, one line for
@@ -16,12 +13,12 @@ func UnitTest(set Set, sides Sides) []byte {
 			continue
 		}
 		for _, r := range c.Rules {
-			for _, r := range plan.spellOut(r) {
+			plan.spellOut(r, func(r *Rule) {
 				b = append(b, "-A "...)
 				b = append(b, c.Hook...)
 				b = append(b, ' ')
 				b = append(r.append(b, c.Family, false), '\n')
-			}
+			})
 		}
 	}
 	return b
@@ -51,33 +48,25 @@ func (p Plan) IPTables() []TextChain {
 				chain.Saved, reached = p.appendTree(chain.Saved, chain, r)
 				continue
 			}
-			chain.appendRules(p.spellOut(r))
+			p.spellOut(r, chain.appendRule)
 		}
 		chains = append(append(chains, chain), reached...)
 	}
 	return chains
 }
 
-// appendRules appends rules to the text of the chain.
-func (c *TextChain) appendRules(rules []Rule) {
-	const line = 96 // bytes of a redirect, with room to spare
-	c.Saved = slices.Grow(c.Saved, line*len(rules))
-	for _, r := range rules {
-		c.Saved = append(c.Saved, "-A "...)
-		c.Saved = append(c.Saved, c.Name...)
-		c.Saved = append(c.Saved, ' ')
-		c.Saved = append(r.append(c.Saved, c.Family, true), '\n')
-	}
+// appendRule appends a rule to the text of the chain.
+func (c *TextChain) appendRule(r *Rule) {
+	c.Saved = append(c.Saved, "-A "...)
+	c.Saved = append(c.Saved, c.Name...)
+	c.Saved = append(c.Saved, ' ')
+	c.Saved = append(r.append(c.Saved, c.Family, true), '\n')
 }
 
 // append writes the rule's match and target in iptables notation. Where modules
 // is set it names the match module of the protocol, as iptables-save does.
-func (r Rule) append(b []byte, family Family, modules bool) []byte {
-	option := func(name, value string) {
-		b = append(b, name...)
-		b = append(b, value...)
-		b = append(b, ' ')
-	}
+func (r *Rule) append(b []byte, family Family, modules bool) []byte {
+	option := func(name, value string) { b = appendOption(b, name, value) }
 	if r.NotFrom.IsValid() {
 		option("! -s ", r.NotFrom.String()+"/"+strconv.Itoa(r.NotFrom.BitLen()))
 	}
@@ -114,14 +103,14 @@ func (r Rule) append(b []byte, family Family, modules bool) []byte {
 	return r.appendTarget(b, family)
 }
 
+func appendOption(b []byte, name, value string) []byte {
+	return append(append(append(b, name...), value...), ' ')
+}
+
 // appendConnection writes what the rule matches of the packet's connection, in
 // the order in which iptables-save prints it.
-func (r Rule) appendConnection(b []byte) []byte {
-	option := func(name, value string) {
-		b = append(b, name...)
-		b = append(b, value...)
-		b = append(b, ' ')
-	}
+func (r *Rule) appendConnection(b []byte) []byte {
+	option := func(name, value string) { b = appendOption(b, name, value) }
 	if r.Unconnected || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
 		b = append(b, "-m conntrack "...)
 	}
@@ -150,7 +139,7 @@ func (r Rule) appendConnection(b []byte) []byte {
 }
 
 // appendTarget writes what follows the target's name.
-func (r Rule) appendTarget(b []byte, family Family) []byte {
+func (r *Rule) appendTarget(b []byte, family Family) []byte {
 	switch r.Target {
 	case DNAT:
 		b = append(b, " --to-destination "...)

@@ -95,7 +95,9 @@ func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextCh
 func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Redirect) []TextChain {
 	chain := TextChain{Family: of.Family, Table: of.Table, Name: in.name()}
 	if len(redirects) <= fanOut {
-		chain.appendRules(Plan{Redirects: redirects}.spellOut(Rule{Target: Redirected}))
+		const line = 96 // bytes of a redirect, with room to spare
+		chain.Saved = make([]byte, 0, line*len(redirects))
+		Plan{Redirects: redirects}.spellOut(Rule{Target: Redirected}, chain.appendRule)
 		return append(chains, chain)
 	}
 	at := len(chains)

@@ -17,6 +17,7 @@ import (
 type backend struct {
 	choice   config.Backend
 	families []rules.Family
+	plan     rules.Plan
 	log      *slog.Logger
 }
 
@@ -53,7 +54,7 @@ func (b backend) iptables(ctx context.Context) (router.Rules, error) {
 	if err != nil {
 		return nil, err
 	}
-	tx, err := found.Begin(ctx)
+	tx, err := found.Begin(ctx, b.plan)
 	if err != nil {
 		return nil, err
 	}

@@ -161,7 +161,7 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	if !link.HasIPv6() {
 		families, plan = families[:1], plan.Without(rules.IPv6)
 	}
-	b := backend{c.Backend, families, log}
+	b := backend{c.Backend, families, plan, log}
 	return &router.Router{
 		Link: wanted(c), Macvlan: macvlan(c), Plan: plan, Forward: c.Mode.Redirects(), Log: log,
 		Network: func() (router.Network, error) { return link.Open() },

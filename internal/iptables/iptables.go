@@ -244,8 +244,9 @@ func (e *printedError) Hint() string {
 	return ""
 }
 
-// Begin reads what the kernel holds and returns a Tx that changes it.
-func (b *Backend) Begin(ctx context.Context) (*Tx, error) {
+// Begin reads what the kernel holds and returns a Tx that changes it. Plan is what
+// the kernel is to hold in the end: its text is made while the programs run.
+func (b *Backend) Begin(ctx context.Context, plan rules.Plan) (*Tx, error) {
 	tx := &Tx{backend: b}
 	var waits []func() error
 	for _, family := range b.families {
@@ -253,6 +254,7 @@ func (b *Backend) Begin(ctx context.Context) (*Tx, error) {
 		tx.families = append(tx.families, f)
 		waits = append(waits, f.read(ctx))
 	}
+	tx.text(plan)
 	var failed []error
 	for _, wait := range waits {
 		failed = append(failed, wait())

@@ -56,7 +56,7 @@ func FindStray(ctx context.Context, families []rules.Family) (*Stray, error) {
 	if err != nil {
 		return nil, &HeldError{err}
 	}
-	tx, err := b.Begin(ctx)
+	tx, err := b.Begin(ctx, rules.Plan{})
 	if err != nil {
 		return nil, err
 	}

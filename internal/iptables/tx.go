@@ -33,7 +33,7 @@ type familyTx struct {
 
 // text returns the chains of a plan as text.
 func (tx *Tx) text(plan rules.Plan) []rules.TextChain {
-	if tx.chains == nil || !plan.Equal(tx.plan) {
+	if !plan.Equal(tx.plan) {
 		tx.plan, tx.chains = plan, plan.IPTables()
 	}
 	return tx.chains

@@ -71,7 +71,7 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 			if err != nil {
 				return nil, err
 			}
-			return backend.Begin(ctx)
+			return backend.Begin(ctx, plan)
 		},
 		Next:   func(context.Context, router.Rules, error) (router.Rules, error) { return nil, nil },
 		Strays: func(context.Context, router.Rules) ([]router.Stray, error) { return nil, nil },
@@ -107,7 +107,7 @@ func state(t *testing.T, l *lab.Lab) string {
 		if err != nil {
 			return err
 		}
-		tx, err := backend.Begin(t.Context())
+		tx, err := backend.Begin(t.Context(), rules.Plan{})
 		if err != nil {
 			return err
 		}
