@@ -192,10 +192,11 @@ const (
 // packet that belongs to no connection, such as one out of TCP's window, would
 // leave as it is.
 //
-// The filter rules: a redirected packet that would leave by another interface,
-// because the egress side or its default route is gone or the destination is on
-// the cluster side, is dropped; not refused, so that its connection goes on when
-// they are back. And nothing else crosses. Whoever can route packets to the pod
+// The filter rules begin with what nearly every packet is. A redirected packet
+// that would leave by another interface, because the egress side or its default
+// route is gone or the destination is on the cluster side, is dropped; not
+// refused, so that its connection goes on when they are back. Nothing else
+// crosses. Whoever can route packets to the pod
 // could otherwise use the reserved address, and whoever is on the physical
 // network could send packets into the cluster, or talk to what listens in the
 // pod; the original forwarded all of it. Of IPv6, which has no reserved address,
@@ -215,9 +216,9 @@ func NewPlan(set Set, sides Sides) Plan {
 			}},
 			{IPv4, NAT, Prerouting, translate},
 			{IPv4, Filter, Forward, []Rule{
-				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},
 				{In: sides.Cluster, Out: sides.Egress, Redirected: closed, Original: true, Target: Return},
 				{In: sides.Egress, Out: sides.Cluster, Redirected: closed, Reply: true, Target: Return},
+				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},
 				{In: sides.Cluster, Protocol: TCP, Original: true, Target: Reject},
 				{In: sides.Cluster, Original: true, Target: Reject},
 				{Target: Drop},

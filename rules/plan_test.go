@@ -49,9 +49,9 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-PREROUTING -i eth0 -j DNAT --to-destination 203.0.113.27
 `,
 		`IPv4 filter EGRESS-FORWARD
--A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
 -A EGRESS-FORWARD -j DROP
@@ -82,9 +82,9 @@ func TestIPTables(t *testing.T) {
 	}
 	open := slices.Clone(closed)
 	open[2] = `IPv4 filter EGRESS-FORWARD
--A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
 -A EGRESS-FORWARD -j DROP

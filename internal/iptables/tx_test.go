@@ -96,9 +96,9 @@ func TestScript(t *testing.T) {
 	const there = `*filter
 :EGRESS-FORWARD - [0:0]
 :EGRESS-INPUT - [0:0]
--A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
 -A EGRESS-FORWARD -j DROP

@@ -49,10 +49,6 @@ func expressions(r rules.Rule) []expr.Any {
 func matches(r rules.Rule) []expr.Any {
 	var e []expr.Any
 	add := func(more ...expr.Any) { e = append(e, more...) }
-	if r.NotFrom.IsValid() {
-		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: sourceAddress, Len: 4},
-			compare(expr.CmpOpNeq, r.NotFrom.AsSlice()))
-	}
 	for _, i := range []struct {
 		name string
 		key  expr.MetaKey
@@ -74,7 +70,12 @@ func matches(r rules.Rule) []expr.Any {
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
 			compare(expr.CmpOpEq, []byte{echoRequest}))
 	}
-	return append(e, connectionMatches(r)...)
+	add(connectionMatches(r)...)
+	if r.NotFrom.IsValid() { // last, since nearly every packet has another source, until it is translated
+		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: sourceAddress, Len: 4},
+			compare(expr.CmpOpNeq, r.NotFrom.AsSlice()))
+	}
+	return e
 }
 
 // connectionMatches returns what the rule matches of the packet's connection.
