@@ -33,8 +33,8 @@ const (
 
 var parts = []string{partLoad, partConnections, partThroughput}
 
-const benchFoot = `Each ratio is that of the medians of all rounds; the spread is the middle half of
-the ratios of single rounds. MISSED means that a goal was not met in this run; the
+const benchFoot = `Each ratio is the median of those of the single rounds, the spread the middle half
+of them; the figures are medians. MISSED means that a goal was not met in this run; the
 exit code stays 0.
 `
 

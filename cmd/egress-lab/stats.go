@@ -68,8 +68,10 @@ func printHeader(w io.Writer, unit string) {
 	fmt.Fprintf(w, rowFormat, "what", "variant", "reference "+unit, "router "+unit, "ratio", "spread", "goal", "ok")
 }
 
-// print prints the row: medians, the ratio of the medians, and as spread the
-// middle half of the ratios of the single rounds.
+// print prints the row: medians of the figures, the median of the ratios of the
+// single rounds, and as spread the middle half of those. What is compared is
+// measured one soon after the other, so a machine that gets slower with the
+// rounds moves the figures, and not their ratios.
 func (r row) print(w io.Writer) {
 	var references, routers, ratios []float64
 	for _, p := range r.pairs {
@@ -77,10 +79,10 @@ func (r row) print(w io.Writer) {
 		routers = append(routers, p.router)
 		ratios = append(ratios, p.router/p.reference)
 	}
-	reference, router := quantile(references, 0.5), quantile(routers, 0.5)
-	fmt.Fprintln(w, strings.TrimRight(fmt.Sprintf(rowFormat, r.what, r.variant, digits(reference), digits(router),
-		fmt.Sprintf("%.2f", router/reference), fmt.Sprintf("%.2f to %.2f", quantile(ratios, 0.25), quantile(ratios, 0.75)),
-		r.goal, r.goal.judge(router/reference)), " \n"))
+	ratio := quantile(ratios, 0.5)
+	fmt.Fprintln(w, strings.TrimRight(fmt.Sprintf(rowFormat, r.what, r.variant,
+		digits(quantile(references, 0.5)), digits(quantile(routers, 0.5)), fmt.Sprintf("%.2f", ratio),
+		fmt.Sprintf("%.2f to %.2f", quantile(ratios, 0.25), quantile(ratios, 0.75)), r.goal, r.goal.judge(ratio)), " \n"))
 }
 
 // digits returns a figure with as many digits as it is worth.
