@@ -85,14 +85,17 @@ func (m Mark) String() string { return fmt.Sprintf("0x%x/0x%[1]x", uint32(m)) }
 
 // A Rule is one match and one target. A zero field matches everything.
 type Rule struct {
-	NotFrom  netip.Addr // source that the packet does not have
-	In       string     // interface that the packet arrived on
+	From     netip.Addr // source that the packet has
+	NotFrom  netip.Addr // source that it does not have
+	Toward   netip.Addr // destination that it has
+	In       string     // interface that it arrived on
 	Out      string     // interface that it leaves by
 	NotOut   string     // interface that it does not leave by
 	Protocol Protocol
 	Port     Port // destination port
 	Echo     bool // an ICMP echo request (RFC 792)
 	Marked   Mark // mark of the connection
+	Unmarked Mark // mark that the connection does not have
 	// Of the connection that the packet belongs to:
 	RepliesNotTo netip.Addr // replies to it do not come to this address
 	Confirmed    bool       // its first packet has left
@@ -166,7 +169,8 @@ const (
 	// refused, as by a pod that forwards nothing.
 	CrossRedirected Crossing = iota
 	// CrossAll lets every connection cross, as the original did where a pod
-	// had been made the gateway of others, and leaves IPv6 to the kernel.
+	// had been made the gateway of others. What of IPv6 crosses that way is
+	// left to the kernel.
 	CrossAll
 )
 
@@ -190,7 +194,8 @@ const (
 // that was there before the source rule, or before the reserved address was
 // another one, would leave with its old source for as long as it lives. And a
 // packet that belongs to no connection, such as one out of TCP's window, would
-// leave as it is.
+// leave as it is. Nor does the pod answer, by the cluster side, an echo request
+// that came from the physical network with a forged source.
 //
 // The filter rules begin with what nearly every packet is. A redirected packet
 // that would leave by another interface, because the egress side or its default
@@ -223,13 +228,14 @@ func NewPlan(set Set, sides Sides) Plan {
 				{In: sides.Cluster, Original: true, Target: Reject},
 				{Target: Drop},
 			}},
-			{IPv4, Filter, Input, inputRules(sides, Rule{Echo: true})},
+			{IPv4, Filter, Input, inputRules(sides, Rule{Echo: true, Toward: sides.Source})},
 			{IPv4, Mangle, Output, []Rule{
 				{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
 			}},
 			{IPv4, Mangle, Postrouting, []Rule{
 				{Out: sides.Egress, RepliesNotTo: sides.Source, Confirmed: true, Original: true, Target: Drop},
 				{Out: sides.Egress, NotFrom: sides.Source, Unconnected: true, Target: Drop},
+				{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop},
 			}},
 			{IPv4, NAT, Postrouting, []Rule{
 				{Out: sides.Egress, Target: SNAT, To: sides.Source},
@@ -247,7 +253,7 @@ func NewProxyPlan(sides Sides) Plan {
 	sides.Crossing = CrossRedirected
 	return Plan{Chains: append([]Chain{
 		{IPv4, Filter, Forward, []Rule{{Target: Drop}}},
-		{IPv4, Filter, Input, inputRules(sides, Rule{Echo: true})},
+		{IPv4, Filter, Input, inputRules(sides, Rule{Echo: true, Toward: sides.Source})},
 	}, chainsIPv6(sides)...)}
 }
 
@@ -265,11 +271,17 @@ func inputRules(sides Sides, also Rule) []Rule {
 // chainsIPv6 returns the chains for IPv6, which works by ICMP where IPv4 has ARP
 // (RFC 4861).
 func chainsIPv6(sides Sides) []Chain {
-	input := Chain{IPv6, Filter, Input, inputRules(sides, Rule{Protocol: ICMPv6})}
+	forward := []Rule{{Target: Drop}}
 	if sides.Crossing == CrossAll {
-		return []Chain{input}
+		forward = []Rule{
+			{In: sides.Egress, Reply: true, Target: Return},
+			{In: sides.Egress, Target: Drop},
+		}
 	}
-	return []Chain{{IPv6, Filter, Forward, []Rule{{Target: Drop}}}, input}
+	return []Chain{
+		{IPv6, Filter, Forward, forward},
+		{IPv6, Filter, Input, inputRules(sides, Rule{Protocol: ICMPv6})},
+	}
 }
 
 // Guard returns the plan without its redirects. It is what must stand before

@@ -58,7 +58,7 @@ func TestIPTables(t *testing.T) {
 `,
 		`IPv4 filter EGRESS-INPUT
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
--A EGRESS-INPUT -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
+-A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
 -A EGRESS-INPUT -i macvlan0 -j DROP
 `,
 		`IPv4 mangle EGRESS-OUTPUT
@@ -67,6 +67,7 @@ func TestIPTables(t *testing.T) {
 		`IPv4 mangle EGRESS-POSTROUTING
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
 -A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
+-A EGRESS-POSTROUTING -s 192.168.12.99/32 -o eth0 -m conntrack --ctdir REPLY -m connmark ! --mark 0x1000/0x1000 -j DROP
 `,
 		`IPv4 nat EGRESS-POSTROUTING
 -A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
@@ -89,7 +90,10 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
 -A EGRESS-FORWARD -j DROP
 `
-	open = slices.Delete(open, 7, 8) // forwarding of IPv6
+	open[7] = `IPv6 filter EGRESS-FORWARD
+-A EGRESS-FORWARD -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i macvlan0 -j DROP
+`
 	all := sides
 	all.Crossing = CrossAll
 	drop := "IPv4 filter EGRESS-FORWARD\n-A EGRESS-FORWARD -j DROP\n"

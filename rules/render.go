@@ -1,6 +1,9 @@
 package rules
 
-import "strconv"
+import (
+	"net/netip"
+	"strconv"
+)
 
 // UnitTest returns the NAT rules of set in the notation that the original
 // prints in its unit-test mode: built-in chains, no match modules, one line for
@@ -67,8 +70,13 @@ func (c *TextChain) appendRule(r *Rule) {
 // is set it names the match module of the protocol, as iptables-save does.
 func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
-	if r.NotFrom.IsValid() {
-		option("! -s ", r.NotFrom.String()+"/"+strconv.Itoa(r.NotFrom.BitLen()))
+	for _, a := range []struct {
+		name string
+		addr netip.Addr
+	}{{"-s ", r.From}, {"! -s ", r.NotFrom}, {"-d ", r.Toward}} {
+		if a.addr.IsValid() {
+			option(a.name, netip.PrefixFrom(a.addr, a.addr.BitLen()).String())
+		}
 	}
 	if r.In != "" {
 		option("-i ", r.In)
@@ -134,6 +142,9 @@ func (r *Rule) appendConnection(b []byte) []byte {
 	}
 	if r.Marked != 0 {
 		option("-m connmark --mark ", r.Marked.String())
+	}
+	if r.Unmarked != 0 {
+		option("-m connmark ! --mark ", r.Unmarked.String())
 	}
 	return b
 }

@@ -182,7 +182,39 @@ func TestStrayPackets(t *testing.T) {
 			for _, link := range []string{"macvlan0", "eth0"} {
 				w.wantNothing(link, func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort || ip.Src.Port() == strayPort })
 			}
+			// The pod's own, from an address that the routes do not keep away.
+			lo := p.handle(p.lab.Router)
+			if err := lo.AddrReplace(p.link(lo, "lo"), parseAddr("198.51.100.98/32")); err != nil {
+				p.Fatal(err)
+			}
+			if err := p.trySendACK(p.lab.Router, "198.51.100.98", "203.0.113.25"); !errors.Is(err, unix.EPERM) {
+				p.Errorf("a segment of the pod's own: %v, want it to be dropped", err)
+			}
+			w.wantNothing("macvlan0", func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort })
 		}
+	})
+}
+
+// Who forges the source of an echo request on the physical network does not
+// bring an answer into the cluster, and other addresses of the pod than the
+// reserved one give none.
+func TestForgedEcho(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.ok()
+		p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+		h := p.handle(p.lab.Outside)
+		if err := h.AddrAdd(p.link(h, "lo"), parseAddr("10.128.0.71/32")); err != nil {
+			p.Fatal(err)
+		}
+		w := p.watch(p.lab.Router, "eth0", "macvlan0")
+		request := []byte{8, 0, 0, 0, 0x12, 0x34, 0, 1} // RFC 792
+		p.sendICMP(p.lab.Outside, "10.128.0.71", "192.168.12.99", request)
+		p.sendICMP(p.lab.Outside, "203.0.113.25", "10.128.0.98", request)
+		if !p.ping(p.lab.Outside, source) {
+			p.Error("the reserved address does not answer to a ping")
+		}
+		w.wantNothing("eth0", func(ip lab.Packet) bool { return ip.Protocol == unix.IPPROTO_ICMP })
+		w.wantSource()
 	})
 }
 
@@ -192,6 +224,12 @@ const strayPort = 4242
 // sendACK sends a TCP segment that acknowledges something and opens nothing.
 func (p *pod) sendACK(ns *netns.Namespace, from, to string) {
 	p.Helper()
+	if err := p.trySendACK(ns, from, to); err != nil {
+		p.Fatal(err)
+	}
+}
+
+func (p *pod) trySendACK(ns *netns.Namespace, from, to string) error {
 	segment := make([]byte, 20) // RFC 9293, section 3.1
 	binary.BigEndian.PutUint16(segment[0:], 40000)
 	binary.BigEndian.PutUint16(segment[2:], strayPort)
@@ -201,13 +239,22 @@ func (p *pod) sendACK(ns *netns.Namespace, from, to string) {
 	binary.BigEndian.PutUint16(segment[14:], 1000)
 	pseudo := slices.Concat(netip.MustParseAddr(from).AsSlice(), netip.MustParseAddr(to).AsSlice(), []byte{0, 6, 0, 20})
 	binary.BigEndian.PutUint16(segment[16:], checksum(append(pseudo, segment...)))
-	p.sendIP(ns, "ip4:tcp", from, to, segment)
+	return sendIP(ns, "ip4:tcp", from, to, segment)
+}
+
+// sendICMP sends an ICMP message, and fills in its checksum.
+func (p *pod) sendICMP(ns *netns.Namespace, from, to string, message []byte) {
+	p.Helper()
+	message = slices.Clone(message)
+	binary.BigEndian.PutUint16(message[2:], checksum(message))
+	if err := sendIP(ns, "ip4:icmp", from, to, message); err != nil {
+		p.Fatal(err)
+	}
 }
 
 // sendIP sends a packet with the given content.
-func (p *pod) sendIP(ns *netns.Namespace, network, from, to string, content []byte) {
-	p.Helper()
-	err := ns.Do(func() error {
+func sendIP(ns *netns.Namespace, network, from, to string, content []byte) error {
+	return ns.Do(func() error {
 		c, err := net.DialIP(network, &net.IPAddr{IP: net.ParseIP(from)}, &net.IPAddr{IP: net.ParseIP(to)})
 		if err != nil {
 			return err
@@ -216,9 +263,6 @@ func (p *pod) sendIP(ns *netns.Namespace, network, from, to string, content []by
 		_, err = c.Write(content)
 		return err
 	})
-	if err != nil {
-		p.Fatal(err)
-	}
 }
 
 // checksum is that of the Internet protocols (RFC 1071).
@@ -404,6 +448,50 @@ func TestClosedToPhysicalNetwork(t *testing.T) {
 	}
 }
 
+// While the first run loads its rules, which may take long, the pod is as it was:
+// nothing of the physical network reaches it by the reserved address.
+func TestClosedFromTheStart(t *testing.T) {
+	eachFlavour(t, lab.Options{}, func(p *pod) {
+		if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+			p.Fatal(err)
+		}
+		p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+		if _, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:7070")); err != nil {
+			p.Fatal(err)
+		}
+		real := p.path
+		p.path = p.programs("case $0 in */iptables-restore) sleep 0.3; esac\nexec $real \"$@\"\n")
+		cmd := p.command("egress-router")
+		p.path = real
+		if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+			p.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		w := p.watch(p.lab.Router, "eth0")
+		for done := false; !done; {
+			select {
+			case err := <-ended:
+				if err != nil {
+					p.Errorf("the router: %v", err)
+				}
+				done = true
+			default:
+			}
+			ctx, cancel := context.WithTimeout(p.Context(), 20*time.Millisecond)
+			for _, addr := range []string{"10.128.0.98:7070", "192.168.12.99:7071", "10.128.0.71:7070"} {
+				a, err := p.lab.Ask(ctx, p.lab.Outside, "tcp", netip.MustParseAddrPort(addr))
+				if err == nil || errors.Is(err, syscall.ECONNREFUSED) {
+					p.Errorf("%s: answer %v, error %v", addr, a, err)
+				}
+			}
+			cancel()
+		}
+		w.wantNothing("eth0", func(ip lab.Packet) bool { return lab.LAN.Contains(ip.Src.Addr()) })
+		p.wantExample()
+	})
+}
+
 func parseAddr(s string) *netlink.Addr { return &netlink.Addr{IPNet: ipNet(s)} }
 
 // A router on the way that has a smaller MTU says so to the reserved address;
@@ -433,8 +521,7 @@ func TestPathMTU(t *testing.T) {
 			// beginning of the packet.
 			const header = 14 // of Ethernet
 			message := slices.Concat([]byte{3, 4, 0, 0, 0, 0, 1200 >> 8, 1200 & 0xff}, sent.Data[header:header+28])
-			binary.BigEndian.PutUint16(message[2:], checksum(message))
-			p.sendIP(p.lab.Outside, "ip4:icmp", "192.168.12.1", "192.168.12.99", message)
+			p.sendICMP(p.lab.Outside, "192.168.12.1", "192.168.12.99", message)
 			for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 				_, err := conn.Write(make([]byte, 1400))
 				if errors.Is(err, unix.EMSGSIZE) {
@@ -489,10 +576,14 @@ func TestIPv6(t *testing.T) {
 			p.wantConnection(p.lab.Client, "[fd00:10::98]:7070") // by the cluster side
 			p.wantConnection(p.lab.Router, through)              // the pod's own
 		}
+		if _, err := p.lab.Serve(p.lab.Client, "tcp", netip.MustParseAddrPort("[fd00:10::71]:7070")); err != nil {
+			p.Fatal(err)
+		}
 		p.env["EGRESS_FORWARD"] = "open"
 		p.ok()
 		p.wantConnection(p.lab.Client, through)
 		p.wantNoAnswer(p.lab.Outside, "tcp", inside)
+		p.wantNoAnswer(p.lab.Outside, "tcp", "[fd00:10::71]:7070")
 		p.wantUnchanged(p.ok())
 	})
 }
@@ -606,6 +697,24 @@ func TestEgressSideTakenAway(t *testing.T) {
 				w.wantSource()
 				if a, err := p.flow(53).ask(); err == nil {
 					p.Errorf("%v answers", a)
+				}
+				if _, err := h.LinkByName("macvlan0"); err != nil {
+					return // whoever made it makes it again
+				}
+				// When it is back, so is the connection: it was not refused.
+				p.ok()
+				_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+				if _, err := conn.Write([]byte("still there\n")); err != nil {
+					p.Errorf("the open connection: %v", err)
+				}
+				for r := bufio.NewReader(conn); ; {
+					line, err := r.ReadString('\n')
+					if err != nil {
+						p.Errorf("the open connection: %v", err)
+					}
+					if err != nil || line == "still there\n" {
+						break
+					}
 				}
 			})
 		})

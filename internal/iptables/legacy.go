@@ -66,12 +66,13 @@ func FindStray(ctx context.Context, families []rules.Family) (*Stray, error) {
 // String says what was found.
 func (s *Stray) String() string { return "chains of iptables (legacy)" }
 
-// Remove removes all of it, or, on an error, nothing, and returns the way back.
+// Remove removes all of it and returns the way back; with an error, where not all
+// is as it was.
 func (s *Stray) Remove(ctx context.Context) (undo func() error, err error) {
 	if undo, err = s.tx.Apply(ctx, rules.Plan{}); err != nil {
-		return nil, fmt.Errorf("removing %s: %w", s, err)
+		err = fmt.Errorf("removing %s: %w", s, err)
 	}
-	return undo, nil
+	return undo, err
 }
 
 // What the kernel tells about a table of the legacy flavour

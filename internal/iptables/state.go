@@ -92,6 +92,16 @@ func parse(saved []byte) state {
 	return s
 }
 
+// holdsRules reports whether any chain of ours has a rule.
+func (c *contents) holdsRules() bool {
+	for _, text := range c.chains {
+		if len(text) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // holdsAny reports whether any chain of ours is there.
 func (s state) holdsAny() bool {
 	for _, c := range s {
@@ -159,7 +169,7 @@ func (s state) differences(want state) []string {
 func (s state) script(want state) []byte {
 	var b []byte
 	tables := tablesOf(s, want)
-	if len(want.of(rules.NAT).chains) == 0 {
+	if !want.of(rules.NAT).holdsRules() {
 		// Redirects go before the rules that guard them.
 		slices.Reverse(tables)
 	}

@@ -114,8 +114,8 @@ func (tx *Tx) Redirects() bool {
 const tries = 3
 
 // Apply makes the kernel hold plan, and does nothing where it does already. It
-// returns the way back to what was there before this call. On an error it has
-// gone that way already.
+// returns the way back to what was there before this call; with an error, where
+// not all is as it was.
 //
 // Chains and jumps go in together, by one restore for each family: go-iptables,
 // whose calls change one rule each, would leave moments in which a chain is
@@ -133,7 +133,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	if err := become(ctx, tx.families, func(f *familyTx) state { return f.wanted(chains) }, 1); err != nil {
 		for _, f := range tx.families {
 			if len(f.now.script(before[f])) > 0 {
-				return nil, errors.Join(err, undo())
+				return undo, err
 			}
 		}
 		return nil, err

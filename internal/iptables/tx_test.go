@@ -103,7 +103,7 @@ func TestScript(t *testing.T) {
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
 -A EGRESS-FORWARD -j DROP
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
--A EGRESS-INPUT -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
+-A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
 -A EGRESS-INPUT -i macvlan0 -j DROP
 -I FORWARD 1 -j EGRESS-FORWARD
 -I INPUT 1 -j EGRESS-INPUT
@@ -115,6 +115,7 @@ COMMIT
 -A EGRESS-OUTPUT -m conntrack --ctdir REPLY -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
 -A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
+-A EGRESS-POSTROUTING -s 192.168.12.99/32 -o eth0 -m conntrack --ctdir REPLY -m connmark ! --mark 0x1000/0x1000 -j DROP
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -I OUTPUT 1 -j EGRESS-OUTPUT
@@ -160,6 +161,10 @@ COMMIT
 	}
 	if diff := cmp.Diff(back, string(want.script(have))); diff != "" {
 		t.Errorf("back: - wanted, + got:\n%s", diff)
+	}
+	// Where all of it goes, the redirects go before what guards them.
+	if gone := string(want.script(f.wanted(nil))); strings.Index(gone, "*nat") > strings.Index(gone, "*filter") {
+		t.Errorf("the filter rules go before the redirects:\n%s", gone)
 	}
 	if same := want.script(want); len(same) > 0 {
 		t.Errorf("to the same state:\n%s", same)

@@ -19,7 +19,10 @@ import (
 // hundred; of the library's this uses the expressions.
 type batch struct {
 	messages []netlink.Message
-	err      error // of the first thing that could not be encoded
+	// The number of the kernel's rule set that the changes are worked out for;
+	// zero: any. The kernel refuses a batch for another one with ERESTART.
+	generation uint32
+	err        error // of the first thing that could not be encoded
 }
 
 // writeBuffer is the room for a batch in bytes. The largest possible one, with a
@@ -163,8 +166,9 @@ func (b *batch) run() error {
 		return fmt.Errorf("opening a netlink socket for rules: %w", err)
 	}
 	defer conn.Close()
-	// Without privilege over the machine the system's limit holds, which is
-	// enough for some 10,000 redirects; sending says where it is not.
+	// Without privilege over the machine the system's limit holds
+	// (net.core.wmem_max), which by default is enough to load some 11,000
+	// redirects, or to replace half as many; sending says where it is not.
 	if err := conn.SetWriteBuffer(writeBuffer); err != nil {
 		return fmt.Errorf("enlarging the buffer of a netlink socket: %w", err)
 	}
@@ -174,7 +178,13 @@ func (b *batch) run() error {
 			Data:   header(unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES),
 		}
 	}
-	messages := append([]netlink.Message{edge(unix.NFNL_MSG_BATCH_BEGIN)}, b.messages...)
+	begin := edge(unix.NFNL_MSG_BATCH_BEGIN)
+	if b.generation != 0 {
+		begin.Data = binary.NativeEndian.AppendUint16(begin.Data, headerLen+4)
+		begin.Data = binary.NativeEndian.AppendUint16(begin.Data, unix.NFNL_BATCH_GENID)
+		begin.Data = binary.BigEndian.AppendUint32(begin.Data, b.generation)
+	}
+	messages := append([]netlink.Message{begin}, b.messages...)
 	// The kernel reports errors in the order of the messages: if the first
 	// report is that the last one went well, all of them have.
 	messages[len(messages)-1].Header.Flags |= netlink.Acknowledge
@@ -183,6 +193,44 @@ func (b *batch) run() error {
 	}
 	_, err = conn.Receive()
 	return reason(err)
+}
+
+// ask asks the kernel for one thing and returns a number of its answer, if it is
+// in there, by the kind of its attribute.
+func ask(what int, family nftables.TableFamily, kind uint16, encode func(*netlink.AttributeEncoder)) (n uint32, there bool, err error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return 0, false, fmt.Errorf("opening a netlink socket for rules: %w", err)
+	}
+	defer conn.Close()
+	var b batch
+	b.add(what, 0, family, encode)
+	if b.err != nil {
+		return 0, false, b.err
+	}
+	messages, err := conn.Execute(b.messages[0])
+	if err != nil {
+		return 0, false, reason(err)
+	}
+	for _, m := range messages {
+		err := attributes(m.Data[len(header(0, 0)):], func(k uint16, data []byte) error {
+			if k == kind && len(data) == 4 {
+				n, there = binary.BigEndian.Uint32(data), true
+			}
+			return nil
+		})
+		if err != nil {
+			return 0, false, err
+		}
+	}
+	return n, there, nil
+}
+
+// generation returns the number of the kernel's rule set, which each change of
+// it by anybody makes another one (linux/netfilter/nf_tables.h, NFTA_GEN_ID).
+func generation() (uint32, error) {
+	n, _, err := ask(unix.NFT_MSG_GETGEN, unix.AF_UNSPEC, unix.NFTA_GEN_ID, func(*netlink.AttributeEncoder) {})
+	return n, err
 }
 
 // reason returns what the kernel said, without the library's words.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"syscall"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -131,47 +132,30 @@ const countAttribute = 20
 
 // countElements returns how many elements the map of redirects of a table has.
 func countElements(t *nftables.Table) (int, error) {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return 0, fmt.Errorf("opening a netlink socket for rules: %w", err)
-	}
-	defer conn.Close()
-	var b batch
-	b.add(unix.NFT_MSG_GETSET, 0, t.Family, func(e *netlink.AttributeEncoder) {
+	n, there, err := ask(unix.NFT_MSG_GETSET, t.Family, countAttribute, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_TABLE, t.Name)
 		e.String(unix.NFTA_SET_NAME, mapName)
 	})
-	if b.err != nil {
-		return 0, b.err
-	}
-	messages, err := conn.Execute(b.messages[0])
-	if err != nil {
-		return 0, reason(err)
-	}
-	n := -1
-	for _, m := range messages {
-		err := attributes(m.Data[len(header(0, 0)):], func(kind uint16, data []byte) error {
-			if kind == countAttribute && len(data) == 4 {
-				n = int(binary.BigEndian.Uint32(data))
-			}
-			return nil
-		})
-		if err != nil {
-			return 0, err
-		}
-	}
-	if n < 0 { // an older kernel: listing them takes as long as loading them
+	if err == nil && !there { // an older kernel: listing them takes as long as loading them
 		d, err := readElements(t)
 		return len(d), err
 	}
-	return n, nil
+	return int(n), err
 }
 
-// readTries is how often a listing is taken before its interruption is an error.
-const readTries = 20
+// readTries is how often a listing is taken before its interruption is an error,
+// readPause what lies between: the kernel moves the largest map within some 10 ms.
+const (
+	readTries = 50
+	readPause = 5 * time.Millisecond
+)
 
 // errInterrupted says that the map changed while it was listed, so that the
 // listing may lack something (netlink(7), NLM_F_DUMP_INTR).
+//
+// The kernel does not say so when it only moves elements to a larger table, which
+// it does in the background after a large load: a listing then has some twice
+// and lacks others, as many in all as there are.
 var errInterrupted = errors.New("it changes all the time")
 
 // readElements returns the elements of the map of redirects of a table.
@@ -186,6 +170,7 @@ func readElements(t *nftables.Table) (destinations, error) {
 		if !errors.Is(err, errInterrupted) || try == readTries {
 			return d, err
 		}
+		time.Sleep(readPause)
 	}
 }
 
@@ -215,10 +200,13 @@ func listElements(conn *netlink.Conn, t *nftables.Table) (destinations, error) {
 			})
 		})
 	})
+	d.sort()
+	for i := range d[:max(0, len(d)-1)] {
+		interrupted = interrupted || d[i].key == d[i+1].key
+	}
 	if err == nil && interrupted {
 		err = errInterrupted
 	}
-	d.sort()
 	return d, err
 }
 

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"bytes"
+	"net/netip"
 
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
@@ -34,8 +35,9 @@ const portUnreachable = 3
 
 // offsets in the headers.
 const (
-	sourceAddress   = 12 // of the IPv4 header (RFC 791)
-	destinationPort = 2  // of the TCP and UDP headers (RFC 9293, RFC 768)
+	sourceAddress      = 12 // of the IPv4 header (RFC 791)
+	destinationAddress = 16
+	destinationPort    = 2 // of the TCP and UDP headers (RFC 9293, RFC 768)
 )
 
 // expressions returns a rule as the kernel's expressions. It gives them in the
@@ -71,9 +73,21 @@ func matches(r rules.Rule) []expr.Any {
 			compare(expr.CmpOpEq, []byte{echoRequest}))
 	}
 	add(connectionMatches(r)...)
-	if r.NotFrom.IsValid() { // last, since nearly every packet has another source, until it is translated
-		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: sourceAddress, Len: 4},
-			compare(expr.CmpOpNeq, r.NotFrom.AsSlice()))
+	// The addresses are last: nearly every packet has another source, until it is
+	// translated.
+	for _, a := range []struct {
+		addr   netip.Addr
+		offset uint32
+		op     expr.CmpOp
+	}{
+		{r.From, sourceAddress, expr.CmpOpEq},
+		{r.NotFrom, sourceAddress, expr.CmpOpNeq},
+		{r.Toward, destinationAddress, expr.CmpOpEq},
+	} {
+		if a.addr.IsValid() {
+			add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: a.offset, Len: 4},
+				compare(a.op, a.addr.AsSlice()))
+		}
 	}
 	return e
 }
@@ -105,9 +119,14 @@ func connectionMatches(r rules.Rule) []expr.Any {
 	if r.Reply {
 		add(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: register}, compare(expr.CmpOpEq, []byte{expr.CtDirReply}))
 	}
-	if r.Marked != 0 {
-		mark := binaryutil.NativeEndian.PutUint32(uint32(r.Marked))
-		add(&expr.Ct{Key: expr.CtKeyMARK, Register: register}, bits(mark, make([]byte, 4)), compare(expr.CmpOpEq, mark))
+	for _, m := range []struct {
+		mark rules.Mark
+		op   expr.CmpOp
+	}{{r.Marked, expr.CmpOpEq}, {r.Unmarked, expr.CmpOpNeq}} {
+		if m.mark != 0 {
+			mark := binaryutil.NativeEndian.PutUint32(uint32(m.mark))
+			add(&expr.Ct{Key: expr.CtKeyMARK, Register: register}, bits(mark, make([]byte, 4)), compare(m.op, mark))
+		}
 	}
 	return e
 }

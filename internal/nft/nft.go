@@ -24,8 +24,9 @@ const tableName = "egress-router"
 // A Tx changes the tables of one network namespace. It knows what the kernel
 // held when it began and after each change of its own.
 type Tx struct {
-	families []rules.Family
-	now      state
+	families   []rules.Family
+	now        state
+	generation uint32 // of the kernel's rules when now was read, or written
 }
 
 // A KernelError says that the kernel does not do nftables.
@@ -46,11 +47,11 @@ func (e *KernelError) Hint() string {
 // Begin reads what the kernel holds, in the calling thread's network namespace,
 // and returns a Tx that changes it. Families are those whose rules it is for.
 func Begin(_ context.Context, families ...rules.Family) (*Tx, error) {
-	now, err := read(families)
-	if err != nil {
+	tx := &Tx{families: families}
+	if err := tx.read(); err != nil {
 		return nil, err
 	}
-	return &Tx{families, now}, nil
+	return tx, nil
 }
 
 // String names the backend.
@@ -74,8 +75,8 @@ func (tx *Tx) Redirects() bool {
 func (tx *Tx) Differs(plan rules.Plan) []string { return tx.now.differences(render(plan), tx.families) }
 
 // Apply makes the kernel hold plan, and does nothing where it does already. It
-// returns the way back to what was there before this call. On an error the
-// kernel holds what it held.
+// returns the way back to what was there before this call; with an error, where
+// not all is as it was.
 func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	before := tx.now
 	if err := ctx.Err(); err != nil {
@@ -84,7 +85,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	undo = func() error { return tx.become(before) }
 	if err := tx.become(render(plan)); err != nil {
 		if len(tx.now.differences(before, tx.families)) > 0 {
-			err = errors.Join(err, undo())
+			return undo, err
 		}
 		return nil, err
 	}
@@ -93,7 +94,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 
 // missingErrors are what kernels say that lack nf_tables or a family of it
 // (nfnetlink_rcv_msg in net/netfilter/nfnetlink.c, nf_tables_api.c).
-var missingErrors = []error{unix.EPROTONOSUPPORT, unix.EOPNOTSUPP, unix.EAFNOSUPPORT, unix.ENOENT, unix.EINVAL}
+var missingErrors = []error{unix.EPROTONOSUPPORT, unix.EOPNOTSUPP, unix.EAFNOSUPPORT, unix.EINVAL}
 
 // missing reports whether an error says that the kernel lacks nf_tables, or a
 // family of it.

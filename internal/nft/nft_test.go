@@ -133,6 +133,38 @@ func TestRefused(t *testing.T) {
 	})
 }
 
+// Rules that somebody changes after they were read are read once more: neither
+// are those lost that a change leaves as they were, nor are any there twice.
+func TestChangedMeanwhile(t *testing.T) {
+	example := parse(t, "80 tcp 203.0.113.25\n203.0.113.27\n")
+	inNamespace(t, func() {
+		first, second := begin(t), begin(t)
+		for _, tx := range []*Tx{first, second} {
+			if _, err := tx.Apply(t.Context(), example); err != nil {
+				t.Fatal(err)
+			}
+			if found := begin(t).Differs(example); len(found) > 0 {
+				t.Errorf("not as loaded: %v", found)
+			}
+		}
+		late := begin(t)
+		conn, err := nftables.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.FlushRuleset()
+		if err := conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := late.Apply(t.Context(), example.Guard()); err != nil {
+			t.Fatal(err)
+		}
+		if found := begin(t).Differs(example.Guard()); len(found) > 0 {
+			t.Errorf("not as loaded: %v", found)
+		}
+	})
+}
+
 // Elements that stay are not touched: what the kernel counts in them, for whoever
 // asks it to, goes on.
 func TestOnlyWhatDiffersChanges(t *testing.T) {

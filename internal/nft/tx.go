@@ -34,8 +34,36 @@ func tableOf(f rules.Family) *nftables.Table {
 	return &nftables.Table{Name: tableName, Family: tableFamilies[f]}
 }
 
-// read takes the state from the kernel.
-func read(families []rules.Family) (state, error) {
+// tries is how often a change is worked out anew because somebody changed the
+// kernel's rules between reading and writing them.
+const tries = 5
+
+// read takes the state from the kernel, with the number of the rule set that it
+// is part of.
+func (tx *Tx) read() error {
+	for try := 1; ; try++ {
+		before, err := generation()
+		if err != nil {
+			if missing(err) {
+				return &KernelError{err}
+			}
+			return fmt.Errorf("asking the kernel for the number of its rule set: %w", err)
+		}
+		now, err := readTables(tx.families)
+		after, genErr := generation()
+		if genErr == nil && after != before && try < tries {
+			continue // several listings make the state, and it changed in between
+		}
+		if err := errors.Join(err, genErr); err != nil {
+			return err
+		}
+		tx.now, tx.generation = now, before
+		return nil
+	}
+}
+
+// readTables lists our tables.
+func readTables(families []rules.Family) (state, error) {
 	// One socket for all: the kernel takes its time to close one.
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
@@ -118,15 +146,28 @@ func readChains(conn *nftables.Conn, f rules.Family, into *table) error {
 // become makes the kernel hold target, by one transaction, and sees that no
 // element got lost on the way.
 func (tx *Tx) become(target state) error {
-	if len(tx.now.differences(target, tx.families)) == 0 {
-		return nil
+	for try := 1; ; try++ {
+		if len(tx.now.differences(target, tx.families)) == 0 {
+			return nil
+		}
+		b := batch{generation: tx.generation}
+		for _, f := range tx.families {
+			b.change(tableOf(f), tx.now[f], target[f])
+		}
+		err := b.run()
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.ERESTART) || try == tries {
+			return &LoadError{err}
+		}
+		if err := tx.read(); err != nil {
+			return err
+		}
 	}
-	var b batch
-	for _, f := range tx.families {
-		b.change(tableOf(f), tx.now[f], target[f])
-	}
-	if err := b.run(); err != nil {
-		return &LoadError{err}
+	var err error
+	if tx.generation, err = generation(); err != nil {
+		return err
 	}
 	tx.now = target
 	for f, t := range target {
@@ -139,9 +180,7 @@ func (tx *Tx) become(target state) error {
 		}
 		if err != nil {
 			// The way back starts from what is there.
-			now, again := read(tx.families)
-			tx.now = now
-			return errors.Join(fmt.Errorf("checking the map %s: %w", mapName, err), again)
+			return errors.Join(fmt.Errorf("checking the map %s: %w", mapName, err), tx.read())
 		}
 	}
 	return nil

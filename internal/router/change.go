@@ -86,23 +86,21 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 // apply changes what is not as wanted.
 //
 // The order leaves no time at which redirected traffic has another source than
-// the reserved address or another way out than the egress interface: before
-// routes change, redirects that are not as planned go, and the rules that set
-// the source stand; redirects come after the routes; forwarding is turned on
-// last. Where the routes are right, rules change from what they are to what is
-// planned at once, so that no new connection is refused meanwhile. Where the
-// kernel does not forward yet, that alone holds redirected packets back, and all
-// rules come at once. Without redirects the rules come first of all: they keep
-// the physical network from what listens in the pod.
+// the reserved address or another way out than the egress interface, nor one at
+// which the physical network reaches the pod: rules come before the address and
+// the routes; redirects after them, where packets could be redirected before;
+// forwarding is turned on last. Where the network is right, rules change from
+// what they are to what is planned at once, so that no new connection is refused
+// meanwhile. Rules that another backend holds work until they are removed, with
+// the source that was the reserved address when they were loaded.
 func (c *change) apply(ctx context.Context) error {
 	plan := c.router.Plan
-	switch {
-	case !c.router.Forward:
-		if err := c.load(ctx, plan); err != nil {
-			return err
+	if len(link.Diff(c.want, c.have)) > 0 {
+		first := plan
+		if c.router.Forward && (c.rules.Redirects() || c.have.ForwardsAny()) {
+			first = plan.Guard()
 		}
-	case c.rules.Redirects() && len(link.Diff(c.want, c.have)) > 0:
-		if err := c.load(ctx, plan.Guard()); err != nil {
+		if err := c.load(ctx, first); err != nil {
 			return err
 		}
 	}
@@ -113,15 +111,6 @@ func (c *change) apply(ctx context.Context) error {
 	// socket takes some 10 ms, in which the rest is done.
 	if err := c.announce(); err != nil {
 		return err
-	}
-	if c.router.Forward && len(link.Diff(c.want, c.have)) > 0 {
-		first := plan
-		if c.have.ForwardsAny() {
-			first = plan.Guard()
-		}
-		if err := c.load(ctx, first); err != nil {
-			return err
-		}
 	}
 	if err := c.converge(ctx, link.Diff); err != nil {
 		return err
@@ -154,11 +143,11 @@ func (c *change) removeStrays(ctx context.Context) error {
 			return err
 		}
 		undo, err := s.Remove(ctx)
-		if err != nil {
-			return err
-		}
 		if undo != nil {
 			c.done.add(undo)
+		}
+		if err != nil {
+			return err
 		}
 		c.router.Log.Info("rules of an earlier run removed", "backend", c.rules.String(), "removed", s.String())
 	}
@@ -176,6 +165,12 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 	if err == nil {
 		c.done.add(undo)
 		return nil
+	}
+	if undo != nil {
+		if undoErr := undo(); undoErr != nil {
+			c.done.add(undo) // once more, and then it is said
+			return errors.Join(err, undoErr)
+		}
 	}
 	if ctx.Err() != nil || errors.Is(err, os.ErrPermission) || len(c.rules.Differs(rules.Plan{})) > 0 {
 		return err

@@ -131,8 +131,8 @@ func TestOrder(t *testing.T) {
 		plan  rules.Plan
 		want  []string
 	}{
-		"fresh":                     {func(*script) {}, plan, []string{address, up, all, gateway, standard, forward, forget}},
-		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{address, up, guard, gateway, standard, all, forget}},
+		"fresh":                     {func(*script) {}, plan, []string{all, address, up, gateway, standard, forward, forget}},
+		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{guard, address, up, gateway, standard, all, forget}},
 		"redirects already, others wanted": {
 			func(s *script) { s.state.Forwards, s.redirects = true, true }, plan,
 			[]string{guard, address, up, gateway, standard, all, forget},

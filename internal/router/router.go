@@ -54,7 +54,7 @@ type Rules interface {
 	Redirects() bool                  // whether there are redirects of ours
 	Differs(want rules.Plan) []string // where they are not as wanted, a line each
 	// Apply makes them what is wanted and returns the way back. On an error
-	// they are as they were.
+	// they are as they were where there is no way back.
 	Apply(ctx context.Context, want rules.Plan) (undo func() error, err error)
 }
 
@@ -62,7 +62,8 @@ type Rules interface {
 type Stray interface {
 	fmt.Stringer
 	// Remove removes it and returns the way back; nil where there is none, of
-	// a stray that has to be the last. On an error it is as it was.
+	// a stray that has to be the last. On an error it is as it was where there
+	// is no way back.
 	Remove(context.Context) (undo func() error, err error)
 }
 
