@@ -115,8 +115,8 @@ func TestBackendChangeFails(t *testing.T) {
 	before := p.state()
 	p.use(nftables)
 	p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.26\n"
-	// Forwarding is off, and cannot be turned on: this is found beforehand. So
-	// that it fails in the middle, a link is in the way of the address.
+	// The kernel refuses to set an interface up whose hardware address another
+	// macvlan of the NIC has. The rules are loaded by then.
 	h := p.handle(p.lab.Router)
 	if err := h.LinkSetDown(p.link(h, "macvlan0")); err != nil {
 		t.Fatal(err)
@@ -131,7 +131,8 @@ func TestBackendChangeFails(t *testing.T) {
 	if err := node.LinkSetUp(twin); err != nil {
 		t.Fatal(err)
 	}
-	if r := p.run(); r.code != 1 || !strings.Contains(r.last(), "address already in use") {
+	r := p.run()
+	if r.code != 1 || !strings.Contains(r.last(), "address already in use") || !strings.Contains(r.stderr, "everything is put back") {
 		t.Errorf("exit code %d:\n%s", r.code, r.stderr)
 	}
 	p.use(iptablesNFT)
