@@ -87,13 +87,14 @@ func TestImages(t *testing.T) {
 			for _, name := range images {
 				name := "localhost/" + name + ":" + tag
 				all, limit := files(t, name), 25e6
-				if strings.Contains(name, alone) {
+				switch {
+				case strings.Contains(name, alone):
 					limit = 12e6
 					checkAlone(t, all, machines[arch])
-				} else if first == nil {
+				case first == nil:
 					first = all
 					checkFiles(t, all, machines[arch])
-				} else if !slices.Equal(slices.Sorted(maps.Keys(first)), slices.Sorted(maps.Keys(all))) {
+				case !slices.Equal(slices.Sorted(maps.Keys(first)), slices.Sorted(maps.Keys(all))):
 					t.Errorf("%s holds other files than the first image", name)
 				}
 				inspect := func(format string) string {
