@@ -1,0 +1,118 @@
+package resolver
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+)
+
+// A cache keeps what look-ups brought, good or bad, and lets those who want the
+// same share one look-up. It is bounded: names come from clients too.
+type cache[K comparable, V any] struct {
+	max     int
+	mu      sync.Mutex
+	entries map[K]*entry[V]
+}
+
+// An entry is what is known of one name. The cache's lock guards it.
+type entry[V any] struct {
+	value   V         // the last there was, which may be old
+	expires time.Time // of value; zero: there is none
+	err     error     // of the last look-up
+	until   time.Time // when to look up again
+	done    chan struct{}
+}
+
+func newCache[K comparable, V any](limit int) *cache[K, V] {
+	return &cache[K, V]{max: limit, entries: map[K]*entry[V]{}}
+}
+
+// get returns what is kept for a key and when it expires, and calls lookUp if
+// that is no longer good. With an error of ErrNoAnswer, or of the context, comes
+// the old value, if there is one that is not too old.
+//
+// lookUp runs under a context of its own, since others may wait for it too. It
+// returns the value and for how long that, or its absence, is to be kept.
+func (c *cache[K, V]) get(ctx context.Context, key K, lookUp func(context.Context) (V, time.Duration, error)) (V, time.Time, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.entries[key]
+	if e == nil {
+		c.makeRoom()
+		e = new(entry[V])
+		c.entries[key] = e
+	}
+	if time.Now().Before(e.until) {
+		return e.value, e.expires, e.err
+	}
+	if e.done == nil {
+		e.done = make(chan struct{})
+		go c.fill(context.WithoutCancel(ctx), e, lookUp)
+	}
+	done := e.done
+	c.mu.Unlock()
+	var err error
+	select {
+	case <-done:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	c.mu.Lock()
+	if err == nil {
+		err = e.err
+	}
+	return e.value, e.expires, err
+}
+
+// fill looks up what an entry is for.
+func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], lookUp func(context.Context) (V, time.Duration, error)) {
+	value, ttl, err := lookUp(ctx)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	e.err, e.until = err, now.Add(ttl)
+	switch {
+	case err == nil:
+		e.value, e.expires = value, e.until
+	case !errors.Is(err, ErrNoAnswer) || now.After(e.expires.Add(MaxStale)):
+		var none V
+		e.value, e.expires = none, time.Time{}
+	}
+	close(e.done)
+	e.done = nil
+}
+
+// expire makes everything old.
+func (c *cache[K, V]) expire() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		e.until = time.Time{}
+	}
+}
+
+// makeRoom removes an entry if there is no room for one more: of a few, which
+// the map picks at random, the one that is to be looked up soonest. Looking
+// through all of them each time would let a client that asks for ever new names
+// slow down all others.
+func (c *cache[K, V]) makeRoom() {
+	if len(c.entries) < c.max {
+		return
+	}
+	const few = 16
+	var victim K
+	var oldest *entry[V]
+	seen := 0
+	for key, e := range c.entries {
+		if e.done == nil && (oldest == nil || e.until.Before(oldest.until)) {
+			victim, oldest = key, e
+		}
+		if seen++; seen >= few && oldest != nil {
+			break
+		}
+	}
+	if oldest != nil {
+		delete(c.entries, victim)
+	}
+}

@@ -1,0 +1,91 @@
+package resolver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// What is kept, for how long, and what comes with an error.
+func TestCache(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache[string, int](10)
+		calls := 0
+		var err error
+		get := func(wantValue, wantCalls int, wantErr error) {
+			t.Helper()
+			value, _, got := c.get(t.Context(), "a", func(context.Context) (int, time.Duration, error) {
+				time.Sleep(time.Second)
+				calls++
+				return calls, time.Minute, err
+			})
+			if value != wantValue || calls != wantCalls || !errors.Is(got, wantErr) {
+				t.Errorf("%d, %v after %d calls; want %d, %v after %d", value, got, calls, wantValue, wantErr, wantCalls)
+			}
+		}
+		get(1, 1, nil)
+		time.Sleep(59 * time.Second)
+		get(1, 1, nil)
+		time.Sleep(time.Second)
+		get(2, 2, nil)
+
+		err = ErrNoAnswer
+		time.Sleep(time.Minute)
+		get(2, 3, ErrNoAnswer)
+		get(2, 3, ErrNoAnswer) // a failure is kept too
+		time.Sleep(MaxStale - 5*time.Minute)
+		get(2, 4, ErrNoAnswer)
+		time.Sleep(10 * time.Minute)
+		get(0, 5, ErrNoAnswer) // too old
+
+		err = nil
+		time.Sleep(time.Minute)
+		get(6, 6, nil)
+		err = ErrNoName
+		time.Sleep(time.Minute)
+		get(0, 7, ErrNoName) // an answer too
+		err = ErrNoAnswer
+		time.Sleep(time.Minute)
+		get(0, 8, ErrNoAnswer)
+	})
+}
+
+// The cache does not grow beyond its bound, keeps what is longest good, and
+// never lets go of a look-up that is waited for.
+func TestCacheIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache[string, int](8)
+		block := make(chan struct{})
+		fetch := func(ttl time.Duration) func(context.Context) (int, time.Duration, error) {
+			return func(context.Context) (int, time.Duration, error) { return 1, ttl, nil }
+		}
+		go func() {
+			_, _, _ = c.get(t.Context(), "waited for", func(context.Context) (int, time.Duration, error) {
+				<-block
+				return 1, time.Minute, nil
+			})
+		}()
+		synctest.Wait()
+		if _, _, err := c.get(t.Context(), "long", fetch(time.Hour)); err != nil {
+			t.Error(err)
+		}
+		for i := range 1000 {
+			if _, _, err := c.get(t.Context(), fmt.Sprint(i), fetch(time.Second)); err != nil {
+				t.Error(err)
+			}
+			if len(c.entries) > 8 {
+				t.Fatalf("%d entries", len(c.entries))
+			}
+		}
+		for _, key := range []string{"waited for", "long"} {
+			if c.entries[key] == nil {
+				t.Errorf("%q is gone", key)
+			}
+		}
+		close(block)
+		synctest.Wait()
+	})
+}

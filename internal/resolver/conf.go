@@ -1,0 +1,109 @@
+package resolver
+
+import (
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// A conf is what a resolv.conf(5) says.
+type conf struct {
+	servers  []string // address:port, at least one
+	search   []string // domains, absolute
+	ndots    int      // dots that make a name one to try as it is first
+	timeout  time.Duration
+	attempts int // rounds through all servers
+	rotate   bool
+}
+
+// maxServers is how many name servers are used, MAXNS of resolv.h.
+const maxServers = 3
+
+// parseConf reads a resolv.conf(5). As in the system's resolver what is not
+// understood is left out, values have their bounds, the last search list holds,
+// and a server of this host is asked where none is named.
+func parseConf(text []byte) *conf {
+	c := &conf{ndots: 1, timeout: 5 * time.Second, attempts: 2}
+	for line := range strings.Lines(string(text)) {
+		words := strings.Fields(line)
+		if len(words) < 2 || strings.ContainsAny(line[:1], "#;") {
+			continue
+		}
+		switch words[0] {
+		case "nameserver":
+			if a, err := netip.ParseAddr(words[1]); err == nil && len(c.servers) < maxServers {
+				c.servers = append(c.servers, net.JoinHostPort(a.String(), "53"))
+			}
+		case "domain", "search":
+			c.search = nil
+			for _, domain := range words[1:] {
+				if name, ok := normal(domain); ok {
+					c.search = append(c.search, dns.Fqdn(name))
+				}
+				if words[0] == "domain" {
+					break
+				}
+			}
+		case "options":
+			for _, option := range words[1:] {
+				c.option(option)
+			}
+		}
+	}
+	if len(c.servers) == 0 {
+		c.servers = []string{"127.0.0.1:53"}
+	}
+	return c
+}
+
+// option reads one option; RES_MAXNDOTS, RES_MAXRETRANS and RES_MAXRETRY of
+// resolv.h are the bounds.
+func (c *conf) option(s string) {
+	name, value, _ := strings.Cut(s, ":")
+	n, err := strconv.Atoi(value)
+	bounded := func(least, most int) int { return min(max(n, least), most) }
+	switch {
+	case name == "rotate":
+		c.rotate = true
+	case err != nil:
+	case name == "ndots":
+		c.ndots = bounded(0, 15)
+	case name == "timeout":
+		c.timeout = time.Duration(bounded(1, 30)) * time.Second
+	case name == "attempts":
+		c.attempts = bounded(1, 5)
+	}
+}
+
+// A candidate is an absolute name that a name may stand for.
+type candidate struct {
+	name string
+	asIs bool
+}
+
+// candidates returns what a name may stand for, in the order to try. One with a
+// final dot stands for itself alone.
+func (c *conf) candidates(name string) []candidate {
+	asIs := candidate{dns.Fqdn(name), true}
+	if dns.IsFqdn(name) {
+		return []candidate{asIs}
+	}
+	var list []candidate
+	for _, domain := range c.search {
+		if full := name + "." + domain; len(full) <= maxName {
+			list = append(list, candidate{full, false})
+		}
+	}
+	if strings.Count(name, ".") >= c.ndots {
+		return append([]candidate{asIs}, list...)
+	}
+	return append(list, asIs)
+}
+
+// maxName is the length of the longest name, with its final dot: 255 octets in
+// messages (RFC 1035 section 2.3.4), where it takes one more.
+const maxName = 254

@@ -1,0 +1,213 @@
+package resolver
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// ednsSize is the size of UDP answers that is asked for (RFC 6891): what fits
+// into one packet on any link (RFC 9715 section 3.1, 1232 being the value of
+// the DNS flag day 2020).
+const ednsSize = 1232
+
+// maxChain is how many aliases are followed; most resolvers stop there.
+const maxChain = 16
+
+// A result is what came of asking for one type of records of one name.
+type result struct {
+	records []dns.RR
+	ttl     time.Duration // within its bounds
+	err     error         // ErrNoName, ErrNoAddress or ErrNoAnswer
+	cause   error         // of ErrNoAnswer
+
+	// answered says of ErrNoAnswer that the servers are there, and refused or
+	// failed: others than them may know the name.
+	answered bool
+}
+
+// chase asks for records of one type and follows aliases (CNAME, RFC 1034
+// section 3.6.2) to them. A recursive server follows them itself; one that does
+// not is asked again for the alias's target. The result holds for as long as
+// every record on the way does.
+func (r *Resolver) chase(ctx context.Context, c *conf, name string, qtype uint16) result {
+	least := MaxTTL
+	for range maxChain {
+		m, err := r.ask(ctx, c, name, qtype)
+		if err != nil {
+			refused := new(refusal)
+			return result{err: ErrNoAnswer, cause: err, ttl: FailureTTL, answered: errors.As(err, &refused)}
+		}
+		end, records, ttl := walk(m, name, qtype)
+		least = min(least, ttl)
+		switch {
+		case end == "":
+			return tooMany(name)
+		case len(records) > 0:
+			return result{records: records, ttl: max(least, MinTTL)}
+		case m.Rcode == dns.RcodeNameError:
+			return result{err: ErrNoName, ttl: max(min(least, negativeTTL(m)), MinTTL)}
+		case end == name || hasSOA(m):
+			return result{err: ErrNoAddress, ttl: max(min(least, negativeTTL(m)), MinTTL)}
+		}
+		name = end
+	}
+	return tooMany(name)
+}
+
+func tooMany(name string) result {
+	return result{err: ErrNoAnswer, cause: fmt.Errorf("more than %d aliases, from %q on", maxChain, name), ttl: FailureTTL, answered: true}
+}
+
+// walk follows the aliases of name that are in an answer. It returns the name at
+// their end, none if there are too many, its records of the type, and the
+// smallest TTL on the way.
+func walk(m *dns.Msg, name string, qtype uint16) (end string, records []dns.RR, ttl time.Duration) {
+	ttl = MaxTTL
+	for range maxChain {
+		next := ""
+		for _, rr := range m.Answer {
+			h := rr.Header()
+			if !strings.EqualFold(h.Name, name) || h.Class != dns.ClassINET {
+				continue
+			}
+			alias, isAlias := rr.(*dns.CNAME)
+			switch {
+			case h.Rrtype == qtype:
+				records = append(records, rr)
+			case isAlias:
+				next = alias.Target
+			default:
+				continue
+			}
+			ttl = min(ttl, seconds(h.Ttl))
+		}
+		if len(records) > 0 || next == "" {
+			return name, records, ttl
+		}
+		name = next
+	}
+	return "", nil, ttl
+}
+
+// seconds returns a TTL as a duration. One with the highest bit set counts as
+// zero (RFC 2181 section 8).
+func seconds(ttl uint32) time.Duration {
+	if ttl > 1<<31-1 {
+		return 0
+	}
+	return time.Duration(ttl) * time.Second
+}
+
+// negativeTTL returns how long the absence of something is kept: as the zone
+// says by its SOA record (RFC 2308 section 5), within bounds.
+func negativeTTL(m *dns.Msg) time.Duration {
+	for _, rr := range m.Ns {
+		if soa, ok := rr.(*dns.SOA); ok {
+			return min(seconds(soa.Hdr.Ttl), seconds(soa.Minttl), MaxNegativeTTL)
+		}
+	}
+	return MinTTL
+}
+
+func hasSOA(m *dns.Msg) bool {
+	for _, rr := range m.Ns {
+		if _, ok := rr.(*dns.SOA); ok {
+			return true
+		}
+	}
+	return false
+}
+
+// A refusal is an answer that tells nothing about the name.
+type refusal struct{ server, why string }
+
+func (e *refusal) Error() string { return fmt.Sprintf("name server %s: %s", e.server, e.why) }
+
+// ask sends one question to the name servers, in turn, until one answers it. The
+// error is that of the last.
+func (r *Resolver) ask(ctx context.Context, c *conf, name string, qtype uint16) (*dns.Msg, error) {
+	select {
+	case r.queries <- struct{}{}:
+		defer func() { <-r.queries }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	first := 0
+	if c.rotate {
+		first = int(r.turn.Add(1) % uint32(len(c.servers)))
+	}
+	var last error
+	for range c.attempts {
+		for i := range c.servers {
+			m, err := exchange(ctx, c, c.servers[(first+i)%len(c.servers)], name, qtype)
+			if err == nil {
+				return m, nil
+			}
+			last = err
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+		}
+	}
+	return nil, last
+}
+
+// exchange asks one server: by UDP, and by TCP if the answer did not fit
+// (RFC 7766).
+func exchange(ctx context.Context, c *conf, server, name string, qtype uint16) (*dns.Msg, error) {
+	q := new(dns.Msg)
+	q.SetQuestion(name, qtype)
+	q.SetEdns0(ednsSize, false)
+	m, err := send(ctx, c, "udp", server, q)
+	if err == nil && (m.Rcode == dns.RcodeFormatError || m.Rcode == dns.RcodeNotImplemented || m.Rcode == dns.RcodeBadVers) {
+		// A server from before EDNS (RFC 6891 section 7).
+		q.Extra = nil
+		m, err = send(ctx, c, "udp", server, q)
+	}
+	if err == nil && m.Truncated {
+		m, err = send(ctx, c, "tcp", server, q)
+	}
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case m.Truncated:
+		return nil, &refusal{server, "an answer by TCP that is cut off"}
+	case m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError:
+		return nil, &refusal{server, cmp.Or(dns.RcodeToString[m.Rcode], fmt.Sprintf("code %d", m.Rcode))}
+	case m.Rcode == dns.RcodeSuccess && len(m.Answer) == 0 && !hasSOA(m) && !m.Authoritative && !m.RecursionAvailable:
+		// It knows nothing and names others to ask, which is not for us
+		// (RFC 8499, lame delegation).
+		return nil, &refusal{server, "a referral to other servers"}
+	}
+	return m, nil
+}
+
+// send sends a question over a socket of its own, whose port the kernel chooses
+// anew each time: with the random number of the question, it is what a forger
+// has to guess (RFC 5452).
+func send(ctx context.Context, c *conf, network, server string, q *dns.Msg) (*dns.Msg, error) {
+	q.Id = dns.Id()
+	client := &dns.Client{Net: network, Timeout: c.timeout, UDPSize: ednsSize}
+	conn, err := client.DialContext(ctx, server)
+	if err != nil {
+		return nil, fmt.Errorf("asking name server %s: %w", server, err)
+	}
+	defer conn.Close()
+	// The client looks at the context before it waits, not while it does.
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	m, _, err := client.ExchangeWithConnContext(ctx, q, conn)
+	if err != nil {
+		return nil, fmt.Errorf("asking name server %s: %w", server, err)
+	}
+	if len(m.Question) != 1 || !strings.EqualFold(m.Question[0].Name, q.Question[0].Name) || m.Question[0].Qtype != q.Question[0].Qtype {
+		return nil, &refusal{server, "an answer to another question"}
+	}
+	return m, nil
+}

@@ -1,0 +1,426 @@
+package resolver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/miekg/dns"
+)
+
+// Answers hold for their TTL, within bounds, and the smallest of a chain counts.
+func TestAnswers(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set(
+		"plain.example. 60 IN A 192.0.2.1",
+		"plain.example. 60 IN A 192.0.2.2",
+		"both.example. 60 IN AAAA 2001:db8::1",
+		"both.example. 30 IN A 192.0.2.3",
+		"six.example. 60 IN AAAA 2001:db8::2",
+		"zero.example. 0 IN A 192.0.2.4",
+		"long.example. 86400 IN A 192.0.2.5",
+		"alias.example. 60 IN CNAME middle.example.",
+		"middle.example. 20 IN CNAME plain.example.",
+		"dangling.example. 60 IN CNAME nowhere.example.",
+		"loop.example. 60 IN CNAME pool.example.",
+		"pool.example. 60 IN CNAME loop.example.",
+		"text.example. 60 IN TXT hello",
+		"UPPER.example. 60 IN A 192.0.2.6",
+	)
+	s.answer("upper.example.", func(w dns.ResponseWriter, q *dns.Msg) {
+		q.Question[0].Name = "UPPER.example."
+		s.ServeDNS(w, q)
+	})
+	r, _ := newResolver(t, "", s)
+
+	wantExpires(t, want(t, r, "plain.example", "192.0.2.1", "192.0.2.2"), time.Minute)
+	wantExpires(t, want(t, r, "both.example", "192.0.2.3", "2001:db8::1"), 30*time.Second)
+	want(t, r, "six.example", "2001:db8::2")
+	wantExpires(t, want(t, r, "zero.example", "192.0.2.4"), MinTTL)
+	wantExpires(t, want(t, r, "long.example", "192.0.2.5"), MaxTTL)
+	wantExpires(t, want(t, r, "alias.example", "192.0.2.1", "192.0.2.2"), 20*time.Second)
+	want(t, r, "dangling.example", ErrNoName)
+	want(t, r, "loop.example", ErrNoAnswer)
+	want(t, r, "text.example", ErrNoAddress)
+	want(t, r, "missing.example", ErrNoName)
+	want(t, r, "Upper.Example.", "192.0.2.6")
+	for _, host := range []string{"", ".", "a b", "a..b", "ü.example", `a\.b`, strings.Repeat("a.", 150)} {
+		want(t, r, host, ErrNoName)
+	}
+	want(t, r, "198.51.100.7", "198.51.100.7")
+	want(t, r, "::ffff:198.51.100.7", "198.51.100.7")
+
+	s.queries()
+	want(t, r, "PLAIN.example", "192.0.2.1", "192.0.2.2")
+	want(t, r, "missing.example", ErrNoName)
+	if q := s.queries(); len(q) > 0 {
+		t.Errorf("asked again within the TTL: %v", q)
+	}
+	if _, err := r.LookupAddr(t.Context(), "missing.example"); err.Error() != `looking up "missing.example": no such name` {
+		t.Error(err)
+	}
+}
+
+// The answer is the one of now: other addresses, fewer, none, no name.
+func TestChanges(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	r, _ := newResolver(t, "", s)
+	s.set("a.example. 0 IN A 192.0.2.1", "a.example. 0 IN A 192.0.2.2")
+	want(t, r, "a.example", "192.0.2.1", "192.0.2.2")
+	for _, step := range []struct {
+		records []string
+		want    []any
+	}{
+		{[]string{"a.example. 60 IN A 192.0.2.2"}, []any{"192.0.2.2"}},
+		{[]string{"a.example. 60 IN A 192.0.2.8", "a.example. 60 IN A 192.0.2.9"}, []any{"192.0.2.8", "192.0.2.9"}},
+		{[]string{"a.example. 60 IN TXT gone"}, []any{ErrNoAddress}},
+		{nil, []any{ErrNoName}},
+		{[]string{"a.example. 60 IN A 192.0.2.1"}, []any{"192.0.2.1"}},
+	} {
+		s.set(step.records...)
+		r.addrs.expire()
+		if a := want(t, r, "a.example", step.want...); len(step.records) == 0 && len(a.Addrs) > 0 {
+			t.Errorf("a name that is gone has the addresses %v", a.Addrs)
+		}
+	}
+	// The clock does it too.
+	s.set("a.example. 0 IN A 192.0.2.1")
+	r.addrs.expire()
+	want(t, r, "a.example", "192.0.2.1")
+	s.set("a.example. 0 IN A 192.0.2.2")
+	time.Sleep(MinTTL + 50*time.Millisecond)
+	want(t, r, "a.example", "192.0.2.2")
+}
+
+// While the name servers do not answer, the caller gets the old answer with the
+// error, and may take it.
+func TestStale(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	r, _ := newResolver(t, "options timeout:1 attempts:1\n", s)
+	s.set("a.example. 60 IN A 192.0.2.1")
+	want(t, r, "a.example", "192.0.2.1")
+	want(t, r, "b.example", ErrNoName)
+	for name, how := range map[string]func(dns.ResponseWriter, *dns.Msg){
+		"silent": silence, "failing": code(dns.RcodeServerFailure), "refusing": code(dns.RcodeRefused),
+	} {
+		s.answer("a.example.", how)
+		s.answer("b.example.", how)
+		r.addrs.expire()
+		a := want(t, r, "a.example", ErrNoAnswer)
+		if len(a.Addrs) != 1 || a.Addrs[0] != netip.MustParseAddr("192.0.2.1") {
+			t.Errorf("%s servers: the old answer is %v", name, a.Addrs)
+		}
+		if _, err := r.LookupAddr(t.Context(), "a.example"); err == nil {
+			t.Errorf("%s servers: LookupAddr returns an old answer", name)
+		}
+		if a := want(t, r, "b.example", ErrNoAnswer); len(a.Addrs) > 0 {
+			t.Errorf("%s servers: %v", name, a.Addrs)
+		}
+	}
+	s.answer("a.example.", nil)
+	r.addrs.expire()
+	want(t, r, "a.example", "192.0.2.1")
+
+	s.answer("a.example.", silence)
+	r.addrs.expire()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if a, err := r.Lookup(ctx, "a.example"); !errors.Is(err, context.DeadlineExceeded) || len(a.Addrs) != 1 {
+		t.Errorf("with too little time: %v, %v", a.Addrs, err)
+	}
+}
+
+// An answer that does not fit into UDP is asked for by TCP.
+func TestTruncated(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	var lines []string
+	var wanted []any
+	for i := range 200 {
+		lines = append(lines, fmt.Sprintf("big.example. 60 IN A 192.0.2.%d", i))
+		wanted = append(wanted, fmt.Sprintf("192.0.2.%d", i))
+	}
+	s.set(lines...)
+	r, _ := newResolver(t, "", s)
+	want(t, r, "big.example", wanted...)
+	if diff := cmp.Diff([]string{"big.example. A tcp", "big.example. A udp", "big.example. AAAA udp"}, s.queries()); diff != "" {
+		t.Error(diff)
+	}
+	// 60 addresses fit, thanks to EDNS.
+	s.set(lines[:60]...)
+	r.addrs.expire()
+	want(t, r, "big.example", wanted[:60]...)
+	if diff := cmp.Diff([]string{"big.example. A udp", "big.example. AAAA udp"}, s.queries()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// A server from before EDNS, one that follows no aliases, one that mixes up
+// questions.
+func TestOddServers(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set("old.example. 60 IN A 192.0.2.1", "end.example. 60 IN A 192.0.2.2")
+	s.answer("old.example.", func(w dns.ResponseWriter, q *dns.Msg) {
+		m := new(dns.Msg)
+		m.SetRcode(q, dns.RcodeFormatError)
+		if q.IsEdns0() == nil {
+			m.SetReply(q)
+			if rr, err := dns.NewRR("old.example. 60 IN A 192.0.2.1"); err == nil && q.Question[0].Qtype == dns.TypeA {
+				m.Answer = append(m.Answer, rr)
+			}
+			m.RecursionAvailable = true
+		}
+		_ = w.WriteMsg(m)
+	})
+	s.answer("alias.example.", func(w dns.ResponseWriter, q *dns.Msg) {
+		m := new(dns.Msg)
+		m.SetReply(q)
+		if rr, err := dns.NewRR("alias.example. 7 IN CNAME end.example."); err == nil {
+			m.Answer = append(m.Answer, rr)
+		}
+		_ = w.WriteMsg(m)
+	})
+	s.answer("other.example.", func(w dns.ResponseWriter, q *dns.Msg) {
+		q.Question[0].Name = "end.example."
+		s.ServeDNS(w, q)
+	})
+	s.answer("referral.example.", func(w dns.ResponseWriter, q *dns.Msg) {
+		m := new(dns.Msg)
+		m.SetReply(q)
+		_ = w.WriteMsg(m)
+	})
+	r, _ := newResolver(t, "", s)
+	want(t, r, "old.example", "192.0.2.1")
+	wantExpires(t, want(t, r, "alias.example", "192.0.2.2"), 7*time.Second)
+	want(t, r, "other.example", ErrNoAnswer)
+	want(t, r, "referral.example", ErrNoAnswer)
+}
+
+// One kind of address is not held up by the other's absence; IPv6 addresses
+// alone do not stand in for IPv4 ones that are not known.
+func TestOneKindFails(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set("a.example. 60 IN A 192.0.2.1", "a.example. 60 IN AAAA 2001:db8::1",
+		"b.example. 60 IN A 192.0.2.2", "c.example. 60 IN AAAA 2001:db8::3")
+	s.answer("a.example. AAAA", silence)
+	s.answer("b.example. AAAA", code(dns.RcodeNameError))
+	s.answer("c.example. A", code(dns.RcodeServerFailure))
+	s.answer("d.example. AAAA", silence)
+	r, _ := newResolver(t, "", s)
+	begin := time.Now()
+	want(t, r, "a.example", "192.0.2.1")
+	if d := time.Since(begin); d > 3*time.Second {
+		t.Errorf("AAAA was waited for: %s", d)
+	}
+	want(t, r, "b.example", "192.0.2.2")
+	want(t, r, "c.example", ErrNoAnswer)
+	begin = time.Now()
+	want(t, r, "d.example", ErrNoName)
+	if d := time.Since(begin); d > time.Second {
+		t.Errorf("AAAA of a name that is not there was waited for: %s", d)
+	}
+}
+
+// The next server is asked where one does not answer or does not want to.
+func TestServers(t *testing.T) {
+	t.Parallel()
+	first, second := serve(t), serve(t)
+	for _, s := range []*server{first, second} {
+		s.set("a.example. 60 IN A 192.0.2.1", "b.example. 60 IN A 192.0.2.2", "c.example. 60 IN A 192.0.2.3", "d.example. 60 IN A 192.0.2.4")
+	}
+	first.answer("a.example.", code(dns.RcodeServerFailure))
+	first.answer("b.example.", silence)
+	r, _ := newResolver(t, "options timeout:1\n", first, second)
+	want(t, r, "a.example", "192.0.2.1")
+	want(t, r, "b.example", "192.0.2.2")
+	second.queries()
+	want(t, r, "c.example", "192.0.2.3")
+	if q := second.queries(); len(q) > 0 {
+		t.Errorf("the second server was asked without need: %v", q)
+	}
+
+	// A server that is not there.
+	absent := &server{addr: "127.9.9.9"}
+	r, _ = newResolver(t, "", absent, second)
+	want(t, r, "a.example", "192.0.2.1")
+	r, _ = newResolver(t, "", absent)
+	want(t, r, "a.example", ErrNoAnswer)
+
+	// In turn.
+	r, _ = newResolver(t, "options rotate\n", first, second)
+	first.queries()
+	second.queries()
+	for _, host := range []string{"c.example", "d.example"} {
+		if _, err := r.Lookup(t.Context(), host); err != nil {
+			t.Error(err)
+		}
+	}
+	if a, b := first.queries(), second.queries(); len(a) != 2 || len(b) != 2 {
+		t.Errorf("not in turn: %v and %v", a, b)
+	}
+}
+
+func TestSearchList(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set(
+		"web.ns.cluster. 60 IN A 192.0.2.1",
+		"web.cluster. 60 IN A 192.0.2.2",
+		"db.cluster. 60 IN A 192.0.2.3",
+		"www.example.com. 60 IN A 192.0.2.4",
+		"www.example.com.ns.cluster. 60 IN A 192.0.2.5",
+		"deep.sub.ns.cluster. 60 IN A 192.0.2.6",
+		"nodata.ns.cluster. 60 IN TXT x",
+		"single. 60 IN A 192.0.2.7",
+	)
+	s.answer("failing.ns.cluster.", code(dns.RcodeServerFailure))
+	s.answer("failing.cluster.", func(w dns.ResponseWriter, q *dns.Msg) {
+		m := new(dns.Msg)
+		m.SetReply(q)
+		m.RecursionAvailable = true
+		if rr, err := dns.NewRR("failing.cluster. 60 IN A 192.0.2.8"); err == nil && q.Question[0].Qtype == dns.TypeA {
+			m.Answer = append(m.Answer, rr)
+		}
+		_ = w.WriteMsg(m)
+	})
+	s.answer("down.example.com.", code(dns.RcodeServerFailure))
+	const list = "search ns.cluster cluster.\n"
+	r, _ := newResolver(t, list, s)
+	want(t, r, "web", "192.0.2.1")
+	want(t, r, "db", "192.0.2.3")
+	want(t, r, "single", "192.0.2.7")
+	want(t, r, "web.", ErrNoName)
+	want(t, r, "www.example.com", "192.0.2.4")
+	want(t, r, "deep.sub", "192.0.2.6") // nothing found as it is
+	want(t, r, "nodata", ErrNoAddress)
+	want(t, r, "absent", ErrNoName)
+	want(t, r, "failing", "192.0.2.8")
+	s.queries()
+	want(t, r, "down.example.com", ErrNoAnswer)
+	if q := s.queries(); slices.ContainsFunc(q, func(s string) bool { return strings.Contains(s, "cluster") }) {
+		t.Errorf("a name whose servers fail was looked for below other domains: %v", q)
+	}
+
+	// As Kubernetes has it.
+	r, _ = newResolver(t, list+"options ndots:5\n", s)
+	want(t, r, "www.example.com", "192.0.2.5")
+	want(t, r, "www.example.com.", "192.0.2.4")
+	s.queries()
+	want(t, r, "single", "192.0.2.7")
+	if diff := cmp.Diff([]string{
+		"single. A udp", "single. AAAA udp", "single.cluster. A udp", "single.cluster. AAAA udp",
+		"single.ns.cluster. A udp", "single.ns.cluster. AAAA udp",
+	}, s.queries()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// However many want a name, it is asked for once; also when the first of them
+// gives up.
+func TestShared(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set("a.example. 60 IN A 192.0.2.1")
+	release := make(chan struct{})
+	s.answer("a.example.", func(w dns.ResponseWriter, q *dns.Msg) {
+		<-release
+		s.answer("a.example.", nil)
+		s.ServeDNS(w, q)
+	})
+	r, _ := newResolver(t, "", s)
+	impatient, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := r.Lookup(impatient, "a.example"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() { want(t, r, "a.example", "192.0.2.1") })
+	}
+	close(release)
+	all.Wait()
+	distinct := slices.Compact(s.queries())
+	if diff := cmp.Diff([]string{"a.example. A udp", "a.example. AAAA udp"}, distinct); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// Both files are followed.
+func TestFiles(t *testing.T) {
+	t.Parallel()
+	s, other := serve(t), serve(t)
+	s.set("a.example. 300 IN A 192.0.2.1", "b.example. 300 IN A 192.0.2.2")
+	other.set("a.example. 300 IN A 192.0.2.3", "b.example. 300 IN A 192.0.2.4")
+	r, f := newResolver(t, "", s)
+	want(t, r, "localhost", "127.0.0.1")
+	want(t, r, "a.example", "192.0.2.1")
+	want(t, r, "b.example", "192.0.2.2")
+
+	f.write("hosts", "192.0.2.8 A.example # mine\n2001:db8::8 a.example\n192.0.2.9 a.example x\nnonsense a.example\n")
+	f.write("resolv.conf", "nameserver "+other.addr+"\n")
+	await(t, r, "a.example", "192.0.2.8")
+	wantExpires(t, want(t, r, "a.example.", "192.0.2.8", "192.0.2.9", "2001:db8::8"), checkEvery)
+	want(t, r, "b.example", "192.0.2.4")
+
+	f.write("hosts", "")
+	await(t, r, "a.example", "192.0.2.3")
+}
+
+// await waits until a host's first address is the wanted one, and no longer than
+// a change may take.
+func await(t *testing.T, r *Resolver, host, want string) {
+	t.Helper()
+	for end := time.Now().Add(checkEvery + 500*time.Millisecond); ; time.Sleep(20 * time.Millisecond) {
+		a, err := r.Lookup(t.Context(), host)
+		if err == nil && a.Addrs[0] == netip.MustParseAddr(want) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s is still %v, %v; want %s", host, a.Addrs, err, want)
+		}
+	}
+}
+
+func TestLookupNames(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set(
+		"1.2.0.192.in-addr.arpa. 60 IN PTR one.example.",
+		"1.2.0.192.in-addr.arpa. 60 IN PTR uno.example.",
+		"2.2.0.192.in-addr.arpa. 60 IN CNAME 2.0-31.2.0.192.in-addr.arpa.", // RFC 2317
+		"2.0-31.2.0.192.in-addr.arpa. 60 IN PTR two.example.",
+		"1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.b.d.0.1.0.0.2.ip6.arpa. 60 IN PTR six.example.",
+		"5.2.0.192.in-addr.arpa. 60 IN TXT x",
+	)
+	s.answer("4.2.0.192.in-addr.arpa.", code(dns.RcodeServerFailure))
+	r, f := newResolver(t, "", s)
+	f.write("hosts", "192.0.2.9 nine.example nine\n::ffff:192.0.2.9 neuf.example\n")
+	for addr, want := range map[string][]string{
+		"192.0.2.1":        {"one.example", "uno.example"},
+		"192.0.2.2":        {"two.example"},
+		"2001:db8::1":      {"six.example"},
+		"192.0.2.9":        {"nine.example", "nine", "neuf.example"},
+		"::ffff:192.0.2.1": {"one.example", "uno.example"},
+	} {
+		if got, err := r.LookupNames(t.Context(), netip.MustParseAddr(addr)); err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %q, %v; want %q", addr, got, err, want)
+		}
+	}
+	for addr, want := range map[string]error{"192.0.2.3": ErrNoName, "192.0.2.5": ErrNoName, "192.0.2.4": ErrNoAnswer} {
+		if got, err := r.LookupNames(t.Context(), netip.MustParseAddr(addr)); !errors.Is(err, want) {
+			t.Errorf("%s: %q, %v; want %v", addr, got, err, want)
+		}
+	}
+}

@@ -1,0 +1,220 @@
+package resolver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+// A server is a name server for tests, on an address of its own of the loopback
+// link, port 53, by UDP and TCP.
+type server struct {
+	t    *testing.T
+	addr string
+
+	mu      sync.Mutex
+	records []dns.RR
+	broken  map[string]func(w dns.ResponseWriter, q *dns.Msg) // in place of records, by name
+	asked   []string                                          // "name TYPE network"
+}
+
+// lastServer counts servers, to give each its own address.
+var lastServer atomic.Uint32
+
+func serve(t *testing.T) *server {
+	t.Helper()
+	n := lastServer.Add(1)
+	s := &server{t: t, addr: fmt.Sprintf("127.0.%d.%d", 1+n/200, 1+n%200), broken: map[string]func(dns.ResponseWriter, *dns.Msg){}}
+	socket, err := net.ListenPacket("udp", s.addr+":53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", s.addr+":53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []*dns.Server{{PacketConn: socket, Handler: s}, {Listener: listener, Handler: s}} {
+		started := make(chan struct{})
+		d.NotifyStartedFunc = func() { close(started) }
+		go func() { _ = d.ActivateAndServe() }()
+		<-started
+		t.Cleanup(func() { _ = d.Shutdown() })
+	}
+	return s
+}
+
+// set replaces all records, given as lines of a zone file.
+func (s *server) set(lines ...string) {
+	s.t.Helper()
+	var records []dns.RR
+	for _, line := range lines {
+		rr, err := dns.NewRR(line)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		records = append(records, rr)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.records = records
+}
+
+// answer says how a name is answered in place of its records; nil ends that.
+func (s *server) answer(name string, how func(dns.ResponseWriter, *dns.Msg)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.broken[name] = how
+}
+
+// Ways to answer that are no help.
+func silence(dns.ResponseWriter, *dns.Msg) {}
+
+func code(rcode int) func(dns.ResponseWriter, *dns.Msg) {
+	return func(w dns.ResponseWriter, q *dns.Msg) {
+		m := new(dns.Msg)
+		m.SetRcode(q, rcode)
+		_ = w.WriteMsg(m)
+	}
+}
+
+func (s *server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
+	name, qtype := q.Question[0].Name, q.Question[0].Qtype
+	s.mu.Lock()
+	s.asked = append(s.asked, fmt.Sprintf("%s %s %s", name, dns.TypeToString[qtype], w.RemoteAddr().Network()))
+	how := s.broken[name]
+	if how == nil {
+		how = s.broken[fmt.Sprintf("%s %s", name, dns.TypeToString[qtype])]
+	}
+	records := s.records
+	s.mu.Unlock()
+	if how != nil {
+		how(w, q)
+		return
+	}
+	m := new(dns.Msg)
+	m.SetReply(q)
+	m.RecursionAvailable = true
+	known := false
+	for range 20 {
+		next := ""
+		for _, rr := range records {
+			if rr.Header().Name != name {
+				continue
+			}
+			known = true
+			alias, isAlias := rr.(*dns.CNAME)
+			if isAlias {
+				next = alias.Target
+			}
+			if isAlias || rr.Header().Rrtype == qtype {
+				m.Answer = append(m.Answer, rr)
+			}
+		}
+		if next == "" {
+			break
+		}
+		name = next
+	}
+	if len(m.Answer) == 0 {
+		soa, _ := dns.NewRR("example. 60 IN SOA ns.example. admin.example. 1 2 3 4 60")
+		m.Ns = append(m.Ns, soa)
+		if !known {
+			m.Rcode = dns.RcodeNameError
+		}
+	}
+	if w.RemoteAddr().Network() == "udp" {
+		size := dns.MinMsgSize
+		if opt := q.IsEdns0(); opt != nil {
+			size = int(opt.UDPSize())
+		}
+		m.Truncate(size)
+	}
+	_ = w.WriteMsg(m)
+}
+
+// queries returns what was asked since the last call, sorted.
+func (s *server) queries() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	asked := s.asked
+	s.asked = nil
+	slices.Sort(asked)
+	return asked
+}
+
+// files is where a resolver under test reads its files.
+type files struct {
+	t   *testing.T
+	dir string
+}
+
+// newResolver returns a resolver that asks the servers, and its files.
+func newResolver(t *testing.T, options string, servers ...*server) (*Resolver, files) {
+	t.Helper()
+	f := files{t, t.TempDir()}
+	var b strings.Builder
+	for _, s := range servers {
+		fmt.Fprintf(&b, "nameserver %s\n", s.addr)
+	}
+	f.write("resolv.conf", b.String()+options)
+	f.write("hosts", "127.0.0.1 localhost\n")
+	return New(Options{Hosts: filepath.Join(f.dir, "hosts"), ResolvConf: filepath.Join(f.dir, "resolv.conf")}), f
+}
+
+// write replaces a file at once, as the kubelet does.
+func (f files) write(name, text string) {
+	f.t.Helper()
+	path := filepath.Join(f.dir, name)
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// want looks a host up and checks the addresses, or the kind of error.
+func want(t *testing.T, r *Resolver, host string, addrs ...any) Answer {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	answer, err := r.Lookup(ctx, host)
+	if kind, ok := addrs[0].(error); ok {
+		if !errors.Is(err, kind) {
+			t.Errorf("%s: %v, %v; want the error %q", host, answer.Addrs, err, kind)
+		}
+		return answer
+	}
+	var wanted []netip.Addr
+	for _, a := range addrs {
+		wanted = append(wanted, netip.MustParseAddr(a.(string)))
+	}
+	if err != nil || !slices.Equal(answer.Addrs, wanted) {
+		t.Errorf("%s: %v, %v; want %v", host, answer.Addrs, err, wanted)
+	}
+	return answer
+}
+
+// wantExpires checks for how long an answer holds, on a clock that went on.
+func wantExpires(t *testing.T, a Answer, ttl time.Duration) {
+	t.Helper()
+	if left := time.Until(a.Expires); left > ttl || left < ttl-5*time.Second {
+		t.Errorf("the answer holds for %s, want %s", left, ttl)
+	}
+}
