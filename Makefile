@@ -26,9 +26,10 @@ build: ## build bin/egress-router, static
 lint: ## gofmt, vet and golangci-lint
 	.ci/lint
 
-fuzz: ## fuzz the destination grammar, 30 s each
+fuzz: ## fuzz the destination grammars, 30 s each
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
+	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/tcpproxy
 
 golden: ## rewrite testdata/golden and script after a change that is meant
 	$(GO) test ./internal/cli -run Golden -update
