@@ -1,0 +1,292 @@
+package tcpproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A Resolver looks hosts up.
+type Resolver interface {
+	// Lookup returns the addresses of a host and until when they hold. An
+	// address is its own answer. An error with a method NotFound that returns
+	// true says that the host has no address; any other, that it is not known
+	// which it has.
+	Lookup(ctx context.Context, host string) (addrs []netip.Addr, expires time.Time, err error)
+}
+
+// The original's manners of connecting.
+const (
+	tries          = 3                // for one client
+	connectTimeout = 10 * time.Second // for one try, and for a name that is not known yet
+	retryPause     = time.Second      // before an address is tried again
+)
+
+const (
+	// lookupPause is the shortest time between two look-ups of a name. The
+	// resolver keeps its answers; asking it costs nothing.
+	lookupPause = time.Second
+	// An address that is put aside is probed in these intervals, which double.
+	probeFirst = 2 * time.Second
+	probeMost  = 16 * time.Second
+)
+
+// A pool holds the addresses of one destination and hands out connections to
+// them.
+type pool struct {
+	destination Destination
+	resolver    Resolver
+	dial        func(context.Context, netip.AddrPort) (*net.TCPConn, error)
+	probe       func(context.Context, netip.AddrPort) error
+	log         *slog.Logger
+
+	ctx  context.Context // of look-ups and probes
+	stop context.CancelFunc
+
+	mu    sync.Mutex
+	addrs []netip.Addr            // those to use
+	err   error                   // of the last look-up
+	known chan struct{}           // closed once the first look-up has ended with an answer
+	aside map[netip.Addr]struct{} // those that did not answer
+	turn  int
+}
+
+// start begins to follow the destination's name.
+func (p *pool) start(ctx context.Context) {
+	p.ctx, p.stop = context.WithCancel(ctx)
+	p.known, p.aside = make(chan struct{}), map[netip.Addr]struct{}{}
+	if a, ok := rules.ParseIPv4(p.destination.Host); ok {
+		p.addrs = []netip.Addr{a}
+		close(p.known)
+		return
+	}
+	go p.follow()
+}
+
+// follow looks the name up again whenever its answer has expired, so that no
+// client has to wait for that.
+func (p *pool) follow() {
+	for {
+		addrs, expires, err := p.resolver.Lookup(p.ctx, p.destination.Host)
+		if p.ctx.Err() != nil {
+			return
+		}
+		p.learn(addrs, err)
+		pause := lookupPause
+		if err == nil {
+			pause = max(time.Until(expires), lookupPause)
+		}
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// learn takes the result of a look-up. Addresses stay as they are while it is
+// not known what they are now; a name that is gone has none.
+func (p *pool) learn(addrs []netip.Addr, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before, failed := p.addrs, p.err
+	p.err = err
+	switch {
+	case err == nil:
+		p.addrs = slices.Clone(addrs)
+	case notFound(err):
+		p.addrs = nil
+	default:
+		if failed == nil || notFound(failed) {
+			p.log.Warn("looking up a destination failed: its addresses stay as they are", "destination", p.destination.Target(), "addresses", p.addrs, "error", err)
+		}
+		return
+	}
+	select {
+	case <-p.known:
+	default:
+		close(p.known)
+	}
+	for a := range p.aside {
+		if !slices.Contains(p.addrs, a) {
+			delete(p.aside, a)
+		}
+	}
+	switch {
+	case err != nil && (failed == nil || !notFound(failed)):
+		p.log.Warn("a destination has no address", "destination", p.destination.Target(), "error", err)
+	case err == nil && len(before) == 0:
+		p.log.Info("a destination has addresses", "destination", p.destination.Target(), "addresses", p.addrs)
+	case err == nil && !sameSet(before, addrs):
+		// Some names have others in every answer.
+		p.log.Debug("addresses changed", "destination", p.destination.Target(), "addresses", p.addrs)
+	}
+}
+
+func notFound(err error) bool {
+	e, ok := errors.AsType[interface {
+		error
+		NotFound() bool
+	}](err)
+	return ok && e.NotFound()
+}
+
+// sameSet compares addresses whatever their order, which name servers vary.
+func sameSet(a, b []netip.Addr) bool {
+	sorted := func(s []netip.Addr) []netip.Addr { return slices.SortedFunc(slices.Values(s), netip.Addr.Compare) }
+	return slices.Equal(sorted(a), sorted(b))
+}
+
+// connect returns a connection to one of the addresses.
+func (p *pool) connect(ctx context.Context) (*net.TCPConn, netip.AddrPort, error) {
+	var tried []netip.Addr
+	var to netip.AddrPort
+	var failed error
+	for range tries {
+		a, err := p.next(ctx, tried)
+		if err != nil {
+			return nil, to, errors.Join(failed, err)
+		}
+		if slices.Contains(tried, a) && !pause(ctx, retryPause) {
+			break
+		}
+		to = netip.AddrPortFrom(a, uint16(p.destination.ToPort))
+		attempt, cancel := context.WithTimeout(ctx, connectTimeout)
+		conn, err := p.dial(attempt, to)
+		cancel()
+		if err == nil {
+			p.answers(a)
+			return conn, to, nil
+		}
+		failed = err
+		if ctx.Err() != nil {
+			break
+		}
+		tried = append(tried, a)
+		if !ours(err) {
+			p.putAside(a, err)
+		}
+	}
+	return nil, to, failed
+}
+
+// ours reports whether a connection failed for a want of this process's own,
+// which tells nothing about the address: descriptors, memory, local ports.
+func ours(err error) bool {
+	for _, errno := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL, syscall.EAGAIN} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
+}
+
+// next returns the address to try next: one that was not tried yet before one
+// that was, one that answers before one that does not, an IPv4 address before
+// an IPv6 one; those that are equal in that take turns. It waits for the first
+// answer of the name servers.
+func (p *pool) next(ctx context.Context, tried []netip.Addr) (netip.Addr, error) {
+	wait, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	select {
+	case <-p.known:
+	case <-wait.Done():
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.addrs) == 0 {
+		if p.err == nil {
+			return netip.Addr{}, fmt.Errorf("looking up %q: no answer in time", p.destination.Host)
+		}
+		return netip.Addr{}, p.err
+	}
+	var best []netip.Addr
+	least := -1
+	for _, a := range p.addrs {
+		rank := 0
+		for _, t := range tried {
+			if t == a {
+				rank += 4
+			}
+		}
+		if _, aside := p.aside[a]; aside {
+			rank += 2
+		}
+		if !a.Is4() {
+			rank++
+		}
+		if least < 0 || rank < least {
+			best, least = nil, rank
+		}
+		if rank == least {
+			best = append(best, a)
+		}
+	}
+	a := best[p.turn%len(best)]
+	p.turn++
+	return a, nil
+}
+
+// answers takes an address back that was put aside.
+func (p *pool) answers(a netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, aside := p.aside[a]; aside {
+		delete(p.aside, a)
+		p.log.Info("an address answers again", "destination", p.destination.Target(), "address", a)
+	}
+}
+
+// putAside leaves an address out, as long as others answer, until a probe finds
+// that it does.
+func (p *pool) putAside(a netip.Addr, why error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, aside := p.aside[a]; aside || p.ctx.Err() != nil || !slices.Contains(p.addrs, a) {
+		return
+	}
+	p.aside[a] = struct{}{}
+	p.log.Warn("an address does not answer: it is put aside", "destination", p.destination.Target(), "address", a, "error", why)
+	go p.probeUntilBack(a)
+}
+
+// probeUntilBack probes an address until it is no longer aside, for whatever
+// reason.
+func (p *pool) probeUntilBack(a netip.Addr) {
+	for wait := probeFirst; pause(p.ctx, wait); wait = min(2*wait, probeMost) {
+		p.mu.Lock()
+		_, aside := p.aside[a]
+		p.mu.Unlock()
+		if !aside {
+			return
+		}
+		attempt, cancel := context.WithTimeout(p.ctx, connectTimeout)
+		err := p.probe(attempt, netip.AddrPortFrom(a, uint16(p.destination.ToPort)))
+		cancel()
+		if err == nil {
+			p.answers(a)
+			return
+		}
+	}
+}
+
+// pause waits, and reports whether it was not told to stop.
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}
