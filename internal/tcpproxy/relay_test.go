@@ -1,0 +1,371 @@
+package tcpproxy
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+// pair returns both ends of a TCP connection.
+func pair(t *testing.T) (a, b *net.TCPConn) {
+	t.Helper()
+	var config net.ListenConfig
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dialled, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = dialled.Close()
+		_ = accepted.Close()
+	})
+	for _, c := range []net.Conn{dialled, accepted} {
+		if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
+}
+
+// A joined is a relay with the two programs at its ends.
+type joined struct {
+	client, server *net.TCPConn
+	relay          *relay
+	stop           context.CancelFunc
+	done           chan struct{}
+	outcome        string // after done
+}
+
+// join starts a relay. What a client says before, it says while the proxy
+// connects to the server.
+func join(t *testing.T, idle time.Duration, before ...byte) *joined {
+	t.Helper()
+	j := &joined{done: make(chan struct{})}
+	client, near := pair(t)
+	far, server := pair(t)
+	for _, c := range []*net.TCPConn{near, far} {
+		_ = c.SetDeadline(time.Time{})
+	}
+	j.client, j.server, j.relay = client, server, &relay{client: near, server: far}
+	send(t, client, before)
+	if len(before) > 0 {
+		time.Sleep(20 * time.Millisecond)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	j.stop = cancel
+	go func() {
+		j.outcome = j.relay.run(ctx, idle)
+		close(j.done)
+	}()
+	return j
+}
+
+func (j *joined) wantOutcome(t *testing.T, want string) {
+	t.Helper()
+	select {
+	case <-j.done:
+		if j.outcome != want {
+			t.Errorf("outcome %q, want %q", j.outcome, want)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatalf("the relay has not ended, want %q", want)
+	}
+}
+
+func send(t *testing.T, conn *net.TCPConn, data []byte) {
+	t.Helper()
+	if _, err := conn.Write(data); err != nil {
+		t.Error(err)
+	}
+}
+
+// wantRead reads just what is expected.
+func wantRead(t *testing.T, conn *net.TCPConn, want string) {
+	t.Helper()
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(conn, got); err != nil || string(got) != want {
+		t.Errorf("read %q, %v; want %q", got, err, want)
+	}
+}
+
+// wantEnd reads the end of a stream: in order, or by a reset.
+func wantEnd(t *testing.T, conn *net.TCPConn, want error) {
+	t.Helper()
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, want) {
+		t.Errorf("read %d bytes, %v; want %v", n, err, want)
+	}
+}
+
+// Everything arrives, in both directions at once, and each direction ends when
+// its sender says so and not before.
+func TestRelay(t *testing.T) {
+	j := join(t, time.Minute)
+	up, down := make([]byte, 5<<20+1), make([]byte, 7<<20+3)
+	_, _ = rand.Read(up)
+	_, _ = rand.Read(down)
+	var all sync.WaitGroup
+	all.Go(func() {
+		send(t, j.client, up)
+		_ = j.client.CloseWrite()
+	})
+	all.Go(func() {
+		got, err := io.ReadAll(j.server)
+		if err != nil || !bytes.Equal(got, up) {
+			t.Errorf("the server has %d bytes, %v", len(got), err)
+		}
+		send(t, j.server, down) // half-closed, and the answer still comes
+		_ = j.server.Close()
+	})
+	got, err := io.ReadAll(j.client)
+	if err != nil || !bytes.Equal(got, down) {
+		t.Errorf("the client has %d bytes, %v", len(got), err)
+	}
+	all.Wait()
+	j.wantOutcome(t, outcomeDone)
+	if j.relay.toServer != int64(len(up)) || j.relay.toClient != int64(len(down)) {
+		t.Errorf("counted %d and %d bytes", j.relay.toServer, j.relay.toClient)
+	}
+}
+
+// A server that ends first leaves the last word to the client.
+func TestServerEndsFirst(t *testing.T) {
+	j := join(t, time.Minute)
+	send(t, j.server, []byte("hello"))
+	_ = j.server.CloseWrite()
+	wantRead(t, j.client, "hello")
+	wantEnd(t, j.client, io.EOF)
+	send(t, j.client, []byte("thanks"))
+	_ = j.client.Close()
+	wantRead(t, j.server, "thanks")
+	wantEnd(t, j.server, io.EOF)
+	j.wantOutcome(t, outcomeDone)
+}
+
+// A reset on one side is one on the other side too.
+func TestResets(t *testing.T) {
+	for _, test := range []struct {
+		name, outcome string
+		ends          func(*joined) (resets, sees *net.TCPConn)
+	}{
+		{"of the client", outcomeClientReset, func(j *joined) (a, b *net.TCPConn) { return j.client, j.server }},
+		{"of the server", outcomeServerReset, func(j *joined) (a, b *net.TCPConn) { return j.server, j.client }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			j := join(t, time.Minute)
+			resets, sees := test.ends(j)
+			send(t, resets, []byte("x"))
+			wantRead(t, sees, "x")
+			reset(resets)
+			wantEnd(t, sees, syscall.ECONNRESET)
+			j.wantOutcome(t, test.outcome)
+		})
+		t.Run(test.name+" which the other side's data finds", func(t *testing.T) {
+			j := join(t, time.Minute)
+			resets, sees := test.ends(j)
+			// Its own half has ended already.
+			_ = resets.CloseWrite()
+			wantEnd(t, sees, io.EOF)
+			reset(resets)
+			for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+				if _, err := sees.Write([]byte("x")); err != nil {
+					break
+				}
+				if time.Now().After(end) {
+					t.Fatal("no error in writing")
+				}
+			}
+			j.wantOutcome(t, test.outcome)
+		})
+	}
+}
+
+// What a server says before it stops listening to a client that goes on sending
+// reaches the client, as it does without a proxy.
+func TestAnswerBeforeReset(t *testing.T) {
+	j := join(t, time.Minute)
+	send(t, j.client, []byte("too much"))
+	wantRead(t, j.server, "too ")
+	answer := strings.Repeat("no ", 10000)
+	send(t, j.server, []byte(answer))
+	_ = j.server.CloseWrite()
+	wantRead(t, j.client, answer)
+	_ = j.server.Close() // with unread data, which makes it a reset
+	wantEnd(t, j.client, io.EOF)
+	for {
+		if _, err := j.client.Write([]byte("x")); err != nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	j.wantOutcome(t, outcomeServerReset)
+}
+
+// A connection on which nothing happens ends, in order, on both sides.
+func TestIdle(t *testing.T) {
+	t.Parallel()
+	const idle = 600 * time.Millisecond
+	for name, before := range map[string][]byte{"a silent client": nil, "a silent server": []byte("a")} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			j := join(t, idle, before...)
+			begin := time.Now()
+			wantRead(t, j.server, string(before))
+			wantEnd(t, j.client, io.EOF)
+			wantEnd(t, j.server, io.EOF)
+			j.wantOutcome(t, outcomeIdle)
+			if d := time.Since(begin); d < idle-20*time.Millisecond || d > idle+idle/2 {
+				t.Errorf("it took %s", d)
+			}
+		})
+	}
+	t.Run("after some talk", func(t *testing.T) {
+		t.Parallel()
+		j := join(t, idle)
+		time.Sleep(idle / 2)
+		send(t, j.server, make([]byte, 1<<20))
+		if _, err := io.ReadFull(j.client, make([]byte, 1<<20)); err != nil {
+			t.Error(err)
+		}
+		begin := time.Now()
+		wantEnd(t, j.client, io.EOF)
+		j.wantOutcome(t, outcomeIdle)
+		if d := time.Since(begin); d < idle-20*time.Millisecond || d > idle+idle/2 {
+			t.Errorf("it took %s", d)
+		}
+	})
+}
+
+// Data in one direction is enough to live on, as is a reader that takes slowly
+// what is under way already.
+func TestNotIdle(t *testing.T) {
+	t.Parallel()
+	const idle = 300 * time.Millisecond
+	for name, server := range map[string]bool{"from the client": false, "from the server": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			j := join(t, idle)
+			from, to := j.client, j.server
+			if server {
+				from, to = to, from
+			}
+			for range 12 {
+				send(t, from, []byte("a"))
+				wantRead(t, to, "a")
+				time.Sleep(idle / 3)
+			}
+			_ = from.Close()
+			_ = to.Close()
+			j.wantOutcome(t, outcomeDone)
+		})
+	}
+	t.Run("a slow reader", func(t *testing.T) {
+		t.Parallel()
+		j := join(t, idle)
+		// The server has said everything, and the relay has most of it, long
+		// before the reader has all.
+		_ = j.client.SetReadBuffer(512 << 10)
+		data := make([]byte, 4<<20)
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			send(t, j.server, data)
+			_ = j.server.Close()
+		}()
+		total := 0
+		buffer := make([]byte, 64<<10)
+		for {
+			n, err := j.client.Read(buffer)
+			total += n
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				t.Fatalf("after %d bytes: %v", total, err)
+			}
+			time.Sleep(idle / 30)
+		}
+		<-sent
+		if total != len(data) {
+			t.Errorf("%d bytes of %d", total, len(data))
+		}
+		_ = j.client.Close()
+		j.wantOutcome(t, outcomeDone)
+	})
+	t.Run("for ever", func(t *testing.T) {
+		t.Parallel()
+		j := join(t, 0)
+		time.Sleep(2 * idle)
+		send(t, j.client, []byte("a"))
+		wantRead(t, j.server, "a")
+		j.stop()
+		j.wantOutcome(t, outcomeStopped)
+		wantEnd(t, j.client, syscall.ECONNRESET)
+		wantEnd(t, j.server, syscall.ECONNRESET)
+	})
+}
+
+// Connections that wait hold no pipes. (Standard output and error may be some.)
+func TestIdleHoldsNoPipes(t *testing.T) {
+	var all []*joined
+	for range 50 {
+		j := join(t, 0)
+		for range 2 {
+			send(t, j.client, []byte("a"))
+			wantRead(t, j.server, "a")
+			send(t, j.server, []byte("b"))
+			wantRead(t, j.client, "b")
+		}
+		all = append(all, j)
+	}
+	// Those that were used last are kept for the next use, until the second
+	// collection of garbage.
+	for end := time.Now().Add(5 * time.Second); pipes(t) > 4; time.Sleep(time.Millisecond) {
+		runtime.GC()
+		if time.Now().After(end) {
+			t.Fatalf("%d descriptors of pipes for %d connections", pipes(t), len(all))
+		}
+	}
+	for _, j := range all {
+		j.stop()
+		j.wantOutcome(t, outcomeStopped)
+	}
+}
+
+// pipes returns how many descriptors of pipes the process has.
+func pipes(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, e := range entries {
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && strings.HasPrefix(to, "pipe:") {
+			n++
+		}
+	}
+	return n
+}
