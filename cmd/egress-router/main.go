@@ -24,7 +24,9 @@
 //
 // Without an argument it does what the mode says. The arguments plan, help and
 // version print what they are called after and change nothing; wait does
-// nothing until SIGTERM, which is what a pod's second container is for.
+// nothing until SIGTERM, which is what a pod's second container is for. dns-proxy,
+// or no argument under the name egress-dns-proxy, is the DNS proxy, with variables
+// of its own, which help lists too.
 package main
 
 import (
@@ -37,6 +39,6 @@ import (
 
 func main() {
 	os.Exit(cli.Run(context.Background(), cli.Process{
-		Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
+		Name: os.Args[0], Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
 	}))
 }

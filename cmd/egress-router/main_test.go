@@ -14,11 +14,12 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// TestMain makes the test binary the program itself, under the name
-// egress-router, and runs the tests in namespaces of their own.
+// TestMain makes the test binary the program itself, under the names that it
+// goes by, and runs the tests in namespaces of their own.
 func TestMain(m *testing.M) {
 	testscript.Main(nstest.M{Tests: m}, map[string]func(){
 		"egress-router":       main,
+		"egress-dns-proxy":    main,
 		"without-privilege":   func() { become(nobody) },
 		"with-read-only-proc": func() { become(readOnlyProc) },
 		"without-iptables":    func() { become(noIptables) },

@@ -3,6 +3,7 @@ package main
 import (
 	"flag"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -42,6 +43,7 @@ func TestScripts(t *testing.T) {
 			"await-default-route": awaitDefaultRoute,
 			"signal":              signalAll,
 			"await-idle":          awaitIdle,
+			"await-listening":     awaitListening,
 		},
 	})
 }
@@ -153,6 +155,18 @@ func awaitIdle(ts *testscript.TestScript, neg bool, args []string) {
 			return idle > 30
 		})
 	}
+}
+
+// awaitListening waits until something accepts connections on a port.
+func awaitListening(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "await-listening PORT")
+	await(ts, "port "+args[0], func() bool {
+		conn, err := net.Dial("tcp", "127.0.0.1:"+args[0])
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil
+	})
 }
 
 // signalAll sends a signal to every command in the background.

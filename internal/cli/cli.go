@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -29,6 +30,7 @@ const (
 
 // A Process is what the program has of its surroundings.
 type Process struct {
+	Name        string                             // by which the program was started, maybe with a path
 	Args        []string                           // without the program's name
 	Environment func() (config.Environment, error) // reads the variables
 	Stdout      io.Writer
@@ -40,7 +42,7 @@ var commands = map[string]func(context.Context, Process) error{
 	"plan":       runPlan,
 	"wait":       runWait,
 	"http-proxy": runProxy,
-	"dns-proxy":  runProxy,
+	"dns-proxy":  runDNSProxy,
 	"help":       runHelp,
 	"-h":         runHelp,
 	"--help":     runHelp,
@@ -53,7 +55,7 @@ func Run(ctx context.Context, p Process) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 
-	run, known := runMode, true
+	run, known := byName(p.Name), true
 	if len(p.Args) > 0 {
 		run, known = commands[p.Args[0]], commands[p.Args[0]] != nil
 	}
@@ -66,6 +68,15 @@ func Run(ctx context.Context, p Process) int {
 		return exitError
 	}
 	return exitOK
+}
+
+// byName returns what the program does without an argument: under the name of a
+// proxy's image, it is that proxy.
+func byName(name string) func(context.Context, Process) error {
+	if filepath.Base(name) == "egress-dns-proxy" {
+		return runDNSProxy
+	}
+	return runMode
 }
 
 // resolvConf is where the pod's name servers stand (resolv.conf(5)).
@@ -150,8 +161,7 @@ func runWait(ctx context.Context, _ Process) error {
 	return nil
 }
 
-// runProxy answers for the images of the two proxies, which are not part of
-// this version.
+// runProxy answers for the image of the proxy that is not part of this version.
 func runProxy(_ context.Context, p Process) error {
 	return fmt.Errorf("running %s: this version has no proxy of its own; EGRESS_ROUTER_MODE=%[1]s configures the network for another one", p.Args[0])
 }

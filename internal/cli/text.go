@@ -16,11 +16,12 @@ import (
 )
 
 const usage = `usage:
-  egress-router           do what EGRESS_ROUTER_MODE says
-  egress-router plan      print what would be done, and do nothing
-  egress-router wait      do nothing until SIGTERM: a pod's second container
-  egress-router help      print every variable
-  egress-router version   print the version
+  egress-router              do what EGRESS_ROUTER_MODE says
+  egress-router plan         print what would be done, and do nothing
+  egress-router wait         do nothing until SIGTERM: a pod's second container
+  egress-router dns-proxy    be the DNS proxy of the pod, until SIGTERM
+  egress-router help         print every variable
+  egress-router version      print the version
 `
 
 // modeDocs says what each mode does, in one line.
@@ -41,6 +42,7 @@ func runHelp(_ context.Context, p Process) error {
 		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
 	}
 	table.Flush()
+	writeDNSProxyVariables(&b)
 	b.WriteString("  In parentheses: what holds where the variable is not set or empty.\n\nmodes (EGRESS_ROUTER_MODE):\n")
 	for _, m := range config.Modes {
 		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])

@@ -58,9 +58,11 @@ type Variable struct {
 }
 
 // Variables lists every variable that is read, in the order to show them.
-func Variables() []Variable {
+func Variables() []Variable { return variables(reflect.TypeFor[Environment]()) }
+
+func variables(environment reflect.Type) []Variable {
 	var list []Variable
-	for field := range reflect.TypeFor[Environment]().Fields() {
+	for field := range environment.Fields() {
 		tag := field.Tag
 		list = append(list, Variable{Name: tag.Get("envconfig"), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
 	}
