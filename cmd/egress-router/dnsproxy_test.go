@@ -1,0 +1,392 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/vishvananda/netlink"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// A nameServer is the one that the pod's resolv.conf names, behind the cluster
+// network.
+type nameServer struct {
+	mu     sync.Mutex
+	addrs  map[string][]string // by name; nil: no such name
+	silent bool
+	asked  []netip.Addr // who asked
+}
+
+func (n *nameServer) set(name string, addrs ...string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.addrs[name] = addrs
+}
+
+func (n *nameServer) setSilent(silent bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.silent = silent
+}
+
+// ServeDNS answers with TTL 1, so that a test need not wait long for a change.
+func (n *nameServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.asked = append(n.asked, w.RemoteAddr().(*net.UDPAddr).AddrPort().Addr().Unmap())
+	if n.silent {
+		return
+	}
+	m := new(dns.Msg)
+	m.SetReply(q)
+	m.RecursionAvailable = true
+	addrs := n.addrs[q.Question[0].Name]
+	if len(addrs) == 0 {
+		m.Rcode = dns.RcodeNameError
+	}
+	for _, a := range addrs {
+		if q.Question[0].Qtype == dns.TypeA {
+			m.Answer = append(m.Answer, &dns.A{
+				Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 1},
+				A:   net.ParseIP(a),
+			})
+		}
+	}
+	_ = w.WriteMsg(m)
+}
+
+func (p *pod) nameServer() *nameServer {
+	p.Helper()
+	node := p.handle(p.lab.Node)
+	_, addr, err := net.ParseCIDR("10.96.0.10/32")
+	if err != nil {
+		p.Fatal(err)
+	}
+	if err := node.AddrAdd(p.link(node, "lo"), &netlink.Addr{IPNet: addr}); err != nil {
+		p.Fatal(err)
+	}
+	var socket net.PacketConn
+	if err := p.lab.Node.Do(func() (err error) {
+		socket, err = net.ListenPacket("udp4", "10.96.0.10:53")
+		return err
+	}); err != nil {
+		p.Fatal(err)
+	}
+	n := &nameServer{addrs: map[string][]string{}}
+	server := &dns.Server{PacketConn: socket, Handler: n}
+	started := make(chan struct{})
+	server.NotifyStartedFunc = func() { close(started) }
+	go func() { _ = server.ActivateAndServe() }()
+	<-started
+	p.Cleanup(func() { _ = server.Shutdown() })
+	return n
+}
+
+// A proxy is the DNS proxy, running in the router's namespace.
+type proxy struct {
+	*pod
+	cmd    *exec.Cmd
+	stderr *bytes.Buffer // after wait
+}
+
+// proxy configures the pod for the DNS proxy and starts that, with the variables
+// given; with before, under another program.
+func (p *pod) proxy(env map[string]string, before ...string) *proxy {
+	p.Helper()
+	p.env = map[string]string{"EGRESS_ROUTER_MODE": "dns-proxy", "EGRESS_SOURCE": "192.168.12.99/24", "EGRESS_GATEWAY": "192.168.12.1"}
+	p.ok()
+	p.env = env
+	path, err := exec.LookPath("egress-dns-proxy")
+	if err != nil {
+		p.Fatal(err)
+	}
+	command := slices.Concat(before, []string{path})
+	x := &proxy{p, p.command(command[0], command[1:]...), new(bytes.Buffer)}
+	x.cmd.Stderr = x.stderr
+	if err := p.lab.Start(p.lab.Router, x.cmd); err != nil {
+		p.Fatal(err)
+	}
+	return x
+}
+
+// await asks a port until a server answers that is one of the wanted.
+func (x *proxy) await(port uint16, servers ...string) {
+	x.Helper()
+	var a lab.Answer
+	var err error
+	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		a, err = x.ask(x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+		if err == nil && slices.Contains(servers, a.Server.String()) {
+			return
+		}
+	}
+	x.Fatalf("port %d: answer %v, error %v; want one of %v", port, a, err, servers)
+}
+
+// wantServers asks a port a few times and checks who answered, and that each
+// server saw the reserved address.
+func (x *proxy) wantServers(port uint16, servers ...string) {
+	x.Helper()
+	seen := map[string]bool{}
+	for range 4 {
+		a, err := x.ask(x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+		if err != nil || a.Peer.Addr() != source {
+			x.Errorf("port %d: %v, %v; want to be seen as %s", port, a, err, source)
+		}
+		seen[a.Server.String()] = true
+	}
+	for _, s := range servers {
+		if !seen[s] {
+			x.Errorf("port %d: %s never answered, but %v", port, s, seen)
+		}
+		delete(seen, s)
+	}
+	if len(seen) > 0 {
+		x.Errorf("port %d: %v answered", port, seen)
+	}
+}
+
+// stop tells the proxy to stop and returns its log.
+func (x *proxy) stop() string {
+	x.Helper()
+	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		x.Error(err)
+	}
+	return x.wait()
+}
+
+func (x *proxy) wait() string {
+	x.Helper()
+	if err := x.cmd.Wait(); err != nil {
+		x.Errorf("%v\n%s", err, x.stderr)
+	}
+	return x.stderr.String()
+}
+
+// The pod of the documentation: clients reach servers by name, servers see the
+// reserved address, name servers the pod's own.
+func TestDNSProxy(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{}, iptablesNFT)
+	n := p.nameServer()
+	n.set("www.example.com.", "203.0.113.25", "203.0.113.26")
+	x := p.proxy(map[string]string{
+		"EGRESS_DNS_PROXY_DESTINATION": "80 203.0.113.25\n8080 www.example.com 80\n8443 late.example.com 443\n8081 dead.example.com 80\n",
+		"EGRESS_DNS_PROXY_DEBUG":       "1",
+	})
+	x.await(80, "203.0.113.25:80")
+	x.await(8080, "203.0.113.25:80", "203.0.113.26:80")
+	x.wantServers(80, "203.0.113.25:80")
+	x.wantServers(8080, "203.0.113.25:80", "203.0.113.26:80")
+	if a, err := x.ask(x.lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080)); err != nil || a.Peer.Addr() != source {
+		t.Errorf("from another subnet: %v, %v", a, err)
+	}
+
+	// The name's addresses change; one that was missing is there; a connection
+	// stays where it is.
+	conn, err := x.lab.Dial(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.set("www.example.com.", "203.0.113.26")
+	n.set("late.example.com.", "203.0.113.26")
+	x.await(8443, "203.0.113.26:443")
+	time.Sleep(2 * time.Second)
+	x.wantServers(8080, "203.0.113.26:80")
+
+	// The name servers fall silent, and nobody notices.
+	n.setSilent(true)
+	time.Sleep(3 * time.Second)
+	begin := time.Now()
+	x.wantServers(8080, "203.0.113.26:80")
+	if d := time.Since(begin); d > 2*time.Second {
+		t.Errorf("old addresses took %s", d)
+	}
+	n.setSilent(false)
+
+	// An address that refuses is skipped.
+	n.set("dead.example.com.", "203.0.113.27", "203.0.113.25")
+	x.await(8081, "203.0.113.25:80")
+	x.wantServers(8081, "203.0.113.25:80")
+
+	n.mu.Lock()
+	for _, a := range n.asked {
+		if a != lab.RouterAddr {
+			t.Errorf("the name server was asked from %s", a)
+		}
+	}
+	n.mu.Unlock()
+
+	// The connection from before outlives the order to stop.
+	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := x.lab.Ask(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
+			break
+		} else if time.Now().After(end) {
+			t.Fatal("it still accepts connections")
+		}
+	}
+	r := bufio.NewReader(conn)
+	if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != source {
+		t.Errorf("%v, %v", a, err)
+	}
+	fmt.Fprintln(conn, "still there")
+	if line, err := r.ReadString('\n'); err != nil || line != "still there\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	_ = conn.Close()
+	log := x.wait()
+	if !regexp.MustCompile(`(?m)msg=connection client=10\.128\.0\.71:\d+ port=8080 destination=www\.example\.com:80 address=203\.0\.113\.2[56]:80 .* outcome=done$`).MatchString(log) {
+		t.Errorf("the log lacks a connection:\n%s", log)
+	}
+}
+
+// Destinations from a mounted ConfigMap, whose files are links to links that the
+// kubelet swaps.
+func TestDNSProxyFile(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{}, iptablesNFT)
+	dir := t.TempDir()
+	version := 0
+	mount := func(list string) {
+		t.Helper()
+		version++
+		data := fmt.Sprintf("..%d", version)
+		for _, err := range []error{
+			os.Mkdir(filepath.Join(dir, data), 0o755),
+			os.WriteFile(filepath.Join(dir, data, "destinations"), []byte(list), 0o600),
+			os.Symlink(data, filepath.Join(dir, "..data_tmp")),
+			os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")),
+		} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if version > 1 {
+			if err := os.RemoveAll(filepath.Join(dir, fmt.Sprintf("..%d", version-1))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	mount("8080 203.0.113.25 80\n")
+	file := filepath.Join(dir, "destinations")
+	if err := os.Symlink("..data/destinations", file); err != nil {
+		t.Fatal(err)
+	}
+	x := p.proxy(map[string]string{"EGRESS_DNS_PROXY_DESTINATION_FILE": file})
+	x.await(8080, "203.0.113.25:80")
+	conn, err := x.lab.Dial(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(conn)
+	if a, err := lab.ReadAnswer(r); err != nil || a.Server.String() != "203.0.113.25:80" {
+		t.Errorf("%v, %v", a, err)
+	}
+
+	begin := time.Now()
+	mount("8080 203.0.113.26 80\n8443 203.0.113.26 443\n")
+	x.await(8443, "203.0.113.26:443")
+	if d := time.Since(begin); d > 2*time.Second { // one, and this machine's own
+		t.Errorf("a change took %s", d)
+	}
+	x.wantServers(8080, "203.0.113.26:80")
+
+	mount("8080 203.0.113.26 80\n8443 nonsense\n")
+	time.Sleep(1200 * time.Millisecond)
+	x.wantServers(8443, "203.0.113.26:443")
+
+	mount("8443 203.0.113.26 443\n")
+	for end := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := x.lab.Ask(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080)); err != nil {
+			break
+		} else if time.Now().After(end) {
+			t.Fatal("a port that is gone still works")
+		}
+	}
+	fmt.Fprintln(conn, "still there")
+	if line, err := r.ReadString('\n'); err != nil || line != "still there\n" {
+		t.Errorf("the connection from the beginning: %q, %v", line, err)
+	}
+	_ = conn.Close()
+	log := x.stop()
+	if n := strings.Count(log, "Bad destination '8443 nonsense'"); n != 1 {
+		t.Errorf("%d complaints about a bad list:\n%s", n, log)
+	}
+}
+
+// Data does not pass through the proxy's memory (splice(2)).
+func TestDNSProxySplices(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{}, iptablesNFT)
+	trace := filepath.Join(t.TempDir(), "trace")
+	// -D: strace is not the process that is started, so that this one can be
+	// told to stop.
+	x := p.proxy(map[string]string{"EGRESS_DNS_PROXY_DESTINATION": "8080 203.0.113.25 80"},
+		"strace", "-D", "-f", "-qq", "-o", trace, "-e", "trace=splice,read,write,sendto,recvfrom,sendmsg,recvmsg")
+	x.await(8080, "203.0.113.25:80")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	conn, err := x.lab.Dial(ctx, x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 2 << 20
+	go func() {
+		_, _ = conn.Write(make([]byte, size))
+		_ = conn.(*net.TCPConn).CloseWrite()
+	}()
+	if n, err := io.Copy(io.Discard, conn); err != nil || n < size {
+		t.Errorf("%d bytes came back, %v", n, err)
+	}
+	x.stop()
+
+	moved := map[string]int{}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		text, err := os.ReadFile(trace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		clear(moved)
+		for _, m := range regexp.MustCompile(`(?m)^\d+ +(?:<\.\.\. )?(\w+)[( ].* = (\d+)$`).FindAllStringSubmatch(string(text), -1) {
+			n, err := strconv.Atoi(m[2])
+			if err != nil {
+				t.Fatal(err)
+			}
+			moved[m[1]] += n
+		}
+		// To the server and back, each into a pipe and out of it.
+		if moved["splice"] >= 4*size {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("bytes by call: %v, want %d by splice", moved, 4*size)
+		}
+	}
+	delete(moved, "splice")
+	for call, n := range moved {
+		if n > 64<<10 {
+			t.Errorf("%d bytes by %s", n, call)
+		}
+	}
+}
