@@ -26,7 +26,8 @@ type Options struct {
 
 // A Proxy relays connections. Its methods may be called from any goroutine.
 type Proxy struct {
-	o Options
+	o      Options
+	dialer *dialer
 
 	alive context.Context // of the connections
 	kill  context.CancelFunc
@@ -46,7 +47,7 @@ type port struct {
 
 // New returns a Proxy without destinations.
 func New(o Options) *Proxy {
-	p := &Proxy{o: o, ports: map[rules.Port]*port{}}
+	p := &Proxy{o: o, dialer: newDialer(), ports: map[rules.Port]*port{}}
 	p.alive, p.kill = context.WithCancel(context.Background())
 	return p
 }
@@ -99,7 +100,7 @@ func (l *port) close() {
 }
 
 func (p *Proxy) newPool(d Destination) *pool {
-	pool := &pool{destination: d, resolver: p.o.Resolver, dial: dial, probe: p.probe, log: p.o.Log}
+	pool := &pool{destination: d, resolver: p.o.Resolver, dial: p.dialer.dial, probe: p.probe, log: p.o.Log}
 	pool.start(p.alive)
 	return pool
 }
@@ -143,18 +144,10 @@ func listen(number rules.Port) (*net.TCPListener, error) {
 	return listener.(*net.TCPListener), nil
 }
 
-func dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, "tcp", to.String())
-	if err != nil {
-		return nil, err
-	}
-	return conn.(*net.TCPConn), nil
-}
-
 // probe finds out whether an address answers. The connection ends by a reset,
 // so that no port is kept (TIME_WAIT).
 func (p *Proxy) probe(ctx context.Context, to netip.AddrPort) error {
-	conn, err := dial(ctx, to)
+	conn, err := p.dialer.dial(ctx, to)
 	if err != nil {
 		return err
 	}
