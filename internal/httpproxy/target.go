@@ -1,0 +1,88 @@
+package httpproxy
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// A target is where a request wants to go.
+type target struct {
+	host Host
+	port uint16
+}
+
+func (t target) String() string {
+	return net.JoinHostPort(t.host.String(), strconv.Itoa(int(t.port)))
+}
+
+// defaultPorts are those of the schemes that are forwarded (RFC 9110 section
+// 4.2).
+var defaultPorts = map[string]uint16{"http": 80, "https": 443}
+
+// targetOf returns where a request in absolute form or a CONNECT wants to go
+// (RFC 9112 section 3.2).
+func targetOf(r *http.Request) (target, error) {
+	if r.Method == http.MethodConnect {
+		t, err := parseAuthority(r.RequestURI, 0)
+		if err != nil {
+			return t, fmt.Errorf("CONNECT %q: %w", r.RequestURI, err)
+		}
+		return t, nil
+	}
+	if r.URL.Host == "" {
+		return target{}, fmt.Errorf("%q: this is a proxy: it wants the whole URL, such as http://example.com/", r.RequestURI)
+	}
+	port, known := defaultPorts[r.URL.Scheme]
+	if !known {
+		return target{}, fmt.Errorf("%q: the scheme is neither http nor https", r.RequestURI)
+	}
+	t, err := parseAuthority(r.URL.Host, port)
+	if err != nil {
+		return t, fmt.Errorf("%q: %w", r.RequestURI, err)
+	}
+	return t, nil
+}
+
+// parseAuthority reads "host:port", or "host" where there is a default port.
+func parseAuthority(s string, defaultPort uint16) (target, error) {
+	host, port := s, ""
+	if i := strings.LastIndexByte(s, ':'); i >= 0 && !strings.Contains(s[i:], "]") {
+		host, port = s[:i], s[i+1:]
+	}
+	t := target{port: defaultPort}
+	if port != "" || defaultPort == 0 {
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil || n == 0 {
+			return target{}, fmt.Errorf("the port is no number from 1 to 65535")
+		}
+		t.port = uint16(n)
+	}
+	var ok bool
+	t.host, ok = parseHost(host)
+	if !ok {
+		return target{}, fmt.Errorf("%q is neither a name nor an address", host)
+	}
+	return t, nil
+}
+
+// parseHost reads a name, an IPv4 address, or an IPv6 address in brackets. A
+// final dot does not count.
+func parseHost(s string) (Host, bool) {
+	if inner, ok := strings.CutPrefix(s, "["); ok {
+		inner, ok = strings.CutSuffix(inner, "]")
+		a, err := netip.ParseAddr(inner)
+		if !ok || err != nil || !a.Is6() || a.Zone() != "" {
+			return Host{}, false
+		}
+		return Host{Addr: a.Unmap()}, true
+	}
+	if a, err := netip.ParseAddr(strings.TrimSuffix(s, ".")); err == nil && a.Is4() {
+		return Host{Addr: a}, true
+	}
+	name, ok := parseName(s)
+	return Host{Name: name}, ok
+}
