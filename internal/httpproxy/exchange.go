@@ -1,0 +1,236 @@
+package httpproxy
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+// An exchange is one request and its answer, or one tunnel. It is the
+// ResponseWriter in between, and gathers what the access log tells.
+type exchange struct {
+	http.ResponseWriter
+	proxy   *Proxy
+	request *http.Request
+	client  *clientConn
+	cancel  context.CancelCauseFunc
+	idle    *idleWatch
+	begun   time.Time
+
+	route    *route
+	server   atomic.Pointer[serverConn] // that was used
+	status   int
+	body     *requestBody // nil: none
+	received atomic.Int64 // from the client, in a tunnel
+	sent     atomic.Int64 // to the client
+}
+
+// begin makes the exchange of a request. Its context ends with the client, when
+// nothing moves any more, and with the proxy.
+func (p *Proxy) begin(w http.ResponseWriter, r *http.Request) *exchange {
+	x := &exchange{ResponseWriter: w, proxy: p, begun: time.Now()}
+	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), exchangeKey{}, x))
+	x.cancel = cancel
+	x.client = ctx.Value(clientKey{}).(*clientConn)
+	if len(r.TransferEncoding) > 0 && r.Trailer == nil {
+		r.Trailer = http.Header{} // where net/http puts trailers that were not announced
+	}
+	x.request = r.WithContext(ctx)
+	if r.Body != nil && r.Body != http.NoBody {
+		x.body = &requestBody{ReadCloser: r.Body}
+		x.request.Body = x.body
+		// Otherwise net/http reads the rest of a body before it writes the first
+		// byte of an answer, and a server that answers early is not heard. There
+		// is no error for HTTP/1.
+		_ = http.NewResponseController(w).EnableFullDuplex()
+	}
+	x.idle = watchIdle(x.client.TCPConn, p.config.IdleTimeout, x.expire)
+	return x
+}
+
+// exchangeKey is where the context of a request has its *exchange.
+type exchangeKey struct{}
+
+// expire ends an exchange in which nothing moves. What waits for the server sees
+// the context, what waits for the client the deadlines, the second of which leaves
+// time for an answer that says why.
+func (x *exchange) expire() {
+	x.cancel(errIdle)
+	_ = x.client.SetReadDeadline(time.Now())
+	_ = x.client.SetWriteDeadline(time.Now().Add(time.Second))
+}
+
+// end tells the access log. What is left of a body net/http reads now, and drops
+// it, for which the client has as long as for a header.
+func (x *exchange) end() {
+	x.idle.stop()
+	x.cancel(nil)
+	if x.body != nil && !x.body.ended.Load() {
+		_ = x.client.SetReadDeadline(time.Now().Add(x.proxy.config.HeaderTimeout))
+	}
+	if !x.proxy.config.AccessLog {
+		return
+	}
+	received := x.received.Load()
+	if x.body != nil {
+		received += x.body.read.Load()
+	}
+	attrs := []slog.Attr{
+		slog.String("client", x.request.RemoteAddr),
+		slog.String("method", x.request.Method),
+	}
+	if x.route.target.port != 0 {
+		attrs = append(attrs, slog.String("destination", x.route.target.String()))
+	}
+	if server := x.server.Load(); server != nil {
+		attrs = append(attrs, slog.String("address", server.RemoteAddr().String()))
+	}
+	attrs = append(attrs, slog.String("rule", x.route.verdict.Rule.String()),
+		slog.Int("status", x.status),
+		slog.Int64("received", received),
+		slog.Int64("sent", x.sent.Load()),
+		slog.Duration("duration", time.Since(x.begun)))
+	x.proxy.log.LogAttrs(context.Background(), slog.LevelInfo, "access", attrs...)
+}
+
+// refuse answers in place of a server, or notes that the client did not wait. A
+// CONNECT ends the connection: what comes behind it was meant for the tunnel.
+func (x *exchange) refuse(r *refusal) {
+	ctx := x.request.Context()
+	switch {
+	case errors.Is(context.Cause(ctx), errIdle):
+		r = &refusal{http.StatusGatewayTimeout, x.route.target.String() + ": nothing moved for " + x.proxy.config.IdleTimeout.String()}
+		x.Header().Set("Connection", "close")
+	case errors.Is(context.Cause(ctx), errStopping):
+		r = &refusal{http.StatusServiceUnavailable, errStopping.Error()}
+		x.Header().Set("Connection", "close")
+	case ctx.Err() != nil:
+		x.status = statusClientGone
+		return
+	}
+	if x.request.Method == http.MethodConnect {
+		x.Header().Set("Connection", "close")
+	}
+	r.write(x)
+}
+
+// WriteHeader passes on a status and the header.
+func (x *exchange) WriteHeader(status int) {
+	if status < 200 && status != http.StatusSwitchingProtocols {
+		// HTTP/1.0 has no such thing (RFC 9110 section 15.2).
+		if x.request.ProtoAtLeast(1, 1) {
+			x.ResponseWriter.WriteHeader(status)
+		}
+		return
+	}
+	x.status = status
+	// Otherwise net/http guesses a type that the server did not tell.
+	h := x.Header()
+	if len(h["Content-Type"]) == 0 {
+		h["Content-Type"] = nil
+	}
+	// The rest of the body may never come, and what comes is no next request.
+	if x.body != nil && !x.body.ended.Load() {
+		h.Set("Connection", "close")
+	}
+	x.ResponseWriter.WriteHeader(status)
+}
+
+// Write passes on a part of the body.
+func (x *exchange) Write(p []byte) (int, error) {
+	n, err := x.ResponseWriter.Write(p)
+	x.sent.Add(int64(n))
+	return n, err
+}
+
+// FlushError passes on what is buffered.
+func (x *exchange) FlushError() error {
+	return http.NewResponseController(x.ResponseWriter).Flush()
+}
+
+// Hijack takes the connection for a protocol that was switched to. What the
+// client sent before it was asked to is read first, which ReverseProxy would
+// leave where it is.
+func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	early, err := x.takeConnection()
+	if err != nil {
+		return nil, nil, err
+	}
+	x.status = http.StatusSwitchingProtocols
+	conn := &switchedConn{clientConn: x.client, early: early, x: x}
+	return conn, bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(x.client)), nil
+}
+
+// takeConnection takes the connection from net/http, with what it has read of it
+// behind the request.
+func (x *exchange) takeConnection() (early []byte, err error) {
+	_, rw, err := http.NewResponseController(x.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, err
+	}
+	early, err = rw.Reader.Peek(rw.Reader.Buffered())
+	return early, err
+}
+
+// A switchedConn is the connection of a client that switched to another
+// protocol.
+type switchedConn struct {
+	*clientConn
+	early []byte
+	x     *exchange
+}
+
+// Read reads what came early, and then the rest.
+func (c *switchedConn) Read(p []byte) (n int, err error) {
+	if len(c.early) > 0 {
+		n = copy(p, c.early)
+		c.early = c.early[n:]
+	} else {
+		n, err = c.TCPConn.Read(p)
+	}
+	c.x.received.Add(int64(n))
+	return n, err
+}
+
+// Write writes to the client.
+func (c *switchedConn) Write(p []byte) (int, error) {
+	n, err := c.TCPConn.Write(p)
+	c.x.sent.Add(int64(n))
+	return n, err
+}
+
+// ReadFrom hides that of the connection, which would not be counted.
+func (c *switchedConn) ReadFrom(r io.Reader) (int64, error) {
+	return io.Copy(struct{ io.Writer }{c}, r)
+}
+
+// WriteTo hides that of the connection, which would pass by what came early.
+func (c *switchedConn) WriteTo(w io.Writer) (int64, error) {
+	return io.Copy(w, struct{ io.Reader }{c})
+}
+
+// A requestBody notes what became of a body on its way to a server.
+type requestBody struct {
+	io.ReadCloser
+	read  atomic.Int64
+	ended atomic.Bool
+	err   atomic.Pointer[error]
+}
+
+// Read reads from the client.
+func (b *requestBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.read.Add(int64(n))
+	if err == io.EOF {
+		b.ended.Store(true)
+	} else if err != nil {
+		b.err.Store(&err)
+	}
+	return n, err
+}

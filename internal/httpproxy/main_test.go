@@ -1,0 +1,256 @@
+package httpproxy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+// servers is an address of a network of which every address is one of this machine (RFC 5737):
+// tests have servers at addresses that no proxy takes for its own side, once it
+// is told that it has none of its own.
+const servers = "203.0.113.254/24"
+
+// TestMain gives the tests a network namespace with these addresses, and one
+// network in which nobody answers.
+func TestMain(m *testing.M) { os.Exit(nstest.M{Tests: prepared{m}}.Run()) }
+
+// prepared adds the addresses before the tests run.
+type prepared struct{ tests *testing.M }
+
+func (p prepared) Run() int {
+	if err := addresses(); err != nil {
+		fmt.Fprintf(os.Stderr, "preparing the network: %v\n", err)
+		return 1
+	}
+	return p.tests.Run()
+}
+
+// patience is how long a test waits for what has to come.
+const patience = 5 * time.Second
+
+// zone is a resolver that knows a few names.
+type zone map[string][]string
+
+// LookupAddr returns the addresses of a name, as they are written.
+func (z zone) LookupAddr(_ context.Context, host string) ([]netip.Addr, error) {
+	var addrs []netip.Addr
+	for _, s := range z[host] {
+		if s == "timeout" {
+			return nil, &net.DNSError{Err: "i/o timeout", Name: host, IsTimeout: true}
+		}
+		addrs = append(addrs, ip(s))
+	}
+	if addrs == nil {
+		return nil, &net.DNSError{Err: "no such host", Name: host, IsNotFound: true}
+	}
+	return addrs, nil
+}
+
+// LookupNames returns the names that are written for an address.
+func (z zone) LookupNames(_ context.Context, a netip.Addr) ([]string, error) {
+	if names := z[a.String()]; names != nil {
+		return names, nil
+	}
+	return nil, &net.DNSError{Err: "no such host", Name: a.String(), IsNotFound: true}
+}
+
+// output collects a log.
+type output struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.String()
+}
+
+func newLogger(o *output) *slog.Logger { return slog.New(slog.NewTextHandler(o, nil)) }
+
+// A testProxy is a proxy that runs.
+type testProxy struct {
+	*Proxy
+	addr string
+	log  *output
+	stop context.CancelFunc
+	done chan error // what Serve returned
+}
+
+// start runs a proxy that allows everything, until the test ends.
+func start(t *testing.T, rules string, names zone, change func(*Proxy)) *testProxy {
+	t.Helper()
+	list, err := Parse(rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &testProxy{log: &output{}, done: make(chan error, 1)}
+	p.Proxy = New(Config{
+		Rules: list, ReadFile: os.ReadFile, ConnectTimeout: 2 * time.Second, HeaderTimeout: patience, KeepAliveTimeout: time.Minute,
+		IdleTimeout: time.Minute, ShutdownGrace: 50 * time.Millisecond, MaxHeaderBytes: 64 << 10,
+	}, newLogger(p.log), names)
+	p.own = func(netip.Addr) (bool, error) { return false, nil }
+	if change != nil {
+		change(p.Proxy)
+	}
+	l, err := listen(t.Context(), netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.addr = l.Addr().String()
+	var ctx context.Context
+	ctx, p.stop = context.WithCancel(context.Background())
+	go func() { p.done <- p.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		p.stop()
+		select {
+		case err := <-p.done:
+			if err != nil {
+				t.Errorf("the proxy ended with %v", err)
+			}
+		case <-time.After(patience):
+			t.Errorf("the proxy does not end")
+		}
+		if t.Failed() {
+			t.Logf("the proxy's log:\n%s", p.log)
+		}
+	})
+	return p
+}
+
+// connect connects to the proxy.
+func (p *testProxy) connect(t *testing.T) *net.TCPConn { return dialAt(t, p.addr) }
+
+func dialAt(t *testing.T, addr string) *net.TCPConn {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp", addr, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	return conn.(*net.TCPConn)
+}
+
+// say writes to a connection.
+func say(t *testing.T, conn io.Writer, s string) {
+	t.Helper()
+	if _, err := io.WriteString(conn, s); err != nil {
+		t.Errorf("writing %q: %v", s, err)
+	}
+}
+
+// hear reads as much as is wanted and compares it.
+func hear(t *testing.T, conn io.Reader, want string) {
+	t.Helper()
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(conn, got)
+	if string(got[:n]) != want {
+		t.Errorf("got  %q (%v)\nwant %q", got[:n], err, want)
+	}
+}
+
+// hearEnd reads until the end and compares it.
+func hearEnd(t *testing.T, conn io.Reader, want string) {
+	t.Helper()
+	got, err := io.ReadAll(conn)
+	if string(got) != want || err != nil {
+		t.Errorf("got  %q (%v)\nwant %q and the end", got, err, want)
+	}
+}
+
+// serve runs a server of one connection after the other and returns its address.
+func serve(t *testing.T, handle func(conn *net.TCPConn)) string {
+	t.Helper()
+	return serveAt(t, "203.0.113.1:0", handle)
+}
+
+func serveAt(t *testing.T, addr string, handle func(conn *net.TCPConn)) string {
+	t.Helper()
+	plain, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := plain.(*net.TCPListener)
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			conn, err := l.AcceptTCP()
+			if err != nil {
+				return
+			}
+			running.Go(func() {
+				defer conn.Close()
+				_ = conn.SetDeadline(time.Now().Add(patience))
+				handle(conn)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		running.Wait()
+	})
+	return l.Addr().String()
+}
+
+// addresses adds what TestMain promises.
+func addresses() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	for _, network := range []string{servers, "2001:db8::1/128"} {
+		addr, err := netlink.ParseAddr(network)
+		if err != nil {
+			return err
+		}
+		addr.Flags = 0x02 // IFA_F_NODAD
+		if err := netlink.AddrAdd(lo, addr); err != nil {
+			return fmt.Errorf("adding %s: %w", network, err)
+		}
+	}
+	// A network in which nobody answers.
+	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "void0"}, PeerName: "void1"}
+	if err := netlink.LinkAdd(pair); err != nil {
+		return err
+	}
+	for _, name := range []string{"void0", "void1"} {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(link); err != nil {
+			return err
+		}
+	}
+	void, err := netlink.LinkByName("void0")
+	if err != nil {
+		return err
+	}
+	addr, err := netlink.ParseAddr("198.51.100.1/24")
+	if err != nil {
+		return err
+	}
+	return netlink.AddrAdd(void, addr)
+}

@@ -1,0 +1,772 @@
+package httpproxy
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// header reads a request's header.
+func header(conn net.Conn) string {
+	var b strings.Builder
+	one := make([]byte, 1)
+	for !strings.HasSuffix(b.String(), "\r\n\r\n") {
+		if _, err := conn.Read(one); err != nil {
+			return b.String()
+		}
+		b.Write(one)
+	}
+	return b.String()
+}
+
+// get starts a GET and returns the connection.
+func (p *testProxy) get(t *testing.T, server string) *net.TCPConn {
+	t.Helper()
+	conn := p.connect(t)
+	say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: "+server+"\r\n\r\n")
+	return conn
+}
+
+// tunnel makes a tunnel.
+func (p *testProxy) tunnel(t *testing.T, server string) *net.TCPConn {
+	t.Helper()
+	conn := p.connect(t)
+	say(t, conn, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
+	hear(t, conn, "HTTP/1.1 200 Connection established\r\n\r\n")
+	return conn
+}
+
+// answer reads the answer to a request that has no body.
+func answer(t *testing.T, conn net.Conn) (status int, body string) {
+	t.Helper()
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatalf("reading the answer: %v", err)
+	}
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatalf("reading the body behind %q: %v", text, err)
+	}
+	return response.StatusCode, string(text)
+}
+
+func TestStreams(t *testing.T) {
+	t.Run("each chunk of an answer passes at once", func(t *testing.T) {
+		for name, headers := range map[string]string{
+			"chunks":    "Transfer-Encoding: chunked\r\n",
+			"events":    "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n",
+			"other SSE": "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n",
+		} {
+			t.Run(name, func(t *testing.T) {
+				heard := make(chan struct{})
+				server := serve(t, func(conn *net.TCPConn) {
+					header(conn)
+					say(t, conn, "HTTP/1.1 200 OK\r\nDate: x\r\n"+headers+"\r\n")
+					for range 3 {
+						say(t, conn, "6\r\nevent\n\r\n")
+						<-heard
+					}
+				})
+				conn := start(t, "203.0.113.1", nil, nil).get(t, server)
+				if got := header(conn); !strings.HasPrefix(got, "HTTP/1.1 200 OK") {
+					t.Fatalf("got %q", got)
+				}
+				for range 3 {
+					hear(t, conn, "6\r\nevent\n\r\n")
+					heard <- struct{}{}
+				}
+				hearEnd(t, conn, "") // the server broke off, which is no end of chunks
+			})
+		}
+	})
+	t.Run("each chunk of a request passes at once", func(t *testing.T) {
+		got := make(chan string)
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			for range 3 {
+				buf := make([]byte, 9)
+				n, _ := io.ReadFull(conn, buf)
+				got <- string(buf[:n])
+			}
+			hear(t, conn, "0\r\n\r\n")
+			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		})
+		conn := start(t, "203.0.113.1", nil, nil).connect(t)
+		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+		for range 3 {
+			say(t, conn, "4\r\ndata\r\n")
+			if s := <-got; s != "4\r\ndata\r\n" {
+				t.Errorf("the server got %q", s)
+			}
+		}
+		say(t, conn, "0\r\n\r\n")
+		if status, _ := answer(t, conn); status != 200 {
+			t.Errorf("status %d", status)
+		}
+	})
+	t.Run("an answer before the end of the request", func(t *testing.T) {
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			say(t, conn, "HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+		})
+		conn := start(t, "203.0.113.1", nil, nil).connect(t)
+		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nxx")
+		if status, _ := answer(t, conn); status != 413 {
+			t.Errorf("status %d", status)
+		}
+	})
+	t.Run("a server that is asked whether it wants the body", func(t *testing.T) {
+		server := serve(t, func(conn *net.TCPConn) {
+			if got := header(conn); !strings.Contains(got, "Expect: 100-continue\r\n") {
+				t.Errorf("the server got %q", got)
+			}
+			say(t, conn, "HTTP/1.1 100 Continue\r\n\r\n")
+			hear(t, conn, "hello")
+			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		})
+		conn := start(t, "203.0.113.1", nil, nil).connect(t)
+		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+		hear(t, conn, "HTTP/1.1 100 Continue\r\n\r\n")
+		say(t, conn, "hello")
+		hear(t, conn, "HTTP/1.1 200 OK\r\n")
+	})
+	t.Run("and does not", func(t *testing.T) {
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			say(t, conn, "HTTP/1.1 417 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+		})
+		conn := start(t, "203.0.113.1", nil, nil).connect(t)
+		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+		if status, _ := answer(t, conn); status != 417 {
+			t.Errorf("status %d", status)
+		}
+	})
+	t.Run("an answer that breaks off", func(t *testing.T) {
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello")
+		})
+		conn := start(t, "203.0.113.1", nil, nil).get(t, server)
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err == nil { // the beginning may have been sent
+			_, err = io.Copy(io.Discard, response.Body)
+		}
+		if err != io.ErrUnexpectedEOF {
+			t.Errorf("%v, want %v", err, io.ErrUnexpectedEOF)
+		}
+	})
+}
+
+// One connection serves many requests, on both sides.
+func TestKeepAlive(t *testing.T) {
+	var connections atomic.Int32
+	server := serve(t, func(conn *net.TCPConn) {
+		connections.Add(1)
+		for header(conn) != "" {
+			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+		}
+	})
+	p := start(t, "203.0.113.1", nil, nil)
+	conn := p.connect(t)
+	r := bufio.NewReader(conn)
+	for range 5 {
+		say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\n\r\n")
+		response, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, response.Body); err != nil || response.StatusCode != 200 {
+			t.Fatalf("status %d, %v", response.StatusCode, err)
+		}
+	}
+	if n := connections.Load(); n != 1 {
+		t.Errorf("the server had %d connections, want 1", n)
+	}
+}
+
+// A connection that is kept is used for what the rules allow now, and for no
+// other address of the name.
+func TestKeptConnectionsAndRules(t *testing.T) {
+	hello := func(s string) func(*net.TCPConn) {
+		return func(conn *net.TCPConn) {
+			for header(conn) != "" {
+				say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n"+s)
+			}
+		}
+	}
+	serveAt(t, "203.0.113.11:8011", hello("1"))
+	serveAt(t, "203.0.113.12:8011", hello("2"))
+	p := start(t, "*", zone{"a.example": {"203.0.113.11", "203.0.113.12"}}, nil)
+	for _, step := range []struct{ rules, want string }{
+		{"*", "1"}, {"!203.0.113.11\n*", "2"}, {"203.0.113.11", "1"}, {"!a.example\n*", ""}, {"a.example", "1"},
+	} {
+		list, err := Parse(step.rules)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.rules.Store(&list)
+		status, body := answer(t, p.get(t, "a.example:8011"))
+		if step.want == "" && status == 403 {
+			continue
+		}
+		if status != 200 || body != step.want {
+			t.Errorf("%q: %d, %q; want %q", step.rules, status, body, step.want)
+		}
+	}
+}
+
+func TestTunnelHalves(t *testing.T) {
+	t.Run("the client ends first", func(t *testing.T) {
+		server := serve(t, func(conn *net.TCPConn) {
+			hearEnd(t, conn, "question")
+			say(t, conn, "answer")
+		})
+		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
+		say(t, conn, "question")
+		if err := conn.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		hearEnd(t, conn, "answer")
+	})
+	t.Run("the server ends first", func(t *testing.T) {
+		done := make(chan struct{})
+		server := serve(t, func(conn *net.TCPConn) {
+			defer close(done)
+			say(t, conn, "greeting")
+			if err := conn.CloseWrite(); err != nil {
+				t.Error(err)
+			}
+			hearEnd(t, conn, "late")
+		})
+		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
+		hearEnd(t, conn, "greeting")
+		say(t, conn, "late")
+		conn.Close()
+		<-done
+	})
+	t.Run("much both ways", func(t *testing.T) {
+		const size = 8 << 20
+		server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn); _ = conn.CloseWrite() })
+		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
+		go func() {
+			_, _ = io.CopyN(conn, zeros{}, size)
+			_ = conn.CloseWrite()
+		}()
+		if n, err := io.Copy(io.Discard, conn); n != size || err != nil {
+			t.Errorf("%d came back, %v", n, err)
+		}
+	})
+	t.Run("the server resets", func(t *testing.T) {
+		server := serve(t, func(conn *net.TCPConn) { _ = conn.SetLinger(0) })
+		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
+		_, _ = io.Copy(io.Discard, conn) // ends
+	})
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+// After a switch of protocols both halves are there, whatever the protocol, with
+// what was sent before it was switched.
+func TestUpgrade(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) {
+		if got := header(conn); !strings.Contains(got, "Upgrade: my/1\r\n") {
+			t.Errorf("the server got %q", got)
+		}
+		say(t, conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: my/1\r\n\r\n")
+		hearEnd(t, conn, "early, late")
+		say(t, conn, "end")
+	})
+	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.config.AccessLog = true })
+	conn := p.connect(t)
+	say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: my/1\r\n\r\nearly")
+	if got := header(conn); !strings.HasPrefix(got, "HTTP/1.1 101 ") {
+		t.Fatalf("got %q", got)
+	}
+	say(t, conn, ", late")
+	if err := conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	hearEnd(t, conn, "end")
+	p.await(t, "status=101 received=11 sent=3")
+}
+
+// await waits for a text in the log.
+func (p *testProxy) await(t *testing.T, text string) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !strings.Contains(p.log.String(), text); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the log lacks %q", text)
+		}
+	}
+}
+
+func TestErrors(t *testing.T) {
+	garbage := serve(t, func(conn *net.TCPConn) {
+		_, _ = conn.Read(make([]byte, 4096))
+		say(t, conn, "SSH-2.0-x\r\n")
+	})
+	mute := serve(t, func(conn *net.TCPConn) { header(conn) })
+	names := zone{
+		"here.example": {"203.0.113.1"}, "mixed.example": {"10.0.0.1", "127.0.0.1"}, "late.example": {"timeout"}, "none.example": {},
+		"void.example": {"198.51.100.7", "198.51.100.8"}, "local.example": {"169.254.169.254", "::1"},
+	}
+	for name, test := range map[string]struct {
+		rules, url string
+		status     int
+		text       string
+	}{
+		"denied by a name":            {"!*.example\n*", "http://here.example/", 403, "here.example is denied by rule 1: !*.example"},
+		"denied by a network":         {"#\n!10.0.0.0/8\n*", "http://mixed.example/", 403, "mixed.example (10.0.0.1) is denied by rule 1: !10.0.0.0/8"},
+		"no rule":                     {"1.2.3.4", "http://here.example/", 403, "no rule allows here.example (203.0.113.1)"},
+		"no rule for a name":          {"x.example", "http://here.example/", 403, "no rule allows here.example"},
+		"no rule for an address":      {"x.example", "http://203.0.113.1/", 403, "no rule allows 203.0.113.1"},
+		"local":                       {"*", "http://local.example/", 403, "local.example (169.254.169.254) is an address of the proxy's own side: only a rule that names it allows that"},
+		"a name that does not exist":  {"*", "http://none.example/", 502, "looking up none.example: no such host"},
+		"and is denied":               {"!10.0.0.0/8\n1.2.3.4", "http://none.example/", 403, "no rule allows none.example"},
+		"name servers are mute":       {"*", "http://late.example/", 504, "looking up late.example: the name servers do not answer"},
+		"connection refused":          {"*", "http://here.example:9/", 502, "connecting to here.example:9: 203.0.113.1: connection refused"},
+		"nobody there":                {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer; 198.51.100.8: no answer"},
+		"no route":                    {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
+		"no HTTP":                     {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
+		"no answer":                   {"*", "http://" + mute + "/", 502, "the server closed the connection without an answer"},
+		"no TLS":                      {"*", "https://" + garbage + "/", 502, "TLS"},
+		"one of two addresses denied": {"!10.0.0.0/8\n127.0.0.1", "http://mixed.example:9/", 502, "127.0.0.1: connection refused"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, test.rules, names, func(p *Proxy) { p.config.ConnectTimeout = 600 * time.Millisecond })
+			conn := p.connect(t)
+			u, err := url.Parse(test.url)
+			if err != nil {
+				t.Fatal(err)
+			}
+			say(t, conn, "GET "+test.url+" HTTP/1.1\r\nHost: "+u.Host+"\r\n\r\n")
+			status, text := answer(t, conn)
+			if status != test.status || !strings.HasPrefix(text, "egress-router: ") || !strings.Contains(text, test.text) || strings.Count(text, "\n") != 1 {
+				t.Errorf("%d %q, want %d with %q", status, text, test.status, test.text)
+			}
+			if u.Scheme == "https" || strings.Contains(name, "HTTP") || strings.Contains(name, "answer") {
+				return
+			}
+			conn = p.connect(t)
+			authority := u.Host
+			if u.Port() == "" {
+				authority += ":80"
+			}
+			say(t, conn, "CONNECT "+authority+" HTTP/1.1\r\n\r\n\x16\x03\x01\r\n\r\n")
+			if s, again := answer(t, conn); s != status || again != text {
+				t.Errorf("CONNECT: %d %q, want %d %q", s, again, status, text)
+			}
+			hearEnd(t, conn, "")
+		})
+	}
+}
+
+// What the client sends wrong is the client's fault.
+func TestBadBody(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+	conn := start(t, "*", nil, nil).connect(t)
+	say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+	if status, text := answer(t, conn); status != 400 || !strings.Contains(text, "reading the request") {
+		t.Errorf("%d %q", status, text)
+	}
+}
+
+// The pod's own addresses are as its loopback.
+func TestOwnAddresses(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) {
+		header(conn)
+		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	})
+	own := func(p *Proxy) { p.own = new(ownAddresses).has }
+	own254 := strings.Replace(server, "203.0.113.1:", "203.0.113.254:", 1)
+	for _, test := range []struct {
+		rules, to string
+		status    int
+	}{
+		{"*", own254, 403}, {"203.0.113.0/24\n*", own254, 403}, {"203.0.113.254", own254, 502}, {"*", server, 200},
+		{"*", "a.example:80", 403}, {"*", "[2001:db8::1]:80", 403}, {"*", "[::ffff:203.0.113.254]:80", 403}, {"*", "0.0.0.0:80", 403},
+	} {
+		p := start(t, test.rules, zone{"a.example": {"203.0.113.254"}}, own)
+		if status, text := answer(t, p.get(t, test.to)); status != test.status {
+			t.Errorf("%q, %s: %d %q, want %d", test.rules, test.to, status, text, test.status)
+		}
+	}
+}
+
+// A name of an address counts if it resolves to that address.
+func TestReverseNames(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) {
+		header(conn)
+		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	})
+	for name, test := range map[string]struct {
+		names  zone
+		status int
+	}{
+		"its own":             {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"203.0.113.1"}}, 200},
+		"one of several":      {zone{"203.0.113.1": {"x.", "www.good.example."}, "www.good.example": {"203.0.113.9", "203.0.113.1"}}, 200},
+		"somebody else's":     {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"203.0.113.9"}}, 403},
+		"one that is not":     {zone{"203.0.113.1": {"www.good.example."}}, 403},
+		"one not to be found": {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"timeout"}}, 403},
+		"none":                {nil, 403},
+		"another":             {zone{"203.0.113.1": {"bad.example."}, "bad.example": {"203.0.113.1"}}, 403},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := start(t, "*.good.example", test.names, nil)
+			if status, text := answer(t, p.get(t, server)); status != test.status {
+				t.Errorf("%d %q, want %d", status, text, test.status)
+			}
+		})
+	}
+}
+
+func TestIdle(t *testing.T) {
+	const limit = 200 * time.Millisecond
+	quick := func(p *Proxy) { p.config.IdleTimeout = limit; p.config.HeaderTimeout = limit }
+	silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+	t.Run("no answer", func(t *testing.T) {
+		t.Parallel()
+		if status, text := answer(t, start(t, "*", nil, quick).get(t, silent)); status != 504 || !strings.Contains(text, "nothing moved for 200ms") {
+			t.Errorf("%d %q", status, text)
+		}
+	})
+	t.Run("no body", func(t *testing.T) {
+		t.Parallel()
+		conn := start(t, "*", nil, quick).connect(t)
+		say(t, conn, "POST http://"+silent+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n12")
+		if status, _ := answer(t, conn); status != 504 {
+			t.Errorf("status %d", status)
+		}
+		hearEnd(t, conn, "")
+	})
+	t.Run("no body of a request that is denied", func(t *testing.T) {
+		t.Parallel()
+		conn := start(t, "#", nil, quick).connect(t)
+		say(t, conn, "POST http://"+silent+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n12")
+		if status, _ := answer(t, conn); status != 403 {
+			t.Errorf("status %d", status)
+		}
+		hearEnd(t, conn, "")
+	})
+	t.Run("a tunnel", func(t *testing.T) {
+		t.Parallel()
+		conn := start(t, "*", nil, quick).tunnel(t, silent)
+		begin := time.Now()
+		_, _ = io.Copy(io.Discard, conn)
+		if took := time.Since(begin); took < limit/2 || took > 10*limit {
+			t.Errorf("it ended after %s", took)
+		}
+	})
+	t.Run("a tunnel with data one way", func(t *testing.T) {
+		t.Parallel()
+		talker := serve(t, func(conn *net.TCPConn) {
+			for range 10 {
+				time.Sleep(limit / 4)
+				say(t, conn, "x")
+			}
+		})
+		hearEnd(t, start(t, "*", nil, quick).tunnel(t, talker), "xxxxxxxxxx")
+	})
+	t.Run("an answer that comes slowly", func(t *testing.T) {
+		t.Parallel()
+		talker := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			say(t, conn, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+			for range 10 {
+				time.Sleep(limit / 4)
+				say(t, conn, "x")
+			}
+		})
+		if status, text := answer(t, start(t, "*", nil, quick).get(t, talker)); status != 200 || text != "xxxxxxxxxx" {
+			t.Errorf("%d %q", status, text)
+		}
+	})
+	t.Run("a client that does not read", func(t *testing.T) {
+		t.Parallel()
+		ended := make(chan error, 1)
+		endless := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			say(t, conn, "HTTP/1.1 200 OK\r\n\r\n")
+			_, err := io.Copy(conn, zeros{})
+			ended <- err
+		})
+		start(t, "*", nil, quick).get(t, endless)
+		select {
+		case <-ended:
+		case <-time.After(patience):
+			t.Error("the server is still writing")
+		}
+	})
+	t.Run("an upgraded connection", func(t *testing.T) {
+		t.Parallel()
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			say(t, conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+			_, _ = io.Copy(io.Discard, conn)
+		})
+		conn := start(t, "*", nil, quick).connect(t)
+		say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+		header(conn)
+		hearEnd(t, conn, "")
+	})
+	t.Run("a header that comes slowly", func(t *testing.T) {
+		t.Parallel()
+		conn := start(t, "*", nil, quick).connect(t)
+		say(t, conn, "GET http://x/ HTTP/1.1\r\nHost:")
+		hearEnd(t, conn, "")
+	})
+	t.Run("no next request", func(t *testing.T) {
+		t.Parallel()
+		conn := start(t, "#", nil, func(p *Proxy) { p.config.KeepAliveTimeout = limit }).get(t, silent)
+		if status, _ := answer(t, conn); status != 403 {
+			t.Errorf("status %d", status)
+		}
+		hearEnd(t, conn, "")
+	})
+}
+
+// More clients than are allowed wait until one of the others ends.
+func TestMaxConnections(t *testing.T) {
+	silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.config.MaxConnections = 2 })
+	first, second := p.tunnel(t, silent), p.connect(t)
+	third := p.get(t, "192.0.2.1")
+	if err := third.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := third.Read(make([]byte, 1)); n > 0 || !os.IsTimeout(err) {
+		t.Fatalf("a third is served: %v", err)
+	}
+	if err := third.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	if status, _ := answer(t, third); status != 403 {
+		t.Errorf("status %d", status)
+	}
+	third.Close()
+	say(t, second, "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n")
+	if status, _ := answer(t, second); status != 403 {
+		t.Errorf("status %d", status)
+	}
+}
+
+// A proxy that is told to stop takes no more clients and ends what runs.
+func TestStop(t *testing.T) {
+	t.Run("what runs is finished", func(t *testing.T) {
+		t.Parallel()
+		asked, stopped := make(chan struct{}, 2), make(chan struct{})
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			asked <- struct{}{}
+			<-stopped
+			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+		})
+		p := start(t, "*", nil, func(p *Proxy) { p.config.ShutdownGrace = patience })
+		idle := p.connect(t)
+		say(t, idle, "GET http://none.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
+		if status, _ := answer(t, idle); status != 502 {
+			t.Fatalf("status %d", status)
+		}
+		conn, tunnel := p.get(t, server), p.tunnel(t, server)
+		say(t, tunnel, "\r\n\r\n")
+		<-asked
+		<-asked
+		p.stop()
+		for { // until nobody listens any more
+			late, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				break
+			}
+			late.Close()
+		}
+		hearEnd(t, idle, "")
+		close(stopped)
+		if status, text := answer(t, conn); status != 200 || text != "hi" {
+			t.Errorf("%d %q", status, text)
+		}
+		hearEnd(t, tunnel, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+		tunnel.Close()
+		if err := <-p.done; err != nil {
+			t.Error(err)
+		}
+		p.done <- nil
+	})
+	t.Run("but not for ever", func(t *testing.T) {
+		t.Parallel()
+		silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+		p := start(t, "*", nil, func(p *Proxy) { p.config.ShutdownGrace = 100 * time.Millisecond })
+		conn, tunnel := p.get(t, silent), p.tunnel(t, silent)
+		begin := time.Now()
+		p.stop()
+		_, _ = io.Copy(io.Discard, conn)
+		_, _ = io.Copy(io.Discard, tunnel)
+		if err := <-p.done; err != nil || time.Since(begin) > 2*time.Second {
+			t.Errorf("%v after %s", err, time.Since(begin))
+		}
+		p.done <- nil
+		if !strings.Contains(p.log.String(), "the grace is over") {
+			t.Errorf("the log does not say so:\n%s", p.log)
+		}
+	})
+}
+
+func TestAccessLog(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) {
+		header(conn)
+		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+	})
+	_, port, _ := net.SplitHostPort(server)
+	p := start(t, "!denied.example\n*.example\n", zone{"a.example": {"203.0.113.1"}}, func(p *Proxy) { p.config.AccessLog = true })
+	conn := p.connect(t)
+	say(t, conn, "POST http://a.example:"+port+"/secret?x HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+	if status, _ := answer(t, conn); status != 200 {
+		t.Fatalf("status %d", status)
+	}
+	client := conn.LocalAddr().String()
+	conn.Close()
+	p.await(t, fmt.Sprintf("msg=access client=%s method=POST destination=a.example:%s address=%s rule=*.example status=200 received=5 sent=2 duration=", client, port, server))
+
+	conn = p.get(t, "denied.example")
+	if status, _ := answer(t, conn); status != 403 {
+		t.Fatalf("status %d", status)
+	}
+	p.await(t, "method=GET destination=denied.example:80 rule=!denied.example status=403 received=0 sent=")
+
+	tunnel := p.tunnel(t, "a.example:"+port)
+	say(t, tunnel, "\r\n\r\n")
+	hearEnd(t, tunnel, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+	tunnel.Close()
+	p.await(t, "method=CONNECT destination=a.example:"+port+" address="+server+" rule=*.example status=200 received=4 sent=40 duration=")
+	if strings.Contains(p.log.String(), "secret") {
+		t.Error("a path is logged")
+	}
+}
+
+// Rules are read again within a second of a change, however it is made; what is
+// not right leaves the old ones.
+func TestReload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		// As kubelet has it: file -> ..data/file, ..data -> a directory.
+		version := 0
+		swap := func(content string) {
+			version++
+			data := filepath.Join(dir, fmt.Sprint("..", version))
+			check(t, os.Mkdir(data, 0o755))
+			check(t, os.WriteFile(filepath.Join(data, "rules"), []byte(content), 0o644))
+			check(t, os.Symlink(data, filepath.Join(dir, "new")))
+			check(t, os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, "..data")))
+		}
+		swap("a.example")
+		file := filepath.Join(dir, "rules")
+		check(t, os.Symlink("..data/rules", file))
+		log := &output{}
+		list, err := Parse("a.example")
+		check(t, err)
+		p := New(Config{Rules: list, RulesFile: file, ReadFile: os.ReadFile}, newLogger(log), nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go p.watchRules(ctx)
+		expect := func(step, rules, logged string) {
+			t.Helper()
+			time.Sleep(time.Second)
+			synctest.Wait()
+			var lines []string
+			for _, r := range *p.rules.Load() {
+				lines = append(lines, r.String())
+			}
+			if got := strings.Join(lines, " "); got != rules {
+				t.Errorf("%s: the rules are %q, want %q", step, got, rules)
+			}
+			text := log.String()
+			if n := strings.Count(text, "\n"); (logged == "") != (n == 0) || n > 1 || !strings.Contains(text, logged) {
+				t.Errorf("%s: logged %q, want one line with %q", step, text, logged)
+			}
+			log.b.Reset()
+		}
+		expect("nothing changed", "a.example", "")
+		swap("b.example\n*")
+		expect("the links are swapped", "b.example *", "rules=2")
+		swap("a b")
+		expect("nonsense", "b.example *", "the old ones stay")
+		expect("the same nonsense", "b.example *", "")
+		swap("")
+		expect("nothing in it", "b.example *", "No EGRESS_HTTP_PROXY_DESTINATION specified")
+		swap("b.example\n*")
+		expect("as before", "b.example *", "")
+		swap("# more\nb.example\n*")
+		expect("another comment", "b.example *", "")
+		check(t, os.Remove(filepath.Join(dir, "..data")))
+		expect("no file", "b.example *", "no such file")
+		expect("still none", "b.example *", "")
+		swap("c.example")
+		expect("one again", "c.example", "rules=1")
+
+		check(t, os.Remove(file))
+		check(t, os.WriteFile(file, []byte("!d.example"), 0o644))
+		expect("a file in place of the link", "!d.example", "rules=1")
+		check(t, os.WriteFile(file, []byte("!e.example\n*"), 0o644))
+		expect("written where it is", "!e.example *", "rules=2")
+	})
+}
+
+// Requests are decided by the new rules, and what runs goes on.
+func TestReloadDropsNothing(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	file := filepath.Join(t.TempDir(), "rules")
+	check(t, os.WriteFile(file, []byte("*"), 0o644))
+	p := start(t, "*", nil, func(p *Proxy) { p.config.RulesFile = file })
+	tunnel, kept := p.tunnel(t, server), p.connect(t)
+	check(t, os.WriteFile(file, []byte("192.0.2.1"), 0o644))
+	p.await(t, "rules changed")
+	say(t, kept, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
+	if status, _ := answer(t, kept); status != 403 {
+		t.Errorf("status %d by the new rules", status)
+	}
+	say(t, tunnel, "still here")
+	hear(t, tunnel, "still here")
+}
+
+// Run listens where it is told and says what is in the way.
+func TestRun(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer l.Close()
+	p := New(Config{Listen: netip.MustParseAddrPort(l.Addr().String())}, newLogger(&output{}), zone{})
+	err = p.Run(t.Context())
+	if hint, ok := err.(interface{ Hint() string }); !ok || !strings.Contains(err.Error(), "address already in use") || hint.Hint() == "" {
+		t.Errorf("%v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	p = New(Config{Listen: netip.AddrPortFrom(netip.Addr{}, 8080), ShutdownGrace: time.Second}, newLogger(&output{}), zone{})
+	if err := p.Run(ctx); err != nil {
+		t.Errorf("told to stop: %v", err)
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,139 @@
+package httpproxy
+
+import (
+	"context"
+	"encoding/hex"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// A Resolver finds addresses and names. Its answers may be cached. An error that
+// is a *net.DNSError tells a name that does not exist from a server that does
+// not answer.
+type Resolver interface {
+	// LookupAddr returns every IPv4 and IPv6 address of a host, IPv4 first.
+	LookupAddr(ctx context.Context, host string) ([]netip.Addr, error)
+	// LookupNames returns the names that an address has by reverse look-up.
+	LookupNames(ctx context.Context, a netip.Addr) ([]string, error)
+}
+
+// reverseTimeout is how long a decision waits for the names of an address. One
+// that has none by then has none: the servers of many private ranges never
+// answer.
+const reverseTimeout = 5 * time.Second
+
+// A route is a target with the addresses of it that may be dialled.
+type route struct {
+	target  target
+	addrs   []netip.Addr // in the resolver's order
+	verdict Verdict      // on the first of them; if there is none, why
+}
+
+// route finds what may be dialled for a target. Whatever is dialled later is
+// taken from here, so that it is what the rules were asked about: a name is
+// resolved once a request. A refusal comes with the route as far as it is known.
+func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
+	r := &route{target: t}
+	list := *p.rules.Load()
+	if t.host.Name == "" {
+		return r, p.choose(ctx, r, list, []netip.Addr{t.host.Addr})
+	}
+	if v, decided := list.DecideName(t.host.Name); decided {
+		r.verdict = v
+		return r, denied(r, netip.Addr{})
+	}
+	lookup, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
+	defer cancel()
+	addrs, err := p.resolver.LookupAddr(lookup, t.host.Name)
+	if err == nil && len(addrs) == 0 {
+		err = &net.DNSError{Err: "it has no address", Name: t.host.Name, IsNotFound: true}
+	}
+	if err != nil {
+		// Without an address the rest of the rules still decide: whether a
+		// denied name exists is not the client's to know.
+		if r.verdict = list.Decide(Destination{Host: t.host}); !r.verdict.Allow {
+			return r, denied(r, netip.Addr{})
+		}
+		return r, unresolved(t, err)
+	}
+	return r, p.choose(ctx, r, list, addrs)
+}
+
+// choose takes the addresses into a route that the rules allow.
+func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.Addr) *refusal {
+	var first Verdict // on an address that is denied
+	for i, a := range addrs {
+		a = a.Unmap()
+		local, err := p.local(a)
+		if err != nil {
+			return failed(err)
+		}
+		d := Destination{Host: r.target.host, Addr: a, Local: local}
+		if r.target.host.Name == "" {
+			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(ctx, a) })
+		}
+		v := list.Decide(d)
+		switch {
+		case !v.Allow && i == 0:
+			first = v
+		case v.Allow && !slices.Contains(r.addrs, a):
+			if len(r.addrs) == 0 {
+				r.verdict = v
+			}
+			r.addrs = append(r.addrs, a)
+		}
+	}
+	if len(r.addrs) == 0 {
+		r.verdict = first
+		return denied(r, addrs[0].Unmap())
+	}
+	return nil
+}
+
+// local reports whether an address is one of those that no name leads to.
+func (p *Proxy) local(a netip.Addr) (bool, error) {
+	if isLocal(a) {
+		return true, nil
+	}
+	return p.own(a)
+}
+
+// verifiedNames returns the names of an address that resolve back to it. What
+// does not answer has no name.
+func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
+	ctx, cancel := context.WithTimeout(ctx, min(reverseTimeout, p.config.ConnectTimeout))
+	defer cancel()
+	names, err := p.resolver.LookupNames(ctx, a)
+	if err != nil {
+		p.log.Debug("an address has no name", "address", a, "error", err)
+		return nil
+	}
+	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+		addrs, err := p.resolver.LookupAddr(ctx, strings.TrimSuffix(name, "."))
+		return err != nil || !slices.ContainsFunc(addrs, func(b netip.Addr) bool { return b.Unmap() == a })
+	})
+}
+
+// poolKey is what connections to servers are kept by: only a request that may go
+// to the same addresses, by the same name, is sent on one that is there already.
+// It has the form of a host name, which is what http.Transport expects.
+func (r *route) poolKey() string {
+	if r.target.host.Name == "" && r.target.host.Addr.Is4() {
+		return r.target.host.Addr.String()
+	}
+	sorted := r.addrs
+	if len(sorted) > 1 {
+		sorted = slices.SortedFunc(slices.Values(sorted), netip.Addr.Compare)
+	}
+	var b strings.Builder
+	b.WriteString(r.target.host.Name)
+	for _, a := range sorted {
+		b.WriteByte('~')
+		b.WriteString(hex.EncodeToString(a.AsSlice()))
+	}
+	return b.String()
+}
