@@ -26,10 +26,12 @@ build: ## build bin/egress-router, static
 lint: ## gofmt, vet and golangci-lint
 	.ci/lint
 
-fuzz: ## fuzz the destination grammars, 30 s each
+fuzz: ## fuzz the grammars and the framing of requests, 30 s each
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/tcpproxy
+	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/httpproxy
+	$(GO) test -fuzz FuzzFraming -fuzztime 30s ./internal/httpproxy
 
 golden: ## rewrite testdata/golden and script after a change that is meant
 	$(GO) test ./internal/cli -run Golden -update

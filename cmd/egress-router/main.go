@@ -24,9 +24,10 @@
 //
 // Without an argument it does what the mode says. The arguments plan, help and
 // version print what they are called after and change nothing; wait does
-// nothing until SIGTERM, which is what a pod's second container is for. dns-proxy,
-// or no argument under the name egress-dns-proxy, is the DNS proxy, with variables
-// of its own, which help lists too.
+// nothing until SIGTERM, which is what a pod's second container is for. http-proxy
+// and dns-proxy, or no argument under the names egress-http-proxy and
+// egress-dns-proxy, are the proxies, with variables of their own, which help lists
+// too.
 package main
 
 import (

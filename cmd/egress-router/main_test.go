@@ -19,6 +19,7 @@ import (
 func TestMain(m *testing.M) {
 	testscript.Main(nstest.M{Tests: m}, map[string]func(){
 		"egress-router":       main,
+		"egress-http-proxy":   main,
 		"egress-dns-proxy":    main,
 		"without-privilege":   func() { become(nobody) },
 		"with-read-only-proc": func() { become(readOnlyProc) },

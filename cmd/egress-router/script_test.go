@@ -43,7 +43,7 @@ func TestScripts(t *testing.T) {
 			"await-default-route": awaitDefaultRoute,
 			"signal":              signalAll,
 			"await-idle":          awaitIdle,
-			"await-listening":     awaitListening,
+			"await-listener":      awaitListener,
 		},
 	})
 }
@@ -157,13 +157,13 @@ func awaitIdle(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// awaitListening waits until something accepts connections on a port.
-func awaitListening(ts *testscript.TestScript, neg bool, args []string) {
-	arguments(ts, neg, args, "await-listening PORT")
-	await(ts, "port "+args[0], func() bool {
-		conn, err := net.Dial("tcp", "127.0.0.1:"+args[0])
+// awaitListener waits until somebody accepts connections.
+func awaitListener(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "await-listener ADDRESS")
+	await(ts, "a listener at "+args[0], func() bool {
+		conn, err := net.Dial("tcp", args[0])
 		if err == nil {
-			_ = conn.Close()
+			ts.Check(conn.Close())
 		}
 		return err == nil
 	})

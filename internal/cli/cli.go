@@ -41,7 +41,7 @@ type Process struct {
 var commands = map[string]func(context.Context, Process) error{
 	"plan":       runPlan,
 	"wait":       runWait,
-	"http-proxy": runProxy,
+	"http-proxy": runHTTPProxy,
 	"dns-proxy":  runDNSProxy,
 	"help":       runHelp,
 	"-h":         runHelp,
@@ -73,7 +73,10 @@ func Run(ctx context.Context, p Process) int {
 // byName returns what the program does without an argument: under the name of a
 // proxy's image, it is that proxy.
 func byName(name string) func(context.Context, Process) error {
-	if filepath.Base(name) == "egress-dns-proxy" {
+	switch filepath.Base(name) {
+	case "egress-http-proxy":
+		return runHTTPProxy
+	case "egress-dns-proxy":
 		return runDNSProxy
 	}
 	return runMode
@@ -159,11 +162,6 @@ func runMode(ctx context.Context, p Process) error {
 func runWait(ctx context.Context, _ Process) error {
 	<-ctx.Done()
 	return nil
-}
-
-// runProxy answers for the image of the proxy that is not part of this version.
-func runProxy(_ context.Context, p Process) error {
-	return fmt.Errorf("running %s: this version has no proxy of its own; EGRESS_ROUTER_MODE=%[1]s configures the network for another one", p.Args[0])
 }
 
 func newRouter(c config.Config, log *slog.Logger) *router.Router {

@@ -19,6 +19,7 @@ const usage = `usage:
   egress-router              do what EGRESS_ROUTER_MODE says
   egress-router plan         print what would be done, and do nothing
   egress-router wait         do nothing until SIGTERM: a pod's second container
+  egress-router http-proxy   be the HTTP proxy of the pod, until SIGTERM
   egress-router dns-proxy    be the DNS proxy of the pod, until SIGTERM
   egress-router help         print every variable
   egress-router version      print the version
@@ -42,6 +43,7 @@ func runHelp(_ context.Context, p Process) error {
 		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
 	}
 	table.Flush()
+	writeHTTPProxyVariables(&b)
 	writeDNSProxyVariables(&b)
 	b.WriteString("  In parentheses: what holds where the variable is not set or empty.\n\nmodes (EGRESS_ROUTER_MODE):\n")
 	for _, m := range config.Modes {

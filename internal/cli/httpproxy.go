@@ -1,0 +1,92 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+	"text/tabwriter"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/httpproxy"
+)
+
+// runHTTPProxy serves clients until the program is told to stop.
+func runHTTPProxy(ctx context.Context, p Process) error {
+	env, err := config.ReadHTTPProxy()
+	if err != nil {
+		return fmt.Errorf("reading the environment: %w", err)
+	}
+	var rules httpproxy.Rules
+	c, err := config.ParseHTTPProxy(env, readFile, func(value string) (fault *config.RulesFault) {
+		rules, fault = parseHTTPRules(value)
+		return fault
+	})
+	if err != nil {
+		return err
+	}
+	log := logger(p.Stderr, false)
+	for _, w := range c.Warnings {
+		log.Warn(w)
+	}
+	if c.UnitTest {
+		_, err := io.WriteString(p.Stdout, rules.Squid())
+		return err
+	}
+	return httpproxy.New(httpproxy.Config{
+		Listen:           c.Listen,
+		Rules:            rules,
+		RulesFile:        c.DestinationFile,
+		ReadFile:         readFile,
+		ConnectTimeout:   c.ConnectTimeout,
+		HeaderTimeout:    c.HeaderTimeout,
+		KeepAliveTimeout: c.KeepAliveTimeout,
+		IdleTimeout:      c.IdleTimeout,
+		ShutdownGrace:    c.ShutdownGrace,
+		MaxHeaderBytes:   c.MaxHeader,
+		MaxConnections:   c.MaxConnections,
+		AccessLog:        c.AccessLog,
+	}, log, systemNames{&net.Resolver{PreferGo: true}}).Run(ctx)
+}
+
+func parseHTTPRules(value string) (httpproxy.Rules, *config.RulesFault) {
+	rules, err := httpproxy.Parse(value)
+	if parse, ok := errors.AsType[*httpproxy.ParseError](err); ok {
+		return nil, &config.RulesFault{Sentence: parse.Sentence, Hint: parse.Hint, Line: parse.Line.Number, Text: parse.Line.Text}
+	} else if err != nil {
+		return nil, &config.RulesFault{Sentence: err.Error()}
+	}
+	return rules, nil
+}
+
+// writeHTTPProxyVariables writes the part of the help text about this proxy.
+func writeHTTPProxyVariables(w io.Writer) {
+	fmt.Fprint(w, "\nvariables of http-proxy:\n")
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, v := range config.HTTPProxyVariables() {
+		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
+	}
+	table.Flush()
+}
+
+// systemNames looks names up with Go's own resolver, by /etc/hosts and
+// /etc/resolv.conf.
+type systemNames struct{ net *net.Resolver }
+
+// LookupAddr returns the addresses of a host, IPv4 first.
+func (r systemNames) LookupAddr(ctx context.Context, host string) ([]netip.Addr, error) {
+	addrs, err := r.net.LookupNetIP(ctx, "ip", host)
+	for i := range addrs {
+		addrs[i] = addrs[i].Unmap()
+	}
+	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
+	return addrs, err
+}
+
+// LookupNames returns the names of an address.
+func (r systemNames) LookupNames(ctx context.Context, a netip.Addr) ([]string, error) {
+	return r.net.LookupAddr(ctx, a.String())
+}

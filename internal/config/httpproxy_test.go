@@ -1,0 +1,131 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// onlyA is a grammar of rules that knows one.
+func onlyA(value string) *RulesFault {
+	if value == "a" {
+		return nil
+	}
+	return &RulesFault{Sentence: "Bad destination '" + value + "'", Hint: "write a", Line: 1, Text: value}
+}
+
+func TestParseHTTPProxy(t *testing.T) {
+	want := HTTPProxyConfig{
+		Listen:         netip.AddrPortFrom(netip.Addr{}, 8080),
+		ConnectTimeout: 10 * time.Second, HeaderTimeout: 30 * time.Second, KeepAliveTimeout: 2 * time.Minute,
+		IdleTimeout: 15 * time.Minute, ShutdownGrace: 20 * time.Second, MaxHeader: 65536,
+	}
+	for name, test := range map[string]struct {
+		env  func(*HTTPProxyEnvironment)
+		want func(*HTTPProxyConfig)
+	}{
+		"defaults": {func(*HTTPProxyEnvironment) {}, func(*HTTPProxyConfig) {}},
+		"a file": {
+			func(e *HTTPProxyEnvironment) { e.Destination, e.DestinationFile = "", "rules" },
+			func(c *HTTPProxyConfig) { c.DestinationFile = "rules" },
+		},
+		"a port":        {func(e *HTTPProxyEnvironment) { e.Listen = ":3128" }, func(c *HTTPProxyConfig) { c.Listen = netip.AddrPortFrom(netip.Addr{}, 3128) }},
+		"an address":    {func(e *HTTPProxyEnvironment) { e.Listen = "[::1]:80" }, func(c *HTTPProxyConfig) { c.Listen = netip.MustParseAddrPort("[::1]:80") }},
+		"an access log": {func(e *HTTPProxyEnvironment) { e.AccessLog = "true" }, func(c *HTTPProxyConfig) { c.AccessLog = true }},
+		"no access log": {func(e *HTTPProxyEnvironment) { e.AccessLog = "false" }, func(*HTTPProxyConfig) {}},
+		"unit-test":     {func(e *HTTPProxyEnvironment) { e.Mode = "unit-test" }, func(c *HTTPProxyConfig) { c.UnitTest = true }},
+		"limits":        {func(e *HTTPProxyEnvironment) { e.MaxHeader, e.MaxConnections = "1024", "7" }, func(c *HTTPProxyConfig) { c.MaxHeader, c.MaxConnections = 1024, 7 }},
+		"times":         {func(e *HTTPProxyEnvironment) { e.IdleTimeout, e.ShutdownGrace = "24h", "1m30s" }, func(c *HTTPProxyConfig) { c.IdleTimeout, c.ShutdownGrace = 24*time.Hour, 90*time.Second }},
+		"an unknown mode": {func(e *HTTPProxyEnvironment) { e.Mode = "x" }, func(c *HTTPProxyConfig) {
+			c.Warnings = []string{`EGRESS_HTTP_PROXY_MODE "x" is not known, and has no effect: the only mode is unit-test`}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env, want := HTTPProxyEnvironment{Destination: "a"}, want
+			test.env(&env)
+			test.want(&want)
+			got, err := ParseHTTPProxy(env, func(string) ([]byte, error) { return []byte("a"), nil }, onlyA)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+				t.Errorf("- wanted, + got:\n%s", diff)
+			}
+		})
+	}
+}
+
+// Every fault is found in one go, and the original's sentence is the last line.
+func TestParseHTTPProxyFindsAll(t *testing.T) {
+	_, err := ParseHTTPProxy(HTTPProxyEnvironment{
+		Destination: "b", Listen: "8080", ConnectTimeout: "10", HeaderTimeout: "-1s", KeepAliveTimeout: "0s", IdleTimeout: "x",
+		ShutdownGrace: "1 s", MaxHeader: "0", MaxConnections: "many", AccessLog: "yes",
+	}, noFile, onlyA)
+	faults, _ := errors.AsType[Errors](err)
+	var variables []string
+	for _, e := range faults {
+		variables = append(variables, e.Variable)
+	}
+	want := []string{"EGRESS_HTTP_PROXY_DESTINATION", "EGRESS_HTTP_PROXY_LISTEN", "EGRESS_HTTP_PROXY_CONNECT_TIMEOUT", "EGRESS_HTTP_PROXY_HEADER_TIMEOUT",
+		"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT", "EGRESS_HTTP_PROXY_IDLE_TIMEOUT", "EGRESS_SHUTDOWN_GRACE",
+		"EGRESS_HTTP_PROXY_MAX_HEADER", "EGRESS_HTTP_PROXY_MAX_CONNECTIONS", "EGRESS_ACCESS_LOG"}
+	if diff := cmp.Diff(want, variables); diff != "" {
+		t.Errorf("- wanted, + got:\n%s", diff)
+	}
+	if text := err.Error(); !strings.HasSuffix(text, "\nEGRESS_HTTP_PROXY_DESTINATION line 1: \"b\"\nhint: write a\nBad destination 'b'") {
+		t.Errorf("the last lines are not the rule's:\n%s", text)
+	}
+}
+
+func TestParseHTTPProxyFile(t *testing.T) {
+	for name, test := range map[string]struct {
+		env     HTTPProxyEnvironment
+		content string
+		err     string
+	}{
+		"both":   {HTTPProxyEnvironment{Destination: "a", DestinationFile: "f"}, "a", "are both set"},
+		"none":   {HTTPProxyEnvironment{DestinationFile: "f"}, "none", `EGRESS_HTTP_PROXY_DESTINATION_FILE "f" cannot be read: file does not exist`},
+		"a line": {HTTPProxyEnvironment{DestinationFile: "f"}, "b", "f:1: \"b\"\nhint: write a\nBad destination 'b'"},
+		"empty":  {HTTPProxyEnvironment{DestinationFile: "f"}, "", "hint: the file \"f\" is empty\nBad destination ''"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := ParseHTTPProxy(test.env, func(name string) ([]byte, error) {
+				if test.content == "none" {
+					return noFile(name)
+				}
+				return []byte(test.content), nil
+			}, onlyA)
+			if err == nil || !strings.Contains(err.Error(), test.err) {
+				t.Errorf("%v, want %q", err, test.err)
+			}
+		})
+	}
+}
+
+// The struct and the README describe the same variables in the same words, and no
+// name looks like one that Kubernetes sets for a service.
+func TestHTTPProxyDocumentation(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(readme), "\n## HTTP proxy\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	for _, v := range HTTPProxyVariables() {
+		if v.Unset == "" || v.Doc == "" || strings.Contains(v.Name, "_SERVICE_") || strings.Contains(v.Name, "_PORT") {
+			t.Errorf("%s is not described, or could be set by Kubernetes", v.Name)
+		}
+		if row := fmt.Sprintf("| `%s` | %s | %s |\n", v.Name, v.Unset, v.Doc); !strings.Contains(section, row) {
+			t.Errorf("README.md lacks\n%s", row)
+		}
+	}
+	if n := strings.Count(section, "\n| `EGRESS_"); n != len(HTTPProxyVariables()) {
+		t.Errorf("README.md has %d variables of the HTTP proxy, want %d", n, len(HTTPProxyVariables()))
+	}
+}
