@@ -17,7 +17,7 @@ help: ## list the targets
 demo: build iptables ## run the main job in a lab of namespaces and show what a client sees
 	$(GO) run ./cmd/egress-lab demo bin/egress-router
 
-test: iptables nft strace ## run all tests, on the real kernel
+test: iptables nft curl squid strace ## run all tests, on the real kernel
 	$(GO) test ./...
 
 build: ## build bin/egress-router, static
@@ -49,8 +49,8 @@ e2e: ## run the images as pods and containers with podman (as root)
 clean: ## remove what was built
 	rm -rf bin
 
-.PHONY: iptables nft strace
-iptables strace:
+.PHONY: iptables nft curl squid strace
+iptables curl squid strace:
 	@.ci/install $@
 nft:
 	@.ci/install nftables:nft

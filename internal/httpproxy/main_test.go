@@ -85,6 +85,14 @@ func (o *output) String() string {
 	return o.b.String()
 }
 
+// take returns what was logged since it was called last.
+func (o *output) take() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	defer o.b.Reset()
+	return o.b.String()
+}
+
 func newLogger(o *output) *slog.Logger { return slog.New(slog.NewTextHandler(o, nil)) }
 
 // A testProxy is a proxy that runs.

@@ -697,11 +697,10 @@ func TestReload(t *testing.T) {
 			if got := strings.Join(lines, " "); got != rules {
 				t.Errorf("%s: the rules are %q, want %q", step, got, rules)
 			}
-			text := log.String()
+			text := log.take()
 			if n := strings.Count(text, "\n"); (logged == "") != (n == 0) || n > 1 || !strings.Contains(text, logged) {
 				t.Errorf("%s: logged %q, want one line with %q", step, text, logged)
 			}
-			log.b.Reset()
 		}
 		expect("nothing changed", "a.example", "")
 		swap("b.example\n*")

@@ -1,0 +1,206 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// proxyAddr is where the clients of a pod's HTTP proxy connect.
+var proxyAddr = netip.AddrPortFrom(lab.RouterAddr, 8080)
+
+// httpProxy starts the HTTP proxy as the pod's second container, without any
+// privilege, and waits until it listens.
+func (p *pod) httpProxy(rules string) (*exec.Cmd, *bytes.Buffer) {
+	p.Helper()
+	p.env["EGRESS_ROUTER_MODE"] = "http-proxy"
+	p.ok()
+	cmd := p.command("without-privilege", "http-proxy")
+	cmd.Env = append(cmd.Env, "EGRESS_HTTP_PROXY_DESTINATION="+rules)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+		p.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", proxyAddr)
+		if err == nil {
+			conn.Close()
+			return cmd, &stderr
+		}
+		if time.Now().After(deadline) {
+			p.Fatalf("the proxy does not listen: %v", err)
+		}
+	}
+}
+
+// request sends a request to the proxy and returns what comes back, line by line.
+func (p *pod) request(from *netns.Namespace, text string) (net.Conn, *bufio.Reader) {
+	p.Helper()
+	conn, err := p.lab.Dial(p.Context(), from, "tcp", proxyAddr)
+	if err != nil {
+		p.Fatal(err)
+	}
+	p.Cleanup(func() { conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		p.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, text); err != nil {
+		p.Fatal(err)
+	}
+	return conn, bufio.NewReader(conn)
+}
+
+// The documentation's pod: an init container with privilege, a proxy without, and
+// servers that see the reserved address.
+func TestHTTPProxy(t *testing.T) {
+	p := newPod(t, lab.Options{}, iptablesNFT)
+	p.env["EGRESS_ACCESS_LOG"] = "true"
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = fmt.Fprintf(w, "%s\n", r.RemoteAddr)
+	})}
+	if err := p.lab.Outside.Do(func() error {
+		l, err := net.Listen("tcp4", "203.0.113.25:8081")
+		if err == nil {
+			go func() { _ = server.Serve(l) }()
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	cmd, stderr := p.httpProxy("!203.0.113.26\n203.0.113.0/24\n192.168.12.80\n10.0.0.0/8")
+	for name, from := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
+		t.Run(name, func(t *testing.T) {
+			p := &pod{t, p.lab, p.backend, p.path, p.env}
+			_, r := p.request(from, "GET http://203.0.113.25:8081/ HTTP/1.1\r\nHost: x\r\n\r\n")
+			response, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(response.Body)
+			if !strings.HasPrefix(string(body), source.String()+":") || err != nil {
+				t.Errorf("the server saw %q, %v; want %s", body, err, source)
+			}
+			for _, to := range []string{"203.0.113.25:80", "203.0.113.27:9000", "192.168.12.80:80"} {
+				_, r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+				for _, want := range []string{"HTTP/1.1 200 Connection established\r\n", "\r\n"} {
+					if line, err := r.ReadString('\n'); line != want {
+						t.Fatalf("%s: got %q, %v", to, line, err)
+					}
+				}
+				if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != source || a.Server.String() != to {
+					t.Errorf("%s: %v, %v; want to be seen as %s", to, a, err, source)
+				}
+			}
+			// Denied, and the proxy's own: the proxy itself, by either side.
+			for _, to := range []string{"203.0.113.26:80", "10.128.0.98:8080", "192.168.12.99:8080", "127.0.0.1:8080"} {
+				_, r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+				if line, err := r.ReadString('\n'); line != "HTTP/1.1 403 Forbidden\r\n" {
+					t.Errorf("%s: got %q, %v", to, line, err)
+				}
+			}
+		})
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("told to stop: %v", err)
+	}
+	for _, want := range []string{
+		"msg=ready", "msg=access client=10.128.0.71:", "destination=203.0.113.25:8081 address=203.0.113.25:8081 rule=203.0.113.0/24 status=200",
+		"destination=203.0.113.26:80 rule=!203.0.113.26 status=403", "msg=stopping",
+	} {
+		if !strings.Contains(stderr.String(), want) {
+			t.Errorf("stderr lacks %q:\n%s", want, stderr)
+		}
+	}
+}
+
+// Ten thousand clients that do nothing, or not enough, do not keep another one
+// waiting.
+func TestHTTPProxyIdleClients(t *testing.T) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	clients := int(min(10000, limit.Cur/2))
+	p := newPod(t, lab.Options{}, iptablesNFT)
+	cmd, stderr := p.httpProxy("203.0.113.25")
+	begins := []string{"", "GET http://203.0.113.25/ HTTP/1.1\r\nHost:", "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n"}
+	var dialing sync.WaitGroup
+	conns := make([]net.Conn, clients)
+	const workers = 4
+	for w := range workers {
+		dialing.Go(func() {
+			for i := w; i < clients; i += workers {
+				conn, err := p.lab.Dial(t.Context(), p.lab.Client, "tcp", proxyAddr)
+				if err == nil {
+					_, err = io.WriteString(conn, begins[i%len(begins)])
+					conns[i] = conn
+				}
+				if err != nil {
+					t.Errorf("client %d: %v", i, err)
+					return
+				}
+			}
+		})
+	}
+	dialing.Wait()
+	defer func() {
+		for _, conn := range conns {
+			if conn != nil {
+				conn.Close()
+			}
+		}
+	}()
+	var took time.Duration
+	for range 2 { // the first comes behind ten thousand that are still accepted
+		begin := time.Now()
+		_, r := p.request(p.lab.Client, "CONNECT 203.0.113.25:80 HTTP/1.1\r\n\r\n")
+		if line, err := r.ReadString('\n'); line != "HTTP/1.1 200 Connection established\r\n" {
+			t.Errorf("got %q, %v", line, err)
+		}
+		took = time.Since(begin)
+	}
+	memory := residentMemory(t, cmd.Process.Pid)
+	t.Logf("%d idle clients: another is served in %s; the process has %d MB", clients, took, memory>>20)
+	if took > time.Second || memory > 300<<20 {
+		t.Error("that is too much")
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	if strings.Contains(stderr.String(), "level=WARN") {
+		t.Errorf("the proxy complains:\n%s", stderr)
+	}
+}
+
+// residentMemory returns how many bytes of memory a process has (proc(5)).
+func residentMemory(t *testing.T, pid int) int {
+	t.Helper()
+	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := strconv.Atoi(strings.Fields(string(statm))[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pages * os.Getpagesize()
+}
