@@ -49,8 +49,8 @@ func (p *pod) httpProxy(rules string) (*exec.Cmd, *bytes.Buffer) {
 	}
 }
 
-// request sends a request to the proxy and returns what comes back, line by line.
-func (p *pod) request(from *netns.Namespace, text string) (net.Conn, *bufio.Reader) {
+// request sends a request to the proxy and returns what comes back.
+func (p *pod) request(from *netns.Namespace, text string) *bufio.Reader {
 	p.Helper()
 	conn, err := p.lab.Dial(p.Context(), from, "tcp", proxyAddr)
 	if err != nil {
@@ -63,7 +63,7 @@ func (p *pod) request(from *netns.Namespace, text string) (net.Conn, *bufio.Read
 	if _, err := io.WriteString(conn, text); err != nil {
 		p.Fatal(err)
 	}
-	return conn, bufio.NewReader(conn)
+	return bufio.NewReader(conn)
 }
 
 // The documentation's pod: an init container with privilege, a proxy without, and
@@ -88,7 +88,7 @@ func TestHTTPProxy(t *testing.T) {
 	for name, from := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
 		t.Run(name, func(t *testing.T) {
 			p := &pod{t, p.lab, p.backend, p.path, p.env}
-			_, r := p.request(from, "GET http://203.0.113.25:8081/ HTTP/1.1\r\nHost: x\r\n\r\n")
+			r := p.request(from, "GET http://203.0.113.25:8081/ HTTP/1.1\r\nHost: x\r\n\r\n")
 			response, err := http.ReadResponse(r, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -98,7 +98,7 @@ func TestHTTPProxy(t *testing.T) {
 				t.Errorf("the server saw %q, %v; want %s", body, err, source)
 			}
 			for _, to := range []string{"203.0.113.25:80", "203.0.113.27:9000", "192.168.12.80:80"} {
-				_, r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+				r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
 				for _, want := range []string{"HTTP/1.1 200 Connection established\r\n", "\r\n"} {
 					if line, err := r.ReadString('\n'); line != want {
 						t.Fatalf("%s: got %q, %v", to, line, err)
@@ -110,7 +110,7 @@ func TestHTTPProxy(t *testing.T) {
 			}
 			// Denied, and the proxy's own: the proxy itself, by either side.
 			for _, to := range []string{"203.0.113.26:80", "10.128.0.98:8080", "192.168.12.99:8080", "127.0.0.1:8080"} {
-				_, r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+				r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
 				if line, err := r.ReadString('\n'); line != "HTTP/1.1 403 Forbidden\r\n" {
 					t.Errorf("%s: got %q, %v", to, line, err)
 				}
@@ -173,7 +173,7 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	var took time.Duration
 	for range 2 { // the first comes behind ten thousand that are still accepted
 		begin := time.Now()
-		_, r := p.request(p.lab.Client, "CONNECT 203.0.113.25:80 HTTP/1.1\r\n\r\n")
+		r := p.request(p.lab.Client, "CONNECT 203.0.113.25:80 HTTP/1.1\r\n\r\n")
 		if line, err := r.ReadString('\n'); line != "HTTP/1.1 200 Connection established\r\n" {
 			t.Errorf("got %q, %v", line, err)
 		}

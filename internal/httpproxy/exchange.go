@@ -174,7 +174,7 @@ func (x *exchange) takeConnection() (early []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	early, err = rw.Reader.Peek(rw.Reader.Buffered())
+	early, err = rw.Peek(rw.Reader.Buffered())
 	return early, err
 }
 

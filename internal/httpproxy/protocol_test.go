@@ -137,13 +137,12 @@ func TestProtocol(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var server string
-			fill := func(s string) string {
+			fill := func(server, s string) string {
 				return strings.NewReplacer("http://S", "http://"+server, "Host: S\r", "Host: "+server+"\r", "CONNECT S ", "CONNECT "+server+" ").Replace(s)
 			}
-			server = serve(t, func(conn *net.TCPConn) {
+			server := serve(t, func(conn *net.TCPConn) {
 				for {
-					want := fill(test.reaches)
+					want := fill(conn.LocalAddr().String(), test.reaches)
 					got := make([]byte, len(want))
 					if n, err := io.ReadFull(conn, got); err == io.EOF && n == 0 && want != "" {
 						return // the connection is not needed any more
@@ -165,8 +164,8 @@ func TestProtocol(t *testing.T) {
 			})
 			p := start(t, "203.0.113.1", nil, nil)
 			conn := p.connect(t)
-			say(t, conn, fill(test.send))
-			if want, ends := strings.CutSuffix(fill(test.want), "END"); ends {
+			say(t, conn, fill(server, test.send))
+			if want, ends := strings.CutSuffix(fill(server, test.want), "END"); ends {
 				hearEnd(t, conn, want)
 			} else {
 				hear(t, conn, want)

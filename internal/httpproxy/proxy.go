@@ -149,7 +149,7 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	case <-ctx.Done():
 	}
 	p.stop(base, server, abandon)
-	<-served
+	_ = <-served // that the server is closed
 	p.transport.CloseIdleConnections()
 	return nil
 }

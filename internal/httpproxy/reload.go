@@ -2,6 +2,7 @@ package httpproxy
 
 import (
 	"context"
+	"errors"
 	"io/fs"
 	"os"
 	"time"
@@ -59,7 +60,7 @@ func (p *Proxy) reload() {
 	}
 	if err != nil {
 		attrs := []any{"file", p.config.RulesFile, "error", err}
-		if parse, ok := err.(*ParseError); ok && parse.Line.Number > 0 {
+		if parse, ok := errors.AsType[*ParseError](err); ok && parse.Line.Number > 0 {
 			attrs = append(attrs, "line", parse.Line.Number, "hint", parse.Hint)
 		}
 		p.log.Error("reading the rules again: the old ones stay", attrs...)
