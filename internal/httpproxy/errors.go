@@ -17,7 +17,7 @@ var (
 )
 
 // statusClientGone is what the access log has for a client that did not wait for
-// the answer. No such status is ever sent.
+// the answer. It is never sent.
 const statusClientGone = 499
 
 // A refusal is an answer of the proxy itself, in place of a server's.

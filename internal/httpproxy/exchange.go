@@ -35,9 +35,15 @@ type exchange struct {
 // nothing moves any more, and with the proxy.
 func (p *Proxy) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	x := &exchange{ResponseWriter: w, proxy: p, begun: time.Now()}
-	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), exchangeKey{}, x))
-	x.cancel = cancel
-	x.client = ctx.Value(clientKey{}).(*clientConn)
+	x.client = r.Context().Value(clientKey{}).(*clientConn)
+	_ = x.client.SetWriteDeadline(time.Time{}) // if an exchange before had one, see expire
+	ctx := r.Context()
+	if r.Method == http.MethodConnect {
+		// net/http takes a client that has closed its half for one that is gone.
+		// As the beginning of a tunnel that is all right.
+		ctx = x.client.proxy
+	}
+	ctx, x.cancel = context.WithCancelCause(context.WithValue(ctx, exchangeKey{}, x))
 	if len(r.TransferEncoding) > 0 && r.Trailer == nil {
 		r.Trailer = http.Header{} // where net/http puts trailers that were not announced
 	}
@@ -99,8 +105,8 @@ func (x *exchange) end() {
 	x.proxy.log.LogAttrs(context.Background(), slog.LevelInfo, "access", attrs...)
 }
 
-// refuse answers in place of a server, or notes that the client did not wait. A
-// CONNECT ends the connection: what comes behind it was meant for the tunnel.
+// refuse answers in place of a server. A CONNECT ends the connection: what comes
+// behind it was meant for the tunnel.
 func (x *exchange) refuse(r *refusal) {
 	ctx := x.request.Context()
 	switch {
@@ -111,8 +117,10 @@ func (x *exchange) refuse(r *refusal) {
 		r = &refusal{http.StatusServiceUnavailable, errStopping.Error()}
 		x.Header().Set("Connection", "close")
 	case ctx.Err() != nil:
-		x.status = statusClientGone
-		return
+		// Whoever closed only its half still hears that.
+		r = &refusal{http.StatusBadGateway, "the client closed the connection before the answer came"}
+		x.Header().Set("Connection", "close")
+		defer func() { x.status = statusClientGone }()
 	}
 	if x.request.Method == http.MethodConnect {
 		x.Header().Set("Connection", "close")

@@ -83,6 +83,7 @@ func (l *listener) Close() error {
 // it, which io.Copy can splice.
 type clientConn struct {
 	*net.TCPConn
+	proxy   context.Context // ends with the proxy
 	framing framing
 	fault   error
 	release func()

@@ -128,6 +128,7 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 		ErrorLog:                     slog.NewLogLogger(p.log.Handler(), slog.LevelWarn),
 		BaseContext:                  func(net.Listener) context.Context { return base },
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			conn.(*clientConn).proxy = base
 			return context.WithValue(ctx, clientKey{}, conn)
 		},
 	}
@@ -140,16 +141,19 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	}
 
 	p.log.Info("ready", "listen", l.Addr(), "rules", len(*p.rules.Load()))
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(newListener(l, p.config.MaxConnections)) }()
+	var err error
+	served := make(chan struct{})
+	background.Go(func() {
+		err = server.Serve(newListener(l, p.config.MaxConnections))
+		close(served)
+	})
 	select {
-	case err := <-served:
+	case <-served:
 		_ = server.Close()
 		return fmt.Errorf("accepting clients: %w", err)
 	case <-ctx.Done():
 	}
 	p.stop(base, server, abandon)
-	_ = <-served // that the server is closed
 	p.transport.CloseIdleConnections()
 	return nil
 }

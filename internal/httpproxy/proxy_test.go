@@ -240,6 +240,20 @@ func TestTunnelHalves(t *testing.T) {
 		}
 		hearEnd(t, conn, "answer")
 	})
+	t.Run("the client has said it all with the CONNECT", func(t *testing.T) {
+		server := serve(t, func(conn *net.TCPConn) {
+			hearEnd(t, conn, "question")
+			say(t, conn, "answer")
+		})
+		_, port, _ := net.SplitHostPort(server)
+		p := start(t, "203.0.113.0/24\n198.51.100.0/24", zone{"slow.example": {"198.51.100.7", "203.0.113.1"}}, nil)
+		conn := p.connect(t)
+		say(t, conn, "CONNECT slow.example:"+port+" HTTP/1.1\r\n\r\nquestion")
+		if err := conn.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		hearEnd(t, conn, "HTTP/1.1 200 Connection established\r\n\r\nanswer")
+	})
 	t.Run("the server ends first", func(t *testing.T) {
 		done := make(chan struct{})
 		server := serve(t, func(conn *net.TCPConn) {
@@ -269,10 +283,41 @@ func TestTunnelHalves(t *testing.T) {
 		}
 	})
 	t.Run("the server resets", func(t *testing.T) {
-		server := serve(t, func(conn *net.TCPConn) { _ = conn.SetLinger(0) })
+		server := serve(t, func(conn *net.TCPConn) {
+			hear(t, conn, "x")
+			_ = conn.SetLinger(0)
+		})
 		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
+		say(t, conn, "x")
 		_, _ = io.Copy(io.Discard, conn) // ends
 	})
+}
+
+// Tunnels are copied by the kernel: each way has a pipe (splice(2)) as long as it
+// lasts.
+func TestTunnelSplices(t *testing.T) {
+	pipes := func() (n int) {
+		files, err := filepath.Glob("/proc/self/fd/*")
+		check(t, err)
+		for _, f := range files {
+			if to, err := os.Readlink(f); err == nil && strings.HasPrefix(to, "pipe:") {
+				n++
+			}
+		}
+		return n
+	}
+	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}) })
+	p := start(t, "203.0.113.1", nil, nil)
+	before := pipes()
+	const tunnels = 8 // more than pipes that other tests may have left for reuse
+	for range tunnels {
+		conn := p.tunnel(t, server)
+		say(t, conn, "echo")
+		hear(t, conn, "echo")
+	}
+	if n := pipes() - before; n < tunnels*2 {
+		t.Errorf("%d tunnels have %d more ends of pipes", tunnels, n)
+	}
 }
 
 type zeros struct{}
@@ -767,5 +812,30 @@ func check(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A client that does not wait for its answer ends the request to the server, and
+// gets no answer that the server did not give.
+func TestClientGone(t *testing.T) {
+	asked, ended := make(chan struct{}), make(chan struct{})
+	server := serve(t, func(conn *net.TCPConn) {
+		header(conn)
+		close(asked)
+		_, _ = io.Copy(io.Discard, conn)
+		close(ended)
+	})
+	p := start(t, "*", nil, func(p *Proxy) { p.config.AccessLog = true })
+	conn := p.get(t, server)
+	<-asked
+	check(t, conn.CloseWrite())
+	if status, text := answer(t, conn); status != 502 || !strings.Contains(text, "the client closed the connection") {
+		t.Errorf("%d %q", status, text)
+	}
+	p.await(t, "status=499")
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Error("the server's connection is still open")
 	}
 }
