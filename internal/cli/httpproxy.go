@@ -5,13 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/netip"
-	"slices"
 	"text/tabwriter"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/httpproxy"
+	"github.com/egress-router/egress-router/internal/resolver"
 )
 
 // runHTTPProxy serves clients until the program is told to stop.
@@ -49,7 +47,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		MaxHeaderBytes:   c.MaxHeader,
 		MaxConnections:   c.MaxConnections,
 		AccessLog:        c.AccessLog,
-	}, log, systemNames{&net.Resolver{PreferGo: true}}).Run(ctx)
+	}, log, resolver.New(resolver.Options{})).Run(ctx)
 }
 
 func parseHTTPRules(value string) (httpproxy.Rules, *config.RulesFault) {
@@ -70,23 +68,4 @@ func writeHTTPProxyVariables(w io.Writer) {
 		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
 	}
 	table.Flush()
-}
-
-// systemNames looks names up with Go's own resolver, by /etc/hosts and
-// /etc/resolv.conf.
-type systemNames struct{ net *net.Resolver }
-
-// LookupAddr returns the addresses of a host, IPv4 first.
-func (r systemNames) LookupAddr(ctx context.Context, host string) ([]netip.Addr, error) {
-	addrs, err := r.net.LookupNetIP(ctx, "ip", host)
-	for i := range addrs {
-		addrs[i] = addrs[i].Unmap()
-	}
-	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
-	return addrs, err
-}
-
-// LookupNames returns the names of an address.
-func (r systemNames) LookupNames(ctx context.Context, a netip.Addr) ([]string, error) {
-	return r.net.LookupAddr(ctx, a.String())
 }

@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -74,6 +75,25 @@ func (e *Error) Error() string {
 
 // Unwrap returns what the error is, and its cause.
 func (e *Error) Unwrap() []error { return []error{e.Err, e.Cause} }
+
+// As makes the error a *net.DNSError for those who know the standard library's
+// resolver: its Err says what came of the look-up, without the name.
+func (e *Error) As(target any) bool {
+	to, ok := target.(**net.DNSError)
+	if !ok {
+		return false
+	}
+	reason := e.Err.Error()
+	if e.Cause != nil {
+		reason += ": " + e.Cause.Error()
+	}
+	timeout, isNet := errors.AsType[net.Error](e.Cause)
+	*to = &net.DNSError{
+		UnwrapErr: e, Err: reason, Name: e.Name, IsNotFound: e.NotFound(),
+		IsTimeout: isNet && timeout.Timeout(),
+	}
+	return true
+}
 
 // NotFound reports whether the answer is that there is nothing, other than that
 // nobody answered.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -319,10 +320,10 @@ func TestSearchList(t *testing.T) {
 	want(t, r, "www.example.com.", "192.0.2.4")
 	s.queries()
 	want(t, r, "single", "192.0.2.7")
-	if diff := cmp.Diff([]string{
-		"single. A udp", "single. AAAA udp", "single.cluster. A udp", "single.cluster. AAAA udp",
-		"single.ns.cluster. A udp", "single.ns.cluster. AAAA udp",
-	}, s.queries()); diff != "" {
+	// The other question for a name that is not there is given up, maybe before
+	// it is sent.
+	asked := slices.DeleteFunc(s.queries(), func(q string) bool { return strings.HasSuffix(q, "cluster. AAAA udp") })
+	if diff := cmp.Diff([]string{"single. A udp", "single. AAAA udp", "single.cluster. A udp", "single.ns.cluster. A udp"}, asked); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -421,6 +422,34 @@ func TestLookupNames(t *testing.T) {
 	for addr, want := range map[string]error{"192.0.2.3": ErrNoName, "192.0.2.5": ErrNoName, "192.0.2.4": ErrNoAnswer} {
 		if got, err := r.LookupNames(t.Context(), netip.MustParseAddr(addr)); !errors.Is(err, want) {
 			t.Errorf("%s: %q, %v; want %v", addr, got, err, want)
+		}
+	}
+}
+
+// Errors serve those who know the standard library's: what it is, in words
+// without the name, and whether it is for lack of time.
+func TestDNSError(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set("text.example. 60 IN TXT x")
+	s.answer("failing.example.", code(dns.RcodeServerFailure))
+	s.answer("silent.example.", silence)
+	r, _ := newResolver(t, "options timeout:1 attempts:1\n", s)
+	for host, want := range map[string]net.DNSError{
+		"gone.example":    {Err: "no such name", IsNotFound: true},
+		"text.example":    {Err: "it has no address", IsNotFound: true},
+		"failing.example": {Err: "no answer from the name servers: name server " + s.addr + ":53: SERVFAIL"},
+		"silent.example":  {Err: "no answer from the name servers: asking name server " + s.addr + ":53: ", IsTimeout: true},
+	} {
+		_, err := r.LookupAddr(t.Context(), host)
+		got, ok := errors.AsType[*net.DNSError](fmt.Errorf("wrapped: %w", err))
+		if !ok || !strings.HasPrefix(got.Err, want.Err) || strings.TrimSuffix(got.Name, ".") != host ||
+			got.IsNotFound != want.IsNotFound || got.IsTimeout != want.IsTimeout || !errors.Is(got, err) {
+			t.Errorf("%s: %+v of %v, want %+v", host, got, err, want)
+		}
+		var timeout net.Error
+		if is := errors.As(err, &timeout) && timeout.Timeout(); is != want.IsTimeout {
+			t.Errorf("%s: for lack of time %v, want %v", host, is, want.IsTimeout)
 		}
 	}
 }
