@@ -47,6 +47,21 @@ func (n *nameServer) setSilent(silent bool) {
 	n.silent = silent
 }
 
+// wantAskedBy checks that only this address has asked.
+func (n *nameServer) wantAskedBy(t *testing.T, want netip.Addr) {
+	t.Helper()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.asked) == 0 {
+		t.Error("the name server was never asked")
+	}
+	for _, a := range n.asked {
+		if a != want {
+			t.Errorf("the name server was asked from %s", a)
+		}
+	}
+}
+
 // ServeDNS answers with TTL 1, so that a test need not wait long for a change.
 func (n *nameServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	n.mu.Lock()
@@ -185,7 +200,16 @@ func (x *proxy) wait() string {
 // reserved address, name servers the pod's own.
 func TestDNSProxy(t *testing.T) {
 	t.Parallel()
-	p := newPod(t, lab.Options{}, iptablesNFT)
+	for _, b := range []backend{iptablesNFT, nftables} {
+		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
+			testDNSProxy(newPod(t, lab.Options{}, b))
+		})
+	}
+}
+
+func testDNSProxy(p *pod) {
+	t := p.T
 	n := p.nameServer()
 	n.set("www.example.com.", "203.0.113.25", "203.0.113.26")
 	x := p.proxy(map[string]string{
@@ -227,13 +251,9 @@ func TestDNSProxy(t *testing.T) {
 	x.await(8081, "203.0.113.25:80")
 	x.wantServers(8081, "203.0.113.25:80")
 
-	n.mu.Lock()
-	for _, a := range n.asked {
-		if a != lab.RouterAddr {
-			t.Errorf("the name server was asked from %s", a)
-		}
-	}
-	n.mu.Unlock()
+	n.wantAskedBy(t, lab.RouterAddr)
+
+	x.wantNoUseFromOutside(8080)
 
 	// The connection from before outlives the order to stop.
 	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -66,11 +67,78 @@ func (p *pod) request(from *netns.Namespace, text string) *bufio.Reader {
 	return bufio.NewReader(conn)
 }
 
+// wantTunnel makes a tunnel and checks who answers at its end, and whom that
+// server saw.
+func (p *pod) wantTunnel(from *netns.Namespace, to, server string) {
+	p.Helper()
+	r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+	for _, want := range []string{"HTTP/1.1 200 Connection established\r\n", "\r\n"} {
+		if line, err := r.ReadString('\n'); line != want {
+			p.Fatalf("%s: got %q, %v", to, line, err)
+		}
+	}
+	if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != source || a.Server.String() != server {
+		p.Errorf("%s: %v, %v; want %s, which sees %s", to, a, err, server, source)
+	}
+}
+
+// wantProxyError asks for a host that cannot be reached and checks what the proxy
+// says of it.
+func (p *pod) wantProxyError(host string, status int, text string) {
+	p.Helper()
+	response, err := http.ReadResponse(p.request(p.lab.Client, "GET http://"+host+"/ HTTP/1.1\r\nHost: x\r\n\r\n"), nil)
+	if err != nil {
+		p.Fatal(err)
+	}
+	body, err := io.ReadAll(response.Body)
+	if want := "egress-router: " + text + "\n"; response.StatusCode != status || string(body) != want || err != nil {
+		p.Errorf("%s: %d %q, %v; want %d %q", host, response.StatusCode, body, err, status, want)
+	}
+}
+
+// wantNoUseFromOutside checks that a port of the pod, on which somebody listens,
+// is there for the cluster and not for the physical network, by either address,
+// and that it is the rules that make it so. It takes them away.
+func (p *pod) wantNoUseFromOutside(port uint16) {
+	p.Helper()
+	p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", source.String())
+	open := func(from *netns.Namespace, a netip.Addr) bool {
+		ctx, cancel := context.WithTimeout(p.Context(), time.Second)
+		defer cancel()
+		conn, err := p.lab.Dial(ctx, from, "tcp", netip.AddrPortFrom(a, port))
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	}
+	if !open(p.lab.Client, lab.RouterAddr) {
+		p.Errorf("port %d is closed to the cluster", port)
+	}
+	for _, a := range []netip.Addr{source, lab.RouterAddr} {
+		if open(p.lab.Outside, a) {
+			p.Errorf("port %d of %s is open to the physical network", port, a)
+		}
+	}
+	p.clear()
+	if !open(p.lab.Outside, source) {
+		p.Errorf("port %d of %s is closed to the physical network also without the rules", port, source)
+	}
+}
+
 // The documentation's pod: an init container with privilege, a proxy without, and
 // servers that see the reserved address.
 func TestHTTPProxy(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
+	for _, b := range []backend{iptablesNFT, nftables} {
+		t.Run(b.name, func(t *testing.T) { testHTTPProxy(newPod(t, lab.Options{}, b)) })
+	}
+}
+
+func testHTTPProxy(p *pod) {
+	t := p.T
 	p.env["EGRESS_ACCESS_LOG"] = "true"
+	p.env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "1s"
+	n := p.nameServer()
+	n.set("www.example.com.", "203.0.113.26", "203.0.113.25") // the first is denied
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = fmt.Fprintf(w, "%s\n", r.RemoteAddr)
 	})}
@@ -84,7 +152,7 @@ func TestHTTPProxy(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	cmd, stderr := p.httpProxy("!203.0.113.26\n203.0.113.0/24\n192.168.12.80\n10.0.0.0/8")
+	cmd, stderr := p.httpProxy("!203.0.113.26\n203.0.113.0/24\n192.168.12.80\n10.0.0.0/8\n*.example.com")
 	for name, from := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
 		t.Run(name, func(t *testing.T) {
 			p := &pod{t, p.lab, p.backend, p.path, p.env}
@@ -98,15 +166,7 @@ func TestHTTPProxy(t *testing.T) {
 				t.Errorf("the server saw %q, %v; want %s", body, err, source)
 			}
 			for _, to := range []string{"203.0.113.25:80", "203.0.113.27:9000", "192.168.12.80:80"} {
-				r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
-				for _, want := range []string{"HTTP/1.1 200 Connection established\r\n", "\r\n"} {
-					if line, err := r.ReadString('\n'); line != want {
-						t.Fatalf("%s: got %q, %v", to, line, err)
-					}
-				}
-				if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != source || a.Server.String() != to {
-					t.Errorf("%s: %v, %v; want to be seen as %s", to, a, err, source)
-				}
+				p.wantTunnel(from, to, to)
 			}
 			// Denied, and the proxy's own: the proxy itself, by either side.
 			for _, to := range []string{"203.0.113.26:80", "10.128.0.98:8080", "192.168.12.99:8080", "127.0.0.1:8080"} {
@@ -117,6 +177,16 @@ func TestHTTPProxy(t *testing.T) {
 			}
 		})
 	}
+	t.Run("names", func(t *testing.T) {
+		p := &pod{t, p.lab, p.backend, p.path, p.env}
+		p.wantTunnel(p.lab.Client, "www.example.com:80", "203.0.113.25:80")
+		p.wantProxyError("gone.example.com", 502, "looking up gone.example.com: no such name")
+		n.setSilent(true)
+		p.wantProxyError("late.example.com", 504, "looking up late.example.com: the name servers do not answer")
+	})
+	n.wantAskedBy(t, lab.RouterAddr)
+	p.wantNoUseFromOutside(8080)
+
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
