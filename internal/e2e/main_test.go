@@ -247,8 +247,7 @@ func nameServer() error {
 	if err := os.Mkdir(filepath.Dir(own), 0o755); err != nil {
 		return err
 	}
-	// An address that nobody has (RFC 5737): nothing here looks up names.
-	if err := os.WriteFile(own, []byte("nameserver 192.0.2.53\n"), 0o644); err != nil {
+	if err := os.WriteFile(own, []byte("nameserver "+nameServerAddr+"\n"), 0o644); err != nil {
 		return err
 	}
 	if target, err := os.Readlink(file); err == nil {

@@ -138,12 +138,15 @@ func TestManifests(t *testing.T) {
 					if !slices.Contains(images, strings.TrimPrefix(c.Image, "localhost/")) {
 						t.Errorf("container %s: image %q is none of ours", c.Name, c.Image)
 					}
-					if slices.Equal(c.Args, []string{"wait"}) {
+					switch {
+					case slices.Equal(c.Args, []string{"wait"}):
 						if s := c.SecurityContext; s != nil && s.Privileged != nil && *s.Privileged {
 							t.Errorf("container %s waits with privilege", c.Name)
 						}
-					} else if c.Image == image {
+					case c.Image == image:
 						checkRouter(t, c, p.Spec, maps, variables)
+					case strings.HasSuffix(c.Image, "-proxy"):
+						checkProxy(t, c, variables)
 					}
 				}
 			}
@@ -236,6 +239,26 @@ func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMap
 	}
 }
 
+// checkProxy checks a container that runs a proxy: its variables are known, its
+// destinations are right, and it has no privilege.
+func checkProxy(t *testing.T, c corev1.Container, variables string) {
+	t.Helper()
+	if c.SecurityContext != nil {
+		t.Errorf("container %s has a securityContext: %v", c.Name, c.SecurityContext)
+	}
+	args := []string{"podman", "run", "--rm", "--network", "none", "--cap-drop", "all"}
+	for _, e := range c.Env {
+		if !strings.Contains(variables, "\n  "+e.Name+" ") {
+			t.Errorf("container %s sets %s, which is no variable of the proxy", c.Name, e.Name)
+		}
+		args = append(args, "--env", e.Name+"="+e.Value)
+	}
+	mode := strings.ToUpper(strings.NewReplacer("localhost/", "", "-", "_").Replace(c.Image)) + "_MODE"
+	if err := command(append(args, "--env", mode+"=unit-test", c.Image)...).run(); err != nil {
+		t.Errorf("container %s: %v", c.Name, err)
+	}
+}
+
 // The YAML in the README is in the manifests, which all of this tests: the lines
 // of each block stand in one of them, in the same order.
 func TestREADME(t *testing.T) {
@@ -276,8 +299,8 @@ func inOrder(lines, text []string) int {
 
 // Every manifest that can be run is run by some test here.
 func TestManifestsAreRun(t *testing.T) {
-	// A cluster's own affairs, and what waits for the proxies.
-	notRun := []string{"deployment.yaml", "dns-proxy-pod.yaml", "http-proxy-pod.yaml", "multus.yaml", "namespace.yaml", "service.yaml"}
+	// A cluster's own affairs.
+	notRun := []string{"deployment.yaml", "multus.yaml", "namespace.yaml", "service.yaml"}
 	tests, err := filepath.Glob("*_test.go")
 	if err != nil {
 		t.Fatal(err)

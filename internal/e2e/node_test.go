@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -51,7 +52,7 @@ var theNode *node
 var (
 	web     = "192.168.123.91"
 	servers = []string{
-		"203.0.113.25:80", "203.0.113.26:80", "203.0.113.26:443", "203.0.113.27:9000", web + ":80",
+		"203.0.113.25:80", "203.0.113.26:80", "203.0.113.26:443", "203.0.113.27:9000", "203.0.113.27:100", web + ":80",
 	}
 )
 
@@ -76,6 +77,7 @@ func newNode() (*node, error) {
 	for line := range strings.Lines(`
 		sysctl -q -w ` + settle + `
 		ip link set lo up
+		ip address add ` + nameServerAddr + `/32 dev lo
 		ip netns add outside
 		ip netns add web
 		ip netns exec outside sysctl -q -w ` + settle + `
@@ -122,7 +124,13 @@ func newNode() (*node, error) {
 			return nil, err
 		}
 	}
+	if err := serveHTTPS(outside, "203.0.113.25:443"); err != nil {
+		return nil, err
+	}
 	if err := serveUDP(outside, "203.0.113.27:53"); err != nil {
+		return nil, err
+	}
+	if err := serveDatagrams("/proc/self/ns/net", nameServerAddr+":53", func(question []byte, _ net.Addr) ([]byte, error) { return answerName(question) }); err != nil {
 		return nil, err
 	}
 	if err := configurePodman(); err != nil {
@@ -429,16 +437,37 @@ func serveHTTP(ns, addr string) error {
 	if err != nil {
 		return fmt.Errorf("serving %q: %w", addr, err)
 	}
-	handler := func(w http.ResponseWriter, r *http.Request) {
-		peer := netip.MustParseAddrPort(r.RemoteAddr).Addr()
-		fmt.Fprintf(w, "%s %s\n", r.Context().Value(http.LocalAddrContextKey), peer)
-	}
-	go func() { _ = http.Serve(listener, http.HandlerFunc(handler)) }()
+	go func() { _ = http.Serve(listener, http.HandlerFunc(tellWho)) }()
 	return nil
+}
+
+// serveHTTPS is the same with TLS.
+func serveHTTPS(ns, addr string) error {
+	listener, err := listenTCP(ns, addr)
+	if err != nil {
+		return fmt.Errorf("serving %q: %w", addr, err)
+	}
+	server := httptest.NewUnstartedServer(http.HandlerFunc(tellWho))
+	server.Listener.Close()
+	server.Listener = listener
+	server.StartTLS()
+	return nil
+}
+
+func tellWho(w http.ResponseWriter, r *http.Request) {
+	peer := netip.MustParseAddrPort(r.RemoteAddr).Addr()
+	fmt.Fprintf(w, "%s %s\n", r.Context().Value(http.LocalAddrContextKey), peer)
 }
 
 // serveUDP is the same for datagrams.
 func serveUDP(ns, addr string) error {
+	return serveDatagrams(ns, addr, func(_ []byte, peer net.Addr) ([]byte, error) {
+		return fmt.Appendf(nil, "%s %s\n", addr, peer.(*net.UDPAddr).AddrPort().Addr()), nil
+	})
+}
+
+// serveDatagrams starts a server that answers each datagram with one.
+func serveDatagrams(ns, addr string, answer func(question []byte, peer net.Addr) ([]byte, error)) error {
 	conn, err := listen(ns, func() (net.PacketConn, error) { return net.ListenPacket("udp4", addr) })
 	if err != nil {
 		return fmt.Errorf("serving %q: %w", addr, err)
@@ -446,11 +475,14 @@ func serveUDP(ns, addr string) error {
 	go func() {
 		buf := make([]byte, 2048)
 		for {
-			_, peer, err := conn.ReadFrom(buf)
+			n, peer, err := conn.ReadFrom(buf)
 			if errors.Is(err, net.ErrClosed) {
 				return
-			} else if err == nil {
-				_, _ = conn.WriteTo(fmt.Appendf(nil, "%s %s\n", addr, peer.(*net.UDPAddr).AddrPort().Addr()), peer)
+			} else if err != nil {
+				continue
+			}
+			if text, err := answer(buf[:n], peer); err == nil {
+				_, _ = conn.WriteTo(text, peer)
 			}
 		}
 	}()

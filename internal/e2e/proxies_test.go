@@ -1,0 +1,102 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strings"
+	"testing"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// nameServerAddr is the node's name server, which containers have in their
+// resolv.conf as they have a cluster's: it is beyond the node.
+const nameServerAddr = "192.0.2.53"
+
+// names are what it knows.
+var names = map[string]string{
+	"example.com.":        "203.0.113.27",
+	"foobar.example.com.": "203.0.113.26",
+	"www.example.org.":    "203.0.113.25",
+}
+
+// answerName answers one question for an IPv4 address.
+func answerName(question []byte) ([]byte, error) {
+	var q dnsmessage.Message
+	if err := q.Unpack(question); err != nil || len(q.Questions) != 1 {
+		return nil, fmt.Errorf("reading a question: %w", err)
+	}
+	a := dnsmessage.Message{Header: dnsmessage.Header{ID: q.ID, Response: true, RecursionAvailable: true}, Questions: q.Questions}
+	addr, known := names[q.Questions[0].Name.String()]
+	switch {
+	case !known:
+		a.RCode = dnsmessage.RCodeNameError
+	case q.Questions[0].Type == dnsmessage.TypeA:
+		a.Answers = []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: q.Questions[0].Name, Class: dnsmessage.ClassINET, TTL: 60},
+			Body:   &dnsmessage.AResource{A: netip.MustParseAddr(addr).As4()},
+		}}
+	}
+	return a.Pack()
+}
+
+// proxy plays a pod with a proxy and returns it when that is ready. The proxy's
+// container has what podman gives to every one, no privilege, and serves nobody on
+// the physical network.
+func proxy(t *testing.T, manifest, port string) pod {
+	t.Helper()
+	p := play(t, manifest, bare)
+	container := p.name + "-egress-router-pod"
+	p.awaitReady(t, container)
+	if got := run(t, "podman", "inspect", "--format", "{{.HostConfig.Privileged}} {{.EffectiveCaps}}", container); !strings.HasPrefix(got, "false [") ||
+		strings.Contains(got, "_ADMIN") {
+		t.Errorf("the proxy has more than every container: %s", got)
+	}
+	if a, err := client(outside).ask("tcp", reserved.String()+":"+port); err == nil {
+		t.Errorf("the proxy serves the physical network: %v", a)
+	}
+	return p
+}
+
+// The documentation's pod with the HTTP proxy, and curl as its client, by the
+// variables that the documentation names.
+func TestHTTPProxyPod(t *testing.T) {
+	p := proxy(t, "http-proxy-pod.yaml", "8080")
+	c := newClient(t)
+	address := fmt.Sprintf("http://%s:8080/", p.address)
+	for _, test := range []struct{ url, answer string }{
+		{"http://203.0.113.25/", `^203\.0\.113\.25:80 192\.168\.12\.99\n200$`},
+		{"http://www.example.org/", `^203\.0\.113\.25:80 192\.168\.12\.99\n200$`},
+		{"https://www.example.org/", `^203\.0\.113\.25:443 192\.168\.12\.99\n200$`},
+		{"http://foobar.example.com/", `denied by rule 1: !\*\.example\.com\n403$`},
+		{"http://192.168.1.7/", `denied by rule 2: !192\.168\.1\.0/24\n403$`},
+		{"http://gone.example.org/", `looking up gone\.example\.org: no such name\n502$`},
+	} {
+		// The server's certificate is for tests.
+		got := run(t, "nsenter", "--net="+string(c), "env", "http_proxy="+address, "https_proxy="+address,
+			"curl", "--silent", "--show-error", "--insecure", "--max-time", "10", "--write-out", "%{http_code}", test.url)
+		if !regexp.MustCompile(test.answer).MatchString(got) {
+			t.Errorf("%s: %q, want %s", test.url, got, test.answer)
+		}
+	}
+	denied := command("nsenter", "--net="+string(c), "env", "https_proxy="+address,
+		"curl", "--silent", "--insecure", "--max-time", "10", "--write-out", "%{http_connect}", "https://foobar.example.com/")
+	if err := denied.run(); err == nil || denied.stdout.String() != "403" {
+		t.Errorf("a tunnel to a denied host: %v, answer %q; want 403", err, &denied.stdout)
+	}
+}
+
+// The documentation's pod with the DNS proxy.
+func TestDNSProxyPod(t *testing.T) {
+	p := proxy(t, "dns-proxy-pod.yaml", "8080")
+	c := newClient(t)
+	for port, server := range map[string]string{
+		"80": "203.0.113.25:80", "100": "203.0.113.27:100", "8080": "203.0.113.26:80", "8443": "203.0.113.26:443",
+	} {
+		c.want(t, "tcp", p.address.String()+":"+port, server, reserved)
+	}
+	await(t, "the connection's line in the log", func() bool {
+		return strings.Contains(logs(p.name+"-egress-router-pod"), "port=100 destination=example.com:100 address=203.0.113.27:100 ")
+	})
+}
