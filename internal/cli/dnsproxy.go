@@ -3,18 +3,15 @@ package cli
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"os"
 	"slices"
-	"text/tabwriter"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/resolver"
 	"github.com/egress-router/egress-router/internal/tcpproxy"
-	"github.com/egress-router/egress-router/rules"
 )
 
 // followEvery is how often the destination file is looked at: a change is picked
@@ -49,8 +46,11 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		return err
 	}
 	d.log = logger(p.Stderr, c.Debug)
-	for _, w := range append(c.Warnings, d.warnings()...) {
+	for _, w := range c.Warnings {
 		d.log.Warn(w)
+	}
+	if len(d.list) == 0 {
+		d.log.Warn("there is no destination: nothing is listened on")
 	}
 	d.proxy = tcpproxy.New(tcpproxy.Options{
 		Resolver: names{resolver.New(resolver.Options{})}, Idle: c.Idle,
@@ -74,19 +74,6 @@ func (d *dnsProxy) parse(text string) error {
 		d.list = list
 	}
 	return err
-}
-
-// warnings are about a list that is accepted and yet probably not what its
-// author meant.
-func (d *dnsProxy) warnings() []string {
-	var list []string
-	if line, ok := rules.Unread(d.env.Destination); ok && line.Text != "" && line.Text[0] != '#' {
-		list = append(list, fmt.Sprintf("EGRESS_DNS_PROXY_DESTINATION line %d ends with a backslash, so it is not read: remove the backslash", line.Number))
-	}
-	if len(d.list) == 0 {
-		list = append(list, "there is no destination: nothing is listened on")
-	}
-	return list
 }
 
 // follow reads the destination file again when it has changed, until the program
@@ -164,14 +151,4 @@ type names struct{ *resolver.Resolver }
 func (n names) Lookup(ctx context.Context, host string) ([]netip.Addr, time.Time, error) {
 	answer, err := n.Resolver.Lookup(ctx, host)
 	return answer.Addrs, answer.Expires, err
-}
-
-// writeDNSProxyVariables writes the part of the help text about this proxy.
-func writeDNSProxyVariables(w io.Writer) {
-	fmt.Fprint(w, "\nvariables of dns-proxy:\n")
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	for _, v := range config.DNSProxyVariables() {
-		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
-	}
-	table.Flush()
 }

@@ -37,14 +37,20 @@ var modeDocs = map[config.Mode]string{
 func runHelp(_ context.Context, p Process) error {
 	var b strings.Builder
 	b.WriteString("egress-router gives a pod a reserved source address on the physical network and\n" +
-		"redirects the connections that reach it to servers out there.\n\n" + usage + "\nvariables:\n")
+		"redirects the connections that reach it to servers out there.\n\n" + usage)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	for _, v := range config.Variables() {
-		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
+	for _, part := range []struct {
+		of        string
+		variables []config.Variable
+	}{
+		{"", config.Variables()}, {" of http-proxy", config.HTTPProxyVariables()}, {" of dns-proxy", config.DNSProxyVariables()},
+	} {
+		fmt.Fprintf(&b, "\nvariables%s:\n", part.of)
+		for _, v := range part.variables {
+			fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
+		}
+		table.Flush()
 	}
-	table.Flush()
-	writeHTTPProxyVariables(&b)
-	writeDNSProxyVariables(&b)
 	b.WriteString("  In parentheses: what holds where the variable is not set or empty.\n\nmodes (EGRESS_ROUTER_MODE):\n")
 	for _, m := range config.Modes {
 		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])

@@ -2,10 +2,8 @@ package config
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -273,64 +271,24 @@ func addressHint(variable, value, wanted string) string {
 
 // parseDestinations reads the destination list from the variable or the file.
 func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byte, error)) *Error {
-	value, place := env.Destination, func(n int) string { return fmt.Sprintf("EGRESS_DESTINATION line %d", n) }
-	variable := "EGRESS_DESTINATION"
-	if env.DestinationFile != "" {
-		variable = "EGRESS_DESTINATION_FILE"
-		if value != "" {
-			return &Error{variable, "EGRESS_DESTINATION and EGRESS_DESTINATION_FILE are both set: unset one of them", ""}
+	l := list{"EGRESS_DESTINATION", env.Destination, env.DestinationFile}
+	warning, fault := l.read(readFile, func(text string) (err error) {
+		if text == "" {
+			return &rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `give it one line for each destination, for example "80 tcp 203.0.113.25"`}
 		}
-		data, err := readFile(env.DestinationFile)
-		if err != nil {
-			return &Error{variable, fmt.Sprintf("EGRESS_DESTINATION_FILE %q cannot be read: %v", env.DestinationFile, cause(err)),
-				"hint: it names a file inside the container, such as a key of a mounted ConfigMap"}
-		}
-		value, place = string(data), func(n int) string { return fmt.Sprintf("%s:%d", env.DestinationFile, n) }
+		c.Set, err = rules.Parse(text)
+		return err
+	})
+	if fault != nil {
+		return fault
 	}
-	if value == "" {
-		hint := `hint: give it one line for each destination, for example "80 tcp 203.0.113.25"`
-		if env.DestinationFile != "" {
-			hint = fmt.Sprintf("hint: the file %q is empty", env.DestinationFile)
-		}
-		return &Error{variable, "EGRESS_DESTINATION unspecified", hint}
+	if warning != "" {
+		c.Warnings = append(c.Warnings, warning)
 	}
-
-	set, err := rules.Parse(value)
-	if parse, ok := errors.AsType[*rules.ParseError](err); ok {
-		hint := fmt.Sprintf("%s: %q", place(parse.Line.Number), shorten(parse.Line.Text))
-		if parse.Hint != "" {
-			hint += "\nhint: " + parse.Hint
-		}
-		return &Error{variable, parse.Sentence, hint}
-	} else if err != nil {
-		return &Error{variable, err.Error(), ""}
-	}
-	c.Set = set
-	if line, ok := rules.Unread(value); ok && line.Text != "" && line.Text[0] != '#' {
-		c.Warnings = append(c.Warnings, fmt.Sprintf("%s: %q ends with a backslash, so it is not read: remove the backslash", place(line.Number), shorten(line.Text)))
-	}
-	if len(set.Redirects) == 0 && !set.Fallback.IsValid() {
-		c.Warnings = append(c.Warnings, variable+" holds no destination: nothing is redirected")
+	if len(c.Set.Redirects) == 0 && !c.Set.Fallback.IsValid() {
+		c.Warnings = append(c.Warnings, l.from()+" holds no destination: nothing is redirected")
 	}
 	return nil
-}
-
-// cause returns an error without the file name that the message has already.
-func cause(err error) error {
-	if path, ok := errors.AsType[*os.PathError](err); ok {
-		return path.Err
-	}
-	return err
-}
-
-// shorten cuts a line to a length that a log line can bear. The original's
-// sentence has the whole of it.
-func shorten(s string) string {
-	const most = 120
-	if len(s) <= most {
-		return s
-	}
-	return s[:most] + "..."
 }
 
 // checkInterface accepts the names that the kernel accepts for an interface

@@ -2,9 +2,6 @@ package config
 
 import (
 	"errors"
-	"fmt"
-	"os"
-	"strings"
 	"testing"
 	"time"
 
@@ -22,15 +19,15 @@ func TestParseDNSProxy(t *testing.T) {
 		"unit-test":   {DNSProxyEnvironment{Mode: "unit-test"}, func(c *DNSProxyConfig) { c.UnitTest = true }},
 		"debug by 0":  {DNSProxyEnvironment{Debug: "0"}, func(c *DNSProxyConfig) { c.Debug = true }},
 		"never idle":  {DNSProxyEnvironment{IdleTimeout: "0"}, func(c *DNSProxyConfig) { c.Idle = 0 }},
-		"other times": {DNSProxyEnvironment{IdleTimeout: "1h30m", ShutdownGrace: "500ms"}, func(c *DNSProxyConfig) { c.Idle, c.Grace = 90*time.Minute, 500*time.Millisecond }},
-		"switches":    {DNSProxyEnvironment{SendProxy: "true", AccessLog: "true"}, func(c *DNSProxyConfig) { c.SendProxy, c.AccessLog = true, true }},
-		"off":         {DNSProxyEnvironment{SendProxy: "false", AccessLog: "false"}, func(*DNSProxyConfig) {}},
+		"other times": {DNSProxyEnvironment{IdleTimeout: "1h30m", ProxyEnvironment: ProxyEnvironment{ShutdownGrace: "500ms"}}, func(c *DNSProxyConfig) { c.Idle, c.Grace = 90*time.Minute, 500*time.Millisecond }},
+		"switches":    {DNSProxyEnvironment{SendProxy: "true", ProxyEnvironment: ProxyEnvironment{AccessLog: "true"}}, func(c *DNSProxyConfig) { c.SendProxy, c.AccessLog = true, true }},
+		"off":         {DNSProxyEnvironment{SendProxy: "false", ProxyEnvironment: ProxyEnvironment{AccessLog: "false"}}, func(*DNSProxyConfig) {}},
 		"other mode": {DNSProxyEnvironment{Mode: "x"}, func(c *DNSProxyConfig) {
 			c.Warnings = []string{`EGRESS_DNS_PROXY_MODE "x" is not known, and has no effect: the only mode is unit-test`}
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			want := DNSProxyConfig{Idle: time.Minute, Grace: 20 * time.Second}
+			want := DNSProxyConfig{Idle: time.Minute, ProxyConfig: ProxyConfig{Grace: 20 * time.Second}}
 			test.want(&want)
 			test.env.Destination = "80 a.example"
 			var list string
@@ -44,7 +41,10 @@ func TestParseDNSProxy(t *testing.T) {
 
 // Each fault names its variable, and the place in the list.
 func TestDNSProxyErrors(t *testing.T) {
-	bad := func(string) error {
+	bad := func(list string) error {
+		if list == "" {
+			return &rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION", Hint: "give it a line"}
+		}
 		return &rules.ParseError{Line: rules.Line{Number: 2, Text: "x"}, Sentence: "Bad destination 'x'", Hint: "look"}
 	}
 	file := func(string) ([]byte, error) { return []byte("y\nx\n"), nil }
@@ -53,7 +53,8 @@ func TestDNSProxyErrors(t *testing.T) {
 		readFile func(string) ([]byte, error)
 		want     string
 	}{
-		"nothing":       {DNSProxyEnvironment{}, noFile, "hint: give it one line for each destination, for example \"8443 www.example.com 443\"\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
+		"nothing":       {DNSProxyEnvironment{}, noFile, "hint: give it a line\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
+		"an empty file": {DNSProxyEnvironment{DestinationFile: "/f"}, func(string) ([]byte, error) { return nil, nil }, "hint: the file \"/f\" is empty\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
 		"a line":        {DNSProxyEnvironment{Destination: "y\nx"}, noFile, "EGRESS_DNS_PROXY_DESTINATION line 2: \"x\"\nhint: look\nBad destination 'x'"},
 		"a file's line": {DNSProxyEnvironment{DestinationFile: "/f"}, file, "/f:2: \"x\"\nhint: look\nBad destination 'x'"},
 		"no file":       {DNSProxyEnvironment{DestinationFile: "/f"}, noFile, "hint: it names a file inside the container, such as a key of a mounted ConfigMap\nEGRESS_DNS_PROXY_DESTINATION_FILE \"/f\" cannot be read: file does not exist"},
@@ -66,34 +67,5 @@ func TestDNSProxyErrors(t *testing.T) {
 				t.Errorf("got\n%v\nwant\n%s", err, test.want)
 			}
 		})
-	}
-}
-
-// The variables are read as they stand, could not be set by Kubernetes, and are
-// in the README in the same words.
-func TestDNSProxyVariables(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(readme), "\n## DNS proxy\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	for _, v := range DNSProxyVariables() {
-		t.Setenv(v.Name, "")
-		t.Setenv(strings.TrimPrefix(v.Name, "EGRESS_"), "stray")
-		if strings.Contains(v.Name, "_SERVICE_") || strings.Contains(v.Name, "_PORT") {
-			t.Errorf("%s could be set by Kubernetes for a service", v.Name)
-		}
-		if row := fmt.Sprintf("| `%s` | %s | %s |\n", v.Name, v.Unset, v.Doc); v.Unset == "" || v.Doc == "" || !strings.Contains(section, row) {
-			t.Errorf("the README's section lacks\n%s", row)
-		}
-	}
-	if n := strings.Count(section, "\n| `EGRESS_"); n != len(DNSProxyVariables()) {
-		t.Errorf("the README's section has %d variables, want %d", n, len(DNSProxyVariables()))
-	}
-	t.Setenv("EGRESS_DNS_PROXY_DESTINATION", " 80 a.example\n")
-	t.Setenv("EGRESS_DNS_PROXY_DEBUG", "no")
-	if env, err := ReadDNSProxy(); err != nil || env != (DNSProxyEnvironment{Destination: " 80 a.example\n", Debug: "no"}) {
-		t.Errorf("%+v, %v", env, err)
 	}
 }

@@ -63,6 +63,10 @@ func Variables() []Variable { return variables(reflect.TypeFor[Environment]()) }
 func variables(environment reflect.Type) []Variable {
 	var list []Variable
 	for field := range environment.Fields() {
+		if field.Anonymous { // what several have
+			list = append(list, variables(field.Type)...)
+			continue
+		}
 		tag := field.Tag
 		list = append(list, Variable{Name: tag.Get("envconfig"), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
 	}

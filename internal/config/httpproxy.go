@@ -23,9 +23,8 @@ type HTTPProxyEnvironment struct {
 	IdleTimeout      string `envconfig:"EGRESS_HTTP_PROXY_IDLE_TIMEOUT" unset:"15m" doc:"after how long without any data, either way, a request or a tunnel is ended"`
 	MaxHeader        string `envconfig:"EGRESS_HTTP_PROXY_MAX_HEADER" unset:"65536" doc:"how large the header of a request or an answer may be, in bytes"`
 	MaxConnections   string `envconfig:"EGRESS_HTTP_PROXY_MAX_CONNECTIONS" unset:"3/4 of the open files allowed" doc:"how many connections of clients are served at a time; more wait"`
-	ShutdownGrace    string `envconfig:"EGRESS_SHUTDOWN_GRACE" unset:"20s" doc:"how long requests and tunnels may go on when the proxy is told to stop"`
-	AccessLog        string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true logs one line for each request and each tunnel"`
-	Mode             string `envconfig:"EGRESS_HTTP_PROXY_MODE" unset:"serve" doc:"unit-test prints the rules in the notation of squid, and does nothing"`
+	ProxyEnvironment
+	Mode string `envconfig:"EGRESS_HTTP_PROXY_MODE" unset:"serve" doc:"unit-test prints the rules in the notation of squid, and does nothing"`
 }
 
 // ReadHTTPProxy returns the variables of this process.
@@ -41,36 +40,31 @@ func HTTPProxyVariables() []Variable { return variables(reflect.TypeFor[HTTPProx
 
 // An HTTPProxyConfig is everything that the HTTP proxy needs, checked.
 type HTTPProxyConfig struct {
-	UnitTest bool
+	ProxyConfig
 
 	DestinationFile string         // empty: the rules are in the environment
 	Listen          netip.AddrPort // the zero Addr: at all addresses
 
-	ConnectTimeout, HeaderTimeout, KeepAliveTimeout, IdleTimeout, ShutdownGrace time.Duration
+	ConnectTimeout, HeaderTimeout, KeepAliveTimeout, IdleTimeout time.Duration
 
 	MaxHeader      int // bytes
 	MaxConnections int // 0: what the limit of open files leaves room for
-	AccessLog      bool
-
-	Warnings []string // as in Config
 }
 
 // ParseHTTPProxy checks env and returns what it asks for. readFile returns the
-// content of EGRESS_HTTP_PROXY_DESTINATION_FILE, parseRules reads the rules, whose
-// grammar is the proxy's own; each is called at most once. The error is of type
-// Errors and holds every fault.
-func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte, error), parseRules func(value string) *RulesFault) (HTTPProxyConfig, error) {
-	c := HTTPProxyConfig{UnitTest: env.Mode == "unit-test", DestinationFile: env.DestinationFile}
-	if env.Mode != "" && !c.UnitTest { // the original takes it for none
-		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_HTTP_PROXY_MODE %q is not known, and has no effect: the only mode is unit-test", env.Mode))
-	}
+// content of EGRESS_HTTP_PROXY_DESTINATION_FILE, grammar reads the rules, as with
+// ParseDNSProxy; each is called at most once. The error is of type Errors and
+// holds every fault.
+func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte, error), grammar func(list string) error) (HTTPProxyConfig, error) {
+	c := HTTPProxyConfig{DestinationFile: env.DestinationFile}
 	var faults Errors
 	report := func(e *Error) {
 		if e != nil {
 			faults = append(faults, e)
 		}
 	}
-	report(parseRuleList(env, readFile, parseRules))
+	warning, fault := list{"EGRESS_HTTP_PROXY_DESTINATION", env.Destination, env.DestinationFile}.read(readFile, grammar)
+	report(fault)
 	report(c.parseListen(env.Listen))
 	for _, v := range []struct {
 		name, value, unset string
@@ -80,59 +74,21 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 		{"EGRESS_HTTP_PROXY_HEADER_TIMEOUT", env.HeaderTimeout, "30s", &c.HeaderTimeout},
 		{"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT", env.KeepAliveTimeout, "2m", &c.KeepAliveTimeout},
 		{"EGRESS_HTTP_PROXY_IDLE_TIMEOUT", env.IdleTimeout, "15m", &c.IdleTimeout},
-		{"EGRESS_SHUTDOWN_GRACE", env.ShutdownGrace, "20s", &c.ShutdownGrace},
 	} {
-		report(parseDuration(v.name, orDefault(v.value, v.unset), v.set))
+		report(parseTime(v.name, orDefault(v.value, v.unset), notZero, v.set))
 	}
 	report(parseCount("EGRESS_HTTP_PROXY_MAX_HEADER", orDefault(env.MaxHeader, "65536"), 1<<10, 16<<20, &c.MaxHeader))
 	if env.MaxConnections != "" {
 		report(parseCount("EGRESS_HTTP_PROXY_MAX_CONNECTIONS", env.MaxConnections, 1, 1<<24, &c.MaxConnections))
 	}
-	report(parseSwitch("EGRESS_ACCESS_LOG", env.AccessLog, &c.AccessLog))
+	c.parse("EGRESS_HTTP_PROXY_MODE", env.Mode, env.ProxyEnvironment, report)
 	if len(faults) > 0 {
 		return HTTPProxyConfig{}, faults
 	}
+	if warning != "" {
+		c.Warnings = append(c.Warnings, warning)
+	}
 	return c, nil
-}
-
-// A RulesFault is what is wrong with a list of rules.
-type RulesFault struct {
-	Sentence string // in the original's words
-	Hint     string // may be empty
-	Line     int    // 0: all of it
-	Text     string // of the line
-}
-
-func parseRuleList(env HTTPProxyEnvironment, readFile func(string) ([]byte, error), parse func(string) *RulesFault) *Error {
-	variable, value := "EGRESS_HTTP_PROXY_DESTINATION", env.Destination
-	place := func(n int) string { return fmt.Sprintf("%s line %d", variable, n) }
-	if file := env.DestinationFile; file != "" {
-		variable = "EGRESS_HTTP_PROXY_DESTINATION_FILE"
-		if value != "" {
-			return &Error{variable, "EGRESS_HTTP_PROXY_DESTINATION and EGRESS_HTTP_PROXY_DESTINATION_FILE are both set: unset one of them", ""}
-		}
-		data, err := readFile(file)
-		if err != nil {
-			return &Error{variable, fmt.Sprintf("EGRESS_HTTP_PROXY_DESTINATION_FILE %q cannot be read: %v", file, cause(err)),
-				"hint: it names a file inside the container, such as a key of a mounted ConfigMap"}
-		}
-		value, place = string(data), func(n int) string { return fmt.Sprintf("%s:%d", file, n) }
-	}
-	fault := parse(value)
-	if fault == nil {
-		return nil
-	}
-	var hint []string
-	if fault.Line > 0 {
-		hint = append(hint, fmt.Sprintf("%s: %q", place(fault.Line), shorten(fault.Text)))
-	}
-	switch {
-	case value == "" && env.DestinationFile != "":
-		hint = append(hint, fmt.Sprintf("hint: the file %q is empty", env.DestinationFile))
-	case fault.Hint != "":
-		hint = append(hint, "hint: "+fault.Hint)
-	}
-	return &Error{variable, fault.Sentence, strings.Join(hint, "\n")}
 }
 
 // parseListen accepts what is listened at: an address and a port, or a port.
@@ -151,31 +107,11 @@ func (c *HTTPProxyConfig) parseListen(s string) *Error {
 	return nil
 }
 
-func parseDuration(variable, s string, set *time.Duration) *Error {
-	d, err := time.ParseDuration(s)
-	if err != nil || d <= 0 {
-		return &Error{variable, fmt.Sprintf("%s %q is not a time: expected a number with its unit, such as 500ms, 30s, 15m or 24h", variable, s), ""}
-	}
-	*set = d
-	return nil
-}
-
 func parseCount(variable, s string, least, most int, set *int) *Error {
 	n, err := strconv.Atoi(s)
 	if err != nil || n < least || n > most {
 		return &Error{variable, fmt.Sprintf("%s %q is not a number from %d to %d", variable, s, least, most), ""}
 	}
 	*set = n
-	return nil
-}
-
-func parseSwitch(variable, s string, set *bool) *Error {
-	switch s {
-	case "true":
-		*set = true
-	case "", "false":
-	default:
-		return &Error{variable, fmt.Sprintf("%s %q is neither true nor false", variable, s), ""}
-	}
 	return nil
 }

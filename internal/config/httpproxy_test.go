@@ -2,29 +2,29 @@ package config
 
 import (
 	"errors"
-	"fmt"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // onlyA is a grammar of rules that knows one.
-func onlyA(value string) *RulesFault {
+func onlyA(value string) error {
 	if value == "a" {
 		return nil
 	}
-	return &RulesFault{Sentence: "Bad destination '" + value + "'", Hint: "write a", Line: 1, Text: value}
+	return &rules.ParseError{Sentence: "Bad destination '" + value + "'", Hint: "write a", Line: rules.Line{Number: 1, Text: value}}
 }
 
 func TestParseHTTPProxy(t *testing.T) {
 	want := HTTPProxyConfig{
 		Listen:         netip.AddrPortFrom(netip.Addr{}, 8080),
 		ConnectTimeout: 10 * time.Second, HeaderTimeout: 30 * time.Second, KeepAliveTimeout: 2 * time.Minute,
-		IdleTimeout: 15 * time.Minute, ShutdownGrace: 20 * time.Second, MaxHeader: 65536,
+		IdleTimeout: 15 * time.Minute, MaxHeader: 65536, ProxyConfig: ProxyConfig{Grace: 20 * time.Second},
 	}
 	for name, test := range map[string]struct {
 		env  func(*HTTPProxyEnvironment)
@@ -41,7 +41,7 @@ func TestParseHTTPProxy(t *testing.T) {
 		"no access log": {func(e *HTTPProxyEnvironment) { e.AccessLog = "false" }, func(*HTTPProxyConfig) {}},
 		"unit-test":     {func(e *HTTPProxyEnvironment) { e.Mode = "unit-test" }, func(c *HTTPProxyConfig) { c.UnitTest = true }},
 		"limits":        {func(e *HTTPProxyEnvironment) { e.MaxHeader, e.MaxConnections = "1024", "7" }, func(c *HTTPProxyConfig) { c.MaxHeader, c.MaxConnections = 1024, 7 }},
-		"times":         {func(e *HTTPProxyEnvironment) { e.IdleTimeout, e.ShutdownGrace = "24h", "1m30s" }, func(c *HTTPProxyConfig) { c.IdleTimeout, c.ShutdownGrace = 24*time.Hour, 90*time.Second }},
+		"times":         {func(e *HTTPProxyEnvironment) { e.IdleTimeout, e.ShutdownGrace = "24h", "1m30s" }, func(c *HTTPProxyConfig) { c.IdleTimeout, c.Grace = 24*time.Hour, 90*time.Second }},
 		"an unknown mode": {func(e *HTTPProxyEnvironment) { e.Mode = "x" }, func(c *HTTPProxyConfig) {
 			c.Warnings = []string{`EGRESS_HTTP_PROXY_MODE "x" is not known, and has no effect: the only mode is unit-test`}
 		}},
@@ -65,7 +65,7 @@ func TestParseHTTPProxy(t *testing.T) {
 func TestParseHTTPProxyFindsAll(t *testing.T) {
 	_, err := ParseHTTPProxy(HTTPProxyEnvironment{
 		Destination: "b", Listen: "8080", ConnectTimeout: "10", HeaderTimeout: "-1s", KeepAliveTimeout: "0s", IdleTimeout: "x",
-		ShutdownGrace: "1 s", MaxHeader: "0", MaxConnections: "many", AccessLog: "yes",
+		MaxHeader: "0", MaxConnections: "many", ProxyEnvironment: ProxyEnvironment{ShutdownGrace: "1 s", AccessLog: "yes"},
 	}, noFile, onlyA)
 	faults, _ := errors.AsType[Errors](err)
 	var variables []string
@@ -73,8 +73,8 @@ func TestParseHTTPProxyFindsAll(t *testing.T) {
 		variables = append(variables, e.Variable)
 	}
 	want := []string{"EGRESS_HTTP_PROXY_DESTINATION", "EGRESS_HTTP_PROXY_LISTEN", "EGRESS_HTTP_PROXY_CONNECT_TIMEOUT", "EGRESS_HTTP_PROXY_HEADER_TIMEOUT",
-		"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT", "EGRESS_HTTP_PROXY_IDLE_TIMEOUT", "EGRESS_SHUTDOWN_GRACE",
-		"EGRESS_HTTP_PROXY_MAX_HEADER", "EGRESS_HTTP_PROXY_MAX_CONNECTIONS", "EGRESS_ACCESS_LOG"}
+		"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT", "EGRESS_HTTP_PROXY_IDLE_TIMEOUT",
+		"EGRESS_HTTP_PROXY_MAX_HEADER", "EGRESS_HTTP_PROXY_MAX_CONNECTIONS", "EGRESS_SHUTDOWN_GRACE", "EGRESS_ACCESS_LOG"}
 	if diff := cmp.Diff(want, variables); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)
 	}
@@ -105,27 +105,5 @@ func TestParseHTTPProxyFile(t *testing.T) {
 				t.Errorf("%v, want %q", err, test.err)
 			}
 		})
-	}
-}
-
-// The struct and the README describe the same variables in the same words, and no
-// name looks like one that Kubernetes sets for a service.
-func TestHTTPProxyDocumentation(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(readme), "\n## HTTP proxy\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	for _, v := range HTTPProxyVariables() {
-		if v.Unset == "" || v.Doc == "" || strings.Contains(v.Name, "_SERVICE_") || strings.Contains(v.Name, "_PORT") {
-			t.Errorf("%s is not described, or could be set by Kubernetes", v.Name)
-		}
-		if row := fmt.Sprintf("| `%s` | %s | %s |\n", v.Name, v.Unset, v.Doc); !strings.Contains(section, row) {
-			t.Errorf("README.md lacks\n%s", row)
-		}
-	}
-	if n := strings.Count(section, "\n| `EGRESS_"); n != len(HTTPProxyVariables()) {
-		t.Errorf("README.md has %d variables of the HTTP proxy, want %d", n, len(HTTPProxyVariables()))
 	}
 }

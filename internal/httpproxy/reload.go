@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"time"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // reloadInterval is how often the rules' file is looked at. A change is read when
@@ -60,7 +62,7 @@ func (p *Proxy) reload() {
 	}
 	if err != nil {
 		attrs := []any{"file", p.config.RulesFile, "error", err}
-		if parse, ok := errors.AsType[*ParseError](err); ok && parse.Line.Number > 0 {
+		if parse, ok := errors.AsType[*rules.ParseError](err); ok && parse.Line.Number > 0 {
 			attrs = append(attrs, "line", parse.Line.Number, "hint", parse.Hint)
 		}
 		p.log.Error("reading the rules again: the old ones stay", attrs...)

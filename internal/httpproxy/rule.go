@@ -63,27 +63,16 @@ func (r Rules) Squid() string {
 	return b.String()
 }
 
-// A ParseError says which line of a list is not right. Its text is the sentence
-// of the original, which users search their logs for.
-type ParseError struct {
-	Line     rules.Line // zero where it is the whole list
-	Sentence string     // of the original
-	Hint     string     // for a person; may be empty
-}
-
-// Error returns the original's sentence.
-func (e *ParseError) Error() string { return e.Sentence }
-
 // MaxHostLength is how many bytes a host's name may have (RFC 1035 section
 // 2.3.4, without the final dot).
 const MaxHostLength = 253
 
 // Parse reads a list of rules, one a line, which are split as the shell's read
-// splits them. The first line that is not right ends it with a *ParseError. A
+// splits them. The first line that is not right ends it with a *rules.ParseError. A
 // list of comments and blank lines holds no rule and denies everything.
 func Parse(value string) (Rules, error) {
 	if value == "" {
-		return nil, &ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified",
+		return nil, &rules.ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified",
 			Hint: `give it one rule a line, for example "*.example.com"; a line "*" allows everything`}
 	}
 	var list Rules
@@ -100,13 +89,13 @@ func Parse(value string) (Rules, error) {
 			wildcard = true
 			continue
 		case wildcard:
-			return nil, &ParseError{line, "Wildcard must be last rule, if present",
-				`the first rule that matches decides, and "*" matches everything: move it to the end`}
+			return nil, &rules.ParseError{Line: line, Sentence: "Wildcard must be last rule, if present",
+				Hint: `the first rule that matches decides, and "*" matches everything: move it to the end`}
 		}
 		written, deny := strings.CutPrefix(text, "!")
 		rule, ok := parseRule(written)
 		if !ok {
-			return nil, &ParseError{line, fmt.Sprintf("Bad destination '%s'", written), ruleHint(text)}
+			return nil, &rules.ParseError{Line: line, Sentence: fmt.Sprintf("Bad destination '%s'", written), Hint: ruleHint(text)}
 		}
 		rule.Number, rule.Deny = len(list)+1, deny
 		list = append(list, rule)

@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 func ip(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -115,9 +117,9 @@ func TestParseErrors(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := Parse(test.value)
-			got, ok := err.(*ParseError)
+			got, ok := err.(*rules.ParseError)
 			if !ok {
-				t.Fatalf("Parse(%q): %v, want a *ParseError", test.value, err)
+				t.Fatalf("Parse(%q): %v, want a *rules.ParseError", test.value, err)
 			}
 			if got.Sentence != test.sentence || got.Line.Number != test.line || !strings.Contains(got.Hint, test.hint) {
 				t.Errorf("Parse(%q): %q at line %d, hint %q; want %q at line %d, hint with %q",
@@ -167,7 +169,7 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, value, host, addr string) {
 		list, err := Parse(value)
 		if err != nil {
-			if e, ok := err.(*ParseError); !ok || e.Sentence == "" || e.Hint == "" {
+			if e, ok := err.(*rules.ParseError); !ok || e.Sentence == "" || e.Hint == "" {
 				t.Fatalf("Parse(%q): %#v", value, err)
 			}
 			return

@@ -34,8 +34,12 @@ func (d Destination) String() string {
 // "PORT HOST" or "PORT HOST REMOTEPORT", read as the router's list is. The
 // first line that is not right ends the parse with a *rules.ParseError, whose
 // text is the sentence of the original. A list of comments and blank lines is
-// no error, and no destination.
+// no error, and no destination; nothing at all is one.
 func Parse(value string) ([]Destination, error) {
+	if value == "" {
+		return nil, &rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION",
+			Hint: `give it one line for each destination, for example "8443 www.example.com 443"`}
+	}
 	var list []Destination
 	seen := map[rules.Port]int{} // port -> line
 	for _, line := range rules.Lines(value) {

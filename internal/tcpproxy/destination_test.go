@@ -49,6 +49,7 @@ func TestParseErrors(t *testing.T) {
 		want  string
 		hint  string
 	}{
+		"nothing":              {"", 0, "Must specify EGRESS_DNS_PROXY_DESTINATION", "one line"},
 		"one field":            {"80", 1, bad("80"), forms},
 		"a host alone":         {"example.com", 1, bad("example.com"), `write "443 example.com"`},
 		"a tab":                {"80\texample.com", 1, bad("80\texample.com"), "a tab"},
@@ -111,7 +112,7 @@ func FuzzParse(f *testing.F) {
 			if !ok || list != nil {
 				t.Fatalf("%v, %v", list, err)
 			}
-			for _, begin := range []string{"Bad destination '" + parse.Line.Text + "'", "Invalid port: ", "Proxy port "} {
+			for _, begin := range []string{"Bad destination '" + parse.Line.Text + "'", "Invalid port: ", "Proxy port ", "Must specify "} {
 				if strings.HasPrefix(parse.Sentence, begin) {
 					return
 				}
@@ -122,6 +123,7 @@ func FuzzParse(f *testing.F) {
 		for _, d := range list {
 			b.WriteString(d.String() + "\n")
 		}
+		b.WriteString("# the end\n")
 		again, err := Parse(b.String())
 		if diff := cmp.Diff(list, again); diff != "" || err != nil {
 			t.Errorf("%q is read as %v, %v:\n%s", b.String(), again, err, diff)

@@ -222,7 +222,7 @@ func TestApply(t *testing.T) {
 	for _, c := range old {
 		c.wantEcho(t)
 	}
-	apply(t, p, "")
+	apply(t, p, "# none")
 	if _, err := net.Dial("tcp", "127.0.0.1:7001"); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("no list: %v", err)
 	}

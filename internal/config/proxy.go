@@ -1,0 +1,62 @@
+package config
+
+import (
+	"fmt"
+	"time"
+)
+
+// A ProxyEnvironment holds the variables that both proxies have.
+type ProxyEnvironment struct {
+	ShutdownGrace string `envconfig:"EGRESS_SHUTDOWN_GRACE" unset:"20s" doc:"how long what is under way may go on when the proxy is told to stop"`
+	AccessLog     string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true: log one line for each connection, of the HTTP proxy for each request and each tunnel"`
+}
+
+// A ProxyConfig is what both proxies need.
+type ProxyConfig struct {
+	UnitTest  bool          // print, and do nothing
+	Grace     time.Duration // for what is under way when the proxy is told to stop
+	AccessLog bool
+
+	Warnings []string // as in Config
+}
+
+// parse reads the mode, by the name of its variable, and what both proxies have.
+func (c *ProxyConfig) parse(variable, mode string, env ProxyEnvironment, report func(*Error)) {
+	c.UnitTest = mode == "unit-test"
+	if mode != "" && !c.UnitTest { // the original takes it for none
+		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %q is not known, and has no effect: the only mode is unit-test", variable, mode))
+	}
+	report(parseTime("EGRESS_SHUTDOWN_GRACE", orDefault(env.ShutdownGrace, "20s"), orZero, &c.Grace))
+	report(parseBool("EGRESS_ACCESS_LOG", env.AccessLog, &c.AccessLog))
+}
+
+// What parseTime accepts besides a time.
+const (
+	orZero  = true
+	notZero = false
+)
+
+// parseTime accepts a time with its unit, and 0 where that means something.
+func parseTime(variable, s string, zero bool, set *time.Duration) *Error {
+	d, err := time.ParseDuration(s)
+	if err == nil && (d > 0 || d == 0 && zero) {
+		*set = d
+		return nil
+	}
+	text := fmt.Sprintf("%s %q is not a time: expected a number with its unit, such as 500ms, 90s or 15m", variable, s)
+	if zero {
+		text += ", or 0"
+	}
+	return &Error{variable, text, ""}
+}
+
+func parseBool(variable, s string, set *bool) *Error {
+	switch s {
+	case "true":
+		*set = true
+	case "", "false":
+	default:
+		return &Error{variable, fmt.Sprintf("%s %q is neither true nor false", variable, s), ""}
+	}
+	return nil
+}
