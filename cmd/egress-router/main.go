@@ -24,10 +24,34 @@
 //
 // Without an argument it does what the mode says. The arguments plan, help and
 // version print what they are called after and change nothing; wait does
-// nothing until SIGTERM, which is what a pod's second container is for. http-proxy
-// and dns-proxy, or no argument under the names egress-http-proxy and
-// egress-dns-proxy, are the proxies, with variables of their own, which help lists
-// too.
+// nothing until SIGTERM, which is what a pod's second container is for.
+//
+// http-proxy, or no argument under the name egress-http-proxy, is the HTTP proxy of
+// the pod, with variables of its own:
+//
+//	EGRESS_HTTP_PROXY_DESTINATION       (required) the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest
+//	EGRESS_HTTP_PROXY_DESTINATION_FILE  (none) file with the same lines, in place of EGRESS_HTTP_PROXY_DESTINATION; read again when it changes
+//	EGRESS_HTTP_PROXY_LISTEN            (:8080) where clients connect: :PORT, IP:PORT or [IPv6]:PORT
+//	EGRESS_HTTP_PROXY_CONNECT_TIMEOUT   (10s) how long looking a name up may take, and connecting to a server
+//	EGRESS_HTTP_PROXY_HEADER_TIMEOUT    (30s) how long a client may take to send the header of a request
+//	EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT (2m) how long a client's connection is kept for its next request
+//	EGRESS_HTTP_PROXY_IDLE_TIMEOUT      (15m) after how long without any data, either way, a request or a tunnel is ended
+//	EGRESS_HTTP_PROXY_MAX_HEADER        (65536) how large the header of a request or an answer may be, in bytes
+//	EGRESS_HTTP_PROXY_MAX_CONNECTIONS   (3/4 of the open files allowed) how many connections of clients are served at a time; more wait
+//	EGRESS_SHUTDOWN_GRACE               (20s) how long what is under way may go on when the proxy is told to stop
+//	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, of the HTTP proxy for each request and each tunnel
+//	EGRESS_HTTP_PROXY_MODE              (serve) unit-test prints the rules in the notation of squid, and does nothing
+//
+// dns-proxy, or no argument under the name egress-dns-proxy, is the DNS proxy:
+//
+//	EGRESS_DNS_PROXY_DESTINATION        (required) where connections go, one line each: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name
+//	EGRESS_DNS_PROXY_DESTINATION_FILE   (none) file with the same lines, in place of EGRESS_DNS_PROXY_DESTINATION; changes are followed
+//	EGRESS_DNS_PROXY_IDLE_TIMEOUT       (60s) time without data, either way, after which a connection ends; 0: never
+//	EGRESS_DNS_PROXY_SEND_PROXY         (false) true: tell servers who the client is, by the PROXY protocol, version 2
+//	EGRESS_SHUTDOWN_GRACE               (20s) how long what is under way may go on when the proxy is told to stop
+//	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, of the HTTP proxy for each request and each tunnel
+//	EGRESS_DNS_PROXY_MODE               (serve) unit-test: print what would be listened on and dialled, and do nothing
+//	EGRESS_DNS_PROXY_DEBUG              (off) any value (also no, 0 and false) logs one line for each connection
 package main
 
 import (

@@ -10,9 +10,13 @@ import (
 // proxies are the variables of both proxies, and the README's sections of them.
 var proxies = map[string][]Variable{"HTTP proxy": HTTPProxyVariables(), "DNS proxy": DNSProxyVariables()}
 
-// The structs and the README describe the same variables in the same words, and
-// no name looks like one that Kubernetes sets for a service.
+// The structs, the command's comment and the README describe the same variables in
+// the same words, and no name looks like one that Kubernetes sets for a service.
 func TestProxyDocumentation(t *testing.T) {
+	comment, err := os.ReadFile("../../cmd/egress-router/main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
 	readme, err := os.ReadFile("../../README.md")
 	if err != nil {
 		t.Fatal(err)
@@ -23,6 +27,9 @@ func TestProxyDocumentation(t *testing.T) {
 		for _, v := range list {
 			if v.Unset == "" || v.Doc == "" || strings.Contains(v.Name, "_SERVICE_") || strings.Contains(v.Name, "_PORT") {
 				t.Errorf("%s is not described, or could be set by Kubernetes", v.Name)
+			}
+			if line := fmt.Sprintf("//\t%-35s (%s) %s\n", v.Name, v.Unset, v.Doc); !strings.Contains(string(comment), line) {
+				t.Errorf("cmd/egress-router/main.go lacks\n%s", line)
 			}
 			if row := fmt.Sprintf("| `%s` | %s | %s |\n", v.Name, v.Unset, v.Doc); !strings.Contains(section, row) {
 				t.Errorf("the README's section %q lacks\n%s", name, row)
