@@ -21,7 +21,7 @@ var (
 	goalFlat    = atLeast(0.9)  // connections with 10,000 destinations, times those with one
 	goalLinear  = atLeast(5)    // connections with 10,000 destinations, times those through a linear chain
 	goalBulk    = atLeast(0.95) // TCP bytes, times those without any rule
-	goalBinary  = atMost(8)     // MB, 10^6 bytes
+	goalBinary  = atMost(12)    // MB, 10^6 bytes
 )
 
 // The parts of the benchmark, in the order of a whole one.
