@@ -157,6 +157,7 @@ type Sides struct {
 	Egress  string     // interface on the physical network
 	Source  netip.Addr // the reserved address, IPv4
 	Mark    Mark       // of connections that came in on the cluster side
+	Health  Port       // TCP port of the pod itself that the fallback leaves alone; zero: none
 	// What is let from the one to the other.
 	Crossing Crossing
 }
@@ -209,6 +210,9 @@ const (
 func NewPlan(set Set, sides Sides) Plan {
 	translate := []Rule{{In: sides.Cluster, Target: Redirected}}
 	if set.Fallback.IsValid() {
+		if sides.Health != 0 {
+			translate = append(translate, Rule{In: sides.Cluster, Protocol: TCP, Port: sides.Health, Target: Return})
+		}
 		translate = append(translate, Rule{In: sides.Cluster, Target: DNAT, To: set.Fallback})
 	}
 	closed := sides.Crossing == CrossRedirected

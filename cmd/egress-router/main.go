@@ -5,11 +5,11 @@
 // It is configured by the environment. A variable that is empty counts as not
 // set; in parentheses, what holds then:
 //
-//	EGRESS_ROUTER_MODE        (legacy) what to do: init, legacy, http-proxy, dns-proxy or unit-test
+//	EGRESS_ROUTER_MODE        (legacy) what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test
 //	EGRESS_SOURCE             (required) reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32
 //	EGRESS_GATEWAY            (required) IPv4 address of the gateway on the physical network
 //	EGRESS_DESTINATION        (required to redirect) where connections are redirected, one line each: IP, PORT PROTO IP, or PORT PROTO IP PORT
-//	EGRESS_DESTINATION_FILE   (none) file with the same lines, in place of EGRESS_DESTINATION
+//	EGRESS_DESTINATION_FILE   (none) file with the same lines, in place of EGRESS_DESTINATION; legacy and monitor follow its changes
 //	EGRESS_INTERFACE          (macvlan0) interface of the egress side, on the physical network
 //	EGRESS_CLUSTER_INTERFACE  (eth0) interface of the cluster side, by which clients come in
 //	EGRESS_CLUSTER_CIDRS      (none) networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces
@@ -20,6 +20,16 @@
 //	EGRESS_MACVLAN_PARENT     (none) NIC of the host of which the router makes the egress interface, a macvlan; true: that of the host's IPv4 default route
 //	EGRESS_MACVLAN_MODE       (private) mode of that macvlan: private, bridge, vepa or passthru
 //	EGRESS_HOST_NETNS         (/proc/1/ns/net) file of the host's network namespace, in which that NIC is
+//	EGRESS_CONFLICT           (warn) what to do where another host has the reserved address at the start: warn, refuse to take it, or defend it
+//	EGRESS_HEALTH_INTERVAL    (10s) how often legacy and monitor compare everything and ask for the gateway, besides what events tell; 0: never
+//	EGRESS_ANNOUNCE_INTERVAL  (60s) how often they announce the reserved address again; 0: never
+//	EGRESS_HEALTH_LISTEN      (none) where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT
+//	EGRESS_PROBE              (none) tcp: try to connect to each tcp destination, from the reserved address
+//	EGRESS_PROBE_INTERVAL     (30s) how often
+//	EGRESS_PROBE_FAILS_READY  (false) true: not ready while none of them can be connected to
+//	EGRESS_AUDIT_LOG          (false) true: legacy and monitor log the start and the end of each redirected connection
+//	EGRESS_LOG_FORMAT         (text) how log lines are written: text or json
+//	EGRESS_LOG_LEVEL          (info) the least that is logged: debug, info, warn or error
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and the whole rule set
 //
 // Without an argument it does what the mode says. The arguments plan, help and
@@ -40,6 +50,9 @@
 //	EGRESS_HTTP_PROXY_MAX_CONNECTIONS   (3/4 of the open files allowed) how many connections of clients are served at a time; more wait
 //	EGRESS_SHUTDOWN_GRACE               (20s) how long what is under way may go on when the proxy is told to stop
 //	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, of the HTTP proxy for each request and each tunnel
+//	EGRESS_HEALTH_LISTEN                (none) where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT
+//	EGRESS_LOG_FORMAT                   (text) how log lines are written: text or json
+//	EGRESS_LOG_LEVEL                    (info) the least that is logged: debug, info, warn or error
 //	EGRESS_HTTP_PROXY_MODE              (serve) unit-test prints the rules in the notation of squid, and does nothing
 //
 // dns-proxy, or no argument under the name egress-dns-proxy, is the DNS proxy:
@@ -50,6 +63,9 @@
 //	EGRESS_DNS_PROXY_SEND_PROXY         (false) true: tell servers who the client is, by the PROXY protocol, version 2
 //	EGRESS_SHUTDOWN_GRACE               (20s) how long what is under way may go on when the proxy is told to stop
 //	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, of the HTTP proxy for each request and each tunnel
+//	EGRESS_HEALTH_LISTEN                (none) where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT
+//	EGRESS_LOG_FORMAT                   (text) how log lines are written: text or json
+//	EGRESS_LOG_LEVEL                    (info) the least that is logged: debug, info, warn or error
 //	EGRESS_DNS_PROXY_MODE               (serve) unit-test: print what would be listened on and dialled, and do nothing
 //	EGRESS_DNS_PROXY_DEBUG              (off) any value (also no, 0 and false) logs one line for each connection
 package main

@@ -126,7 +126,7 @@ func runMode(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
-	log := logger(p.Stderr, c.Debug)
+	log := logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		log.Warn(w)
 	}
@@ -194,12 +194,12 @@ func macvlan(c config.Config) *link.Macvlan {
 	return &link.Macvlan{Interface: c.Egress, Parent: c.Macvlan.Parent, Mode: string(c.Macvlan.Mode), HostNetns: c.Macvlan.HostNetns}
 }
 
-func logger(w io.Writer, debug bool) *slog.Logger {
-	level := slog.LevelInfo
-	if debug {
-		level = slog.LevelDebug
+func logger(w io.Writer, l config.Log) *slog.Logger {
+	options := &slog.HandlerOptions{Level: l.Level}
+	if l.JSON {
+		return slog.New(slog.NewJSONHandler(w, options))
 	}
-	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+	return slog.New(slog.NewTextHandler(w, options))
 }
 
 // stopped reports whether an error says that the program was told to stop, and

@@ -45,7 +45,7 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		_, err := p.Stdout.Write(tcpproxy.UnitTest(d.list))
 		return err
 	}
-	d.log = logger(p.Stderr, c.Debug)
+	d.log = logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		d.log.Warn(w)
 	}

@@ -24,7 +24,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
-	log := logger(p.Stderr, false)
+	log := logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		log.Warn(w)
 	}

@@ -28,7 +28,8 @@ const usage = `usage:
 // modeDocs says what each mode does, in one line.
 var modeDocs = map[config.Mode]string{
 	config.Init:      "configure the network and the redirects, then exit",
-	config.Legacy:    "configure the network and the redirects, then stay until SIGTERM",
+	config.Legacy:    "configure the network and the redirects, then watch over them until SIGTERM",
+	config.Monitor:   "watch over what an init run configured, and repair it, until SIGTERM",
 	config.HTTPProxy: "configure the network for a proxy in another container, then exit",
 	config.DNSProxy:  "configure the network for a proxy in another container, then exit",
 	config.UnitTest:  "print the NAT rules in iptables notation, touch nothing",

@@ -3,6 +3,7 @@ package config
 import (
 	"encoding/binary"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -19,16 +20,20 @@ type Mode string
 const (
 	Legacy    Mode = "legacy"     // network and rules, then stay
 	Init      Mode = "init"       // network and rules, then exit
+	Monitor   Mode = "monitor"    // watch over what an init run configured
 	HTTPProxy Mode = "http-proxy" // network only
 	DNSProxy  Mode = "dns-proxy"  // network only
 	UnitTest  Mode = "unit-test"  // print the rules, touch nothing
 )
 
 // Modes lists every mode.
-var Modes = []Mode{Init, Legacy, HTTPProxy, DNSProxy, UnitTest}
+var Modes = []Mode{Init, Legacy, Monitor, HTTPProxy, DNSProxy, UnitTest}
 
 // Redirects reports whether the mode reads destinations and redirects to them.
-func (m Mode) Redirects() bool { return m == Legacy || m == Init || m == UnitTest }
+func (m Mode) Redirects() bool { return m == Init || m == UnitTest || m.Stays() }
+
+// Stays reports whether the mode goes on, to watch over what is configured.
+func (m Mode) Stays() bool { return m == Legacy || m == Monitor }
 
 // The defaults of the two interface names, those of the original.
 const (
@@ -56,7 +61,10 @@ type Config struct {
 	Egress  string    // interface on the physical network
 	Cluster string    // interface that clients come in by
 	Macvlan *Macvlan  // nil: the egress interface is there before the router starts
-	Debug   bool
+	Log     Log
+
+	Conflict Conflict // what to do where another host has the reserved address
+	Health   Health   // what a mode that stays does
 
 	Backend  Backend
 	Crossing rules.Crossing // what crosses from the cluster side
@@ -72,7 +80,11 @@ type Config struct {
 
 // Sides returns the part of the configuration that a rule plan needs.
 func (c Config) Sides() rules.Sides {
-	return rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark, Crossing: c.Crossing}
+	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark, Crossing: c.Crossing}
+	if c.Mode != UnitTest { // which prints what the original would load
+		sides.Health = rules.Port(c.Health.Listen.Port())
+	}
+	return sides
 }
 
 // Plan returns the rules of the mode.
@@ -125,7 +137,6 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 		Mode:    Mode(orDefault(env.Mode, string(Legacy))),
 		Egress:  orDefault(env.Interface, DefaultInterface),
 		Cluster: orDefault(env.ClusterInterface, DefaultClusterInterface),
-		Debug:   env.Debug != "",
 	}
 	var faults Errors
 	report := func(e *Error) {
@@ -155,6 +166,11 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	}
 	for _, e := range c.parseMacvlan(env) {
 		report(e)
+	}
+	c.parseHealth(env, report)
+	c.Log.parse(env.LogEnvironment, report)
+	if env.Debug != "" {
+		c.Log.Level = slog.LevelDebug
 	}
 	if len(faults) > 0 {
 		return Config{}, faults

@@ -3,10 +3,12 @@ package config
 import (
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net/netip"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -35,18 +37,44 @@ func TestParse(t *testing.T) {
 		Backend:    Auto,
 		ReplyMark:  0x1000,
 		ReplyTable: 4711,
+
+		Conflict: ConflictWarn,
+		Health:   Health{Interval: 10 * time.Second, AnnounceInterval: time.Minute, ProbeInterval: 30 * time.Second},
 	}
 	for name, test := range map[string]struct {
 		env  func(*Environment)
 		want func(*Config)
 	}{
-		"defaults":        {func(*Environment) {}, func(*Config) {}},
+		"defaults": {func(*Environment) {}, func(*Config) {}},
+		"monitor":  {func(e *Environment) { e.Mode = "monitor" }, func(c *Config) { c.Mode = Monitor }},
+		"no intervals": {
+			func(e *Environment) { e.HealthInterval, e.AnnounceInterval = "0", "0s" },
+			func(c *Config) { c.Health.Interval, c.Health.AnnounceInterval = 0, 0 },
+		},
+		"surroundings": {
+			func(e *Environment) {
+				e.Conflict, e.Probe, e.ProbeInterval, e.ProbeFailsReady = "refuse", "tcp", "5s", "true"
+			},
+			func(c *Config) {
+				c.Conflict = ConflictRefuse
+				c.Health.Probe, c.Health.ProbeInterval, c.Health.ProbeFailsReady = true, 5*time.Second, true
+			},
+		},
+		"reports": {
+			func(e *Environment) {
+				e.HealthListen, e.AuditLog, e.LogFormat, e.LogLevel = ":9465", "true", "json", "warn"
+			},
+			func(c *Config) {
+				c.Health.Listen, c.Health.AuditLog = netip.AddrPortFrom(netip.Addr{}, 9465), true
+				c.Log = Log{JSON: true, Level: slog.LevelWarn}
+			},
+		},
 		"modes":           {func(e *Environment) { e.Mode = "init" }, func(c *Config) { c.Mode = Init }},
 		"without length":  {func(e *Environment) { e.Source = "192.168.12.99" }, func(c *Config) { c.Source = netip.MustParsePrefix("192.168.12.99/32") }},
 		"interfaces":      {func(e *Environment) { e.Interface, e.ClusterInterface = "net1", "net0" }, func(c *Config) { c.Egress, c.Cluster = "net1", "net0" }},
 		"a dotted name":   {func(e *Environment) { e.Interface = "eth1.100@x" }, func(c *Config) { c.Egress = "eth1.100@x" }},
-		"debug by 0":      {func(e *Environment) { e.Debug = "0" }, func(c *Config) { c.Debug = true }},
-		"debug by spaces": {func(e *Environment) { e.Debug = " " }, func(c *Config) { c.Debug = true }},
+		"debug by 0":      {func(e *Environment) { e.Debug = "0" }, func(c *Config) { c.Log.Level = slog.LevelDebug }},
+		"debug by spaces": {func(e *Environment) { e.Debug = " " }, func(c *Config) { c.Log.Level = slog.LevelDebug }},
 		"a proxy reads no destination": {
 			func(e *Environment) { e.Mode, e.Destination = "http-proxy", "nonsense" },
 			func(c *Config) { c.Mode, c.Set = HTTPProxy, rules.Set{} },
@@ -91,7 +119,7 @@ func TestParse(t *testing.T) {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
-				cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmpopts.EquateEmpty()); diff != "" {
+				cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }), cmpopts.EquateEmpty()); diff != "" {
 				t.Errorf("- wanted, + got:\n%s", diff)
 			}
 		})
@@ -117,6 +145,31 @@ func TestParseFindsAll(t *testing.T) {
 	lines := strings.Split(err.Error(), "\n")
 	if last := lines[len(lines)-1]; last != "EGRESS_SOURCE unspecified or invalid" {
 		t.Errorf("the last line is %q", last)
+	}
+}
+
+func TestHealthErrors(t *testing.T) {
+	for _, test := range []struct {
+		set  func(*Environment)
+		want string
+	}{
+		{func(e *Environment) { e.HealthInterval = "10" }, `EGRESS_HEALTH_INTERVAL "10" is not a time: expected a number with its unit, such as 500ms, 90s or 15m, or 0`},
+		{func(e *Environment) { e.AnnounceInterval = "-1s" }, `EGRESS_ANNOUNCE_INTERVAL "-1s" is not a time: expected a number with its unit, such as 500ms, 90s or 15m, or 0`},
+		{func(e *Environment) { e.ProbeInterval = "0" }, `EGRESS_PROBE_INTERVAL "0" is not a time: expected a number with its unit, such as 500ms, 90s or 15m`},
+		{func(e *Environment) { e.Conflict = "ignore" }, `EGRESS_CONFLICT "ignore" is neither warn, refuse nor defend`},
+		{func(e *Environment) { e.Probe = "icmp" }, `EGRESS_PROBE "icmp" is not tcp, which is the only kind of probe`},
+		{func(e *Environment) { e.ProbeFailsReady = "1" }, `EGRESS_PROBE_FAILS_READY "1" is neither true nor false`},
+		{func(e *Environment) { e.AuditLog = "yes" }, `EGRESS_AUDIT_LOG "yes" is neither true nor false`},
+		{func(e *Environment) { e.LogFormat = "xml" }, `EGRESS_LOG_FORMAT "xml" is neither text nor json`},
+		{func(e *Environment) { e.LogLevel = "DEBUG" }, `EGRESS_LOG_LEVEL "DEBUG" is neither debug, info, warn nor error`},
+		{func(e *Environment) { e.HealthListen = "9465" }, `EGRESS_HEALTH_LISTEN "9465" is not an address and a port: expected such as :9465, 10.128.0.98:9465 or [::1]:9465`},
+		{func(e *Environment) { e.HealthListen = ":80" }, `EGRESS_HEALTH_LISTEN has port 80, which is a local port of the destinations too: choose another`},
+	} {
+		env := good()
+		test.set(&env)
+		if _, err := Parse(env, noFile); err == nil || err.Error() != test.want {
+			t.Errorf("got  %v\nwant %s", err, test.want)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -32,7 +33,7 @@ func TestParseDNSProxy(t *testing.T) {
 			test.env.Destination = "80 a.example"
 			var list string
 			got, err := ParseDNSProxy(test.env, noFile, func(l string) error { list = l; return nil })
-			if diff := cmp.Diff(want, got); diff != "" || err != nil || list != "80 a.example" {
+			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" || err != nil || list != "80 a.example" {
 				t.Errorf("%v, list %q, - wanted, + got:\n%s", err, list, diff)
 			}
 		})

@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"reflect"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/kelseyhightower/envconfig"
@@ -65,7 +64,7 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 	}
 	warning, fault := list{"EGRESS_HTTP_PROXY_DESTINATION", env.Destination, env.DestinationFile}.read(readFile, grammar)
 	report(fault)
-	report(c.parseListen(env.Listen))
+	report(parseListen("EGRESS_HTTP_PROXY_LISTEN", ":8080", orDefault(env.Listen, ":8080"), &c.Listen))
 	for _, v := range []struct {
 		name, value, unset string
 		set                *time.Duration
@@ -89,22 +88,6 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 		c.Warnings = append(c.Warnings, warning)
 	}
 	return c, nil
-}
-
-// parseListen accepts what is listened at: an address and a port, or a port.
-func (c *HTTPProxyConfig) parseListen(s string) *Error {
-	s = orDefault(s, ":8080")
-	at, err := netip.ParseAddrPort(s)
-	if port, ok := strings.CutPrefix(s, ":"); ok {
-		var n uint64
-		n, err = strconv.ParseUint(port, 10, 16)
-		at = netip.AddrPortFrom(netip.Addr{}, uint16(n))
-	}
-	if err != nil || at.Port() == 0 {
-		return &Error{"EGRESS_HTTP_PROXY_LISTEN", fmt.Sprintf("EGRESS_HTTP_PROXY_LISTEN %q is not an address and a port: expected such as :8080, 10.128.0.98:8080 or [::1]:8080", s), ""}
-	}
-	c.Listen = at
-	return nil
 }
 
 func parseCount(variable, s string, least, most int, set *int) *Error {

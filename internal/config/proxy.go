@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"net/netip"
 	"time"
 )
 
@@ -9,6 +10,8 @@ import (
 type ProxyEnvironment struct {
 	ShutdownGrace string `envconfig:"EGRESS_SHUTDOWN_GRACE" unset:"20s" doc:"how long what is under way may go on when the proxy is told to stop"`
 	AccessLog     string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true: log one line for each connection, of the HTTP proxy for each request and each tunnel"`
+	HealthListen  string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT"`
+	LogEnvironment
 }
 
 // A ProxyConfig is what both proxies need.
@@ -16,6 +19,8 @@ type ProxyConfig struct {
 	UnitTest  bool          // print, and do nothing
 	Grace     time.Duration // for what is under way when the proxy is told to stop
 	AccessLog bool
+	Health    netip.AddrPort // where /healthz is served; port 0: nowhere
+	Log       Log
 
 	Warnings []string // as in Config
 }
@@ -28,6 +33,8 @@ func (c *ProxyConfig) parse(variable, mode string, env ProxyEnvironment, report 
 	}
 	report(parseTime("EGRESS_SHUTDOWN_GRACE", orDefault(env.ShutdownGrace, "20s"), orZero, &c.Grace))
 	report(parseBool("EGRESS_ACCESS_LOG", env.AccessLog, &c.AccessLog))
+	report(parseHealthListen(env.HealthListen, &c.Health))
+	c.Log.parse(env.LogEnvironment, report)
 }
 
 // What parseTime accepts besides a time.

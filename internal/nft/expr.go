@@ -67,6 +67,10 @@ func matches(r rules.Rule) []expr.Any {
 	if r.Protocol != 0 {
 		add(protocol(r.Protocol)...)
 	}
+	if r.Port != 0 {
+		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
+			compare(expr.CmpOpEq, []byte{byte(r.Port >> 8), byte(r.Port)}))
+	}
 	if r.Echo {
 		add(protocol(rules.ICMP)...)
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},

@@ -1,0 +1,109 @@
+package config
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A Conflict is what to do where another host has the reserved address.
+type Conflict string
+
+// The values of EGRESS_CONFLICT.
+const (
+	ConflictWarn   Conflict = "warn"   // take it, as the original did, and say who has it
+	ConflictRefuse Conflict = "refuse" // do not take it
+	ConflictDefend Conflict = "defend" // take it, and claim it again at once
+)
+
+// Conflicts lists every value.
+var Conflicts = []Conflict{ConflictWarn, ConflictRefuse, ConflictDefend}
+
+// A Health is how a router that stays looks after what it configured.
+type Health struct {
+	Interval         time.Duration  // between full comparisons; 0: none but those that events cause
+	AnnounceInterval time.Duration  // 0: never again
+	Listen           netip.AddrPort // where /healthz is served, the zero Addr: at all addresses; port 0: nowhere
+	Probe            bool           // connect to each tcp destination
+	ProbeInterval    time.Duration
+	ProbeFailsReady  bool
+	AuditLog         bool
+}
+
+// parseHealth reads what a router that stays does.
+func (c *Config) parseHealth(env Environment, report func(*Error)) {
+	c.Conflict = Conflict(orDefault(env.Conflict, string(ConflictWarn)))
+	if !slices.Contains(Conflicts, c.Conflict) {
+		report(&Error{"EGRESS_CONFLICT", fmt.Sprintf("EGRESS_CONFLICT %q is neither %s, %s nor %s", env.Conflict, ConflictWarn, ConflictRefuse, ConflictDefend), ""})
+	}
+	h := &c.Health
+	report(parseTime("EGRESS_HEALTH_INTERVAL", orDefault(env.HealthInterval, "10s"), orZero, &h.Interval))
+	report(parseTime("EGRESS_ANNOUNCE_INTERVAL", orDefault(env.AnnounceInterval, "60s"), orZero, &h.AnnounceInterval))
+	report(parseHealthListen(env.HealthListen, &h.Listen))
+	switch env.Probe {
+	case "":
+	case "tcp":
+		h.Probe = true
+	default:
+		report(&Error{"EGRESS_PROBE", fmt.Sprintf("EGRESS_PROBE %q is not tcp, which is the only kind of probe", env.Probe), ""})
+	}
+	report(parseTime("EGRESS_PROBE_INTERVAL", orDefault(env.ProbeInterval, "30s"), notZero, &h.ProbeInterval))
+	report(parseBool("EGRESS_PROBE_FAILS_READY", env.ProbeFailsReady, &h.ProbeFailsReady))
+	report(parseBool("EGRESS_AUDIT_LOG", env.AuditLog, &h.AuditLog))
+	port := rules.Port(h.Listen.Port())
+	taken := func(r rules.Redirect) bool { return r.Protocol == rules.TCP && r.Port == port }
+	if port != 0 && slices.ContainsFunc(c.Set.Redirects, taken) {
+		report(&Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, which is a local port of the destinations too: choose another", port), ""})
+	}
+}
+
+// parseHealthListen reads where a health endpoint listens; nowhere, if it is empty.
+func parseHealthListen(s string, set *netip.AddrPort) *Error {
+	if s == "" {
+		return nil
+	}
+	return parseListen("EGRESS_HEALTH_LISTEN", ":9465", s, set)
+}
+
+// parseListen accepts what is listened at: an address and a port, or a port.
+func parseListen(variable, example, s string, set *netip.AddrPort) *Error {
+	at, err := netip.ParseAddrPort(s)
+	if port, ok := strings.CutPrefix(s, ":"); ok {
+		var n uint64
+		n, err = strconv.ParseUint(port, 10, 16)
+		at = netip.AddrPortFrom(netip.Addr{}, uint16(n))
+	}
+	if err != nil || at.Port() == 0 {
+		return &Error{variable, fmt.Sprintf("%s %q is not an address and a port: expected such as %s, 10.128.0.98%[3]s or [::1]%[3]s", variable, s, example), ""}
+	}
+	*set = at
+	return nil
+}
+
+// A Log is how log lines are written.
+type Log struct {
+	JSON  bool
+	Level slog.Level
+}
+
+func (l *Log) parse(env LogEnvironment, report func(*Error)) {
+	switch env.LogFormat {
+	case "", "text":
+	case "json":
+		l.JSON = true
+	default:
+		report(&Error{"EGRESS_LOG_FORMAT", fmt.Sprintf("EGRESS_LOG_FORMAT %q is neither text nor json", env.LogFormat), ""})
+	}
+	levels := map[string]slog.Level{"debug": slog.LevelDebug, "": slog.LevelInfo, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
+	level, known := levels[env.LogLevel]
+	if !known {
+		report(&Error{"EGRESS_LOG_LEVEL", fmt.Sprintf("EGRESS_LOG_LEVEL %q is neither debug, info, warn nor error", env.LogLevel), ""})
+	}
+	l.Level = level
+}
