@@ -26,12 +26,13 @@ build: ## build bin/egress-router, static
 lint: ## gofmt, vet and golangci-lint
 	.ci/lint
 
-fuzz: ## fuzz the grammars and the framing of requests, 30 s each
+fuzz: ## fuzz the grammars, the framing of requests and ARP, 30 s each
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/tcpproxy
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/httpproxy
 	$(GO) test -fuzz FuzzFraming -fuzztime 30s ./internal/httpproxy
+	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/arp
 
 golden: ## rewrite testdata/golden and script after a change that is meant
 	$(GO) test ./internal/cli -run Golden -update

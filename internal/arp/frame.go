@@ -1,11 +1,16 @@
-// Package arp tells the physical network who has the reserved address.
+// Package arp tells the physical network who has the reserved address, and
+// learns from it who else has it and whether the gateway is there.
 //
 // Neighbours that knew the address at another node would go on sending there
 // until their entry expires (minutes). A gratuitous announcement makes them
 // learn the new hardware address at once.
+//
+// Whether another host has the address is asked before it is taken ([Ask],
+// [Acquire]); afterwards a [Watch] sees those who claim it (RFC 5227).
 package arp
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"net"
@@ -32,7 +37,97 @@ const (
 	minimumLength = 60 // of an Ethernet frame without its checksum (IEEE 802.3)
 )
 
+// The offsets of the fields in a frame: 14 bytes of Ethernet header, then the
+// packet (RFC 826).
+const (
+	etherTypeOffset = 12
+	fixedOffset     = 14 // hardware and protocol type
+	lengthsOffset   = 18 // of a hardware and of a protocol address
+	operationOffset = 20
+	senderMACOffset = 22
+	senderIPOffset  = 28
+	targetMACOffset = 32
+	targetIPOffset  = 38
+	packetEnd       = 42
+)
+
 var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+
+// A Packet is an ARP packet for IPv4 over Ethernet (RFC 826).
+type Packet struct {
+	Operation Operation
+	SenderMAC net.HardwareAddr
+	SenderIP  netip.Addr
+	TargetMAC net.HardwareAddr
+	TargetIP  netip.Addr
+}
+
+// Parse reads an Ethernet frame. It takes requests and replies for IPv4 over
+// Ethernet and nothing else, as the kernel does (arp_process in net/ipv4/arp.c).
+// What follows the packet is padding.
+func Parse(frame []byte) (Packet, error) {
+	if len(frame) < packetEnd {
+		return Packet{}, fmt.Errorf("parsing a frame: %d bytes, one with an ARP packet has at least %d", len(frame), packetEnd)
+	}
+	if t := binary.BigEndian.Uint16(frame[etherTypeOffset:]); t != etherTypeARP {
+		return Packet{}, fmt.Errorf("parsing a frame: EtherType %#04x, ARP's is %#04x", t, etherTypeARP)
+	}
+	if fixed := frame[fixedOffset:operationOffset]; !bytes.Equal(fixed, []byte{0, hardwareEther, etherTypeIPv4 >> 8, 0, macLength, ipv4Length}) {
+		return Packet{}, fmt.Errorf("parsing an ARP packet: types and lengths %x are not those of IPv4 over Ethernet", fixed)
+	}
+	operation := Operation(binary.BigEndian.Uint16(frame[operationOffset:]))
+	if operation != Request && operation != Reply {
+		return Packet{}, fmt.Errorf("parsing an ARP packet: operation %d is neither request nor reply", operation)
+	}
+	return Packet{
+		Operation: operation,
+		SenderMAC: bytes.Clone(frame[senderMACOffset:senderIPOffset]),
+		SenderIP:  netip.AddrFrom4([4]byte(frame[senderIPOffset:targetMACOffset])),
+		TargetMAC: bytes.Clone(frame[targetMACOffset:targetIPOffset]),
+		TargetIP:  netip.AddrFrom4([4]byte(frame[targetIPOffset:packetEnd])),
+	}, nil
+}
+
+// probes says whether p asks who has address without claiming it (RFC 5227
+// section 1.1, "ARP Probe").
+func (p Packet) probes(address netip.Addr) bool {
+	return p.Operation == Request && p.SenderIP == netip.IPv4Unspecified() && p.TargetIP == address
+}
+
+// frame returns an Ethernet frame that brings p to everybody on the link.
+func (p Packet) frame() []byte {
+	b := make([]byte, 0, minimumLength)
+	b = append(b, broadcast...)
+	b = append(b, p.SenderMAC...)
+	b = binary.BigEndian.AppendUint16(b, etherTypeARP)
+
+	b = binary.BigEndian.AppendUint16(b, hardwareEther)
+	b = binary.BigEndian.AppendUint16(b, etherTypeIPv4)
+	b = append(b, macLength, ipv4Length)
+	b = binary.BigEndian.AppendUint16(b, uint16(p.Operation))
+	b = append(b, p.SenderMAC...)
+	b = append(b, p.SenderIP.AsSlice()...)
+	b = append(b, p.TargetMAC...)
+	b = append(b, p.TargetIP.AsSlice()...)
+	return b[:minimumLength] // the rest is padding, zero
+}
+
+// check sees that mac and addresses fit in a packet.
+func check(mac net.HardwareAddr, addresses ...netip.Addr) error {
+	if len(mac) != macLength {
+		return fmt.Errorf("hardware address %q has %d bytes, Ethernet's have %d", mac, len(mac), macLength)
+	}
+	for _, a := range addresses {
+		if !a.Is4() {
+			return fmt.Errorf("%q is not an IPv4 address", a)
+		}
+	}
+	return nil
+}
+
+// unknown is the target hardware address of a request: zero, as RFC 5227 wants
+// it in section 1.1; RFC 826 leaves it open.
+func unknown() net.HardwareAddr { return make(net.HardwareAddr, macLength) }
 
 // Announcement returns an Ethernet frame that announces, to everybody on the
 // link, that address is at mac: a gratuitous ARP of the given form (RFC 5227
@@ -44,28 +139,31 @@ var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 // entry is younger than a second (arp_is_garp in net/ipv4/arp.c). That of a
 // request is zero, as RFC 5227 wants it.
 func Announcement(form Operation, mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
-	if len(mac) != macLength {
-		return nil, fmt.Errorf("announcing %s: hardware address %q has %d bytes, Ethernet's have %d", address, mac, len(mac), macLength)
+	if err := check(mac, address); err != nil {
+		return nil, fmt.Errorf("announcing %s: %w", address, err)
 	}
-	if !address.Is4() {
-		return nil, fmt.Errorf("announcing %s: not an IPv4 address", address)
-	}
-	target := net.HardwareAddr(make([]byte, macLength))
+	target := unknown()
 	if form == Reply {
 		target = mac
 	}
-	b := make([]byte, 0, minimumLength)
-	b = append(b, broadcast...)
-	b = append(b, mac...)
-	b = binary.BigEndian.AppendUint16(b, etherTypeARP)
+	return Packet{form, mac, address, target, address}.frame(), nil
+}
 
-	b = binary.BigEndian.AppendUint16(b, hardwareEther)
-	b = binary.BigEndian.AppendUint16(b, etherTypeIPv4)
-	b = append(b, macLength, ipv4Length)
-	b = binary.BigEndian.AppendUint16(b, uint16(form))
-	b = append(b, mac...)
-	b = append(b, address.AsSlice()...)
-	b = append(b, target...)
-	b = append(b, address.AsSlice()...)
-	return b[:minimumLength], nil // the rest is padding, zero
+// Probe returns an Ethernet frame that asks everybody on the link who has
+// address. Its sender IP address is zero, so that nobody who hears it takes mac
+// for the holder (RFC 5227 section 1.1).
+func Probe(mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
+	if err := check(mac, address); err != nil {
+		return nil, fmt.Errorf("probing for %s: %w", address, err)
+	}
+	return Packet{Request, mac, netip.IPv4Unspecified(), unknown(), address}.frame(), nil
+}
+
+// RequestFor returns an Ethernet frame by which the holder of sender, at mac,
+// asks everybody on the link for the hardware address of target (RFC 826).
+func RequestFor(target netip.Addr, mac net.HardwareAddr, sender netip.Addr) ([]byte, error) {
+	if err := check(mac, target, sender); err != nil {
+		return nil, fmt.Errorf("asking for %s: %w", target, err)
+	}
+	return Packet{Request, mac, sender, unknown(), target}.frame(), nil
 }

@@ -45,11 +45,16 @@ func (s *Socket) Announce(mac net.HardwareAddr, address netip.Addr) error {
 		if err != nil {
 			return err
 		}
-		to := &unix.SockaddrLinklayer{Ifindex: s.index, Halen: macLength}
-		copy(to.Addr[:], broadcast)
-		if err := unix.Sendto(s.fd, frame, 0, to); err != nil {
-			return fmt.Errorf("announcing %s at %s: %w", address, mac, os.NewSyscallError("sendto", err))
+		if err := send(s.fd, s.index, frame); err != nil {
+			return fmt.Errorf("announcing %s at %s: %w", address, mac, err)
 		}
 	}
 	return nil
+}
+
+// send hands a frame to the kernel, for everybody on the link.
+func send(fd, index int, frame []byte) error {
+	to := &unix.SockaddrLinklayer{Ifindex: index, Halen: macLength}
+	copy(to.Addr[:], broadcast)
+	return os.NewSyscallError("sendto", unix.Sendto(fd, frame, 0, to))
 }
