@@ -1,0 +1,439 @@
+package follow
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// promised is within what time a change is told.
+const promised = time.Second
+
+// A reader reads a file whenever it is told to.
+type reader struct {
+	*testing.T
+	file    string
+	log     output
+	mu      sync.Mutex
+	content string // when read last
+	reads   int
+}
+
+// read follows a file until the test ends.
+func read(t *testing.T, file string, every time.Duration) *reader {
+	t.Helper()
+	r := &reader{T: t, file: file}
+	o := Options{Since: At(file), Every: every, Log: slog.New(slog.NewTextHandler(&r.log, nil))}
+	if !o.Since.certain { // written just now: not as a test wants to begin
+		o.Since.certain = true
+	}
+	r.again()
+	r.reads = 0
+	ctx, stop := context.WithCancel(t.Context())
+	changes := Changes(ctx, file, o)
+	var reading sync.WaitGroup
+	reading.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-changes:
+				r.again()
+			}
+		}
+	})
+	t.Cleanup(func() { stop(); reading.Wait() })
+	return r
+}
+
+func (r *reader) again() {
+	content, err := os.ReadFile(r.file)
+	if err != nil {
+		content = []byte("missing")
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.content = string(content)
+	r.reads++
+}
+
+func (r *reader) state() (content string, reads int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.content, r.reads
+}
+
+// want waits for a content to have been read, and no other since.
+func (r *reader) want(content string) {
+	r.Helper()
+	begin := time.Now()
+	for got := ""; got != content; time.Sleep(time.Millisecond) {
+		if got, _ = r.state(); got != content && time.Since(begin) > promised {
+			r.Fatalf("after %s the last that was read is %q, want %q\n%s", promised, got, content, r.log.String())
+		}
+	}
+}
+
+// wantReads checks how often the file was read, after a while in which it would
+// have been read again.
+func (r *reader) wantReads(least, most int) {
+	r.Helper()
+	time.Sleep(3 * settle)
+	if _, reads := r.state(); reads < least || reads > most {
+		r.Errorf("read %d times, want %d to %d", reads, least, most)
+	}
+}
+
+type output struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.Write(b)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.String()
+}
+
+func check(t testing.TB, errs ...error) {
+	t.Helper()
+	for _, err := range errs {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func write(t testing.TB, name, content string) {
+	t.Helper()
+	check(t, os.WriteFile(name, []byte(content), 0o600))
+}
+
+// start writes a file and follows it, without the safety net.
+func start(t *testing.T) *reader {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "list")
+	write(t, file, "old")
+	return read(t, file, 0)
+}
+
+// A mount is a volume as the kubelet has it (AtomicWriter).
+type mount struct {
+	t        testing.TB
+	dir      string
+	versions int
+}
+
+func newMount(t testing.TB) *mount { return &mount{t: t, dir: t.TempDir()} }
+
+// set has the volume contain a key, in the kubelet's order.
+func (m *mount) set(content string) {
+	m.t.Helper()
+	before := fmt.Sprintf("..2026_01_02_%d", m.versions)
+	m.versions++
+	data := fmt.Sprintf("..2026_01_02_%d", m.versions)
+	check(m.t, os.Mkdir(filepath.Join(m.dir, data), 0o755))
+	write(m.t, filepath.Join(m.dir, data, "list"), content)
+	check(m.t, os.Symlink(data, filepath.Join(m.dir, "..data_tmp")),
+		os.Rename(filepath.Join(m.dir, "..data_tmp"), filepath.Join(m.dir, "..data")))
+	if m.versions == 1 {
+		check(m.t, os.Symlink("..data/list", filepath.Join(m.dir, "list")))
+	}
+	check(m.t, os.RemoveAll(filepath.Join(m.dir, before)))
+}
+
+func TestKubelet(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	m.set("old")
+	r := read(t, filepath.Join(m.dir, "list"), 0)
+	m.set("new")
+	r.want("new")
+	r.wantReads(1, 2)
+	for n := range 200 {
+		m.set(fmt.Sprint("version ", n))
+	}
+	r.want("version 199")
+	m.set("again")
+	r.want("again")
+	// The key goes and comes back, as with a ConfigMap that is edited.
+	check(t, os.Remove(filepath.Join(m.dir, "list")))
+	r.want("missing")
+	check(t, os.Symlink("..data/list", filepath.Join(m.dir, "list")))
+	r.want("again")
+	// Only the directory that the links lead to hears of this.
+	write(t, filepath.Join(m.dir, "list"), "in place")
+	r.want("in place")
+}
+
+// Ways to write a file.
+func TestWrite(t *testing.T) {
+	for name, change := range map[string]func(t *testing.T, file string){
+		"in place": func(t *testing.T, file string) { write(t, file, "new") },
+		"of the same length and time": func(t *testing.T, file string) {
+			info, err := os.Stat(file)
+			write(t, file, "new")
+			check(t, err, os.Chtimes(file, time.Time{}, info.ModTime()))
+		},
+		"renamed over": func(t *testing.T, file string) {
+			write(t, file+"~", "new")
+			check(t, os.Rename(file+"~", file))
+		},
+		"with a backup": func(t *testing.T, file string) {
+			check(t, os.Rename(file, file+"~"))
+			write(t, file, "new")
+		},
+		"removed first": func(t *testing.T, file string) {
+			check(t, os.Remove(file))
+			write(t, file, "new")
+		},
+		"made a link": func(t *testing.T, file string) {
+			elsewhere := filepath.Join(t.TempDir(), "list")
+			write(t, elsewhere, "other")
+			check(t, os.Remove(file), os.Symlink(elsewhere, file))
+			time.Sleep(2 * settle)
+			write(t, elsewhere, "new")
+		},
+		"the directory replaced": func(t *testing.T, file string) {
+			dir := filepath.Dir(file)
+			check(t, os.RemoveAll(dir), os.Mkdir(dir, 0o755))
+			write(t, file, "new")
+		},
+		"the directory replaced slowly": func(t *testing.T, file string) {
+			dir := filepath.Dir(file)
+			check(t, os.RemoveAll(dir))
+			time.Sleep(3 * settle)
+			check(t, os.Mkdir(dir, 0o755))
+			time.Sleep(3 * settle)
+			write(t, file, "new")
+		},
+		"the directory renamed": func(t *testing.T, file string) {
+			dir := filepath.Dir(file)
+			check(t, os.Mkdir(dir+"2", 0o755))
+			write(t, filepath.Join(dir+"2", "list"), "new")
+			check(t, os.Rename(dir, dir+"1"), os.Rename(dir+"2", dir))
+		},
+		"unreadable for a while": func(t *testing.T, file string) {
+			dir := filepath.Dir(file)
+			check(t, os.Chmod(dir, 0))
+			write(t, file+"~", "new") // as root
+			check(t, os.Rename(file+"~", file))
+			time.Sleep(2 * settle)
+			check(t, os.Chmod(dir, 0o755))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if name == "unreadable for a while" && os.Geteuid() != 0 {
+				t.Skip("needs root")
+			}
+			dir := filepath.Join(t.TempDir(), "a", "b")
+			check(t, os.MkdirAll(dir, 0o755))
+			file := filepath.Join(dir, "list")
+			write(t, file, "old")
+			r := read(t, file, 0)
+			time.Sleep(20 * time.Millisecond) // let it look at the old one
+			change(t, file)
+			r.want("new")
+		})
+	}
+}
+
+// A file that is written piece by piece is read when it is complete.
+func TestPieces(t *testing.T) {
+	t.Parallel()
+	r := start(t)
+	f, err := os.Create(r.file)
+	check(t, err)
+	for range 10 {
+		_, err := f.WriteString("piece ")
+		check(t, err)
+		time.Sleep(settle / 5)
+	}
+	check(t, f.Close())
+	r.want(strings.Repeat("piece ", 10))
+	if _, reads := r.state(); reads > 4 { // one, and this machine's own pauses
+		t.Errorf("read %d times", reads)
+	}
+}
+
+// A file that is written all the time is read nevertheless, and not all the time.
+func TestPermanentWrites(t *testing.T) {
+	t.Parallel()
+	r := start(t)
+	n := 0
+	for begin := time.Now(); time.Since(begin) < 3*atLatest; time.Sleep(time.Millisecond) {
+		n++
+		write(t, r.file, fmt.Sprint(n))
+	}
+	if _, reads := r.state(); reads < 2 || reads > 6 {
+		t.Errorf("read %d times in %s", reads, 3*atLatest)
+	}
+	r.want(fmt.Sprint(n))
+}
+
+// Each directory on the way may be a link that is swapped, not only the kubelet's.
+func TestLinkedDirectory(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, release := range []string{"1", "2"} {
+		check(t, os.MkdirAll(filepath.Join(dir, release, "etc"), 0o755))
+		write(t, filepath.Join(dir, release, "etc", "list"), "release "+release)
+	}
+	current := filepath.Join(dir, "current")
+	check(t, os.Symlink("./1/../1/", current))
+	r := read(t, filepath.Join(current, "etc", "list"), 0)
+	check(t, os.Symlink(filepath.Join(dir, "2"), current+"~"), os.Rename(current+"~", current))
+	r.want("release 2")
+	write(t, filepath.Join(dir, "2", "etc", "list"), "in place")
+	r.want("in place")
+	check(t, os.Remove(current), os.Symlink("current", current)) // a loop
+	r.want("missing")
+	check(t, os.Remove(current), os.Symlink("1", current))
+	r.want("release 1")
+}
+
+// A relative name, of a file that comes later than the reader.
+func TestLate(t *testing.T) {
+	t.Chdir(t.TempDir())
+	r := read(t, "a/b/list", 0)
+	check(t, os.MkdirAll("a/b", 0o755))
+	r.wantReads(0, 2)
+	write(t, "a/b/list", "late")
+	r.want("late")
+}
+
+// What happens to other files is nothing to a reader.
+func TestUnrelated(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	m.set("old")
+	r := read(t, filepath.Join(m.dir, "list"), 20*time.Millisecond)
+	time.Sleep(2 * clockStep) // from when on the file's time is proof
+	r.wantReads(0, 0)
+	for n := range 100 {
+		file := filepath.Join(m.dir, "other")
+		write(t, file, fmt.Sprint(n))
+		write(t, filepath.Join(m.dir, "..data", "other"), fmt.Sprint(n))
+		check(t, os.Rename(file, filepath.Join(m.dir, "another")))
+	}
+	check(t, os.Mkdir(filepath.Join(m.dir, "list~"), 0o755), os.Chmod(m.dir, 0o700))
+	_, err := os.ReadFile(r.file)
+	check(t, err)
+	r.wantReads(0, 0)
+}
+
+// Without a look from before, a change is told at the start.
+func TestNoLook(t *testing.T) {
+	t.Parallel()
+	changes := Changes(t.Context(), filepath.Join(t.TempDir(), "list"), Options{})
+	select {
+	case <-changes:
+	case <-time.After(promised):
+		t.Error("nothing is told")
+	}
+	select {
+	case <-changes:
+		t.Error("a change is told twice")
+	case <-time.After(3 * settle):
+	}
+}
+
+// What is written after a look is told, and also within the same tick of the
+// clock, when it looks the same.
+func TestSince(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "list")
+	write(t, file, "old")
+	since := At(file)
+	write(t, file, "new")
+	select {
+	case <-Changes(t.Context(), file, Options{Since: since}):
+	case <-time.After(promised):
+		t.Error("nothing is told")
+	}
+}
+
+// Where there are no more inotify instances or open files, the file is looked at.
+func TestNoInotify(t *testing.T) {
+	for _, test := range []struct{ option, every time.Duration }{{time.Minute, time.Minute}, {0, lookEvery}} {
+		synctest.Test(t, func(t *testing.T) {
+			var limit unix.Rlimit
+			check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+			m := newMount(t)
+			m.set("old")
+			check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}))
+			defer func() { check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }()
+			r := read(t, filepath.Join(m.dir, "list"), test.option)
+			synctest.Wait()
+			check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+
+			want := func(content string) {
+				t.Helper()
+				time.Sleep(test.every + atLatest)
+				synctest.Wait()
+				if got, _ := r.state(); got != content {
+					t.Errorf("read last: %q, want %q", got, content)
+				}
+			}
+			m.set("new")
+			want("new")
+			check(t, os.Remove(filepath.Join(m.dir, "..data")))
+			want("missing")
+			m.set("back")
+			want("back")
+			write(t, r.file, "in place")
+			want("in place")
+			time.Sleep(time.Hour)
+			synctest.Wait()
+			if _, reads := r.state(); reads != 4 {
+				t.Errorf("read %d times", reads)
+			}
+			if log := r.log.String(); strings.Count(log, "\n") != 1 || !strings.Contains(log, fmt.Sprint("every=", test.every)) || !strings.Contains(log, "too many open files") {
+				t.Errorf("logged: %s", log)
+			}
+		})
+	}
+}
+
+// When following ends, so do its goroutines, and its files are closed.
+func TestNothingIsLeft(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "list")
+	count := func() (goroutines, files int) {
+		open, err := os.ReadDir("/proc/self/fd")
+		check(t, err)
+		return runtime.NumGoroutine(), len(open)
+	}
+	goroutines, files := count()
+	ctx, stop := context.WithCancel(t.Context())
+	for range 10 {
+		<-Changes(ctx, file, Options{Every: time.Minute})
+	}
+	stop()
+	for end := time.Now().Add(promised); ; time.Sleep(time.Millisecond) {
+		g, f := count()
+		if g <= goroutines && f <= files {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines and %d files are open, before it was %d and %d", g, f, goroutines, files)
+		}
+	}
+}
