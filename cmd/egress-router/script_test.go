@@ -171,10 +171,10 @@ func awaitListener(ts *testscript.TestScript, neg bool, args []string) {
 
 // signalAll sends a signal to every command in the background.
 func signalAll(ts *testscript.TestScript, neg bool, args []string) {
-	arguments(ts, neg, args, "signal TERM|INT")
-	signal, known := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT}[args[0]]
+	arguments(ts, neg, args, "signal TERM|INT|HUP")
+	signal, known := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP}[args[0]]
 	if !known {
-		ts.Fatalf("usage: signal TERM|INT")
+		ts.Fatalf("usage: signal TERM|INT|HUP")
 	}
 	for _, cmd := range ts.BackgroundCmds() {
 		ts.Check(cmd.Process.Signal(signal))

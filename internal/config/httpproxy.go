@@ -41,8 +41,7 @@ func HTTPProxyVariables() []Variable { return variables(reflect.TypeFor[HTTPProx
 type HTTPProxyConfig struct {
 	ProxyConfig
 
-	DestinationFile string         // empty: the rules are in the environment
-	Listen          netip.AddrPort // the zero Addr: at all addresses
+	Listen netip.AddrPort // the zero Addr: at all addresses
 
 	ConnectTimeout, HeaderTimeout, KeepAliveTimeout, IdleTimeout time.Duration
 
@@ -55,14 +54,14 @@ type HTTPProxyConfig struct {
 // ParseDNSProxy; each is called at most once. The error is of type Errors and
 // holds every fault.
 func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte, error), grammar func(list string) error) (HTTPProxyConfig, error) {
-	c := HTTPProxyConfig{DestinationFile: env.DestinationFile}
+	var c HTTPProxyConfig
 	var faults Errors
 	report := func(e *Error) {
 		if e != nil {
 			faults = append(faults, e)
 		}
 	}
-	warning, fault := list{"EGRESS_HTTP_PROXY_DESTINATION", env.Destination, env.DestinationFile}.read(readFile, grammar)
+	warning, fault := env.list().read(readFile, grammar)
 	report(fault)
 	report(parseListen("EGRESS_HTTP_PROXY_LISTEN", ":8080", orDefault(env.Listen, ":8080"), &c.Listen))
 	for _, v := range []struct {
@@ -88,6 +87,17 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 		c.Warnings = append(c.Warnings, warning)
 	}
 	return c, nil
+}
+
+// HTTPProxyRules reads the rules, from the variable or the file, as
+// DNSProxyDestinations does the destinations of the other proxy.
+func HTTPProxyRules(env HTTPProxyEnvironment, readFile func(name string) ([]byte, error), grammar func(list string) error) *Error {
+	_, fault := env.list().read(readFile, grammar)
+	return fault
+}
+
+func (env HTTPProxyEnvironment) list() list {
+	return list{"EGRESS_HTTP_PROXY_DESTINATION", env.Destination, env.DestinationFile}
 }
 
 func parseCount(variable, s string, least, most int, set *int) *Error {

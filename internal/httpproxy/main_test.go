@@ -113,7 +113,7 @@ func start(t *testing.T, rules string, names zone, change func(*Proxy)) *testPro
 	}
 	p := &testProxy{log: &output{}, done: make(chan error, 1)}
 	p.Proxy = New(Config{
-		Rules: list, ReadFile: os.ReadFile, ConnectTimeout: 2 * time.Second, HeaderTimeout: patience, KeepAliveTimeout: time.Minute,
+		Rules: list, ConnectTimeout: 2 * time.Second, HeaderTimeout: patience, KeepAliveTimeout: time.Minute,
 		IdleTimeout: time.Minute, ShutdownGrace: 50 * time.Millisecond, MaxHeaderBytes: 64 << 10,
 	}, newLogger(p.log), names)
 	p.own = func(netip.Addr) (bool, error) { return false, nil }

@@ -20,10 +20,7 @@ import (
 type Config struct {
 	Listen netip.AddrPort // the zero Addr: at all addresses
 
-	Rules     Rules
-	RulesFile string // where they came from, and are read again when it changes; empty: nowhere
-	// ReadFile reads RulesFile.
-	ReadFile func(name string) ([]byte, error)
+	Rules Rules // to begin with
 
 	ConnectTimeout   time.Duration // to look a name up, and again to connect to one of its addresses
 	HeaderTimeout    time.Duration // for a client to send a request's header
@@ -94,6 +91,14 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	return p
 }
 
+// SetRules changes the rules. Requests and tunnels that are under way stay; the
+// next request is asked by the new rules.
+func (p *Proxy) SetRules(rules Rules) {
+	if before := p.rules.Swap(&rules); !before.Equal(rules) {
+		p.log.Info("rules changed", "rules", len(rules))
+	}
+}
+
 // connectionLimit leaves a quarter of the files that may be open to connections
 // to servers; clients that are idle have none.
 func connectionLimit() int {
@@ -134,12 +139,6 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	}
 	var background sync.WaitGroup
 	defer background.Wait()
-	watching, stopWatching := context.WithCancel(ctx)
-	defer stopWatching()
-	if p.config.RulesFile != "" {
-		background.Go(func() { p.watchRules(watching) })
-	}
-
 	p.log.Info("ready", "listen", l.Addr(), "rules", len(*p.rules.Load()))
 	var err error
 	served := make(chan struct{})

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -706,82 +705,24 @@ func TestAccessLog(t *testing.T) {
 	}
 }
 
-// Rules are read again within a second of a change, however it is made; what is
-// not right leaves the old ones.
-func TestReload(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir := t.TempDir()
-		// As kubelet has it: file -> ..data/file, ..data -> a directory.
-		version := 0
-		swap := func(content string) {
-			version++
-			data := filepath.Join(dir, fmt.Sprint("..", version))
-			check(t, os.Mkdir(data, 0o755))
-			check(t, os.WriteFile(filepath.Join(data, "rules"), []byte(content), 0o644))
-			check(t, os.Symlink(data, filepath.Join(dir, "new")))
-			check(t, os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, "..data")))
-		}
-		swap("a.example")
-		file := filepath.Join(dir, "rules")
-		check(t, os.Symlink("..data/rules", file))
-		log := &output{}
-		list, err := Parse("a.example")
-		check(t, err)
-		p := New(Config{Rules: list, RulesFile: file, ReadFile: os.ReadFile}, newLogger(log), nil)
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		go p.watchRules(ctx)
-		expect := func(step, rules, logged string) {
-			t.Helper()
-			time.Sleep(time.Second)
-			synctest.Wait()
-			var lines []string
-			for _, r := range *p.rules.Load() {
-				lines = append(lines, r.String())
-			}
-			if got := strings.Join(lines, " "); got != rules {
-				t.Errorf("%s: the rules are %q, want %q", step, got, rules)
-			}
-			text := log.take()
-			if n := strings.Count(text, "\n"); (logged == "") != (n == 0) || n > 1 || !strings.Contains(text, logged) {
-				t.Errorf("%s: logged %q, want one line with %q", step, text, logged)
-			}
-		}
-		expect("nothing changed", "a.example", "")
-		swap("b.example\n*")
-		expect("the links are swapped", "b.example *", "rules=2")
-		swap("a b")
-		expect("nonsense", "b.example *", "the old ones stay")
-		expect("the same nonsense", "b.example *", "")
-		swap("")
-		expect("nothing in it", "b.example *", "No EGRESS_HTTP_PROXY_DESTINATION specified")
-		swap("b.example\n*")
-		expect("as before", "b.example *", "")
-		swap("# more\nb.example\n*")
-		expect("another comment", "b.example *", "")
-		check(t, os.Remove(filepath.Join(dir, "..data")))
-		expect("no file", "b.example *", "no such file")
-		expect("still none", "b.example *", "")
-		swap("c.example")
-		expect("one again", "c.example", "rules=1")
-
-		check(t, os.Remove(file))
-		check(t, os.WriteFile(file, []byte("!d.example"), 0o644))
-		expect("a file in place of the link", "!d.example", "rules=1")
-		check(t, os.WriteFile(file, []byte("!e.example\n*"), 0o644))
-		expect("written where it is", "!e.example *", "rules=2")
-	})
-}
-
-// Requests are decided by the new rules, and what runs goes on.
-func TestReloadDropsNothing(t *testing.T) {
+// Requests are decided by the new rules, and what runs goes on. Rules that are
+// the same are no change.
+func TestSetRules(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
-	file := filepath.Join(t.TempDir(), "rules")
-	check(t, os.WriteFile(file, []byte("*"), 0o644))
-	p := start(t, "*", nil, func(p *Proxy) { p.config.RulesFile = file })
+	p := start(t, "*", nil, nil)
 	tunnel, kept := p.tunnel(t, server), p.connect(t)
-	check(t, os.WriteFile(file, []byte("192.0.2.1"), 0o644))
-	p.await(t, "rules changed")
+	set := func(text, logged string) {
+		t.Helper()
+		p.log.take()
+		list, err := Parse(text)
+		check(t, err)
+		p.SetRules(list)
+		if text := p.log.take(); (text == "") != (logged == "") || !strings.Contains(text, logged) {
+			t.Errorf("logged %q, want %q", text, logged)
+		}
+	}
+	set("# the same\n*", "")
+	set("192.0.2.1", "rules=1")
 	say(t, kept, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
 	if status, _ := answer(t, kept); status != 403 {
 		t.Errorf("status %d by the new rules", status)
