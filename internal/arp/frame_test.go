@@ -17,6 +17,7 @@ var (
 	address   = netip.MustParseAddr("192.168.12.99")
 	gateway   = netip.MustParseAddr("192.168.12.1")
 	neighbour = netip.MustParseAddr("192.168.12.80")
+	zeroIP    = netip.IPv4Unspecified()
 )
 
 // The frames byte by byte, written from RFC 826 and RFC 5227 section 1.1.
@@ -110,7 +111,7 @@ func TestParse(t *testing.T) {
 	for text, want := range map[string]Packet{
 		announcementReply:   {Reply, ourMAC, address, ourMAC, address},
 		announcementRequest: {Request, ourMAC, address, zero, address},
-		probe:               {Request, ourMAC, netip.IPv4Unspecified(), zero, address},
+		probe:               {Request, ourMAC, zeroIP, zero, address},
 		gatewayRequest:      {Request, ourMAC, address, zero, gateway},
 		gatewayReply:        {Reply, otherMAC, gateway, ourMAC, address},
 	} {
