@@ -40,12 +40,16 @@ func (s *Socket) Close() {
 // Announce sends both forms of announcement, since each reaches neighbours that
 // ignore the other: first the reply, then the request, as the original did.
 func (s *Socket) Announce(mac net.HardwareAddr, address netip.Addr) error {
+	return announce(func(frame []byte) error { return send(s.fd, s.index, frame) }, mac, address)
+}
+
+func announce(send func(frame []byte) error, mac net.HardwareAddr, address netip.Addr) error {
 	for _, form := range []Operation{Reply, Request} {
 		frame, err := Announcement(form, mac, address)
 		if err != nil {
 			return err
 		}
-		if err := send(s.fd, s.index, frame); err != nil {
+		if err := send(frame); err != nil {
 			return fmt.Errorf("announcing %s at %s: %w", address, mac, err)
 		}
 	}

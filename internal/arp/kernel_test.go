@@ -1,0 +1,433 @@
+package arp
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+// A host is a namespace of the lab with its link on the physical network.
+type host struct {
+	*netlink.Handle
+
+	t     *testing.T
+	do    func(func() error) error // in the namespace
+	link  netlink.Link
+	index int
+	mac   net.HardwareAddr
+}
+
+func newHost(t *testing.T, do func(func() error) error, name string) *host {
+	t.Helper()
+	h := &host{t: t, do: do}
+	h.must(do(func() (err error) {
+		h.Handle, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+		return err
+	}))
+	t.Cleanup(h.Close)
+	var err error
+	h.link, err = h.LinkByName(name)
+	h.must(err)
+	h.index, h.mac = h.link.Attrs().Index, h.link.Attrs().HardwareAddr
+	return h
+}
+
+// network is a lab whose router has macvlan0 up, and no address there.
+func network(t *testing.T) (l *lab.Lab, router, outside *host) {
+	t.Helper()
+	l, err := lab.New(lab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	router, outside = newHost(t, l.Router.Do, l.MacvlanName), newHost(t, l.Outside.Do, lab.LANLink)
+	router.up()
+	return l, router, outside
+}
+
+func (h *host) must(err error) {
+	h.t.Helper()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *host) up()   { h.t.Helper(); h.must(h.LinkSetUp(h.link)) }
+func (h *host) down() { h.t.Helper(); h.must(h.LinkSetDown(h.link)) }
+
+func (h *host) take(a netip.Addr) {
+	h.t.Helper()
+	h.must(h.AddrAdd(h.link, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(lab.LAN.Bits(), 32)}}))
+}
+
+// say sends frames, whatever they hold.
+func (h *host) say(frames ...[]byte) {
+	h.t.Helper()
+	h.must(h.do(func() error {
+		s, err := Open(h.index)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		for _, f := range frames {
+			if err := send(s.fd, s.index, f); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+}
+
+func (h *host) listen() *conn {
+	h.t.Helper()
+	var c *conn
+	h.must(h.do(func() (err error) {
+		c, err = listen(h.index, lab.Source, lab.GatewayAddr)
+		return err
+	}))
+	h.t.Cleanup(c.close)
+	return c
+}
+
+func (h *host) ask() *Question {
+	h.t.Helper()
+	var q *Question
+	h.must(h.do(func() (err error) {
+		q, err = Ask(h.index, h.mac, lab.Source)
+		return err
+	}))
+	return q
+}
+
+// acquire probes for the reserved address. A thread does not leave its namespace
+// while it waits.
+func (h *host) acquire(ctx context.Context) (holder net.HardwareAddr, err error) {
+	err = h.do(func() (err error) {
+		holder, err = Acquire(ctx, h.index, h.mac, lab.Source)
+		return err
+	})
+	return holder, err
+}
+
+// claim is what another that has the address says.
+func claim(mac net.HardwareAddr) []byte {
+	return Packet{Request, mac, lab.Source, unknown(), lab.Source}.frame()
+}
+
+// soon is more than anything here takes.
+func soon() time.Time { return time.Now().Add(10 * time.Second) }
+
+// Of all that passes on the physical network the socket gets what the filter
+// lets in, and the kernel counts nothing else for it. Here a veth listens, which
+// gets frames for others, too.
+func TestKernelFilters(t *testing.T) {
+	_, speaker, listener := network(t)
+	c := listener.listen()
+	accepted, dropped := framesBy(t)
+
+	own, err := Announcement(Request, listener.mac, lab.Source)
+	listener.must(err)
+	listener.must(c.send(own))
+	passed := 0
+	for _, frame := range dropped {
+		if len(frame) >= fixedOffset { // the kernel sends no less (packet_snd in net/packet/af_packet.c)
+			copy(frame, broadcast)
+			speaker.say(frame)
+			passed++
+		}
+	}
+	toOther := claim(speaker.mac)
+	copy(toOther, otherMAC)
+	inVLAN := slices.Concat(broadcast, speaker.mac, []byte{0x81, 0x00, 0, 5}, claim(speaker.mac)[etherTypeOffset:])
+	speaker.say(toOther, inVLAN)
+	for _, frame := range accepted {
+		copy(frame, broadcast)
+		speaker.say(frame)
+	}
+	speaker.say(claim(speaker.mac)) // the last one
+
+	for {
+		p, err := c.receive(soon())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Equal(p.SenderMAC, speaker.mac) {
+			break
+		}
+	}
+	if p, err := c.receive(time.Now()); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("then %v, %v", p, err)
+	}
+	var stats *unix.TpacketStats
+	listener.must(c.control(func(fd int) (err error) {
+		stats, err = unix.GetsockoptTpacketStats(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
+		return err
+	}))
+	if want := len(accepted) + 1; int(stats.Packets) != want || stats.Drops != 0 {
+		t.Errorf("the socket got %d packets, want %d; %d others passed", stats.Packets, want, passed+3)
+	}
+}
+
+// Down is not the end, whenever it comes.
+func TestKernelDownAndUp(t *testing.T) {
+	_, router, outside := network(t)
+	router.down()
+	c := router.listen()
+	if _, err := c.receive(time.Now().Add(time.Millisecond)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("down: %v", err)
+	}
+	for range 3 {
+		router.up()
+		outside.say(claim(outside.mac))
+		if p, err := c.receive(soon()); err != nil || !bytes.Equal(p.SenderMAC, outside.mac) {
+			t.Fatalf("up: %v, %v", p, err)
+		}
+		router.down()
+		if err := c.send(claim(router.mac)); !errors.Is(err, unix.ENETDOWN) {
+			t.Errorf("sending while down: %v, want %v", err, unix.ENETDOWN)
+		}
+	}
+	router.up()
+	router.must(c.send(claim(router.mac))) // does not get the error of before
+
+	// While somebody waits.
+	got := make(chan error)
+	go func() {
+		_, err := c.receive(soon())
+		got <- err
+	}()
+	router.down()
+	router.up()
+	outside.say(claim(outside.mac))
+	router.must(<-got)
+}
+
+// An interface that is gone ends it: deleted while up, while down, or moved.
+func TestKernelGone(t *testing.T) {
+	for name, test := range map[string]struct {
+		before, end func(l *lab.Lab, h *host) error
+	}{
+		"deleted": {
+			func(*lab.Lab, *host) error { return nil },
+			func(_ *lab.Lab, h *host) error { return h.LinkDel(h.link) },
+		},
+		"deleted while down": {
+			func(_ *lab.Lab, h *host) error { return h.LinkSetDown(h.link) },
+			func(_ *lab.Lab, h *host) error { return h.LinkDel(h.link) },
+		},
+		"moved away and back": {
+			func(*lab.Lab, *host) error { return nil },
+			func(l *lab.Lab, h *host) error {
+				if err := h.LinkSetNsFd(h.link, l.Client.Fd()); err != nil {
+					return err
+				}
+				there, err := l.Netlink(l.Client)
+				if err != nil {
+					return err
+				}
+				defer there.Close()
+				return there.LinkSetNsFd(h.link, l.Router.Fd())
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l, router, _ := network(t)
+			var w *Watch
+			router.must(router.do(func() (err error) {
+				w, err = NewWatch(Options{Index: router.index, MAC: router.mac, Address: lab.Source, Gateway: lab.GatewayAddr})
+				return err
+			}))
+			ended := make(chan error)
+			go func() { ended <- w.Run(t.Context()) }()
+			router.must(test.before(l, router))
+			router.must(test.end(l, router))
+			if err := <-ended; !errors.Is(err, ErrGone) {
+				t.Errorf("%v, want %v", err, ErrGone)
+			}
+		})
+	}
+}
+
+func TestKernelCloseEndsReceive(t *testing.T) {
+	_, router, _ := network(t)
+	for range 20 {
+		c := router.listen()
+		got := make(chan error)
+		go func() {
+			_, err := c.receive(time.Time{})
+			got <- err
+		}()
+		c.close()
+		c.close()
+		if err := <-got; !errors.Is(err, os.ErrClosed) {
+			t.Errorf("%v, want %v", err, os.ErrClosed)
+		}
+		if err := c.send(claim(router.mac)); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("sending: %v, want %v", err, os.ErrClosed)
+		}
+	}
+}
+
+func TestKernelAsk(t *testing.T) {
+	_, router, outside := network(t)
+	start := time.Now()
+	if holder, err := router.ask().Answer(t.Context(), start.Add(50*time.Millisecond)); holder != nil || err != nil {
+		t.Errorf("free: holder %v, %v", holder, err)
+	}
+	outside.take(lab.Source)
+	start = time.Now()
+	holder, err := router.ask().Answer(t.Context(), soon())
+	if !bytes.Equal(holder, outside.mac) || err != nil {
+		t.Errorf("held: holder %v, %v; want %v", holder, err, outside.mac)
+	}
+	t.Logf("answered after %s", time.Since(start))
+
+	// Collected when the time is long past: what came meanwhile is there.
+	q := router.ask()
+	outside.say(claim(outside.mac))
+	if holder, err := q.Answer(t.Context(), start); !bytes.Equal(holder, outside.mac) || err != nil {
+		t.Errorf("late: holder %v, %v; want %v", holder, err, outside.mac)
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	q = router.ask()
+	if _, err := q.Answer(ctx, soon()); err != nil && !errors.Is(err, context.Canceled) {
+		t.Errorf("given up: %v, want %v", err, context.Canceled)
+	}
+	router.ask().Close()
+
+	router.down()
+	err = router.do(func() error {
+		_, err := Ask(router.index, router.mac, lab.Source)
+		return err
+	})
+	if !errors.Is(err, unix.ENETDOWN) {
+		t.Errorf("down: %v, want %v", err, unix.ENETDOWN)
+	}
+}
+
+func TestKernelAcquire(t *testing.T) {
+	t.Run("free", func(t *testing.T) {
+		t.Parallel()
+		_, router, _ := network(t)
+		start := time.Now()
+		if holder, err := router.acquire(t.Context()); holder != nil || err != nil {
+			t.Errorf("holder %v, %v; want none", holder, err)
+		}
+		if took := time.Since(start); took < 4*time.Second {
+			t.Errorf("took %s, want at least 4s", took)
+		}
+	})
+	t.Run("held", func(t *testing.T) {
+		t.Parallel()
+		_, router, outside := network(t)
+		outside.take(lab.Source)
+		start := time.Now()
+		if holder, err := router.acquire(t.Context()); !bytes.Equal(holder, outside.mac) || err != nil {
+			t.Errorf("holder %v, %v; want %v", holder, err, outside.mac)
+		}
+		if took := time.Since(start); took > 3*time.Second {
+			t.Errorf("took %s, want the time of the first probe", took)
+		}
+	})
+	// Whoever sends its probe second or later has seen the other's.
+	t.Run("two at once", func(t *testing.T) {
+		t.Parallel()
+		_, router, outside := network(t)
+		theirs := make(chan net.HardwareAddr)
+		go func() {
+			holder, _ := outside.acquire(t.Context())
+			theirs <- holder
+		}()
+		holder, err := router.acquire(t.Context())
+		if err != nil {
+			t.Error(err)
+		}
+		if holder == nil && <-theirs == nil {
+			t.Error("both may take the address")
+		}
+	})
+}
+
+// Two hosts with the reserved address, and a gateway that falls silent.
+func TestKernelWatch(t *testing.T) {
+	l, router, outside := network(t)
+	router.take(lab.Source)
+	conflicts, gateway := make(chan net.HardwareAddr, 10), make(chan bool, 10)
+	var w *Watch
+	router.must(router.do(func() (err error) {
+		w, err = NewWatch(Options{
+			Index: router.index, MAC: router.mac, Address: lab.Source, Gateway: lab.GatewayAddr,
+			Conflict:       func(mac net.HardwareAddr) { conflicts <- mac },
+			GatewayChanged: func(reachable bool, _ net.HardwareAddr) { gateway <- reachable },
+		})
+		return err
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- w.Run(ctx) }()
+
+	router.must(w.ProbeGateway())
+	if !<-gateway {
+		t.Error("the gateway answers, and counts as unreachable")
+	}
+	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "8")) // no answer for any address
+	for range 4 {
+		router.must(w.ProbeGateway())
+	}
+	if <-gateway {
+		t.Error("reachable after three misses")
+	}
+	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "0"))
+	router.must(w.ProbeGateway())
+	if !<-gateway {
+		t.Error("the gateway answers again, and counts as unreachable")
+	}
+	if g := w.State().Gateway; !g.Known || !g.Reachable || !bytes.Equal(g.MAC, outside.mac) || g.Misses != 0 {
+		t.Errorf("gateway %+v", g)
+	}
+
+	capture, err := l.Capture(l.Outside, lab.LANLink)
+	router.must(err)
+	outside.take(lab.Source)
+	outside.say(claim(outside.mac))
+	if mac := <-conflicts; !bytes.Equal(mac, outside.mac) {
+		t.Errorf("conflict with %s, want %s", mac, outside.mac)
+	}
+	defence := func(op uint16) func(lab.Frame) bool {
+		return func(f lab.Frame) bool {
+			a, ok := f.ARP()
+			return ok && a.Op == op && a.Announces() && a.SenderIP == lab.Source && bytes.Equal(a.SenderMAC, router.mac)
+		}
+	}
+	for _, op := range []uint16{2, 1} {
+		if _, err := capture.Wait(t.Context(), defence(op)); err != nil {
+			t.Error(err)
+		}
+	}
+	if s := w.State(); s.Conflicts == 0 || s.Defences != 1 || !bytes.Equal(s.ConflictMAC, outside.mac) {
+		t.Errorf("state %+v", s)
+	}
+
+	cancel()
+	router.must(<-ended)
+	if err := w.ProbeGateway(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("after the end: %v, want %v", err, os.ErrClosed)
+	}
+}
