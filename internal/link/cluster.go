@@ -21,6 +21,10 @@ type ClusterSide struct {
 	Mark         uint32         // of packets that are replies, the bits of it
 	Table        int            // number of the replies' routing table
 	Destinations []netip.Prefix // what else is reached by the cluster side
+	// Default is the default route that the cluster interface had, from
+	// State.ClusterDefault: for when it is neither in the main table nor in that
+	// of replies any more. Nil: not known.
+	Default *Route
 }
 
 // A ClusterState is what the kernel holds, as far as a ClusterSide concerns it.
@@ -106,14 +110,13 @@ func (c ClusterSide) routes(have State, standard Route, known bool) []Route {
 	})
 }
 
-// clusterDefault returns the default route of the cluster interface: the
-// preferred one in the main table, else the one that was kept from there.
-func clusterDefault(have State) (Route, bool) {
-	var found Route
-	known := false
-	for _, routes := range [][]Route{have.Routes, have.Cluster.Table} {
+// ClusterDefault returns the default route of the cluster interface, and whether
+// there is one: the preferred one in the main table, else the one that was kept
+// from there.
+func (s State) ClusterDefault() (found Route, known bool) {
+	for _, routes := range [][]Route{s.Routes, s.Cluster.Table} {
 		for _, r := range routes {
-			if r.IsDefault() && r.Type == 0 && r.Index == have.Cluster.Index && (!known || r.Metric < found.Metric) {
+			if r.IsDefault() && r.Type == 0 && r.Index == s.Cluster.Index && (!known || r.Metric < found.Metric) {
 				found, known = r, true
 			}
 		}
@@ -137,7 +140,10 @@ func diffCluster(want ClusterSide, have State) []Step {
 	}
 	stands := make(map[int]bool) // routes of the table that are wanted ones then
 
-	standard, known := clusterDefault(have)
+	standard, known := have.ClusterDefault()
+	if !known && want.Default != nil && want.Default.Index == have.Cluster.Index {
+		standard, known = *want.Default, true
+	}
 	routes := want.routes(have, standard, known)
 	for _, r := range routes {
 		step, i := place(r, have.Cluster.Table)
@@ -187,13 +193,6 @@ func diffCluster(want ClusterSide, have State) []Step {
 		take(Step{Op: WriteSysctl, Sysctl: reversePathFilter(want.Interface), Value: "2", OldValue: have.Cluster.Filter, Optional: true})
 	}
 	return steps
-}
-
-// HasClusterDefault reports whether a default route of the cluster interface is
-// known, from the main table or from before it was replaced there.
-func (s State) HasClusterDefault() bool {
-	_, known := clusterDefault(s)
-	return known
 }
 
 // onClusterSide reports whether a route of the main table, other than a default

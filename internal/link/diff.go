@@ -5,6 +5,18 @@ import (
 	"slices"
 )
 
+// Up returns the step that sets the egress interface up, if it is down. An
+// address can be asked for then, which comes before it is claimed.
+func Up(want Want, have State) []Step {
+	if have.Up {
+		return nil
+	}
+	return []Step{{Op: SetUp, Interface: want.Interface, Index: have.Index}}
+}
+
+// HasAddress reports whether the egress interface has the reserved address.
+func (w Want) HasAddress(have State) bool { return slices.Contains(have.Addresses, w.Address) }
+
 // Claim returns the steps that give the egress interface the reserved address
 // and set it up. With the address the kernel adds the route to its subnet, and no
 // other packet goes another way: they may come before the rules, if nothing is
@@ -32,10 +44,7 @@ func Claim(want Want, have State) []Step {
 	if missing {
 		take(Step{Op: AddAddress, Address: want.Address})
 	}
-	if !have.Up {
-		take(Step{Op: SetUp})
-	}
-	return steps
+	return append(steps, Up(want, have)...)
 }
 
 // Diff returns the steps from have to want, in the order to take them; none

@@ -69,6 +69,33 @@ func (s Step) Inverse() Step {
 	return s
 }
 
+// Found says what was found, for which the step is taken.
+func (s Step) Found() string {
+	switch s.Op {
+	case AddAddress:
+		return fmt.Sprintf("address %s is missing from %s", s.Address, s.Interface)
+	case SetUp:
+		return fmt.Sprintf("%s is down", s.Interface)
+	case ReplaceRoute:
+		if s.Old != nil {
+			return fmt.Sprintf("route %s", *s.Old)
+		}
+		return fmt.Sprintf("route %s is missing", s.Route)
+	case AppendRoute:
+		return fmt.Sprintf("route %s is missing", s.Route)
+	case DeleteRoute:
+		return fmt.Sprintf("route %s", s.Route)
+	case AddRule:
+		return fmt.Sprintf("routing rule %s is missing", s.Rule)
+	case DeleteRule:
+		return fmt.Sprintf("routing rule %s", s.Rule)
+	case WriteSysctl:
+		return fmt.Sprintf("%s = %s", s.Sysctl, s.OldValue)
+	case RemoveAddress, SetDown: // taken on the way back only
+	}
+	return s.String()
+}
+
 // String returns the step as a sentence in the imperative, without a full stop.
 func (s Step) String() string {
 	switch s.Op {
