@@ -34,6 +34,10 @@ const (
 	// Filter sees every packet with its destination translated, and is the
 	// only one that can refuse it with an answer.
 	Filter Table = "filter"
+	// Last sees every packet that leaves as it leaves, with its source
+	// translated. It is none of iptables, which has no chain behind those of
+	// NAT; nftables may have one anywhere.
+	Last Table = "last"
 )
 
 // A Hook is a point on a packet's way through the kernel
@@ -198,6 +202,9 @@ const (
 // leave as it is. Nor does the pod answer, by the cluster side, an echo request
 // that came from the physical network with a forged source.
 //
+// The last rule is for when somebody deletes the source rule: nothing leaves
+// then, until it is back.
+//
 // The filter rules begin with what nearly every packet is. A redirected packet
 // that would leave by another interface, because the egress side or its default
 // route is gone or the destination is on the cluster side, is dropped; not
@@ -243,6 +250,9 @@ func NewPlan(set Set, sides Sides) Plan {
 			}},
 			{IPv4, NAT, Postrouting, []Rule{
 				{Out: sides.Egress, Target: SNAT, To: sides.Source},
+			}},
+			{IPv4, Last, Postrouting, []Rule{
+				{Out: sides.Egress, NotFrom: sides.Source, Target: Drop},
 			}},
 		},
 	}
@@ -297,6 +307,17 @@ func (p Plan) Guard() Plan {
 		guard.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT })
 	}
 	return guard
+}
+
+// Last returns the part of the plan that iptables has no table for.
+func (p Plan) Last() Plan {
+	var last Plan
+	for _, c := range p.Chains {
+		if c.Table == Last {
+			last.Chains = append(last.Chains, c)
+		}
+	}
+	return last
 }
 
 // Without returns the plan without the chains of a family, for a kernel that

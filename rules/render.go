@@ -40,10 +40,13 @@ type TextChain struct {
 	Saved []byte
 }
 
-// IPTables returns the plan as chains of iptables.
+// IPTables returns the plan as chains of iptables, but for Last.
 func (p Plan) IPTables() []TextChain {
 	var chains []TextChain
 	for _, c := range p.Chains {
+		if c.Table == Last {
+			continue
+		}
 		chain := TextChain{Family: c.Family, Table: c.Table, Name: c.Name(), Hook: c.Hook}
 		var reached []TextChain
 		for _, r := range c.Rules {

@@ -31,9 +31,9 @@ func (p *pod) holders() (held []string) {
 			}
 		}
 	}
-	for _, family := range []string{"ip", "ip6"} {
-		if strings.Contains(p.nft("list tables"), "table "+family+" egress-router") {
-			held = append(held, "nftables "+family)
+	for line := range strings.Lines(p.nft("list tables")) {
+		if table := strings.TrimSpace(line); strings.Contains(table, " egress-router") {
+			held = append(held, "nftables "+table)
 		}
 	}
 	return held
@@ -44,9 +44,9 @@ func (p *pod) holders() (held []string) {
 // connections go on, and no packet leaves with another source meanwhile.
 func TestBackendChanges(t *testing.T) {
 	held := map[string]string{
-		"iptables-nft":    "[iptables-nft iptables-save iptables-nft ip6tables-save]",
-		"iptables-legacy": "[iptables-legacy iptables-save iptables-legacy ip6tables-save]",
-		"nftables":        "[nftables ip nftables ip6]",
+		"iptables-nft":    "[iptables-nft iptables-save iptables-nft ip6tables-save nftables table ip egress-router-last]",
+		"iptables-legacy": "[iptables-legacy iptables-save iptables-legacy ip6tables-save nftables table ip egress-router-last]",
+		"nftables":        "[nftables table ip egress-router nftables table ip6 egress-router]",
 	}
 	for _, from := range backends {
 		for _, to := range backends {

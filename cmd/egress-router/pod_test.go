@@ -289,7 +289,7 @@ func (p *pod) state() string {
 			lines = append(lines, "address "+a.String())
 		}
 		for _, r := range s.Cluster.Rules {
-			lines = append(lines, "rule "+r.String())
+			routes = append(routes, "rule "+r.String())
 		}
 		lines = append(lines, "rp_filter "+s.Cluster.Filter)
 		for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
@@ -346,8 +346,10 @@ func (p *pod) rules() string {
 			lines = append(append(append(lines, tables.save+" table "+table), chains...), rules...)
 		}
 	}
-	for _, family := range []string{"ip", "ip6"} {
-		if name := "table " + family + " egress-router"; strings.Contains(p.nft("list tables"), name) {
+	tables := strings.Split(p.nft("list tables"), "\n")
+	slices.Sort(tables)
+	for _, name := range tables {
+		if strings.Contains(name, " egress-router") {
 			// The order of chains is that in which they were made.
 			blocks := strings.Split(strings.TrimSuffix(strings.TrimSpace(p.nft("list "+name)), "}"), "\n\n")
 			slices.Sort(blocks[1:])

@@ -17,19 +17,20 @@ import (
 type backend struct {
 	choice   config.Backend
 	families []rules.Family
-	plan     rules.Plan
 	log      *slog.Logger
+
+	found *iptables.Backend // nil: not looked for yet
 }
 
 // rules reads the kernel's rules by the backend of choice.
-func (b backend) rules(ctx context.Context) (router.Rules, error) {
+func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, error) {
 	switch b.choice {
 	case config.NFTables:
 		return b.nftables(ctx)
 	case config.IPTables:
-		return b.iptables(ctx)
+		return b.iptables(ctx, plan)
 	}
-	first, err := b.iptables(ctx)
+	first, err := b.iptables(ctx, plan)
 	if err == nil {
 		return first, nil
 	}
@@ -49,19 +50,69 @@ func (b backend) rules(ctx context.Context) (router.Rules, error) {
 	return next, nil
 }
 
-func (b backend) iptables(ctx context.Context) (router.Rules, error) {
-	found, err := iptables.Find(ctx, b.families...)
+func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, error) {
+	if b.found == nil {
+		found, err := iptables.Find(ctx, b.families...)
+		if err != nil {
+			return nil, err
+		}
+		b.found = found
+	}
+	tx, err := b.found.Begin(ctx, plan)
 	if err != nil {
 		return nil, err
 	}
-	tx, err := found.Begin(ctx, b.plan)
+	last, err := nft.BeginLast(ctx, b.families...)
+	if _, missing := errors.AsType[*nft.KernelError](err); missing {
+		return &withLast{Tx: tx}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
-	return tx, nil
+	return &withLast{tx, last}, nil
 }
 
-func (b backend) nftables(ctx context.Context) (router.Rules, error) {
+// withLast are the rules of iptables and, of nftables, those that iptables has no
+// table for.
+type withLast struct {
+	*iptables.Tx
+	last *nft.Tx // nil: the kernel has no nftables
+}
+
+// Notes adds what is missing.
+func (w *withLast) Notes() []string {
+	if w.last == nil {
+		return append(w.Tx.Notes(), "the kernel has no nf_tables: if somebody deletes the rule that sets the source, the first packets of connections leave with another until it is back")
+	}
+	return w.Tx.Notes()
+}
+
+// Differs says where either is not as planned.
+func (w *withLast) Differs(plan rules.Plan) []string {
+	differs := w.Tx.Differs(plan)
+	if w.last != nil {
+		differs = append(differs, w.last.Differs(plan.Last())...)
+	}
+	return differs
+}
+
+// Apply makes both as planned, first those that only take packets away.
+func (w *withLast) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
+	if w.last == nil {
+		return w.Tx.Apply(ctx, plan)
+	}
+	undoLast, err := w.last.Apply(ctx, plan.Last())
+	if err != nil {
+		return undoLast, err
+	}
+	undo, err = w.Tx.Apply(ctx, plan)
+	if err != nil && undo == nil {
+		return undoLast, err
+	}
+	return func() error { return errors.Join(undo(), undoLast()) }, err
+}
+
+func (b *backend) nftables(ctx context.Context) (router.Rules, error) {
 	tx, err := nft.Begin(ctx, b.families...)
 	if err != nil {
 		return nil, err
@@ -71,10 +122,10 @@ func (b backend) nftables(ctx context.Context) (router.Rules, error) {
 
 // strays finds what earlier runs loaded with others than the backend in use. The
 // one without a way back is the last.
-func (b backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray, error) {
+func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray, error) {
 	var found []router.Stray
 	var flavour iptables.Flavour
-	if tx, ok := inUse.(*iptables.Tx); ok {
+	if tx, ok := inUse.(*withLast); ok {
 		flavour = tx.Flavour()
 	}
 	if flavour != iptables.Legacy {
@@ -99,8 +150,8 @@ func (b backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray
 // next returns the backend that takes the place of one that could not load the
 // rules, nil where none does. A kernel may have the tables of iptables and lack
 // what its rules need, which is known only when it is asked to take them.
-func (b backend) next(ctx context.Context, failed router.Rules, why error) (router.Rules, error) {
-	if _, ok := failed.(*iptables.Tx); !ok || b.choice != config.Auto {
+func (b *backend) next(ctx context.Context, failed router.Rules, why error) (router.Rules, error) {
+	if _, ok := failed.(*withLast); !ok || b.choice != config.Auto {
 		return nil, nil
 	}
 	b.log.Warn("iptables cannot load the rules: nftables takes its place", "backend", failed.String(), "error", why)

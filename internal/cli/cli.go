@@ -16,7 +16,7 @@ import (
 	"syscall"
 
 	"github.com/egress-router/egress-router/internal/config"
-	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/follow"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -122,7 +122,14 @@ const startMemory = 64 << 20
 func runMode(ctx context.Context, p Process) error {
 	// A run ends in milliseconds; one collection would take as long again.
 	percent, limit := debug.SetGCPercent(-1), debug.SetMemoryLimit(startMemory)
-	c, err := parse(p)
+	hangup, stop := hangups()
+	defer stop()
+	env, err := p.Environment()
+	if err != nil {
+		return fmt.Errorf("reading the environment: %w", err)
+	}
+	since := follow.At(env.DestinationFile)
+	c, err := config.Parse(env, readFile)
 	if err != nil {
 		return err
 	}
@@ -137,23 +144,41 @@ func runMode(ctx context.Context, p Process) error {
 		return err
 	}
 
-	if resolvConf, err := readFile(resolvConf); err != nil {
-		log.Debug("no name servers to keep on the cluster side", "error", err)
-	} else {
-		c.KeepNameServers(resolvConf)
-	}
+	written := c // without what is found out here
+	keepNameServers(&c, log)
 	r := newRouter(c, log)
-	err = r.Apply(ctx)
-	if c.Mode == config.Legacy && stopped(err) {
-		return nil
+	if c.Mode != config.Monitor {
+		err = r.Apply(ctx)
 	}
-	if err != nil || c.Mode != config.Legacy {
+	_, conflict := errors.AsType[*router.ConflictError](err)
+	switch {
+	case !c.Mode.Stays():
+		return err
+	case stopped(err):
+		return nil
+	case conflict && !partly(err): // the address may become free
+		log.Error("the reserved address is not taken yet", "error", err)
+	case err != nil:
 		return err
 	}
 	debug.SetGCPercent(percent)
 	debug.SetMemoryLimit(limit)
 	debug.FreeOSMemory() // from here on the process is idle
-	return r.Stay(ctx)
+	k := newKeeper(r, c)
+	file := reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log, reload: func() error {
+		again, fault := written.Reread(env, readFile)
+		if fault != nil {
+			k.Rejected(fault)
+			return fault
+		}
+		for _, w := range again.Warnings {
+			log.Warn(w)
+		}
+		keepNameServers(&again, log)
+		k.Replace(wanted(again), planOf(again))
+		return nil
+	}}
+	return stay(ctx, k, file)
 }
 
 // runWait does nothing until the process is told to stop. It is the second
@@ -162,36 +187,6 @@ func runMode(ctx context.Context, p Process) error {
 func runWait(ctx context.Context, _ Process) error {
 	<-ctx.Done()
 	return nil
-}
-
-func newRouter(c config.Config, log *slog.Logger) *router.Router {
-	families, plan := []rules.Family{rules.IPv4, rules.IPv6}, c.Plan()
-	if !link.HasIPv6() {
-		families, plan = families[:1], plan.Without(rules.IPv6)
-	}
-	b := backend{c.Backend, families, plan, log}
-	return &router.Router{
-		Link: wanted(c), Macvlan: macvlan(c), Plan: plan, Forward: c.Mode.Redirects(), Log: log,
-		Network: func() (router.Network, error) { return link.Open() },
-		Rules:   b.rules, Next: b.next, Strays: b.strays,
-	}
-}
-
-func wanted(c config.Config) link.Want {
-	return link.Want{
-		Interface: c.Egress, Address: c.Source, Gateway: c.Gateway,
-		Cluster: link.ClusterSide{
-			Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
-		},
-	}
-}
-
-// macvlan returns the egress interface to make, nil where it is there already.
-func macvlan(c config.Config) *link.Macvlan {
-	if c.Macvlan == nil {
-		return nil
-	}
-	return &link.Macvlan{Interface: c.Egress, Parent: c.Macvlan.Parent, Mode: string(c.Macvlan.Mode), HostNetns: c.Macvlan.HostNetns}
 }
 
 func logger(w io.Writer, l config.Log) *slog.Logger {
@@ -204,9 +199,12 @@ func logger(w io.Writer, l config.Log) *slog.Logger {
 
 // stopped reports whether an error says that the program was told to stop, and
 // that nothing is left half-done.
-func stopped(err error) bool {
+func stopped(err error) bool { return errors.Is(err, context.Canceled) && !partly(err) }
+
+// partly reports whether an error says that something is left half-done.
+func partly(err error) bool {
 	_, left := errors.AsType[*router.UndoError](err)
-	return errors.Is(err, context.Canceled) && !left
+	return left
 }
 
 // report prints an error: hints first, since the last line is the one that

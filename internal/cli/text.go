@@ -119,6 +119,15 @@ func planText(c config.Config) string {
 	} else {
 		stepRules("rules that keep the physical network out", plan)
 	}
+	claim := func(state link.State) {
+		for _, s := range link.Claim(want, state) {
+			step(s.String())
+		}
+	}
+	claim(link.State{Promotes: true, Addresses: []netip.Prefix{want.Address}})
+	step(fmt.Sprintf("ask whether another host has %s (EGRESS_CONFLICT=%s)", want.Address.Addr(), c.Conflict))
+	claim(link.State{Promotes: true, Up: true})
+	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", want.Address.Addr()))
 	step(fmt.Sprintf("copy the routes of %s, with its default route, to table %d", c.Cluster, c.ReplyTable))
 	step(fmt.Sprintf("add routing rules to that table: for packets with mark %s, and for those from an address of %s", c.ReplyMark, c.Cluster))
 	kept := "the name servers of " + resolvConf + also(c.ClusterDestinations)
@@ -127,7 +136,10 @@ func planText(c config.Config) string {
 	}
 	step("keep on the cluster side: " + kept)
 	step(fmt.Sprintf("loosen the reverse-path filter of %s where it is strict", c.Cluster))
-	for _, s := range link.Diff(want, link.State{Promotes: true}) {
+	for _, s := range link.Diff(want, link.State{Promotes: true, Up: true, Addresses: []netip.Prefix{want.Address}}) {
+		if s.Op == link.AppendRoute {
+			continue // to the subnet: the kernel adds it with the address
+		}
 		step(s.String())
 	}
 	step("delete every other default route of the main table")
@@ -138,7 +150,9 @@ func planText(c config.Config) string {
 		}
 	}
 	step("remove rules that earlier runs loaded with another backend")
-	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", c.Source.Addr()))
+	if c.Mode.Stays() {
+		step(fmt.Sprintf("watch over all of it, and repair it: at once where the kernel tells of a change, and every %s", c.Health.Interval))
+	}
 	if c.Mode.Redirects() {
 		b.WriteString("\n" + effect(c.Set, c.Source.Addr()))
 	}

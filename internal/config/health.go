@@ -56,11 +56,31 @@ func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	report(parseTime("EGRESS_PROBE_INTERVAL", orDefault(env.ProbeInterval, "30s"), notZero, &h.ProbeInterval))
 	report(parseBool("EGRESS_PROBE_FAILS_READY", env.ProbeFailsReady, &h.ProbeFailsReady))
 	report(parseBool("EGRESS_AUDIT_LOG", env.AuditLog, &h.AuditLog))
-	port := rules.Port(h.Listen.Port())
+	report(c.checkHealthPort())
+}
+
+// checkHealthPort sees that the health endpoint and a destination do not have the
+// same port.
+func (c *Config) checkHealthPort() *Error {
+	port := rules.Port(c.Health.Listen.Port())
 	taken := func(r rules.Redirect) bool { return r.Protocol == rules.TCP && r.Port == port }
-	if port != 0 && slices.ContainsFunc(c.Set.Redirects, taken) {
-		report(&Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, which is a local port of the destinations too: choose another", port), ""})
+	if port == 0 || !slices.ContainsFunc(c.Set.Redirects, taken) {
+		return nil
 	}
+	return &Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, which is a local port of the destinations too: choose another", port), ""}
+}
+
+// Reread returns c with the destinations that are in the variable or the file now.
+// A router that stays calls it when the file has changed.
+func (c Config) Reread(env Environment, readFile func(name string) ([]byte, error)) (Config, *Error) {
+	c.Set, c.Warnings = rules.Set{}, nil
+	if fault := c.parseDestinations(env, readFile); fault != nil {
+		return Config{}, fault
+	}
+	if fault := c.checkHealthPort(); fault != nil {
+		return Config{}, fault
+	}
+	return c, nil
 }
 
 // parseHealthListen reads where a health endpoint listens; nowhere, if it is empty.

@@ -56,6 +56,11 @@ type Backend struct {
 	families  []rules.Family // to change, IPv4 first
 	asked     func() error   // waits for what follows to be known
 	version   string         // with the flavour, as iptables prints it
+
+	// The plan in hand as text: rendering thousands of rules takes about as
+	// long as everything else here.
+	plan   rules.Plan
+	chains []rules.TextChain
 }
 
 // A MissingError says that there is no usable iptables on this machine.
@@ -254,7 +259,7 @@ func (b *Backend) Begin(ctx context.Context, plan rules.Plan) (*Tx, error) {
 		tx.families = append(tx.families, f)
 		waits = append(waits, f.read(ctx))
 	}
-	tx.text(plan)
+	b.text(plan)
 	var failed []error
 	for _, wait := range waits {
 		failed = append(failed, wait())
@@ -272,3 +277,7 @@ func (tx *Tx) Flavour() Flavour {
 	}
 	return Legacy
 }
+
+// Watched reports whether the kernel tells of changes to the rules: it does for
+// those that are nftables' in truth.
+func (tx *Tx) Watched() bool { return tx.Flavour() == NFTables }

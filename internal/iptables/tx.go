@@ -15,11 +15,6 @@ import (
 type Tx struct {
 	backend  *Backend
 	families []*familyTx // that the kernel has, IPv4 first
-
-	// The plan in hand as text: rendering thousands of rules takes about as
-	// long as everything else here.
-	plan   rules.Plan
-	chains []rules.TextChain
 }
 
 // A familyTx is the part of a Tx that is about one family, which has programs
@@ -32,11 +27,11 @@ type familyTx struct {
 }
 
 // text returns the chains of a plan as text.
-func (tx *Tx) text(plan rules.Plan) []rules.TextChain {
-	if !plan.Equal(tx.plan) {
-		tx.plan, tx.chains = plan, plan.IPTables()
+func (b *Backend) text(plan rules.Plan) []rules.TextChain {
+	if !plan.Equal(b.plan) {
+		b.plan, b.chains = plan, plan.IPTables()
 	}
-	return tx.chains
+	return b.chains
 }
 
 // wanted returns the state in which the kernel holds the chains of one family
@@ -85,7 +80,7 @@ func (tx *Tx) String() string { return tx.backend.version }
 func (tx *Tx) Differs(plan rules.Plan) []string {
 	var found []string
 	for _, f := range tx.families {
-		for _, line := range f.now.differences(f.wanted(tx.text(plan))) {
+		for _, line := range f.now.differences(f.wanted(tx.backend.text(plan))) {
 			if f.family != rules.IPv4 {
 				line = f.family.String() + ": " + line
 			}
@@ -129,7 +124,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	undo = func() error {
 		return become(context.WithoutCancel(ctx), tx.families, func(f *familyTx) state { return before[f] }, 1)
 	}
-	chains := tx.text(plan)
+	chains := tx.backend.text(plan)
 	if err := become(ctx, tx.families, func(f *familyTx) state { return f.wanted(chains) }, 1); err != nil {
 		for _, f := range tx.families {
 			if len(f.now.script(before[f])) > 0 {

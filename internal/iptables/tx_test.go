@@ -65,7 +65,7 @@ func plan(t *testing.T, source string) rules.Plan {
 }
 
 func TestDiffers(t *testing.T) {
-	tx := &Tx{families: []*familyTx{{family: rules.IPv4, now: parse([]byte(saved189))}, {family: rules.IPv6}}}
+	tx := &Tx{backend: &Backend{}, families: []*familyTx{{family: rules.IPv4, now: parse([]byte(saved189))}, {family: rules.IPv6}}}
 	got := tx.Differs(plan(t, "192.168.12.98"))
 	want := []string{
 		"chain EGRESS-FORWARD of table filter is missing",

@@ -18,12 +18,18 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// tableName is that of our tables, one for each family.
-const tableName = "egress-router"
+// The names of our tables, one for each family: of all of a plan, and of what
+// iptables has no table for. They differ, so that the rules of one backend work
+// until those of the other do.
+const (
+	tableName = "egress-router"
+	lastName  = "egress-router-last"
+)
 
 // A Tx changes the tables of one network namespace. It knows what the kernel
 // held when it began and after each change of its own.
 type Tx struct {
+	name       string // of the tables
 	families   []rules.Family
 	now        state
 	generation uint32 // of the kernel's rules when now was read, or written
@@ -47,7 +53,17 @@ func (e *KernelError) Hint() string {
 // Begin reads what the kernel holds, in the calling thread's network namespace,
 // and returns a Tx that changes it. Families are those whose rules it is for.
 func Begin(_ context.Context, families ...rules.Family) (*Tx, error) {
-	tx := &Tx{families: families}
+	return beginTables(tableName, families)
+}
+
+// BeginLast does so for tables that hold what iptables cannot, beside it
+// ([rules.Plan.Last]).
+func BeginLast(_ context.Context, families ...rules.Family) (*Tx, error) {
+	return beginTables(lastName, families)
+}
+
+func beginTables(name string, families []rules.Family) (*Tx, error) {
+	tx := &Tx{name: name, families: families}
 	if err := tx.read(); err != nil {
 		return nil, err
 	}
@@ -56,6 +72,9 @@ func Begin(_ context.Context, families ...rules.Family) (*Tx, error) {
 
 // String names the backend.
 func (tx *Tx) String() string { return "nftables" }
+
+// Watched says that the kernel tells of changes to nftables.
+func (tx *Tx) Watched() bool { return true }
 
 // Notes returns nothing: whatever else is in the namespace is told by who it
 // belongs to.
@@ -72,7 +91,7 @@ func (tx *Tx) Redirects() bool {
 }
 
 // Differs says, one line each, where the kernel is not as plan wants it.
-func (tx *Tx) Differs(plan rules.Plan) []string { return tx.now.differences(render(plan), tx.families) }
+func (tx *Tx) Differs(plan rules.Plan) []string { return tx.differences(render(plan)) }
 
 // Apply makes the kernel hold plan, and does nothing where it does already. It
 // returns the way back to what was there before this call; with an error, where
@@ -84,7 +103,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	}
 	undo = func() error { return tx.become(before) }
 	if err := tx.become(render(plan)); err != nil {
-		if len(tx.now.differences(before, tx.families)) > 0 {
+		if len(tx.differences(before)) > 0 {
 			return undo, err
 		}
 		return nil, err

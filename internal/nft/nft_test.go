@@ -170,7 +170,7 @@ func TestChangedMeanwhile(t *testing.T) {
 func TestOnlyWhatDiffersChanges(t *testing.T) {
 	have, want := render(parse(t, lines(3000)))[rules.IPv4], render(parse(t, lines(2999)+"9 udp 203.0.113.25\n"))[rules.IPv4]
 	var b batch
-	b.change(tableOf(rules.IPv4), have, want)
+	b.change(tableOf(tableName, rules.IPv4), have, want)
 	var kinds []int
 	for _, m := range b.messages {
 		kinds = append(kinds, int(m.Header.Type)&0xff)
@@ -216,7 +216,7 @@ func TestSteps(t *testing.T) {
 // An answer of the kernel that is cut short is an error, and no panic.
 func FuzzAttributes(f *testing.F) {
 	var b batch
-	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(rules.IPv4), newDestinations([]rules.Redirect{
+	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableName, rules.IPv4), newDestinations([]rules.Redirect{
 		{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("192.0.2.1")},
 	}))
 	f.Add(b.messages[0].Data[4:])
@@ -238,7 +238,7 @@ func TestElementRoundTrip(t *testing.T) {
 		{Protocol: rules.UDP, Port: 65535, To: netip.MustParseAddr("203.0.113.255"), ToPort: 1},
 	})
 	var b batch
-	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(rules.IPv4), want)
+	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableName, rules.IPv4), want)
 	var got destinations
 	err := attributes(b.messages[0].Data[4:], func(kind uint16, list []byte) error {
 		if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {

@@ -58,6 +58,10 @@ var places = map[rules.Table]map[rules.Hook]place{
 		rules.Prerouting:  {nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest - 1},
 		rules.Postrouting: {nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource - 1},
 	},
+	// Behind all chains that translate a source, those of iptables included.
+	rules.Last: {
+		rules.Postrouting: {nftables.ChainTypeFilter, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource + 1},
+	},
 	rules.Filter: {
 		rules.Input:   {nftables.ChainTypeFilter, nftables.ChainHookInput, *nftables.ChainPriorityFilter - 1},
 		rules.Forward: {nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter - 1},
@@ -121,17 +125,17 @@ func (c *chain) sameBase(other *chain) bool {
 	return c.kind == other.kind && c.hook == other.hook && c.priority == other.priority && c.based == other.based && c.drops == other.drops
 }
 
-// differences says, one line each, where s is not as wanted in the given
-// families.
-func (s state) differences(want state, families []rules.Family) []string {
+// differences says, one line each, where the kernel is not as wanted.
+func (tx *Tx) differences(want state) []string {
 	var found []string
+	s := tx.now
 	if len(s) == 0 && len(want) > 0 {
 		return []string{"none of its tables is there yet"}
 	}
-	for _, f := range families {
+	for _, f := range tx.families {
 		have, want := s[f], want[f]
 		say := func(format string, args ...any) {
-			found = append(found, fmt.Sprintf("table %s %s: ", familyNames[f], tableName)+fmt.Sprintf(format, args...))
+			found = append(found, fmt.Sprintf("table %s %s: ", familyNames[f], tx.name)+fmt.Sprintf(format, args...))
 		}
 		switch {
 		case have == nil && want == nil:

@@ -29,9 +29,9 @@ var (
 	valueType = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
 )
 
-// tableOf returns our table of a family.
-func tableOf(f rules.Family) *nftables.Table {
-	return &nftables.Table{Name: tableName, Family: tableFamilies[f]}
+// tableOf returns one of our tables.
+func tableOf(name string, f rules.Family) *nftables.Table {
+	return &nftables.Table{Name: name, Family: tableFamilies[f]}
 }
 
 // tries is how often a change is worked out anew because somebody changed the
@@ -49,7 +49,7 @@ func (tx *Tx) read() error {
 			}
 			return fmt.Errorf("asking the kernel for the number of its rule set: %w", err)
 		}
-		now, err := readTables(tx.families)
+		now, err := readTables(tx.name, tx.families)
 		after, genErr := generation()
 		if genErr == nil && after != before && try < tries {
 			continue // several listings make the state, and it changed in between
@@ -62,8 +62,8 @@ func (tx *Tx) read() error {
 	}
 }
 
-// readTables lists our tables.
-func readTables(families []rules.Family) (state, error) {
+// readTables lists our tables of a name.
+func readTables(name string, families []rules.Family) (state, error) {
 	// One socket for all: the kernel takes its time to close one.
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
@@ -72,9 +72,9 @@ func readTables(families []rules.Family) (state, error) {
 	defer func() { _ = conn.CloseLasting() }()
 	s := make(state)
 	for _, f := range families {
-		found, err := readTable(conn, f)
+		found, err := readTable(conn, tableOf(name, f), f)
 		if err != nil {
-			return nil, fmt.Errorf("reading table %s %s: %w", familyNames[f], tableName, err)
+			return nil, fmt.Errorf("reading table %s %s: %w", familyNames[f], name, err)
 		}
 		if found != nil {
 			s[f] = found
@@ -83,8 +83,8 @@ func readTables(families []rules.Family) (state, error) {
 	return s, nil
 }
 
-// readTable returns our table of a family, nil where it is not there.
-func readTable(conn *nftables.Conn, f rules.Family) (*table, error) {
+// readTable returns what table t holds, nil where it is not there.
+func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, error) {
 	tables, err := conn.ListTablesOfFamily(tableFamilies[f])
 	if err != nil {
 		if missing(err) {
@@ -92,15 +92,15 @@ func readTable(conn *nftables.Conn, f rules.Family) (*table, error) {
 		}
 		return nil, err
 	}
-	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName })
+	i := slices.IndexFunc(tables, func(other *nftables.Table) bool { return other.Name == t.Name })
 	if i < 0 {
 		return nil, nil
 	}
 	found := &table{flags: tables[i].Flags, chains: make(map[string]*chain)}
-	if err := readChains(conn, f, found); err != nil {
+	if err := readChains(conn, t, f, found); err != nil {
 		return nil, err
 	}
-	sets, err := conn.GetSets(tableOf(f))
+	sets, err := conn.GetSets(t)
 	if err != nil {
 		return nil, fmt.Errorf("listing sets: %w", err)
 	}
@@ -110,28 +110,28 @@ func readTable(conn *nftables.Conn, f rules.Family) (*table, error) {
 			found.others = append(found.others, "set "+s.Name)
 			continue
 		}
-		if found.to, err = readElements(tableOf(f)); err != nil {
+		if found.to, err = readElements(t); err != nil {
 			return nil, fmt.Errorf("listing the elements of %s: %w", mapName, err)
 		}
 	}
 	return found, nil
 }
 
-// readChains reads the chains of our table of a family.
-func readChains(conn *nftables.Conn, f rules.Family, into *table) error {
+// readChains reads the chains of table t.
+func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *table) error {
 	chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])
 	if err != nil {
 		return fmt.Errorf("listing chains: %w", err)
 	}
 	for _, c := range chains {
-		if c.Table.Name != tableName {
+		if c.Table.Name != t.Name {
 			continue
 		}
 		found := &chain{kind: c.Type, drops: c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop}
 		if c.Hooknum != nil && c.Priority != nil {
 			found.based, found.hook, found.priority = true, *c.Hooknum, *c.Priority
 		}
-		rules, err := conn.GetRules(tableOf(f), c)
+		rules, err := conn.GetRules(t, c)
 		if err != nil {
 			return fmt.Errorf("listing the rules of chain %s: %w", c.Name, err)
 		}
@@ -147,12 +147,12 @@ func readChains(conn *nftables.Conn, f rules.Family, into *table) error {
 // element got lost on the way.
 func (tx *Tx) become(target state) error {
 	for try := 1; ; try++ {
-		if len(tx.now.differences(target, tx.families)) == 0 {
+		if len(tx.differences(target)) == 0 {
 			return nil
 		}
 		b := batch{generation: tx.generation}
 		for _, f := range tx.families {
-			b.change(tableOf(f), tx.now[f], target[f])
+			b.change(tableOf(tx.name, f), tx.now[f], target[f])
 		}
 		err := b.run()
 		if err == nil {
@@ -174,7 +174,7 @@ func (tx *Tx) become(target state) error {
 		if t.to == nil {
 			continue
 		}
-		n, err := countElements(tableOf(f))
+		n, err := countElements(tableOf(tx.name, f))
 		if err == nil && n != len(t.to) {
 			err = fmt.Errorf("the kernel holds %d elements of %d", n, len(t.to))
 		}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/link"
@@ -21,15 +22,42 @@ type change struct {
 	network Network
 	want    link.Want // the router's, with what is found out on the way
 
-	have    link.State
-	socket  *arp.Socket // nil where the interface needs no announcement
-	rules   Rules
-	differs []string // where the rules are not as planned
-	strays  []Stray
+	have     link.State
+	socket   *arp.Socket   // nil where the interface needs no announcement
+	question *arp.Question // nil where no answer is waited for
+	asked    time.Time
+	rules    Rules
+	differs  []string // where the rules are not as planned
+	strays   []Stray
 
 	done    undoList
 	changed bool     // at least one step was taken
 	left    []string // optional steps that failed once and are not tried again
+
+	// Of a router that stays: what it changes, it repairs.
+	watches   bool
+	repairs   []Repair
+	announces bool                  // also where the address and the link are as wanted
+	moved     func(link.State) bool // whether neighbours have to learn of it; nil: no
+	announced bool
+	said      map[string]bool // notes of the rules that were logged before
+	known     Rules           // known to be as planned; nil: they are to be read
+}
+
+// A Repair is one thing that was not as wanted, and was made so.
+type Repair struct {
+	Kind        RepairKind
+	Found, Done string
+}
+
+// note logs one thing that was changed.
+func (c *change) note(kind RepairKind, found, done string, log func()) {
+	if !c.watches {
+		log()
+		return
+	}
+	c.repairs = append(c.repairs, Repair{kind, found, done})
+	c.router.Log.Warn("repaired", "kind", kind, "found", found, "done", done)
 }
 
 // prepare finds out all that apply needs, and sees that nothing stands in its
@@ -37,7 +65,7 @@ type change struct {
 // is to: without it there is nothing to look at.
 func (c *change) prepare(ctx context.Context) error {
 	r := c.router
-	parentAddresses, err := r.ensureMacvlan(ctx, c.network, &c.done)
+	parentAddresses, err := r.ensureMacvlan(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -46,7 +74,10 @@ func (c *change) prepare(ctx context.Context) error {
 	if c.have, err = r.observe(c.network, c.want); err != nil {
 		return err
 	}
-	if !c.have.NoARP {
+	if len(link.Claim(c.want, c.have)) > 0 || c.moved != nil && c.moved(c.have) {
+		c.announces = true
+	}
+	if c.announces && !c.have.NoARP {
 		// What of the announcement can fail beforehand does so here.
 		if _, err := arp.Announcement(arp.Request, c.have.MAC, r.Link.Address.Addr()); err != nil {
 			return err
@@ -55,12 +86,20 @@ func (c *change) prepare(ctx context.Context) error {
 			return err
 		}
 	}
+	// One that is down cannot be asked on.
+	if c.inquires() && c.have.Up && r.Conflict != ConflictRefuse && !c.watches {
+		c.ask()
+	}
 	if r.Forward {
 		if err := link.CanForward(c.have); err != nil {
 			return err
 		}
 	}
-	current, err := r.Rules(ctx)
+	if c.known != nil {
+		c.rules = c.known
+		return nil
+	}
+	current, err := r.Rules(ctx, r.Plan)
 	if err != nil {
 		return err
 	}
@@ -75,9 +114,14 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 	}
 	c.rules, c.differs = current, current.Differs(r.Plan)
 	for _, note := range c.rules.Notes() {
-		r.Log.Warn(note, "backend", c.rules.String())
+		if !c.said[note] {
+			r.Log.Warn(note, "backend", c.rules.String())
+		}
+		if c.said != nil {
+			c.said[note] = true
+		}
 	}
-	if r.Log.Enabled(ctx, slog.LevelDebug) { // the plan may be long
+	if !c.watches && r.Log.Enabled(ctx, slog.LevelDebug) { // the plan may be long
 		r.Log.Debug("rules wanted", "backend", c.rules.String(), "plan", r.Plan.String(), "differs", strings.Join(c.differs, "; "))
 	}
 	return nil
@@ -104,6 +148,12 @@ func (c *change) apply(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := c.converge(ctx, link.Up); err != nil {
+		return err
+	}
+	if err := c.inquire(ctx); err != nil {
+		return err
+	}
 	if err := c.converge(ctx, link.Claim); err != nil {
 		return err
 	}
@@ -118,8 +168,10 @@ func (c *change) apply(ctx context.Context) error {
 	if err := c.load(ctx, plan); err != nil {
 		return err
 	}
-	if len(c.differs) > 0 {
-		c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", strings.Join(c.differs, "; "))
+	if why := strings.Join(c.differs, "; "); why != "" {
+		c.note(RepairRules, why, "loaded them by "+c.rules.String(), func() {
+			c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", why)
+		})
 	}
 	if c.router.Forward {
 		if err := c.take(ctx, link.Forwarding(c.have)...); err != nil {
@@ -149,7 +201,9 @@ func (c *change) removeStrays(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		c.router.Log.Info("rules of an earlier run removed", "backend", c.rules.String(), "removed", s.String())
+		c.note(RepairStrays, s.String(), "removed it", func() {
+			c.router.Log.Info("rules of an earlier run removed", "backend", c.rules.String(), "removed", s.String())
+		})
 	}
 	return nil
 }
@@ -194,7 +248,8 @@ func (c *change) announce() error {
 	if err := c.socket.Announce(c.have.MAC, address); err != nil {
 		return err
 	}
-	c.close()
+	c.socket.Close()
+	c.announced = true
 	c.router.Log.Debug("announced", "address", address, "mac", c.have.MAC.String())
 	return nil
 }
@@ -203,6 +258,9 @@ func (c *change) announce() error {
 func (c *change) close() {
 	if c.socket != nil {
 		c.socket.Close()
+	}
+	if c.question != nil {
+		c.question.Close()
 	}
 }
 
@@ -263,7 +321,7 @@ func (c *change) take(ctx context.Context, steps ...link.Step) error {
 		c.changed = true
 		inverse := s.Inverse()
 		c.done.add(func() error { return c.network.Do(inverse) })
-		c.router.Log.Info("network changed", "step", s.String())
+		c.note(kindOf(s, c.want), s.Found(), s.String(), func() { c.router.Log.Info("network changed", "step", s.String()) })
 	}
 	return nil
 }

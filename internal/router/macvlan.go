@@ -42,12 +42,12 @@ func hostError(err error) error {
 }
 
 // ensureMacvlan makes the egress interface where the router is to, unless it is
-// there already, and adds the way back to done. It returns the addresses of the
+// there already, and adds the way back to what c has done. It returns the addresses of the
 // host that the interface cannot reach, none where there is no r.Macvlan.
 //
 // Nothing changes before everything about it is checked, and nothing ever
 // changes in the host's namespace.
-func (r *Router) ensureMacvlan(ctx context.Context, network Network, done *undoList) ([]netip.Prefix, error) {
+func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, error) {
 	if r.Macvlan == nil {
 		return nil, nil
 	}
@@ -95,7 +95,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, network Network, done *undoL
 	if there {
 		return parent.Addresses, nil
 	}
-	if err := r.checkCluster(network); err != nil {
+	if err := r.checkCluster(c.network); err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {
@@ -104,7 +104,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, network Network, done *undoL
 	if err := inHost.CreateMacvlan(m, parent, pod.Fd()); err != nil {
 		return nil, err
 	}
-	done.add(func() error {
+	c.done.add(func() error {
 		kernel, err := link.Open() // the other one is closed by then
 		if err != nil {
 			return err
@@ -112,7 +112,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, network Network, done *undoL
 		defer kernel.Close()
 		return kernel.DeleteMacvlan(m)
 	})
-	r.Log.Info("network changed", "step", m.String())
+	c.note(RepairInterface, m.Interface+" is missing", m.String(), func() { r.Log.Info("network changed", "step", m.String()) })
 	if m.Mode == "passthru" && len(parent.Addresses) > 0 {
 		r.Log.Warn("in mode passthru all frames of the NIC are the pod's: the host is cut off from its addresses there", "nic", parent.Name, "addresses", parent.Addresses)
 	}

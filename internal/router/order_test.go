@@ -29,6 +29,7 @@ type script struct {
 }
 
 func (s *script) Observe(link.Want) (link.State, error) { return s.state, nil }
+func (s *script) Watched() bool                         { return false }
 func (s *script) Exists(string) error                   { return nil }
 func (s *script) Close()                                {}
 
@@ -131,16 +132,16 @@ func TestOrder(t *testing.T) {
 		plan  rules.Plan
 		want  []string
 	}{
-		"fresh":                     {func(*script) {}, plan, []string{all, address, up, gateway, standard, forward, forget}},
-		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{guard, address, up, gateway, standard, all, forget}},
+		"fresh":                     {func(*script) {}, plan, []string{all, up, address, gateway, standard, forward, forget}},
+		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{guard, up, address, gateway, standard, all, forget}},
 		"redirects already, others wanted": {
 			func(s *script) { s.state.Forwards, s.redirects = true, true }, plan,
-			[]string{guard, address, up, gateway, standard, all, forget},
+			[]string{guard, up, address, gateway, standard, all, forget},
 		},
 		"only other rules wanted":   {ready, plan, []string{all, forget}},
 		"another backend's rules":   {func(s *script) { ready(s); s.stray = true }, plan, []string{all, stray, forget}},
 		"nothing but such rules":    {func(s *script) { ready(s); s.loaded, s.stray = plan, true }, plan, []string{stray, forget}},
-		"a proxy's rules are first": {func(*script) {}, proxy, []string{guard, address, up, gateway, standard}},
+		"a proxy's rules are first": {func(*script) {}, proxy, []string{guard, up, address, gateway, standard}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &script{state: link.State{
@@ -153,7 +154,7 @@ func TestOrder(t *testing.T) {
 				Forward: len(test.plan.Destinations()) > 0,
 				Log:     slog.New(slog.DiscardHandler),
 				Network: func() (router.Network, error) { return s, nil },
-				Rules:   func(context.Context) (router.Rules, error) { return s, nil },
+				Rules:   func(context.Context, rules.Plan) (router.Rules, error) { return s, nil },
 				Next:    s.next,
 				Strays:  s.strays,
 			}
@@ -204,7 +205,7 @@ func TestRefusesBeforehand(t *testing.T) {
 		Plan:    rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"}),
 		Log:     slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) { return s, nil },
-		Rules:   func(context.Context) (router.Rules, error) { return s, nil },
+		Rules:   func(context.Context, rules.Plan) (router.Rules, error) { return s, nil },
 		Next:    s.next,
 		Strays:  s.strays,
 	}

@@ -23,13 +23,14 @@ type Router struct {
 	Plan    rules.Plan
 	// Forward: packets cross from one side to the other. Where they do not, the
 	// plan has no redirects, and a proxy in the pod does the work.
-	Forward bool
-	Log     *slog.Logger
+	Forward  bool
+	Conflict Conflict // what to do where another host has the address
+	Log      *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
 	Network func() (Network, error)
-	// Rules reads the kernel's rules.
-	Rules func(context.Context) (Rules, error)
+	// Rules reads the kernel's rules. The plan is what they are to become.
+	Rules func(context.Context, rules.Plan) (Rules, error)
 	// Next does so by another backend than the one that could not load its
 	// first rules; it returns nil where there is no other.
 	Next func(ctx context.Context, failed Rules, why error) (Rules, error)
@@ -52,6 +53,7 @@ type Rules interface {
 	fmt.Stringer                      // names the backend
 	Notes() []string                  // what a person should know about them, a line each
 	Redirects() bool                  // whether there are redirects of ours
+	Watched() bool                    // the kernel tells of their changes
 	Differs(want rules.Plan) []string // where they are not as wanted, a line each
 	// Apply makes them what is wanted and returns the way back. On an error
 	// they are as they were where there is no way back.
@@ -108,7 +110,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	}
 	defer network.Close()
 
-	c := &change{router: r, network: network, want: r.Link}
+	c := &change{router: r, network: network, want: r.Link, announces: true}
 	defer c.close()
 	defer func() {
 		if err != nil {
@@ -122,7 +124,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		return err
 	}
 	r.ready(c.have, c.rules, begin)
-	return nil
+	return c.answer(ctx)
 }
 
 // notRedirectedTo returns the addresses that no redirect leads to: one that is
@@ -188,7 +190,7 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 // warnOfOtherWays says which destinations are behind another interface: a
 // packet that is redirected there is dropped.
 func (r *Router) warnOfOtherWays(have link.State) {
-	if have.Cluster.Index != 0 && !have.HasClusterDefault() {
+	if _, known := have.ClusterDefault(); !known && have.Cluster.Index != 0 {
 		r.Log.Warn("the cluster interface has no default route: clients that it has no route to get no replies", "interface", r.Link.Cluster.Interface)
 	}
 	destinations := r.Plan.Destinations()
@@ -204,11 +206,4 @@ func (r *Router) warnOfOtherWays(have link.State) {
 			}
 		}
 	}
-}
-
-// Stay returns when ctx ends. It is the place of what watches over the
-// configuration meanwhile.
-func (r *Router) Stay(ctx context.Context) error {
-	<-ctx.Done()
-	return nil
 }

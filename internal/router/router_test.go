@@ -66,7 +66,7 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 			kernel, err := link.Open()
 			return failingNetwork{kernel, left, steps}, err
 		},
-		Rules: func(ctx context.Context) (router.Rules, error) {
+		Rules: func(ctx context.Context, _ rules.Plan) (router.Rules, error) {
 			backend, err := iptables.Find(ctx, rules.IPv4, rules.IPv6)
 			if err != nil {
 				return nil, err

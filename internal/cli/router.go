@@ -1,0 +1,90 @@
+package cli
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+
+	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/events"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/rules"
+)
+
+func newRouter(c config.Config, log *slog.Logger) *router.Router {
+	families := []rules.Family{rules.IPv4, rules.IPv6}
+	if !link.HasIPv6() {
+		families = families[:1]
+	}
+	b := &backend{choice: c.Backend, families: families, log: log}
+	return &router.Router{
+		Link: wanted(c), Macvlan: macvlan(c), Plan: planOf(c), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict], Log: log,
+		Network: func() (router.Network, error) { return link.Open() },
+		Rules:   b.rules, Next: b.next, Strays: b.strays,
+	}
+}
+
+func wanted(c config.Config) link.Want {
+	return link.Want{
+		Interface: c.Egress, Address: c.Source, Gateway: c.Gateway,
+		Cluster: link.ClusterSide{
+			Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
+		},
+	}
+}
+
+// macvlan returns the egress interface to make, nil where it is there already.
+func macvlan(c config.Config) *link.Macvlan {
+	if c.Macvlan == nil {
+		return nil
+	}
+	return &link.Macvlan{Interface: c.Egress, Parent: c.Macvlan.Parent, Mode: string(c.Macvlan.Mode), HostNetns: c.Macvlan.HostNetns}
+}
+
+// planOf returns the rules that a configuration asks for, as far as the kernel
+// has their families.
+func planOf(c config.Config) rules.Plan {
+	if !link.HasIPv6() {
+		return c.Plan().Without(rules.IPv6)
+	}
+	return c.Plan()
+}
+
+// keepNameServers sees that the pod reaches its name servers as before.
+func keepNameServers(c *config.Config, log *slog.Logger) {
+	if resolvConf, err := readFile(resolvConf); err != nil {
+		log.Debug("no name servers to keep on the cluster side", "error", err)
+	} else {
+		c.KeepNameServers(resolvConf)
+	}
+}
+
+// conflicts are the ways to deal with a conflict, by the name of the variable's
+// value.
+var conflicts = map[config.Conflict]router.Conflict{
+	config.ConflictWarn: router.ConflictWarn, config.ConflictRefuse: router.ConflictRefuse, config.ConflictDefend: router.ConflictDefend,
+}
+
+// newKeeper returns what watches over the router's namespace.
+func newKeeper(r *router.Router, c config.Config) *router.Keeper {
+	k := router.NewKeeper(r)
+	k.Interval, k.AnnounceInterval = c.Health.Interval, c.Health.AnnounceInterval
+	if c.Health.Probe {
+		k.ProbeInterval, k.ProbeFailsReady = c.Health.ProbeInterval, c.Health.ProbeFailsReady
+	}
+	k.Events = func() (router.Events, error) { return events.Subscribe() }
+	k.Neighbours = func(o arp.Options) (router.Neighbours, error) { return arp.NewWatch(o) }
+	return k
+}
+
+// stay watches over what is configured until the program is told to stop.
+func stay(ctx context.Context, k *router.Keeper, file reloader) error {
+	ctx, end := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	defer background.Wait()
+	defer end()
+	background.Go(func() { file.run(ctx) })
+	return k.Run(ctx)
+}

@@ -1,0 +1,85 @@
+package router
+
+import (
+	"math/rand/v2"
+	"time"
+)
+
+// How fast a router that stays goes on after something went wrong.
+const (
+	// firstPause follows the first repair that failed; each later one is twice
+	// as long as that before, up to longestPause.
+	firstPause   = 250 * time.Millisecond
+	longestPause = 30 * time.Second
+	// A repair that is undone within contestWithin, contestAfter times in a
+	// row, is undone by something that means to.
+	contestWithin = 10 * time.Second
+	contestAfter  = 5
+	// After maxConflicts the address is asked for once in rateLimit
+	// (RFC 5227, section 1.1, MAX_CONFLICTS and RATE_LIMIT_INTERVAL).
+	maxConflicts = 10
+	rateLimit    = time.Minute
+	// restFactor is how many times the duration of a comparison lies between
+	// two of them that events caused and that found everything right, so that
+	// something else that changes the namespace without pause does not keep a
+	// processor busy here too.
+	restFactor = 4
+)
+
+// A pace says when to look again.
+type pace struct {
+	failures int
+
+	last   string    // what the last repair did
+	lastAt time.Time // when it was done
+	again  int       // how often the same was done before, each soon after the other
+}
+
+// failed returns how long to wait after a repair that failed.
+func (p *pace) failed() time.Duration {
+	p.failures++
+	return pause(p.failures - 1)
+}
+
+// right forgets failures.
+func (p *pace) right() { p.failures = 0 }
+
+// repaired returns how long to wait after a repair, and whether something else
+// has undone it again and again.
+func (p *pace) repaired(done string, now time.Time) (wait time.Duration, contested bool) {
+	p.failures = 0
+	if done == p.last && now.Sub(p.lastAt) < contestWithin+p.waited() {
+		p.again++
+	} else {
+		p.again = 0
+	}
+	p.last, p.lastAt = done, now
+	if p.again < contestAfter {
+		return 0, false
+	}
+	return pause(p.again - contestAfter), true
+}
+
+// waited returns how long the last repair may have been put off.
+func (p *pace) waited() time.Duration {
+	if p.again < contestAfter {
+		return 0
+	}
+	return longestPause
+}
+
+// held reports whether the last repair has not been undone for so long that it
+// will not be.
+func (p *pace) held(now time.Time) bool {
+	return p.again < contestAfter || now.Sub(p.lastAt) >= contestWithin+longestPause
+}
+
+// pause returns the nth pause, from 0, made a random part shorter, so that
+// routers that fail for one reason do not go on at one time.
+func pause(n int) time.Duration {
+	d := longestPause
+	if n < 16 {
+		d = min(d, firstPause<<n)
+	}
+	return d - rand.N(d/4)
+}

@@ -1,0 +1,119 @@
+package router
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+const (
+	// probeTimeout is how long a server may take to accept a connection.
+	probeTimeout = 5 * time.Second
+	// probesAtOnce is how many are tried at a time.
+	probesAtOnce = 16
+)
+
+// A Probe is what the last attempt to connect to a destination showed.
+type Probe struct {
+	To  netip.AddrPort
+	Err string // empty: it was connected to
+}
+
+// probes are those of all tcp destinations.
+type probes struct {
+	mu   sync.Mutex
+	last []Probe
+}
+
+// probeEvery connects to each tcp destination, from the reserved address, until
+// ctx ends.
+func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		k.probeAll(ctx)
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+func (k *Keeper) probeAll(ctx context.Context) {
+	k.mu.Lock()
+	source, targets := k.Router.Link.Address.Addr(), targets(k.Router.Plan)
+	k.mu.Unlock()
+	before := make(map[netip.AddrPort]string)
+	for _, p := range k.probes.state() {
+		before[p.To] = p.Err
+	}
+	found := make([]Probe, len(targets))
+	room := make(chan struct{}, probesAtOnce)
+	var all sync.WaitGroup
+	for i, to := range targets {
+		room <- struct{}{}
+		all.Go(func() {
+			found[i] = Probe{To: to, Err: probe(ctx, source, to)}
+			<-room
+		})
+	}
+	all.Wait()
+	if ctx.Err() != nil {
+		return
+	}
+	for _, p := range found {
+		why, known := before[p.To]
+		switch {
+		case p.Err != "" && (!known || why == ""):
+			k.Router.Log.Warn("a destination cannot be connected to", "destination", p.To.String(), "error", p.Err)
+		case p.Err == "" && why != "":
+			k.Router.Log.Info("a destination can be connected to again", "destination", p.To.String())
+		}
+	}
+	k.probes.mu.Lock()
+	k.probes.last = found
+	k.probes.mu.Unlock()
+}
+
+func (p *probes) state() []Probe {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.last
+}
+
+// targets returns the servers that plan redirects TCP connections to, each once,
+// in its order.
+func targets(plan rules.Plan) []netip.AddrPort {
+	var all []netip.AddrPort
+	seen := make(map[netip.AddrPort]bool)
+	for _, r := range plan.Redirects {
+		port := r.ToPort
+		if port == 0 {
+			port = r.Port
+		}
+		to := netip.AddrPortFrom(r.To, uint16(port))
+		if r.Protocol == rules.TCP && !seen[to] {
+			seen[to] = true
+			all = append(all, to)
+		}
+	}
+	return all
+}
+
+// probe connects once and says why it cannot; nothing where it can.
+func probe(ctx context.Context, source netip.Addr, to netip.AddrPort) string {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+	conn, err := d.DialContext(ctx, "tcp4", to.String())
+	if err != nil {
+		return err.Error()
+	}
+	_ = conn.Close()
+	return ""
+}
