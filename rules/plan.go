@@ -309,17 +309,6 @@ func (p Plan) Guard() Plan {
 	return guard
 }
 
-// Last returns the part of the plan that iptables has no table for.
-func (p Plan) Last() Plan {
-	var last Plan
-	for _, c := range p.Chains {
-		if c.Table == Last {
-			last.Chains = append(last.Chains, c)
-		}
-	}
-	return last
-}
-
 // Without returns the plan without the chains of a family, for a kernel that
 // does not have it.
 func (p Plan) Without(f Family) Plan {

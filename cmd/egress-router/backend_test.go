@@ -46,7 +46,7 @@ func TestBackendChanges(t *testing.T) {
 	held := map[string]string{
 		"iptables-nft":    "[iptables-nft iptables-save iptables-nft ip6tables-save nftables table ip egress-router-last]",
 		"iptables-legacy": "[iptables-legacy iptables-save iptables-legacy ip6tables-save nftables table ip egress-router-last]",
-		"nftables":        "[nftables table ip egress-router nftables table ip6 egress-router]",
+		"nftables":        "[nftables table ip egress-router nftables table ip egress-router-last nftables table ip6 egress-router]",
 	}
 	for _, from := range backends {
 		for _, to := range backends {

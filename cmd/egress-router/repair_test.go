@@ -3,7 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
@@ -165,7 +168,6 @@ func TestRepair(t *testing.T) {
 			return h.RouteDel(&netlink.Route{Dst: everywhere(), Table: config.DefaultReplyTable, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}}
 		for _, d := range append(p.damages(), forgotten) {
-			const repaired = "msg=repaired"
 			before := strings.Count(r.logged(), repaired)
 			visitors.since(time.Now())
 			begin := time.Now()
@@ -174,12 +176,7 @@ func TestRepair(t *testing.T) {
 			}
 			r.until("repaired: "+d.name, func() bool { return strings.Count(r.logged(), repaired) > before })
 			took := time.Since(begin)
-			for range 20 {
-				if p.state() == want {
-					break
-				}
-			}
-			if p.wantState(want); p.Failed() {
+			if r.settle(want); p.Failed() {
 				p.Fatalf("not repaired: %s", d.name)
 			}
 			good, failed, gap := visitors.since(begin)
@@ -207,3 +204,58 @@ func (p *pod) wantVisited(t *visitors, w watch) {
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// repaired is what the router logs when a repair is complete.
+const repaired = "as wanted again"
+
+// randomDamages is how many follow each other in TestRandomDamages.
+const randomDamages = 1000
+
+// TestRandomDamages does damages in a random order, the same in each run, one as
+// soon as the one before is repaired, under traffic. In the end all is as in the
+// beginning, and nothing is left over.
+func TestRandomDamages(t *testing.T) {
+	for _, b := range []backend{nftables, iptablesNFT} {
+		t.Run(b.name, func(t *testing.T) {
+			p := newPod(t, lab.Options{}, b)
+			p.env["EGRESS_HEALTH_INTERVAL"] = "0" // events alone
+			p.strict()
+			r := p.start("legacy")
+			r.await(1, "msg=ready")
+			want := p.state()
+			watch := p.watch(p.lab.Router, "macvlan0", "eth0")
+			visitors := p.visit()
+
+			random := rand.New(rand.NewPCG(5, 227))
+			damages := p.damages()
+			begin := time.Now()
+			for n := range randomDamages {
+				d := damages[random.IntN(len(damages))]
+				before := strings.Count(r.logged(), repaired)
+				if err := p.damage(d); errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ESRCH) {
+					continue // one of several steps, and the router came in between
+				} else if err != nil {
+					p.Fatalf("%d: %s: doing it: %v", n, d.name, err)
+				}
+				r.until("repaired: "+d.name, func() bool { return strings.Count(r.logged(), repaired) > before })
+			}
+			took := time.Since(begin)
+			r.settle(want)
+			good, failed, gap := visitors.since(begin)
+			p.Logf("%d damages in %v; connections: %d good, %d failed, none for %.0f ms at most", randomDamages, took.Round(time.Millisecond), good, failed, ms(gap))
+			p.wantExample()
+			p.wantVisited(visitors, watch)
+		})
+	}
+}
+
+// settle waits until the namespace is in a state again.
+func (r *running) settle(want string) {
+	r.Helper()
+	for range 20 {
+		if r.state() == want {
+			return
+		}
+	}
+	r.wantState(want)
+}

@@ -62,36 +62,50 @@ func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, 
 	if err != nil {
 		return nil, err
 	}
+	return b.withLast(ctx, tx)
+}
+
+// withLast are the rules of a backend and what is last, which is always
+// nftables'.
+type withLast struct {
+	router.Rules
+	last *nft.Tx // nil: the kernel has no nftables
+}
+
+func (b *backend) withLast(ctx context.Context, first router.Rules) (router.Rules, error) {
 	last, err := nft.BeginLast(ctx, b.families...)
 	if _, missing := errors.AsType[*nft.KernelError](err); missing {
-		return &withLast{Tx: tx}, nil
+		return &withLast{Rules: first}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &withLast{tx, last}, nil
+	return &withLast{first, last}, nil
 }
 
-// withLast are the rules of iptables and, of nftables, those that iptables has no
-// table for.
-type withLast struct {
-	*iptables.Tx
-	last *nft.Tx // nil: the kernel has no nftables
+// isIPTables returns the rules as those of iptables, if they are.
+func isIPTables(r router.Rules) (*iptables.Tx, bool) {
+	w, ok := r.(*withLast)
+	if !ok {
+		return nil, false
+	}
+	tx, ok := w.Rules.(*iptables.Tx)
+	return tx, ok
 }
 
 // Notes adds what is missing.
 func (w *withLast) Notes() []string {
 	if w.last == nil {
-		return append(w.Tx.Notes(), "the kernel has no nf_tables: if somebody deletes the rule that sets the source, the first packets of connections leave with another until it is back")
+		return append(w.Rules.Notes(), "the kernel has no nf_tables: if somebody deletes the rule that sets the source, the first packets of connections leave with another until it is back")
 	}
-	return w.Tx.Notes()
+	return w.Rules.Notes()
 }
 
 // Differs says where either is not as planned.
 func (w *withLast) Differs(plan rules.Plan) []string {
-	differs := w.Tx.Differs(plan)
+	differs := w.Rules.Differs(plan)
 	if w.last != nil {
-		differs = append(differs, w.last.Differs(plan.Last())...)
+		differs = append(differs, w.last.Differs(plan)...)
 	}
 	return differs
 }
@@ -99,13 +113,13 @@ func (w *withLast) Differs(plan rules.Plan) []string {
 // Apply makes both as planned, first those that only take packets away.
 func (w *withLast) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	if w.last == nil {
-		return w.Tx.Apply(ctx, plan)
+		return w.Rules.Apply(ctx, plan)
 	}
-	undoLast, err := w.last.Apply(ctx, plan.Last())
+	undoLast, err := w.last.Apply(ctx, plan)
 	if err != nil {
 		return undoLast, err
 	}
-	undo, err = w.Tx.Apply(ctx, plan)
+	undo, err = w.Rules.Apply(ctx, plan)
 	if err != nil && undo == nil {
 		return undoLast, err
 	}
@@ -117,7 +131,7 @@ func (b *backend) nftables(ctx context.Context) (router.Rules, error) {
 	if err != nil {
 		return nil, err
 	}
-	return tx, nil
+	return b.withLast(ctx, tx)
 }
 
 // strays finds what earlier runs loaded with others than the backend in use. The
@@ -125,7 +139,7 @@ func (b *backend) nftables(ctx context.Context) (router.Rules, error) {
 func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray, error) {
 	var found []router.Stray
 	var flavour iptables.Flavour
-	if tx, ok := inUse.(*withLast); ok {
+	if tx, ok := isIPTables(inUse); ok {
 		flavour = tx.Flavour()
 	}
 	if flavour != iptables.Legacy {
@@ -151,7 +165,7 @@ func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stra
 // rules, nil where none does. A kernel may have the tables of iptables and lack
 // what its rules need, which is known only when it is asked to take them.
 func (b *backend) next(ctx context.Context, failed router.Rules, why error) (router.Rules, error) {
-	if _, ok := failed.(*withLast); !ok || b.choice != config.Auto {
+	if _, ok := isIPTables(failed); !ok || b.choice != config.Auto {
 		return nil, nil
 	}
 	b.log.Warn("iptables cannot load the rules: nftables takes its place", "backend", failed.String(), "error", why)

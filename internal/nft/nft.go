@@ -18,9 +18,8 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// The names of our tables, one for each family: of all of a plan, and of what
-// iptables has no table for. They differ, so that the rules of one backend work
-// until those of the other do.
+// The names of our tables, one for each family. What is last has one of its own:
+// whoever flushes the other, or switches it off, leaves it.
 const (
 	tableName = "egress-router"
 	lastName  = "egress-router-last"
@@ -56,8 +55,8 @@ func Begin(_ context.Context, families ...rules.Family) (*Tx, error) {
 	return beginTables(tableName, families)
 }
 
-// BeginLast does so for tables that hold what iptables cannot, beside it
-// ([rules.Plan.Last]).
+// BeginLast does so for the tables of the chains that are last, which go with
+// every backend ([rules.Last]).
 func BeginLast(_ context.Context, families ...rules.Family) (*Tx, error) {
 	return beginTables(lastName, families)
 }
@@ -91,7 +90,7 @@ func (tx *Tx) Redirects() bool {
 }
 
 // Differs says, one line each, where the kernel is not as plan wants it.
-func (tx *Tx) Differs(plan rules.Plan) []string { return tx.differences(render(plan)) }
+func (tx *Tx) Differs(plan rules.Plan) []string { return tx.differences(render(plan, tx.name)) }
 
 // Apply makes the kernel hold plan, and does nothing where it does already. It
 // returns the way back to what was there before this call; with an error, where
@@ -102,7 +101,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 		return nil, err
 	}
 	undo = func() error { return tx.become(before) }
-	if err := tx.become(render(plan)); err != nil {
+	if err := tx.become(render(plan, tx.name)); err != nil {
 		if len(tx.differences(before)) > 0 {
 			return undo, err
 		}

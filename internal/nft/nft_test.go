@@ -168,7 +168,8 @@ func TestChangedMeanwhile(t *testing.T) {
 // Elements that stay are not touched: what the kernel counts in them, for whoever
 // asks it to, goes on.
 func TestOnlyWhatDiffersChanges(t *testing.T) {
-	have, want := render(parse(t, lines(3000)))[rules.IPv4], render(parse(t, lines(2999)+"9 udp 203.0.113.25\n"))[rules.IPv4]
+	have := render(parse(t, lines(3000)), tableName)[rules.IPv4]
+	want := render(parse(t, lines(2999)+"9 udp 203.0.113.25\n"), tableName)[rules.IPv4]
 	var b batch
 	b.change(tableOf(tableName, rules.IPv4), have, want)
 	var kinds []int

@@ -71,10 +71,14 @@ var places = map[rules.Table]map[rules.Hook]place{
 // chainName returns the name that a chain of a plan has in its table.
 func chainName(c rules.Chain) string { return strings.ToLower(fmt.Sprintf("%s-%s", c.Table, c.Hook)) }
 
-// render returns the state in which the kernel holds plan.
-func render(plan rules.Plan) state {
+// render returns the state in which the kernel holds what of plan belongs to the
+// tables of a name.
+func render(plan rules.Plan, name string) state {
 	want := make(state)
 	for _, c := range plan.Chains {
+		if (c.Table == rules.Last) != (name == lastName) {
+			continue
+		}
 		t := want[c.Family]
 		if t == nil {
 			t = &table{chains: make(map[string]*chain)}

@@ -20,21 +20,17 @@ type Stray struct {
 	found []string // for a person
 }
 
-// FindStrays looks for our own tables: where iptables is in use, for those that
-// take its place, else for those that go with it; and for chains of ours in the tables
-// of iptables, if iptables is set. It returns nil where there is
-// nothing, which is also what a kernel without nf_tables has.
-func FindStrays(families []rules.Family, inUse, iptables bool) (*Stray, error) {
+// FindStrays looks for our own tables, if ours is set, and for chains of ours in
+// the tables of iptables, if iptables is set. It returns nil where there is
+// nothing, which is also what a kernel without nf_tables has. What is last
+// belongs to every backend, and is none.
+func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
 	}
 	defer func() { _ = conn.CloseLasting() }()
 	var s Stray
-	name := lastName
-	if inUse {
-		name = tableName
-	}
 	for _, f := range families {
 		chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])
 		if missing(err) {
@@ -43,9 +39,9 @@ func FindStrays(families []rules.Family, inUse, iptables bool) (*Stray, error) {
 		if err != nil {
 			return nil, fmt.Errorf("listing the chains of other backends: %w", err)
 		}
-		if slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == name }) {
-			s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", familyNames[f], name))
-			s.batch.deleteTable(tableOf(name, f))
+		if ours && slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == tableName }) {
+			s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", familyNames[f], tableName))
+			s.batch.deleteTable(tableOf(tableName, f))
 		}
 		if iptables {
 			if err := s.addIPTables(conn, f, chains); err != nil {

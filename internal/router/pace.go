@@ -7,14 +7,17 @@ import (
 
 // How fast a router that stays goes on after something went wrong.
 const (
-	// firstPause follows the first repair that failed; each later one is twice
-	// as long as that before, up to longestPause.
-	firstPause   = 250 * time.Millisecond
+	// firstPause follows the first repair that failed, often because something
+	// else changed the same meanwhile; each later one is twice as long as that
+	// before, up to longestPause.
+	firstPause   = 20 * time.Millisecond
 	longestPause = 30 * time.Second
 	// A repair that is undone within contestWithin, contestAfter times in a
-	// row, is undone by something that means to.
+	// row, is undone by something that means to. The pauses then begin with
+	// that after contestPauses failures, 320 ms.
 	contestWithin = 10 * time.Second
 	contestAfter  = 5
+	contestPauses = 4
 	// After maxConflicts the address is asked for once in rateLimit
 	// (RFC 5227, section 1.1, MAX_CONFLICTS and RATE_LIMIT_INTERVAL).
 	maxConflicts = 10
@@ -57,7 +60,7 @@ func (p *pace) repaired(done string, now time.Time) (wait time.Duration, contest
 	if p.again < contestAfter {
 		return 0, false
 	}
-	return pause(p.again - contestAfter), true
+	return pause(p.again - contestAfter + contestPauses), true
 }
 
 // waited returns how long the last repair may have been put off.

@@ -221,6 +221,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 		k.pace.right()
 		return true
 	}
+	k.Router.Log.Info("as wanted again", "repairs", len(c.repairs), "took", now.Sub(begin).Round(100*time.Microsecond).String())
 	wait, contested := k.pace.repaired(doneBy(c.repairs), now)
 	k.notBefore = now.Add(wait)
 	if contested {
@@ -240,10 +241,11 @@ func doneBy(repairs []Repair) string {
 	return strings.Join(done, "\n")
 }
 
-// complain logs a failure, once as long as it is the same.
+// complain logs a failure, once as long as it is the same. The first says little:
+// something else may be at work.
 func (k *Keeper) complain(err error) {
 	text := strings.ReplaceAll(err.Error(), "\n", "; ")
-	if text == k.told {
+	if text == k.told || k.pace.failures == 1 {
 		k.Router.Log.Debug("still not repaired", "error", text)
 		return
 	}
