@@ -1,0 +1,256 @@
+package conntrack
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A table is a book with a clock of its own and what it told the auditor.
+type table struct {
+	*testing.T
+	*book
+	now   time.Time
+	begun int
+	ends  []Event
+}
+
+// newTable returns a book after its first listing, which had the given entries.
+func newTable(t *testing.T, entries ...record) *table {
+	tb := &table{T: t, now: time.Unix(1000, 0)}
+	tb.book = newBook(set, true, func(e Event) {
+		if e.Began {
+			tb.begun++
+		} else {
+			tb.ends = append(tb.ends, e)
+		}
+	}, tb.now)
+	tb.list(entries...)
+	return tb
+}
+
+func (tb *table) list(entries ...record) {
+	tb.look(tb.now)
+	for _, r := range entries {
+		tb.listed(&r)
+	}
+	tb.looked(tb.now)
+}
+
+func (tb *table) begin(r record) { tb.began(&r, tb.now) }
+func (tb *table) end(r record)   { tb.ended(&r, tb.now) }
+
+// want checks the counts of a line.
+func (tb *table) want(line int, connections, packets uint64, open int) {
+	tb.Helper()
+	want := Counts{connections, Traffic{packets, 100 * packets, packets / 2, 50 * packets}, open}
+	if d := cmp.Diff(want, tb.report().Lines[line].Counts); d != "" {
+		tb.Errorf("line %d, want less got:\n%s", line, d)
+	}
+}
+
+// entry returns an entry of a connection to port 80, with some packets.
+func entry(id uint32, packets uint64) record {
+	return record{
+		key: key{
+			id: id, protocol: rules.TCP,
+			client: endpoint{[4]byte{10, 128, 0, 71}, 40000}, local: endpoint{[4]byte{10, 128, 0, 98}, 80},
+		},
+		server:    endpoint{server.As4(), 8080},
+		reserved:  endpoint{[4]byte{192, 168, 12, 99}, 40000},
+		accounted: true,
+		Traffic:   Traffic{packets, 100 * packets, packets / 2, 50 * packets},
+	}
+}
+
+func dying(r record) record {
+	r.status |= statusDying
+	return r
+}
+
+func TestBook(t *testing.T) {
+	for _, test := range []struct {
+		name        string
+		do          func(*table)
+		connections uint64
+		packets     uint64
+		open        int
+	}{
+		{"never listed", func(b *table) { b.end(entry(1, 10)) }, 1, 10, 0},
+		{"listed, then ended", func(b *table) { b.list(entry(1, 4)); b.list(entry(1, 6)); b.end(entry(1, 10)) }, 1, 10, 0},
+		{"open", func(b *table) { b.begin(entry(1, 0)); b.list(entry(1, 6)) }, 1, 6, 1},
+		{"listed before its begin is told", func(b *table) { b.list(entry(1, 4)); b.begin(entry(1, 0)); b.list(entry(1, 6)) }, 1, 6, 1},
+		{"begun and ended unlisted", func(b *table) { b.begin(entry(1, 0)); b.end(entry(1, 10)) }, 1, 10, 0},
+		{"listed twice at once", func(b *table) { b.list(entry(1, 4), entry(1, 6)); b.end(entry(1, 10)) }, 1, 10, 0},
+		{"its end is told, the entry is still there", func(b *table) { b.list(entry(1, 4)); b.end(entry(1, 10)); b.list(dying(entry(1, 10))) }, 1, 10, 0},
+		{"dying, its end is not told yet", func(b *table) { b.list(dying(entry(1, 10))); b.end(entry(1, 10)) }, 1, 10, 0},
+		{"known and dying", func(b *table) { b.list(entry(1, 4)); b.list(dying(entry(1, 10))); b.end(entry(1, 10)) }, 1, 10, 0},
+		{"missing in one listing", func(b *table) { b.list(entry(1, 4)); b.list(); b.list(entry(1, 6)); b.end(entry(1, 10)) }, 1, 10, 0},
+		{"gone without an event", func(b *table) { b.list(entry(1, 4)); b.list(); b.list(); b.list() }, 1, 4, 0},
+		{"the same addresses", func(b *table) { b.list(entry(1, 4)); b.end(entry(1, 10)); b.list(entry(2, 2)); b.end(entry(2, 8)) }, 2, 18, 0},
+		{"the same number too", func(b *table) { b.list(entry(1, 4)); b.end(entry(1, 10)); b.list(entry(1, 2)); b.end(entry(1, 8)) }, 2, 18, 0},
+		{"the same number, listed before the first one's end", func(b *table) { b.list(entry(1, 4)); b.list(entry(1, 2)); b.end(entry(1, 10)); b.end(entry(1, 8)) }, 2, 18, 0},
+		{"the end of the first one lost", func(b *table) { b.list(entry(1, 4)); b.list(entry(2, 2)); b.end(entry(2, 8)); b.list(); b.list() }, 2, 12, 0},
+		{"the same number, the end of the first one lost, listed", func(b *table) { b.list(entry(1, 4)); b.list(entry(1, 2)); b.list(entry(1, 3)); b.end(entry(1, 8)) }, 2, 12, 0},
+		{"the same number, the end of the first one lost, ended", func(b *table) { b.list(entry(1, 4)); b.end(entry(1, 3)) }, 2, 7, 0},
+		{"the same number, the end of the first one lost, begun", func(b *table) {
+			b.begin(entry(1, 0))
+			b.list(entry(1, 4))
+			b.begin(entry(1, 0))
+			b.end(entry(1, 8))
+		}, 2, 12, 0},
+		{"not accounted", func(b *table) {
+			r := entry(1, 0)
+			r.accounted = false
+			b.list(r)
+			b.end(r)
+		}, 1, 0, 0},
+		{"over, and still there", func(b *table) {
+			r := entry(1, 6)
+			r.closed = true
+			b.list(entry(1, 4))
+			b.list(r)
+		}, 1, 6, 0},
+		{"another port", func(b *table) {
+			r := entry(1, 6)
+			r.local.port = 82
+			b.list(r)
+			b.end(r)
+		}, 0, 0, 0},
+		{"an older list's server", func(b *table) {
+			r := entry(1, 6)
+			r.server.addr[3]++
+			b.begin(r)
+			b.list(r)
+			b.end(r)
+		}, 0, 0, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			b := newTable(t)
+			test.do(b)
+			b.want(0, test.connections, test.packets, test.open)
+			b.list()
+			b.list()
+			if len(b.book.open) != 0 {
+				t.Errorf("%d connections are kept", len(b.book.open))
+			}
+		})
+	}
+}
+
+// What was there before the counters is open, and counts from then on.
+func TestFromBefore(t *testing.T) {
+	b := newTable(t, entry(1, 100), entry(2, 50))
+	b.want(0, 0, 0, 2)
+	b.list(entry(1, 104), entry(2, 50))
+	b.end(entry(1, 110))
+	b.want(0, 0, 10, 1)
+	b.begin(entry(2, 0)) // it was not, only its event came late
+	b.want(0, 1, 60, 1)
+}
+
+func TestFallback(t *testing.T) {
+	b := newTable(t)
+	r := entry(1, 8)
+	r.server.addr = fallback.As4()
+	for _, port := range []uint16{80, 90} { // also of a port that has a line now
+		r.local.port, r.server.port = port, port
+		b.end(r)
+	}
+	r.protocol, r.local.port, r.client.port, r.server.port, r.reserved.port = rules.ICMP, 0, 0, 0, 0
+	b.list(r)
+	b.want(3, 3, 24, 1)
+	if p := b.report().Ports; len(p) != 0 {
+		t.Errorf("ICMP takes ports: %+v", p)
+	}
+}
+
+func TestReplace(t *testing.T) {
+	b := newTable(t)
+	stays, moves, goes, comes := entry(1, 4), entry(2, 4), entry(3, 4), entry(4, 4)
+	moves.local.port, moves.server.addr, moves.server.port = 7000, fallback.As4(), 7000 // by the fallback, then by a line
+	goes.protocol, goes.local.port, goes.server.port = rules.UDP, 53, 5353
+	comes.local.port, comes.server = 82, endpoint{server.As4(), 82} // begun under rules that the book does not know yet
+	b.list(stays, moves, goes, comes)
+	b.replace(rules.Set{Redirects: []rules.Redirect{
+		{Protocol: rules.TCP, Port: 7000, To: fallback},
+		{Protocol: rules.TCP, Port: 82, To: server},
+		{Protocol: rules.TCP, Port: 80, To: server, ToPort: 8080},
+	}})
+	b.want(0, 0, 0, 1)
+	b.want(1, 1, 4, 1)
+	b.want(2, 1, 4, 1)
+	for _, r := range []*record{&stays, &moves, &goes, &comes} {
+		r.Traffic = entry(0, 10).Traffic
+		b.end(*r)
+	}
+	b.want(0, 0, 6, 0)
+	b.want(1, 1, 10, 0)
+	b.want(2, 1, 10, 0)
+
+	// The one that is gone begins at 0 when it comes back. A connection stays
+	// with the fallback while that is there.
+	b.replace(set)
+	b.list(moves)
+	b.want(1, 0, 0, 0)
+	b.want(3, 1, 10, 1)
+	with := set
+	with.Redirects = append([]rules.Redirect{{Protocol: rules.TCP, Port: 7000, To: fallback}}, set.Redirects...)
+	b.replace(with)
+	b.want(0, 0, 0, 0)
+	b.want(4, 1, 10, 1)
+}
+
+func TestAuditOfBook(t *testing.T) {
+	b := newTable(t)
+	r := entry(1, 0)
+	b.begin(r)
+	b.now = b.now.Add(3 * time.Second)
+	r.Traffic = entry(0, 10).Traffic
+	b.end(r)
+	want := Event{
+		Protocol: rules.TCP, Client: netip.MustParseAddrPort("10.128.0.71:40000"), Port: 80,
+		Server: netip.MustParseAddrPort("127.0.0.25:8080"), Reserved: netip.MustParseAddrPort("192.168.12.99:40000"),
+		Traffic: r.Traffic, Accounted: true, Duration: 3 * time.Second,
+	}
+	if b.begun != 1 || len(b.ends) != 1 || b.ends[0] != want {
+		t.Errorf("%d began; ended:\n got %+v\nwant %+v", b.begun, b.ends, want)
+	}
+	// One whose begin nobody heard of has no duration, and ends with an event or
+	// not at all.
+	b.end(r)
+	b.list(r)
+	b.list()
+	b.list()
+	if want.Duration = 0; len(b.ends) != 2 || b.ends[1] != want {
+		t.Errorf("ended:\n got %+v\nwant %+v", b.ends[1:], want)
+	}
+	// One that vanishes after its begin was told.
+	b.begin(entry(2, 0))
+	b.list(entry(2, 4))
+	b.now = b.now.Add(time.Second)
+	b.list()
+	b.list()
+	want.Traffic, want.Duration, want.Lost = entry(0, 4).Traffic, time.Second, true
+	if len(b.ends) != 3 || b.ends[2] != want {
+		t.Errorf("ended:\n got %+v\nwant %+v", b.ends[2:], want)
+	}
+}
+
+// What the kernel does not send does not confuse the reader.
+func FuzzDecode(f *testing.F) {
+	f.Add(request(messageGet, 0, 1, [2]uint32{ctaMark, 1}))
+	f.Add([]byte{2, 0, 0, 0, 8, 0, 1, 0x80, 3, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for m, rest, ok := split(b); ok; m, rest, ok = split(rest) {
+			decode(m.data)
+		}
+		if r, ok := decode(b); ok && r.protocol == 0 {
+			t.Errorf("%x: a connection without a protocol", b)
+		}
+	})
+}

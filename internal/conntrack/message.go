@@ -1,0 +1,238 @@
+package conntrack
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// Messages and attributes of ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
+const (
+	messageNew    = 0 // IPCTNL_MSG_CT_NEW: an entry, by event or in a listing
+	messageGet    = 1 // IPCTNL_MSG_CT_GET
+	messageDelete = 2 // IPCTNL_MSG_CT_DELETE: an entry has ended
+	messageStats  = 5 // IPCTNL_MSG_CT_GET_STATS
+
+	ctaTupleOrig     = 1
+	ctaTupleReply    = 2
+	ctaStatus        = 3
+	ctaProtoInfo     = 4
+	ctaMark          = 8
+	ctaCountersOrig  = 9
+	ctaCountersReply = 10
+	ctaID            = 12
+	ctaMarkMask      = 21
+
+	ctaTupleIP      = 1 // in ctaTuple…
+	ctaTupleProto   = 2
+	ctaIPv4Src      = 1 // in ctaTupleIP
+	ctaIPv4Dst      = 2
+	ctaProtoNum     = 1 // in ctaTupleProto
+	ctaProtoSrcPort = 2
+	ctaProtoDstPort = 3
+
+	ctaProtoInfoTCP      = 1 // in ctaProtoInfo
+	ctaProtoInfoTCPState = 1 // in ctaProtoInfoTCP
+
+	ctaCountersPackets = 1 // in ctaCounters…
+	ctaCountersBytes   = 2
+
+	ctaStatsEntries    = 1 // CTA_STATS_GLOBAL_ENTRIES
+	ctaStatsMaxEntries = 2 // CTA_STATS_GLOBAL_MAX_ENTRIES, since Linux 4.18
+)
+
+// Bits of an entry's status (linux/netfilter/nf_conntrack_common.h).
+const (
+	statusDNAT  = 1 << 5 // IPS_DST_NAT
+	statusDying = 1 << 9 // IPS_DYING
+)
+
+// The states in which a TCP connection is over and its entry waits for a timeout
+// (linux/netfilter/nf_conntrack_tcp.h, enum tcp_conntrack).
+const (
+	tcpTimeWait = 7
+	tcpClose    = 8
+)
+
+// genericLength is that of the header of netfilter's own, which comes after that
+// of netlink (linux/netfilter/nfnetlink.h, struct nfgenmsg).
+const (
+	genericLength = 4
+	headerLength  = unix.SizeofNlMsghdr + genericLength
+)
+
+// An endpoint is an IPv4 address and a port, small enough to keep one for each
+// connection.
+type endpoint struct {
+	addr [4]byte
+	port uint16
+}
+
+func (e endpoint) addrPort() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom4(e.addr), e.port)
+}
+
+// A key names an entry: by what its first packet had, and by the kernel's number.
+// That is made of the entry's place in memory and of its addresses (nf_ct_get_id
+// in net/netfilter/nf_conntrack_core.c), so that a connection with the addresses
+// of an earlier one often has the same number.
+type key struct {
+	id            uint32
+	protocol      rules.Protocol
+	client, local endpoint
+}
+
+// A record is an entry of the table as a message has it.
+type record struct {
+	key
+	server, reserved endpoint // where replies come from, and go to
+	mark, status     uint32
+	accounted        bool // Traffic is known
+	closed           bool // it is over, and its entry waits for a timeout
+	Traffic
+}
+
+// decode reads an entry from a message without its first header. It reports
+// false for one that is not about IPv4.
+func decode(b []byte) (r record, ok bool) {
+	if len(b) < genericLength || b[0] != unix.AF_INET {
+		return record{}, false
+	}
+	for kind, data, rest, more := attribute(b[genericLength:]); more; kind, data, rest, more = attribute(rest) {
+		switch kind {
+		case ctaTupleOrig:
+			r.protocol, r.client, r.local = decodeTuple(data)
+		case ctaTupleReply:
+			_, r.server, r.reserved = decodeTuple(data)
+		case ctaStatus:
+			r.status = uint32(number(data))
+		case ctaMark:
+			r.mark = uint32(number(data))
+		case ctaID:
+			r.id = uint32(number(data))
+		case ctaProtoInfo:
+			r.closed = isClosed(data)
+		case ctaCountersOrig:
+			r.PacketsOut, r.BytesOut = decodeCounters(data)
+			r.accounted = true
+		case ctaCountersReply:
+			r.PacketsIn, r.BytesIn = decodeCounters(data)
+		}
+	}
+	return r, r.protocol != 0
+}
+
+func decodeTuple(b []byte) (protocol rules.Protocol, src, dst endpoint) {
+	for kind, data, rest, more := attribute(b); more; kind, data, rest, more = attribute(rest) {
+		for inner, value, left, ok := attribute(data); ok; inner, value, left, ok = attribute(left) {
+			switch {
+			case kind == ctaTupleIP && inner == ctaIPv4Src && len(value) == 4:
+				src.addr = [4]byte(value)
+			case kind == ctaTupleIP && inner == ctaIPv4Dst && len(value) == 4:
+				dst.addr = [4]byte(value)
+			case kind == ctaTupleProto && inner == ctaProtoNum:
+				protocol = rules.Protocol(number(value))
+			case kind == ctaTupleProto && inner == ctaProtoSrcPort:
+				src.port = uint16(number(value))
+			case kind == ctaTupleProto && inner == ctaProtoDstPort:
+				dst.port = uint16(number(value))
+			}
+		}
+	}
+	return protocol, src, dst
+}
+
+func decodeCounters(b []byte) (packets, bytes uint64) {
+	for kind, data, rest, more := attribute(b); more; kind, data, rest, more = attribute(rest) {
+		switch kind {
+		case ctaCountersPackets:
+			packets = number(data)
+		case ctaCountersBytes:
+			bytes = number(data)
+		}
+	}
+	return packets, bytes
+}
+
+func isClosed(b []byte) bool {
+	for kind, data, rest, more := attribute(b); more; kind, data, rest, more = attribute(rest) {
+		if kind != ctaProtoInfoTCP {
+			continue
+		}
+		for inner, value, left, ok := attribute(data); ok; inner, value, left, ok = attribute(left) {
+			if state := number(value); inner == ctaProtoInfoTCPState {
+				return state == tcpTimeWait || state == tcpClose
+			}
+		}
+	}
+	return false
+}
+
+// attribute splits the first attribute of netlink(7) off b.
+func attribute(b []byte) (kind uint16, data, rest []byte, ok bool) {
+	if len(b) < unix.NLA_HDRLEN {
+		return 0, nil, nil, false
+	}
+	length := int(binary.NativeEndian.Uint16(b))
+	if length < unix.NLA_HDRLEN || length > len(b) {
+		return 0, nil, nil, false
+	}
+	kind = binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+	aligned := min(len(b), (length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1))
+	return kind, b[unix.NLA_HDRLEN:length], b[aligned:], true
+}
+
+// number reads a number in network order, as all of ctnetlink are, of whatever
+// length.
+func number(b []byte) (n uint64) {
+	for _, c := range b {
+		n = n<<8 | uint64(c)
+	}
+	return n
+}
+
+// request returns a message that asks ctnetlink for something about IPv4.
+func request(kind, flags uint16, sequence uint32, attributes ...[2]uint32) []byte {
+	b := make([]byte, unix.SizeofNlMsghdr, headerLength+len(attributes)*(unix.NLA_HDRLEN+4))
+	b = append(b, unix.AF_INET, unix.NFNETLINK_V0, 0, 0)
+	for _, a := range attributes {
+		b = binary.NativeEndian.AppendUint16(b, unix.NLA_HDRLEN+4)
+		b = binary.NativeEndian.AppendUint16(b, uint16(a[0]))
+		b = binary.BigEndian.AppendUint32(b, a[1])
+	}
+	binary.NativeEndian.PutUint32(b, uint32(len(b)))
+	binary.NativeEndian.PutUint16(b[4:], unix.NFNL_SUBSYS_CTNETLINK<<8|kind)
+	binary.NativeEndian.PutUint16(b[6:], unix.NLM_F_REQUEST|flags)
+	binary.NativeEndian.PutUint32(b[8:], sequence)
+	return b
+}
+
+// A message is one of netlink(7), taken apart.
+type message struct {
+	kind     uint16
+	sequence uint32
+	data     []byte
+}
+
+// subsystem is what the upper half of a message's kind says for ours.
+const subsystem = unix.NFNL_SUBSYS_CTNETLINK << 8
+
+// split splits the first message off b.
+func split(b []byte) (m message, rest []byte, ok bool) {
+	if len(b) < unix.SizeofNlMsghdr {
+		return message{}, nil, false
+	}
+	length := int(binary.NativeEndian.Uint32(b))
+	if length < unix.SizeofNlMsghdr || length > len(b) {
+		return message{}, nil, false
+	}
+	m = message{
+		kind:     binary.NativeEndian.Uint16(b[4:]),
+		sequence: binary.NativeEndian.Uint32(b[8:]),
+		data:     b[unix.SizeofNlMsghdr:length],
+	}
+	return m, b[min(len(b), (length+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1)):], true
+}
