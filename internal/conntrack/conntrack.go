@@ -7,12 +7,13 @@
 // does not touch the counters.
 //
 // Counters take two things: the event that a connection has ended, with its
-// totals, and, when they are asked for, a listing of those that are open. Between
-// those nothing runs.
+// totals, and, when they are asked for, a listing of those that are open. Without
+// either nothing runs.
 package conntrack
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -111,7 +112,7 @@ type Event struct {
 	// Of a connection that has ended:
 	Traffic
 	Accounted bool          // Traffic is known
-	Duration  time.Duration // zero: its begin was not seen
+	Duration  time.Duration // to some milliseconds; zero: its begin was not seen
 	Lost      bool          // its end was not seen either, only that it is gone; Traffic is what it had when last seen
 }
 
@@ -191,14 +192,25 @@ func (t *Tracker) open(o Options) error {
 	return nil
 }
 
-// Close ends Run.
+// Close lets go of what Open took, after Run has returned.
 func (t *Tracker) Close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	for _, s := range []*socket{t.table, t.events} {
 		if s != nil {
-			_ = s.file.Close()
+			s.close()
 		}
 	}
 }
+
+// The pauses after events were taken in. Under load many come together then; to
+// be woken for each costs more than all the rest, and the buffer holds those of
+// far longer. For counters it does not matter when, since whoever asks for them
+// has all events taken in first; of the audit log it makes the times less exact.
+const (
+	countPause = 10 * time.Millisecond
+	auditPause = time.Millisecond
+)
 
 // Run takes in events until ctx ends. While there are none it waits in the
 // kernel.
@@ -207,36 +219,65 @@ func (t *Tracker) Run(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
-	// A deadline is what ends a read; the goroutine itself may be stuck nowhere
-	// else.
-	stop := context.AfterFunc(ctx, func() { _ = t.events.file.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	var err error
-	waitErr := t.events.raw.Read(func(fd uintptr) bool {
-		for ctx.Err() == nil {
-			var empty bool
-			if empty, err = t.takeSome(int(fd)); empty || err != nil {
-				return err != nil
+	// What ends the wait.
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("waiting for events of connections: %w", os.NewSyscallError("eventfd", err))
+	}
+	defer func() { _ = unix.Close(wake) }()
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_, _ = unix.Write(wake, binary.NativeEndian.AppendUint64(nil, 1)) // it cannot be full
+		close(ended)
+	})
+	defer func() {
+		if !stop() {
+			<-ended // the descriptor is still in use until then
+		}
+	}()
+	pause := countPause
+	if t.book.audit != nil {
+		pause = auditPause
+	}
+	for {
+		if err := t.wait(wake); err != nil {
+			return fmt.Errorf("waiting for events of connections: %w", err)
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		for empty := false; !empty; {
+			if empty, err = t.takeSome(); err != nil {
+				return fmt.Errorf("reading events of connections: %w", err)
 			}
 		}
-		return true
-	})
-	switch {
-	case ctx.Err() != nil:
-		return nil
-	case err == nil:
-		err = waitErr
+		time.Sleep(pause)
 	}
-	return fmt.Errorf("reading events of connections: %w", err)
+}
+
+// wait returns when there is an event, or something in wake.
+func (t *Tracker) wait(wake int) error {
+	t.mu.Lock()
+	fd := t.events.fd
+	t.mu.Unlock()
+	if fd < 0 {
+		return os.ErrClosed
+	}
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(wake), Events: unix.POLLIN}}, -1) //nolint:gosec // a descriptor
+		if !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("poll", err)
+		}
+	}
 }
 
 // takeSome takes in some of the events that wait, and reports whether there were
 // no more. Others get a turn in between.
-func (t *Tracker) takeSome(fd int) (empty bool, err error) {
+func (t *Tracker) takeSome() (empty bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for range 64 {
-		if empty, err = t.takeOne(fd); empty || err != nil {
+	for range 256 {
+		if empty, err = t.takeOne(); empty || err != nil {
 			break
 		}
 	}
@@ -247,35 +288,31 @@ func (t *Tracker) takeSome(fd int) (empty bool, err error) {
 }
 
 // takeAll takes in all events that wait.
-func (t *Tracker) takeAll() (err error) {
+func (t *Tracker) takeAll() error {
 	if t.events == nil {
 		return nil
 	}
-	ctrlErr := t.events.raw.Control(func(fd uintptr) {
-		for empty := false; !empty && err == nil; {
-			empty, err = t.takeOne(int(fd))
+	for {
+		if empty, err := t.takeOne(); err != nil {
+			return fmt.Errorf("reading events of connections: %w", err)
+		} else if empty {
+			return nil
 		}
-	})
-	if err = errors.Join(ctrlErr, err); err != nil {
-		return fmt.Errorf("reading events of connections: %w", err)
 	}
-	return nil
 }
 
 // takeOne takes in one event, and reports whether there is none.
-func (t *Tracker) takeOne(fd int) (empty bool, err error) {
-	n, err := unix.Read(fd, t.buffer[:])
+func (t *Tracker) takeOne() (empty bool, err error) {
+	n, err := t.events.read(t.buffer[:])
 	switch {
 	case errors.Is(err, unix.EAGAIN):
 		return true, nil
-	case errors.Is(err, unix.EINTR):
-		return false, nil
 	case errors.Is(err, unix.ENOBUFS):
 		// The next read has what came before the buffer was full.
 		t.overrun()
 		return false, nil
 	case err != nil:
-		return false, os.NewSyscallError("read", err)
+		return false, err
 	}
 	for m, rest, ok := split(t.buffer[:n]); ok; m, rest, ok = split(rest) {
 		t.take(m)

@@ -73,7 +73,7 @@ func forget(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.file.Close()
+	defer s.close()
 	if err := s.ask(messageDelete, unix.NLM_F_ACK, nil, func(message) {}); err != nil {
 		t.Fatal(err)
 	}
@@ -389,7 +389,7 @@ func TestOverrun(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tracker.Close()
-	if err := tracker.events.raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1) }); err != nil {
+	if err := unix.SetsockoptInt(tracker.events.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1); err != nil {
 		t.Fatal(err)
 	}
 	for range 50 {

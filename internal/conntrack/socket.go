@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,48 +17,68 @@ const bufferSize = 8 << 20
 // made it. It is read here and not by a library since two things matter that
 // libraries leave out: that listening goes on after events were lost, and that
 // a listing is taken in message by message, however long it is.
+//
+// Nor does Go's poller watch it, which every event would wake, also while nobody
+// wants to read.
 type socket struct {
-	file     *os.File // keeps the number from being used again while somebody reads
-	raw      syscall.RawConn
+	fd       int    // -1: closed
 	sequence uint32 // of the last request
 }
 
-// openSocket returns a socket that receives the events of the given groups.
+// openSocket returns a socket that receives the events of the given groups, and
+// does not wait for them.
 func openSocket(groups ...int) (*socket, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
+	kind := unix.SOCK_RAW | unix.SOCK_CLOEXEC
+	if len(groups) > 0 {
+		kind |= unix.SOCK_NONBLOCK
+	}
+	fd, err := unix.Socket(unix.AF_NETLINK, kind, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	s := &socket{file: os.NewFile(uintptr(fd), "netlink")}
-	if err := s.prepare(fd, groups); err != nil {
-		_ = s.file.Close() // the first error is the telling one
+	s := &socket{fd: fd}
+	if err := s.prepare(groups); err != nil {
+		s.close()
 		return nil, err
 	}
 	return s, nil
 }
 
-func (s *socket) prepare(fd int, groups []int) (err error) {
-	if s.raw, err = s.file.SyscallConn(); err != nil {
-		return err
-	}
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+func (s *socket) prepare(groups []int) error {
+	if err := unix.Bind(s.fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return os.NewSyscallError("bind", err)
 	}
 	if len(groups) == 0 {
 		return nil
 	}
 	// Where this is not allowed, net.core.rmem_max is the limit (socket(7)).
-	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bufferSize) != nil {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bufferSize); err != nil {
+	if unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bufferSize) != nil {
+		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bufferSize); err != nil {
 			return os.NewSyscallError("setsockopt", err)
 		}
 	}
 	for _, g := range groups {
-		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g); err != nil {
+		if err := unix.SetsockoptInt(s.fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g); err != nil {
 			return os.NewSyscallError("setsockopt", err)
 		}
 	}
 	return nil
+}
+
+func (s *socket) close() {
+	if s.fd >= 0 {
+		_ = unix.Close(s.fd) // nothing was written that could be lost
+	}
+	s.fd = -1
+}
+
+func (s *socket) read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(s.fd, b)
+		if !errors.Is(err, unix.EINTR) {
+			return n, os.NewSyscallError("read", err)
+		}
+	}
 }
 
 // ask sends a request, for a listing (NLM_F_DUMP) or with an acknowledgement
@@ -67,26 +86,14 @@ func (s *socket) prepare(fd int, groups []int) (err error) {
 // whole answer in: the kernel refuses a request while a listing is under way.
 func (s *socket) ask(kind, flags uint16, attributes [][2]uint32, fn func(message)) error {
 	s.sequence++
-	var err error
-	if ctrlErr := s.raw.Control(func(fd uintptr) {
-		err = unix.Sendto(int(fd), request(kind, flags, s.sequence, attributes...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
-	}); ctrlErr != nil {
-		return ctrlErr
-	}
-	if err != nil {
+	if err := unix.Sendto(s.fd, request(kind, flags, s.sequence, attributes...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return os.NewSyscallError("sendto", err)
 	}
 	b := make([]byte, 64<<10) // twice what the kernel sends at a time (netlink_dump in net/netlink/af_netlink.c)
 	for {
-		n := 0
-		if readErr := s.raw.Read(func(fd uintptr) bool {
-			n, err = unix.Read(int(fd), b)
-			return !errors.Is(err, unix.EAGAIN)
-		}); readErr != nil {
-			return readErr
-		}
+		n, err := s.read(b)
 		if err != nil {
-			return os.NewSyscallError("read", err)
+			return err
 		}
 		for m, rest, ok := split(b[:n]); ok; m, rest, ok = split(rest) {
 			if m.sequence != s.sequence {
