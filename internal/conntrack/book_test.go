@@ -135,8 +135,8 @@ func TestBook(t *testing.T) {
 			b.want(0, test.connections, test.packets, test.open)
 			b.list()
 			b.list()
-			if len(b.book.open) != 0 {
-				t.Errorf("%d connections are kept", len(b.book.open))
+			if len(b.open) != 0 {
+				t.Errorf("%d connections are kept", len(b.open))
 			}
 		})
 	}
