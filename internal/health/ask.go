@@ -1,0 +1,128 @@
+package health
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+)
+
+// maxReport is the largest report that is read, in bytes: one of a DNS proxy with
+// all ports has some 10 MB.
+const maxReport = 32 << 20
+
+// A NobodyError says that no program could be asked.
+type NobodyError struct{}
+
+// Error says so.
+func (*NobodyError) Error() string { return "asking for health: nothing answers here" }
+
+// Hint says who would.
+func (*NobodyError) Hint() string {
+	return "the modes legacy and monitor answer, and http-proxy and dns-proxy, from their start to their end:\n" +
+		"ask in the same container, or in the same network namespace"
+}
+
+// Ask asks every program of this network namespace, and returns what they say by
+// the order of their names. Sockets in the file system come first: they are those
+// of this container. If there is none, the abstract ones are asked: those of the
+// pod. A program that is there and does not answer is an error, which comes with
+// the reports of the others.
+func Ask(ctx context.Context) ([]Report, error) { return here.askAll(ctx) }
+
+func (p place) askAll(ctx context.Context) ([]Report, error) {
+	var files []string
+	if number, err := p.number(); err == nil {
+		if files, err = filepath.Glob(filepath.Join(p.dir, fmt.Sprintf("*-%d.sock", number))); err != nil {
+			return nil, fmt.Errorf("looking for sockets in %q: %w", p.dir, err)
+		}
+	}
+	reports, err := p.askEach(ctx, files)
+	if len(reports) == 0 && err == nil {
+		var names []string
+		for _, program := range programs {
+			names = append(names, p.abstract+program)
+		}
+		reports, err = p.askEach(ctx, names)
+	}
+	if len(reports) == 0 && err == nil {
+		err = &NobodyError{}
+	}
+	return reports, err
+}
+
+// askEach asks all sockets at once: one that does not answer takes the time of
+// none of the others.
+func (p place) askEach(ctx context.Context, sockets []string) ([]Report, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.ask)
+	defer cancel()
+	answers := make([]*Report, len(sockets))
+	failed := make([]error, len(sockets))
+	var all sync.WaitGroup
+	for i, socket := range sockets {
+		all.Go(func() { answers[i], failed[i] = p.askOne(ctx, socket) })
+	}
+	all.Wait()
+	var reports []Report
+	for _, a := range answers {
+		if a != nil {
+			reports = append(reports, *a)
+		}
+	}
+	slices.SortStableFunc(reports, func(a, b Report) int { return strings.Compare(a.Program, b.Program) })
+	return reports, errors.Join(failed...)
+}
+
+// askOne returns no report, and no error, if there is no program: a process that
+// was killed leaves its socket behind.
+func (p place) askOne(ctx context.Context, socket string) (*Report, error) {
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", socket)
+	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) {
+		return nil, nil
+	}
+	r := new(Report)
+	if err == nil {
+		defer conn.Close()
+		deadline, _ := ctx.Deadline()
+		_ = conn.SetDeadline(deadline)
+		err = json.NewDecoder(io.LimitReader(conn, maxReport)).Decode(r)
+	}
+	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
+		err = fmt.Errorf("no answer in %s", p.ask)
+	}
+	if err != nil {
+		return nil, &AskError{socket, err}
+	}
+	return r, nil
+}
+
+// An AskError says why a program that is there cannot be asked.
+type AskError struct {
+	Socket string
+	Err    error
+}
+
+// Error names the socket, which holds the program's name.
+func (e *AskError) Error() string {
+	return fmt.Sprintf("asking the program at %q: %v", e.Socket, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *AskError) Unwrap() error { return e.Err }
+
+// Hint says what to do about it.
+func (e *AskError) Hint() string {
+	if errors.Is(e.Err, os.ErrPermission) {
+		return "every user may ask: something else than the program has changed the socket or its directory"
+	}
+	return "the program hangs, or gets no time to run: its log may tell"
+}

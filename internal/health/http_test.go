@@ -1,0 +1,200 @@
+package health
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func TestHandler(t *testing.T) {
+	ready, notReady := Report{Ready: true}, Report{Reasons: []string{"told to stop", "two\nlines"}}
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") })
+	stuck := func() error { return errors.New("no comparison for 1m0s") }
+	for _, test := range []struct {
+		name    string
+		request string
+		report  Report
+		alive   func() error
+		metrics http.Handler
+		status  int
+		body    string
+	}{
+		{"alive", "GET /healthz", notReady, func() error { return nil }, nil, 200, "ok\n"},
+		{"alive as it answers", "GET /healthz", notReady, nil, nil, 200, "ok\n"},
+		{"stuck", "GET /healthz", ready, stuck, nil, 503, "no comparison for 1m0s\n"},
+		{"ready", "GET /readyz", ready, stuck, nil, 200, "ok\n"},
+		{"not ready", "GET /readyz", notReady, nil, nil, 503, "told to stop\ntwo; lines\n"},
+		{"not ready without a reason", "GET /readyz", Report{}, nil, nil, 503, "not ready\n"},
+		{"metrics", "GET /metrics", ready, nil, metrics, 200, "up 1\n"},
+		{"head", "HEAD /metrics", ready, nil, metrics, 200, "up 1\n"}, // the server leaves the body out
+		{"no metrics", "GET /metrics", ready, nil, nil, 404, "there is /healthz, /readyz and /metrics\n"},
+		{"query", "GET /readyz?verbose", ready, nil, nil, 200, "ok\n"},
+		{"root", "GET /", ready, nil, nil, 404, "there is /healthz, /readyz and /metrics\n"},
+		{"below", "GET /healthz/", ready, nil, nil, 404, "there is /healthz, /readyz and /metrics\n"},
+		{"post", "POST /readyz", ready, nil, nil, 405, "only GET and HEAD are answered\n"},
+		{"delete", "DELETE /metrics", ready, nil, metrics, 405, "only GET and HEAD are answered\n"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			method, path, _ := strings.Cut(test.request, " ")
+			w := httptest.NewRecorder()
+			Handler(func() Report { return test.report }, test.alive, test.metrics).ServeHTTP(w, httptest.NewRequest(method, path, nil))
+			if w.Code != test.status || w.Body.String() != test.body {
+				t.Errorf("%d %q, want %d %q", w.Code, w.Body, test.status, test.body)
+			}
+			if allow := w.Header().Get("Allow"); (allow == "GET, HEAD") != (w.Code == 405) {
+				t.Errorf("Allow: %q", allow)
+			}
+		})
+	}
+}
+
+// freePort returns one that nobody listens on.
+func freePort(t *testing.T) uint16 {
+	t.Helper()
+	l, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).AddrPort().Port()
+}
+
+func listen(t *testing.T, at netip.AddrPort) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	wait, err := Listen(ctx, at, Handler(func() Report { return Report{Ready: true} }, nil, nil), new(book).logger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop = func() { cancel(); wait() }
+	t.Cleanup(stop)
+	return stop
+}
+
+func get(t *testing.T, address string) (string, error) {
+	t.Helper()
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+	fmt.Fprint(conn, "GET /readyz HTTP/1.1\r\nHost: pod\r\n\r\n")
+	answer, err := io.ReadAll(conn) // it ends, since no connection is kept
+	return string(answer), err
+}
+
+func TestListen(t *testing.T) {
+	for _, test := range []struct {
+		at       netip.Addr
+		yes, not []string
+	}{
+		{netip.Addr{}, []string{"127.0.0.1", "[::1]"}, nil},
+		{netip.MustParseAddr("127.0.0.2"), []string{"127.0.0.2"}, []string{"127.0.0.1", "[::1]"}},
+		{netip.MustParseAddr("::1"), []string{"[::1]"}, []string{"127.0.0.1"}},
+	} {
+		port := freePort(t)
+		stop := listen(t, netip.AddrPortFrom(test.at, port))
+		for _, host := range test.yes {
+			if answer, err := get(t, fmt.Sprintf("%s:%d", host, port)); err != nil || !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\n") || !strings.HasSuffix(answer, "\r\n\r\nok\n") {
+				t.Errorf("listening at %v, asked at %s: %v\n%s", test.at, host, err, answer)
+			}
+		}
+		stop()
+		for _, host := range append(test.yes, test.not...) {
+			if _, err := get(t, fmt.Sprintf("%s:%d", host, port)); err == nil {
+				t.Errorf("listened at %v, asked at %s after the end: an answer", test.at, host)
+			}
+		}
+	}
+}
+
+func TestListenErrors(t *testing.T) {
+	taken := freePort(t)
+	listen(t, netip.AddrPortFrom(netip.Addr{}, taken))
+	for at, want := range map[netip.AddrPort]struct {
+		err  error
+		text string
+		hint string
+	}{
+		netip.AddrPortFrom(netip.Addr{}, taken):   {syscall.EADDRINUSE, fmt.Sprintf("listening for health at :%d: bind: address already in use", taken), "another container of the pod has the port"},
+		netip.MustParseAddrPort("192.0.2.1:9465"): {syscall.EADDRNOTAVAIL, "listening for health at 192.0.2.1:9465: bind: cannot assign requested address", "the pod does not have that address"},
+	} {
+		_, err := Listen(t.Context(), at, nil, new(book).logger())
+		failed, ok := errors.AsType[*ListenError](err)
+		if !ok || !errors.Is(err, want.err) || err.Error() != want.text || !strings.Contains(failed.Hint(), want.hint) || !strings.Contains(failed.Hint(), "EGRESS_HEALTH_LISTEN") {
+			t.Errorf("%s: %v", at, err)
+		}
+	}
+	if hint := (&ListenError{":80", os.ErrPermission}).Hint(); !strings.Contains(hint, "NET_BIND_SERVICE") {
+		t.Errorf("hint of a low port: %q", hint)
+	}
+}
+
+// Clients that say nothing take the slots for the time of a header at most.
+func TestSlowClients(t *testing.T) {
+	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
+	listen(t, at)
+	for range connectionsAtOnce {
+		conn, err := net.Dial("tcp", at.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprint(conn, "GET /readyz HTTP/1.1\r\n")
+	}
+	began := time.Now()
+	answer, err := get(t, at.String())
+	if took := time.Since(began); err != nil || !strings.HasPrefix(answer, "HTTP/1.1 200 ") || took < headerTimeout/2 || took > 2*headerTimeout {
+		t.Errorf("after %s: %q, %v", took, answer, err)
+	}
+}
+
+// Endless headers end.
+func TestLargeHeader(t *testing.T) {
+	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
+	listen(t, at)
+	conn, err := net.Dial("tcp", at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	go func() {
+		fmt.Fprint(conn, "GET /readyz HTTP/1.1\r\n")
+		for {
+			if _, err := fmt.Fprintf(conn, "X-More: %s\r\n", strings.Repeat("x", 1000)); err != nil {
+				return
+			}
+		}
+	}()
+	if status, err := bufio.NewReader(conn).ReadString('\n'); err == nil && !strings.HasPrefix(status, "HTTP/1.1 431 ") {
+		t.Errorf("answer %q", status)
+	}
+}
+
+// The end does not wait for who is connected.
+func TestListenEnd(t *testing.T) {
+	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
+	stop := listen(t, at)
+	conn, err := net.Dial("tcp", at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	began := time.Now()
+	stop()
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("the end took %s", took)
+	}
+}

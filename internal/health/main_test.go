@@ -1,0 +1,51 @@
+package health
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+// A book is a log.
+type book struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (b *book) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *book) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+func (b *book) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(b, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// newPlace returns a place that no other test uses.
+func newPlace(t *testing.T) place {
+	t.Helper()
+	return place{t.TempDir() + "/egress-router", "/proc/self/ns/net", fmt.Sprintf("@%s/", t.Name()), time.Minute, time.Minute}
+}
+
+// report is one to compare with: times of JSON have no monotonic part.
+func report(program string) Report {
+	at := time.Date(2026, 7, 1, 12, 0, 0, 0, time.UTC)
+	return Report{
+		Program: program, Version: "v1.2.3", Mode: "legacy", Started: at, Reasons: []string{"the gateway does not answer"},
+		Checks: []Check{{"gateway", Failed, "192.168.12.1", at}, {"rules", OK, "", at}},
+	}
+}

@@ -1,0 +1,281 @@
+package health
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+// serve serves a report until the test ends, or the function is called.
+func serve(t *testing.T, p place, r Report) (log *book, stop func()) {
+	t.Helper()
+	log = new(book)
+	ctx, cancel := context.WithCancel(t.Context())
+	wait := p.serve(ctx, r.Program, func() Report { return r }, log.logger())
+	stop = func() { cancel(); wait() }
+	t.Cleanup(stop)
+	return log, stop
+}
+
+func wantReports(t *testing.T, p place, want ...Report) {
+	t.Helper()
+	got, err := p.askAll(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("reports (- want, + got):\n%s", diff)
+	}
+}
+
+func sockets(t *testing.T, p place) []string {
+	t.Helper()
+	names, err := filepath.Glob(p.dir + "/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
+}
+
+func TestServe(t *testing.T) {
+	p := newPlace(t)
+	var nobody *NobodyError
+	if _, err := p.askAll(t.Context()); !errors.As(err, &nobody) {
+		t.Errorf("nothing serves: %v", err)
+	}
+	_, stop := serve(t, p, report(Router))
+	wantReports(t, p, report(Router))
+
+	// Several programs answer by the order of their names.
+	_, stopDNS := serve(t, p, report(DNSProxy))
+	wantReports(t, p, report(DNSProxy), report(Router))
+	stop()
+	wantReports(t, p, report(DNSProxy))
+	stopDNS()
+	if left := sockets(t, p); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// Everybody may ask, whatever the umask of the program.
+func TestModes(t *testing.T) {
+	p := newPlace(t)
+	old := unix.Umask(0o077)
+	serve(t, p, report(Router))
+	unix.Umask(old)
+	for name, want := range map[string]os.FileMode{p.dir: 0o755 | os.ModeDir, sockets(t, p)[0]: 0o666 | os.ModeSocket} {
+		if info, err := os.Stat(name); err != nil || info.Mode() != want {
+			t.Errorf("%s: %v, %v; want %v", name, info.Mode(), err, want)
+		}
+	}
+}
+
+// The name holds the number of the network namespace: others of a machine that
+// have the same /run are not asked.
+func TestOtherNamespace(t *testing.T) {
+	p := newPlace(t)
+	serve(t, p, report(Router))
+	other := p
+	other.netns = "/proc/self/ns/mnt" // another number
+	other.abstract += "other/"
+	serve(t, other, report(HTTPProxy))
+	if n := len(sockets(t, p)); n != 2 {
+		t.Errorf("%d sockets, want 2", n)
+	}
+	wantReports(t, p, report(Router))
+	wantReports(t, other, report(HTTPProxy))
+}
+
+// A process that was killed leaves its socket, which nobody takes for a program.
+func TestStaleSocket(t *testing.T) {
+	p := newPlace(t)
+	_, stop := serve(t, p, report(Router))
+	name := sockets(t, p)[0]
+	stop()
+	l, err := listenUnix(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = l.Close() // the file stays
+	if _, err := p.askAll(t.Context()); !errors.As(err, new(*NobodyError)) {
+		t.Errorf("asking by a stale socket: %v", err)
+	}
+	serve(t, p, report(Router))
+	wantReports(t, p, report(Router))
+	if left := sockets(t, p); len(left) != 1 {
+		t.Errorf("sockets: %v", left)
+	}
+}
+
+// Of two processes of one program the last answers, also when the first ends
+// after that.
+func TestReplaced(t *testing.T) {
+	p := newPlace(t)
+	_, stop := serve(t, p, report(Router))
+	second := report(Router)
+	second.Version = "v2"
+	serve(t, p, second)
+	wantReports(t, p, second)
+	stop()
+	wantReports(t, p, second)
+}
+
+// Those that ask and do not read keep nobody else waiting, and hold nothing for
+// longer than their time.
+func TestStuckAsker(t *testing.T) {
+	big := report(Router)
+	for range 5 {
+		big.Checks = append(big.Checks, Check{Name: "big", Detail: strings.Repeat("x", 100_000)}) // more than a socket holds
+	}
+	stuck := func(t *testing.T, p place, n int) {
+		t.Helper()
+		for range n {
+			conn, err := net.Dial("unix", sockets(t, p)[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+		}
+	}
+	t.Run("few", func(t *testing.T) {
+		p := newPlace(t)
+		serve(t, p, big)
+		stuck(t, p, answersAtOnce-1)
+		wantReports(t, p, big)
+	})
+	t.Run("many", func(t *testing.T) {
+		p := newPlace(t)
+		p.write = 50 * time.Millisecond
+		_, stop := serve(t, p, big)
+		stuck(t, p, 3*answersAtOnce)
+		for {
+			// Its own time may be too short, too, on a busy machine.
+			if got, err := p.askAll(t.Context()); err == nil && len(got) == 1 {
+				break
+			}
+		}
+		stop()
+	})
+}
+
+// A program that is there and does not answer is not taken for one that is not.
+func TestStuckProgram(t *testing.T) {
+	p := newPlace(t)
+	p.ask = 2 * time.Second
+	stuck := make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	wait := p.serve(ctx, Router, func() Report { <-stuck; return Report{} }, new(book).logger())
+	defer func() { close(stuck); cancel(); wait() }()
+	serve(t, p, report(DNSProxy))
+	got, err := p.askAll(t.Context())
+	if len(got) != 1 || got[0].Program != DNSProxy {
+		t.Errorf("reports: %v, %v", got, err)
+	}
+	failed, ok := errors.AsType[*AskError](err)
+	if !ok || !strings.HasSuffix(err.Error(), ".sock\": no answer in 2s") || failed.Hint() == "" {
+		t.Errorf("error: %v", err)
+	}
+}
+
+// Without a directory to write to, sockets are abstract.
+func TestAbstract(t *testing.T) {
+	p := newPlace(t)
+	p.dir = "/proc/egress-router"
+	log, stop := serve(t, p, report(Router))
+	if !strings.Contains(log.String(), "level=DEBUG") || strings.Contains(log.String(), "level=WARN") {
+		t.Errorf("log: %s", log)
+	}
+	serve(t, p, report(HTTPProxy))
+	wantReports(t, p, report(HTTPProxy), report(Router))
+	stop()
+	wantReports(t, p, report(HTTPProxy))
+
+	// A second process of the same program goes on without.
+	log, stop = serve(t, p, report(HTTPProxy))
+	if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), "address already in use") {
+		t.Errorf("log: %s", log)
+	}
+	stop()
+	wantReports(t, p, report(HTTPProxy))
+
+	// Sockets of files come first.
+	inFile := p
+	inFile.dir = newPlace(t).dir
+	serve(t, inFile, report(DNSProxy))
+	wantReports(t, inFile, report(DNSProxy))
+}
+
+// Without /proc there is no number of a namespace.
+func TestNoProc(t *testing.T) {
+	p := newPlace(t)
+	p.netns = "/nowhere"
+	log, _ := serve(t, p, report(Router))
+	if !strings.Contains(log.String(), "finding the network namespace") {
+		t.Errorf("log: %s", log)
+	}
+	wantReports(t, p, report(Router))
+}
+
+// An abstract socket is seen in its network namespace only.
+func TestAbstractOtherNamespace(t *testing.T) {
+	p := newPlace(t)
+	p.dir = "/proc/egress-router"
+	serve(t, p, report(Router))
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, "-test.run=^TestAskedElsewhere$", "-test.v")
+	cmd.Env = append(os.Environ(), "ABSTRACT="+p.abstract)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func TestAskedElsewhere(t *testing.T) {
+	p := newPlace(t)
+	if p.abstract = os.Getenv("ABSTRACT"); p.abstract == "" {
+		return // it is for TestAbstractOtherNamespace
+	}
+	p.dir = "/proc/egress-router"
+	if got, err := p.askAll(t.Context()); !errors.As(err, new(*NobodyError)) {
+		t.Errorf("asked from another namespace: %v, %v", got, err)
+	}
+}
+
+// What is not a report is an error.
+func TestNoReport(t *testing.T) {
+	p := newPlace(t)
+	_, stop := serve(t, p, report(Router))
+	name := sockets(t, p)[0]
+	stop()
+	l, err := listenUnix(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Write([]byte("how are you?"))
+			_ = conn.Close()
+		}
+	}()
+	if got, err := p.askAll(t.Context()); !errors.As(err, new(*AskError)) {
+		t.Errorf("reports %v, error %v", got, err)
+	}
+}

@@ -1,0 +1,89 @@
+package health
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+)
+
+// WriteTable writes reports for a person to read. now is what ages are counted
+// to.
+func WriteTable(w io.Writer, reports []Report, now time.Time) error {
+	var b strings.Builder
+	for _, r := range reports {
+		b.WriteString(oneLine(r.Program))
+		if r.Version != "" {
+			b.WriteString(" " + oneLine(r.Version))
+		}
+		if r.Mode != "" {
+			fmt.Fprintf(&b, " (%s)", oneLine(r.Mode))
+		}
+		if r.Ready {
+			b.WriteString(": ready")
+		} else {
+			b.WriteString(": not ready")
+		}
+		fmt.Fprintf(&b, ", started %s ago\n", age(r.Started, now))
+		for _, reason := range r.Reasons {
+			fmt.Fprintf(&b, "  not ready: %s\n", oneLine(reason))
+		}
+		var checks strings.Builder
+		table := tabwriter.NewWriter(&checks, 0, 0, 2, ' ', 0)
+		for _, c := range r.Checks {
+			fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", oneLine(c.Name), c.State, age(c.Since, now), oneLine(c.Detail))
+		}
+		table.Flush()
+		for line := range strings.Lines(checks.String()) {
+			b.WriteString(strings.TrimRight(line, " \n") + "\n") // of those without a detail
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// WriteJSON writes reports for a program to read: always as a list, also if there
+// is only one.
+func WriteJSON(w io.Writer, reports []Report) error {
+	if reports == nil {
+		reports = []Report{}
+	}
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	return e.Encode(reports)
+}
+
+// oneLine returns text that cannot end a line or a column: details may hold what
+// stands in a file.
+func oneLine(s string) string {
+	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, s)
+}
+
+// age returns how long ago something was, by its two largest units.
+func age(since, now time.Time) string {
+	if since.IsZero() {
+		return "-"
+	}
+	d := max(now.Sub(since), 0).Truncate(time.Second)
+	days, hours := int(d/(24*time.Hour)), int(d/time.Hour%24)
+	minutes, seconds := int(d/time.Minute%60), int(d/time.Second%60)
+	switch {
+	case days > 0:
+		return fmt.Sprintf("%dd%dh", days, hours)
+	case hours > 0:
+		return fmt.Sprintf("%dh%dm", hours, minutes)
+	case minutes > 0:
+		return fmt.Sprintf("%dm%ds", minutes, seconds)
+	}
+	return fmt.Sprintf("%ds", seconds)
+}
