@@ -37,12 +37,14 @@ type Process struct {
 	Stderr      io.Writer
 }
 
-// commands are the arguments that are understood, one at a time.
+// commands are the arguments that are understood, one at a time; health may have
+// more.
 var commands = map[string]func(context.Context, Process) error{
 	"plan":       runPlan,
 	"wait":       runWait,
 	"http-proxy": runHTTPProxy,
 	"dns-proxy":  runDNSProxy,
+	"health":     runHealth,
 	"help":       runHelp,
 	"-h":         runHelp,
 	"--help":     runHelp,
@@ -55,19 +57,30 @@ func Run(ctx context.Context, p Process) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 
-	run, known := byName(p.Name), true
-	if len(p.Args) > 0 {
-		run, known = commands[p.Args[0]], commands[p.Args[0]] != nil
-	}
-	if !known || len(p.Args) > 1 {
+	run := command(p)
+	if run == nil {
 		fmt.Fprintf(p.Stderr, "egress-router: arguments not understood: %q\n%s", p.Args, usage)
 		return exitUsage
 	}
-	if err := run(ctx, p); err != nil {
-		report(p.Stderr, err)
-		return exitError
+	err := run(ctx, p)
+	if err == nil {
+		return exitOK
 	}
-	return exitOK
+	if !errors.Is(err, errNotReady) { // that is on stdout
+		report(p.Stderr, err)
+	}
+	return exitError
+}
+
+// command returns what the arguments ask for, nil if they are not understood.
+func command(p Process) func(context.Context, Process) error {
+	switch {
+	case len(p.Args) == 0:
+		return byName(p.Name)
+	case len(p.Args) == 1 || asksHealthJSON(p.Args):
+		return commands[p.Args[0]]
+	}
+	return nil
 }
 
 // byName returns what the program does without an argument: under the name of a

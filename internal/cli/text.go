@@ -21,6 +21,7 @@ const usage = `usage:
   egress-router wait         do nothing until SIGTERM: a pod's second container
   egress-router http-proxy   be the HTTP proxy of the pod, until SIGTERM
   egress-router dns-proxy    be the DNS proxy of the pod, until SIGTERM
+  egress-router health       say how the running program is; -o json for programs
   egress-router help         print every variable
   egress-router version      print the version
 `
@@ -57,7 +58,7 @@ func runHelp(_ context.Context, p Process) error {
 		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])
 	}
 	table.Flush()
-	b.WriteString("\nexit codes: 0 done or told to stop, 1 error (what was changed is put back), 2 wrong arguments\n")
+	b.WriteString("\nexit codes: 0 done or told to stop, 1 error (what was changed is put back), or health: not ready; 2 wrong arguments\n")
 	_, err := io.WriteString(p.Stdout, b.String())
 	return err
 }
@@ -65,12 +66,16 @@ func runHelp(_ context.Context, p Process) error {
 // version is set by the linker, to what git describes the source as.
 var version string
 
-func runVersion(_ context.Context, p Process) error {
-	v := version
-	if info, ok := debug.ReadBuildInfo(); ok && v == "" {
-		v = info.Main.Version // what the module was fetched as, by go install
+// programVersion returns it, or else what the module was fetched as, by go install.
+func programVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
+		return info.Main.Version
 	}
-	_, err := fmt.Fprintf(p.Stdout, "egress-router %s %s %s/%s\n", v, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return version
+}
+
+func runVersion(_ context.Context, p Process) error {
+	_, err := fmt.Fprintf(p.Stdout, "egress-router %s %s %s/%s\n", programVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	return err
 }
 
