@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -23,6 +24,8 @@ func TestMain(m *testing.M) {
 		"egress-dns-proxy":    main,
 		"without-privilege":   func() { become(nobody) },
 		"with-read-only-proc": func() { become(readOnlyProc) },
+		"with-read-only-run":  func() { become(readOnlyRun) },
+		"as-another-user":     func() { become(anotherUser) },
 		"without-iptables":    func() { become(noIptables) },
 		"without-sys-admin":   func() { become(noSysAdmin) },
 		"as-first-process":    func() { become(ownProc) },
@@ -72,6 +75,36 @@ func readOnlyProc() error {
 		return err
 	}
 	return unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+}
+
+// readOnlyRun makes /run read-only, as the root file system of a container can be.
+func readOnlyRun() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	return unix.Mount("", "/run", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, "")
+}
+
+// anotherUser becomes the user of the images that is not root. Where the tests'
+// user namespace has no other user, as for those who are not root themselves, it
+// gives up the rights of root over files instead.
+func anotherUser() error {
+	const nonroot = 65532
+	err := unix.Setgroups(nil)
+	if err == nil {
+		err = unix.Setresgid(nonroot, nonroot, nonroot)
+	}
+	if err == nil {
+		err = unix.Setresuid(nonroot, nonroot, nonroot)
+	}
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPERM) {
+		return nobody()
+	}
+	if err != nil {
+		return err
+	}
+	// It cannot reach the program by its path, which is this very file.
+	return unix.Exec("/proc/self/exe", append([]string{"egress-router"}, os.Args[1:]...), os.Environ())
 }
 
 // noIptables hides the directories in which iptables is.

@@ -44,6 +44,8 @@ func TestScripts(t *testing.T) {
 			"signal":              signalAll,
 			"await-idle":          awaitIdle,
 			"await-listener":      awaitListener,
+			"await-healthy":       awaitHealthy,
+			"masked":              masked,
 		},
 	})
 }
@@ -167,6 +169,33 @@ func awaitListener(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		return err == nil
 	})
+}
+
+// awaitHealthy waits until what runs in the router's namespace is ready, and a
+// program that is named is among it.
+func awaitHealthy(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) > 1 {
+		ts.Fatalf("usage: await-healthy [PROGRAM]")
+	}
+	await(ts, "a program that is ready", func() bool {
+		err := ts.Exec("nsenter", "--net="+ts.Getenv("ROUTER"), "egress-router", "health")
+		return err == nil && (len(args) == 0 || strings.Contains(ts.ReadFile("stdout"), args[0]+" "))
+	})
+}
+
+// masked writes what health printed to the file masked, without what differs from
+// run to run: the version, the ages, and the widths that follow from them.
+func masked(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, "masked")
+	text := ts.ReadFile("stdout")
+	for _, mask := range []struct{ what, by string }{
+		{`(?m)^([a-z-]+)( [^ :]+)?: `, "$1 VERSION: "},
+		{`\b(\d+[dhms])+\b`, "AGE"},
+		{`(\S) +`, "$1 "},
+	} {
+		text = regexp.MustCompile(mask.what).ReplaceAllString(text, mask.by)
+	}
+	ts.Check(os.WriteFile(ts.MkAbs("masked"), []byte(text), 0o644)) //nolint:gosec // as everything of a script
 }
 
 // signalAll sends a signal to every command in the background.

@@ -157,41 +157,16 @@ func runMode(ctx context.Context, p Process) error {
 		return err
 	}
 
-	written := c // without what is found out here
+	if c.Mode.Stays() {
+		back := func() {
+			debug.SetGCPercent(percent)
+			debug.SetMemoryLimit(limit)
+			debug.FreeOSMemory() // from here on the process is idle
+		}
+		return stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, back)
+	}
 	keepNameServers(&c, log)
-	r := newRouter(c, log)
-	if c.Mode != config.Monitor {
-		err = r.Apply(ctx)
-	}
-	_, conflict := errors.AsType[*router.ConflictError](err)
-	switch {
-	case !c.Mode.Stays():
-		return err
-	case stopped(err):
-		return nil
-	case conflict && !partly(err): // the address may become free
-		log.Error("the reserved address is not taken yet", "error", err)
-	case err != nil:
-		return err
-	}
-	debug.SetGCPercent(percent)
-	debug.SetMemoryLimit(limit)
-	debug.FreeOSMemory() // from here on the process is idle
-	k := newKeeper(r, c)
-	file := reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log, reload: func() error {
-		again, fault := written.Reread(env, readFile)
-		if fault != nil {
-			k.Rejected(fault)
-			return fault
-		}
-		for _, w := range again.Warnings {
-			log.Warn(w)
-		}
-		keepNameServers(&again, log)
-		k.Replace(wanted(again), planOf(again))
-		return nil
-	}}
-	return stay(ctx, k, file)
+	return newRouter(c, log).Apply(ctx)
 }
 
 // runWait does nothing until the process is told to stop. It is the second

@@ -6,10 +6,12 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/follow"
+	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/resolver"
 	"github.com/egress-router/egress-router/internal/tcpproxy"
 )
@@ -20,12 +22,16 @@ type dnsProxy struct {
 	log   *slog.Logger
 	proxy *tcpproxy.Proxy
 	list  []tcpproxy.Destination // in force
+
+	listening        atomic.Bool // as it was told to at the start
+	board            health.Board
+	reloads, refused atomic.Int64 // files that brought a change, and files that were not right
 }
 
 // runDNSProxy relays connections until the program is told to stop.
 func runDNSProxy(ctx context.Context, p Process) error {
-	hangup, stop := hangups()
-	defer stop()
+	hangup, deaf := hangups()
+	defer deaf()
 	d := &dnsProxy{}
 	var err error
 	if d.env, err = config.ReadDNSProxy(); err != nil {
@@ -51,12 +57,19 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		Resolver: names{resolver.New(resolver.Options{})}, Idle: c.Idle,
 		SendProxy: c.SendProxy, AccessLog: c.AccessLog || c.Debug, Log: d.log,
 	})
+	stop, err := d.reporter(c).start(ctx, d.log)
+	if err != nil {
+		return err
+	}
+	defer stop()
 	if err := d.proxy.Apply(d.list); err != nil {
 		d.proxy.Shutdown(0)
 		return err
 	}
+	d.listening.Store(true)
+	d.right()
 	d.log.Info("ready", "destinations", len(d.list), "idle", c.Idle)
-	file := reloader{file: d.env.DestinationFile, since: since, every: lookEvery, hangup: hangup, log: d.log, reload: d.reload}
+	file := reloader{file: d.env.DestinationFile, since: since, every: lookEvery, hangup: hangup, log: d.log, reload: d.reload, told: d.told}
 	file.run(ctx)
 	d.log.Info("told to stop: connections may go on for a while", "grace", c.Grace)
 	d.proxy.Shutdown(c.Grace)
@@ -80,9 +93,20 @@ func (d *dnsProxy) reload() error {
 		return fault
 	}
 	if !slices.Equal(before, d.list) {
+		d.reloads.Add(1)
 		d.log.Info("destinations changed", "destinations", len(d.list))
 	}
 	return d.proxy.Apply(d.list)
+}
+
+// told notes whether the list is in force.
+func (d *dnsProxy) told(trouble string) {
+	if trouble == "" {
+		d.right()
+		return
+	}
+	d.refused.Add(1)
+	d.board.Set(listCheck, health.Warning, trouble)
 }
 
 // names is the resolver as the DNS proxy wants it.

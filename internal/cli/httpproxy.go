@@ -2,28 +2,31 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/follow"
+	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/httpproxy"
+	"github.com/egress-router/egress-router/internal/metrics"
 	"github.com/egress-router/egress-router/internal/resolver"
 )
 
 // runHTTPProxy serves clients until the program is told to stop.
 func runHTTPProxy(ctx context.Context, p Process) error {
-	hangup, stop := hangups()
-	defer stop()
+	hangup, deaf := hangups()
+	defer deaf()
 	env, err := config.ReadHTTPProxy()
 	if err != nil {
 		return fmt.Errorf("reading the environment: %w", err)
 	}
 	since := follow.At(env.DestinationFile)
-	var rules httpproxy.Rules
-	parse := func(list string) (err error) {
-		rules, err = httpproxy.Parse(list)
+	var list httpproxy.Rules
+	parse := func(text string) (err error) {
+		list, err = httpproxy.Parse(text)
 		return err
 	}
 	c, err := config.ParseHTTPProxy(env, readFile, parse)
@@ -35,12 +38,12 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		log.Warn(w)
 	}
 	if c.UnitTest {
-		_, err := io.WriteString(p.Stdout, rules.Squid())
+		_, err := io.WriteString(p.Stdout, list.Squid())
 		return err
 	}
 	proxy := httpproxy.New(httpproxy.Config{
 		Listen:           c.Listen,
-		Rules:            rules,
+		Rules:            list,
 		ConnectTimeout:   c.ConnectTimeout,
 		HeaderTimeout:    c.HeaderTimeout,
 		KeepAliveTimeout: c.KeepAliveTimeout,
@@ -50,13 +53,27 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		MaxConnections:   c.MaxConnections,
 		AccessLog:        c.AccessLog,
 	}, log, resolver.New(resolver.Options{}))
+	stop, err := reporter{
+		program: health.HTTPProxy, listen: c.Health,
+		report:  func(r *health.Report) { reportHTTPProxy(r, proxy.Status(), env.DestinationFile) },
+		table:   metrics.HTTPProxy,
+		collect: func(emit metrics.Emit, r health.Report) { collectHTTPProxy(emit, r, proxy.Status()) },
+	}.start(ctx, log)
+	if err != nil {
+		return err
+	}
+	defer stop()
 
 	file := reloader{file: env.DestinationFile, since: since, every: lookEvery, hangup: hangup, log: log, reload: func() error {
 		if fault := config.HTTPProxyRules(env, readFile, parse); fault != nil {
 			return fault
 		}
-		proxy.SetRules(rules)
+		proxy.SetRules(list)
 		return nil
+	}, told: func(trouble string) {
+		if trouble != "" {
+			proxy.Rejected(errors.New(trouble))
+		}
 	}}
 	reloading, end := context.WithCancel(ctx)
 	var background sync.WaitGroup

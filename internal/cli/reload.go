@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -37,6 +38,9 @@ type reloader struct {
 	// reload reads the file and has it hold. On an error what held before still
 	// does; a *config.Error is about the file, another about what it asks for.
 	reload func() error
+	// told is called when reloading went well, with nothing, and with what is
+	// wrong, once as long as it is the same.
+	told func(trouble string)
 
 	trouble string // what was wrong the last time, said once
 }
@@ -73,13 +77,15 @@ func (r *reloader) run(ctx context.Context) {
 func (r *reloader) complain(err error) {
 	if err == nil {
 		r.trouble = ""
+		r.told("")
 		return
 	}
-	trouble := err.Error()
+	trouble := strings.ReplaceAll(err.Error(), "\n", "; ")
 	if trouble == r.trouble {
 		return
 	}
 	r.trouble = trouble
+	r.told(trouble)
 	if fault, ok := errors.AsType[*config.Error](err); ok {
 		r.log.Error("the destination file is not right: what it said before still holds", "file", r.file, "error", fault.Sentence, "hint", fault.Hint)
 		return

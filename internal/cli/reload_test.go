@@ -65,7 +65,7 @@ func TestReloaderComplains(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	r := reloader{
 		file: file, every: 10 * time.Millisecond, log: slog.New(slog.NewTextHandler(&log, nil)),
-		reload: func() (err error) {
+		told: func(string) {}, reload: func() (err error) {
 			err, results = results[0], results[1:]
 			if err == nil {
 				close(tried)
@@ -220,7 +220,7 @@ func TestSinceIsBeforeReading(t *testing.T) {
 	}
 	read := make(chan struct{})
 	var once sync.Once
-	r := reloader{file: file, since: since, log: slog.New(slog.DiscardHandler), reload: func() error {
+	r := reloader{file: file, since: since, log: slog.New(slog.DiscardHandler), told: func(string) {}, reload: func() error {
 		once.Do(func() { close(read) })
 		return nil
 	}}

@@ -1,13 +1,9 @@
 package cli
 
 import (
-	"context"
 	"log/slog"
-	"sync"
 
-	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/config"
-	"github.com/egress-router/egress-router/internal/events"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
@@ -65,26 +61,4 @@ func keepNameServers(c *config.Config, log *slog.Logger) {
 // value.
 var conflicts = map[config.Conflict]router.Conflict{
 	config.ConflictWarn: router.ConflictWarn, config.ConflictRefuse: router.ConflictRefuse, config.ConflictDefend: router.ConflictDefend,
-}
-
-// newKeeper returns what watches over the router's namespace.
-func newKeeper(r *router.Router, c config.Config) *router.Keeper {
-	k := router.NewKeeper(r)
-	k.Interval, k.AnnounceInterval = c.Health.Interval, c.Health.AnnounceInterval
-	if c.Health.Probe {
-		k.ProbeInterval, k.ProbeFailsReady = c.Health.ProbeInterval, c.Health.ProbeFailsReady
-	}
-	k.Events = func() (router.Events, error) { return events.Subscribe() }
-	k.Neighbours = func(o arp.Options) (router.Neighbours, error) { return arp.NewWatch(o) }
-	return k
-}
-
-// stay watches over what is configured until the program is told to stop.
-func stay(ctx context.Context, k *router.Keeper, file reloader) error {
-	ctx, end := context.WithCancel(ctx)
-	var background sync.WaitGroup
-	defer background.Wait()
-	defer end()
-	background.Go(func() { file.run(ctx) })
-	return k.Run(ctx)
 }

@@ -100,6 +100,14 @@ type attempt struct {
 
 // dial connects to one of the addresses of a route.
 func (p *Proxy) dial(ctx context.Context, r *route) (*net.TCPConn, error) {
+	conn, err := p.dialRoute(ctx, r)
+	if err != nil && ctx.Err() == nil { // and nobody gave up before
+		p.counters.connectFailures.Add(1)
+	}
+	return conn, err
+}
+
+func (p *Proxy) dialRoute(ctx context.Context, r *route) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
 	var dialer net.Dialer

@@ -72,7 +72,7 @@ func (x *exchange) expire() {
 	_ = x.client.SetWriteDeadline(time.Now().Add(time.Second))
 }
 
-// end tells the access log. What is left of a body net/http reads now, and drops
+// end tells the counters and the access log. What is left of a body net/http reads now, and drops
 // it, for which the client has as long as for a header.
 func (x *exchange) end() {
 	x.idle.stop()
@@ -80,12 +80,13 @@ func (x *exchange) end() {
 	if x.body != nil && !x.body.ended.Load() {
 		_ = x.client.SetReadDeadline(time.Now().Add(x.proxy.config.HeaderTimeout))
 	}
-	if !x.proxy.config.AccessLog {
-		return
-	}
 	received := x.received.Load()
 	if x.body != nil {
 		received += x.body.read.Load()
+	}
+	x.proxy.counters.count(x, received, x.sent.Load())
+	if !x.proxy.config.AccessLog {
+		return
 	}
 	attrs := []slog.Attr{
 		slog.String("client", x.request.RemoteAddr),
@@ -124,6 +125,9 @@ func (x *exchange) refuse(r *refusal) {
 	}
 	if x.request.Method == http.MethodConnect {
 		x.Header().Set("Connection", "close")
+	}
+	if r.status == http.StatusForbidden { // only the rules do that
+		x.proxy.counters.denied.Add(1)
 	}
 	r.write(x)
 }

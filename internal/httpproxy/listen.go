@@ -8,7 +8,9 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // A listener hands out connections whose requests are checked for their framing,
@@ -16,13 +18,15 @@ import (
 // kernel's queue (listen(2)).
 type listener struct {
 	*net.TCPListener
-	slots  chan struct{}
+	since  time.Time
+	slots  chan struct{} // one is taken while a client is waited for
+	open   atomic.Int64  // connections
 	closed chan struct{}
 	once   sync.Once
 }
 
 func newListener(l *net.TCPListener, most int) *listener {
-	return &listener{TCPListener: l, slots: make(chan struct{}, most), closed: make(chan struct{})}
+	return &listener{TCPListener: l, since: time.Now(), slots: make(chan struct{}, most), closed: make(chan struct{})}
 }
 
 // listen listens at an address, at all of them if it is the zero Addr. Multipath
@@ -70,7 +74,8 @@ func (l *listener) Accept() (net.Conn, error) {
 		<-l.slots
 		return nil, err
 	}
-	return &clientConn{TCPConn: conn, release: func() { <-l.slots }}, nil
+	l.open.Add(1)
+	return &clientConn{TCPConn: conn, release: func() { l.open.Add(-1); <-l.slots }}, nil
 }
 
 // Close ends an Accept that waits for a slot, too.

@@ -45,6 +45,10 @@ type Proxy struct {
 	forwarder *httputil.ReverseProxy
 	running   counter
 
+	listener atomic.Pointer[listener] // while it serves
+	file     fileState
+	counters counters
+
 	// own reports whether an address is one of the pod's.
 	own func(netip.Addr) (bool, error)
 }
@@ -69,6 +73,7 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	}
 	p := &Proxy{config: c, log: log, resolver: resolver, own: new(ownAddresses).has}
 	p.rules.Store(&c.Rules)
+	p.file.set(nil)
 	p.transport = &http.Transport{
 		DialContext:            p.dialPlain,
 		DialTLSContext:         p.dialTLS,
@@ -94,9 +99,18 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 // SetRules changes the rules. Requests and tunnels that are under way stay; the
 // next request is asked by the new rules.
 func (p *Proxy) SetRules(rules Rules) {
+	p.file.set(nil)
 	if before := p.rules.Swap(&rules); !before.Equal(rules) {
+		p.counters.reloads.Add(1)
 		p.log.Info("rules changed", "rules", len(rules))
 	}
+}
+
+// Rejected notes why rules that were to take the place of those in force are not
+// right.
+func (p *Proxy) Rejected(err error) {
+	p.file.set(err)
+	p.counters.reloadFailures.Add(1)
 }
 
 // connectionLimit leaves a quarter of the files that may be open to connections
@@ -139,11 +153,14 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	}
 	var background sync.WaitGroup
 	defer background.Wait()
+	clients := newListener(l, p.config.MaxConnections)
+	p.listener.Store(clients)
+	defer p.listener.Store(nil)
 	p.log.Info("ready", "listen", l.Addr(), "rules", len(*p.rules.Load()))
 	var err error
 	served := make(chan struct{})
 	background.Go(func() {
-		err = server.Serve(newListener(l, p.config.MaxConnections))
+		err = server.Serve(clients)
 		close(served)
 	})
 	select {

@@ -3,6 +3,7 @@ package httpproxy
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -723,6 +724,10 @@ func TestSetRules(t *testing.T) {
 	}
 	set("# the same\n*", "")
 	set("192.0.2.1", "rules=1")
+	p.Rejected(errors.New("not right"))
+	if s := p.Status(); s.RulesErr == nil || s.Reloads != 1 || s.ReloadFailures != 1 {
+		t.Errorf("after one list that is right and one that is not: %+v", s)
+	}
 	say(t, kept, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
 	if status, _ := answer(t, kept); status != 403 {
 		t.Errorf("status %d by the new rules", status)

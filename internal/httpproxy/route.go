@@ -52,7 +52,9 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	if err == nil && len(addrs) == 0 {
 		err = &net.DNSError{Err: "it has no address", Name: t.host.Name, IsNotFound: true}
 	}
+	p.counters.lookups.Add(1)
 	if err != nil {
+		p.counters.lookupFailures.Add(1)
 		// Without an address the rest of the rules still decide: whether a
 		// denied name exists is not the client's to know.
 		if r.verdict = list.Decide(Destination{Host: t.host}); !r.verdict.Allow {

@@ -39,7 +39,7 @@ var kind = []string{"kind"}
 var HTTPProxy = []Metric{
 	{"egress_http_proxy_info", Gauge, []string{"version"}, "what runs: always 1"},
 	{"egress_http_proxy_ready", Gauge, nil, "1 while the proxy is ready, otherwise 0"},
-	{"egress_http_proxy_requests_total", Counter, []string{"kind", "code"}, "requests (kind request) and tunnels (kind tunnel) that have ended, by the class of their status: 2xx to 5xx, none without an answer"},
+	{"egress_http_proxy_requests_total", Counter, []string{"kind", "code"}, "requests (kind request) and tunnels (kind tunnel) that have ended, by the class of their status: 1xx (another protocol) to 5xx, or none without an answer"},
 	{"egress_http_proxy_open_requests", Gauge, nil, "requests and tunnels that are under way"},
 	{"egress_http_proxy_denied_total", Counter, nil, "requests and tunnels that the rules denied"},
 	{"egress_http_proxy_open_connections", Gauge, nil, "connections of clients"},

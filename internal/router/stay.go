@@ -184,10 +184,10 @@ func (k *Keeper) Replace(want link.Want, plan rules.Plan) {
 
 // Rejected notes that the destinations are not right, so that those of before
 // stay.
-func (k *Keeper) Rejected(err error) {
+func (k *Keeper) Rejected(why string) {
 	k.update(func(s *Status) {
 		s.ReloadFailures++
-		s.ReloadError = strings.ReplaceAll(err.Error(), "\n", "; ")
+		s.ReloadError = why
 	})
 }
 

@@ -58,12 +58,20 @@ type pool struct {
 	known chan struct{}           // closed once the first look-up has ended with an answer
 	aside map[netip.Addr]struct{} // those that did not answer
 	turn  int
+
+	condition Condition
+	since     time.Time // of the condition
+
+	count counters
 }
 
 // start begins to follow the destination's name.
 func (p *pool) start(ctx context.Context) {
 	p.ctx, p.stop = context.WithCancel(ctx)
 	p.known, p.aside = make(chan struct{}), map[netip.Addr]struct{}{}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer p.judge()
 	if a, ok := rules.ParseIPv4(p.destination.Host); ok {
 		p.addrs = []netip.Addr{a}
 		close(p.known)
@@ -79,6 +87,10 @@ func (p *pool) follow() {
 		addrs, expires, err := p.resolver.Lookup(p.ctx, p.destination.Host)
 		if p.ctx.Err() != nil {
 			return
+		}
+		p.count.lookups.Add(1)
+		if err != nil {
+			p.count.lookupFailures.Add(1)
 		}
 		p.learn(addrs, err)
 		pause := lookupPause
@@ -98,6 +110,7 @@ func (p *pool) follow() {
 func (p *pool) learn(addrs []netip.Addr, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	defer p.judge()
 	before, failed := p.addrs, p.err
 	p.err = err
 	switch {
@@ -242,6 +255,7 @@ func (p *pool) answers(a netip.Addr) {
 	defer p.mu.Unlock()
 	if _, aside := p.aside[a]; aside {
 		delete(p.aside, a)
+		p.judge()
 		p.log.Info("an address answers again", "destination", p.destination.Target(), "address", a)
 	}
 }
@@ -255,6 +269,7 @@ func (p *pool) putAside(a netip.Addr, why error) {
 		return
 	}
 	p.aside[a] = struct{}{}
+	p.judge()
 	p.log.Warn("an address does not answer: it is put aside", "destination", p.destination.Target(), "address", a, "error", why)
 	go p.probeUntilBack(a)
 }

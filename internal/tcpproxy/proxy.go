@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -34,9 +35,12 @@ type Proxy struct {
 
 	mu        sync.Mutex
 	stopped   bool
+	list      []Destination
 	ports     map[rules.Port]*port
+	refused   map[rules.Port]refusal // of the list, those that are not in ports
 	accepting sync.WaitGroup
 	relaying  sync.WaitGroup
+	open      atomic.Int64 // connections
 }
 
 // A port is one that is listened on.
@@ -73,12 +77,19 @@ func (p *Proxy) Apply(list []Destination) error {
 		}
 	}
 	var failed []error
+	before := p.refused
+	p.list, p.refused = slices.Clone(list), map[rules.Port]refusal{}
 	for _, d := range list {
 		l := p.ports[d.Port]
 		if l == nil {
 			listener, err := listen(d.Port)
 			if err != nil {
 				failed = append(failed, err)
+				since := time.Now()
+				if was, known := before[d.Port]; known {
+					since = was.since
+				}
+				p.refused[d.Port] = refusal{err, since}
 				continue
 			}
 			l = &port{listener: listener}
@@ -186,6 +197,11 @@ func (p *Proxy) accept(l *port) {
 // serve relays one connection from its beginning to its end.
 func (p *Proxy) serve(client *net.TCPConn, pool *pool) {
 	begin := time.Now()
+	p.open.Add(1)
+	defer p.open.Add(-1)
+	pool.count.connections.Add(1)
+	pool.count.open.Add(1)
+	defer pool.count.open.Add(-1)
 	r := relay{client: client}
 	from, local := addrPort(client.RemoteAddr()), addrPort(client.LocalAddr())
 	server, to, err := pool.connect(p.alive)
@@ -198,9 +214,12 @@ func (p *Proxy) serve(client *net.TCPConn, pool *pool) {
 	if err != nil {
 		// A client must not take the end for an empty answer.
 		reset(client)
+		pool.count.failed.Add(1)
 	} else {
 		r.server = server
 		outcome = r.run(p.alive, p.o.Idle)
+		pool.count.sent.Add(r.toServer)
+		pool.count.received.Add(r.toClient)
 	}
 	if !p.o.AccessLog {
 		return

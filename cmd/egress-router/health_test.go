@@ -1,0 +1,152 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// healthAddr is where a program of a pod is asked by HTTP.
+var healthAddr = netip.AddrPortFrom(lab.RouterAddr, 9465)
+
+// get asks a program by HTTP, as a kubelet does: from the cluster side.
+func (p *pod) get(path string) (status int, body string) {
+	p.Helper()
+	conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", healthAddr)
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: pod\r\n\r\n", path)
+	r, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	if err != nil {
+		p.Fatal(err)
+	}
+	return r.StatusCode, string(text)
+}
+
+func (p *pod) wantGet(path string, status int, body string) {
+	p.Helper()
+	if s, b := p.get(path); s != status || b != body {
+		p.Errorf("%s: %d %q, want %d %q", path, s, b, status, body)
+	}
+}
+
+// health asks as an exec probe does, without privilege, and returns the exit code.
+func (p *pod) health() (code int, stdout string) {
+	p.Helper()
+	cmd := p.command("without-privilege", "health")
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	err := p.lab.Run(p.lab.Router, cmd)
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return exit.ExitCode(), out.String()
+	}
+	if err != nil {
+		p.Fatal(err)
+	}
+	return 0, out.String()
+}
+
+func (p *pod) await(what string, is func() bool) {
+	p.Helper()
+	for end := time.Now().Add(10 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			p.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// A proxy is ready from when it listens to when it is told to stop, also while
+// connections still go on. Nobody on the physical network can ask it.
+func TestProxyHealth(t *testing.T) {
+	t.Parallel()
+	for program, test := range map[string]struct {
+		env     map[string]string
+		begin   string // what a client says first
+		metrics []string
+	}{
+		"http-proxy": {
+			map[string]string{"EGRESS_HTTP_PROXY_DESTINATION": "*"},
+			"CONNECT 203.0.113.26:80 HTTP/1.1\r\nHost: 203.0.113.26:80\r\n\r\n",
+			[]string{"egress_http_proxy_open_requests 1", "egress_http_proxy_open_connections 1", `egress_http_proxy_requests_total{code="2xx",kind="tunnel"} 0`},
+		},
+		"dns-proxy": {
+			map[string]string{"EGRESS_DNS_PROXY_DESTINATION": "8080 203.0.113.26 80"},
+			"",
+			[]string{`egress_dns_proxy_open_connections{destination="203.0.113.26:80",port="8080"} 1`, `egress_dns_proxy_connections_total{destination="203.0.113.26:80",port="8080"} 1`},
+		},
+	} {
+		t.Run(program, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, lab.Options{}, nftables)
+			p.env = map[string]string{"EGRESS_ROUTER_MODE": program, "EGRESS_SOURCE": "192.168.12.99/24", "EGRESS_GATEWAY": "192.168.12.1"}
+			p.ok()
+			if code, out := p.health(); code != 1 || out != "" {
+				t.Errorf("before: exit code %d\n%s", code, out)
+			}
+			p.env = test.env
+			p.env["EGRESS_HEALTH_LISTEN"] = ":9465"
+			cmd := p.command("without-privilege", program)
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+				t.Fatal(err)
+			}
+			p.await("a proxy that is ready", func() bool { code, _ := p.health(); return code == 0 })
+			p.wantGet("/healthz", 200, "ok\n")
+			p.wantGet("/readyz", 200, "ok\n")
+			p.wantNoUseFromOutside(healthAddr.Port())
+
+			conn, err := p.lab.Dial(t.Context(), p.lab.Client, "tcp", proxyAddr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			fmt.Fprint(conn, test.begin)
+			var text string
+			p.await("the connection in the metrics", func() bool {
+				_, text = p.get("/metrics")
+				return strings.Contains(text, test.metrics[0]+"\n")
+			})
+			for _, m := range append(test.metrics, "egress_"+strings.ReplaceAll(program, "-", "_")+"_ready 1") {
+				if !strings.Contains(text, m+"\n") {
+					t.Errorf("the metrics lack %s:\n%s", m, text)
+				}
+			}
+
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			p.await("a proxy that is not ready", func() bool { status, _ := p.get("/readyz"); return status != 200 })
+			p.wantGet("/readyz", 503, "it was told to stop\n")
+			p.wantGet("/healthz", 200, "ok\n")
+			if code, out := p.health(); code != 1 || !strings.Contains(out, "\n  not ready: it was told to stop\n") {
+				t.Errorf("told to stop: exit code %d\n%s", code, out)
+			}
+			_ = conn.Close()
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("%v\n%s", err, &stderr)
+			}
+			if code, out := p.health(); code != 1 || out != "" {
+				t.Errorf("after its end: exit code %d\n%s", code, out)
+			}
+		})
+	}
+}

@@ -1,0 +1,100 @@
+package cli
+
+import (
+	"fmt"
+	"strconv"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/health"
+	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/tcpproxy"
+)
+
+// listCheck is the name of the check of the list.
+const listCheck = "destinations"
+
+// right notes that the list is in force.
+func (d *dnsProxy) right() {
+	from := "EGRESS_DNS_PROXY_DESTINATION"
+	if d.env.DestinationFile != "" {
+		from = d.env.DestinationFile
+	}
+	d.board.Set(listCheck, health.OK, fmt.Sprintf("%d from %s", len(d.list), from))
+}
+
+func (d *dnsProxy) reporter(c config.DNSProxyConfig) reporter {
+	return reporter{
+		program: health.DNSProxy, listen: c.Health,
+		report:  d.report,
+		table:   metrics.DNSProxy,
+		collect: d.collect,
+	}
+}
+
+// report says how the proxy is: ready when it listens on the ports of the list
+// with which it started. What a later list brings, or name servers, makes a check
+// bad, not the whole proxy: the others work.
+func (d *dnsProxy) report(r *health.Report) {
+	if !d.listening.Load() {
+		r.Reasons = append(r.Reasons, "it does not listen yet")
+	}
+	r.Checks = append(r.Checks, d.board.Checks()...)
+	r.Checks = append(r.Checks, health.Check{Name: "connections", State: health.OK, Since: r.Started, Detail: fmt.Sprintf("%d open", d.proxy.Open())})
+	for _, s := range d.proxy.Status() {
+		r.Checks = append(r.Checks, portCheck(s))
+	}
+}
+
+// portCheck says how one destination is.
+func portCheck(s tcpproxy.Status) health.Check {
+	c := health.Check{
+		Name: fmt.Sprintf("port %d", s.Destination.Port), Since: s.Since,
+		State: map[tcpproxy.Condition]health.State{tcpproxy.Usable: health.OK, tcpproxy.Impaired: health.Warning, tcpproxy.Unusable: health.Failed}[s.Condition],
+	}
+	count := fmt.Sprintf("%d addresses", s.Addresses)
+	if s.Addresses == 1 {
+		count = "1 address"
+	}
+	switch {
+	case s.Err != nil:
+		count = "not listened on: " + s.Err.Error()
+	case s.Addresses == 0 && s.LookupErr != nil:
+		count = "no address: " + s.LookupErr.Error()
+	case s.Addresses == 0 && s.Looked:
+		count = "no address"
+	case s.Addresses == 0:
+		count = "not looked up yet"
+	case s.Aside > 0:
+		count += fmt.Sprintf(", %d without an answer", s.Aside)
+	}
+	if s.Addresses > 0 && s.LookupErr != nil {
+		count += ", as before: " + s.LookupErr.Error()
+	}
+	c.Detail = s.Destination.Target() + ": " + count
+	return c
+}
+
+func (d *dnsProxy) collect(emit metrics.Emit, r health.Report) {
+	const name = "egress_dns_proxy_"
+	emit(name+"info", 1, r.Version)
+	emit(name+"ready", oneIf(r.Ready))
+	emit(name+"reloads_total", float64(d.reloads.Load()))
+	emit(name+"reload_failures_total", float64(d.refused.Load()))
+	for _, s := range d.proxy.Status() {
+		port, target := strconv.Itoa(int(s.Destination.Port)), s.Destination.Target()
+		emit(name+"listening", oneIf(s.Err == nil), port, target)
+		for suffix, n := range map[string]int64{
+			"connections_total":      s.Connections,
+			"open_connections":       s.Open,
+			"connect_failures_total": s.Failed,
+			"sent_bytes_total":       s.Sent,
+			"received_bytes_total":   s.Received,
+			"addresses":              int64(s.Addresses),
+			"addresses_aside":        int64(s.Aside),
+			"lookups_total":          s.Lookups,
+			"lookup_failures_total":  s.LookupFailures,
+		} {
+			emit(name+suffix, float64(n), port, target)
+		}
+	}
+}

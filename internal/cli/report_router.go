@@ -1,0 +1,166 @@
+package cli
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/conntrack"
+	"github.com/egress-router/egress-router/internal/health"
+	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// stuckAfter is how long a comparison may be overdue until the process counts as
+// stuck: longer than it waits after repairs that fail.
+const stuckAfter = 2 * time.Minute
+
+func (w *watch) reporter() reporter {
+	return reporter{
+		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen,
+		report:  func(r *health.Report) { reportRouter(r, w.keeper.Status(), w.config.Health.Probe) },
+		alive:   w.alive,
+		table:   metrics.Router,
+		collect: w.collect,
+	}
+}
+
+// alive says why the router is stuck.
+func (w *watch) alive() error {
+	interval, compared := w.config.Health.Interval, w.keeper.Status().Compared
+	if late := time.Since(compared); interval > 0 && !compared.IsZero() && late > 3*interval+stuckAfter {
+		return fmt.Errorf("nothing has been compared for %s", late.Round(time.Second))
+	}
+	return nil
+}
+
+// reportRouter says how the router is.
+func reportRouter(r *health.Report, s router.Status, probes bool) {
+	r.Reasons = append(r.Reasons, s.NotReady...)
+	add := func(name string, state health.State, since time.Time, format string, args ...any) {
+		r.Checks = append(r.Checks, health.Check{Name: name, State: state, Since: since, Detail: fmt.Sprintf(format, args...)})
+	}
+
+	switch repairs := total(s.Repairs); {
+	case !s.Right:
+		add("kernel", health.Failed, s.Since, "%s", s.Wrong)
+	case s.Contested != "":
+		add("kernel", health.Warning, s.Since, "something else undoes a repair again and again: %s", s.Contested)
+	default:
+		add("kernel", health.OK, s.Since, "as wanted, by %s; %d repairs", s.Backend, repairs)
+	}
+
+	switch g := s.Gateway; {
+	case !g.Known:
+		add("gateway", health.OK, time.Time{}, "not known yet")
+	case g.Reachable:
+		add("gateway", health.OK, g.Since, "answers at %s", g.MAC)
+	default:
+		add("gateway", health.Failed, g.Since, "does not answer ARP")
+	}
+
+	if s.Conflicts > 0 {
+		add("address", health.Warning, s.ConflictAt, "%s claimed it, the last of %d times", s.ConflictMAC, s.Conflicts)
+	} else {
+		add("address", health.OK, r.Started, "claimed by nobody else")
+	}
+
+	if s.ReloadError != "" {
+		add("destinations", health.Warning, time.Time{}, "%d as before, since: %s", s.Destinations, s.ReloadError)
+	} else {
+		add("destinations", health.OK, r.Started, "%d", s.Destinations)
+	}
+
+	if !probes {
+		return
+	}
+	down := slices.DeleteFunc(slices.Clone(s.Probes), func(p router.Probe) bool { return p.Err == "" })
+	if len(down) > 0 {
+		add("servers", health.Warning, time.Time{}, "%d of %d cannot be connected to: %s: %s", len(down), len(s.Probes), down[0].To, down[0].Err)
+	} else {
+		add("servers", health.OK, time.Time{}, "%d can be connected to", len(s.Probes))
+	}
+}
+
+func total(repairs map[router.RepairKind]uint64) (n uint64) {
+	for _, count := range repairs {
+		n += count
+	}
+	return n
+}
+
+func (w *watch) collect(emit metrics.Emit, r health.Report) {
+	const name = "egress_router_"
+	s := w.keeper.Status()
+	emit(name+"info", 1, r.Version, r.Mode, s.Backend, w.config.Source.String(), w.config.Gateway.String())
+	emit(name+"ready", oneIf(r.Ready))
+	if !s.Compared.IsZero() {
+		emit(name+"last_comparison_timestamp_seconds", float64(s.Compared.UnixMilli())/1000)
+	}
+	emit(name+"comparisons_total", float64(s.Comparisons))
+	for _, kind := range router.RepairKinds {
+		emit(name+"repairs_total", float64(s.Repairs[kind]), string(kind))
+	}
+	emit(name+"repair_failures_total", float64(s.RepairFailures))
+	emit(name+"announcements_total", float64(s.Announcements))
+	emit(name+"address_conflicts_total", float64(s.Conflicts))
+	if s.Gateway.Known {
+		emit(name+"gateway_reachable", oneIf(s.Gateway.Reachable))
+	}
+	emit(name+"reloads_total", float64(s.Reloads))
+	emit(name+"reload_failures_total", float64(s.ReloadFailures))
+
+	t := w.tracker.Load()
+	if t == nil {
+		return
+	}
+	report, err := t.Counts()
+	if err != nil {
+		w.log.Warn("connections are not counted", "error", err)
+		return
+	}
+	collectLines(emit, report, s.Probes)
+	emit(name+"event_overruns_total", float64(report.Overruns))
+	if entries, limit, err := t.Fill(); err == nil {
+		emit(name+"conntrack_entries", float64(entries))
+		emit(name+"conntrack_limit", float64(limit))
+	}
+}
+
+// mostPorts is of how many servers the ports in use are told, those with most: by
+// the fallback there can be any number.
+const mostPorts = 200
+
+func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Probe) {
+	const name = "egress_router_"
+	up := make(map[netip.AddrPort]bool)
+	for _, p := range probes {
+		up[p.To] = p.Err == ""
+	}
+	for _, l := range report.Lines {
+		labels := []string{"any", "fallback", l.To.String()}
+		if l.Protocol != 0 {
+			to := netip.AddrPortFrom(l.To, uint16(l.ToPort))
+			labels = []string{l.Protocol.String(), strconv.Itoa(int(l.Port)), to.String()}
+			if is, probed := up[to]; probed && l.Protocol == rules.TCP {
+				emit(name+"destination_up", oneIf(is), labels...)
+			}
+		}
+		emit(name+"connections_total", float64(l.Connections), labels...)
+		emit(name+"open_connections", float64(l.Open), labels...)
+		if report.Accounted {
+			emit(name+"sent_packets_total", float64(l.PacketsOut), labels...)
+			emit(name+"sent_bytes_total", float64(l.BytesOut), labels...)
+			emit(name+"received_packets_total", float64(l.PacketsIn), labels...)
+			emit(name+"received_bytes_total", float64(l.BytesIn), labels...)
+		}
+	}
+	slices.SortStableFunc(report.Ports, func(a, b conntrack.Ports) int { return cmp.Compare(b.InUse, a.InUse) })
+	for _, p := range report.Ports[:min(len(report.Ports), mostPorts)] {
+		emit(name+"snat_ports_in_use", float64(p.InUse), p.Protocol.String(), p.Server.String())
+	}
+}

@@ -1,0 +1,185 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/internal/health"
+	"github.com/egress-router/egress-router/internal/httpproxy"
+	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/resolver"
+	"github.com/egress-router/egress-router/internal/tcpproxy"
+)
+
+// newDNSProxy returns one with destinations that nobody listens for.
+func newDNSProxy(t *testing.T, list string) *dnsProxy {
+	t.Helper()
+	d := &dnsProxy{log: slog.New(slog.DiscardHandler)}
+	d.proxy = tcpproxy.New(tcpproxy.Options{Resolver: names{resolver.New(resolver.Options{})}, Log: d.log})
+	if err := d.parse(list); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.proxy.Apply(d.list); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.proxy.Shutdown(0) })
+	return d
+}
+
+// Each proxy tells every metric of its table, and none that is not in it.
+func TestMetrics(t *testing.T) {
+	d := newDNSProxy(t, "18091 203.0.113.25 80\n18092 203.0.113.26")
+	list, err := httpproxy.Parse("*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := httpproxy.New(httpproxy.Config{Rules: list}, d.log, resolver.New(resolver.Options{}))
+	for _, test := range []struct {
+		table   []metrics.Metric
+		collect func(metrics.Emit, health.Report)
+	}{
+		{metrics.DNSProxy, d.collect},
+		{metrics.HTTPProxy, func(e metrics.Emit, r health.Report) { collectHTTPProxy(e, r, h.Status()) }},
+	} {
+		var log bytes.Buffer
+		page, err := metrics.Handler(test.table, func(e metrics.Emit) { test.collect(e, health.Report{}) }, slog.New(slog.NewTextHandler(&log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := httptest.NewRecorder()
+		page.ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+		if log.Len() > 0 {
+			t.Errorf("log: %s", &log)
+		}
+		for _, m := range test.table {
+			if !strings.Contains(w.Body.String(), "# TYPE "+m.Name+" "+string(m.Type)+"\n") {
+				t.Errorf("%s is not told", m.Name)
+			}
+		}
+	}
+}
+
+func TestReportDNSProxy(t *testing.T) {
+	d := newDNSProxy(t, "18093 203.0.113.25 80")
+	check := func(want ...health.Check) {
+		t.Helper()
+		var r health.Report
+		d.report(&r)
+		for i := range r.Checks {
+			r.Checks[i].Since = time.Time{}
+		}
+		if diff := cmp.Diff(want, r.Checks); diff != "" {
+			t.Errorf("checks (- want, + got):\n%s", diff)
+		}
+		if ready := len(r.Reasons) == 0; ready != d.listening.Load() {
+			t.Errorf("not ready: %q", r.Reasons)
+		}
+	}
+	connections := health.Check{Name: "connections", Detail: "0 open"}
+	port := health.Check{Name: "port 18093", Detail: "203.0.113.25:80: 1 address"}
+	check(connections, port)
+	d.listening.Store(true)
+	d.right()
+	right := health.Check{Name: "destinations", Detail: "1 from EGRESS_DNS_PROXY_DESTINATION"}
+	check(right, connections, port)
+
+	// A list that is not right is a warning, counted once.
+	r := reloader{log: d.log, told: d.told}
+	for range 2 {
+		r.complain(errors.New("Bad destination '80'"))
+	}
+	check(health.Check{Name: "destinations", State: health.Warning, Detail: "Bad destination '80'"}, connections, port)
+	if n := d.refused.Load(); n != 1 {
+		t.Errorf("counted %d times", n)
+	}
+	d.env.DestinationFile = "/etc/egress/destinations"
+	d.right()
+	right.Detail = "1 from /etc/egress/destinations"
+	check(right, connections, port)
+}
+
+func TestPortCheck(t *testing.T) {
+	destination := tcpproxy.Destination{Port: 8443, Host: "www.example.com", ToPort: 443}
+	failed := errors.New("no such name")
+	for want, s := range map[string]tcpproxy.Status{
+		"ok www.example.com:443: 1 address":                                 {Addresses: 1, Looked: true},
+		"ok www.example.com:443: 2 addresses":                               {Addresses: 2, Looked: true},
+		"warning www.example.com:443: 2 addresses, 1 without an answer":     {Condition: tcpproxy.Impaired, Addresses: 2, Aside: 1, Looked: true},
+		"warning www.example.com:443: 2 addresses, as before: no such name": {Condition: tcpproxy.Impaired, Addresses: 2, LookupErr: failed, Looked: true},
+		"failed www.example.com:443: not looked up yet":                     {Condition: tcpproxy.Unusable},
+		"failed www.example.com:443: no address":                            {Condition: tcpproxy.Unusable, Looked: true},
+		"failed www.example.com:443: no address: no such name":              {Condition: tcpproxy.Unusable, LookupErr: failed},
+		"failed www.example.com:443: 1 address, 1 without an answer":        {Condition: tcpproxy.Unusable, Addresses: 1, Aside: 1},
+		"failed www.example.com:443: not listened on: no such name":         {Condition: tcpproxy.Unusable, Err: failed},
+	} {
+		s.Destination = destination
+		c := portCheck(s)
+		if got := c.State.String() + " " + c.Detail; got != want || c.Name != "port 8443" {
+			t.Errorf("%s: %q, want %q", c.Name, got, want)
+		}
+	}
+}
+
+func TestReportHTTPProxy(t *testing.T) {
+	at := time.Now()
+	good := httpproxy.Status{Listen: "[::]:8080", ListenSince: at, Rules: 4, RulesSince: at, Connections: 3, MaxConnections: 10, Running: 2}
+	var r health.Report
+	reportHTTPProxy(&r, good, "")
+	want := []health.Check{
+		{Name: "listener", Detail: "[::]:8080", Since: at},
+		{Name: "rules", Detail: "4 from EGRESS_HTTP_PROXY_DESTINATION", Since: at},
+		{Name: "connections", Detail: "3 of 10 at most, 2 requests and tunnels"},
+	}
+	if diff := cmp.Diff(want, r.Checks); diff != "" || len(r.Reasons) > 0 {
+		t.Errorf("reasons %q, checks (- want, + got):\n%s", r.Reasons, diff)
+	}
+
+	bad := httpproxy.Status{Rules: 4, RulesSince: at, Connections: 10, MaxConnections: 10,
+		RulesErr: errors.New("/etc/egress/rules:3; Bad destination '1.2.3.256'")}
+	r = health.Report{}
+	reportHTTPProxy(&r, bad, "/etc/egress/rules")
+	want = []health.Check{
+		{Name: "listener", State: health.Failed, Detail: "it does not listen"},
+		{Name: "rules", State: health.Warning, Since: at, Detail: "the old ones stay: /etc/egress/rules:3; Bad destination '1.2.3.256'"},
+		{Name: "connections", State: health.Warning, Detail: "10 of 10 at most, 0 requests and tunnels"},
+	}
+	if diff := cmp.Diff(want, r.Checks); diff != "" || len(r.Reasons) != 1 {
+		t.Errorf("reasons %q, checks (- want, + got):\n%s", r.Reasons, diff)
+	}
+	bad.RulesErr = errors.New("it is not a regular file")
+	r = health.Report{}
+	reportHTTPProxy(&r, bad, "/etc/egress/rules")
+	if got := r.Checks[1].Detail; got != "the old ones stay: /etc/egress/rules: it is not a regular file" {
+		t.Errorf("rules: %s", got)
+	}
+}
+
+// A program that was told to stop is not ready, and tells until its end.
+func TestReporterStops(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r := reporter{
+		program: health.Router, mode: "legacy",
+		report: func(r *health.Report) { r.Checks = []health.Check{{Name: "rules"}} },
+	}
+	stop, err := r.start(ctx, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	for _, want := range []bool{true, false} {
+		reports, err := health.Ask(t.Context())
+		if err != nil || len(reports) != 1 || reports[0].Ready != want || reports[0].Mode != "legacy" {
+			t.Errorf("%+v, %v; want ready %v", reports, err, want)
+		}
+		cancel()
+	}
+}

@@ -1,0 +1,95 @@
+package httpproxy
+
+import (
+	"net"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// wantCounts waits for what is counted, which is when requests end.
+func (p *testProxy) wantCounts(t *testing.T, want Counts) {
+	t.Helper()
+	var diff string
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if diff = cmp.Diff(want, p.Status().Counts); diff == "" {
+			return
+		}
+	}
+	t.Errorf("counts (- want, + got):\n%s", diff)
+}
+
+func TestStatus(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) {
+		header(conn)
+		say(t, conn, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
+	})
+	_, port, _ := net.SplitHostPort(server)
+	p := start(t, "!denied.example\n*.example\n", zone{"a.example": {"203.0.113.1"}, "b.example": {"203.0.113.250"}}, func(p *Proxy) { p.config.MaxConnections = 7 })
+	s := p.Status()
+	if s.Rules != 2 || s.RulesErr != nil || s.RulesSince.IsZero() || s.MaxConnections != 7 {
+		t.Errorf("status %+v", s)
+	}
+	var want Counts
+	p.wantCounts(t, want)
+
+	conn := p.connect(t)
+	say(t, conn, "POST http://a.example:"+port+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+	if status, _ := answer(t, conn); status != 204 {
+		t.Fatalf("status %d", status)
+	}
+	want.Requests[Request][2], want.Sent[Request], want.Lookups = 1, 5, 1
+	p.wantCounts(t, want)
+	if s := p.Status(); s.Listen != p.addr || s.ListenSince.IsZero() || s.Connections != 1 || s.Running != 0 {
+		t.Errorf("status %+v", s)
+	}
+
+	// Denied, and unknown.
+	for _, test := range []struct {
+		host   string
+		status int
+		count  *int64
+	}{{"denied.example", 403, &want.Denied}, {"gone.example", 502, &want.LookupFailures}} {
+		status, body := answer(t, p.get(t, test.host))
+		if status != test.status {
+			t.Fatalf("%s: status %d", test.host, status)
+		}
+		*test.count++
+		want.Requests[Request][status/100]++
+		want.Received[Request] += int64(len(body))
+	}
+	want.Lookups++
+	p.wantCounts(t, want)
+
+	// A server that is not there.
+	status, body := answer(t, p.get(t, "a.example:1"))
+	if status != 502 {
+		t.Fatalf("status %d", status)
+	}
+	want.Requests[Request][5]++
+	want.Lookups++
+	want.ConnectFailures++
+	want.Received[Request] += int64(len(body))
+	p.wantCounts(t, want)
+
+	tunnel := p.tunnel(t, "a.example:"+port)
+	if s := p.Status(); s.Running != 1 {
+		t.Errorf("%d are under way, want 1", s.Running)
+	}
+	say(t, tunnel, "\r\n\r\n")
+	hearEnd(t, tunnel, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
+	tunnel.Close()
+	want.Requests[Tunnel][2], want.Sent[Tunnel], want.Received[Tunnel] = 1, 4, 46
+	want.Lookups++
+	p.wantCounts(t, want)
+
+	p.stop()
+	if err := <-p.done; err != nil {
+		t.Error(err)
+	}
+	p.done <- nil // for the end of the test
+	if s := p.Status(); s.Listen != "" {
+		t.Errorf("it listens at %s when it has ended", s.Listen)
+	}
+}
