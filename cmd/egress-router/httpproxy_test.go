@@ -101,28 +101,37 @@ func (p *pod) wantProxyError(host string, status int, text string) {
 // and that it is the rules that make it so. It takes them away.
 func (p *pod) wantNoUseFromOutside(port uint16) {
 	p.Helper()
-	p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", source.String())
-	open := func(from *netns.Namespace, a netip.Addr) bool {
-		ctx, cancel := context.WithTimeout(p.Context(), time.Second)
-		defer cancel()
-		conn, err := p.lab.Dial(ctx, from, "tcp", netip.AddrPortFrom(a, port))
-		if err == nil {
-			conn.Close()
-		}
-		return err == nil
+	p.wantClusterOnly(port)
+	p.clear()
+	if !p.opens(p.lab.Outside, source, port) {
+		p.Errorf("port %d of %s is closed to the physical network also without the rules", port, source)
 	}
-	if !open(p.lab.Client, lab.RouterAddr) {
+}
+
+// wantClusterOnly checks that a port of the pod is open to the cluster, and to
+// nobody on the physical network.
+func (p *pod) wantClusterOnly(port uint16) {
+	p.Helper()
+	p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", source.String())
+	if !p.opens(p.lab.Client, lab.RouterAddr, port) {
 		p.Errorf("port %d is closed to the cluster", port)
 	}
 	for _, a := range []netip.Addr{source, lab.RouterAddr} {
-		if open(p.lab.Outside, a) {
+		if p.opens(p.lab.Outside, a, port) {
 			p.Errorf("port %d of %s is open to the physical network", port, a)
 		}
 	}
-	p.clear()
-	if !open(p.lab.Outside, source) {
-		p.Errorf("port %d of %s is closed to the physical network also without the rules", port, source)
+}
+
+// opens reports whether a connection can be opened.
+func (p *pod) opens(from *netns.Namespace, a netip.Addr, port uint16) bool {
+	ctx, cancel := context.WithTimeout(p.Context(), time.Second)
+	defer cancel()
+	conn, err := p.lab.Dial(ctx, from, "tcp", netip.AddrPortFrom(a, port))
+	if err == nil {
+		conn.Close()
 	}
+	return err == nil
 }
 
 // The documentation's pod: an init container with privilege, a proxy without, and

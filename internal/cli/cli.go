@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -127,14 +126,9 @@ func readFile(name string) ([]byte, error) {
 	return data, err
 }
 
-// startMemory is how much a run may take before it collects garbage, in bytes.
-// The largest destination list that a ConfigMap holds needs less than half.
-const startMemory = 64 << 20
-
 // runMode does what EGRESS_ROUTER_MODE says.
 func runMode(ctx context.Context, p Process) error {
-	// A run ends in milliseconds; one collection would take as long again.
-	percent, limit := debug.SetGCPercent(-1), debug.SetMemoryLimit(startMemory)
+	settle := hurry()
 	hangup, stop := hangups()
 	defer stop()
 	env, err := p.Environment()
@@ -158,12 +152,7 @@ func runMode(ctx context.Context, p Process) error {
 	}
 
 	if c.Mode.Stays() {
-		back := func() {
-			debug.SetGCPercent(percent)
-			debug.SetMemoryLimit(limit)
-			debug.FreeOSMemory() // from here on the process is idle
-		}
-		return stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, back)
+		return stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, settle)
 	}
 	keepNameServers(&c, log)
 	return newRouter(c, log).Apply(ctx)

@@ -23,9 +23,9 @@ type watch struct {
 }
 
 // stay configures, unless an init run has, and watches over what is configured
-// until the program is told to stop. The function idle is called when it has
-// nothing to do any more but wait.
-func stay(ctx context.Context, p Process, c config.Config, env config.Environment, file reloader, idle func()) error {
+// until the program is told to stop. The function settle is called when
+// it has nothing to do any more but wait.
+func stay(ctx context.Context, p Process, c config.Config, env config.Environment, file reloader, settle func()) error {
 	log, written := file.log, c // without what is found out here
 	keepNameServers(&c, log)
 	w := &watch{config: c, log: log}
@@ -71,7 +71,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		}
 	}
 	background.Go(func() { file.run(ctx) })
-	idle()
+	settle()
 	return w.keeper.Run(ctx)
 }
 

@@ -1,0 +1,264 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// A router that stays says how it is: by the exec probe without privilege, by
+// HTTP from the cluster side, which the fallback leaves alone, and to nobody on
+// the physical network.
+func TestRouterHealth(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		p.env["EGRESS_HEALTH_LISTEN"] = ":9465"
+		p.env["EGRESS_HEALTH_INTERVAL"] = "300ms"
+		r := p.start("legacy")
+		p.await("a router that is ready", func() bool { code, _ := p.health(); return code == 0 })
+		p.wantGet("/healthz", 200, "ok\n")
+		p.wantGet("/readyz", 200, "ok\n")
+		p.wantClusterOnly(healthAddr.Port())
+		p.wantAnswer("tcp", 9000, "203.0.113.27:9000") // by the fallback
+		r.await(1, "the gateway answers")
+
+		// What it counts is what goes through.
+		for range 5 {
+			p.wantAnswer("tcp", 80, "203.0.113.25:80")
+		}
+		flow := p.flow(53)
+		flow.wantAnswer(p, "by the fallback", "203.0.113.27:53", "192.168.12.99")
+		p.flushSourceRule()
+		r.await(1, repaired)
+		p.wantMetrics(
+			`egress_router_ready 1`, `egress_router_gateway_reachable 1`, `egress_router_address_conflicts_total 0`,
+			`egress_router_repairs_total{kind="rules"} 1`, `egress_router_repairs_total{kind="link"} 0`,
+			`egress_router_connections_total{destination="203.0.113.25:80",port="80",protocol="tcp"} 5`,
+			`egress_router_connections_total{destination="203.0.113.26:80",port="8080",protocol="tcp"} 0`,
+			`egress_router_connections_total{destination="203.0.113.27",port="fallback",protocol="any"} 2`,
+			`egress_router_open_connections{destination="203.0.113.27",port="fallback",protocol="any"} 1`,
+			`egress_router_snat_ports_in_use{destination="203.0.113.27:53",protocol="udp"} 1`,
+			`egress_router_event_overruns_total 0`,
+		)
+		_, text := p.get("/metrics")
+		for _, re := range []string{
+			`egress_router_info{backend="(iptables v[^"]*|nftables)",gateway="192.168.12.1",mode="legacy",source="192.168.12.99/24",version="[^"]+"} 1`,
+			`egress_router_received_bytes_total{destination="203.0.113.25:80",port="80",protocol="tcp"} [1-9]\d\d\d+`,
+			`egress_router_sent_packets_total{destination="203.0.113.25:80",port="80",protocol="tcp"} [1-9]\d+`,
+			`egress_router_conntrack_entries [1-9]\d*`, `egress_router_conntrack_limit [1-9]\S*`, `egress_router_comparisons_total [1-9]\d*`,
+			`egress_router_last_comparison_timestamp_seconds 1\.\d+e\+09`,
+		} {
+			if !regexp.MustCompile("(?m)^" + re + "$").MatchString(text) {
+				p.Errorf("/metrics lacks %s:\n%s", re, text)
+			}
+		}
+
+		// Without its interface it is not ready, works on, and says why.
+		h := p.handle(p.lab.Router)
+		if err := h.LinkDel(p.link(h, "macvlan0")); err != nil {
+			p.Fatal(err)
+		}
+		p.await("a router that is not ready", func() bool { code, _ := p.health(); return code == 1 })
+		if _, out := p.health(); !strings.Contains(out, `interface "macvlan0" not found`) || !strings.Contains(out, "router") {
+			p.Errorf("health says\n%s", out)
+		}
+		if status, body := p.get("/readyz"); status != 503 || !strings.Contains(body, `interface "macvlan0" not found`) {
+			p.Errorf("/readyz: %d %s", status, body)
+		}
+		p.wantGet("/healthz", 200, "ok\n")
+		p.wantMetrics("egress_router_ready 0")
+	})
+}
+
+// wantMetrics waits until /metrics has all of the lines.
+func (p *pod) wantMetrics(lines ...string) {
+	p.Helper()
+	missing, text := lines, ""
+	for end := time.Now().Add(5 * time.Second); len(missing) > 0 && time.Now().Before(end); {
+		_, text = p.get("/metrics")
+		missing = nil
+		for _, line := range lines {
+			if !strings.Contains(text, "\n"+line+"\n") {
+				missing = append(missing, line)
+			}
+		}
+	}
+	if len(missing) > 0 {
+		p.Errorf("/metrics lacks\n%s\nof\n%s", strings.Join(missing, "\n"), text)
+	}
+}
+
+// A port of the health endpoint that is taken is an error before anything is
+// touched.
+func TestRouterHealthPortTaken(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	if _, err := p.lab.Serve(p.lab.Router, "tcp", healthAddr); err != nil {
+		t.Fatal(err)
+	}
+	before := p.state()
+	p.env["EGRESS_ROUTER_MODE"], p.env["EGRESS_HEALTH_LISTEN"] = "legacy", ":9465"
+	p.wantRefusal("", "address already in use", "EGRESS_HEALTH_LISTEN")
+	p.wantState(before)
+}
+
+// The audit log has a line for the begin and one for the end of each redirected
+// connection, whatever else is logged.
+func TestAuditLog(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_AUDIT_LOG"], p.env["EGRESS_LOG_FORMAT"], p.env["EGRESS_LOG_LEVEL"] = "true", "json", "error"
+	r := p.start("legacy")
+	p.await("a router that is ready", func() bool { code, _ := p.health(); return code == 0 })
+	conn, err := p.lab.Dial(t.Context(), p.lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := lab.ReadAnswer(bufio.NewReader(conn))
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := conn.LocalAddr().String()
+	_ = conn.Close()
+	// The kernel keeps what has ended for a while: its entry is deleted here.
+	r.await(1, "connection begins")
+	if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
+		t.Fatal(err)
+	}
+	r.await(1, "connection ends")
+	for line := range strings.Lines(r.logged()) {
+		var got map[string]any
+		if err := json.Unmarshal([]byte(line), &got); err != nil {
+			t.Fatalf("%s: %v", line, err)
+		}
+		want := map[string]any{
+			"level": "INFO", "client": client, "protocol": "tcp", "port": 8080.0, "destination": "203.0.113.26:80", "reserved": a.Peer.String(),
+		}
+		for key, value := range want {
+			if got[key] != value {
+				t.Errorf("%s: %s is %v, want %v", line, key, got[key], value)
+			}
+		}
+		if got["msg"] == "connection ends" && (got["packets_sent"].(float64) < 3 || got["bytes_received"].(float64) < 100 || got["seconds"].(float64) <= 0) {
+			t.Errorf("how much it carried: %s", line)
+		}
+	}
+}
+
+// A mount is a directory in which a file comes as the kubelet has it come: as a
+// link into a directory that another takes the place of at once.
+type mount struct {
+	*pod
+	dir      string
+	versions int
+}
+
+func (p *pod) mount() *mount { return &mount{pod: p, dir: p.TempDir()} }
+
+// set makes content that of the file, at once.
+func (m *mount) set(content string) {
+	m.Helper()
+	m.versions++
+	version := fmt.Sprintf("..version_%d", m.versions)
+	for _, err := range []error{
+		os.Mkdir(filepath.Join(m.dir, version), 0o755),
+		os.WriteFile(filepath.Join(m.dir, version, "destinations"), []byte(content), 0o644),
+		os.Symlink(version, filepath.Join(m.dir, "..data_tmp")),
+		os.Rename(filepath.Join(m.dir, "..data_tmp"), filepath.Join(m.dir, "..data")),
+	} {
+		if err != nil {
+			m.Fatal(err)
+		}
+	}
+	if m.versions == 1 {
+		if err := os.Symlink("..data/destinations", m.file()); err != nil {
+			m.Fatal(err)
+		}
+	}
+}
+
+func (m *mount) file() string { return filepath.Join(m.dir, "destinations") }
+
+// A list that changes in its mount is in force within a second, without touching
+// connections whose line stays; one that is not right leaves the one before.
+func TestReload(t *testing.T) {
+	eachBackend(t, lab.Options{}, func(p *pod) {
+		m := p.mount()
+		m.set("80 tcp 203.0.113.25\n8443 tcp 203.0.113.26 443\n")
+		delete(p.env, "EGRESS_DESTINATION")
+		p.env["EGRESS_DESTINATION_FILE"], p.env["EGRESS_HEALTH_LISTEN"] = m.file(), ":9465"
+		r := p.start("legacy")
+		p.await("a router that is ready", func() bool { code, _ := p.health(); return code == 0 })
+
+		const open = 200
+		var conns []net.Conn
+		for range open {
+			conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+			if err != nil {
+				p.Fatal(err)
+			}
+			defer conn.Close()
+			conns = append(conns, conn)
+		}
+		p.wantAnswer("tcp", 8443, "203.0.113.26:443")
+
+		begin := time.Now()
+		m.set("80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n")
+		r.await(1, "destinations changed")
+		if took := time.Since(begin); took > time.Second {
+			p.Errorf("in force after %v", took)
+		}
+		r.await(1, repaired)
+		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
+		p.wantRefused("tcp", 8443)
+		for i, conn := range conns {
+			_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+			if _, err := conn.Write([]byte("still there\n")); err != nil {
+				p.Fatalf("open connection %d: %v", i, err)
+			}
+			reader := bufio.NewReader(conn)
+			if _, err := lab.ReadAnswer(reader); err != nil {
+				p.Fatalf("open connection %d: %v", i, err)
+			}
+			if line, err := reader.ReadString('\n'); err != nil || line != "still there\n" {
+				p.Fatalf("open connection %d: %q, %v", i, line, err)
+			}
+		}
+		p.wantMetrics(
+			`egress_router_reloads_total 1`, `egress_router_reload_failures_total 0`,
+			fmt.Sprintf(`egress_router_connections_total{destination="203.0.113.25:80",port="80",protocol="tcp"} %d`, open),
+			`egress_router_connections_total{destination="203.0.113.26:80",port="8080",protocol="tcp"} 1`,
+		)
+
+		// What is not right is said, and changes neither the rules nor readiness.
+		before := p.state()
+		m.set("80 tcp 203.0.113.25\n8080 tcp nowhere\n")
+		r.await(1, "the destination file is not right")
+		p.wantState(before)
+		code, out := p.health()
+		if code != 0 || !strings.Contains(out, "EGRESS_DESTINATION value '8080 tcp nowhere' is invalid") {
+			p.Errorf("exit code %d:\n%s", code, out)
+		}
+		p.wantMetrics(`egress_router_reload_failures_total 1`, `egress_router_ready 1`)
+
+		// SIGHUP has it read again, and answered again.
+		if err := r.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+			p.Fatal(err)
+		}
+		r.await(2, "the destination file is not right")
+		m.set("8443 tcp 203.0.113.26 443\n")
+		r.await(2, "destinations changed")
+		p.await("the new line", func() bool {
+			a, err := p.ask(p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8443))
+			return err == nil && a.Server.String() == "203.0.113.26:443"
+		})
+	})
+}
