@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +28,7 @@ import (
 type dialer struct {
 	first, count uint32        // the ports; count 0: the kernel chooses
 	next         atomic.Uint32 // each in turn, so that one waits for as long as can be
+	keepAlive    time.Duration // of net.Dialer
 }
 
 // portRange is the file of the ports to connect from (ip(7)).
@@ -52,21 +54,23 @@ func (d *dialer) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, err
 	// connection to that server.
 	const most = 64
 	for range min(d.count, most) {
-		conn, err := dialFrom(ctx, d.first+d.next.Add(1)%d.count, to)
+		conn, err := d.dialFrom(ctx, d.first+d.next.Add(1)%d.count, to)
 		if !errors.Is(err, syscall.EADDRINUSE) && !errors.Is(err, syscall.EADDRNOTAVAIL) {
 			return conn, err
 		}
 	}
-	return dialFrom(ctx, 0, to)
+	return d.dialFrom(ctx, 0, to)
 }
 
 // dialFrom connects from a port, or from one that the kernel chooses.
-func dialFrom(ctx context.Context, port uint32, to netip.AddrPort) (*net.TCPConn, error) {
-	d := net.Dialer{Control: shareable}
+func (d *dialer) dialFrom(ctx context.Context, port uint32, to netip.AddrPort) (*net.TCPConn, error) {
+	from := net.Dialer{Control: shareable, KeepAlive: d.keepAlive}
 	if port != 0 {
-		d.LocalAddr = &net.TCPAddr{Port: int(port)}
+		return from.DialTCP(ctx, "tcp", netip.AddrPortFrom(netip.Addr{}, uint16(port)), to)
 	}
-	conn, err := d.DialContext(ctx, "tcp", to.String())
+	// DialTCP would bind to port 0, which takes a port that has no connection at
+	// all; connect(2) finds one that has none to this server.
+	conn, err := from.DialContext(ctx, "tcp", to.String())
 	if err != nil {
 		return nil, err
 	}

@@ -208,11 +208,10 @@ func ours(err error) bool {
 // an IPv6 one; those that are equal in that take turns. It waits for the first
 // answer of the name servers.
 func (p *pool) next(ctx context.Context, tried []netip.Addr) (netip.Addr, error) {
-	wait, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
 	select {
 	case <-p.known:
-	case <-wait.Done():
+	default:
+		p.awaitKnown(ctx)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -247,6 +246,16 @@ func (p *pool) next(ctx context.Context, tried []netip.Addr) (netip.Addr, error)
 	a := best[p.turn%len(best)]
 	p.turn++
 	return a, nil
+}
+
+// awaitKnown waits for the first answer of the name servers.
+func (p *pool) awaitKnown(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	select {
+	case <-p.known:
+	case <-ctx.Done():
+	}
 }
 
 // answers takes an address back that was put aside.

@@ -53,7 +53,20 @@ type port struct {
 func New(o Options) *Proxy {
 	p := &Proxy{o: o, dialer: newDialer(), ports: map[rules.Port]*port{}}
 	p.alive, p.kill = context.WithCancel(context.Background())
+	p.dialer.keepAlive = keepAlive(o.Idle)
 	return p
+}
+
+// keepAlive returns whether peers are to be asked if they are there, as
+// net.Dialer and net.ListenConfig have it: below zero, not. Those that do not
+// answer ten probes, 15 s apart (net.KeepAliveConfig), are given up, which is of no
+// use where the watch is not slower. Asking for it takes a short connection as
+// long as its data does: four calls at each end.
+func keepAlive(idle time.Duration) time.Duration {
+	if idle > 0 && idle <= 10*15*time.Second {
+		return -1
+	}
+	return 0
 }
 
 // Apply makes the destinations be those of a list. Ports that are in it already
@@ -82,7 +95,7 @@ func (p *Proxy) Apply(list []Destination) error {
 	for _, d := range list {
 		l := p.ports[d.Port]
 		if l == nil {
-			listener, err := listen(d.Port)
+			listener, err := p.listen(d.Port)
 			if err != nil {
 				failed = append(failed, err)
 				since := time.Now()
@@ -140,10 +153,10 @@ func (e *ListenError) Hint() string {
 }
 
 // listen listens on all addresses, also those of IPv6 where there are any.
-func listen(number rules.Port) (*net.TCPListener, error) {
+func (p *Proxy) listen(number rules.Port) (*net.TCPListener, error) {
 	// Go would listen with Multipath TCP (since 1.24), whose sockets cannot do
 	// everything that a relay needs.
-	var config net.ListenConfig
+	config := net.ListenConfig{KeepAlive: p.dialer.keepAlive}
 	config.SetMultipathTCP(false)
 	listener, err := config.Listen(context.Background(), "tcp", fmt.Sprintf(":%d", number))
 	if err != nil {

@@ -26,14 +26,18 @@ const (
 // A relay joins the connection of a client to one to a server.
 //
 // Each direction is an endpoint's wait for data and then a copy of just that
-// data, by io.CopyN between two plain *net.TCPConn, which the standard library
-// does with splice(2). A copy until the end of the stream would do the same, but
-// hold a pipe for each direction all the time that it waits: two descriptors
-// and, for a process without CAP_SYS_RESOURCE, a share of what its user may have
-// of pipes before the kernel makes them small (pipe(7), pipe-user-pages-soft).
+// data. As long as pieces are short they are read and written: a splice takes
+// twice as many calls, and most connections never have more than a question and
+// an answer. Longer ones go by io.CopyN between two plain *net.TCPConn, which the
+// standard library does with splice(2). A copy until the end of the stream would
+// do the same, but hold a pipe for each direction all the time that it waits: two
+// descriptors and, for a process without CAP_SYS_RESOURCE, a share of what its
+// user may have of pipes before the kernel makes them small (pipe(7),
+// pipe-user-pages-soft).
 type relay struct {
 	client, server *net.TCPConn
 
+	ended              atomic.Int32           // directions, in order
 	outcome            atomic.Pointer[string] // the first that was found
 	cut                atomic.Bool            // a stream ended before its end
 	toServer, toClient int64                  // bytes; of use after run
@@ -86,8 +90,9 @@ func reset(conn *net.TCPConn) {
 // direction relays one direction to its end and passes that on.
 func (r *relay) direction(dst, src *net.TCPConn, dstReset, srcReset string) int64 {
 	n, err := forward(dst, src)
-	if err == nil {
-		// The other direction goes on (RFC 9293 section 3.6, half-close).
+	if err == nil && r.ended.Add(1) == 1 {
+		// The other direction goes on (RFC 9293 section 3.6, half-close). If it
+		// has ended before, closing the connections says the same.
 		err = dst.CloseWrite()
 	}
 	switch {
@@ -107,24 +112,80 @@ func (r *relay) direction(dst, src *net.TCPConn, dstReset, srcReset string) int6
 	return n
 }
 
-// forward copies what src sends to dst, until src has sent all.
+// shortPiece is what is read and written, in bytes. More at a time is spliced.
+const shortPiece = 16 << 10
+
+// pieces are the buffers of short pieces.
+var pieces = sync.Pool{New: func() any { return new([shortPiece]byte) }}
+
+// forward copies what src sends to dst, until src has sent all. How long the last
+// piece was tells how to copy the next.
 func forward(dst, src *net.TCPConn) (int64, error) {
 	raw, err := src.SyscallConn()
 	if err != nil {
 		return 0, err
 	}
+	p := piece{raw: raw, dst: dst}
 	var total int64
-	for {
-		size, err := awaitData(raw)
-		if size == 0 || err != nil {
+	for long := false; ; {
+		var n int64
+		if long {
+			var size int64
+			if size, err = awaitData(raw); size > 0 && err == nil {
+				n, err = io.CopyN(dst, src, size)
+			}
+		} else {
+			n, err = p.copy()
+		}
+		total += n
+		if n == 0 || err != nil {
 			return total, err
 		}
-		n, err := io.CopyN(dst, src, size)
-		total += n
-		if err != nil {
-			return total, err
+		long = n >= shortPiece
+	}
+}
+
+// A piece copies short pieces from one connection to another.
+type piece struct {
+	raw syscall.RawConn
+	dst *net.TCPConn
+	buf *[shortPiece]byte // nil while it waits, for which it may take long
+	n   int
+	err error
+}
+
+// copy waits for data and copies it. It returns 0 at the end of the stream.
+func (p *piece) copy() (int64, error) {
+	if err := p.raw.Read(p.read); err != nil {
+		return 0, err
+	}
+	defer p.release()
+	if p.n <= 0 || p.err != nil {
+		return 0, p.err
+	}
+	n, err := p.dst.Write(p.buf[:p.n])
+	return int64(n), err
+}
+
+// read reads if there is something to read.
+func (p *piece) read(fd uintptr) bool {
+	p.buf = pieces.Get().(*[shortPiece]byte)
+	for {
+		p.n, p.err = unix.Read(int(fd), p.buf[:])
+		switch p.err {
+		case unix.EINTR:
+		case unix.EAGAIN:
+			p.release()
+			return false
+		default:
+			return true
 		}
 	}
+}
+
+func (p *piece) release() {
+	pieces.Put(p.buf)
+	p.buf = nil
 }
 
 // awaitData waits for data and returns how many bytes there are to read without
