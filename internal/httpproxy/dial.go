@@ -111,8 +111,14 @@ func (p *Proxy) dialRoute(ctx context.Context, r *route) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
 	var dialer net.Dialer
+	// DialTCP would bind first, also where no local address is given, and that
+	// takes a port that has no connection to anywhere.
 	dialOne := func(ctx context.Context, a netip.Addr) (*net.TCPConn, error) {
-		return dialer.DialTCP(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(a, r.target.port))
+		conn, err := dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(a, r.target.port).String())
+		if err != nil {
+			return nil, err
+		}
+		return conn.(*net.TCPConn), nil
 	}
 	if len(r.addrs) == 1 {
 		conn, err := dialOne(ctx, r.addrs[0])

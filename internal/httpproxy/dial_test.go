@@ -3,7 +3,10 @@ package httpproxy
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -107,4 +110,26 @@ func TestRaceLeavesNoneOpen(t *testing.T) {
 			t.Errorf("%v; %d are open, want one", conn, open.Load())
 		}
 	})
+}
+
+// A local port is used for one connection to each server, not for one alone.
+func TestPortsAreShared(t *testing.T) {
+	const ports = 10
+	const file = "/proc/sys/net/ipv4/ip_local_port_range"
+	before, err := os.ReadFile(file)
+	check(t, err)
+	check(t, os.WriteFile(file, fmt.Appendf(nil, "40000 %d", 40000+ports-1), 0))
+	t.Cleanup(func() { check(t, os.WriteFile(file, before, 0)) })
+	p := &Proxy{config: Config{ConnectTimeout: patience}}
+	for i := range 3 {
+		l, err := net.Listen("tcp", fmt.Sprintf("203.0.113.%d:8085", 1+i))
+		check(t, err)
+		defer l.Close()
+		to := netip.MustParseAddrPort(l.Addr().String())
+		for range ports / 2 {
+			conn, err := p.dial(t.Context(), &route{target: target{Host{Addr: to.Addr()}, to.Port()}, addrs: []netip.Addr{to.Addr()}})
+			check(t, err)
+			defer conn.Close()
+		}
+	}
 }
