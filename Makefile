@@ -11,15 +11,15 @@ TAGS     = nethttpomithttp2
 LDFLAGS  = -s -w -buildid= -X github.com/egress-router/egress-router/internal/cli.version=$(VERSION)
 export GOFLAGS += -buildvcs=false
 
-.PHONY: help demo test build lint fuzz golden bench image e2e clean
+.PHONY: help demo test build lint fuzz golden bench bench-proxies image e2e clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 demo: build iptables ## run the main job in a lab of namespaces and show what a client sees
 	$(GO) run ./cmd/egress-lab demo bin/egress-router
 
-test: iptables nft curl squid strace ## run all tests, on the real kernel
+test: iptables nft curl squid haproxy strace ## run all tests, on the real kernel
 	$(GO) test ./...
 
 build: ## build bin/egress-router, static
@@ -43,6 +43,9 @@ golden: ## rewrite testdata/golden and script after a change that is meant
 bench: build iptables nft ## measure what it costs, as ratios; PART=load, connections or throughput for less
 	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)
 
+bench-proxies: build squid haproxy ## measure the proxies beside squid and haproxy; PART=http or dns for less
+	$(GO) run ./cmd/egress-lab bench-proxies bin/egress-router $(PART)
+
 image: ## build the container images, and print their sizes
 	.ci/image
 
@@ -52,8 +55,8 @@ e2e: ## run the images as pods and containers with podman (as root)
 clean: ## remove what was built
 	rm -rf bin
 
-.PHONY: iptables nft curl squid strace
-iptables curl squid strace:
+.PHONY: iptables nft curl squid haproxy strace
+iptables curl squid haproxy strace:
 	@.ci/install $@
 nft:
 	@.ci/install nftables:nft

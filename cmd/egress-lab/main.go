@@ -1,14 +1,20 @@
 // Egress-lab runs a built egress-router in a network of its own, made of
 // namespaces on this machine (see package lab):
 //
-//	egress-lab demo PROGRAM           shows what a client of the router gets
-//	egress-lab bench PROGRAM [PART]   measures the router, as ratios
+//	egress-lab demo PROGRAM                   shows what a client of the router gets
+//	egress-lab bench PROGRAM [PART]           measures the router, as ratios
+//	egress-lab bench-proxies PROGRAM [PART]   measures the proxies, beside others
 //
 // The parts of bench, without PART all of them, are
 //
 //	load          start to exit, against the bare tool with the same rules; sizes
 //	connections   new connections with long lists, against those with one destination
 //	throughput    bytes and datagrams, against plain routing
+//
+// and those of bench-proxies
+//
+//	http          the HTTP proxy, beside squid
+//	dns           the DNS proxy, beside haproxy
 //
 // PROGRAM is the egress-router to run, bin/egress-router after make build. It
 // cannot be below /run, of which egress-lab has one of its own.
@@ -39,17 +45,33 @@ const (
 	exitUsage = 2 // the arguments are not understood
 )
 
-const usage = `usage: egress-lab demo PROGRAM           show what a client of the router gets
-       egress-lab bench PROGRAM [PART]   measure the router, as ratios
+const usage = `usage: egress-lab demo PROGRAM                   show what a client of the router gets
+       egress-lab bench PROGRAM [PART]           measure the router, as ratios
+       egress-lab bench-proxies PROGRAM [PART]   measure the proxies, beside others
 PROGRAM is an egress-router: make build makes bin/egress-router
-PART is load, connections or throughput; without it all are measured
+PART is load, connections or throughput, of the proxies http or dns; without it all are
+measured
 `
+
+// peers are the processes that measure the proxies with bench-proxies, which
+// starts them. They run where they are started.
+var peers = map[string]func(args []string, stdin io.Reader, stdout io.Writer) error{
+	"origin": runOrigin,
+	"drive":  runDrive,
+}
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
 // run does what the arguments say and returns the exit code. It does so in a
 // second process, which has namespaces of its own; the first one only waits.
 func run(args []string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && peers[args[0]] != nil {
+		if err := peers[args[0]](args[1:], os.Stdin, stdout); err != nil {
+			fmt.Fprintf(stderr, "%s: %v\n", args[0], err)
+			return exitError
+		}
+		return exitOK
+	}
 	c := command{stdout: stdout, stderr: stderr}
 	switch {
 	case len(args) == 2 && args[0] == "demo":
@@ -58,6 +80,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 		c.run = bench(parts)
 	case len(args) == 3 && args[0] == "bench" && slices.Contains(parts, args[2]):
 		c.run = bench(args[2:])
+	case len(args) == 2 && args[0] == "bench-proxies":
+		c.run = benchProxies(proxyParts)
+	case len(args) == 3 && args[0] == "bench-proxies" && slices.Contains(proxyParts, args[2]):
+		c.run = benchProxies(args[2:])
 	default:
 		fmt.Fprintf(stderr, "egress-lab: arguments not understood: %q\n%s", args, usage)
 		return exitUsage

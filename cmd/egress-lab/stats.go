@@ -68,6 +68,12 @@ func printHeader(w io.Writer, unit string) {
 	fmt.Fprintf(w, rowFormat, "what", "variant", "reference "+unit, "router "+unit, "ratio", "spread", "goal", "ok")
 }
 
+// printProxyHeader prints the line above rows of the proxies, whose reference is
+// another proxy.
+func printProxyHeader(w io.Writer) {
+	fmt.Fprintf(w, rowFormat, "what", "beside", "theirs", "ours", "ratio", "spread", "goal", "ok")
+}
+
 // print prints the row: medians of the figures, the median of the ratios of the
 // single rounds, and as spread the middle half of those. What is compared is
 // measured one soon after the other, so a machine that gets slower with the

@@ -1,0 +1,194 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// A contender is a proxy that is measured.
+type contender struct {
+	name    string
+	at      netip.AddrPort // where clients connect
+	process *os.Process
+	log     string // file
+}
+
+// The ports of the proxies in the pod.
+const (
+	portOurs    = 8080
+	portTheirs  = 3128
+	portSpliced = 3129
+)
+
+// startHTTP starts the HTTP proxy and squid.
+func startHTTP(ctx context.Context, l *lab.Lab, program, directory string) ([]contender, error) {
+	ours, err := startContender(ctx, l, "ours", directory, []string{"EGRESS_HTTP_PROXY_DESTINATION=*"}, program, "http-proxy")
+	if err != nil {
+		return nil, err
+	}
+	// What a squid of Debian does beyond this, it would do for nobody here: keep
+	// answers, and write a line for each request, which ours does only if asked.
+	const config = `http_port %d
+http_access allow all
+cache deny all
+access_log none
+cache_log stdio:%s
+pid_filename none
+netdb_filename none
+pinger_enable off
+shutdown_lifetime 0
+coredump_dir %s
+max_filedescriptors %d
+`
+	path, err := findPeer("squid", "squid")
+	if err != nil {
+		return nil, err
+	}
+	log := filepath.Join(directory, "cache.log")
+	file := filepath.Join(directory, "squid.conf")
+	if err := os.WriteFile(file, fmt.Appendf(nil, config, portTheirs, log, directory, mostIdle()*2+spareFiles), 0o644); err != nil { //nolint:gosec // squid is another user
+		return nil, fmt.Errorf("writing the configuration of squid: %w", err)
+	}
+	if err := os.Chmod(directory, 0o777); err != nil { //nolint:gosec // the same
+		return nil, fmt.Errorf("making the directory of squid: %w", err)
+	}
+	theirs, err := startContender(ctx, l, "squid", directory, nil, path, "-N", "-f", file)
+	ours.at, theirs.at = netip.AddrPortFrom(lab.RouterAddr, portOurs), netip.AddrPortFrom(lab.RouterAddr, portTheirs)
+	return []contender{ours, theirs}, err
+}
+
+// startDNS starts the DNS proxy, and haproxy with a port for each way to copy.
+func startDNS(ctx context.Context, l *lab.Lab, program, directory string) ([]contender, error) {
+	line := fmt.Sprintf("EGRESS_DNS_PROXY_DESTINATION=%d %s %d", portOurs, originAt.Addr(), originAt.Port())
+	ours, err := startContender(ctx, l, "ours", directory, []string{line}, program, "dns-proxy")
+	if err != nil {
+		return nil, err
+	}
+	const config = `global
+	nbthread %d
+	maxconn %d
+	maxpipes 100
+defaults
+	mode tcp
+	timeout connect 10s
+	timeout client 60s
+	timeout server 60s
+listen plain
+	bind :%d
+	server origin %s
+listen spliced
+	bind :%d
+	option splice-auto
+	server origin %[4]s
+`
+	path, err := findPeer("haproxy", "haproxy")
+	if err != nil {
+		return nil, err
+	}
+	file := filepath.Join(directory, "haproxy.cfg")
+	if err := os.WriteFile(file, fmt.Appendf(nil, config, runtime.NumCPU(), mostIdle()+spareFiles/4, portTheirs, originAt, portSpliced), 0o600); err != nil {
+		return nil, fmt.Errorf("writing the configuration of haproxy: %w", err)
+	}
+	theirs, err := startContender(ctx, l, "haproxy", directory, nil, path, "-db", "-f", file)
+	ours.at, theirs.at = netip.AddrPortFrom(lab.RouterAddr, portOurs), netip.AddrPortFrom(lab.RouterAddr, portTheirs)
+	spliced := theirs
+	spliced.name, spliced.at = "haproxy spliced", netip.AddrPortFrom(lab.RouterAddr, portSpliced)
+	return []contender{ours, theirs, spliced}, err
+}
+
+// findPeer finds the program of another proxy, which is not in every user's PATH.
+func findPeer(name, pkg string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err == nil {
+		return path, nil
+	}
+	path = filepath.Join("/usr/sbin", name)
+	if _, err := os.Stat(path); err != nil {
+		return "", &hintedError{fmt.Errorf("finding %s: %w", name, err), "install the package " + pkg}
+	}
+	return path, nil
+}
+
+// startContender starts a proxy in the pod, where it ends with the lab.
+func startContender(ctx context.Context, l *lab.Lab, name, directory string, env []string, program ...string) (contender, error) {
+	p := contender{name: name, log: filepath.Join(directory, name+".log")}
+	log, err := os.Create(p.log)
+	if err != nil {
+		return p, fmt.Errorf("making a log: %w", err)
+	}
+	defer log.Close()
+	cmd := prepare(ctx, env, program...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := l.Start(l.Router, cmd); err != nil {
+		return p, err
+	}
+	p.process = cmd.Process
+	go func() { _ = cmd.Wait() }() // it ends with the lab, by a signal
+	return p, nil
+}
+
+// said returns the end of what a proxy has said, for errors.
+func (p contender) said() string {
+	text, err := os.ReadFile(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text[max(0, len(text)-1000):])
+}
+
+// await waits until a proxy answers.
+func (p contender) await(ctx context.Context, l *lab.Lab) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		conn, err := l.Dial(ctx, l.Client, "tcp", p.at)
+		if err == nil {
+			return conn.Close()
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("waiting for %s: %w: %s", p.name, err, p.said())
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// resident returns the memory of a proxy, in MB. All of them here are one
+// process.
+func (p contender) resident() (float64, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.process.Pid))
+	if err != nil {
+		return 0, fmt.Errorf("reading the status of %s: %w", p.name, err)
+	}
+	size, err := memory(string(status), "VmRSS")
+	return size / 1e6, err
+}
+
+// processor returns the processor time that a proxy's process has taken.
+func (p contender) processor() (time.Duration, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.process.Pid))
+	if err != nil {
+		return 0, fmt.Errorf("reading the status of %s: %w", p.name, err)
+	}
+	// The name may have spaces and brackets. Behind it, utime and stime are the
+	// 12th and 13th, in ticks of 10 ms whatever the kernel's are
+	// (proc_pid_stat(5), USER_HZ).
+	_, rest, _ := bytes.Cut(stat, []byte(") "))
+	fields := bytes.Fields(rest)
+	if len(fields) < 13 {
+		return 0, fmt.Errorf("reading the status of %s: %q", p.name, stat)
+	}
+	user, err := strconv.Atoi(string(fields[11]))
+	system, err2 := strconv.Atoi(string(fields[12]))
+	return time.Duration(user+system) * 10 * time.Millisecond, errors.Join(err, err2)
+}

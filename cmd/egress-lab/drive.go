@@ -1,0 +1,376 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A drive is a load that a process of its own puts on a proxy.
+type drive struct {
+	Kind    driveKind
+	Clients int            // at once
+	For     time.Duration  // how long, after a short while that does not count
+	To      netip.AddrPort // the proxy
+	Server  netip.AddrPort // that an HTTP proxy is asked for
+}
+
+type driveKind string
+
+// The loads. All but the endless ones fetch the small answer, again and again.
+const (
+	driveKept   driveKind = "http-kept"   // by an HTTP proxy, on one connection for each client
+	driveNew    driveKind = "http-new"    // on a new connection each time
+	driveTunnel driveKind = "http-tunnel" // through a new tunnel each time
+	drivePour   driveKind = "http-pour"   // bytes through a tunnel for each client
+	driveIdle   driveKind = "http-idle"   // once for each client, whose connection then stays
+
+	driveDirect     driveKind = "tcp-new" // the same by a proxy that knows no HTTP
+	driveDirectPour driveKind = "tcp-pour"
+	driveDirectIdle driveKind = "tcp-idle"
+)
+
+// A drove is what came of a drive.
+type drove struct {
+	Rate     float64 // answers a second
+	P50, P99 float64 // of the time of one, in ms
+	Gbit     float64 // a second, of the endless ones
+	Answers  int     // in all, also those that do not count
+
+	// Processor is what the proxy took for one answer, in µs. Whoever starts the
+	// load knows.
+	Processor float64 `json:"-"`
+}
+
+// ready is what a process of the benchmark says once it is.
+const ready = "ready"
+
+// How long a drive goes on before it counts, and waits for the last answers.
+const (
+	warmUp   = 100 * time.Millisecond
+	lastWait = 5 * time.Second
+)
+
+// runDrive is a drive's process. One that stays idle does so until its input
+// ends.
+func runDrive(args []string, stdin io.Reader, stdout io.Writer) error {
+	var d drive
+	if err := json.Unmarshal([]byte(strings.Join(args, " ")), &d); err != nil {
+		return fmt.Errorf("reading the arguments of the drive: %w", err)
+	}
+	g, err := newGenerator(d)
+	if err != nil {
+		return err
+	}
+	result, err := g.run()
+	if err != nil {
+		return fmt.Errorf("%s with %d clients: %w", d.Kind, d.Clients, err)
+	}
+	if d.idles() {
+		fmt.Fprintln(stdout, ready)
+		_, err := io.Copy(io.Discard, stdin)
+		return err
+	}
+	return json.NewEncoder(stdout).Encode(result)
+}
+
+func (d drive) idles() bool { return d.Kind == driveIdle || d.Kind == driveDirectIdle }
+func (d drive) pours() bool { return d.Kind == drivePour || d.Kind == driveDirectPour }
+
+// A generator drives all clients in one thread.
+type generator struct {
+	drive
+	poller poller
+	byFD   map[int]*visit
+	buf    []byte
+
+	tunnel, request []byte // what is sent first, and then
+	again           bool   // on the same connection
+
+	counting  bool
+	begin     time.Time
+	stopping  bool
+	open      int // clients that wait for an answer, or have an endless one
+	begun     int // endless answers
+	made      int // connections, of the idle ones
+	bytes     int
+	answers   int
+	latencies []time.Duration
+}
+
+// A visit is what one client is in the middle of.
+type visit struct {
+	socket int
+	begin  time.Time
+	state  visitState
+	answer []byte
+}
+
+type visitState uint8
+
+const (
+	connecting visitState = iota
+	inTunnelAnswer
+	inAnswer
+	inEndless
+)
+
+func newGenerator(d drive) (*generator, error) {
+	g := &generator{drive: d, byFD: map[int]*visit{}, buf: make([]byte, 256<<10), latencies: make([]time.Duration, 0, 1<<20)}
+	path, closing := smallPath, "Connection: close\r\n"
+	if d.pours() {
+		path, closing = bulkPath, ""
+	}
+	if d.Kind == driveKept || d.idles() {
+		closing, g.again = "", d.Kind == driveKept
+	}
+	url := path
+	switch d.Kind {
+	case driveKept, driveNew, driveIdle:
+		url = "http://" + d.Server.String() + path
+	case driveTunnel, drivePour:
+		g.tunnel = fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %[1]s\r\n\r\n", d.Server)
+	}
+	g.request = fmt.Appendf(nil, "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: egress-lab\r\nAccept: */*\r\n%s\r\n", url, d.Server, closing)
+	var err error
+	g.poller, err = newPoller()
+	return g, err
+}
+
+// close closes all connections.
+func (g *generator) close() {
+	for socket := range g.byFD {
+		_ = unix.Close(socket)
+	}
+	_ = unix.Close(g.poller.epoll)
+}
+
+func (g *generator) run() (drove, error) {
+	atOnce := g.Clients
+	if g.idles() {
+		atOnce = min(atOnce, 16)
+	}
+	for range atOnce {
+		if err := g.connect(&visit{}); err != nil {
+			return drove{}, err
+		}
+	}
+	if g.idles() {
+		return drove{}, g.until(time.Now().Add(time.Minute), func() bool { return g.open == 0 })
+	}
+	if g.pours() {
+		if err := g.until(time.Now().Add(lastWait), func() bool { return g.begun == g.Clients }); err != nil {
+			return drove{}, err
+		}
+	}
+	if err := g.during(warmUp); err != nil {
+		return drove{}, err
+	}
+	g.counting, g.begin = true, time.Now()
+	if err := g.during(g.For); err != nil {
+		return drove{}, err
+	}
+	took := time.Since(g.begin).Seconds()
+	result := drove{Rate: float64(len(g.latencies)) / took, Gbit: float64(g.bytes) * 8 / 1e9 / took}
+	if g.pours() {
+		return result, nil
+	}
+	// What is under way counts for the latency: it may be what was slow.
+	g.stopping = true
+	if err := g.until(time.Now().Add(lastWait), func() bool { return g.open == 0 }); err != nil {
+		return drove{}, err
+	}
+	all := make([]float64, len(g.latencies))
+	for i, l := range g.latencies {
+		all[i] = milliseconds(l)
+	}
+	if len(all) == 0 {
+		return drove{}, errors.New("there was no answer")
+	}
+	slices.Sort(all)
+	result.Answers = g.answers
+	result.P50, result.P99 = all[len(all)/2], all[len(all)*99/100]
+	return result, nil
+}
+
+// during handles what comes for some time.
+func (g *generator) during(d time.Duration) error {
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		if err := g.poller.wait(1, g.handle); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// until handles what comes until something holds, which must be so at some time.
+func (g *generator) until(end time.Time, holds func() bool) error {
+	for !holds() {
+		if time.Now().After(end) {
+			return fmt.Errorf("waiting for answers: %d clients have none", g.open)
+		}
+		if err := g.poller.wait(1, g.handle); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// connect begins a visit. Edge-triggered, a socket is told to the poller once.
+func (g *generator) connect(v *visit) error {
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("making a socket: %w", err)
+	}
+	_ = unix.SetsockoptInt(socket, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	*v = visit{socket: socket, begin: time.Now(), answer: v.answer[:0]}
+	g.byFD[socket] = v
+	g.open++
+	g.made++
+	if err := unix.Connect(socket, address(g.To)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+		return fmt.Errorf("connecting: %w", err)
+	}
+	return g.poller.add(socket, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLET)
+}
+
+// handle goes on with a visit.
+func (g *generator) handle(socket int, events uint32) error {
+	v := g.byFD[socket]
+	if v == nil {
+		return nil
+	}
+	if v.state == connecting {
+		if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+			code, err := unix.GetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_ERROR)
+			return fmt.Errorf("connecting: %w", errors.Join(err, unix.Errno(code)))
+		}
+		if err := g.ask(v); err != nil {
+			return err
+		}
+	}
+	for {
+		n, err := read(socket, g.buf)
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			return nil
+		case err != nil:
+			return fmt.Errorf("reading: %w", err)
+		case v.state == inEndless:
+			return g.pour(g.buf[:n])
+		}
+		if over, err := g.take(v, g.buf[:n]); over || err != nil {
+			return err
+		}
+	}
+}
+
+// pour takes a part of an endless answer.
+func (g *generator) pour(p []byte) error {
+	if n := len(p); n == 0 || p[0] != filling || p[n-1] != filling {
+		return errors.New("reading: the bytes ended, or are not the server's")
+	}
+	if g.counting {
+		g.bytes += len(p)
+	}
+	return nil
+}
+
+// ask sends what comes first on a new connection.
+func (g *generator) ask(v *visit) error {
+	if g.tunnel != nil {
+		v.state = inTunnelAnswer
+		return send(v.socket, g.tunnel)
+	}
+	v.state = inAnswer
+	return send(v.socket, g.request)
+}
+
+// take takes a part of an answer, at the end of the connection an empty one, and
+// reports whether the visit is over.
+func (g *generator) take(v *visit, part []byte) (over bool, err error) {
+	v.answer = append(v.answer, part...)
+	ended := len(part) == 0
+	head, body, whole := bytes.Cut(v.answer, headEnd)
+	if !whole {
+		if ended {
+			return false, fmt.Errorf("the connection ended in %q", v.answer)
+		}
+		return false, nil
+	}
+	if !bytes.HasPrefix(head, []byte("HTTP/1.1 200 ")) {
+		return false, fmt.Errorf("the answer is %q", v.answer)
+	}
+	switch {
+	case v.state == inTunnelAnswer:
+		if len(body) > 0 || ended {
+			return false, fmt.Errorf("the tunnel begins with %q", body)
+		}
+		v.state, v.answer = inAnswer, v.answer[:0]
+		return false, send(v.socket, g.request)
+	case g.pours():
+		v.state = inEndless
+		g.begun++
+		return true, g.poller.change(v.socket, unix.EPOLLIN) // each in turn
+	case len(body) < answerSize && !ended:
+		return false, nil
+	}
+	if !bytes.Contains(head, contentLength) || !bytes.Equal(body, smallBody) {
+		return false, fmt.Errorf("the answer is %q", v.answer)
+	}
+	if !g.again && !g.idles() && !ended {
+		return false, nil // the server closes
+	}
+	return true, g.finish(v)
+}
+
+var (
+	contentLength = []byte("\r\nContent-Length: " + strconv.Itoa(answerSize))
+	smallBody     = bytes.Repeat([]byte{filling}, answerSize)
+)
+
+// finish counts an answer, and begins the next.
+func (g *generator) finish(v *visit) error {
+	now := time.Now()
+	g.answers++
+	if g.counting {
+		g.latencies = append(g.latencies, now.Sub(v.begin))
+	}
+	switch {
+	case g.idles():
+		g.open--
+		if g.made < g.Clients {
+			return g.connect(&visit{})
+		}
+		return nil
+	case g.again && !g.stopping:
+		v.begin, v.answer = now, v.answer[:0]
+		return send(v.socket, g.request)
+	}
+	g.open--
+	delete(g.byFD, v.socket)
+	if err := unix.Close(v.socket); err != nil || g.stopping {
+		return err
+	}
+	return g.connect(v)
+}
+
+// send sends what always fits.
+func send(socket int, p []byte) error {
+	n, err := write(socket, p)
+	if err == nil && n < len(p) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return fmt.Errorf("sending: %w", err)
+	}
+	return nil
+}
