@@ -371,7 +371,7 @@ func TestDNSProxySplices(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const size = 2 << 20
+	const size, short = 2 << 20, 128 << 10
 	go func() {
 		_, _ = conn.Write(make([]byte, size))
 		_ = conn.(*net.TCPConn).CloseWrite()
@@ -395,17 +395,18 @@ func TestDNSProxySplices(t *testing.T) {
 			}
 			moved[m[1]] += n
 		}
-		// To the server and back, each into a pipe and out of it.
-		if moved["splice"] >= 4*size {
+		// To the server and back, each into a pipe and out of it, but for the
+		// pieces at the beginning, and any that is no longer than those.
+		if moved["splice"] >= 4*(size-short) {
 			break
 		}
 		if time.Now().After(end) {
-			t.Fatalf("bytes by call: %v, want %d by splice", moved, 4*size)
+			t.Fatalf("bytes by call: %v, want %d by splice", moved, 4*(size-short))
 		}
 	}
 	delete(moved, "splice")
 	for call, n := range moved {
-		if n > 64<<10 {
+		if n > 2*short {
 			t.Errorf("%d bytes by %s", n, call)
 		}
 	}

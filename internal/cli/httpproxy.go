@@ -41,6 +41,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		_, err := io.WriteString(p.Stdout, list.Squid())
 		return err
 	}
+	setGarbageFloor()
 	proxy := httpproxy.New(httpproxy.Config{
 		Listen:           c.Listen,
 		Rules:            list,
