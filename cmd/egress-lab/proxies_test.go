@@ -184,7 +184,7 @@ func children(t *testing.T) (n int) {
 	}
 	for _, task := range tasks {
 		list, _ := os.ReadFile("/proc/self/task/" + task.Name() + "/children")
-		for _, pid := range strings.Fields(string(list)) {
+		for pid := range strings.FieldsSeq(string(list)) {
 			stat, _ := os.ReadFile("/proc/" + pid + "/stat")
 			if _, state, _ := strings.Cut(string(stat), ") "); state != "" && !slices.Contains([]byte("ZX"), state[0]) {
 				n++

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 
 	"github.com/egress-router/egress-router/internal/config"
@@ -41,7 +42,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		_, err := io.WriteString(p.Stdout, list.Squid())
 		return err
 	}
-	setGarbageFloor()
+	defer runtime.KeepAlive(garbageFloor()) // it is made now
 	proxy := httpproxy.New(httpproxy.Config{
 		Listen:           c.Listen,
 		Rules:            list,

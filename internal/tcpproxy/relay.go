@@ -170,17 +170,15 @@ func (p *piece) copy() (int64, error) {
 // read reads if there is something to read.
 func (p *piece) read(fd uintptr) bool {
 	p.buf = pieces.Get().(*[shortPiece]byte)
-	for {
+	p.n, p.err = unix.Read(int(fd), p.buf[:])
+	for p.err == unix.EINTR {
 		p.n, p.err = unix.Read(int(fd), p.buf[:])
-		switch p.err {
-		case unix.EINTR:
-		case unix.EAGAIN:
-			p.release()
-			return false
-		default:
-			return true
-		}
 	}
+	if p.err == unix.EAGAIN {
+		p.release()
+		return false
+	}
+	return true
 }
 
 func (p *piece) release() {
