@@ -170,14 +170,15 @@ func (p *piece) copy() (int64, error) {
 // read reads if there is something to read.
 func (p *piece) read(fd uintptr) bool {
 	p.buf = pieces.Get().(*[shortPiece]byte)
-	p.n, p.err = unix.Read(int(fd), p.buf[:])
-	for p.err == unix.EINTR {
-		p.n, p.err = unix.Read(int(fd), p.buf[:])
+	n, err := unix.Read(int(fd), p.buf[:])
+	for err == unix.EINTR {
+		n, err = unix.Read(int(fd), p.buf[:])
 	}
-	if p.err == unix.EAGAIN {
+	if err == unix.EAGAIN {
 		p.release()
 		return false
 	}
+	p.n, p.err = n, err
 	return true
 }
 
