@@ -31,7 +31,7 @@ type change struct {
 	strays   []Stray
 
 	done    undoList
-	changed bool     // at least one step was taken
+	changed bool     // at least one step was taken, or rules were loaded
 	left    []string // optional steps that failed once and are not tried again
 
 	// Of a router that stays: what it changes, it repairs.
@@ -216,6 +216,7 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 		return nil
 	}
 	undo, err := c.rules.Apply(ctx, plan)
+	c.changed = c.changed || undo != nil
 	if err == nil {
 		c.done.add(undo)
 		return nil
