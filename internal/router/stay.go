@@ -225,6 +225,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	wait, contested := k.pace.repaired(doneBy(c.repairs), now)
 	k.notBefore = now.Add(wait)
 	if contested {
+		k.update(func(s *Status) { s.Contested = c.repairs[0].Done })
 		k.Router.Log.Error("something else undoes the repair again and again: the next one waits",
 			"repair", c.repairs[0].Done, "times", k.pace.again, "wait", wait.Round(time.Millisecond).String())
 	}
@@ -289,8 +290,6 @@ func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 		}
 		if k.pace.held(now) {
 			s.Contested = ""
-		} else if len(c.repairs) > 0 {
-			s.Contested = c.repairs[0].Done
 		}
 	})
 }
