@@ -86,3 +86,49 @@ func pause(n int) time.Duration {
 	}
 	return d - rand.N(d/4)
 }
+
+// A clock has a value when one of two intervals is over, and one value where both
+// are: what they are for is then done at once.
+type clock struct {
+	*time.Timer
+	every [2]time.Duration // 0: never
+	next  [2]time.Time
+}
+
+func newClock(every ...time.Duration) *clock {
+	c := &clock{Timer: time.NewTimer(0), every: [2]time.Duration(every)}
+	now := time.Now()
+	for i, d := range c.every {
+		c.next[i] = now.Add(d)
+	}
+	c.set(now)
+	return c
+}
+
+// due returns which intervals are over, and begins the next. It is called for
+// each value.
+func (c *clock) due() (over [2]bool) {
+	now := time.Now()
+	for i, d := range c.every {
+		if over[i] = d > 0 && !c.next[i].After(now); over[i] {
+			// Those that went by unnoticed are not made up for.
+			c.next[i] = c.next[i].Add(now.Sub(c.next[i])/d*d + d)
+		}
+	}
+	c.set(now)
+	return over
+}
+
+// set sets the timer to what comes first.
+func (c *clock) set(now time.Time) {
+	c.Stop()
+	first := time.Duration(-1)
+	for i, d := range c.every {
+		if wait := c.next[i].Sub(now); d > 0 && (first < 0 || wait < first) {
+			first = wait
+		}
+	}
+	if first >= 0 {
+		c.Reset(first)
+	}
+}

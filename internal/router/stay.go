@@ -114,10 +114,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 	if k.ProbeInterval > 0 {
 		background.Go(func() { k.probeEvery(ctx, k.ProbeInterval) })
 	}
-	interval, stopInterval := every(k.Interval)
-	defer stopInterval()
-	announce, stopAnnounce := every(k.AnnounceInterval)
-	defer stopAnnounce()
+	clock := newClock(k.Interval, k.AnnounceInterval)
+	defer clock.Stop()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 
@@ -135,11 +133,13 @@ func (k *Keeper) Run(ctx context.Context) error {
 			if !k.eager.IsZero() { // what was missing may be there now
 				k.notBefore = k.eager
 			}
-		case <-interval:
+		case <-clock.C:
+			due := clock.due()
 			pending |= everything
-			k.surroundings.probe()
-		case <-announce:
-			pending, announces = pending|everything, true
+			announces = announces || due[1]
+			if due[0] {
+				k.surroundings.probe()
+			}
 		case <-k.replaced:
 			pending |= everything
 			k.notBefore = time.Now()
@@ -151,15 +151,6 @@ func (k *Keeper) Run(ctx context.Context) error {
 			}
 		}
 	}
-}
-
-// every returns a channel that has a value every d, never if d is 0.
-func every(d time.Duration) (<-chan time.Time, func()) {
-	if d == 0 {
-		return nil, func() {}
-	}
-	t := time.NewTicker(d)
-	return t.C, t.Stop
 }
 
 // Replace gives the router other destinations, and what else they make of it.
