@@ -46,7 +46,8 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	case stopped(err):
 		return nil
 	case conflict && !partly(err): // the address may become free
-		log.Error("the reserved address is not taken yet", "error", err)
+		log.Error("the reserved address is not taken yet", "error", err, "hint", hint(err))
+		w.keeper.Failed(err)
 	case err != nil:
 		return err
 	}

@@ -182,6 +182,13 @@ func (k *Keeper) Rejected(why string) {
 	})
 }
 
+// Failed notes why what is wanted does not hold, which its caller has logged:
+// Run tries again, and says so only of something else.
+func (k *Keeper) Failed(err error) {
+	k.told = strings.ReplaceAll(err.Error(), "\n", "; ")
+	k.update(func(s *Status) { s.Wrong = k.told })
+}
+
 // compare compares what may have changed and repairs what is not as wanted. It
 // reports whether all is as wanted then, and sets when to look again.
 func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) bool {
