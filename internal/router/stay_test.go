@@ -1,0 +1,532 @@
+package router_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+
+	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/events"
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A kept is a script that a keeper watches over, with its events. What is in it
+// belongs to the keeper while it runs and to the test while the keeper waits
+// (synctest.Wait).
+type kept struct {
+	*testing.T
+	*script
+	keeper *router.Keeper
+	logged bytes.Buffer
+	turn   atomic.Int32 // orders test and keeper, which time that passes does not
+
+	attempts []time.Time           // to compare
+	cost     time.Duration         // of each
+	refuse   func(link.Step) error // nil: nothing
+	around   neighbours
+	watches  int // of them
+
+	kind atomic.Uint32
+	wake chan struct{}
+}
+
+// Neighbours that say what they are told to.
+type neighbours struct {
+	state arp.State
+	asked int // for the gateway
+}
+
+func (n *neighbours) Run(ctx context.Context) error { <-ctx.Done(); return nil }
+func (n *neighbours) ProbeGateway() error           { n.asked++; return nil }
+func (n *neighbours) State() arp.State              { return n.state }
+func (n *neighbours) Close()                        {}
+
+// The events of a kept.
+type keptEvents struct{ *kept }
+
+func (e keptEvents) Changed() <-chan struct{} { return e.wake }
+func (e keptEvents) Take() events.Kind        { return events.Kind(e.kind.Swap(0)) }
+
+// tell tells the keeper that something has changed.
+func (k *kept) tell(kind events.Kind) {
+	k.kind.Or(uint32(kind))
+	select {
+	case k.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (k *kept) Do(s link.Step) error {
+	if k.refuse != nil {
+		if err := k.refuse(s); err != nil {
+			return err
+		}
+	}
+	return k.script.Do(s)
+}
+
+func planFor(t *testing.T, destinations string) rules.Plan {
+	t.Helper()
+	set, err := rules.Parse(destinations)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
+}
+
+var wantedLink = link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}
+
+// keep runs a test, in a time of its own, with a keeper of a namespace that is as
+// wanted. It is started by start.
+func keep(t *testing.T, test func(*kept)) {
+	synctest.Test(t, func(t *testing.T) {
+		k := &kept{T: t, wake: make(chan struct{}, 1), script: &script{state: link.State{
+			Index: 1, Carrier: true, NoARP: true, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1},
+			Routes: []link.Route{{Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: lab.NodeAddr, Index: 2, Interface: "eth0"}},
+		}}}
+		r := &router.Router{
+			Link: wantedLink, Plan: planFor(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n"), Forward: true,
+			Log: slog.New(slog.NewTextHandler(&k.logged, nil)),
+			Network: func() (router.Network, error) {
+				k.turn.Load()
+				k.attempts = append(k.attempts, time.Now())
+				time.Sleep(k.cost)
+				return k, nil
+			},
+			Rules: func(context.Context, rules.Plan) (router.Rules, error) { return k, nil },
+			Next:  k.next, Strays: k.strays,
+		}
+		if err := r.Apply(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		k.attempts, k.done = nil, nil
+		k.logged.Reset()
+		k.keeper = router.NewKeeper(r)
+		k.keeper.Interval = 10 * time.Second
+		k.keeper.Events = func() (router.Events, error) { return keptEvents{k}, nil }
+		k.keeper.Neighbours = func(arp.Options) (router.Neighbours, error) { k.watches++; return &k.around, nil }
+		test(k)
+	})
+}
+
+// start starts the keeper, and waits until it waits. It is told to stop when the
+// test ends.
+func (k *kept) start() {
+	k.Helper()
+	ctx, cancel := context.WithCancel(k.Context())
+	ended := make(chan error)
+	go func() { ended <- k.keeper.Run(ctx) }()
+	k.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			k.Errorf("told to stop: %v", err)
+		}
+	})
+	synctest.Wait()
+}
+
+// pass lets time pass, and what is done in it.
+func (k *kept) pass(d time.Duration) {
+	k.turn.Add(1)
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+// since returns the attempts since the last call.
+func (k *kept) since() []time.Time {
+	attempts := k.attempts
+	k.attempts = nil
+	return attempts
+}
+
+// said returns how often the log has a text.
+func (k *kept) said(text string) int { return strings.Count(k.logged.String(), text) }
+
+// withARP gives the namespace an interface that is announced on.
+func (k *kept) withARP() {
+	k.Helper()
+	lo, err := netlink.LinkByIndex(1)
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	if err != nil {
+		k.Fatal(err)
+	}
+	k.state.NoARP = false
+}
+
+// Where nothing is wrong, everything is compared once in each interval, and the
+// announcements need no comparisons of their own.
+func TestKeeperIdle(t *testing.T) {
+	for _, test := range []struct {
+		interval, announce         time.Duration
+		comparisons, announcements uint64
+		asked                      int
+	}{
+		{10 * time.Second, time.Minute, 61, 10, 61},
+		{10 * time.Second, 0, 61, 0, 61},
+		{0, time.Minute, 11, 10, 1},
+		{0, 0, 1, 0, 1},
+		{time.Minute, 10 * time.Second, 61, 60, 11},
+	} {
+		t.Run(fmt.Sprintf("%s, %s", test.interval, test.announce), func(t *testing.T) {
+			keep(t, func(k *kept) {
+				k.withARP()
+				k.keeper.Interval, k.keeper.AnnounceInterval = test.interval, test.announce
+				k.start()
+				k.pass(10*time.Minute + time.Second)
+				s := k.keeper.Status()
+				if s.Comparisons != test.comparisons || len(k.attempts) != int(test.comparisons) {
+					k.Errorf("%d comparisons in ten minutes, %d attempts; want %d", s.Comparisons, len(k.attempts), test.comparisons)
+				}
+				if s.Announcements != test.announcements {
+					k.Errorf("%d announcements in ten minutes, want %d", s.Announcements, test.announcements)
+				}
+				if k.around.asked != test.asked || k.watches != 1 {
+					k.Errorf("the gateway was asked for %d times in %d watches, want %d in 1", k.around.asked, k.watches, test.asked)
+				}
+				if len(k.done) > 0 || len(s.NotReady) > 0 || !s.Right || k.logged.Len() > 0 {
+					k.Errorf("done %v, not ready %v, log:\n%s", k.done, s.NotReady, &k.logged)
+				}
+			})
+		})
+	}
+}
+
+// However many events there are, most of the time is left to others.
+func TestKeeperBurst(t *testing.T) {
+	for _, kind := range []events.Kind{events.Network, events.Rules} {
+		keep(t, func(k *kept) {
+			k.cost = 5 * time.Millisecond
+			k.start()
+			k.pass(time.Second)
+			k.since()
+			begin := time.Now()
+			for range 10000 {
+				k.tell(kind)
+				time.Sleep(100 * time.Microsecond)
+			}
+			took := time.Since(begin)
+			k.pass(time.Second)
+			most := int(took/(5*k.cost)) + 1
+			if n := len(k.since()); n > most || n < most/2 {
+				k.Errorf("%d comparisons in %s of events, want %d at most, and half of that", n, took, most)
+			}
+		})
+	}
+}
+
+// What is damaged is repaired as soon as an event tells of it, and told once.
+func TestKeeperRepairs(t *testing.T) {
+	keep(t, func(k *kept) {
+		k.start()
+		k.pass(time.Minute)
+		k.since()
+		k.state.Up = false
+		k.tell(events.Network)
+		now := time.Now()
+		synctest.Wait()
+		if !k.state.Up || !time.Now().Equal(now) {
+			k.Error("not repaired at once")
+		}
+		s := k.keeper.Status()
+		if s.Repairs[router.RepairLink] != 1 || s.RepairFailures != 0 || k.said("msg=repaired kind=link") != 1 {
+			k.Errorf("repairs %v, failures %d, log:\n%s", s.Repairs, s.RepairFailures, &k.logged)
+		}
+		// What no event tells of is found within the interval.
+		k.state.Up = false
+		k.pass(k.keeper.Interval)
+		if s := k.keeper.Status(); !k.state.Up || s.Repairs[router.RepairLink] != 2 {
+			k.Errorf("repairs %v after an interval", s.Repairs)
+		}
+	})
+}
+
+// firstPause and longestPause are those of the keeper's pace.
+const (
+	firstPause   = router.FirstPause
+	longestPause = router.LongestPause
+)
+
+// A repair that fails is tried again less and less often, is said once, and keeps
+// the router from being ready until it succeeds.
+func TestKeeperBacksOff(t *testing.T) {
+	keep(t, func(k *kept) {
+		k.keeper.Interval = time.Second
+		k.start()
+		k.pass(time.Minute)
+		k.since()
+		k.refuse = func(link.Step) error { return errInjected }
+		k.state.Up = false
+		k.tell(events.Network)
+		k.pass(10 * time.Minute)
+		attempts := k.since()
+		want := firstPause
+		for i := range attempts[1:] {
+			if d := attempts[i+1].Sub(attempts[i]); d > want || d < want*3/4 {
+				k.Errorf("pause %d is %s, want at most %s and a quarter less", i+1, d, want)
+			}
+			want = min(2*want, longestPause)
+		}
+		if want != longestPause {
+			k.Errorf("only %d attempts", len(attempts))
+		}
+		s := k.keeper.Status()
+		if s.Right || !strings.Contains(s.Wrong, errInjected.Error()) || !slices.Equal(s.NotReady, []string{s.Wrong}) {
+			k.Errorf("right %v, wrong %q, not ready %q", s.Right, s.Wrong, s.NotReady)
+		}
+		if s.RepairFailures != uint64(len(attempts)) || k.said(errInjected.Error()) != 1 {
+			k.Errorf("%d failures of %d attempts, log:\n%s", s.RepairFailures, len(attempts), &k.logged)
+		}
+
+		k.refuse = nil
+		k.pass(longestPause)
+		if s := k.keeper.Status(); !s.Right || s.Wrong != "" || len(s.NotReady) > 0 || !k.state.Up {
+			k.Errorf("right %v, wrong %q, not ready %q; want it repaired", s.Right, s.Wrong, s.NotReady)
+		}
+		// The next failure begins anew.
+		k.refuse = func(link.Step) error { return errInjected }
+		k.state.Up = false
+		k.since()
+		k.tell(events.Network)
+		k.pass(2 * firstPause)
+		if n := len(k.since()); n < 2 {
+			k.Errorf("%d attempts in %s", n, 2*firstPause)
+		}
+	})
+}
+
+// An event brings the next try forward where the last one changed nothing, since
+// then the event is not of the keeper's own doing.
+func TestKeeperEager(t *testing.T) {
+	forwarding := func(s link.Step) error {
+		if s.Op == link.WriteSysctl {
+			return errInjected
+		}
+		return nil
+	}
+	everything := func(link.Step) error { return errInjected }
+	for name, test := range map[string]struct {
+		refuse func(link.Step) error
+		damage func(*kept)
+		eager  bool
+	}{
+		"nothing was changed":   {everything, func(k *kept) { k.state.Up = false }, true},
+		"the link was set up":   {forwarding, func(k *kept) { k.state.Up, k.state.Forwards = false, false }, false},
+		"the rules were loaded": {everything, func(k *kept) { k.state.Up, k.loaded = false, rules.Plan{} }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			keep(t, func(k *kept) {
+				k.keeper.Interval = 0
+				k.start()
+				k.refuse = test.refuse
+				for k.keeper.Status().RepairFailures < 12 { // slow by now
+					test.damage(k)
+					k.tell(events.Network | events.Rules)
+					k.pass(longestPause)
+				}
+				k.pass(longestPause)
+				test.damage(k)
+				for n := len(k.attempts); len(k.attempts) == n; { // just after one that failed
+					k.pass(time.Millisecond)
+				}
+				k.since()
+				k.tell(events.Network | events.Rules)
+				k.pass(time.Second)
+				if n := len(k.since()); (n == 1) != test.eager || n > 1 {
+					k.Errorf("%d attempts in the second after an event", n)
+				}
+			})
+		})
+	}
+}
+
+// Something else that undoes each repair at once is reported, and not fought at
+// full speed. When it ends, so does that.
+func TestKeeperContested(t *testing.T) {
+	keep(t, func(k *kept) {
+		k.start()
+		k.pass(time.Minute)
+		const contested = "something else undoes the repair again and again"
+		begin, undone := time.Now(), 0
+		for time.Since(begin) < 10*time.Minute {
+			if k.state.Up {
+				if reported := k.keeper.Status().Contested != ""; reported != (k.said(contested) > 0) {
+					k.Fatalf("undone %d times: reported: %v, logged %d times", undone, reported, k.said(contested))
+				}
+				k.state.Up = false
+				undone++
+				k.tell(events.Network)
+			}
+			k.pass(10 * time.Millisecond)
+		}
+		// Five at full speed, some ten until the pause is the longest, and then
+		// one in each, which may be a quarter shorter.
+		if most := 5 + 12 + int(10*time.Minute/(longestPause*3/4)); undone > most || undone < 20 {
+			k.Errorf("repaired %d times in ten minutes, want %d at most", undone, most)
+		}
+		if s := k.keeper.Status(); s.Contested != "set macvlan0 up" {
+			k.Errorf("contested: %q", s.Contested)
+		}
+
+		k.pass(longestPause + 50*time.Second) // it holds
+		if s := k.keeper.Status(); s.Contested != "" || !s.Right {
+			k.Errorf("contested: %q, though nothing undoes it", s.Contested)
+		}
+		k.state.Up = false
+		k.tell(events.Network)
+		synctest.Wait()
+		if !k.state.Up {
+			k.Error("a later damage is not repaired at once")
+		}
+	})
+}
+
+// Other destinations hold at once, also where a repair that failed is waited for;
+// the same ones change nothing.
+func TestKeeperReplace(t *testing.T) {
+	keep(t, func(k *kept) {
+		k.start()
+		k.pass(time.Minute)
+		k.since()
+		same := planFor(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n")
+		k.keeper.Replace(wantedLink, same)
+		synctest.Wait()
+		if n := len(k.since()); n > 0 {
+			k.Errorf("%d comparisons for the same destinations", n)
+		}
+
+		other := planFor(t, "80 tcp 203.0.113.25\n")
+		now := time.Now()
+		k.keeper.Replace(wantedLink, other)
+		synctest.Wait()
+		if !k.loaded.Equal(other) || !time.Now().Equal(now) {
+			k.Error("other destinations do not hold at once")
+		}
+		if s := k.keeper.Status(); s.Reloads != 2 || s.Destinations != 1 || len(s.NotReady) > 0 {
+			k.Errorf("%d reloads, %d destinations, not ready %q", s.Reloads, s.Destinations, s.NotReady)
+		}
+
+		k.refuse = func(link.Step) error { return errInjected }
+		k.state.Up = false
+		k.tell(events.Network)
+		k.pass(10 * time.Minute) // it tries slowly
+		k.refuse = nil
+		now = time.Now()
+		k.keeper.Replace(wantedLink, same)
+		synctest.Wait()
+		if !k.loaded.Equal(same) || !k.state.Up || !time.Now().Equal(now) {
+			k.Error("other destinations do not hold at once while a repair is waited for")
+		}
+	})
+}
+
+// Destinations that are not right are shown, and keep nobody from being ready.
+func TestKeeperRejected(t *testing.T) {
+	keep(t, func(k *kept) {
+		k.start()
+		k.keeper.Rejected(errors.New("line 1\nis wrong"))
+		synctest.Wait()
+		s := k.keeper.Status()
+		if s.ReloadFailures != 1 || s.Reloads != 0 || s.ReloadError != "line 1; is wrong" || len(s.NotReady) > 0 || s.Destinations != 2 {
+			k.Errorf("%d failures, %d reloads, error %q, not ready %q, %d destinations", s.ReloadFailures, s.Reloads, s.ReloadError, s.NotReady, s.Destinations)
+		}
+		k.keeper.Replace(wantedLink, planFor(t, "80 tcp 203.0.113.25\n"))
+		synctest.Wait()
+		if s := k.keeper.Status(); s.ReloadFailures != 1 || s.Reloads != 1 || s.ReloadError != "" {
+			k.Errorf("after it was right: %d failures, %d reloads, error %q", s.ReloadFailures, s.Reloads, s.ReloadError)
+		}
+	})
+}
+
+// A failure that was logged before the keeper runs is not logged again; another
+// is.
+func TestKeeperFailed(t *testing.T) {
+	keep(t, func(k *kept) {
+		k.keeper.Interval = time.Second
+		why := fmt.Errorf("taking it: %w", errInjected)
+		k.refuse = func(link.Step) error { return why }
+		k.state.Up = false
+		k.keeper.Failed(why)
+		if s := k.keeper.Status(); s.Wrong != why.Error() || !slices.Equal(s.NotReady, []string{why.Error()}) {
+			k.Errorf("wrong %q, not ready %q", s.Wrong, s.NotReady)
+		}
+		k.start()
+		k.pass(time.Minute)
+		if n := k.said(why.Error()); n > 0 {
+			k.Errorf("said %d times what was said already", n)
+		}
+		why = errors.New("another reason")
+		k.pass(10 * time.Minute)
+		if n := k.said(why.Error()); n != 1 {
+			k.Errorf("said %d times, want once:\n%s", n, &k.logged)
+		}
+	})
+}
+
+// The reasons for which a router is not ready.
+func TestKeeperNotReady(t *testing.T) {
+	const (
+		gateway     = "the gateway 192.168.12.1 does not answer ARP"
+		destination = "no destination can be connected to"
+		compared    = "nothing has been compared yet"
+	)
+	for name, test := range map[string]struct {
+		prepare func(*kept)
+		idle    bool
+		want    []string
+	}{
+		"ready":                              {prepare: func(*kept) {}},
+		"not started":                        {prepare: func(*kept) {}, idle: true, want: []string{compared}},
+		"the gateway answers":                {prepare: func(k *kept) { k.around.state.Gateway = arp.GatewayState{Known: true, Reachable: true} }},
+		"the gateway is not known":           {prepare: func(k *kept) { k.around.state.Gateway.Misses = 1 }},
+		"the gateway does not answer":        {prepare: func(k *kept) { k.around.state.Gateway.Known = true }, want: []string{gateway}},
+		"a conflict":                         {prepare: func(k *kept) { k.around.state.Conflicts = 1 }},
+		"no destination, which is all right": {prepare: func(k *kept) { k.keeper.ProbeInterval = time.Minute }},
+		"no destination": {
+			prepare: func(k *kept) { k.keeper.ProbeInterval, k.keeper.ProbeFailsReady = time.Minute, true },
+			want:    []string{destination},
+		},
+		"neither gateway nor destination": {
+			prepare: func(k *kept) {
+				k.around.state.Gateway.Known = true
+				k.keeper.ProbeInterval, k.keeper.ProbeFailsReady = time.Minute, true
+			},
+			want: []string{gateway, destination},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			keep(t, func(k *kept) {
+				k.withARP()
+				test.prepare(k)
+				if !test.idle {
+					k.start()
+					k.pass(time.Second)
+				}
+				s := k.keeper.Status()
+				if diff := cmp.Diff(test.want, s.NotReady); diff != "" {
+					k.Errorf("- wanted, + is:\n%s", diff)
+				}
+				if probed := k.keeper.ProbeInterval > 0; probed != (len(s.Probes) == 1 && s.Probes[0].Err != "") {
+					k.Errorf("probes: %v", s.Probes)
+				}
+			})
+		})
+	}
+}
