@@ -1,0 +1,713 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// A host is another one on the physical network.
+type host struct {
+	*pod
+	h   *netlink.Handle
+	nic netlink.Link
+	mac string
+}
+
+// addHost adds a host that has the reserved address.
+func (p *pod) addHost() *host {
+	p.Helper()
+	ns, err := netns.New()
+	if err != nil {
+		p.Fatal(err)
+	}
+	p.Cleanup(func() { _ = ns.Close() })
+	outside := p.handle(p.lab.Outside)
+	a := netlink.NewLinkAttrs()
+	a.Name, a.Index, a.ParentIndex, a.Namespace = "nic0", 200, p.link(outside, lab.LANLink).Attrs().Index, netlink.NsFd(ns.Fd())
+	if err := outside.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_BRIDGE}); err != nil {
+		p.Fatal(err)
+	}
+	// A new namespace may have the machine's settings.
+	if err := p.lab.SetSysctl(ns, "net/ipv4/conf/all/arp_ignore", "0"); err != nil {
+		p.Fatal(err)
+	}
+	h := p.handle(ns)
+	nic := p.link(h, "nic0")
+	host := &host{p, h, nic, nic.Attrs().HardwareAddr.String()}
+	if err := h.AddrAdd(nic, reserved()); err != nil {
+		p.Fatal(err)
+	}
+	if err := h.LinkSetUp(nic); err != nil {
+		p.Fatal(err)
+	}
+	p.eventually("the other host's NIC is up", func() bool { return p.link(h, "nic0").Attrs().OperState == netlink.OperUp })
+	return host
+}
+
+// leave gives the reserved address up.
+func (h *host) leave() {
+	h.Helper()
+	if err := h.h.AddrDel(h.nic, reserved()); err != nil {
+		h.Fatal(err)
+	}
+}
+
+func reserved() *netlink.Addr {
+	return &netlink.Addr{IPNet: &net.IPNet{IP: lab.Source.AsSlice(), Mask: net.CIDRMask(24, 32)}}
+}
+
+// eventually waits for a condition, longer than what comes takes on a busy
+// machine.
+func (p *pod) eventually(what string, holds func() bool) {
+	p.Helper()
+	for begin := time.Now(); !holds(); time.Sleep(2 * time.Millisecond) {
+		if time.Since(begin) > 30*time.Second {
+			p.Fatalf("not after 30 s: %s", what)
+		}
+	}
+}
+
+// capture captures on the router's macvlan0.
+func (p *pod) capture() *lab.Capture {
+	p.Helper()
+	c, err := p.lab.Capture(p.lab.Router, "macvlan0")
+	if err != nil {
+		p.Fatal(err)
+	}
+	return c
+}
+
+// listen captures on the physical network, also while there is no macvlan0.
+func (p *pod) listen() *lab.Capture {
+	p.Helper()
+	c, err := p.lab.Capture(p.lab.Outside, lab.LANLink)
+	if err != nil {
+		p.Fatal(err)
+	}
+	return c
+}
+
+// An arpKind is what an ARP message of the router is.
+type arpKind string
+
+const (
+	arpProbe       arpKind = "probe"
+	arpAnnounced   arpKind = "announcement"
+	arpGateway     arpKind = "gateway"
+	arpOther       arpKind = "other"
+	arpPair                = 2 // an announcement has two forms
+	anotherMAC             = "02:00:00:00:00:09"
+	yetAnotherMAC          = "02:00:00:00:00:0a"
+	claimed                = "another host claims the reserved address"
+	holds                  = "another host has the reserved address"
+	gatewayAnswers         = "the gateway answers"
+)
+
+// kind returns what an ARP message is, of the address in question.
+func kind(a lab.ARP) arpKind {
+	switch {
+	case a.SenderIP == netip.IPv4Unspecified() && a.TargetIP == lab.Source && a.Op == 1:
+		return arpProbe
+	case a.SenderIP == lab.Source && a.Announces():
+		return arpAnnounced
+	case a.SenderIP == lab.Source && a.TargetIP == lab.GatewayAddr && a.Op == 1:
+		return arpGateway
+	}
+	return arpOther
+}
+
+// sent returns the kinds of the ARP messages that were sent from a hardware
+// address.
+func sent(c *lab.Capture, mac string) []arpKind {
+	var kinds []arpKind
+	for _, f := range c.Frames() {
+		if a, ok := f.ARP(); ok && f.Source().String() == mac {
+			kinds = append(kinds, kind(a))
+		}
+	}
+	return kinds
+}
+
+// count returns how many ARP messages of a kind were sent from a hardware
+// address.
+func count(c *lab.Capture, mac string, want arpKind) int {
+	n := 0
+	for _, k := range sent(c, mac) {
+		if k == want {
+			n++
+		}
+	}
+	return n
+}
+
+// mac returns the hardware address of the router.
+func (p *pod) mac() string {
+	p.Helper()
+	return p.link(p.handle(p.lab.Router), "macvlan0").Attrs().HardwareAddr.String()
+}
+
+// setMacvlanUp sets macvlan0 up before the router starts, as some CNI plugins do.
+func (p *pod) setMacvlanUp() {
+	p.Helper()
+	h := p.handle(p.lab.Router)
+	if err := h.LinkSetUp(p.link(h, "macvlan0")); err != nil {
+		p.Fatal(err)
+	}
+	p.eventually("macvlan0 is up", func() bool { return p.link(h, "macvlan0").Attrs().OperState == netlink.OperUp })
+}
+
+// has reports whether macvlan0 has the reserved address.
+func (p *pod) has() bool {
+	p.Helper()
+	h := p.handle(p.lab.Router)
+	addresses, err := h.AddrList(p.link(h, "macvlan0"), netlink.FAMILY_V4)
+	if err != nil {
+		p.Fatal(err)
+	}
+	for _, a := range addresses {
+		if a.IP.Equal(lab.Source.AsSlice()) {
+			return true
+		}
+	}
+	return false
+}
+
+// claim has somebody on the physical network announce the reserved address.
+func (p *pod) claim(mac string) {
+	p.Helper()
+	parsed, err := net.ParseMAC(mac)
+	if err != nil {
+		p.Fatal(err)
+	}
+	frame, err := arp.Announcement(arp.Request, parsed, lab.Source)
+	if err != nil {
+		p.Fatal(err)
+	}
+	index := p.link(p.handle(p.lab.Outside), lab.LANLink).Attrs().Index
+	if err := p.lab.Outside.Do(func() error {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: index, Halen: 6, Addr: [8]byte{255, 255, 255, 255, 255, 255}})
+	}); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// delete deletes macvlan0.
+func (p *pod) delete() {
+	p.Helper()
+	h := p.handle(p.lab.Router)
+	if err := h.LinkDel(p.link(h, "macvlan0")); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// soon is well below the 4 s that the full probe takes at least, and well above
+// what a start takes on a busy machine.
+const soon = 3 * time.Second
+
+// Nobody else has the address: the first that leaves the pod asks for it, the log
+// has nothing to say about it, and nothing waits longer than an answer takes.
+func TestConflictNone(t *testing.T) {
+	for _, up := range []bool{true, false} {
+		t.Run(fmt.Sprintf("up before: %v", up), func(t *testing.T) {
+			p := newPod(t, lab.Options{}, nftables)
+			if up {
+				p.setMacvlanUp()
+			}
+			capture, mac := p.capture(), p.mac()
+			begin := time.Now()
+			r := p.ok()
+			if took := time.Since(begin); took > soon {
+				t.Errorf("it took %s", took)
+			}
+			if strings.Contains(r.stderr, "another host") {
+				t.Errorf("a conflict that there is not:\n%s", r.stderr)
+			}
+			if got, want := fmt.Sprint(sent(capture, mac)), "[probe announcement announcement]"; got != want {
+				t.Errorf("sent %s, want %s", got, want)
+			}
+			for _, f := range capture.Frames() {
+				if f.Outgoing {
+					if a, ok := f.ARP(); !ok || kind(a) != arpProbe {
+						t.Errorf("the first frame that left is %s", f)
+					}
+					break
+				}
+			}
+			p.wantExample()
+		})
+	}
+}
+
+// By default the address is taken though another host has it, as the original
+// did, and the log says who. With defend it is announced once more after the
+// answer.
+func TestConflictTaken(t *testing.T) {
+	for _, test := range []struct {
+		choice        string
+		announcements int
+	}{{"", 1}, {"warn", 1}, {"defend", 2}} {
+		for _, up := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%q, up before: %v", test.choice, up), func(t *testing.T) {
+				p := newPod(t, lab.Options{}, nftables)
+				p.env["EGRESS_CONFLICT"] = test.choice
+				other := p.addHost()
+				if up {
+					p.setMacvlanUp()
+				}
+				capture, mac := p.capture(), p.mac()
+				r := p.ok()
+				if n := strings.Count(r.stderr, holds); n != 1 || strings.Count(r.stderr, "mac="+other.mac) != 1 {
+					t.Errorf("said %d times, of %s:\n%s", n, other.mac, r.stderr)
+				}
+				if !p.has() {
+					t.Error("the address is not taken")
+				}
+				kinds := sent(capture, mac)
+				if len(kinds) == 0 || kinds[0] != arpProbe || count(capture, mac, arpProbe) != 1 {
+					t.Errorf("sent %v: want one probe first", kinds)
+				}
+				if n := count(capture, mac, arpAnnounced); n != test.announcements*arpPair {
+					t.Errorf("sent %v: want %d announcements of %d frames", kinds, test.announcements, arpPair)
+				}
+				answered := false // before the last announcement
+				for _, f := range capture.Frames() {
+					a, ok := f.ARP()
+					if ok && a.SenderMAC.String() == other.mac && a.Op == 2 {
+						answered = true
+					} else if ok && test.choice == "defend" && answered && kind(a) == arpAnnounced {
+						return
+					}
+				}
+				if test.choice == "defend" {
+					t.Error("not announced after the answer")
+				}
+			})
+		}
+	}
+}
+
+// An address that another host has is not taken, and the namespace is as before.
+func TestConflictRefused(t *testing.T) {
+	for _, up := range []bool{true, false} {
+		t.Run(fmt.Sprintf("up before: %v", up), func(t *testing.T) {
+			p := newPod(t, lab.Options{}, nftables)
+			p.env["EGRESS_CONFLICT"] = "refuse"
+			other := p.addHost()
+			if up {
+				p.setMacvlanUp()
+			}
+			before, capture, mac := p.state(), p.listen(), p.mac()
+			p.wantRefusal("", "taking the reserved address: "+other.mac+" has it already, and answers for 192.168.12.99", "hint: find the host with that hardware address")
+			p.wantState(before)
+			if n := count(capture, mac, arpAnnounced); n > 0 {
+				t.Errorf("%d announcements of an address that was not taken", n)
+			}
+			if n := count(capture, mac, arpProbe); n != 1 {
+				t.Errorf("%d probes, want 1, which is answered", n)
+			}
+		})
+	}
+}
+
+// An address that nobody has is asked for three times (RFC 5227, section 2.1.1).
+func TestConflictRefuseFree(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_CONFLICT"] = "refuse"
+	capture, mac := p.capture(), p.mac()
+	p.ok()
+	if got, want := fmt.Sprint(sent(capture, mac)), "[probe probe probe announcement announcement]"; got != want {
+		t.Errorf("sent %s, want %s", got, want)
+	}
+	p.wantExample()
+	// Taken is taken: it is not asked for again.
+	begin := time.Now()
+	p.wantUnchanged(p.ok())
+	if took := time.Since(begin); took > soon {
+		t.Errorf("a second run took %s", took)
+	}
+}
+
+// A router that stays waits until the other host gives the address up. It says
+// once that it does.
+func TestConflictWaits(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_CONFLICT"] = "refuse"
+	other := p.addHost()
+	capture, mac := p.listen(), p.mac()
+	r := p.start("legacy")
+	r.await(1, other.mac)
+	p.eventually("it asked four times", func() bool { return count(capture, mac, arpProbe) >= 4 })
+	if n := strings.Count(r.logged(), other.mac); n != 1 {
+		t.Errorf("said %d times, want once", n)
+	}
+	if p.has() {
+		t.Error("the address is taken")
+	}
+	if n := count(capture, mac, arpAnnounced); n > 0 {
+		t.Errorf("%d announcements of an address that is not taken", n)
+	}
+	begin := time.Now()
+	other.leave()
+	p.eventually("the address is taken", p.has)
+	t.Logf("taken %s after the other had left", time.Since(begin).Round(time.Millisecond))
+	p.eventually("it is announced", func() bool { return count(capture, mac, arpAnnounced) >= arpPair })
+	p.eventually("the example works", func() bool {
+		_, err := p.ask(p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+		return err == nil
+	})
+	p.wantExample()
+}
+
+// Whoever stops the router while it asks finds everything as before.
+func TestConflictStopped(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_CONFLICT"] = "refuse"
+	before, capture, mac := p.state(), p.capture(), p.mac()
+	p.Cleanup(func() { p.wantState(before) }) // after the router has ended
+	p.start("legacy")
+	p.eventually("it asks", func() bool { return count(capture, mac, arpProbe) > 0 })
+}
+
+// Who claims the address while the router has it is named, and answered by an
+// announcement, but not each time.
+func TestConflictDefended(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	r := p.start("legacy")
+	r.await(1, gatewayAnswers) // the physical network is watched
+	capture, mac := p.listen(), p.mac()
+	for range 5 {
+		p.claim(anotherMAC)
+	}
+	p.claim(yetAnotherMAC)
+	r.await(1, "mac="+yetAnotherMAC) // which comes after the others
+	if n := strings.Count(r.logged(), "mac="+anotherMAC); n != 1 || strings.Count(r.logged(), claimed) != 2 {
+		t.Errorf("%s is named %d times, want once", anotherMAC, n)
+	}
+	if n := count(capture, mac, arpAnnounced); n != arpPair {
+		t.Errorf("%d frames that announce, want %d: one announcement", n, arpPair)
+	}
+	p.wantExample()
+}
+
+// A gateway that does not answer is missed after three requests; that it is back
+// is noticed.
+func TestGatewayLost(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_HEALTH_INTERVAL"] = "200ms"
+	r := p.start("legacy")
+	r.await(1, gatewayAnswers)
+	const lost = "the gateway does not answer ARP"
+	capture, mac := p.listen(), p.mac()
+	silent := func(value string) {
+		if err := p.lab.SetSysctl(p.lab.Outside, "net/ipv4/conf/lan0/arp_ignore", value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	silent("8")
+	before := count(capture, mac, arpGateway)
+	r.await(1, lost)
+	// The first of them may have been answered still.
+	if n := count(capture, mac, arpGateway) - before; n < 3 {
+		t.Errorf("missed after %d requests", n)
+	}
+	asked := count(capture, mac, arpGateway)
+	p.eventually("it is asked for again", func() bool { return count(capture, mac, arpGateway) >= asked+4 })
+	if n := strings.Count(r.logged(), lost); n != 1 {
+		t.Errorf("said %d times, want once", n)
+	}
+	if n := strings.Count(r.logged(), gatewayAnswers); n != 1 {
+		t.Errorf("it answered %d times, want once", n)
+	}
+	silent("0")
+	r.await(2, gatewayAnswers)
+}
+
+// syns returns the connections that the router tried to make to a port range of
+// the first server: how many times, and to how many ports. Each has to come from
+// the reserved address.
+func (p *pod) syns(c *lab.Capture, from, to uint16) (tries, ports int) {
+	p.Helper()
+	seen := make(map[uint16]bool)
+	for _, f := range c.Frames() {
+		ip, ok := f.IPv4()
+		if !ok || f.Outgoing || ip.Dst.Addr() != lab.Remote[0] || ip.Dst.Port() < from || ip.Dst.Port() > to {
+			continue
+		}
+		if ip.Src.Addr() != source {
+			p.Errorf("a connection from elsewhere: %s", f)
+		}
+		tries++
+		seen[ip.Dst.Port()] = true
+	}
+	return tries, len(seen)
+}
+
+// A destination that refuses is named once, and again when it accepts.
+func TestProbe(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_DESTINATION"] = "9999 tcp 203.0.113.25\n9998 udp 203.0.113.25\n" + p.env["EGRESS_DESTINATION"]
+	p.env["EGRESS_PROBE"], p.env["EGRESS_PROBE_INTERVAL"] = "tcp", "200ms"
+	capture := p.listen()
+	r := p.start("legacy")
+	const refused, again = "a destination cannot be connected to", "a destination can be connected to again"
+	const destination = "destination=203.0.113.25:9999"
+	r.await(1, refused)
+	tried := func(n int) {
+		p.eventually("it tries again", func() bool { tries, _ := p.syns(capture, 9999, 9999); return tries >= n })
+	}
+	tried(4)
+	if n := strings.Count(r.logged(), refused); n != 1 || !strings.Contains(r.logged(), destination) {
+		t.Errorf("said %d times, want once, of %s", n, destination)
+	}
+	server, err := p.lab.Serve(p.lab.Outside, "tcp", netip.MustParseAddrPort("203.0.113.25:9999"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.await(1, again)
+	server.Close()
+	r.await(2, refused)
+	if n := strings.Count(r.logged(), again); n != 1 {
+		t.Errorf("it could be connected to again %d times, want once", n)
+	}
+	if n, _ := p.syns(capture, 80, 80); n == 0 {
+		t.Error("no connection to the destination that accepts")
+	}
+}
+
+// However many destinations there are, and though none answers, few are tried at
+// a time; and the router ends at once when it is told to.
+func TestProbeMany(t *testing.T) {
+	const many, atOnce = 2000, 16
+	p := newPod(t, lab.Options{}, nftables)
+	var list strings.Builder
+	for port := 10001; port <= 10000+many; port++ {
+		fmt.Fprintf(&list, "%d tcp 203.0.113.25\n", port)
+	}
+	p.env["EGRESS_DESTINATION"] = list.String()
+	p.env["EGRESS_PROBE"] = "tcp"
+	var out strings.Builder
+	drop := p.command("nft", "add table ip silent; add chain ip silent in { type filter hook input priority 0 ; }; add rule ip silent in tcp dport 10001-12000 drop")
+	drop.Stdout, drop.Stderr = &out, &out
+	if err := p.lab.Run(p.lab.Outside, drop); err != nil {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+	capture := p.listen()
+	p.start("legacy")
+	// TCP tries again after a second, and each of those tries is still under way.
+	p.eventually("all that are tried are tried again", func() bool {
+		tries, _ := p.syns(capture, 10001, 10000+many)
+		return tries >= 2*atOnce
+	})
+	if _, ports := p.syns(capture, 10001, 10000+many); ports != atOnce {
+		t.Errorf("%d are tried at a time, want %d", ports, atOnce)
+	}
+}
+
+// The address is announced again and again, in both forms.
+func TestAnnouncedAgain(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_ANNOUNCE_INTERVAL"] = "300ms"
+	capture := p.listen()
+	p.start("legacy")
+	var forms []uint16
+	p.eventually("it is announced four times", func() bool {
+		forms = nil
+		for _, f := range capture.Frames() {
+			if a, ok := f.ARP(); ok && kind(a) == arpAnnounced {
+				forms = append(forms, a.Op)
+			}
+		}
+		return len(forms) >= 4*arpPair
+	})
+	if got, want := fmt.Sprint(forms[:4*arpPair]), "[2 1 2 1 2 1 2 1]"; got != want {
+		t.Errorf("forms %s, want %s", got, want)
+	}
+}
+
+// With an interval of 0 it is announced again where neighbours have to learn
+// something, and not otherwise.
+func TestAnnouncedAfterRepair(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_ANNOUNCE_INTERVAL"], p.env["EGRESS_HEALTH_INTERVAL"] = "0", "100ms"
+	capture, mac := p.listen(), p.mac()
+	r := p.start("legacy")
+	r.await(1, gatewayAnswers)
+	compared := func() { // five more times
+		p.Helper()
+		n := count(capture, p.mac(), arpGateway) + 5
+		p.eventually("it compares", func() bool { return count(capture, p.mac(), arpGateway) >= n })
+	}
+	announced := func(what, mac string, n int) {
+		p.Helper()
+		p.eventually(what, func() bool { return count(capture, mac, arpAnnounced) >= n*arpPair })
+		compared()
+		if got := count(capture, mac, arpAnnounced); got != n*arpPair {
+			t.Errorf("%s: %d frames that announce, want %d", what, got, n*arpPair)
+		}
+	}
+	announced("announced at the start", mac, 1)
+
+	h := p.handle(p.lab.Router)
+	if err := h.LinkSetDown(p.link(h, "macvlan0")); err != nil {
+		t.Fatal(err)
+	}
+	announced("announced after it was down", mac, 2)
+
+	other, err := net.ParseMAC(anotherMAC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.LinkSetHardwareAddr(p.link(h, "macvlan0"), other); err != nil {
+		t.Fatal(err)
+	}
+	announced("announced with another hardware address", anotherMAC, 1)
+	if strings.Contains(r.logged(), claimed) {
+		t.Error("its own hardware address of before or now is taken for another host's")
+	}
+	p.wantExample()
+}
+
+// A macvlan0 that the router is to make is made again when it is gone.
+func TestMacvlanDeleted(t *testing.T) {
+	p := newMacvlanPod(t)
+	capture := p.listen()
+	r := p.start("legacy")
+	for n := 1; n <= 2; n++ {
+		r.await(n, gatewayAnswers) // those that are asked on the interface of now
+		p.wantExample()
+		before := p.mac()
+		p.delete()
+		r.await(n, "msg=repaired kind=interface")
+		p.eventually("it is announced", func() bool {
+			for _, f := range capture.Frames() {
+				if a, ok := f.ARP(); ok && kind(a) == arpAnnounced && a.SenderMAC.String() != before && a.SenderMAC.String() == p.mac() {
+					return true
+				}
+			}
+			return false
+		})
+		p.eventually("the example works", p.answers)
+	}
+	r.await(3, gatewayAnswers)
+	p.wantExample()
+	p.claim(anotherMAC)
+	r.await(1, "mac="+anotherMAC)
+}
+
+// answers reports whether the first destination answers.
+func (p *pod) answers() bool {
+	ctx, cancel := context.WithTimeout(p.Context(), 200*time.Millisecond)
+	defer cancel()
+	a, err := p.lab.Ask(ctx, p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	return err == nil && a.Peer.Addr() == source
+}
+
+// missing is what the router says of a macvlan0 that is not there.
+const missing = `interface \"macvlan0\" not found`
+
+// failedAgain matches attempts that failed as the one before, and has their times.
+var failedAgain = regexp.MustCompile(`time=(\S+) .*still not repaired.*not found`)
+
+// pause returns the time between the last two such attempts.
+func (r *running) pause() time.Duration {
+	r.Helper()
+	var last, before time.Time
+	for _, m := range failedAgain.FindAllStringSubmatch(r.logged(), -1) {
+		at, err := time.Parse(time.RFC3339, m[1])
+		if err != nil {
+			r.Fatal(err)
+		}
+		last, before = at, last
+	}
+	if before.IsZero() {
+		return 0
+	}
+	return last.Sub(before)
+}
+
+// A macvlan0 that somebody else makes is missed, once, and used as soon as it is
+// there again: sooner than the next try would be.
+func TestMacvlanGone(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.env["EGRESS_LOG_LEVEL"] = "debug"
+	r := p.start("legacy")
+	r.await(1, gatewayAnswers)
+	p.wantExample()
+	p.delete()
+	p.eventually("it tries slowly", func() bool { return r.pause() > 1200*time.Millisecond })
+	if n := strings.Count(r.logged(), `not as wanted, and not repaired" error="`+missing); n != 1 {
+		t.Errorf("said %d times, want once", n)
+	}
+	p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
+	begin := time.Now()
+	p.eventually("the example works", p.answers)
+	took := time.Since(begin)
+	t.Logf("used %s after it was made", took.Round(time.Millisecond))
+	if took > time.Second {
+		t.Errorf("it took %s", took)
+	}
+	p.wantExample()
+	r.await(2, gatewayAnswers) // asked on the new interface
+	p.claim(anotherMAC)
+	r.await(1, "mac="+anotherMAC)
+}
+
+// Beside an init run, monitor finds nothing to do, and repairs what is damaged
+// afterwards.
+func TestMonitor(t *testing.T) {
+	p := newPod(t, lab.Options{}, nftables)
+	p.ok()
+	before, capture, mac := p.state(), p.listen(), p.mac()
+	r := p.start("monitor")
+	r.await(1, gatewayAnswers)
+	p.wantState(before)
+	if n := count(capture, mac, arpAnnounced) + count(capture, mac, arpProbe); n > 0 {
+		t.Errorf("%d frames about the address, of which nothing is new", n)
+	}
+	if strings.Contains(r.logged(), "repaired") {
+		t.Error("it repairs what is right")
+	}
+	h := p.handle(p.lab.Router)
+	if err := h.AddrDel(p.link(h, "macvlan0"), reserved()); err != nil {
+		t.Fatal(err)
+	}
+	r.await(1, "msg=repaired kind=address")
+	p.eventually("the example works", p.answers)
+	p.wantExample()
+	p.wantState(before)
+	if n := count(capture, mac, arpAnnounced); n != arpPair {
+		t.Errorf("%d frames that announce, want %d", n, arpPair)
+	}
+}
+
+// Started before anything is there, monitor waits for it.
+func TestMonitorFirst(t *testing.T) {
+	p := newPod(t, lab.Options{NoMacvlan: true}, nftables)
+	r := p.start("monitor")
+	r.await(1, missing)
+	p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
+	p.eventually("the example works", p.answers)
+	p.wantExample()
+	if err := r.cmd.Process.Signal(syscall.Signal(0)); err != nil {
+		t.Errorf("the router is gone: %v", err)
+	}
+}
