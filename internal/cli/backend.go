@@ -119,11 +119,12 @@ func (w *withLast) Apply(ctx context.Context, plan rules.Plan) (undo func() erro
 	if err != nil {
 		return undoLast, err
 	}
-	undo, err = w.Rules.Apply(ctx, plan)
-	if err != nil && undo == nil {
+	// Not undo itself: what is returned would be what it calls.
+	undoFirst, err := w.Rules.Apply(ctx, plan)
+	if err != nil && undoFirst == nil {
 		return undoLast, err
 	}
-	return func() error { return errors.Join(undo(), undoLast()) }, err
+	return func() error { return errors.Join(undoFirst(), undoLast()) }, err
 }
 
 func (b *backend) nftables(ctx context.Context) (router.Rules, error) {

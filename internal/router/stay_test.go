@@ -441,7 +441,7 @@ func TestKeeperReplace(t *testing.T) {
 func TestKeeperRejected(t *testing.T) {
 	keep(t, func(k *kept) {
 		k.start()
-		k.keeper.Rejected(errors.New("line 1\nis wrong"))
+		k.keeper.Rejected("line 1; is wrong")
 		synctest.Wait()
 		s := k.keeper.Status()
 		if s.ReloadFailures != 1 || s.Reloads != 0 || s.ReloadError != "line 1; is wrong" || len(s.NotReady) > 0 || s.Destinations != 2 {
