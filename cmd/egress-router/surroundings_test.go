@@ -305,25 +305,27 @@ func TestConflictTaken(t *testing.T) {
 	}
 }
 
-// An address that another host has is not taken, and the namespace is as before.
+// An address that another host has is not taken, and the namespace is as before,
+// with the rules of each backend, which were loaded by then.
 func TestConflictRefused(t *testing.T) {
 	for _, up := range []bool{true, false} {
 		t.Run(fmt.Sprintf("up before: %v", up), func(t *testing.T) {
-			p := newPod(t, lab.Options{}, nftables)
-			p.env["EGRESS_CONFLICT"] = "refuse"
-			other := p.addHost()
-			if up {
-				p.setMacvlanUp()
-			}
-			before, capture, mac := p.state(), p.listen(), p.mac()
-			p.wantRefusal("", "taking the reserved address: "+other.mac+" has it already, and answers for 192.168.12.99", "hint: find the host with that hardware address")
-			p.wantState(before)
-			if n := count(capture, mac, arpAnnounced); n > 0 {
-				t.Errorf("%d announcements of an address that was not taken", n)
-			}
-			if n := count(capture, mac, arpProbe); n != 1 {
-				t.Errorf("%d probes, want 1, which is answered", n)
-			}
+			eachBackend(t, lab.Options{}, func(p *pod) {
+				p.env["EGRESS_CONFLICT"] = "refuse"
+				other := p.addHost()
+				if up {
+					p.setMacvlanUp()
+				}
+				before, capture, mac := p.state(), p.listen(), p.mac()
+				p.wantRefusal("", "taking the reserved address: "+other.mac+" has it already, and answers for 192.168.12.99", "hint: find the host with that hardware address")
+				p.wantState(before)
+				if n := count(capture, mac, arpAnnounced); n > 0 {
+					p.Errorf("%d announcements of an address that was not taken", n)
+				}
+				if n := count(capture, mac, arpProbe); n != 1 {
+					p.Errorf("%d probes, want 1, which is answered", n)
+				}
+			})
 		})
 	}
 }
