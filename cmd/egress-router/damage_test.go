@@ -27,6 +27,8 @@ func (p *pod) damagedRules() []damage {
 	add := func(name string, do func()) {
 		damages = append(damages, damage{name, func(*netlink.Handle, netlink.Link, netlink.Link) error { do(); return nil }})
 	}
+	add("the rule behind NAT flushed", func() { p.nft("flush table ip egress-router-last") })
+	add("the table behind NAT gone", func() { p.nft("delete table ip egress-router-last") })
 	if p.backend == nftables {
 		for name, lines := range map[string][]string{
 			"one redirect deleted":      {"delete element ip egress-router redirects { tcp . 8080 : 203.0.113.26 . 80 }"},

@@ -216,7 +216,7 @@ func TestReload(t *testing.T) {
 		if took := time.Since(begin); took > time.Second {
 			p.Errorf("in force after %v", took)
 		}
-		r.await(1, repaired)
+		r.until("the new line", func() bool { return p.opens(p.lab.Client, lab.RouterAddr, 8080) })
 		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
 		p.wantRefused("tcp", 8443)
 		for i, conn := range conns {
@@ -233,9 +233,9 @@ func TestReload(t *testing.T) {
 			}
 		}
 		p.wantMetrics(
-			`egress_router_reloads_total 1`, `egress_router_reload_failures_total 0`,
+			`egress_router_reloads_total 1`, `egress_router_reload_failures_total 0`, `egress_router_repairs_total{kind="rules"} 0`,
 			fmt.Sprintf(`egress_router_connections_total{destination="203.0.113.25:80",port="80",protocol="tcp"} %d`, open),
-			`egress_router_connections_total{destination="203.0.113.26:80",port="8080",protocol="tcp"} 1`,
+			`egress_router_connections_total{destination="203.0.113.26:80",port="8080",protocol="tcp"} 2`,
 		)
 
 		// What is not right is said, and changes neither the rules nor readiness.

@@ -1,9 +1,12 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
+	"os"
+	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/iptables"
@@ -19,12 +22,19 @@ type backend struct {
 	families []rules.Family
 	log      *slog.Logger
 
-	found *iptables.Backend // nil: not looked for yet
+	found *iptables.Backend // nil: not looked for yet, or not right
+	// What auto has become, so that a process goes on with what it began with.
+	settled config.Backend
+	noLast  bool // the kernel cannot hold what is last
 }
+
+// readPatience is how long the programs of iptables may take to read the rules.
+// The largest list takes a tenth of a second.
+const readPatience = 30 * time.Second
 
 // rules reads the kernel's rules by the backend of choice.
 func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, error) {
-	switch b.choice {
+	switch cmp.Or(b.settled, b.choice) {
 	case config.NFTables:
 		return b.nftables(ctx)
 	case config.IPTables:
@@ -32,6 +42,7 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 	}
 	first, err := b.iptables(ctx, plan)
 	if err == nil {
+		b.settled = config.IPTables
 		return first, nil
 	}
 	if ctx.Err() != nil {
@@ -42,6 +53,7 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 		// Not wrapped as one: what to do about the first is what can be done.
 		return nil, errors.Join(err, nextErr)
 	}
+	b.settled = config.NFTables
 	if _, missing := errors.AsType[*iptables.MissingError](err); missing {
 		b.log.Debug("there is no iptables here: nftables takes its place", "error", err)
 	} else {
@@ -58,8 +70,12 @@ func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, 
 		}
 		b.found = found
 	}
-	tx, err := b.found.Begin(ctx, plan)
+	// Programs that hang would keep everything waiting.
+	reading, cancel := context.WithTimeout(ctx, readPatience)
+	defer cancel()
+	tx, err := b.found.Begin(reading, plan)
 	if err != nil {
+		b.found = nil // the next attempt asks anew
 		return nil, err
 	}
 	return b.withLast(ctx, tx)
@@ -68,19 +84,24 @@ func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, 
 // withLast are the rules of a backend and what is last, which is always
 // nftables'.
 type withLast struct {
+	backend *backend
 	router.Rules
 	last *nft.Tx // nil: the kernel has no nftables
 }
 
 func (b *backend) withLast(ctx context.Context, first router.Rules) (router.Rules, error) {
+	if b.noLast {
+		return &withLast{b, first, nil}, nil
+	}
 	last, err := nft.BeginLast(ctx, b.families...)
 	if _, missing := errors.AsType[*nft.KernelError](err); missing {
-		return &withLast{Rules: first}, nil
+		b.noLast = true
+		return &withLast{b, first, nil}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &withLast{first, last}, nil
+	return &withLast{b, first, last}, nil
 }
 
 // isIPTables returns the rules as those of iptables, if they are.
@@ -93,10 +114,12 @@ func isIPTables(r router.Rules) (*iptables.Tx, bool) {
 	return tx, ok
 }
 
+func (w *withLast) isIPTables() bool { _, ok := w.Rules.(*iptables.Tx); return ok }
+
 // Notes adds what is missing.
 func (w *withLast) Notes() []string {
 	if w.last == nil {
-		return append(w.Rules.Notes(), "the kernel has no nf_tables: if somebody deletes the rule that sets the source, the first packets of connections leave with another until it is back")
+		return append(w.Rules.Notes(), "the kernel lacks nf_tables: nothing stops the first packets of connections while somebody has deleted the rule that sets their source")
 	}
 	return w.Rules.Notes()
 }
@@ -116,6 +139,11 @@ func (w *withLast) Apply(ctx context.Context, plan rules.Plan) (undo func() erro
 		return w.Rules.Apply(ctx, plan)
 	}
 	undoLast, err := w.last.Apply(ctx, plan)
+	if _, refused := errors.AsType[*nft.LoadError](err); refused && undoLast == nil && !errors.Is(err, os.ErrPermission) && w.isIPTables() {
+		w.backend.log.Warn("the kernel does not take the rules behind those of iptables, which works without", "error", err)
+		w.last, w.backend.noLast = nil, true
+		return w.Rules.Apply(ctx, plan)
+	}
 	if err != nil {
 		return undoLast, err
 	}
@@ -169,6 +197,7 @@ func (b *backend) next(ctx context.Context, failed router.Rules, why error) (rou
 	if _, ok := isIPTables(failed); !ok || b.choice != config.Auto {
 		return nil, nil
 	}
+	b.settled = config.NFTables
 	b.log.Warn("iptables cannot load the rules: nftables takes its place", "backend", failed.String(), "error", why)
 	return b.nftables(ctx)
 }

@@ -22,7 +22,12 @@ const stuckAfter = 2 * time.Minute
 func (w *watch) reporter() reporter {
 	return reporter{
 		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen,
-		report:  func(r *health.Report) { reportRouter(r, w.keeper.Status(), w.config.Health.Probe) },
+		report: func(r *health.Report) {
+			reportRouter(r, w.keeper.Status(), w.config.Health.Probe)
+			if err := w.alive(); err != nil {
+				r.Reasons = append(r.Reasons, err.Error())
+			}
+		},
 		alive:   w.alive,
 		table:   metrics.Router,
 		collect: w.collect,
@@ -31,8 +36,12 @@ func (w *watch) reporter() reporter {
 
 // alive says why the router is stuck.
 func (w *watch) alive() error {
-	interval, compared := w.config.Health.Interval, w.keeper.Status().Compared
-	if late := time.Since(compared); interval > 0 && !compared.IsZero() && late > 3*interval+stuckAfter {
+	interval, s := w.config.Health.Interval, w.keeper.Status()
+	compared := s.Compared
+	if compared.IsZero() {
+		compared = s.Since // its beginning
+	}
+	if late := time.Since(compared); interval > 0 && late > 3*interval+stuckAfter {
 		return fmt.Errorf("nothing has been compared for %s", late.Round(time.Second))
 	}
 	return nil
@@ -55,6 +64,8 @@ func reportRouter(r *health.Report, s router.Status, probes bool) {
 	}
 
 	switch g := s.Gateway; {
+	case s.Unwatched != "":
+		add("gateway", health.Warning, time.Time{}, "not watched: %s", s.Unwatched)
 	case !g.Known:
 		add("gateway", health.OK, time.Time{}, "not known yet")
 	case g.Reachable:

@@ -154,12 +154,6 @@ func TestReportHTTPProxy(t *testing.T) {
 	if diff := cmp.Diff(want, r.Checks); diff != "" || len(r.Reasons) != 1 {
 		t.Errorf("reasons %q, checks (- want, + got):\n%s", r.Reasons, diff)
 	}
-	bad.RulesErr = errors.New("it is not a regular file")
-	r = health.Report{}
-	reportHTTPProxy(&r, bad, "/etc/egress/rules")
-	if got := r.Checks[1].Detail; got != "the old ones stay: /etc/egress/rules: it is not a regular file" {
-		t.Errorf("rules: %s", got)
-	}
 }
 
 // A program that was told to stop is not ready, and tells until its end.

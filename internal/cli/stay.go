@@ -12,6 +12,7 @@ import (
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/events"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/rules"
 )
 
 // A watch is one run of a router that stays.
@@ -20,6 +21,7 @@ type watch struct {
 	log     *slog.Logger
 	keeper  *router.Keeper
 	tracker atomic.Pointer[conntrack.Tracker] // nil: nobody asks for connections, or not yet
+	set     atomic.Pointer[rules.Set]         // that was read last; nil: that of the start
 }
 
 // stay configures, unless an init run has, and watches over what is configured
@@ -31,6 +33,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	w := &watch{config: c, log: log}
 	r := newRouter(c, log)
 	w.keeper = newKeeper(r, c)
+	w.keeper.Replaced = w.count
 
 	// That the port is taken is known before anything changes.
 	stop, err := w.reporter().start(ctx, log)
@@ -54,10 +57,13 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 
 	ctx, end := context.WithCancel(ctx)
 	var background sync.WaitGroup
+	t := w.track(p)
+	if t != nil {
+		defer t.Close() // when nobody uses it any more
+	}
 	defer background.Wait()
 	defer end()
-	if t := w.track(p); t != nil {
-		defer t.Close()
+	if t != nil {
 		w.tracker.Store(t)
 		background.Go(func() {
 			if err := t.Run(ctx); err != nil {
@@ -99,11 +105,20 @@ func (w *watch) reload(written config.Config, env config.Environment) error {
 		w.log.Warn(text)
 	}
 	keepNameServers(&c, w.log)
+	w.set.Store(&c.Set)
 	w.keeper.Replace(wanted(c), planOf(c))
-	if t := w.tracker.Load(); t != nil {
-		return t.Replace(c.Set)
-	}
 	return nil
+}
+
+// count has connections counted by the destinations that the kernel holds now.
+func (w *watch) count() {
+	t, set := w.tracker.Load(), w.set.Load()
+	if t == nil || set == nil {
+		return
+	}
+	if err := t.Replace(*set); err != nil {
+		w.log.Warn("connections are counted by the destinations of before", "error", err)
+	}
 }
 
 // track begins to count connections, for who reads metrics, and to log them, as

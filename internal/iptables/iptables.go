@@ -281,3 +281,8 @@ func (tx *Tx) Flavour() Flavour {
 // Watched reports whether the kernel tells of changes to the rules: it does for
 // those that are nftables' in truth.
 func (tx *Tx) Watched() bool { return tx.Flavour() == NFTables }
+
+// Holds reports whether chains of ours are there.
+func (tx *Tx) Holds() bool {
+	return slices.ContainsFunc(tx.families, func(f *familyTx) bool { return f.now.holdsAny() })
+}

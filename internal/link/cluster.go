@@ -21,9 +21,9 @@ type ClusterSide struct {
 	Mark         uint32         // of packets that are replies, the bits of it
 	Table        int            // number of the replies' routing table
 	Destinations []netip.Prefix // what else is reached by the cluster side
-	// Default is the default route that the cluster interface had, from
-	// State.ClusterDefault: for when it is neither in the main table nor in that
-	// of replies any more. Nil: not known.
+	// Default is the default route that the cluster interface had, as
+	// ClusterSide.ClusterDefault returned it: for whoever watches, so that what
+	// somebody makes of it later is not taken for it. Nil: not known.
 	Default *Route
 }
 
@@ -127,6 +127,23 @@ func (s State) ClusterDefault() (found Route, known bool) {
 	return found, known
 }
 
+// ClusterDefault returns the default route of the cluster interface: the one that
+// is known from before, as long as its gateway can be reached, else that of the
+// state.
+func (c ClusterSide) ClusterDefault(have State) (Route, bool) {
+	before := c.Default
+	if before == nil || before.Index != have.Cluster.Index {
+		return have.ClusterDefault()
+	}
+	reaches := func(r Route) bool {
+		return r.Index == before.Index && r.Type == 0 && !r.IsDefault() && !r.Gateway.IsValid() && r.Destination.Contains(before.Gateway)
+	}
+	if before.Gateway.IsValid() && !slices.ContainsFunc(have.Routes, reaches) {
+		return have.ClusterDefault()
+	}
+	return *before, true
+}
+
 // diffCluster returns the steps that keep the cluster side. They come before
 // the default route changes, so that replies have a way at any time.
 func diffCluster(want ClusterSide, have State) []Step {
@@ -140,10 +157,7 @@ func diffCluster(want ClusterSide, have State) []Step {
 	}
 	stands := make(map[int]bool) // routes of the table that are wanted ones then
 
-	standard, known := have.ClusterDefault()
-	if !known && want.Default != nil && want.Default.Index == have.Cluster.Index {
-		standard, known = *want.Default, true
-	}
+	standard, known := want.ClusterDefault(have)
 	routes := want.routes(have, standard, known)
 	for _, r := range routes {
 		step, i := place(r, have.Cluster.Table)

@@ -72,6 +72,9 @@ func beginTables(name string, families []rules.Family) (*Tx, error) {
 // String names the backend.
 func (tx *Tx) String() string { return "nftables" }
 
+// Holds reports whether tables of ours are there.
+func (tx *Tx) Holds() bool { return len(tx.now) > 0 }
+
 // Watched says that the kernel tells of changes to nftables.
 func (tx *Tx) Watched() bool { return true }
 

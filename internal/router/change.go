@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -37,11 +38,15 @@ type change struct {
 	// Of a router that stays: what it changes, it repairs.
 	watches   bool
 	repairs   []Repair
+	reloads   bool                  // the rules are others because the destinations are
+	held      bool                  // the address was the interface's before
 	announces bool                  // also where the address and the link are as wanted
 	moved     func(link.State) bool // whether neighbours have to learn of it; nil: no
 	announced bool
 	said      map[string]bool // notes of the rules that were logged before
 	known     Rules           // known to be as planned; nil: they are to be read
+	// Of the host, as they were last known.
+	parentAddresses []netip.Prefix
 }
 
 // A Repair is one thing that was not as wanted, and was made so.
@@ -52,12 +57,41 @@ type Repair struct {
 
 // note logs one thing that was changed.
 func (c *change) note(kind RepairKind, found, done string, log func()) {
-	if !c.watches {
+	if !c.watches || c.reloads && kind == RepairRules {
 		log()
 		return
 	}
 	c.repairs = append(c.repairs, Repair{kind, found, done})
 	c.router.Log.Warn("repaired", "kind", kind, "found", found, "done", done)
+}
+
+// sayOnce logs a warning; of a router that stays, once.
+func (c *change) sayOnce(text string, attributes ...any) {
+	key := text + fmt.Sprint(attributes...)
+	if !c.said[key] {
+		c.router.Log.Warn(text, attributes...)
+	}
+	if c.said != nil {
+		c.said[key] = true
+	}
+}
+
+// loadAlone makes the rules what is planned where the interface is missing that
+// they are about. They match it by its name.
+func (c *change) loadAlone(ctx context.Context) error {
+	current, err := c.router.Rules(ctx, c.router.Plan)
+	if err != nil {
+		return err
+	}
+	if err := c.use(ctx, current); err != nil {
+		return err
+	}
+	why := strings.Join(c.differs, "; ")
+	if err := c.load(ctx, c.router.Plan); err != nil || why == "" {
+		return err
+	}
+	c.note(RepairRules, why, "loaded them by "+c.rules.String(), func() {})
+	return nil
 }
 
 // prepare finds out all that apply needs, and sees that nothing stands in its
@@ -66,9 +100,15 @@ func (c *change) note(kind RepairKind, found, done string, log func()) {
 func (c *change) prepare(ctx context.Context) error {
 	r := c.router
 	parentAddresses, err := r.ensureMacvlan(ctx, c)
+	if err != nil && c.watches && c.network.Exists(r.Link.Interface) == nil {
+		// It is there, and works without what its host says.
+		c.sayOnce("the NIC of the egress interface is not looked at", "error", err)
+		parentAddresses, err = c.parentAddresses, nil
+	}
 	if err != nil {
 		return err
 	}
+	c.parentAddresses = parentAddresses
 	// A macvlan does not reach its parent's addresses.
 	c.want.Cluster.Destinations = slices.Concat(c.want.Cluster.Destinations, r.notRedirectedTo(parentAddresses))
 	if c.have, err = r.observe(c.network, c.want); err != nil {
@@ -114,12 +154,7 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 	}
 	c.rules, c.differs = current, current.Differs(r.Plan)
 	for _, note := range c.rules.Notes() {
-		if !c.said[note] {
-			r.Log.Warn(note, "backend", c.rules.String())
-		}
-		if c.said != nil {
-			c.said[note] = true
-		}
+		c.sayOnce(note, "backend", c.rules.String())
 	}
 	if !c.watches && r.Log.Enabled(ctx, slog.LevelDebug) { // the plan may be long
 		r.Log.Debug("rules wanted", "backend", c.rules.String(), "plan", r.Plan.String(), "differs", strings.Join(c.differs, "; "))
@@ -215,11 +250,16 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 	if len(c.differs) == 0 {
 		return nil
 	}
+	held := c.rules.Holds()
 	undo, err := c.rules.Apply(ctx, plan)
 	c.changed = c.changed || undo != nil
 	if err == nil {
 		c.done.add(undo)
 		return nil
+	}
+	yields := ctx.Err() == nil && !errors.Is(err, os.ErrPermission) && !held
+	if c.watches && !yields {
+		return err // what of it is loaded is better than what was there
 	}
 	if undo != nil {
 		if undoErr := undo(); undoErr != nil {
@@ -227,7 +267,7 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 			return errors.Join(err, undoErr)
 		}
 	}
-	if ctx.Err() != nil || errors.Is(err, os.ErrPermission) || len(c.rules.Differs(rules.Plan{})) > 0 {
+	if !yields {
 		return err
 	}
 	next, nextErr := c.router.Next(ctx, c.rules, err)

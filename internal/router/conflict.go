@@ -62,6 +62,11 @@ func (c *change) inquire(ctx context.Context) error {
 	r := c.router
 	switch {
 	case !c.inquires() || c.question != nil:
+	case r.Conflict == ConflictRefuse && c.held:
+		// It was this router's, which has asked in full before: what that would
+		// take, nothing gets out for.
+		c.ask()
+		return c.refuse(ctx)
 	case r.Conflict == ConflictRefuse:
 		holder, err := arp.Acquire(ctx, c.have.Index, c.have.MAC, r.Link.Address.Addr())
 		if err == nil && holder != nil {
@@ -72,6 +77,20 @@ func (c *change) inquire(ctx context.Context) error {
 		c.ask()
 	}
 	return nil
+}
+
+// refuse waits for the answer to the probe, and makes one an error.
+func (c *change) refuse(ctx context.Context) error {
+	question := c.question
+	c.question = nil
+	if question == nil {
+		return nil
+	}
+	holder, err := question.Answer(ctx, c.asked.Add(conflictPatience))
+	if err == nil && holder != nil {
+		err = &ConflictError{c.router.Link.Address.Addr(), holder}
+	}
+	return err
 }
 
 // answer waits for the answer to the probe, if one was sent, and says what it is.
@@ -87,6 +106,7 @@ func (c *change) answer(ctx context.Context) error {
 	if holder == nil {
 		return nil
 	}
+	r.start.holder, r.start.asked = holder, c.asked
 	e := &ConflictError{r.Link.Address.Addr(), holder}
 	r.Log.Warn("another host has the reserved address: replies may go there", "address", e.Address.String(), "mac", holder.String(), "hint", e.Hint())
 	if r.Conflict != ConflictDefend {

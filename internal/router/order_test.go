@@ -30,6 +30,7 @@ type script struct {
 
 func (s *script) Observe(link.Want) (link.State, error) { return s.state, nil }
 func (s *script) Watched() bool                         { return false }
+func (s *script) Holds() bool                           { return false }
 func (s *script) Exists(string) error                   { return nil }
 func (s *script) Close()                                {}
 

@@ -2,6 +2,7 @@ package router
 
 import (
 	"math/rand/v2"
+	"slices"
 	"time"
 )
 
@@ -18,6 +19,9 @@ const (
 	contestWithin = 10 * time.Second
 	contestAfter  = 5
 	contestPauses = 4
+	// One that is done more than contestOften times within that time is, too,
+	// whatever comes in between.
+	contestOften = 20
 	// After maxConflicts the address is asked for once in rateLimit
 	// (RFC 5227, section 1.1, MAX_CONFLICTS and RATE_LIMIT_INTERVAL).
 	maxConflicts = 10
@@ -33,9 +37,16 @@ const (
 type pace struct {
 	failures int
 
-	last   string    // what the last repair did
-	lastAt time.Time // when it was done
-	again  int       // how often the same was done before, each soon after the other
+	last   string       // what the last repair did
+	lastAt time.Time    // when it was done
+	again  int          // how often the same was done before, each soon after the other
+	recent []repairDone // those of contestWithin
+}
+
+// A repairDone is what a repair did, and when.
+type repairDone struct {
+	what string
+	at   time.Time
 }
 
 // failed returns how long to wait after a repair that failed.
@@ -57,6 +68,17 @@ func (p *pace) repaired(done string, now time.Time) (wait time.Duration, contest
 		p.again = 0
 	}
 	p.last, p.lastAt = done, now
+	p.recent = slices.DeleteFunc(p.recent, func(r repairDone) bool { return now.Sub(r.at) >= contestWithin })
+	p.recent = append(p.recent, repairDone{done, now})
+	often := 0
+	for _, r := range p.recent {
+		if r.what == done {
+			often++
+		}
+	}
+	if often > contestOften {
+		p.again = max(p.again, contestAfter+often-contestOften-1)
+	}
 	if p.again < contestAfter {
 		return 0, false
 	}
@@ -71,11 +93,9 @@ func (p *pace) waited() time.Duration {
 	return longestPause
 }
 
-// held reports whether the last repair has not been undone for so long that it
-// will not be.
-func (p *pace) held(now time.Time) bool {
-	return p.again < contestAfter || now.Sub(p.lastAt) >= contestWithin+longestPause
-}
+// held reports whether a contested repair of a time has not been undone for so
+// long that it will not be.
+func held(repaired, now time.Time) bool { return now.Sub(repaired) >= contestWithin+longestPause }
 
 // pause returns the nth pause, from 0, made a random part shorter, so that
 // routers that fail for one reason do not go on at one time.

@@ -64,7 +64,7 @@ func TestPaceRepaired(t *testing.T) {
 		last := time.Duration(0)
 		for n := range 12 {
 			wait, contested := contest(&p, 1)
-			if !contested || p.held(time.Now()) {
+			if !contested || held(p.lastAt, time.Now()) {
 				t.Errorf("repair %d: not contested", contestAfter+1+n)
 			}
 			if wait > longestPause || wait < min(last, longestPause*3/4) {
@@ -77,11 +77,11 @@ func TestPaceRepaired(t *testing.T) {
 		}
 		// It has to hold for as long as the last wait may have put off the next one.
 		time.Sleep(contestWithin + longestPause - 1)
-		if p.held(time.Now()) {
+		if held(p.lastAt, time.Now()) {
 			t.Error("it holds already")
 		}
 		time.Sleep(1)
-		if !p.held(time.Now()) {
+		if !held(p.lastAt, time.Now()) {
 			t.Error("it does not hold")
 		}
 		if wait, contested := p.repaired("this", time.Now()); wait > 0 || contested {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -32,6 +33,11 @@ type probes struct {
 // probeEvery connects to each tcp destination, from the reserved address, until
 // ctx ends.
 func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-k.settled:
+	}
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
@@ -40,14 +46,18 @@ func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
+		case <-k.probeNow:
 		}
 	}
 }
 
 func (k *Keeper) probeAll(ctx context.Context) {
 	k.mu.Lock()
-	source, targets := k.Router.Link.Address.Addr(), targets(k.Router.Plan)
+	right, source, targets := k.status.Right, k.Router.Link.Address.Addr(), targets(k.Router.Plan)
 	k.mu.Unlock()
+	if !right { // there may be no address to connect from
+		return
+	}
 	before := make(map[netip.AddrPort]string)
 	for _, p := range k.probes.state() {
 		before[p.To] = p.Err
@@ -84,6 +94,11 @@ func (p *probes) state() []Probe {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.last
+}
+
+// of returns what is known of the given servers.
+func (p *probes) of(targets []netip.AddrPort) []Probe {
+	return slices.DeleteFunc(slices.Clone(p.state()), func(p Probe) bool { return !slices.Contains(targets, p.To) })
 }
 
 // targets returns the servers that plan redirects TCP connections to, each once,

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -25,6 +26,7 @@ type Router struct {
 	// plan has no redirects, and a proxy in the pod does the work.
 	Forward  bool
 	Conflict Conflict // what to do where another host has the address
+	start    start    // what Apply found out, for who watches afterwards
 	Log      *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
@@ -54,6 +56,7 @@ type Rules interface {
 	Notes() []string                  // what a person should know about them, a line each
 	Redirects() bool                  // whether there are redirects of ours
 	Watched() bool                    // the kernel tells of their changes
+	Holds() bool                      // whether anything is there that this backend loaded
 	Differs(want rules.Plan) []string // where they are not as wanted, a line each
 	// Apply makes them what is wanted and returns the way back. On an error
 	// they are as they were where there is no way back.
@@ -124,7 +127,15 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		return err
 	}
 	r.ready(c.have, c.rules, begin)
+	r.start.announced = c.announced
 	return c.answer(ctx)
+}
+
+// A start is what Apply leaves to a Keeper.
+type start struct {
+	announced bool
+	holder    net.HardwareAddr // that answered for the address; nil: nobody
+	asked     time.Time
 }
 
 // notRedirectedTo returns the addresses that no redirect leads to: one that is

@@ -73,7 +73,8 @@ type Status struct {
 	Wrong string    // why it is not, and could not be made so
 	Since time.Time // since when it is so
 	// Contested is what something else changes back again and again; empty: nothing.
-	Contested string
+	Contested   string
+	contestedAt time.Time // when that was last repaired
 
 	Compared       time.Time // when everything was last compared
 	Comparisons    uint64    // also those that events caused
@@ -86,7 +87,8 @@ type Status struct {
 	ReloadFailures uint64
 	ReloadError    string // of the last reload; empty: it was right, or there was none
 
-	arp.State // of the physical network
+	arp.State        // of the physical network
+	Unwatched string // why that is not known; empty: it is watched
 	Probes    []Probe
 
 	NotReady []string // why not, a line each; empty: it is ready

@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -31,6 +32,10 @@ type Keeper struct {
 	// ProbeFailsReady: it is not ready while none of them can be.
 	ProbeFailsReady bool
 
+	// Replaced is called when the kernel holds what Replace brought; nil: nobody
+	// is told.
+	Replaced func()
+
 	// Events subscribes to the kernel's.
 	Events func() (Events, error)
 	// Neighbours watches the physical network.
@@ -39,6 +44,10 @@ type Keeper struct {
 	mu       sync.Mutex // for what follows, and what is wanted of the router
 	status   Status
 	replaced chan struct{} // has a value after Replace
+	// The destinations are others than those that the kernel holds.
+	reloading bool
+	probeNow  chan struct{} // has a value when there are others to connect to
+	settled   chan struct{} // closed once all has been as wanted
 
 	surroundings surroundings
 	probes       probes
@@ -53,11 +62,14 @@ type Keeper struct {
 	plan      rules.Plan      // that the kernel held after the last comparison; empty: another
 	rules     Rules           // found as planned, and nothing told of a change since; nil: they are to be read
 	announced announced
+	held      bool // the interface had the address after a comparison
+	// Addresses of the host that the interface cannot reach.
+	parentAddresses []netip.Prefix
 }
 
 // NewKeeper returns the keeper of what r configures.
 func NewKeeper(r *Router) *Keeper {
-	return &Keeper{Router: r, replaced: make(chan struct{}, 1), said: make(map[string]bool), status: Status{
+	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), said: make(map[string]bool), status: Status{
 		Repairs: make(map[RepairKind]uint64), Since: time.Now(), Wrong: "nothing has been compared yet",
 		Destinations: len(r.Plan.Destinations()),
 	}}
@@ -85,9 +97,13 @@ const eagerPause = 50 * time.Millisecond
 // Status returns what is known now. It may be called at any time.
 func (k *Keeper) Status() Status {
 	k.mu.Lock()
-	s, gateway := k.status.clone(), k.Router.Link.Gateway
+	s, gateway, wanted := k.status.clone(), k.Router.Link.Gateway, targets(k.Router.Plan)
 	k.mu.Unlock()
-	s.State, s.Probes = k.surroundings.state(), k.probes.state()
+	if held(s.contestedAt, time.Now()) {
+		s.Contested = ""
+	}
+	s.State, s.Unwatched = k.surroundings.state()
+	s.Probes = k.probes.of(wanted)
 	s.reasons(gateway, k.ProbeFailsReady)
 	return s
 }
@@ -108,6 +124,12 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 	defer subscription.Close()
 	k.surroundings.watch = k.Neighbours
+	if k.Router.start.announced {
+		k.update(func(s *Status) { s.Announcements++ })
+	}
+	if holder := k.Router.start.holder; holder != nil {
+		k.surroundings.note(holder, k.Router.start.asked)
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
 	defer func() { cancel(); background.Wait(); k.surroundings.running.Wait() }()
@@ -137,7 +159,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			due := clock.due()
 			pending |= everything
 			announces = announces || due[1]
-			if due[0] {
+			if due[0] || k.Interval == 0 {
 				k.surroundings.probe()
 			}
 		case <-k.replaced:
@@ -157,10 +179,13 @@ func (k *Keeper) Run(ctx context.Context) error {
 // What is wanted then is what the next comparison makes of the kernel, at once.
 func (k *Keeper) Replace(want link.Want, plan rules.Plan) {
 	k.mu.Lock()
-	k.status.Reloads++
+	same := plan.Equal(k.Router.Plan) && slices.Equal(want.Cluster.Destinations, k.Router.Link.Cluster.Destinations)
 	k.status.ReloadError = ""
-	k.status.Destinations = len(plan.Destinations())
-	same := plan.Equal(k.Router.Plan)
+	if !same {
+		k.status.Reloads++
+		k.status.Destinations = len(plan.Destinations())
+		k.reloading = true
+	}
 	k.Router.Link, k.Router.Plan = want, plan
 	k.mu.Unlock()
 	if same {
@@ -202,7 +227,10 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	k.record(c, what, err, now)
 	if err != nil {
 		k.notBefore = now.Add(k.pace.failed())
-		_, conflict := errors.AsType[*ConflictError](err)
+		taken, conflict := errors.AsType[*ConflictError](err)
+		if conflict {
+			k.surroundings.note(taken.MAC, now)
+		}
 		if conflict && k.pace.failures > maxConflicts {
 			k.notBefore = now.Add(rateLimit)
 		}
@@ -223,7 +251,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	wait, contested := k.pace.repaired(doneBy(c.repairs), now)
 	k.notBefore = now.Add(wait)
 	if contested {
-		k.update(func(s *Status) { s.Contested = c.repairs[0].Done })
+		k.update(func(s *Status) { s.Contested, s.contestedAt = c.repairs[0].Done, now })
 		k.Router.Log.Error("something else undoes the repair again and again: the next one waits",
 			"repair", c.repairs[0].Done, "times", k.pace.again, "wait", wait.Round(time.Millisecond).String())
 	}
@@ -286,8 +314,12 @@ func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 			}
 			s.Right, s.Wrong = right, wrong
 		}
-		if k.pace.held(now) {
-			s.Contested = ""
+		select {
+		case <-k.settled:
+		default:
+			if err == nil {
+				close(k.settled)
+			}
 		}
 	})
 }
@@ -298,8 +330,12 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	k.mu.Lock()
 	r := new(Router)
 	*r = *k.Router // as it is now
+	reloading := k.reloading
 	k.mu.Unlock()
-	c := &change{router: r, want: r.Link, watches: true, announces: announces, moved: k.moved, said: k.said, left: k.left}
+	c := &change{
+		router: r, want: r.Link, watches: true, reloads: reloading, held: k.held, announces: announces, moved: k.moved,
+		said: k.said, left: k.left, parentAddresses: k.parentAddresses,
+	}
 	release, err := lock(ctx)
 	if err != nil {
 		return c, err
@@ -318,15 +354,21 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	}
 	k.plan, k.rules = rules.Plan{}, nil
 	if err := c.prepare(ctx); err != nil {
+		if _, missing := errors.AsType[*InterfaceError](err); missing {
+			err = errors.Join(err, c.loadAlone(ctx))
+		}
 		return c, err
 	}
 	c.remember(k.want)
-	k.want = c.want
+	k.want, k.parentAddresses = c.want, c.parentAddresses
 	if err := c.apply(ctx); err != nil {
 		return c, err
 	}
-	k.left = c.left
+	k.left, k.held = c.left, true
 	k.plan = r.Plan
+	if reloading {
+		k.reloaded(r.Plan)
+	}
 	if c.rules.Watched() {
 		k.rules = c.rules
 	}
@@ -335,6 +377,22 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 		k.announced = announcement(c.have)
 	}
 	return c, nil
+}
+
+// reloaded notes that the kernel holds other destinations, if they are still
+// those that are wanted.
+func (k *Keeper) reloaded(plan rules.Plan) {
+	k.mu.Lock()
+	still := plan.Equal(k.Router.Plan)
+	k.reloading = k.reloading && !still
+	k.mu.Unlock()
+	if still && k.Replaced != nil {
+		k.Replaced()
+	}
+	select {
+	case k.probeNow <- struct{}{}:
+	default:
+	}
 }
 
 func announcement(have link.State) announced {
@@ -354,13 +412,12 @@ func (k *Keeper) moved(have link.State) bool {
 	return have.Carrier && now != k.announced
 }
 
-// remember takes over, or finds out, what is lost where somebody deletes all
-// copies of it.
+// remember takes over, or finds out, what is lost where somebody deletes or
+// changes all copies of it.
 func (c *change) remember(before link.Want) {
-	if standard, known := c.have.ClusterDefault(); known {
+	c.want.Cluster.Default = before.Cluster.Default
+	if standard, known := c.want.Cluster.ClusterDefault(c.have); known {
 		c.want.Cluster.Default = &standard
-	} else {
-		c.want.Cluster.Default = before.Cluster.Default
 	}
 }
 

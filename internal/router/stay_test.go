@@ -181,7 +181,7 @@ func TestKeeperIdle(t *testing.T) {
 	}{
 		{10 * time.Second, time.Minute, 61, 10, 61},
 		{10 * time.Second, 0, 61, 0, 61},
-		{0, time.Minute, 11, 10, 1},
+		{0, time.Minute, 11, 10, 11}, // asked when it is announced
 		{0, 0, 1, 0, 1},
 		{time.Minute, 10 * time.Second, 61, 60, 11},
 	} {
@@ -419,7 +419,7 @@ func TestKeeperReplace(t *testing.T) {
 		if !k.loaded.Equal(other) || !time.Now().Equal(now) {
 			k.Error("other destinations do not hold at once")
 		}
-		if s := k.keeper.Status(); s.Reloads != 2 || s.Destinations != 1 || len(s.NotReady) > 0 {
+		if s := k.keeper.Status(); s.Reloads != 1 || s.Destinations != 1 || len(s.NotReady) > 0 {
 			k.Errorf("%d reloads, %d destinations, not ready %q", s.Reloads, s.Destinations, s.NotReady)
 		}
 

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/link"
@@ -103,11 +104,19 @@ func (s *surroundings) sum() arp.State {
 	return total
 }
 
-// state returns what is known of the physical network.
-func (s *surroundings) state() arp.State {
+// state returns what is known of the physical network, and why that is nothing.
+func (s *surroundings) state() (state arp.State, unwatched string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sum()
+	return s.sum(), s.trouble
+}
+
+// note adds another holder of the address, who was found by asking.
+func (s *surroundings) note(holder net.HardwareAddr, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.before.Conflicts++
+	s.before.ConflictMAC, s.before.ConflictAt = holder, at
 }
 
 // probe asks for the gateway, if the interface has the address to ask from.
