@@ -38,7 +38,7 @@ func (r *running) Write(b []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	from := max(0, r.log.Len()-len(repaired)+1) // one may come in two pieces
-	r.log.Write(b)
+	_, _ = r.log.Write(b)                       // never fails
 	r.repairs += bytes.Count(r.log.Bytes()[from:], []byte(repaired))
 	return len(b), nil
 }
@@ -60,10 +60,10 @@ func (r *running) logged() string {
 // start starts the router in a mode in which it stays, and waits until it has
 // compared everything once. It is told to stop when the test ends, and has to end
 // with exit code 0.
-func (p *pod) start(mode string, args ...string) *running {
+func (p *pod) start(mode string) *running {
 	p.Helper()
 	p.env["EGRESS_ROUTER_MODE"] = mode
-	r := &running{pod: p, cmd: p.command("egress-router", args...)}
+	r := &running{pod: p, cmd: p.command("egress-router")}
 	r.cmd.Stderr = r
 	if err := p.lab.Start(p.lab.Router, r.cmd); err != nil {
 		p.Fatal(err)

@@ -29,7 +29,7 @@ var Router = []Metric{
 	{"egress_router_snat_ports_in_use", Gauge, []string{"protocol", "destination"}, "ports of the reserved address that connections to the destination's address and port use"},
 	{"egress_router_conntrack_entries", Gauge, nil, "connections that the kernel tracks in the pod"},
 	{"egress_router_conntrack_limit", Gauge, nil, "how many it can track (net.netfilter.nf_conntrack_max)"},
-	{"egress_router_event_overruns_total", Counter, nil, "times that the kernel's events came faster than they could be read; all is compared after each"},
+	{"egress_router_event_overruns_total", Counter, nil, "times that connections ended faster than they could be counted, so that some are missing from the counts"},
 }
 
 // kind tells requests that are forwarded from tunnels.

@@ -257,17 +257,14 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 		c.done.add(undo)
 		return nil
 	}
-	yields := ctx.Err() == nil && !errors.Is(err, os.ErrPermission) && !held
-	if c.watches && !yields {
-		return err // what of it is loaded is better than what was there
-	}
-	if undo != nil {
+	// Of a router that watches, what of it is loaded is better than what was there.
+	if undo != nil && !c.watches {
 		if undoErr := undo(); undoErr != nil {
 			c.done.add(undo) // once more, and then it is said
 			return errors.Join(err, undoErr)
 		}
 	}
-	if !yields {
+	if ctx.Err() != nil || errors.Is(err, os.ErrPermission) || held {
 		return err
 	}
 	next, nextErr := c.router.Next(ctx, c.rules, err)
