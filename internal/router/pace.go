@@ -27,15 +27,20 @@ const (
 	maxConflicts = 10
 	rateLimit    = time.Minute
 	// restFactor is how many times the duration of a comparison lies between
-	// two of them that events caused and that found everything right, so that
+	// two of them that found everything right, after restAfter within restWithin, so that
 	// something else that changes the namespace without pause does not keep a
 	// processor busy here too.
 	restFactor = 4
+	restAfter  = 5
+	restWithin = time.Second
 )
 
 // A pace says when to look again.
 type pace struct {
 	failures int
+
+	rights     int // comparisons that found everything right
+	rightSince time.Time
 
 	last   string       // what the last repair did
 	lastAt time.Time    // when it was done
@@ -55,8 +60,18 @@ func (p *pace) failed() time.Duration {
 	return pause(p.failures - 1)
 }
 
-// right forgets failures.
-func (p *pace) right() { p.failures = 0 }
+// right returns how long to rest after a comparison that took some time and found
+// everything right.
+func (p *pace) right(took time.Duration, now time.Time) (rest time.Duration) {
+	p.failures = 0
+	if now.Sub(p.rightSince) > restWithin {
+		p.rightSince, p.rights = now, 0
+	}
+	if p.rights++; p.rights <= restAfter {
+		return 0
+	}
+	return restFactor * took
+}
 
 // repaired returns how long to wait after a repair, and whether something else
 // has undone it again and again.

@@ -33,7 +33,7 @@ func TestPause(t *testing.T) {
 func TestPaceFailed(t *testing.T) {
 	var p pace
 	now := time.Now()
-	for name, right := range map[string]func(){"right": p.right, "repaired": func() { p.repaired("this", now) }} {
+	for name, right := range map[string]func(){"right": func() { p.right(time.Millisecond, time.Now()) }, "repaired": func() { p.repaired("this", now) }} {
 		for n := range 3 {
 			if d := p.failed(); d > firstPause<<n || d < firstPause<<n*3/4 {
 				t.Errorf("%s: after failure %d: %s", name, n+1, d)
@@ -129,6 +129,22 @@ func TestClock(t *testing.T) {
 		case <-never.C:
 			t.Error("0 is not never")
 		case <-time.After(time.Hour):
+		}
+	})
+}
+
+// The first comparisons that find everything right follow each other at once, as
+// those after a repair do; without pause there is a rest between them.
+func TestPaceRight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var p pace
+		for range 2 {
+			for n := range 2 * restAfter {
+				if rest := p.right(time.Millisecond, time.Now()); (rest > 0) != (n >= restAfter) || rest > restFactor*time.Millisecond {
+					t.Errorf("comparison %d: a rest of %s", n+1, rest)
+				}
+			}
+			time.Sleep(restWithin + 1)
 		}
 	})
 }

@@ -223,7 +223,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 		return true // it is over
 	}
 	now := time.Now()
-	k.notBefore, k.eager = now.Add(restFactor*now.Sub(begin)), time.Time{}
+	k.eager = time.Time{}
 	k.record(c, what, err, now)
 	if err != nil {
 		k.notBefore = now.Add(k.pace.failed())
@@ -244,7 +244,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	}
 	k.told = ""
 	if len(c.repairs) == 0 {
-		k.pace.right()
+		k.notBefore = now.Add(k.pace.right(now.Sub(begin), now))
 		return true
 	}
 	k.Router.Log.Info("as wanted again", "repairs", len(c.repairs), "took", now.Sub(begin).Round(100*time.Microsecond).String())
