@@ -291,6 +291,7 @@ func TestContested(t *testing.T) {
 	const during = 5 * time.Second
 	for begin, n := time.Now(), 0; time.Since(begin) < during; n++ {
 		var err error
+		before := r.repaired()
 		if n%2 == 0 {
 			err = h.LinkSetDown(macvlan)
 		} else {
@@ -299,7 +300,6 @@ func TestContested(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		before := r.repaired()
 		for r.repaired() == before && time.Since(begin) < during {
 			time.Sleep(time.Millisecond)
 		}
