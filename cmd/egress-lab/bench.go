@@ -22,6 +22,7 @@ var (
 	goalLinear  = atLeast(5)    // connections with 10,000 destinations, times those through a linear chain
 	goalBulk    = atLeast(0.95) // TCP bytes, times those without any rule
 	goalBinary  = atMost(12)    // MB, 10^6 bytes
+	goalIdle    = atMost(15)    // likewise
 )
 
 // The parts of the benchmark, in the order of a whole one.

@@ -53,7 +53,7 @@ func TestMeasure(t *testing.T) {
 			checkRows(t, rows, 2)
 		}
 	}
-	peak, idle, err := measureMemory(t.Context(), program, found[0], loads[0])
+	peak, idle, _, err := measureIdle(t.Context(), program, found[0], loads[0])
 	if err != nil || idle < 1e6 || peak < idle {
 		t.Errorf("memory at most %g, at rest %g, error %v", peak, idle, err)
 	}
@@ -117,7 +117,7 @@ func TestMeasureRefuses(t *testing.T) {
 			t.Errorf("%s, %s: there are connections", test.program, test.variant.name)
 		}
 	}
-	if _, _, err := measureMemory(t.Context(), "/bin/true", found[0], l); err == nil {
+	if _, _, _, err := measureIdle(t.Context(), "/bin/true", found[0], l); err == nil {
 		t.Error("/bin/true is ready")
 	}
 }

@@ -15,8 +15,16 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// settled is how long a router that is ready gets to come to rest.
+// settled is how long a process gets to come to rest.
 const settled = 100 * time.Millisecond
+
+// A router that stays compares everything every ten seconds, sixty times in ten
+// minutes. Here it does so faster, for as many times as make half of that.
+const (
+	idleInterval    = 200 * time.Millisecond
+	idleComparisons = 30
+	tenMinutes      = 60 // comparisons
+)
 
 const sizeFormat = "%-42s %-15s %14s %7s %s\n"
 
@@ -38,58 +46,94 @@ func printSizes(ctx context.Context, program string, found []variant, loads []lo
 	fmt.Fprintf(stdout, sizeFormat, "program file", "", fmt.Sprintf("%.2f", size), goalBinary, goalBinary.judge(size))
 	for _, v := range found {
 		for _, l := range loads {
-			peak, idle, err := measureMemory(ctx, program, v, l)
+			peak, idle, processor, err := measureIdle(ctx, program, v, l)
 			if err != nil {
-				return fmt.Errorf("measuring memory with %s and %s: %w", v.name, l.name, err)
+				return fmt.Errorf("measuring a router at rest with %s and %s: %w", v.name, l.name, err)
 			}
 			fmt.Fprintf(stdout, sizeFormat, "resident memory, init, peak, "+l.name, v.name, fmt.Sprintf("%.2f", peak/mega), "", "")
-			fmt.Fprintf(stdout, sizeFormat, "resident memory, legacy, idle, "+l.name, v.name, fmt.Sprintf("%.2f", idle/mega), "", "")
+			fmt.Fprintf(stdout, sizeFormat, "resident memory, legacy, idle, "+l.name, v.name, fmt.Sprintf("%.2f", idle/mega), goalIdle, goalIdle.judge(idle/mega))
+			ten := processor * tenMinutes / idleComparisons
+			fmt.Fprintf(stdout, sizeFormat, "processor time in 10 minutes, "+l.name, v.name, fmt.Sprintf("%.2f s", ten.Seconds()), "", "")
 		}
 	}
 	return nil
 }
 
-// measureMemory returns the most memory that a router had while it set things
-// up, and what it has once at rest, in bytes.
-func measureMemory(ctx context.Context, program string, v variant, load load) (peak, idle float64, err error) {
+// measureIdle returns the most memory that a router had while it set things up,
+// and what it has after idleComparisons, in bytes, and the processor time of
+// these, that of the programs which it starts included.
+func measureIdle(ctx context.Context, program string, v variant, load load) (peak, idle float64, processor time.Duration, err error) {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	defer l.Close()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	cmd := prepare(ctx, environment("legacy", append(slices.Clip(load.env), v.env...)...), program)
+	cmd := prepare(ctx, environment("legacy", append(append(slices.Clip(load.env), v.env...), "EGRESS_HEALTH_INTERVAL="+idleInterval.String())...), program)
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
-		return 0, 0, fmt.Errorf("making a pipe: %w", err)
+		return 0, 0, 0, fmt.Errorf("making a pipe: %w", err)
 	}
 	if err := l.Start(l.Router, cmd); err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	if err := awaitReady(stderr); err != nil {
 		cancel()
 		_ = cmd.Wait() // what it logged says more
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
-	time.Sleep(settled)
+	before, err := processorTime(cmd.Process.Pid)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	time.Sleep(idleComparisons * idleInterval)
+	after, err := processorTime(cmd.Process.Pid)
+	if err != nil {
+		return 0, 0, 0, err
+	}
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
 	if err != nil {
-		return 0, 0, fmt.Errorf("reading the router's status: %w", err)
+		return 0, 0, 0, fmt.Errorf("reading the router's status: %w", err)
 	}
 	if peak, err = memory(string(status), "VmHWM"); err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	if idle, err = memory(string(status), "VmRSS"); err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		return 0, 0, fmt.Errorf("ending the router: %w", err)
+		return 0, 0, 0, fmt.Errorf("ending the router: %w", err)
 	}
 	if err := cmd.Wait(); err != nil {
-		return 0, 0, fmt.Errorf("ending the router: %w", err)
+		return 0, 0, 0, fmt.Errorf("ending the router: %w", err)
 	}
-	return peak, idle, nil
+	return peak, idle, after - before, nil
+}
+
+// processorTime returns how much processor time a process has had, with that of
+// its children that have ended (proc_pid_stat(5), fields 14 to 17, in hundredths
+// of a second).
+func processorTime(pid int) (time.Duration, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, fmt.Errorf("reading the router's processor time: %w", err)
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ") // what is before has the name, whatever is in it
+	fields := strings.Fields(rest)
+	const first, count = 14 - 3, 4
+	if len(fields) < first+count {
+		return 0, fmt.Errorf("reading the router's processor time: %q", stat)
+	}
+	var sum time.Duration
+	for _, f := range fields[first : first+count] {
+		ticks, err := strconv.Atoi(f)
+		if err != nil {
+			return 0, fmt.Errorf("reading the router's processor time: %w", err)
+		}
+		sum += time.Duration(ticks) * 10 * time.Millisecond
+	}
+	return sum, nil
 }
 
 // awaitReady reads a router's log until it says that it is ready.
