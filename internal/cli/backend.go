@@ -114,8 +114,6 @@ func isIPTables(r router.Rules) (*iptables.Tx, bool) {
 	return tx, ok
 }
 
-func (w *withLast) isIPTables() bool { _, ok := w.Rules.(*iptables.Tx); return ok }
-
 // Notes adds what is missing.
 func (w *withLast) Notes() []string {
 	if w.last == nil {
@@ -139,7 +137,8 @@ func (w *withLast) Apply(ctx context.Context, plan rules.Plan) (undo func() erro
 		return w.Rules.Apply(ctx, plan)
 	}
 	undoLast, err := w.last.Apply(ctx, plan)
-	if _, refused := errors.AsType[*nft.LoadError](err); refused && undoLast == nil && !errors.Is(err, os.ErrPermission) && w.isIPTables() {
+	_, refused := errors.AsType[*nft.LoadError](err)
+	if _, without := isIPTables(w); without && refused && undoLast == nil && !errors.Is(err, os.ErrPermission) {
 		w.backend.log.Warn("the kernel does not take the rules behind those of iptables, which works without", "error", err)
 		w.last, w.backend.noLast = nil, true
 		return w.Rules.Apply(ctx, plan)

@@ -156,7 +156,11 @@ func planText(c config.Config) string {
 	}
 	step("remove rules that earlier runs loaded with another backend")
 	if c.Mode.Stays() {
-		step(fmt.Sprintf("watch over all of it, and repair it: at once where the kernel tells of a change, and every %s", c.Health.Interval))
+		text := "watch over all of it, and repair it at once where the kernel tells of a change"
+		if c.Health.Interval > 0 {
+			text += fmt.Sprintf("; compare all of it every %s", c.Health.Interval)
+		}
+		step(text)
 	}
 	if c.Mode.Redirects() {
 		b.WriteString("\n" + effect(c.Set, c.Source.Addr()))
