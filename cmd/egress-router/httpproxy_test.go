@@ -224,12 +224,16 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	cmd, stderr := p.httpProxy("203.0.113.25")
 	begins := []string{"", "GET http://203.0.113.25/ HTTP/1.1\r\nHost:", "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n"}
 	var dialing sync.WaitGroup
+	// A connection that does not fit the queue of those to be accepted is tried
+	// again by the kernel, after a second (RFC 6298, section 2).
+	patient, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	conns := make([]net.Conn, clients)
 	const workers = 4
 	for w := range workers {
 		dialing.Go(func() {
 			for i := w; i < clients; i += workers {
-				conn, err := p.lab.Dial(t.Context(), p.lab.Client, "tcp", proxyAddr)
+				conn, err := p.lab.Dial(patient, p.lab.Client, "tcp", proxyAddr)
 				if err == nil {
 					_, err = io.WriteString(conn, begins[i%len(begins)])
 					conns[i] = conn
