@@ -144,6 +144,10 @@ func TestCounters(t *testing.T) {
 		p.echo(conn, load)
 		p.wantAnswer("tcp", 8443, "203.0.113.26:443")
 		p.wantAnswer("tcp", 9000, "203.0.113.27:9000")
+		// A late segment is to begin nothing (nf_conntrack-sysctl.rst).
+		if err := p.lab.SetSysctl(p.lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+			p.Fatal(err)
+		}
 		if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
 			p.Fatal(err)
 		}

@@ -130,6 +130,9 @@ func TestAuditLog(t *testing.T) {
 	_ = conn.Close()
 	// The kernel keeps what has ended for a while: its entry is deleted here.
 	r.await(1, "connection begins")
+	if err := p.lab.SetSysctl(p.lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+		t.Fatal(err)
+	}
 	if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
 		t.Fatal(err)
 	}
