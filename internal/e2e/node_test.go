@@ -3,13 +3,8 @@ package e2e
 import (
 	"bufio"
 	"bytes"
-	"context"
-	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -18,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/egress-router/egress-router/internal/e2e/who"
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
@@ -115,28 +111,42 @@ func newNode() (*node, error) {
 			}
 		}
 	}
-	for _, s := range servers {
-		ns := outside
-		if strings.HasPrefix(s, web) {
-			ns = webNS
-		}
-		if err := serveHTTP(ns, s); err != nil {
-			return nil, err
-		}
-	}
-	if err := serveHTTPS(outside, "203.0.113.25:443"); err != nil {
-		return nil, err
-	}
-	if err := serveUDP(outside, "203.0.113.27:53"); err != nil {
-		return nil, err
-	}
-	if err := serveDatagrams("/proc/self/ns/net", nameServerAddr+":53", func(question []byte, _ net.Addr) ([]byte, error) { return answerName(question) }); err != nil {
+	if err := serve(); err != nil {
 		return nil, err
 	}
 	if err := configurePodman(); err != nil {
 		return nil, err
 	}
 	return &node{}, nil
+}
+
+// serve starts the servers.
+func serve() error {
+	var opened [3]*netns.Namespace
+	for i, path := range []string{outside, webNS, "/proc/self/ns/net"} {
+		ns, err := netns.Open(path)
+		if err != nil {
+			return err
+		}
+		defer ns.Close()
+		opened[i] = ns
+	}
+	for _, s := range servers {
+		ns := opened[0]
+		if strings.HasPrefix(s, web) {
+			ns = opened[1]
+		}
+		if err := who.ServeHTTP(ns, s); err != nil {
+			return err
+		}
+	}
+	if err := who.ServeHTTPS(opened[0], "203.0.113.25:443"); err != nil {
+		return err
+	}
+	if err := who.ServeUDP(opened[0], "203.0.113.27:53"); err != nil {
+		return err
+	}
+	return who.ServeDatagrams(opened[2], nameServerAddr+":53", names.Answer)
 }
 
 // configurePodman makes podman work with what every machine has, whatever its own
@@ -309,47 +319,21 @@ func clusterAddress(t *testing.T, pid string) netip.Addr {
 // reserved is the source of the documentation's redirect pod.
 var reserved = netip.MustParseAddr("192.168.12.99")
 
-// An answer is what a server says: where it was reached, and by whom.
-type answer struct {
-	server netip.AddrPort
-	peer   netip.Addr
-}
-
 // patience is how long one answer may take. Nothing here takes longer, except the
 // first packets to a link that has just come up.
 const patience = 3 * time.Second
 
 // ask sends one request and returns the answer.
-func (c client) ask(proto, addr string) (answer, error) {
+func (c client) ask(proto, addr string) (who.Answer, error) {
 	conn, err := c.dial(proto, addr)
 	if err != nil {
-		return answer{}, err
+		return who.Answer{}, err
 	}
 	defer conn.Close()
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		return answer{}, err
+		return who.Answer{}, err
 	}
-	request := "?"
-	if proto == "tcp" {
-		request = "GET / HTTP/1.0\r\n\r\n"
-	}
-	if _, err := io.WriteString(conn, request); err != nil {
-		return answer{}, err
-	}
-	var body io.Reader = conn
-	if proto == "tcp" {
-		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err != nil {
-			return answer{}, err
-		}
-		defer response.Body.Close()
-		body = response.Body
-	}
-	line, err := bufio.NewReader(body).ReadString('\n')
-	if err != nil {
-		return answer{}, err
-	}
-	return parseAnswer(line)
+	return who.Ask(conn, bufio.NewReader(conn))
 }
 
 // dial opens a connection from the client.
@@ -368,27 +352,14 @@ func (c client) dial(proto, addr string) (net.Conn, error) {
 	return conn, err
 }
 
-func parseAnswer(line string) (answer, error) {
-	server, peer, _ := strings.Cut(strings.TrimSpace(line), " ")
-	a, err := netip.ParseAddrPort(server)
-	if err != nil {
-		return answer{}, fmt.Errorf("reading answer %q: %w", line, err)
-	}
-	p, err := netip.ParseAddr(peer)
-	if err != nil {
-		return answer{}, fmt.Errorf("reading answer %q: %w", line, err)
-	}
-	return answer{a, p}, nil
-}
-
 // want checks who answers at an address of a router, and whom that server saw.
 func (c client) want(t *testing.T, proto, addr, server string, peer netip.Addr) {
 	t.Helper()
 	a, err := c.ask(proto, addr)
 	if err != nil {
 		t.Errorf("%s %s: %v", proto, addr, err)
-	} else if a != (answer{netip.MustParseAddrPort(server), peer}) {
-		t.Errorf("%s %s: %s answered and saw %s, want %s, which sees %s", proto, addr, a.server, a.peer, server, peer)
+	} else if a != (who.Answer{Server: netip.MustParseAddrPort(server), Peer: peer}) {
+		t.Errorf("%s %s: %s answered and saw %s, want %s, which sees %s", proto, addr, a.Server, a.Peer, server, peer)
 	}
 }
 
@@ -404,89 +375,6 @@ func (c client) wantExample(t *testing.T, router netip.Addr) {
 	} {
 		c.want(t, w.proto, router.String()+":"+w.port, w.server, reserved)
 	}
-}
-
-// listen opens a socket in a namespace.
-func listen[T any](ns string, open func() (T, error)) (T, error) {
-	var none T
-	n, err := netns.Open(ns)
-	if err != nil {
-		return none, err
-	}
-	defer n.Close()
-	var opened T
-	err = n.Do(func() (err error) {
-		opened, err = open()
-		return err
-	})
-	return opened, err
-}
-
-func listenTCP(ns, addr string) (net.Listener, error) {
-	return listen(ns, func() (net.Listener, error) {
-		var config net.ListenConfig
-		config.SetMultipathTCP(false)
-		return config.Listen(context.Background(), "tcp4", addr)
-	})
-}
-
-// serveHTTP starts a server that answers with where it was reached and from
-// where, in a line. It ends with the process, as the other servers do.
-func serveHTTP(ns, addr string) error {
-	listener, err := listenTCP(ns, addr)
-	if err != nil {
-		return fmt.Errorf("serving %q: %w", addr, err)
-	}
-	go func() { _ = http.Serve(listener, http.HandlerFunc(tellWho)) }()
-	return nil
-}
-
-// serveHTTPS is the same with TLS.
-func serveHTTPS(ns, addr string) error {
-	listener, err := listenTCP(ns, addr)
-	if err != nil {
-		return fmt.Errorf("serving %q: %w", addr, err)
-	}
-	server := httptest.NewUnstartedServer(http.HandlerFunc(tellWho))
-	server.Listener.Close()
-	server.Listener = listener
-	server.StartTLS()
-	return nil
-}
-
-func tellWho(w http.ResponseWriter, r *http.Request) {
-	peer := netip.MustParseAddrPort(r.RemoteAddr).Addr()
-	fmt.Fprintf(w, "%s %s\n", r.Context().Value(http.LocalAddrContextKey), peer)
-}
-
-// serveUDP is the same for datagrams.
-func serveUDP(ns, addr string) error {
-	return serveDatagrams(ns, addr, func(_ []byte, peer net.Addr) ([]byte, error) {
-		return fmt.Appendf(nil, "%s %s\n", addr, peer.(*net.UDPAddr).AddrPort().Addr()), nil
-	})
-}
-
-// serveDatagrams starts a server that answers each datagram with one.
-func serveDatagrams(ns, addr string, answer func(question []byte, peer net.Addr) ([]byte, error)) error {
-	conn, err := listen(ns, func() (net.PacketConn, error) { return net.ListenPacket("udp4", addr) })
-	if err != nil {
-		return fmt.Errorf("serving %q: %w", addr, err)
-	}
-	go func() {
-		buf := make([]byte, 2048)
-		for {
-			n, peer, err := conn.ReadFrom(buf)
-			if errors.Is(err, net.ErrClosed) {
-				return
-			} else if err != nil {
-				continue
-			}
-			if text, err := answer(buf[:n], peer); err == nil {
-				_, _ = conn.WriteTo(text, peer)
-			}
-		}
-	}()
-	return nil
 }
 
 // await waits until a condition holds.

@@ -2,12 +2,11 @@ package e2e
 
 import (
 	"fmt"
-	"net/netip"
 	"regexp"
 	"strings"
 	"testing"
 
-	"golang.org/x/net/dns/dnsmessage"
+	"github.com/egress-router/egress-router/internal/e2e/who"
 )
 
 // nameServerAddr is the node's name server, which containers have in their
@@ -15,30 +14,10 @@ import (
 const nameServerAddr = "192.0.2.53"
 
 // names are what it knows.
-var names = map[string]string{
+var names = who.Names{
 	"example.com.":        "203.0.113.27",
 	"foobar.example.com.": "203.0.113.26",
 	"www.example.org.":    "203.0.113.25",
-}
-
-// answerName answers one question for an IPv4 address.
-func answerName(question []byte) ([]byte, error) {
-	var q dnsmessage.Message
-	if err := q.Unpack(question); err != nil || len(q.Questions) != 1 {
-		return nil, fmt.Errorf("reading a question: %w", err)
-	}
-	a := dnsmessage.Message{Header: dnsmessage.Header{ID: q.ID, Response: true, RecursionAvailable: true}, Questions: q.Questions}
-	addr, known := names[q.Questions[0].Name.String()]
-	switch {
-	case !known:
-		a.RCode = dnsmessage.RCodeNameError
-	case q.Questions[0].Type == dnsmessage.TypeA:
-		a.Answers = []dnsmessage.Resource{{
-			Header: dnsmessage.ResourceHeader{Name: q.Questions[0].Name, Class: dnsmessage.ClassINET, TTL: 60},
-			Body:   &dnsmessage.AResource{A: netip.MustParseAddr(addr).As4()},
-		}}
-	}
-	return a.Pack()
 }
 
 // proxy plays a pod with a proxy and returns it when that is ready. The proxy's

@@ -3,11 +3,12 @@ package e2e
 import (
 	"bufio"
 	"fmt"
-	"io"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/e2e/who"
 )
 
 // The documentation's redirect pod, and the other manifests that hold the same
@@ -57,21 +58,11 @@ func TestRestart(t *testing.T) {
 		if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 			return err
 		}
-		if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: web\r\n\r\n"); err != nil {
-			return err
+		a, err := who.Ask(conn, kept)
+		if err == nil && a.Peer != walkSource {
+			err = fmt.Errorf("the server sees %s", a.Peer)
 		}
-		for {
-			line, err := kept.ReadString('\n')
-			if err != nil {
-				return err
-			}
-			if a, err := parseAnswer(line); err == nil {
-				if a.peer != walkSource {
-					return fmt.Errorf("the server sees %s", a.peer)
-				}
-				return nil
-			}
-		}
+		return err
 	}
 	if err := again(); err != nil {
 		t.Fatal(err)

@@ -4,6 +4,9 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+
+	"github.com/egress-router/egress-router/internal/e2e/who"
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // farAddr is the address of a client in another subnet.
@@ -111,21 +114,26 @@ func TestFarClient(t *testing.T) {
 			near, far := newClient(t), newFarClient(t)
 			configure(t, id, "EGRESS_ROUTER_MODE=http-proxy")
 
-			ns := "/proc/" + pid + "/ns/net"
+			path := "/proc/" + pid + "/ns/net"
 			const port = ":8080"
-			if err := serveHTTP(ns, address.String()+port); err != nil {
+			ns, err := netns.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ns.Close()
+			if err := who.ServeHTTP(ns, address.String()+port); err != nil {
 				t.Fatal(err)
 			}
 			for _, c := range []client{near, far} {
 				a, err := c.ask("tcp", address.String()+port)
 				if err != nil {
 					t.Errorf("from %s: %v", c, err)
-				} else if c == far && a.peer != farAddr {
-					t.Errorf("the listener sees %s, want %s", a.peer, farAddr)
+				} else if c == far && a.Peer != farAddr {
+					t.Errorf("the listener sees %s, want %s", a.Peer, farAddr)
 				}
 			}
 			// What it sends out itself has the reserved address.
-			client(ns).want(t, "tcp", "203.0.113.25:80", "203.0.113.25:80", reserved)
+			client(path).want(t, "tcp", "203.0.113.25:80", "203.0.113.25:80", reserved)
 		})
 	}
 }

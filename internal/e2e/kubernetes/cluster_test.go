@@ -1,0 +1,210 @@
+package kubernetes
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/egress-router/egress-router/internal/e2e/who"
+)
+
+// manifests is where the manifests are that users start from.
+const manifests = "../../../testdata/manifests"
+
+// run runs a program, three minutes at most, and returns what it printed to stdout.
+func run(args ...string) (string, error) { return runWith("", args...) }
+
+func runWith(stdin string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	var stdout, stderr strings.Builder
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
+	cmd.WaitDelay = time.Second // a child of it may keep the streams open
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("running %q: %w\n%s%s", strings.Join(args, " "), err, &stdout, &stderr)
+	}
+	return stdout.String(), nil
+}
+
+// kubectl runs kubectl in the tests' namespace. It has to succeed.
+func kubectl(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := run(append([]string{"kubectl", "-n", namespace}, args...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+var (
+	imageName = regexp.MustCompile(`(image: localhost/egress-[a-z-]+)`)
+	// assign is the annotation of OpenShift's legacy cluster network, networks
+	// that of Multus.
+	assign   = `pod.network.openshift.io/assign-macvlan: "true"`
+	networks = "k8s.v1.cni.cncf.io/networks: egress@macvlan0"
+)
+
+// read reads a manifest. Of what is in the file, only the images' tag is changed,
+// the annotation where it is OpenShift's, and the NIC where it has another name.
+func read(file string) (string, error) {
+	text, err := os.ReadFile(filepath.Join(manifests, file))
+	if err != nil {
+		return "", err
+	}
+	changed := imageName.ReplaceAllString(string(text), "$1:"+tag)
+	changed = strings.ReplaceAll(changed, assign, networks)
+	if nic != "eth1" {
+		changed = strings.NewReplacer(`"master": "eth1"`, `"master": "`+nic+`"`, "value: eth1 ", "value: "+nic+" ").Replace(changed)
+	}
+	return changed, nil
+}
+
+// manifest does so with one that has to be there. What changes is pairs of old
+// and new text, each of which the manifest has to have.
+func manifest(t *testing.T, file string, changes ...string) string {
+	t.Helper()
+	text, err := read(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(changes); i += 2 {
+		if !strings.Contains(text, changes[i]) {
+			t.Fatalf("%s has no %q", file, changes[i])
+		}
+		text = strings.ReplaceAll(text, changes[i], changes[i+1])
+	}
+	return text
+}
+
+// peerPod is the manifest of a pod that runs the tests' own program.
+func peerPod(name string, args ...string) string {
+	list, _ := json.Marshal(args) // strings
+	return fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata:
+  name: %s
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: peer
+    image: %s
+    args: %s
+`, name, peerImage, list)
+}
+
+func tryApply(text string) error {
+	_, err := runWith(text, "kubectl", "-n", namespace, "apply", "-f", "-")
+	return err
+}
+
+// apply makes what a manifest says, for as long as the test runs.
+func apply(t *testing.T, text string) {
+	t.Helper()
+	t.Cleanup(func() {
+		if t.Failed() {
+			logState(t)
+		}
+		begin := time.Now()
+		if _, err := runWith(text, "kubectl", "-n", namespace, "delete", "--ignore-not-found", "-f", "-"); err != nil {
+			t.Error(err)
+		}
+		// A pod's grace is 30 s, after which it is killed.
+		if took := time.Since(begin); took > 20*time.Second {
+			t.Errorf("deleting took %s: something ignores SIGTERM", took)
+		}
+	})
+	if err := tryApply(text); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// logState logs what helps to see why a test failed.
+func logState(t *testing.T) {
+	t.Helper()
+	for _, args := range [][]string{
+		{"get", "pods", "-o", "wide"},
+		{"describe", "pods"},
+		{"logs", "egress-1", "--all-containers", "--prefix", "--ignore-errors"},
+	} {
+		out, err := run(append([]string{"kubectl", "-n", namespace}, args...)...)
+		t.Logf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
+
+// ready waits for pods, which a name or a selector tells.
+func ready(t *testing.T, pods ...string) {
+	t.Helper()
+	kubectl(t, append([]string{"wait", "--for=condition=Ready", "--timeout=90s"}, pods...)...)
+}
+
+// pod returns a pod as the cluster has it.
+func pod(t *testing.T, name string) corev1.Pod {
+	t.Helper()
+	var p corev1.Pod
+	if err := json.Unmarshal([]byte(kubectl(t, "get", "pod", name, "-o", "json")), &p); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// ask has a pod of the tests' own ask a server, and returns the answer.
+func ask(from, protocol, address string) (who.Answer, error) {
+	out, err := run(append([]string{"kubectl", "-n", namespace, "exec"}, strings.Fields(from+" -- /peer ask "+protocol+" "+address)...)...)
+	if err != nil {
+		return who.Answer{}, err
+	}
+	return who.Parse(out)
+}
+
+// want checks who answers at an address, which begins with the port where it is
+// the pod's, and that the server sees the reserved address. from is a pod, maybe
+// with the option for one of its containers.
+func want(t *testing.T, from, protocol, address, server string) {
+	t.Helper()
+	a, err := ask(from, protocol, address)
+	if err != nil {
+		t.Errorf("%s %s from %s: %v", protocol, address, from, err)
+	} else if a != (who.Answer{Server: netip.MustParseAddrPort(server), Peer: reserved}) {
+		t.Errorf("%s %s from %s: %q, want %q", protocol, address, from, a, who.Answer{Server: netip.MustParseAddrPort(server), Peer: reserved})
+	}
+}
+
+// wantExample checks everything that the documentation's example promises, by the
+// address of a pod.
+func wantExample(t *testing.T, router string) {
+	t.Helper()
+	address := pod(t, router).Status.PodIP
+	for _, w := range []struct{ protocol, port, server string }{
+		{"tcp", "80", "203.0.113.25:80"},
+		{"tcp", "8080", "203.0.113.26:80"},
+		{"tcp", "8443", "203.0.113.26:443"},
+		{"tcp", "9000", "203.0.113.27:9000"}, // the fallback
+		{"udp", "53", "203.0.113.27:53"},
+	} {
+		want(t, "client", w.protocol, address+":"+w.port, w.server)
+	}
+}
+
+// await waits until a condition holds.
+func await(t *testing.T, what string, within time.Duration, is func() error) {
+	t.Helper()
+	err := errors.New("not tried")
+	for end := time.Now().Add(within); err != nil; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited %s in vain for %s: %v", within, what, err)
+		}
+		err = is()
+	}
+}

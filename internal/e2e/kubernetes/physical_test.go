@@ -1,0 +1,221 @@
+package kubernetes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/e2e/who"
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// A physical is the physical network that the node has a NIC on:
+//
+//	node                     gateway                          outside
+//	nic 192.168.12.10/24 --- lan0 192.168.12.1/24, .7
+//	                         wan0 198.51.100.1/30 ----------- wan0 198.51.100.2/30
+//	                                                          lo   203.0.113.25, .26, .27, .53
+//
+// The gateway is a firewall that lets one address through to the servers. The node
+// has a route to them too, and translates what its pods send by it: without a
+// router, connections reach the firewall with the node's address and are refused.
+// 192.168.12.7 is a host that tries to get in.
+type physical struct {
+	lab              *lab.Lab
+	node             *netns.Namespace
+	gateway, outside *netns.Namespace
+	frames           *lab.Capture // on lan0
+}
+
+var (
+	reserved = netip.MustParseAddr("192.168.12.99")
+	nodeAddr = netip.MustParseAddr("192.168.12.10")
+	intruder = netip.MustParseAddr("192.168.12.7")
+	servers  = []string{
+		"203.0.113.25:80", "203.0.113.26:80", "203.0.113.26:443", "203.0.113.27:80", "203.0.113.27:100", "203.0.113.27:9000",
+	}
+)
+
+// nameServer is the site's.
+const nameServer = "203.0.113.53"
+
+// names are what it knows.
+var names = who.Names{
+	"example.com.":        "203.0.113.27",
+	"foobar.example.com.": "203.0.113.26",
+	"www.example.org.":    "203.0.113.25",
+}
+
+// firewall is the gateway's.
+const firewall = `
+table ip firewall {
+	chain forward {
+		type filter hook forward priority 0; policy drop;
+		ct state established,related accept
+		ip saddr 192.168.12.99 accept
+		ip daddr 203.0.113.53 meta l4proto { tcp, udp } th dport 53 accept
+		reject with icmp admin-prohibited
+	}
+}
+`
+
+// newPhysical makes it. The node's namespace stays the caller's to open, and is
+// closed with the network.
+func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
+	p = &physical{lab: &lab.Lab{}, node: node}
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	if p.gateway, err = netns.New(); err != nil {
+		return p, err
+	}
+	if p.outside, err = netns.New(); err != nil {
+		return p, err
+	}
+	file := func(n *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.Fd()) }
+	// The kernel gives a new namespace the machine's IPv4 settings.
+	settle := "sysctl -q -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 net.ipv6.conf.all.disable_ipv6=1 net.ipv4.ip_forward="
+	for _, part := range []struct {
+		in       *netns.Namespace
+		commands string
+	}{
+		{p.gateway, settle + "1"},
+		{p.outside, settle + "0"},
+		{node, `
+			ip link add ` + nic + ` type veth peer name lan0 netns ` + file(p.gateway) + `
+			ip address add 192.168.12.10/24 dev ` + nic + `
+			ip link set ` + nic + ` up
+			ip route add 203.0.113.0/24 via 192.168.12.1`},
+		{p.gateway, `
+			ip link set lo up
+			ip address add 192.168.12.1/24 dev lan0
+			ip address add 192.168.12.7/24 dev lan0
+			ip link set lan0 up
+			ip link add wan0 type veth peer name wan0 netns ` + file(p.outside) + `
+			ip address add 198.51.100.1/30 dev wan0
+			ip link set wan0 up
+			ip route add 203.0.113.0/24 via 198.51.100.2`},
+		{p.outside, `
+			ip link set lo up
+			ip address add 198.51.100.2/30 dev wan0
+			ip link set wan0 up
+			ip route add default via 198.51.100.1
+			ip address add 203.0.113.25/32 dev lo
+			ip address add 203.0.113.26/32 dev lo
+			ip address add 203.0.113.27/32 dev lo
+			ip address add ` + nameServer + `/32 dev lo`},
+	} {
+		for line := range strings.Lines(part.commands) {
+			if words := strings.Fields(line); len(words) > 0 {
+				if err := p.run(part.in, "", words...); err != nil {
+					return p, err
+				}
+			}
+		}
+	}
+	if err := p.run(p.gateway, firewall, "nft", "-f", "-"); err != nil {
+		return p, err
+	}
+	for _, s := range servers {
+		if err := who.ServeHTTP(p.outside, s); err != nil {
+			return p, err
+		}
+	}
+	if err := who.ServeHTTPS(p.outside, "203.0.113.25:443"); err != nil {
+		return p, err
+	}
+	if err := who.ServeUDP(p.outside, "203.0.113.27:53"); err != nil {
+		return p, err
+	}
+	if err := who.ServeDatagrams(p.outside, nameServer+":53", names.Answer); err != nil {
+		return p, err
+	}
+	p.frames, err = p.lab.Capture(p.gateway, "lan0")
+	return p, err
+}
+
+// run runs a program in a namespace.
+func (p *physical) run(in *netns.Namespace, stdin string, args ...string) error {
+	var out strings.Builder
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
+	if err := p.lab.Run(in, cmd); err != nil {
+		return fmt.Errorf("running %q: %w\n%s", strings.Join(args, " "), err, &out)
+	}
+	return nil
+}
+
+// close takes the NIC away, and with it the node's address and route on it.
+func (p *physical) close() {
+	_ = p.run(p.node, "", "ip", "link", "delete", nic)
+	p.lab.Close()
+	for _, n := range []*netns.Namespace{p.node, p.gateway, p.outside} {
+		if n != nil {
+			_ = n.Close()
+		}
+	}
+}
+
+// guard checks, when the test ends, that nothing was sent to a server meanwhile
+// with another address than the reserved one.
+func guard(t *testing.T) {
+	t.Helper()
+	before := len(theNetwork.frames.Frames())
+	t.Cleanup(func() {
+		for _, f := range theNetwork.frames.Frames()[before:] {
+			packet, ok := f.IPv4()
+			if !ok || f.Outgoing || packet.Src.Addr() == reserved {
+				continue
+			}
+			if slices.ContainsFunc(servers, func(s string) bool { return netip.MustParseAddrPort(s).Addr() == packet.Dst.Addr() }) {
+				t.Errorf("with another source: %s", f)
+			}
+		}
+	})
+}
+
+// wantClosed checks that a host on the physical network reaches nothing at the
+// reserved address, nor a pod behind it.
+func wantClosed(t *testing.T, ports ...string) {
+	t.Helper()
+	client := pod(t, "client").Status.PodIP
+	way := []string{"ip", "route", "replace", client + "/32", "via", reserved.String()}
+	if err := theNetwork.run(theNetwork.gateway, "", way...); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		way[2] = "delete"
+		if err := theNetwork.run(theNetwork.gateway, "", way...); err != nil {
+			t.Error(err)
+		}
+	}()
+	targets := []string{client + ":80"}
+	for _, port := range ports {
+		targets = append(targets, reserved.String()+":"+port)
+	}
+	for _, target := range targets {
+		err := theNetwork.gateway.Do(func() error {
+			dialer := net.Dialer{Timeout: 500 * time.Millisecond, LocalAddr: &net.TCPAddr{IP: intruder.AsSlice()}}
+			conn, err := dialer.DialContext(context.Background(), "tcp4", target)
+			if err == nil {
+				_ = conn.Close()
+			}
+			return err
+		})
+		// An answer, a refusal too, would say that somebody is there.
+		if timeout := net.Error(nil); !errors.As(err, &timeout) || !timeout.Timeout() {
+			t.Errorf("from the physical network to %s: %v, want no answer", target, err)
+		}
+	}
+}
