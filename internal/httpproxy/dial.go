@@ -12,14 +12,9 @@ import (
 	"time"
 )
 
-// How long one address has before the next is tried beside it. RFC 8305 section
-// 5 recommends 250 ms and allows 2 s at most. The latter is what IPv4 has in
-// front of IPv6: the reserved address is an IPv4 one, so that a connection that
-// IPv6 wins leaves from another address.
-const (
-	attemptDelay = 250 * time.Millisecond
-	familyDelay  = 2 * time.Second
-)
+// attemptDelay is how long one address has before the next is tried beside it
+// (RFC 8305 section 5 recommends 250 ms).
+const attemptDelay = 250 * time.Millisecond
 
 // A dialError says why none of the addresses of a target can be reached.
 type dialError struct {
@@ -33,8 +28,8 @@ func (e *dialError) Error() string {
 }
 
 // race dials the addresses one after the other, without waiting for one that
-// takes its time, and returns the first connection ("happy eyeballs", RFC 8305).
-// The others are given up.
+// takes its time, and returns the first connection ("happy eyeballs", RFC 8305,
+// within one family: see choose). The others are given up.
 func race[C io.Closer](ctx context.Context, addrs []netip.Addr, dial func(context.Context, netip.Addr) (C, error)) (C, []attempt) {
 	var none C
 	ctx, cancel := context.WithCancel(ctx)
@@ -52,9 +47,6 @@ func race[C io.Closer](ctx context.Context, addrs []netip.Addr, dial func(contex
 			delay := time.Duration(0)
 			if n > done { // one is under way
 				delay = attemptDelay
-				if addrs[n].Is6() && addrs[n-1].Is4() {
-					delay = familyDelay
-				}
 			}
 			timer := time.NewTimer(delay)
 			defer timer.Stop()

@@ -34,32 +34,26 @@ func TestRace(t *testing.T) {
 	}
 	never := server{takes: time.Hour}
 	for name, test := range map[string]struct {
-		servers []server // of 192.0.2.1, .2, ...; what the fourth and later has is 2001:db8::
+		servers []server // of 192.0.2.1, .2, ...
 		winner  string   // empty: none
 		after   time.Duration
 		tried   int
 	}{
-		"the first answers":                    {[]server{{}, {}}, "192.0.2.1", 0, 1},
-		"the first answers in time":            {[]server{{takes: 200 * time.Millisecond}, {}}, "192.0.2.1", 200 * time.Millisecond, 1},
-		"the first does not answer":            {[]server{never, {}}, "192.0.2.2", attemptDelay, 2},
-		"the first refuses":                    {[]server{{err: refused}, {}}, "192.0.2.2", 0, 2},
-		"the first refuses late":               {[]server{{takes: 200 * time.Millisecond, err: refused}, {}}, "192.0.2.2", 200 * time.Millisecond, 2},
-		"the second is late, too":              {[]server{never, never, {}}, "192.0.2.3", 2 * attemptDelay, 3},
-		"the first answers after all":          {[]server{{takes: 300 * time.Millisecond}, never}, "192.0.2.1", 300 * time.Millisecond, 2},
-		"all refuse":                           {[]server{{err: refused}, {err: refused}}, "", 0, 2},
-		"none answers":                         {[]server{never, never}, "", 10 * time.Second, 2},
-		"IPv6 waits longer":                    {[]server{never, never, never, {}}, "2001:db8::4", 2*attemptDelay + familyDelay, 4},
-		"but not if every IPv4 address refuse": {[]server{{err: refused}, {err: refused}, {err: refused}, {}}, "2001:db8::4", 0, 4},
+		"the first answers":           {[]server{{}, {}}, "192.0.2.1", 0, 1},
+		"the first answers in time":   {[]server{{takes: 200 * time.Millisecond}, {}}, "192.0.2.1", 200 * time.Millisecond, 1},
+		"the first does not answer":   {[]server{never, {}}, "192.0.2.2", attemptDelay, 2},
+		"the first refuses":           {[]server{{err: refused}, {}}, "192.0.2.2", 0, 2},
+		"the first refuses late":      {[]server{{takes: 200 * time.Millisecond, err: refused}, {}}, "192.0.2.2", 200 * time.Millisecond, 2},
+		"the second is late, too":     {[]server{never, never, {}}, "192.0.2.3", 2 * attemptDelay, 3},
+		"the first answers after all": {[]server{{takes: 300 * time.Millisecond}, never}, "192.0.2.1", 300 * time.Millisecond, 2},
+		"all refuse":                  {[]server{{err: refused}, {err: refused}}, "", 0, 2},
+		"none answers":                {[]server{never, never}, "", 10 * time.Second, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var addrs []netip.Addr
 				for i := range test.servers {
-					a := netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})
-					if i >= 3 {
-						a = ip("2001:db8::4")
-					}
-					addrs = append(addrs, a)
+					addrs = append(addrs, netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)}))
 				}
 				var open atomic.Int32
 				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)

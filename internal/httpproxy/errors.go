@@ -53,6 +53,9 @@ func denied(r *route, a netip.Addr) *refusal {
 	default:
 		what = "no rule allows " + what
 	}
+	if r.aside.IsValid() {
+		what += fmt.Sprintf("; its address %s is allowed, but IPv6 is used only for a name without any IPv4 address", r.aside)
+	}
 	return &refusal{http.StatusForbidden, what}
 }
 

@@ -371,22 +371,27 @@ func TestErrors(t *testing.T) {
 	names := zone{
 		"here.example": {"203.0.113.1"}, "mixed.example": {"10.0.0.1", "127.0.0.1"}, "late.example": {"timeout"}, "none.example": {},
 		"void.example": {"198.51.100.7", "198.51.100.8"}, "local.example": {"169.254.169.254", "::1"},
+		"both.example": {"203.0.113.1", "2001:db8::1"},
 	}
 	for name, test := range map[string]struct {
 		rules, url string
 		status     int
 		text       string
 	}{
-		"denied by a name":            {"!*.example\n*", "http://here.example/", 403, "here.example is denied by rule 1: !*.example"},
-		"denied by a network":         {"#\n!10.0.0.0/8\n*", "http://mixed.example/", 403, "mixed.example (10.0.0.1) is denied by rule 1: !10.0.0.0/8"},
-		"no rule":                     {"1.2.3.4", "http://here.example/", 403, "no rule allows here.example (203.0.113.1)"},
-		"no rule for a name":          {"x.example", "http://here.example/", 403, "no rule allows here.example"},
-		"no rule for an address":      {"x.example", "http://203.0.113.1/", 403, "no rule allows 203.0.113.1"},
-		"local":                       {"*", "http://local.example/", 403, "local.example (169.254.169.254) is an address of the proxy's own side: only a rule that names it allows that"},
-		"a name that does not exist":  {"*", "http://none.example/", 502, "looking up none.example: no such host"},
-		"and is denied":               {"!10.0.0.0/8\n1.2.3.4", "http://none.example/", 403, "no rule allows none.example"},
-		"name servers are mute":       {"*", "http://late.example/", 504, "looking up late.example: the name servers do not answer"},
-		"connection refused":          {"*", "http://here.example:9/", 502, "connecting to here.example:9: 203.0.113.1: connection refused"},
+		"denied by a name":           {"!*.example\n*", "http://here.example/", 403, "here.example is denied by rule 1: !*.example"},
+		"denied by a network":        {"#\n!10.0.0.0/8\n*", "http://mixed.example/", 403, "mixed.example (10.0.0.1) is denied by rule 1: !10.0.0.0/8"},
+		"no rule":                    {"1.2.3.4", "http://here.example/", 403, "no rule allows here.example (203.0.113.1)"},
+		"no rule for a name":         {"x.example", "http://here.example/", 403, "no rule allows here.example"},
+		"no rule for an address":     {"x.example", "http://203.0.113.1/", 403, "no rule allows 203.0.113.1"},
+		"local":                      {"*", "http://local.example/", 403, "local.example (169.254.169.254) is an address of the proxy's own side: only a rule that names it allows that"},
+		"a name that does not exist": {"*", "http://none.example/", 502, "looking up none.example: no such host"},
+		"and is denied":              {"!10.0.0.0/8\n1.2.3.4", "http://none.example/", 403, "no rule allows none.example"},
+		"name servers are mute":      {"*", "http://late.example/", 504, "looking up late.example: the name servers do not answer"},
+		"connection refused":         {"*", "http://here.example:9/", 502, "connecting to here.example:9: 203.0.113.1: connection refused"},
+		"IPv4 refuses, beside IPv6":  {"*", "http://both.example:9/", 502, "connecting to both.example:9: 203.0.113.1: connection refused\n"},
+		"only IPv6 is allowed": {"!0.0.0.0/0\n*", "http://both.example/", 403, "both.example (203.0.113.1) is denied by rule 1: !0.0.0.0/0; " +
+			"its address 2001:db8::1 is allowed, but IPv6 is used only for a name without any IPv4 address\n"},
+		"no rule for either":          {"1.2.3.4", "http://both.example/", 403, "no rule allows both.example (203.0.113.1)\n"},
 		"nobody there":                {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer; 198.51.100.8: no answer"},
 		"no route":                    {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
 		"no HTTP":                     {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
@@ -421,6 +426,42 @@ func TestErrors(t *testing.T) {
 			}
 			hearEnd(t, conn, "")
 		})
+	}
+}
+
+// Of a name that has both kinds of addresses, IPv6 is dialled neither when IPv4
+// refuses, nor when it does not answer, nor when only IPv6 is allowed, in
+// whatever order they come. Without an IPv4 address, and by its own, it is.
+func TestFamilies(t *testing.T) {
+	var connections atomic.Int32
+	server := serveAt(t, "[2001:db8::1]:0", func(conn *net.TCPConn) {
+		connections.Add(1)
+		header(conn)
+		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	})
+	_, port, err := net.SplitHostPort(server)
+	check(t, err)
+	names := zone{
+		"refuses.example": {"203.0.113.1", "2001:db8::1"}, "later.example": {"2001:db8::1", "203.0.113.1"},
+		"mute.example": {"198.51.100.9", "2001:db8::1"}, "six.example": {"2001:db8::1"},
+	}
+	for _, test := range []struct {
+		rules, host string
+		status      int
+	}{
+		{"*", "refuses.example", 502}, {"*", "later.example", 502}, {"*", "mute.example", 504}, {"!0.0.0.0/0\n*", "refuses.example", 403},
+		{"2001:db8::/32", "refuses.example", 403}, {"!2001:db8::/32\n*", "refuses.example", 502}, {"!2001:db8::/32\n*", "six.example", 403},
+		{"*", "six.example", 200}, {"2001:db8::/32", "six.example", 200}, {"*", "[2001:db8::1]", 200},
+	} {
+		p := start(t, test.rules, names, func(p *Proxy) { p.config.ConnectTimeout = 600 * time.Millisecond })
+		before := connections.Load()
+		status, text := answer(t, p.get(t, net.JoinHostPort(strings.Trim(test.host, "[]"), port)))
+		if status != test.status {
+			t.Errorf("%q, %s: %d %q, want %d", test.rules, test.host, status, text, test.status)
+		}
+		if dialled := connections.Load() > before; dialled != (test.status == 200) {
+			t.Errorf("%q, %s: dialled by IPv6: %v", test.rules, test.host, dialled)
+		}
 	}
 }
 

@@ -29,8 +29,9 @@ const reverseTimeout = 5 * time.Second
 // A route is a target with the addresses of it that may be dialled.
 type route struct {
 	target  target
-	addrs   []netip.Addr // in the resolver's order
+	addrs   []netip.Addr // in the resolver's order, of one family
 	verdict Verdict      // on the first of them; if there is none, why
+	aside   netip.Addr   // an IPv6 address that is allowed and yet not dialled; the zero Addr: none
 }
 
 // route finds what may be dialled for a target. Whatever is dialled later is
@@ -65,9 +66,13 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	return r, p.choose(ctx, r, list, addrs)
 }
 
-// choose takes the addresses into a route that the rules allow.
+// choose takes the addresses into a route that the rules allow. Of a name that
+// has an IPv4 address, whatever the rules say of that one, none of IPv6 is taken:
+// the reserved address is an IPv4 one, and what goes by IPv6 leaves from another,
+// which must not hang on how a server answers at the moment.
 func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.Addr) *refusal {
 	var first Verdict // on an address that is denied
+	ipv4 := slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap().Is4() })
 	for i, a := range addrs {
 		a = a.Unmap()
 		local, err := p.local(a)
@@ -82,6 +87,8 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 		switch {
 		case !v.Allow && i == 0:
 			first = v
+		case v.Allow && ipv4 && a.Is6():
+			r.aside = a
 		case v.Allow && !slices.Contains(r.addrs, a):
 			if len(r.addrs) == 0 {
 				r.verdict = v

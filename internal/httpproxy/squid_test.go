@@ -23,7 +23,7 @@ import (
 // that it is a.example, which is not so.
 var squidZone = zone{
 	"a.example": {"203.0.113.21"}, "b.a.example": {"203.0.113.22"}, "ba.example": {"203.0.113.23"},
-	"two.example": {"203.0.113.21", "203.0.113.24"}, "six.example": {"2001:db8::1"}, "intranet": {"203.0.113.25"},
+	"two.example": {"203.0.113.21", "203.0.113.24"}, "six.example": {"2001:db8::1"}, "both.example": {"203.0.113.24", "2001:db8::1"}, "intranet": {"203.0.113.25"},
 	"203.0.113.21": {"a.example"}, "203.0.113.22": {"b.a.example"}, "203.0.113.23": {"a.example"}, "203.0.113.24": {"two.example"},
 }
 
@@ -31,7 +31,7 @@ var squidZone = zone{
 // and the proxy the same, and finds no difference but those that are listed.
 func TestSquidDecides(t *testing.T) {
 	requests := []string{
-		"a.example", "A.Example", "a.example.", "b.a.example", "ba.example", "two.example", "six.example", "intranet", "none.example",
+		"a.example", "A.Example", "a.example.", "b.a.example", "ba.example", "two.example", "six.example", "both.example", "intranet", "none.example",
 		"203.0.113.21", "203.0.113.22", "203.0.113.23", "203.0.113.24", "203.0.113.25", "[2001:db8::1]",
 	}
 	parts := []string{
@@ -81,7 +81,7 @@ func TestSquidDecides(t *testing.T) {
 				switch host {
 				case "203.0.113.23":
 					why = "squid trusts the name that an address has"
-				case "two.example":
+				case "two.example", "both.example":
 					why = "squid asks whether any of the addresses is in a network, and may dial another one"
 				}
 				if why == "" || squids != asSquid(list, host) {
