@@ -81,5 +81,6 @@ import (
 func main() {
 	os.Exit(cli.Run(context.Background(), cli.Process{
 		Name: os.Args[0], Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
+		TerminationLog: cli.TerminationLog,
 	}))
 }

@@ -19,18 +19,20 @@ import (
 // goes by, and runs the tests in namespaces of their own.
 func TestMain(m *testing.M) {
 	testscript.Main(nstest.M{Tests: m}, map[string]func(){
-		"egress-router":       main,
-		"egress-http-proxy":   main,
-		"egress-dns-proxy":    main,
-		"without-privilege":   func() { become(nobody) },
-		"with-read-only-proc": func() { become(readOnlyProc) },
-		"with-read-only-run":  func() { become(readOnlyRun) },
-		"as-another-user":     func() { become(anotherUser) },
-		"without-iptables":    func() { become(noIptables) },
-		"without-sys-admin":   func() { become(noSysAdmin) },
-		"as-first-process":    func() { become(ownProc) },
-		"as-host-process":     hostProcess,
-		"in-pod":              inPod,
+		"egress-router":        main,
+		"egress-http-proxy":    main,
+		"egress-dns-proxy":     main,
+		"without-privilege":    func() { become(nobody) },
+		"with-read-only-proc":  func() { become(readOnlyProc) },
+		"with-read-only-run":   func() { become(readOnlyRun) },
+		"with-termination-log": func() { become(terminationLog) },
+		"with-empty-dev":       func() { become(emptyDev) },
+		"as-another-user":      func() { become(anotherUser) },
+		"without-iptables":     func() { become(noIptables) },
+		"without-sys-admin":    func() { become(noSysAdmin) },
+		"as-first-process":     func() { become(ownProc) },
+		"as-host-process":      hostProcess,
+		"in-pod":               inPod,
 	})
 }
 
@@ -83,6 +85,29 @@ func readOnlyRun() error {
 		return err
 	}
 	return unix.Mount("", "/run", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, "")
+}
+
+// emptyDev mounts the directory dev of this one at /dev.
+func emptyDev() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	return unix.Mount("dev", "/dev", "", unix.MS_BIND, "")
+}
+
+// terminationLog mounts the file message of this directory at
+// /dev/termination-log, as the kubelet has a container engine do.
+func terminationLog() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", "/dev", "tmpfs", 0, ""); err != nil {
+		return err
+	}
+	if err := os.WriteFile("/dev/termination-log", nil, 0o600); err != nil {
+		return err
+	}
+	return unix.Mount("message", "/dev/termination-log", "", unix.MS_BIND, "")
 }
 
 // anotherUser becomes the user of the images that is not root. Where the tests'

@@ -34,21 +34,47 @@ type Process struct {
 	Environment func() (config.Environment, error) // reads the variables
 	Stdout      io.Writer
 	Stderr      io.Writer
+	// TerminationLog is the file that is told, too, why a container ended; empty: none.
+	TerminationLog string
 }
+
+// A command is what the program can be asked to do.
+type command struct {
+	run func(context.Context, Process) error
+	// mode returns what the mode's variable holds, of a command that a container
+	// exists for; nil: the command is none of these.
+	mode func(Process) string
+}
+
+// The commands that have modes.
+var (
+	routerCommand = command{runMode, func(p Process) string {
+		env, _ := p.Environment() // has no mode if it cannot be read
+		return env.Mode
+	}}
+	httpProxyCommand = command{runHTTPProxy, func(Process) string {
+		env, _ := config.ReadHTTPProxy()
+		return env.Mode
+	}}
+	dnsProxyCommand = command{runDNSProxy, func(Process) string {
+		env, _ := config.ReadDNSProxy()
+		return env.Mode
+	}}
+)
 
 // commands are the arguments that are understood, one at a time; health may have
 // more.
-var commands = map[string]func(context.Context, Process) error{
-	"plan":       runPlan,
-	"wait":       runWait,
-	"http-proxy": runHTTPProxy,
-	"dns-proxy":  runDNSProxy,
-	"health":     runHealth,
-	"help":       runHelp,
-	"-h":         runHelp,
-	"--help":     runHelp,
-	"version":    runVersion,
-	"--version":  runVersion,
+var commands = map[string]command{
+	"plan":       {run: runPlan},
+	"wait":       {run: runWait}, // has no error
+	"http-proxy": httpProxyCommand,
+	"dns-proxy":  dnsProxyCommand,
+	"health":     {run: runHealth},
+	"help":       {run: runHelp},
+	"-h":         {run: runHelp},
+	"--help":     {run: runHelp},
+	"version":    {run: runVersion},
+	"--version":  {run: runVersion},
 }
 
 // Run runs the program and returns its exit code.
@@ -56,42 +82,47 @@ func Run(ctx context.Context, p Process) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 
-	run := command(p)
-	if run == nil {
+	c, ok := asked(p)
+	if !ok {
 		fmt.Fprintf(p.Stderr, "egress-router: arguments not understood: %q\n%s", p.Args, usage)
 		return exitUsage
 	}
-	err := run(ctx, p)
+	err := c.run(ctx, p)
 	if err == nil {
 		return exitOK
 	}
-	if !errors.Is(err, errNotReady) { // that is on stdout
-		report(p.Stderr, err)
+	if errors.Is(err, errNotReady) { // that is on stdout
+		return exitError
+	}
+	text := report(err)
+	_, _ = io.WriteString(p.Stderr, text)
+	if endsContainer(c, p, err) {
+		leave(p.TerminationLog, text)
 	}
 	return exitError
 }
 
-// command returns what the arguments ask for, nil if they are not understood.
-func command(p Process) func(context.Context, Process) error {
+// asked returns what the arguments ask for, if they are understood.
+func asked(p Process) (c command, ok bool) {
 	switch {
 	case len(p.Args) == 0:
-		return byName(p.Name)
+		return byName(p.Name), true
 	case len(p.Args) == 1 || asksHealthJSON(p.Args):
-		return commands[p.Args[0]]
+		c, ok = commands[p.Args[0]]
 	}
-	return nil
+	return c, ok
 }
 
 // byName returns what the program does without an argument: under the name of a
 // proxy's image, it is that proxy.
-func byName(name string) func(context.Context, Process) error {
+func byName(name string) command {
 	switch filepath.Base(name) {
 	case "egress-http-proxy":
-		return runHTTPProxy
+		return httpProxyCommand
 	case "egress-dns-proxy":
-		return runDNSProxy
+		return dnsProxyCommand
 	}
-	return runMode
+	return routerCommand
 }
 
 // resolvConf is where the pod's name servers stand (resolv.conf(5)).
@@ -184,21 +215,20 @@ func partly(err error) bool {
 	return left
 }
 
-// report prints an error: hints first, since the last line is the one that
-// users of the original look at.
-func report(w io.Writer, err error) {
+// report returns what is printed of an error: hints first, since the last line
+// is the one that users of the original look at.
+func report(err error) string {
 	if faults, ok := errors.AsType[config.Errors](err); ok {
-		fmt.Fprintln(w, faults)
-		return
+		return faults.Error() + "\n"
 	}
 	if stopped(err) {
-		fmt.Fprintln(w, "egress-router: told to stop before it was done: what was changed is put back")
-		return
+		return "egress-router: told to stop before it was done: what was changed is put back\n"
 	}
+	text := fmt.Sprintf("egress-router: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
 	if h := hint(err); h != "" {
-		fmt.Fprintf(w, "hint: %s\n", strings.ReplaceAll(h, "\n", "\n      "))
+		text = fmt.Sprintf("hint: %s\n", strings.ReplaceAll(h, "\n", "\n      ")) + text
 	}
-	fmt.Fprintf(w, "egress-router: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+	return text
 }
 
 // hint returns what an error, or one that it wraps, says to do.
