@@ -11,10 +11,10 @@ TAGS     = nethttpomithttp2
 LDFLAGS  = -s -w -buildid= -X github.com/egress-router/egress-router/internal/cli.version=$(VERSION)
 export GOFLAGS += -buildvcs=false
 
-.PHONY: help demo test build lint fuzz golden bench bench-proxies image e2e clean
+.PHONY: help demo test build lint fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: build iptables ## run the main job in a lab of namespaces and show what a client sees
 	$(GO) run ./cmd/egress-lab demo bin/egress-router
@@ -50,7 +50,10 @@ image: ## build the container images, and print their sizes
 	.ci/image
 
 e2e: ## run the images as pods and containers with podman (as root)
-	cd internal/e2e && $(GO) test -count=1 ./...
+	cd internal/e2e && $(GO) test -count=1 .
+
+e2e-kubernetes: ## run them on the cluster of KUBECONFIG, with E2E_LOAD to load images (as root)
+	cd internal/e2e && $(GO) test -count=1 -v -timeout 20m ./kubernetes
 
 clean: ## remove what was built
 	rm -rf bin

@@ -88,6 +88,13 @@ func manifest(t *testing.T, file string, changes ...string) string {
 	return text
 }
 
+// withoutNetwork returns what multus.yaml has besides the network, which is there
+// for all tests.
+func withoutNetwork(text string) string {
+	_, rest, _ := strings.Cut(text, "\n---\n")
+	return rest
+}
+
 // peerPod is the manifest of a pod that runs the tests' own program.
 func peerPod(name string, args ...string) string {
 	list, _ := json.Marshal(args) // strings
@@ -168,12 +175,20 @@ func ask(from, protocol, address string) (who.Answer, error) {
 	return who.Parse(out)
 }
 
-// want checks who answers at an address, which begins with the port where it is
-// the pod's, and that the server sees the reserved address. from is a pod, maybe
-// with the option for one of its containers.
+// peer runs the tests' own program in the client pod.
+func peer(args ...string) (string, error) {
+	return run(append([]string{"kubectl", "-n", namespace, "exec", "client", "--", "/peer"}, args...)...)
+}
+
+// want checks who answers at an address, and that the server sees the reserved
+// address. from is a pod, maybe with the option for one of its containers.
 func want(t *testing.T, from, protocol, address, server string) {
 	t.Helper()
 	a, err := ask(from, protocol, address)
+	// A Service has a pod that is ready a moment later.
+	for end := time.Now().Add(5 * time.Second); err != nil && time.Now().Before(end); {
+		a, err = ask(from, protocol, address)
+	}
 	if err != nil {
 		t.Errorf("%s %s from %s: %v", protocol, address, from, err)
 	} else if a != (who.Answer{Server: netip.MustParseAddrPort(server), Peer: reserved}) {

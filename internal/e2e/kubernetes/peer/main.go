@@ -6,6 +6,7 @@
 //	get URL              fetch it, by the proxy that http_proxy and https_proxy name, and print status and body
 //	watch HOST:PORT      ask every 20 ms by a new connection, and print when and what came of it
 //	hold HOST:PORT       ask every 20 ms by one and the same connection; end with an error when that breaks
+//	set SYSCTL VALUE     set one, such as net/ipv4/ip_forward
 //	kill POD             end all processes of a pod, which is given by its UID
 package main
 
@@ -60,6 +61,8 @@ func run(ctx context.Context, args []string) error {
 		return watch(ctx, args[1])
 	case len(args) == 2 && args[0] == "hold":
 		return hold(ctx, args[1])
+	case len(args) == 3 && args[0] == "set":
+		return os.WriteFile("/proc/sys/"+args[1], []byte(args[2]), 0)
 	case len(args) == 2 && args[0] == "kill":
 		return kill(args[1])
 	}

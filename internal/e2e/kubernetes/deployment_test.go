@@ -1,0 +1,382 @@
+package kubernetes
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	vishnetns "github.com/vishvananda/netns"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/egress-router/egress-router/internal/e2e/who"
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// The pod of a Deployment goes and comes again: deleted, killed, with its kubelet
+// dead for a while. How long nothing gets through, when the gateway knows the new
+// hardware address, and that no two hosts ever have the reserved one.
+func TestDeployment(t *testing.T) {
+	guard(t)
+	apply(t, manifest(t, "deployment.yaml"))
+	kubectl(t, "rollout", "status", "deployment/egress-demo-controller", "--timeout=90s")
+	w := startWatcher(t)
+
+	var table strings.Builder
+	for _, event := range []struct {
+		name  string
+		cause func(t *testing.T, p corev1.Pod)
+		moves bool // to another pod, or another network namespace of it
+	}{
+		{"pod deleted", func(t *testing.T, p corev1.Pod) { kubectl(t, "delete", "pod", p.Name, "--wait=false") }, true},
+		{"all its processes killed", func(t *testing.T, p corev1.Pod) { node(t, "kill", string(p.UID)) }, true},
+		{"kubelet killed and started", restartKubelet, false},
+	} {
+		t.Run(event.name, func(t *testing.T) {
+			before := router(t)
+			since := time.Now()
+			neighbour := watchNeighbour(t)
+			event.cause(t, before)
+			caused := time.Now()
+			if event.moves {
+				await(t, "another pod that is ready", 90*time.Second, func() error {
+					p := router(t)
+					if p.Status.PodIP == before.Status.PodIP || !isReady(p) {
+						return errors.New("it is still " + p.Name + " at " + p.Status.PodIP)
+					}
+					return nil
+				})
+			} else {
+				await(t, "the node's kubelet", 90*time.Second, func() error {
+					_, err := run("kubectl", "-n", namespace, "exec", "client", "--", "/peer", "ask", "tcp", w.service)
+					return err
+				})
+			}
+			gap := w.gap(t, since)
+			if !event.moves && gap > 0 {
+				t.Errorf("for %s nothing got through", gap)
+			}
+			holders := holders(t, since)
+			line := fmt.Sprintf("%-28s nothing got through for %6s", event.name, gap.Round(10*time.Millisecond))
+			switch {
+			case event.moves && len(holders) != 2:
+				t.Errorf("the reserved address was had by %v, want an old and a new one", holders)
+			case !event.moves && len(holders) != 1:
+				t.Errorf("the reserved address was had by %v, want the old one alone", holders)
+			case event.moves:
+				// The first that is heard of the new one is its announcement.
+				learned := neighbour(t, holders[1].mac)
+				late := learned.Sub(holders[1].from)
+				line += fmt.Sprintf("; announced after %6s, in the gateway's table %s later", holders[1].from.Sub(caused).Round(10*time.Millisecond), late.Round(10*time.Microsecond))
+				if late > 100*time.Millisecond {
+					t.Errorf("the gateway learned the new hardware address %s after its first frame", late)
+				}
+			}
+			table.WriteString(line + "\n")
+		})
+	}
+	t.Logf("times:\n%s", table.String())
+}
+
+// With another strategy the new pod comes while the old one is there. What the
+// probe for conflicts says then, and that EGRESS_CONFLICT=refuse keeps the address
+// where it is.
+func TestRollingUpdate(t *testing.T) {
+	guard(t)
+	// Macvlans of one NIC see each other in mode bridge only, as those of two
+	// nodes do by the switch.
+	network, _, _ := strings.Cut(manifest(t, "multus.yaml", `"mode": "private"`, `"mode": "bridge"`), "\n---\n")
+	private, _, _ := strings.Cut(manifest(t, "multus.yaml"), "\n---\n")
+	if err := tryApply(network); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := tryApply(private); err != nil {
+			t.Error(err)
+		}
+	})
+	text := manifest(t, "deployment.yaml", "    type: Recreate\n", "    type: RollingUpdate\n    rollingUpdate:\n      maxSurge: 1\n      maxUnavailable: 0\n")
+	apply(t, text)
+	const deployment = "deployment/egress-demo-controller"
+	kubectl(t, "rollout", "status", deployment, "--timeout=90s")
+	old := router(t)
+	mac := macOf(t)
+
+	t.Run("warn", func(t *testing.T) {
+		kubectl(t, "rollout", "restart", deployment)
+		kubectl(t, "rollout", "status", deployment, "--timeout=90s")
+		await(t, "the old pod's end", time.Minute, func() error {
+			if p := router(t); p.Name == old.Name {
+				return errors.New(p.Name + " is there")
+			}
+			return nil
+		})
+		log := kubectl(t, "logs", router(t).Name, "-c", "egress-router")
+		if !strings.Contains(log, "another host has the reserved address") || !strings.Contains(log, "mac="+mac) {
+			t.Errorf("the new pod's log does not say that %s has the address:\n%s", mac, log)
+		} else {
+			t.Logf("the new pod says:\n%s", log)
+		}
+	})
+
+	t.Run("refuse", func(t *testing.T) {
+		w := startWatcher(t)
+		since := time.Now()
+		refusing := strings.Replace(text, "        - name: EGRESS_ROUTER_MODE\n", "        - name: EGRESS_CONFLICT\n          value: refuse\n        - name: EGRESS_ROUTER_MODE\n", 1)
+		holder := router(t).Name
+		if err := tryApply(refusing); err != nil {
+			t.Fatal(err)
+		}
+		// The new pod fails, and so the old one stays.
+		var message string
+		await(t, "a new pod that refuses", 90*time.Second, func() error {
+			for _, p := range routers(t) {
+				for _, s := range p.Status.InitContainerStatuses {
+					for _, state := range []corev1.ContainerState{s.State, s.LastTerminationState} {
+						if state.Terminated != nil && state.Terminated.ExitCode == 1 {
+							message = state.Terminated.Message
+							return nil
+						}
+					}
+				}
+			}
+			return errors.New("none has failed")
+		})
+		if !strings.Contains(message, "taking the reserved address: ") || !strings.Contains(message, "has it already") {
+			t.Errorf("it ends with %q", message)
+		} else {
+			t.Logf("the new pod ends with:\n%s", message)
+		}
+		if gap := w.gap(t, since); gap > 0 {
+			t.Errorf("for %s nothing got through", gap)
+		}
+		if !slices.ContainsFunc(routers(t), func(p corev1.Pod) bool { return p.Name == holder && isReady(p) }) {
+			t.Errorf("the pod %s, which had the address, is gone", holder)
+		}
+	})
+}
+
+// routers are the pods of the Deployment that are not being deleted.
+func routers(t *testing.T) []corev1.Pod {
+	t.Helper()
+	var list corev1.PodList
+	if err := json.Unmarshal([]byte(kubectl(t, "get", "pods", "-l", "name=egress-router", "-o", "json")), &list); err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(list.Items, func(p corev1.Pod) bool { return p.DeletionTimestamp != nil })
+}
+
+// router is the one of them that is there, or the newest; an empty pod if none is.
+func router(t *testing.T) corev1.Pod {
+	t.Helper()
+	var newest corev1.Pod
+	for _, p := range routers(t) {
+		if newest.Name == "" || p.CreationTimestamp.After(newest.CreationTimestamp.Time) {
+			newest = p
+		}
+	}
+	return newest
+}
+
+func isReady(p corev1.Pod) bool {
+	return slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
+	})
+}
+
+// node runs the tests' own program with all of the node's processes in reach.
+func node(t *testing.T, args ...string) {
+	t.Helper()
+	text := strings.Replace(peerPod("onnode", "wait"), "spec:\n", "spec:\n  hostPID: true\n", 1)
+	text = strings.Replace(text, "    args:", "    securityContext:\n      privileged: true\n    args:", 1)
+	apply(t, text)
+	ready(t, "pod/onnode")
+	kubectl(t, append([]string{"exec", "onnode", "--", "/peer"}, args...)...)
+}
+
+// restartKubelet is not for every cluster: see doc.go.
+func restartKubelet(t *testing.T, _ corev1.Pod) {
+	t.Helper()
+	const variable = "E2E_RESTART_KUBELET"
+	if os.Getenv(variable) == "" {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("%s is not set", variable)
+		}
+		t.Skipf("%s is not set", variable)
+	}
+	if _, err := run("sh", "-c", os.Getenv(variable)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A watcher is a pod that asks through the Service all the time. Its log survives
+// the kubelet.
+type watcher struct{ service string }
+
+func startWatcher(t *testing.T) watcher {
+	t.Helper()
+	w := watcher{strings.TrimSpace(kubectl(t, "get", "service", "egress-demo-controller", "-o", "jsonpath={.spec.clusterIP}")) + ":80"}
+	apply(t, peerPod("watcher", "watch", w.service))
+	ready(t, "pod/watcher")
+	await(t, "the first answer", 30*time.Second, func() error {
+		if log := kubectl(t, "logs", "watcher"); !strings.Contains(log, reserved.String()) {
+			return errors.New(log)
+		}
+		return nil
+	})
+	return w
+}
+
+// gap returns the longest time since then in which no question was answered that
+// was asked in it, zero if all were. Every answer has to name the reserved address.
+// It returns once the latest questions are answered.
+func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
+	t.Helper()
+	var longest time.Duration
+	await(t, "answers again", time.Minute, func() error {
+		// Answers come in another order than questions.
+		type question struct {
+			asked time.Time
+			err   string
+		}
+		var questions []question
+		for line := range strings.Lines(kubectl(t, "logs", "watcher")) {
+			at, answer, _ := strings.Cut(strings.TrimSpace(line), " ")
+			nanoseconds, err := strconv.ParseInt(at, 10, 64)
+			if err != nil {
+				t.Fatalf("the watcher says %q", line)
+			}
+			asked := time.Unix(0, nanoseconds)
+			if asked.Before(since.Add(-time.Second)) {
+				continue
+			}
+			failed, isError := strings.CutPrefix(answer, "- ")
+			if !isError {
+				if a, err := who.Parse(answer); err != nil || a.Peer != reserved {
+					t.Errorf("at %s a server answered %q", asked, answer)
+				}
+			}
+			questions = append(questions, question{asked, failed})
+			if !isError {
+				questions[len(questions)-1].err = ""
+			}
+		}
+		slices.SortFunc(questions, func(a, b question) int { return a.asked.Compare(b.asked) })
+		longest = 0
+		var last, lastFailed time.Time
+		failed := false
+		for _, q := range questions {
+			if q.err != "" {
+				failed, lastFailed = true, q.asked
+				continue
+			}
+			if failed && !last.IsZero() {
+				longest = max(longest, q.asked.Sub(last))
+			}
+			failed, last = false, q.asked
+		}
+		// Half a second is what a question may take.
+		if failed || last.Sub(lastFailed) < 500*time.Millisecond && !lastFailed.IsZero() || time.Since(last) > 2*time.Second {
+			return errors.New("the last questions failed")
+		}
+		return nil
+	})
+	return longest
+}
+
+// A holder is a host that sent frames with the reserved address.
+type holder struct {
+	mac      string
+	from, to time.Time
+}
+
+// String has the times that matter.
+func (h holder) String() string {
+	return fmt.Sprintf("%s from %s to %s", h.mac, h.from.Format(time.StampMicro), h.to.Format(time.StampMicro))
+}
+
+// holders returns who has sent with the reserved address since then, the earlier
+// ones first. Two at a time are an error.
+func holders(t *testing.T, since time.Time) []holder {
+	t.Helper()
+	var found []holder
+	for _, f := range theNetwork.frames.Frames() {
+		if f.At.Before(since) || f.Outgoing || !sentBy(f) {
+			continue
+		}
+		mac := f.Source().String()
+		at := slices.IndexFunc(found, func(h holder) bool { return h.mac == mac })
+		if at < 0 {
+			found = append(found, holder{mac, f.At, f.At})
+			continue
+		}
+		if at < len(found)-1 {
+			t.Errorf("at %s %s sends with the reserved address, which %s has taken", f.At, mac, found[len(found)-1])
+		}
+		found[at].to = f.At
+	}
+	return found
+}
+
+// sentBy reports whether a frame says that its sender has the reserved address. A
+// probe for it does not (RFC 5227 section 1.1: its sender's address is all zero).
+func sentBy(f lab.Frame) bool {
+	if arp, ok := f.ARP(); ok {
+		return arp.SenderIP == reserved
+	}
+	packet, ok := f.IPv4()
+	return ok && packet.Src.Addr() == reserved
+}
+
+// macOf returns the hardware address that the gateway has for the reserved address.
+func macOf(t *testing.T) string {
+	t.Helper()
+	mac, err := theNetwork.lab.Neighbour(theNetwork.gateway, "lan0", reserved)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mac.String()
+}
+
+// watchNeighbour notes from now on when the gateway's table changes. What it
+// returns tells when a hardware address came to be that of the reserved address.
+func watchNeighbour(t *testing.T) func(t *testing.T, mac string) time.Time {
+	t.Helper()
+	updates, done := make(chan netlink.NeighUpdate, 1000), make(chan struct{})
+	t.Cleanup(func() { close(done) })
+	if err := netlink.NeighSubscribeAt(vishnetns.NsHandle(theNetwork.gateway.Fd()), updates, done); err != nil {
+		t.Fatal(err)
+	}
+	type change struct {
+		mac string
+		at  time.Time
+	}
+	changes := make(chan change, 1000)
+	go func() {
+		for u := range updates {
+			if u.IP.String() == reserved.String() && len(u.HardwareAddr) > 0 {
+				changes <- change{u.HardwareAddr.String(), time.Now()}
+			}
+		}
+	}()
+	return func(t *testing.T, mac string) time.Time {
+		t.Helper()
+		deadline := time.After(5 * time.Second)
+		for {
+			select {
+			case c := <-changes:
+				if c.mac == mac {
+					return c.at
+				}
+			case <-deadline:
+				t.Fatalf("the gateway has never had %s for the reserved address", mac)
+			}
+		}
+	}
+}

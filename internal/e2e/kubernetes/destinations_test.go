@@ -1,0 +1,88 @@
+package kubernetes
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Destinations from a ConfigMap by the environment: a pod that starts again has
+// the new ones.
+func TestDestinationsFromEnvironment(t *testing.T) {
+	guard(t)
+	text := manifest(t, "destination-env.yaml")
+	config, router, _ := strings.Cut(text, "\n---\n")
+	apply(t, config)
+	apply(t, router)
+	ready(t, "pod/egress-1")
+	wantExample(t, "egress-1")
+	changed := manifest(t, "destination-env.yaml", "80   tcp 203.0.113.25\n", "80   tcp 203.0.113.26\n")
+	if err := tryApply(strings.SplitN(changed, "\n---\n", 2)[0]); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "client", "tcp", pod(t, "egress-1").Status.PodIP+":80", "203.0.113.25:80")
+	kubectl(t, "delete", "pod", "egress-1")
+	if err := tryApply(router); err != nil {
+		t.Fatal(err)
+	}
+	ready(t, "pod/egress-1")
+	want(t, "client", "tcp", pod(t, "egress-1").Status.PodIP+":80", "203.0.113.26:80")
+}
+
+// Destinations from a ConfigMap that is mounted: the router follows it, and
+// connections whose line stays go on.
+func TestDestinationsFromFile(t *testing.T) {
+	guard(t)
+	// The documentation's other form of it, for an init container.
+	t.Run("init", func(t *testing.T) {
+		apply(t, manifest(t, "destination-file.yaml"))
+		ready(t, "pod/egress-1")
+		wantExample(t, "egress-1")
+	})
+
+	text := manifest(t, "probes-pod.yaml")
+	config, _, _ := strings.Cut(text, "\n---\n")
+	apply(t, text)
+	ready(t, "pod/egress-1")
+	address := pod(t, "egress-1").Status.PodIP
+	apply(t, peerPod("holder", "hold", address+":8080"))
+	ready(t, "pod/holder")
+	want(t, "client", "tcp", address+":80", "203.0.113.25:80")
+
+	// set changes the ConfigMap, and has the kubelet look at the pod now: by
+	// itself it does so within a minute or so.
+	set := func(old, new string) {
+		t.Helper()
+		if !strings.Contains(config, old) {
+			t.Fatalf("the ConfigMap has no %q", old)
+		}
+		if err := tryApply(strings.Replace(config, old, new, 1)); err != nil {
+			t.Fatal(err)
+		}
+		kubectl(t, "annotate", "--overwrite", "pod", "egress-1", fmt.Sprintf("changed=%d", time.Now().UnixNano()))
+	}
+	set("80   tcp 203.0.113.25\n", "80   tcp 203.0.113.27\n")
+	await(t, "the new destination", 2*time.Minute, func() error {
+		a, err := ask("client", "tcp", address+":80")
+		if err == nil && a.Server.String() != "203.0.113.27:80" {
+			err = fmt.Errorf("still %s", a)
+		}
+		return err
+	})
+	// One that is not right changes nothing, and is told.
+	set("80   tcp 203.0.113.25\n", "80   tcp 203.0.113.256\n")
+	await(t, "the bad line in what health says", 2*time.Minute, func() error {
+		out, err := run("kubectl", "-n", namespace, "exec", "egress-1", "--", "/usr/bin/egress-router", "health")
+		if err == nil && !strings.Contains(out, "203.0.113.256") {
+			err = fmt.Errorf("it says %s", out)
+		}
+		return err
+	})
+	want(t, "client", "tcp", address+":80", "203.0.113.27:80")
+
+	holder := pod(t, "holder").Status.ContainerStatuses[0]
+	if log := kubectl(t, "logs", "holder"); holder.RestartCount != 0 || strings.TrimSpace(log) != "203.0.113.26:80 192.168.12.99" {
+		t.Errorf("the connection that was open: %d restarts, log %q", holder.RestartCount, log)
+	}
+}

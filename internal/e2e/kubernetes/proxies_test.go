@@ -1,0 +1,104 @@
+package kubernetes
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// wantUnprivileged checks that a container has neither root nor a capability.
+func wantUnprivileged(t *testing.T, container string) {
+	t.Helper()
+	for _, c := range pod(t, "egress-1").Spec.Containers {
+		if s := c.SecurityContext; c.Name == container && (s == nil || s.RunAsNonRoot == nil || !*s.RunAsNonRoot || s.Capabilities == nil || len(s.Capabilities.Add) != 0) {
+			t.Errorf("%s has more than it needs: %v", container, s)
+		}
+	}
+}
+
+// The pods with the HTTP proxy, the documentation's and the one that has no
+// privilege. Names come from the site's name server, by way of the cluster's.
+func TestHTTPProxy(t *testing.T) {
+	for _, file := range []string{"http-proxy-pod.yaml", "http-proxy-restricted.yaml"} {
+		t.Run(strings.TrimSuffix(file, ".yaml"), func(t *testing.T) {
+			guard(t)
+			apply(t, manifest(t, file)+"---\n"+clientOfProxy)
+			ready(t, "pod/egress-1", "pod/behind")
+			if file == "http-proxy-restricted.yaml" {
+				wantUnprivileged(t, "egress-router-pod")
+			}
+			for url, answer := range map[string]string{
+				"http://203.0.113.25/":        `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
+				"http://www.example.org/":     `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
+				"https://www.example.org/":    `^200 203\.0\.113\.25:443 192\.168\.12\.99\n$`,
+				"http://foobar.example.com/":  `^403 .*denied by rule 1: !\*\.example\.com\n$`,
+				"http://192.168.1.7/":         `^403 .*denied by rule 2: !192\.168\.1\.0/24\n$`,
+				"http://gone.example.org/":    `^502 .*looking up gone\.example\.org: no such name\n$`,
+				"https://foobar.example.com/": `Forbidden`,
+			} {
+				out, err := run("kubectl", "-n", namespace, "exec", "behind", "--", "/peer", "get", url)
+				if err != nil {
+					out = err.Error()
+				}
+				if !regexp.MustCompile(answer).MatchString(out) {
+					t.Errorf("%s: %q, want %s", url, out, answer)
+				}
+			}
+			wantClosed(t, "8080")
+		})
+	}
+}
+
+// clientOfProxy knows the proxy as every program does, from two variables.
+const clientOfProxy = `apiVersion: v1
+kind: Pod
+metadata:
+  name: behind
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: peer
+    image: ` + peerImage + `
+    args: [wait]
+    env:
+    - name: http_proxy
+      value: http://egress-1:8080/
+    - name: https_proxy
+      value: http://egress-1:8080/
+`
+
+// The pods with the DNS proxy likewise.
+func TestDNSProxy(t *testing.T) {
+	for _, test := range []struct {
+		file string
+		want map[string]string
+	}{
+		{"dns-proxy-pod.yaml", nil},
+		// A name of the cluster, which stands for one outside.
+		{"dns-proxy-restricted.yaml", map[string]string{"egress-1:9000": "203.0.113.25:80"}},
+	} {
+		t.Run(strings.TrimSuffix(test.file, ".yaml"), func(t *testing.T) {
+			guard(t)
+			apply(t, manifest(t, test.file))
+			ready(t, "pod/egress-1")
+			service := "egress-dns-svc"
+			if test.want != nil {
+				service = "egress-1"
+				wantUnprivileged(t, "egress-router-pod")
+			}
+			address := pod(t, "egress-1").Status.PodIP
+			for at, server := range map[string]string{
+				service + ":80":   "203.0.113.25:80",
+				service + ":100":  "203.0.113.27:100",
+				address + ":8080": "203.0.113.26:80",
+				address + ":8443": "203.0.113.26:443",
+			} {
+				want(t, "client", "tcp", at, server)
+			}
+			for at, server := range test.want {
+				want(t, "client", "tcp", at, server)
+			}
+			wantClosed(t, "80", "100", "9465")
+		})
+	}
+}

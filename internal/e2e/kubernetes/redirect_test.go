@@ -1,0 +1,102 @@
+package kubernetes
+
+import (
+	"strings"
+	"testing"
+)
+
+// The redirect pods do what the documentation says, for a client that knows the
+// name of the Service.
+func TestRedirect(t *testing.T) {
+	for _, test := range []struct{ name, pod, text string }{
+		// The documentation's, but for its annotation, and its Service for another pod.
+		{"the documentation's", "egress-multi", manifest(t, "redirect-pod.yaml") + "---\n" + manifest(t, "service.yaml", "    name: egress-1\n", "    name: egress-multi\n")},
+		{"with Multus", "egress-1", withoutNetwork(manifest(t, "multus.yaml"))},
+		{"without Multus", "egress-1", manifest(t, "macvlan-parent-pod.yaml", "value: 203.0.113.27", "value: \"80 tcp 203.0.113.25\\n8080 tcp 203.0.113.26 80\\n8443 tcp 203.0.113.26 443\\n203.0.113.27\"") + "---\n" + manifest(t, "service.yaml")},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			// Without a router the firewall refuses: the rest would not prove
+			// anything if there were another way.
+			if a, err := ask("client", "tcp", servers[0]); err == nil {
+				t.Fatalf("without a router: %v", a)
+			}
+			guard(t)
+			apply(t, test.text)
+			ready(t, "pod/"+test.pod)
+			want(t, "client", "tcp", "egress-1:80", "203.0.113.25:80")
+			wantExample(t, test.pod)
+			wantClosed(t, "80", "8080", "22")
+		})
+	}
+	// The manifest as it is.
+	t.Run("without Multus, fallback alone", func(t *testing.T) {
+		guard(t)
+		apply(t, manifest(t, "macvlan-parent-pod.yaml"))
+		ready(t, "pod/egress-1")
+		address := pod(t, "egress-1").Status.PodIP
+		want(t, "client", "tcp", address+":9000", "203.0.113.27:9000")
+		want(t, "client", "udp", address+":53", "203.0.113.27:53")
+	})
+}
+
+// farNetwork is a second network for pods of the cluster, which the node routes:
+// what a pod on another node of a larger cluster is to the router.
+const farNetwork = `apiVersion: k8s.cni.cncf.io/v1
+kind: NetworkAttachmentDefinition
+metadata:
+  name: far
+spec:
+  config: |
+    {
+      "cniVersion": "0.3.1",
+      "name": "far",
+      "type": "bridge",
+      "bridge": "egress-far0",
+      "isGateway": true,
+      "ipam": {"type": "host-local", "subnet": "10.245.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]}
+    }
+---
+`
+
+// Replies reach clients wherever they are: in another subnet of the cluster
+// network, on the node's own network, and in the router's pod itself, whose
+// connections to its own Service come back to it by the node (hairpin).
+func TestClients(t *testing.T) {
+	guard(t)
+	service := manifest(t, "service.yaml")
+	apply(t, service)
+	address := strings.TrimSpace(kubectl(t, "get", "service", "egress-1", "-o", "jsonpath={.spec.clusterIP}"))
+	router, _, _ := strings.Cut(manifest(t, "redirect-pod.yaml", "egress-multi", "egress-1",
+		// What the pod itself sends to a Service is to stay on the cluster side.
+		"    - name: EGRESS_GATEWAY\n", "    - name: EGRESS_CLUSTER_CIDRS\n      value: "+address+"/32\n    - name: EGRESS_GATEWAY\n",
+		"  - name: egress-router-wait\n    image: localhost/egress-router:"+tag, "  - name: inside\n    image: "+peerImage), "\n---\n")
+	apply(t, router)
+
+	t.Cleanup(func() {
+		if err := theNetwork.run(theNetwork.node, "", "ip", "link", "delete", "egress-far0"); err != nil {
+			t.Error(err)
+		}
+	})
+	const annotation = "metadata:\n  annotations:\n    v1.multus-cni.io/default-network: " + namespace + "/far\n"
+	apply(t, farNetwork+strings.Replace(peerPod("far", "wait"), "metadata:\n", annotation, 1)+"---\n"+
+		strings.Replace(peerPod("onnode", "wait"), "spec:\n", "spec:\n  hostNetwork: true\n  dnsPolicy: ClusterFirstWithHostNet\n", 1))
+	ready(t, "pod/egress-1", "pod/far", "pod/onnode")
+	if far := pod(t, "far").Status.PodIP; !strings.HasPrefix(far, "10.245.0.") {
+		t.Fatalf("the far client has the address %s", far)
+	}
+
+	direct := pod(t, "egress-1").Status.PodIP
+	for _, from := range []string{"client", "far", "onnode", "egress-1 -c inside"} {
+		t.Run(strings.Fields(from)[0], func(t *testing.T) {
+			want(t, from, "tcp", address+":80", "203.0.113.25:80")
+			if from != "egress-1 -c inside" { // to its own address it has no way out
+				want(t, from, "tcp", direct+":8443", "203.0.113.26:443")
+				want(t, from, "udp", direct+":53", "203.0.113.27:53")
+			}
+			// By its name alone a pod finds itself (/etc/hosts).
+			want(t, from, "tcp", "egress-1."+namespace+".svc.cluster.local:80", "203.0.113.25:80")
+		})
+	}
+	// By itself the pod sends with the reserved address, too.
+	want(t, "egress-1 -c inside", "tcp", "203.0.113.25:80", "203.0.113.25:80")
+}
