@@ -109,10 +109,18 @@ func (m manifest) pods() []corev1.PodTemplateSpec {
 // without one, and says what the router understands.
 func TestManifests(t *testing.T) {
 	variables := run(t, "podman", "run", "--rm", "--network", "none", image, "help")
-	for _, m := range decode(t) {
+	all := decode(t)
+	attachments := map[string]bool{}
+	for _, m := range all {
+		for _, o := range m.objects {
+			if a, ok := o.(*NetworkAttachmentDefinition); ok {
+				attachments[a.Name] = true
+			}
+		}
+	}
+	for _, m := range all {
 		t.Run(m.file, func(t *testing.T) {
 			maps := map[string]*corev1.ConfigMap{}
-			attachments := map[string]bool{}
 			for _, o := range m.objects {
 				switch o := o.(type) {
 				case *corev1.ConfigMap:
@@ -120,10 +128,9 @@ func TestManifests(t *testing.T) {
 				case *appsv1.Deployment:
 					checkDeployment(t, o)
 				case *NetworkAttachmentDefinition:
-					attachments[o.Name] = true
 					checkAttachment(t, o)
 				case *corev1.Service:
-					if m.file != "service.yaml" && !slices.ContainsFunc(m.pods(), func(p corev1.PodTemplateSpec) bool { return selects(o.Spec.Selector, p.Labels) }) {
+					if o.Spec.Type != corev1.ServiceTypeExternalName && m.file != "service.yaml" && !slices.ContainsFunc(m.pods(), func(p corev1.PodTemplateSpec) bool { return selects(o.Spec.Selector, p.Labels) }) {
 						t.Errorf("Service %s selects no pod of its file", o.Name)
 					}
 				}
@@ -131,7 +138,7 @@ func TestManifests(t *testing.T) {
 			for _, p := range m.pods() {
 				if network := p.Annotations["k8s.v1.cni.cncf.io/networks"]; network != "" {
 					if name, link, _ := strings.Cut(network, "@"); !attachments[name] || link != "macvlan0" {
-						t.Errorf("pod %s: its network %q is not macvlan0 from one of the file", p.Name, network)
+						t.Errorf("pod %s: its network %q is not macvlan0 from one of the manifests", p.Name, network)
 					}
 				}
 				for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
@@ -243,8 +250,8 @@ func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMap
 // destinations are right, and it has no privilege.
 func checkProxy(t *testing.T, c corev1.Container, variables string) {
 	t.Helper()
-	if c.SecurityContext != nil {
-		t.Errorf("container %s has a securityContext: %v", c.Name, c.SecurityContext)
+	if s := c.SecurityContext; s != nil && (s.Privileged != nil || s.Capabilities == nil || len(s.Capabilities.Add) != 0) {
+		t.Errorf("container %s has more than every container: %v", c.Name, s)
 	}
 	args := []string{"podman", "run", "--rm", "--network", "none", "--cap-drop", "all"}
 	for _, e := range c.Env {
@@ -259,8 +266,9 @@ func checkProxy(t *testing.T, c corev1.Container, variables string) {
 	}
 }
 
-// The YAML in the README is in the manifests, which all of this tests: the lines
-// of each block stand in one of them, in the same order.
+// The YAML in the README is in the manifests, which all of this tests: what begins
+// as an object is one of theirs, or several that follow each other, whole; the lines
+// of every other block stand in one of them, in the same order.
 func TestREADME(t *testing.T) {
 	text, err := os.ReadFile("../../README.md")
 	if err != nil {
@@ -272,6 +280,12 @@ func TestREADME(t *testing.T) {
 	}
 	all := decode(t)
 	for i, block := range blocks {
+		if strings.HasPrefix(block[1], "apiVersion:") {
+			if !slices.ContainsFunc(all, func(m manifest) bool { return strings.Contains(m.text+"---\n", block[1]+"---\n") }) {
+				t.Errorf("block %d is not in any manifest as it is:\n%s", i+1, block[1])
+			}
+			continue
+		}
 		longest, where := 0, ""
 		lines := strings.Split(strings.TrimSuffix(block[1], "\n"), "\n")
 		for _, m := range all {
@@ -297,16 +311,18 @@ func inOrder(lines, text []string) int {
 	return n
 }
 
-// Every manifest that can be run is run by some test here.
+// Every manifest is run by some test, here or on a cluster.
 func TestManifestsAreRun(t *testing.T) {
-	// A cluster's own affairs.
-	notRun := []string{"deployment.yaml", "multus.yaml", "namespace.yaml", "service.yaml"}
+	code := map[string]bool{}
 	tests, err := filepath.Glob("*_test.go")
 	if err != nil {
 		t.Fatal(err)
 	}
-	code := map[string]bool{}
-	for _, name := range tests {
+	onCluster, err := filepath.Glob("kubernetes/*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range append(tests, onCluster...) {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
@@ -318,7 +334,7 @@ func TestManifestsAreRun(t *testing.T) {
 		}
 	}
 	for _, m := range decode(t) {
-		if !slices.Contains(notRun, m.file) && !code[m.file] {
+		if !code[m.file] {
 			t.Errorf("no test runs %s; those that are run: %v", m.file, fmt.Sprint(slices.Sorted(maps.Keys(code))))
 		}
 	}

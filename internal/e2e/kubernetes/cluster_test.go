@@ -56,6 +56,12 @@ var (
 	networks = "k8s.v1.cni.cncf.io/networks: egress@macvlan0"
 )
 
+// What a router's container is given, and what is enough in place of that.
+const (
+	privileged = "    securityContext:\n      privileged: true\n"
+	netAdmin   = "    securityContext:\n      capabilities:\n        add: [NET_ADMIN, NET_RAW]\n"
+)
+
 // read reads a manifest. Of what is in the file, only the images' tag is changed,
 // the annotation where it is OpenShift's, and the NIC where it has another name.
 func read(file string) (string, error) {

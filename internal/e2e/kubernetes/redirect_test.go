@@ -11,6 +11,8 @@ func TestRedirect(t *testing.T) {
 	for _, test := range []struct{ name, pod, text string }{
 		// The documentation's, but for its annotation, and its Service for another pod.
 		{"the documentation's", "egress-multi", manifest(t, "redirect-pod.yaml") + "---\n" + manifest(t, "service.yaml", "    name: egress-1\n", "    name: egress-multi\n")},
+		// A node that forwards lets its pods do so from the start.
+		{"with two capabilities", "egress-multi", manifest(t, "redirect-pod.yaml", privileged, netAdmin) + "---\n" + manifest(t, "service.yaml", "    name: egress-1\n", "    name: egress-multi\n")},
 		{"with Multus", "egress-1", withoutNetwork(manifest(t, "multus.yaml"))},
 		{"without Multus", "egress-1", manifest(t, "macvlan-parent-pod.yaml", "value: 203.0.113.27", "value: \"80 tcp 203.0.113.25\\n8080 tcp 203.0.113.26 80\\n8443 tcp 203.0.113.26 443\\n203.0.113.27\"") + "---\n" + manifest(t, "service.yaml")},
 	} {

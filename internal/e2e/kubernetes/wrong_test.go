@@ -12,8 +12,6 @@ import (
 // in the state of the pod, in its log, and in what kubectl describe says.
 func TestWrongManifests(t *testing.T) {
 	const (
-		privileged = "    securityContext:\n      privileged: true\n"
-		netAdmin   = "    securityContext:\n      capabilities:\n        add: [NET_ADMIN, NET_RAW]\n"
 		// A pod begins with the node's setting, which is on.
 		router = "  initContainers:\n"
 		off    = router + "  - name: no-forwarding\n    image: " + peerImage + "\n    args: [set, net/ipv4/ip_forward, \"0\"]\n" + privileged
