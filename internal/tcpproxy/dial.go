@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"sync/atomic"
@@ -28,7 +27,7 @@ import (
 type dialer struct {
 	first, count uint32        // the ports; count 0: the kernel chooses
 	next         atomic.Uint32 // each in turn, so that one waits for as long as can be
-	keepAlive    time.Duration // of net.Dialer
+	keepAlive    bool          // ask servers if they are still there
 }
 
 // portRange is the file of the ports to connect from (ip(7)).
@@ -48,42 +47,95 @@ func newDialer() *dialer {
 	return &d
 }
 
-// dial connects to a server.
-func (d *dialer) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
+// dial begins to connect to a server and returns the socket, which is connected
+// once it can be written to.
+func (d *dialer) dial(to netip.AddrPort) (int32, error) {
 	// A port may be one that is listened on, or from which there is a
 	// connection to that server.
 	const most = 64
 	for range min(d.count, most) {
-		conn, err := d.dialFrom(ctx, d.first+d.next.Add(1)%d.count, to)
+		fd, err := d.dialFrom(uint16(d.first+d.next.Add(1)%d.count), to)
 		if !errors.Is(err, syscall.EADDRINUSE) && !errors.Is(err, syscall.EADDRNOTAVAIL) {
-			return conn, err
+			return fd, err
 		}
 	}
-	return d.dialFrom(ctx, 0, to)
+	return d.dialFrom(0, to)
 }
 
-// dialFrom connects from a port, or from one that the kernel chooses.
-func (d *dialer) dialFrom(ctx context.Context, port uint32, to netip.AddrPort) (*net.TCPConn, error) {
-	from := net.Dialer{Control: shareable, KeepAlive: d.keepAlive}
-	if port != 0 {
-		return from.DialTCP(ctx, "tcp", netip.AddrPortFrom(netip.Addr{}, uint16(port)), to)
+// dialFrom begins to connect from a port, or from one that the kernel chooses: not
+// by binding to port 0, which takes one that has no connection at all, where
+// connect(2) finds one that has none to this server.
+func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
+	family := unix.AF_INET6
+	if to.Addr().Is4() {
+		family = unix.AF_INET
 	}
-	// DialTCP would bind to port 0, which takes a port that has no connection at
-	// all; connect(2) finds one that has none to this server.
-	conn, err := from.DialContext(ctx, "tcp", to.String())
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return 0, os.NewSyscallError("socket", err)
 	}
-	return conn.(*net.TCPConn), nil
+	if port != 0 {
+		err = bind(fd, family, int(port))
+	}
+	if err == nil {
+		if d.keepAlive {
+			keepAlive(fd)
+		}
+		if errno := rawConnect(int32(fd), to); errno != 0 && errno != unix.EINPROGRESS {
+			err = os.NewSyscallError("connect", errno)
+		}
+	}
+	if err != nil {
+		rawClose(int32(fd))
+		return 0, err
+	}
+	return int32(fd), nil
 }
 
-// shareable lets a socket's port be bound by others that allow it too: for
+// bind gives a socket its port, which others may have too if they allow it: for
 // connections to other servers, after this one, or to listen (socket(7),
 // SO_REUSEADDR).
-func shareable(_, _ string, raw syscall.RawConn) error {
+func bind(fd, family, port int) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
+	var from unix.Sockaddr = &unix.SockaddrInet6{Port: port}
+	if family == unix.AF_INET {
+		from = &unix.SockaddrInet4{Port: port}
+	}
+	return os.NewSyscallError("bind", unix.Bind(fd, from))
+}
+
+// reach connects to a server, says something and ends the connection by a reset,
+// so that no port is kept (TIME_WAIT).
+func (d *dialer) reach(ctx context.Context, to netip.AddrPort, say []byte) error {
+	fd, err := d.dial(to)
+	if err != nil {
+		return err
+	}
+	conn := os.NewFile(uintptr(fd), "") // in the runtime's poller, since it does not block
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
 	var failed error
-	err := raw.Control(func(fd uintptr) {
-		failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	err = raw.Write(func(uintptr) bool {
+		code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+		if err == nil && code != 0 {
+			err = syscall.Errno(code)
+		}
+		if _, none := unix.Getpeername(int(fd)); err == nil && none != nil {
+			return false
+		}
+		failed = os.NewSyscallError("connect", err)
+		return true
 	})
-	return errors.Join(err, failed)
+	if err = errors.Join(err, failed); err != nil {
+		return err
+	}
+	_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	_, err = conn.Write(say)
+	return err
 }

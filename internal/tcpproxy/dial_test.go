@@ -60,24 +60,24 @@ func TestPortsAreUsedAgain(t *testing.T) {
 	}
 
 	// All ports have a connection: the next has to fail, and does.
-	var all []net.Conn
+	var all []int32
 	for range ports {
-		conn, err := p.dialer.dial(t.Context(), netip.MustParseAddrPort("127.0.1.1:83"))
+		fd, err := p.dialer.dial(netip.MustParseAddrPort("127.0.1.1:83"))
 		if err != nil {
 			break
 		}
-		all = append(all, conn)
+		all = append(all, fd)
 	}
-	if _, err := p.dialer.dial(t.Context(), netip.MustParseAddrPort("127.0.1.1:83")); !errors.Is(err, syscall.EADDRNOTAVAIL) {
+	if _, err := p.dialer.dial(netip.MustParseAddrPort("127.0.1.1:83")); !errors.Is(err, syscall.EADDRNOTAVAIL) {
 		t.Errorf("a connection from no port: %v", err)
 	}
 	// To another server it does not.
 	serve(t, "127.0.1.2:83")
-	conn, err := p.dialer.dial(t.Context(), netip.MustParseAddrPort("127.0.1.2:83"))
+	fd, err := p.dialer.dial(netip.MustParseAddrPort("127.0.1.2:83"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range append(all, conn) {
-		_ = c.Close()
+	for _, fd := range append(all, fd) {
+		rawClose(fd)
 	}
 }

@@ -2,7 +2,6 @@ package tcpproxy
 
 import (
 	"encoding/binary"
-	"net"
 	"net/netip"
 )
 
@@ -36,14 +35,4 @@ func proxyHeader(client, local netip.AddrPort) []byte {
 	}
 	b = binary.BigEndian.AppendUint16(b, client.Port())
 	return binary.BigEndian.AppendUint16(b, local.Port())
-}
-
-// addrPort returns the address of one side of a connection.
-func addrPort(a net.Addr) netip.AddrPort {
-	tcp, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := tcp.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }

@@ -1,83 +1,103 @@
 package tcpproxy
 
 import (
-	"sync"
+	"context"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A watch ends a relay on which nothing happens.
-//
-// It asks the kernel now and then: what goes through splice(2) is not seen by
-// the process, and deadlines would have to be set again for each piece of data.
-type watch struct {
-	relay *relay
-	idle  time.Duration
+// How often a loop looks at its relays: a few times in the time after which one is
+// idle, since more would tell more exactly when a slow reader took its last piece,
+// which is all that a look can miss; and so that a server that does not answer is
+// not waited for much too long.
+const (
+	looks     = 8
+	leastWait = 10 * time.Millisecond
+	mostWait  = time.Second
+)
 
-	mu     sync.Mutex
-	timer  *time.Timer // nil when ended
-	active time.Time   // when something happened last, as far as is known
-	acked  uint64      // bytes that both peers had acknowledged at the last look
-}
-
-// looks is how often a watch looks in the time after which a relay is idle. More
-// would tell more exactly when a slow reader took its last piece, which is all
-// that a look can miss.
-const looks = 8
-
-// leastWait keeps rounding, of the kernel's times to milliseconds, from becoming
-// a busy loop.
-const leastWait = 10 * time.Millisecond
-
-func (w *watch) begin() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.active = time.Now()
-	w.timer = time.AfterFunc(w.idle/looks, w.look)
-}
-
-func (w *watch) end() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.timer.Stop()
-	w.timer = nil
-}
-
-func (w *watch) look() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.timer == nil {
-		return
+// period is the time between two ticks.
+func (l *loop) period() time.Duration {
+	if l.idle == 0 {
+		return mostWait
 	}
-	client, err := tcpInfo(w.relay.client)
+	return min(max(l.idle/looks, leastWait), mostWait)
+}
+
+// tick looks at all relays, and has the next look be made while there are any. In
+// between nobody reads a clock: what happens is noted with the number of the tick.
+func (l *loop) tick() {
+	l.mu.Lock()
+	l.admit()
+	l.ticks++
+	stopped := l.stopped
+	l.ticking = len(l.relays) > 0 && !stopped
+	var next time.Time // never
+	if l.ticking {
+		next = time.Now().Add(l.period())
+	}
+	_ = l.file.SetReadDeadline(next)
+	l.mu.Unlock()
+
+	for _, r := range l.relays {
+		switch {
+		case !stopped:
+			l.look(r)
+		case r.joined:
+			r.abort(outcomeStopped)
+		default:
+			l.fail(r, context.Canceled)
+		}
+	}
+	l.pipes.trim()
+	if len(l.relays) == 0 {
+		l.pipes.trim() // nobody needs one
+	}
+}
+
+// look ends a relay for which it is time.
+func (l *loop) look(r *relay) {
+	silent := l.ticks - r.active
+	lasts := func(limit time.Duration) bool {
+		// The first of the ticks may have come at once.
+		return time.Duration(silent-1)*l.period() >= limit
+	}
+	switch {
+	case silent == 0:
+	case !r.joined:
+		if lasts(connectTimeout) {
+			l.fail(r, os.NewSyscallError("connect", unix.ETIMEDOUT))
+		}
+	case l.idle == 0:
+	case !r.quiet && l.taken(r):
+		r.active = l.ticks
+	case lasts(l.idle):
+		// The peers did nothing wrong, and nothing is under way: they are told
+		// of the end in order.
+		r.close(outcomeIdle)
+	}
+}
+
+// taken reports whether a peer has taken something since the last look, which is
+// no event: nothing need come in while a slow reader takes what there is. It asks
+// the kernel (struct tcp_info in include/uapi/linux/tcp.h), which counts neither
+// keepalive probes nor repetitions.
+func (l *loop) taken(r *relay) bool {
+	client, err := unix.GetsockoptTCPInfo(int(r.client.fd), unix.IPPROTO_TCP, unix.TCP_INFO)
 	if err != nil {
-		return // closed: the relay ends by itself
+		return false
 	}
-	server, err := tcpInfo(w.relay.server)
+	server, err := unix.GetsockoptTCPInfo(int(r.server.fd), unix.IPPROTO_TCP, unix.TCP_INFO)
 	if err != nil {
-		return
+		return false
 	}
-	// struct tcp_info (include/uapi/linux/tcp.h). Keepalive probes and
-	// repetitions are in neither count.
-	now := time.Now()
-	received := now.Add(-time.Duration(min(client.Last_data_recv, server.Last_data_recv)) * time.Millisecond)
-	if received.After(w.active) {
-		w.active = received
-	}
+	r.quiet = !pending(client) && !pending(server)
 	acked := client.Bytes_acked + server.Bytes_acked
-	if (pending(client) || pending(server)) && acked != w.acked {
-		w.active = now // nothing need come in while a slow reader takes what there is
-	}
-	w.acked = acked
-	if left := w.idle - now.Sub(w.active); left > 0 {
-		w.timer.Reset(max(min(left, w.idle/looks), leastWait))
-		return
-	}
-	// The peers did nothing wrong, and nothing is under way: they are told of
-	// the end in order.
-	w.relay.say(outcomeIdle)
-	w.relay.close()
+	changed := acked != r.acked
+	r.acked = acked
+	return changed && !r.quiet
 }
 
 // pending reports whether a peer has yet to take something.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -45,7 +44,6 @@ const (
 type pool struct {
 	destination Destination
 	resolver    Resolver
-	dial        func(context.Context, netip.AddrPort) (*net.TCPConn, error)
 	probe       func(context.Context, netip.AddrPort) error
 	log         *slog.Logger
 
@@ -159,37 +157,51 @@ func sameSet(a, b []netip.Addr) bool {
 	return slices.Equal(sorted(a), sorted(b))
 }
 
-// connect returns a connection to one of the addresses.
-func (p *pool) connect(ctx context.Context) (*net.TCPConn, netip.AddrPort, error) {
-	var tried []netip.Addr
-	var to netip.AddrPort
-	var failed error
-	for range tries {
-		a, err := p.next(ctx, tried)
-		if err != nil {
-			return nil, to, errors.Join(failed, err)
-		}
-		if slices.Contains(tried, a) && !pause(ctx, retryPause) {
-			break
-		}
-		to = netip.AddrPortFrom(a, uint16(p.destination.ToPort))
-		attempt, cancel := context.WithTimeout(ctx, connectTimeout)
-		conn, err := p.dial(attempt, to)
-		cancel()
-		if err == nil {
-			p.answers(a)
-			return conn, to, nil
-		}
-		failed = err
-		if ctx.Err() != nil {
-			break
-		}
-		tried = append(tried, a)
-		if !ours(err) {
-			p.putAside(a, err)
-		}
+// An attempt is the way of one client to a server: up to three tries, of
+// whoever makes the connections.
+type attempt struct {
+	pool   *pool
+	to     netip.AddrPort // tried last
+	tried  []netip.Addr
+	failed error // the last try
+}
+
+// waits reports whether next may have to wait.
+func (a *attempt) waits() bool {
+	select {
+	case <-a.pool.known:
+		return len(a.tried) > 0
+	default:
+		return true
 	}
-	return nil, to, failed
+}
+
+// next sets where to connect to next, or returns why there is no use in that.
+func (a *attempt) next(ctx context.Context) error {
+	if len(a.tried) == tries || len(a.tried) > 0 && ctx.Err() != nil {
+		return a.failed
+	}
+	addr, err := a.pool.next(ctx, a.tried)
+	if err != nil {
+		return errors.Join(a.failed, err)
+	}
+	if slices.Contains(a.tried, addr) && !pause(ctx, retryPause) {
+		return a.failed
+	}
+	a.to = netip.AddrPortFrom(addr, uint16(a.pool.destination.ToPort))
+	return nil
+}
+
+// succeeds is told of a connection.
+func (a *attempt) succeeds() { a.pool.answers(a.to.Addr()) }
+
+// fails is told of a try without one.
+func (a *attempt) fails(ctx context.Context, err error) {
+	a.failed = err
+	a.tried = append(a.tried, a.to.Addr())
+	if ctx.Err() == nil && !ours(err) {
+		a.pool.putAside(a.to.Addr(), err)
+	}
 }
 
 // ours reports whether a connection failed for a want of this process's own,

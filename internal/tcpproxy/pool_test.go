@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -67,8 +66,22 @@ func (w *world) Lookup(context.Context, string) ([]netip.Addr, time.Time, error)
 	return w.addrs, time.Now().Add(w.ttl), nil
 }
 
-func (w *world) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
-	return nil, w.reach(ctx, to, &w.dialled)
+// connect makes one client's way to a server, as the proxy does.
+func (w *world) connect(ctx context.Context, p *pool) (netip.AddrPort, error) {
+	a := attempt{pool: p}
+	for {
+		if err := a.next(ctx); err != nil {
+			return a.to, err
+		}
+		try, cancel := context.WithTimeout(ctx, connectTimeout)
+		err := w.reach(try, a.to, &w.dialled)
+		cancel()
+		if err == nil {
+			a.succeeds()
+			return a.to, nil
+		}
+		a.fails(ctx, err)
+	}
 }
 
 func (w *world) probe(ctx context.Context, to netip.AddrPort) error {
@@ -103,7 +116,7 @@ func (w *world) Write(b []byte) (int, error) {
 func inWorld(t *testing.T, test func(t *testing.T, w *world, p *pool)) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{ttl: time.Minute, broken: map[string]error{}}
-		p := &pool{destination: Destination{80, "a.example", 443}, resolver: w, dial: w.dial, log: slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))}
+		p := &pool{destination: Destination{80, "a.example", 443}, resolver: w, log: slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 		p.probe = w.probe
 		test(t, w, p)
 		p.stop()
@@ -125,7 +138,7 @@ func (w *world) connects(t *testing.T, p *pool, n int) map[string]int {
 	w.dialled = nil
 	w.mu.Unlock()
 	for range n {
-		if _, to, err := p.connect(t.Context()); err != nil || to.Port() != 443 {
+		if to, err := w.connect(t.Context(), p); err != nil || to.Port() != 443 {
 			t.Errorf("connecting to %s: %v", to, err)
 		}
 	}
@@ -208,7 +221,7 @@ func TestNameFails(t *testing.T) {
 		w.fail(notFoundError{errors.New("no such name")})
 		time.Sleep(2 * time.Second)
 		begin := time.Now()
-		if _, _, err := p.connect(t.Context()); err == nil || err.Error() != "no such name" || time.Since(begin) > 0 {
+		if _, err := w.connect(t.Context(), p); err == nil || err.Error() != "no such name" || time.Since(begin) > 0 {
 			t.Errorf("%v after %s; want an error at once", err, time.Since(begin))
 		}
 		w.set("192.0.2.2")
@@ -223,7 +236,7 @@ func TestNameFailsAtStart(t *testing.T) {
 		w.fail(errors.New("no answer"))
 		p.start(t.Context())
 		begin := time.Now()
-		if _, _, err := p.connect(t.Context()); err == nil || err.Error() != "no answer" || time.Since(begin) != connectTimeout {
+		if _, err := w.connect(t.Context(), p); err == nil || err.Error() != "no answer" || time.Since(begin) != connectTimeout {
 			t.Errorf("%v after %s", err, time.Since(begin))
 		}
 		time.AfterFunc(4500*time.Millisecond, func() { w.set("192.0.2.1") })
@@ -288,7 +301,7 @@ func TestTries(t *testing.T) {
 		w.breaks("192.0.2.1", syscall.ECONNREFUSED)
 		p.start(t.Context())
 		begin := time.Now()
-		if _, _, err := p.connect(t.Context()); !errors.Is(err, syscall.ECONNREFUSED) {
+		if _, err := w.connect(t.Context(), p); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Error(err)
 		}
 		if d := time.Since(begin); d != 2*retryPause || len(w.dialled) != tries {
@@ -314,13 +327,13 @@ func TestOwnWants(t *testing.T) {
 		w.set("192.0.2.1")
 		w.breaks("192.0.2.1", os.NewSyscallError("connect", syscall.EADDRNOTAVAIL))
 		p.start(t.Context())
-		if _, _, err := p.connect(t.Context()); !errors.Is(err, syscall.EADDRNOTAVAIL) || len(p.aside) > 0 {
+		if _, err := w.connect(t.Context(), p); !errors.Is(err, syscall.EADDRNOTAVAIL) || len(p.aside) > 0 {
 			t.Errorf("%v, aside %v", err, p.aside)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		w.breaks("192.0.2.1", errSilence)
 		time.AfterFunc(time.Second, cancel)
-		if _, _, err := p.connect(ctx); !errors.Is(err, context.Canceled) || len(p.aside) > 0 {
+		if _, err := w.connect(ctx, p); !errors.Is(err, context.Canceled) || len(p.aside) > 0 {
 			t.Errorf("%v, aside %v", err, p.aside)
 		}
 	})

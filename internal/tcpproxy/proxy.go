@@ -7,11 +7,15 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/rules"
 )
@@ -33,6 +37,10 @@ type Proxy struct {
 	alive context.Context // of the connections
 	kill  context.CancelFunc
 
+	loops   []*loop
+	loop    atomic.Uint32 // the next, so that each has its share
+	looping sync.WaitGroup
+
 	mu        sync.Mutex
 	stopped   bool
 	list      []Destination
@@ -45,7 +53,7 @@ type Proxy struct {
 
 // A port is one that is listened on.
 type port struct {
-	listener *net.TCPListener
+	listener *os.File
 	pool     atomic.Pointer[pool] // of the destination, which may change
 }
 
@@ -53,20 +61,37 @@ type port struct {
 func New(o Options) *Proxy {
 	p := &Proxy{o: o, dialer: newDialer(), ports: map[rules.Port]*port{}}
 	p.alive, p.kill = context.WithCancel(context.Background())
-	p.dialer.keepAlive = keepAlive(o.Idle)
+	p.dialer.keepAlive = asks(o.Idle)
 	return p
 }
 
-// keepAlive returns whether peers are to be asked if they are there, as
-// net.Dialer and net.ListenConfig have it: below zero, not. Those that do not
-// answer ten probes, 15 s apart (net.KeepAliveConfig), are given up, which is of no
-// use where the watch is not slower. Asking for it takes a short connection as
-// long as its data does: four calls at each end.
-func keepAlive(idle time.Duration) time.Duration {
-	if idle > 0 && idle <= 10*15*time.Second {
-		return -1
+// asks reports whether peers are to be asked if they are there. That is of no use
+// where those that do not answer are idle before they are given up, and makes a
+// connection to a server take four calls more.
+func asks(idle time.Duration) bool { return idle == 0 || idle > 10*15*time.Second }
+
+// start makes the loops, once: as many as can be at work.
+func (p *Proxy) start() error {
+	if len(p.loops) > 0 {
+		return nil
 	}
-	return 0
+	var all []*loop
+	for range runtime.GOMAXPROCS(0) {
+		l, err := newLoop()
+		if err != nil {
+			for _, l := range all {
+				l.close()
+			}
+			return err
+		}
+		l.idle, l.ended, l.failed = p.o.Idle, p.ended, p.failed
+		all = append(all, l)
+	}
+	for _, l := range all {
+		p.looping.Go(l.run)
+	}
+	p.loops = all
+	return nil
 }
 
 // Apply makes the destinations be those of a list. Ports that are in it already
@@ -78,6 +103,9 @@ func (p *Proxy) Apply(list []Destination) error {
 	defer p.mu.Unlock()
 	if p.stopped {
 		return nil
+	}
+	if err := p.start(); err != nil {
+		return err
 	}
 	wanted := map[rules.Port]bool{}
 	for _, d := range list {
@@ -124,7 +152,7 @@ func (l *port) close() {
 }
 
 func (p *Proxy) newPool(d Destination) *pool {
-	pool := &pool{destination: d, resolver: p.o.Resolver, dial: p.dialer.dial, probe: p.probe, log: p.o.Log}
+	pool := &pool{destination: d, resolver: p.o.Resolver, probe: p.probe, log: p.o.Log}
 	pool.start(p.alive)
 	return pool
 }
@@ -152,11 +180,19 @@ func (e *ListenError) Hint() string {
 	return ""
 }
 
-// listen listens on all addresses, also those of IPv6 where there are any.
-func (p *Proxy) listen(number rules.Port) (*net.TCPListener, error) {
+// listen listens on all addresses, also those of IPv6 where there are any. Sockets
+// that are accepted have its options.
+func (p *Proxy) listen(number rules.Port) (*os.File, error) {
 	// Go would listen with Multipath TCP (since 1.24), whose sockets cannot do
 	// everything that a relay needs.
-	config := net.ListenConfig{KeepAlive: p.dialer.keepAlive}
+	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) {
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+			if p.dialer.keepAlive {
+				keepAlive(int(fd))
+			}
+		})
+	}}
 	config.SetMultipathTCP(false)
 	listener, err := config.Listen(context.Background(), "tcp", fmt.Sprintf(":%d", number))
 	if err != nil {
@@ -165,81 +201,146 @@ func (p *Proxy) listen(number rules.Port) (*net.TCPListener, error) {
 		}
 		return nil, &ListenError{number, err}
 	}
-	return listener.(*net.TCPListener), nil
+	defer listener.Close() // the file is another descriptor of the same
+	file, err := listener.(*net.TCPListener).File()
+	if err != nil {
+		return nil, &ListenError{number, err}
+	}
+	return file, nil
 }
 
-// probe finds out whether an address answers. The connection ends by a reset,
-// so that no port is kept (TIME_WAIT).
+// probe finds out whether an address answers.
 func (p *Proxy) probe(ctx context.Context, to netip.AddrPort) error {
-	conn, err := p.dialer.dial(ctx, to)
-	if err != nil {
-		return err
-	}
+	var say []byte
 	if p.o.SendProxy {
-		_, err = conn.Write(localHeader)
+		say = localHeader
 	}
-	reset(conn)
-	return err
+	return p.dialer.reach(ctx, to, say)
 }
 
 // accept accepts the connections of one port until that is closed.
 func (p *Proxy) accept(l *port) {
 	const most = 100 * time.Millisecond
 	var wait time.Duration
-	for {
-		client, err := l.listener.AcceptTCP()
+	raw, err := l.listener.SyscallConn()
+	for err == nil {
+		var client int
+		var from unix.Sockaddr
+		var failed error
+		err = raw.Read(func(fd uintptr) bool {
+			client, from, failed = unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+			return !errors.Is(failed, unix.EAGAIN)
+		})
 		switch {
-		case errors.Is(err, net.ErrClosed):
-			return
-		case err != nil:
+		case err != nil: // closed
+		case errors.Is(failed, unix.ECONNABORTED), errors.Is(failed, unix.EINTR):
+		case failed != nil:
 			// Descriptors or memory are short: connections that end give some
 			// back. Those that come wait in the kernel's queue.
 			if wait == 0 {
-				p.o.Log.Error("accepting connections failed", "port", l.pool.Load().destination.Port, "error", err)
+				p.o.Log.Error("accepting connections failed", "port", l.pool.Load().destination.Port, "error", os.NewSyscallError("accept4", failed))
 			}
 			wait = min(max(2*wait, time.Millisecond), most)
 			pause(p.alive, wait)
 		default:
 			wait = 0
-			pool := l.pool.Load()
-			p.relaying.Go(func() { p.serve(client, pool) })
+			p.begin(l.pool.Load(), int32(client), from)
 		}
 	}
 }
 
-// serve relays one connection from its beginning to its end.
-func (p *Proxy) serve(client *net.TCPConn, pool *pool) {
-	begin := time.Now()
+// begin begins with a client.
+func (p *Proxy) begin(pool *pool, client int32, from unix.Sockaddr) {
+	p.relaying.Add(1)
 	p.open.Add(1)
-	defer p.open.Add(-1)
 	pool.count.connections.Add(1)
 	pool.count.open.Add(1)
-	defer pool.count.open.Add(-1)
-	r := relay{client: client}
-	from, local := addrPort(client.RemoteAddr()), addrPort(client.LocalAddr())
-	server, to, err := pool.connect(p.alive)
-	outcome := outcomeNoServer
-	if err == nil && p.o.SendProxy {
-		if _, err = server.Write(proxyHeader(from, local)); err != nil {
-			reset(server)
+	r := newRelay(client)
+	r.attempt.pool, r.from = pool, addrPort(from)
+	if p.o.AccessLog {
+		r.begin = time.Now()
+	}
+	if p.o.SendProxy {
+		local, _ := unix.Getsockname(int(client))
+		r.header = proxyHeader(r.from, addrPort(local))
+	}
+	// What may take long must not keep the next client waiting.
+	if r.attempt.waits() || !p.try(r) {
+		go p.connect(r)
+	}
+}
+
+// connect looks for a server until there is one, or none.
+func (p *Proxy) connect(r *relay) {
+	for !p.try(r) {
+	}
+}
+
+// try begins a connection to a server, which a loop goes on with, and reports
+// whether there is nothing more to try.
+func (p *Proxy) try(r *relay) bool {
+	if err := r.attempt.next(p.alive); err != nil {
+		p.refuse(r, err)
+		return true
+	}
+	server, err := p.dialer.dial(r.attempt.to)
+	if err == nil {
+		l := p.loops[p.loop.Add(1)%uint32(len(p.loops))]
+		if err = l.take(r, server); err == nil {
+			return true
 		}
+		rawReset(server)
 	}
-	if err != nil {
-		// A client must not take the end for an empty answer.
-		reset(client)
-		pool.count.failed.Add(1)
-	} else {
-		r.server = server
-		outcome = r.run(p.alive, p.o.Idle)
-		pool.count.sent.Add(r.toServer)
-		pool.count.received.Add(r.toClient)
-	}
+	r.attempt.fails(p.alive, err)
+	return false
+}
+
+// failed goes on with a relay whose server was not reached.
+func (p *Proxy) failed(r *relay, err error) {
+	go func() {
+		r.attempt.fails(p.alive, err)
+		p.connect(r)
+	}()
+}
+
+// refuse ends a relay that has no server. The client must not take the end for an
+// empty answer.
+func (p *Proxy) refuse(r *relay, err error) {
+	rawReset(r.client.fd)
+	r.outcome = outcomeNoServer
+	r.attempt.pool.count.failed.Add(1)
+	p.end(r, err)
+}
+
+// ended counts a relay that is over.
+func (p *Proxy) ended(r *relay) {
+	r.attempt.pool.count.sent.Add(r.up.bytes)
+	r.attempt.pool.count.received.Add(r.down.bytes)
+	p.end(r, nil)
+}
+
+// end ends a connection in the books.
+func (p *Proxy) end(r *relay, err error) {
+	r.attempt.pool.count.open.Add(-1)
+	p.open.Add(-1)
 	if !p.o.AccessLog {
+		p.relaying.Done()
 		return
 	}
+	// Who reads the log may be slow, and no loop waits for that.
+	took := time.Since(r.begin)
+	go func() {
+		defer p.relaying.Done()
+		p.log(r, took, err)
+	}()
+}
+
+// log writes a line about a connection.
+func (p *Proxy) log(r *relay, took time.Duration, err error) {
+	destination := r.attempt.pool.destination
 	attributes := []any{
-		"client", from, "port", local.Port(), "destination", pool.destination.Target(), "address", to,
-		"to_server", r.toServer, "to_client", r.toClient, "duration", time.Since(begin).Round(time.Millisecond), "outcome", outcome,
+		"client", r.from, "port", destination.Port, "destination", destination.Target(), "address", r.attempt.to,
+		"to_server", r.up.bytes, "to_client", r.down.bytes, "duration", took.Round(time.Millisecond), "outcome", r.outcome,
 	}
 	if err != nil {
 		attributes = append(attributes, "error", err)
@@ -257,8 +358,20 @@ func (p *Proxy) Shutdown(grace time.Duration) {
 	}
 	p.mu.Unlock()
 	p.accepting.Wait()
-	timer := time.AfterFunc(grace, p.kill)
+	timer := time.AfterFunc(grace, p.abort)
 	defer timer.Stop()
 	p.relaying.Wait()
+	p.abort()
+	for _, l := range p.loops {
+		l.close()
+	}
+	p.looping.Wait()
+}
+
+// abort ends all connections.
+func (p *Proxy) abort() {
 	p.kill()
+	for _, l := range p.loops {
+		l.stop()
+	}
 }

@@ -1,12 +1,7 @@
 package tcpproxy
 
 import (
-	"context"
-	"errors"
-	"io"
-	"net"
-	"sync"
-	"sync/atomic"
+	"net/netip"
 	"syscall"
 	"time"
 
@@ -25,216 +20,323 @@ const (
 
 // A relay joins the connection of a client to one to a server.
 //
-// Each direction is an endpoint's wait for data and then a copy of just that
-// data. As long as pieces are short they are read and written: a splice takes
-// twice as many calls, and most connections never have more than a question and
-// an answer. Longer ones go by io.CopyN between two plain *net.TCPConn, which the
-// standard library does with splice(2). A copy until the end of the stream would
-// do the same, but hold a pipe for each direction all the time that it waits: two
-// descriptors and, for a process without CAP_SYS_RESOURCE, a share of what its
-// user may have of pipes before the kernel makes them small (pipe(7),
-// pipe-user-pages-soft).
+// It belongs to whoever looks for the server, and from the moment at which the
+// server's socket is in a loop to that loop alone.
 type relay struct {
-	client, server *net.TCPConn
+	attempt attempt
+	from    netip.AddrPort // the client
+	begin   time.Time      // for the access log
+	header  []byte         // what the server is told first
 
-	ended              atomic.Int32           // directions, in order
-	outcome            atomic.Pointer[string] // the first that was found
-	cut                atomic.Bool            // a stream ended before its end
-	toServer, toClient int64                  // bytes; of use after run
+	loop           *loop
+	id             uint64 // in the loop
+	client, server end
+	up, down       flow // to the server, to the client
+
+	joined  bool   // the server is connected
+	watched bool   // the loop hears of the client
+	queued  bool   // the loop comes back to it without an event
+	over    bool   // the loop has let go of it
+	cut     bool   // a stream ended before its end
+	outcome string // the first that was found
+
+	active uint32 // the loop's tick in which something happened last
+	quiet  bool   // at the last look nobody had anything to take
+	acked  uint64 // bytes that both peers had acknowledged at the last look
 }
 
-// run relays until both directions have ended, nothing has happened for the
-// time idle, if that is not zero, or the context ends. It closes both.
-func (r *relay) run(ctx context.Context, idle time.Duration) string {
-	defer context.AfterFunc(ctx, func() { r.abort(outcomeStopped) })()
-	if idle > 0 {
-		w := &watch{relay: r, idle: idle}
-		w.begin()
-		defer w.end()
+func newRelay(client int32) *relay {
+	r := &relay{client: end{fd: client, prompt: true}}
+	r.up.from, r.up.to, r.up.back = &r.client, &r.server, &r.down
+	r.down.from, r.down.to, r.down.back = &r.server, &r.client, &r.up
+	return r
+}
+
+// An end is one of a relay's two sockets, and what is known of it from the
+// loop's events, which tell only of changes (EPOLLET).
+type end struct {
+	fd       int32
+	readable bool // there may be something to read
+	ended    bool // the peer has ended its stream: a short read has the last of it
+	more     bool // a short read does not tell that there is nothing more
+	full     bool // it takes nothing now
+	watched  bool // the loop hears when it takes something again
+	written  bool // to
+	prompt   bool // it sends at once (TCP_NODELAY)
+}
+
+// see takes what epoll_ctl(2) has to say.
+func (e *end) see(events uint32) {
+	if events&unix.EPOLLOUT != 0 {
+		e.full = false
 	}
-	var both sync.WaitGroup
-	both.Go(func() { r.toServer = r.direction(r.server, r.client, outcomeServerReset, outcomeClientReset) })
-	r.toClient = r.direction(r.client, r.server, outcomeClientReset, outcomeServerReset)
-	both.Wait()
-
-	r.say(outcomeDone)
-	if r.cut.Load() {
-		r.abort(outcomeDone)
+	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+		e.readable = true
 	}
-	r.close()
-	return *r.outcome.Load()
-}
-
-func (r *relay) say(outcome string) { r.outcome.CompareAndSwap(nil, &outcome) }
-
-// abort ends both connections by a reset, since one that was not ended by its
-// peers must not look as if it were. That also leaves nothing behind in the
-// state TIME_WAIT, which would keep a local port (RFC 9293 section 3.6).
-func (r *relay) abort(outcome string) {
-	r.say(outcome)
-	reset(r.client)
-	reset(r.server)
-}
-
-// close ends both connections in order. It does nothing where that was done.
-func (r *relay) close() {
-	_ = r.client.Close()
-	_ = r.server.Close()
-}
-
-func reset(conn *net.TCPConn) {
-	_ = conn.SetLinger(0)
-	_ = conn.Close()
-}
-
-// direction relays one direction to its end and passes that on.
-func (r *relay) direction(dst, src *net.TCPConn, dstReset, srcReset string) int64 {
-	n, err := forward(dst, src)
-	if err == nil && r.ended.Add(1) == 1 {
-		// The other direction goes on (RFC 9293 section 3.6, half-close). If it
-		// has ended before, closing the connections says the same.
-		err = dst.CloseWrite()
+	// After the end of the stream, or a reset, there is no other event. A read
+	// also stops short of urgent data, which have one of their own (tcp(7)).
+	const last = unix.EPOLLRDHUP | unix.EPOLLERR | unix.EPOLLHUP
+	if events&(last|unix.EPOLLPRI) != 0 {
+		e.more = true
 	}
-	switch {
-	case err == nil || errors.Is(err, net.ErrClosed):
-	case isClosed(dst):
-		// What dst had sent before is still there, and the other direction
-		// delivers it before it ends too. After a reset that followed the end
-		// of dst's stream (EPIPE, tcp_reset in net/ipv4/tcp_input.c) that is
-		// all of it.
-		r.say(dstReset)
-		if !errors.Is(err, syscall.EPIPE) {
-			r.cut.Store(true)
+	// Alone, it is no reset.
+	e.ended = events&(last|unix.EPOLLPRI) == unix.EPOLLRDHUP
+}
+
+// beforeWrite makes the second piece of data, and those after it, go out at once:
+// the first does so anyway, since nothing is under way that Nagle's algorithm would
+// wait for (RFC 9293 section 3.7.4), and many connections have no other.
+func (e *end) beforeWrite() {
+	if e.written && !e.prompt {
+		e.prompt = true
+		_ = unix.SetsockoptInt(int(e.fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	}
+	e.written = true
+}
+
+// A flow is one direction of a relay.
+//
+// As long as pieces are short they are read and written: a splice takes as many
+// calls and a pipe besides, and most connections never have more than a question
+// and an answer. How long the last piece was tells how to move the next.
+type flow struct {
+	from, to *end
+	back     *flow // the other direction
+
+	bytes int64  // that were delivered
+	rest  []byte // of a short piece, which the peer has yet to take
+	pipe  *pipe  // the same of a long one; nil: none
+	long  bool   // the last piece was
+	over  bool   // the end of the stream was passed on, or could not be
+}
+
+const (
+	// shortPiece is what is read and written, in bytes. More at a time is spliced.
+	shortPiece = 16 << 10
+	// turn is after how many bytes others have theirs.
+	turn = 1 << 20
+)
+
+// run moves what there is to move, in both directions, and reports whether there
+// is more. The relay may be over after it.
+func (r *relay) run() (more bool) {
+	more = r.move(&r.up)
+	if !r.over {
+		more = r.move(&r.down) || more
+	}
+	// What one direction found out may be the end of both.
+	if !r.over && r.up.over && r.down.over {
+		r.finish()
+	}
+	return more && !r.over
+}
+
+// move moves one direction until it would have to wait, or its turn is over.
+func (r *relay) move(f *flow) (more bool) {
+	for moved := 0; moved < turn; {
+		if f.over {
+			return false
 		}
-	default:
-		r.abort(srcReset)
-	}
-	return n
-}
-
-// shortPiece is what is read and written, in bytes. More at a time is spliced.
-const shortPiece = 16 << 10
-
-// pieces are the buffers of short pieces.
-var pieces = sync.Pool{New: func() any { return new([shortPiece]byte) }}
-
-// forward copies what src sends to dst, until src has sent all. How long the last
-// piece was tells how to copy the next.
-func forward(dst, src *net.TCPConn) (int64, error) {
-	raw, err := src.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	p := piece{raw: raw, dst: dst}
-	var total int64
-	for long := false; ; {
-		var n int64
-		if long {
-			var size int64
-			if size, err = awaitData(raw); size > 0 && err == nil {
-				n, err = io.CopyN(dst, src, size)
+		if len(f.rest) > 0 || f.pipe != nil {
+			n, waits := r.deliver(f)
+			if waits {
+				return false
 			}
+			moved += n
+			continue
+		}
+		if !f.from.readable {
+			return false
+		}
+		if f.long {
+			f.pipe = r.loop.pipes.get()
+		}
+		if f.pipe != nil {
+			r.fill(f)
 		} else {
-			n, err = p.copy()
+			moved += r.copy(f)
 		}
-		total += n
-		if n == 0 || err != nil {
-			return total, err
+		if r.over {
+			return false
 		}
-		long = n >= shortPiece
 	}
-}
-
-// A piece copies short pieces from one connection to another.
-type piece struct {
-	raw syscall.RawConn
-	dst *net.TCPConn
-	buf *[shortPiece]byte // nil while it waits, for which it may take long
-	n   int
-	err error
-}
-
-// copy waits for data and copies it. It returns 0 at the end of the stream.
-func (p *piece) copy() (int64, error) {
-	if err := p.raw.Read(p.read); err != nil {
-		return 0, err
-	}
-	defer p.release()
-	if p.n <= 0 || p.err != nil {
-		return 0, p.err
-	}
-	n, err := p.dst.Write(p.buf[:p.n])
-	return int64(n), err
-}
-
-// read reads if there is something to read.
-func (p *piece) read(fd uintptr) bool {
-	p.buf = pieces.Get().(*[shortPiece]byte)
-	n, err := unix.Read(int(fd), p.buf[:])
-	for err == unix.EINTR {
-		n, err = unix.Read(int(fd), p.buf[:])
-	}
-	if err == unix.EAGAIN {
-		p.release()
-		return false
-	}
-	p.n, p.err = n, err
 	return true
 }
 
-func (p *piece) release() {
-	pieces.Put(p.buf)
-	p.buf = nil
+// copy moves a short piece.
+func (r *relay) copy(f *flow) int {
+	buffer := r.loop.buffer[:]
+	n, errno := rawRead(f.from.fd, buffer)
+	if errno != 0 || n == 0 {
+		r.nothing(f, errno)
+		return 0
+	}
+	f.long = n == len(buffer)
+	f.to.beforeWrite()
+	written, errno := rawWrite(f.to.fd, buffer[:n])
+	if errno != 0 {
+		written = 0
+	}
+	f.bytes += int64(written)
+	if errno != 0 && errno != unix.EAGAIN {
+		r.lose(f, errno)
+		return written
+	}
+	if written < n {
+		f.rest = append(f.rest, buffer[written:n]...)
+	}
+	switch {
+	case n == len(buffer):
+	case f.from.ended && len(f.rest) == 0:
+		r.pass(f)
+	case !f.from.more:
+		// What comes now is an event (epoll(7), question 9).
+		f.from.readable = false
+	}
+	return written
 }
 
-// awaitData waits for data and returns how many bytes there are to read without
-// waiting, none at the end of the stream.
-func awaitData(raw syscall.RawConn) (size int64, err error) {
-	var failed error
-	err = raw.Read(func(fd uintptr) bool {
-		var b [1]byte
-		n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK)
-		for err == unix.EINTR {
-			n, _, err = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK)
-		}
-		if err == unix.EAGAIN {
-			return false
-		}
-		if failed = err; err != nil || n == 0 {
-			return true
-		}
-		size = 1
-		if queued, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ); err == nil && queued > 1 { // tcp(7)
-			size = int64(queued)
-		}
-		return true
-	})
-	if err == nil {
-		err = failed
+// fill moves a long piece into the pipe.
+func (r *relay) fill(f *flow) {
+	n, errno := rawSplice(f.from.fd, f.pipe.in, pipeSize)
+	if errno != 0 || n == 0 {
+		r.empty(f)
+		r.nothing(f, errno)
+		return
 	}
-	return size, err
+	f.pipe.size, f.long = n, n >= shortPiece
 }
 
-// stateClose is TCP_CLOSE, the state of a connection that was reset
-// (include/net/tcp_states.h).
-const stateClose = 7
-
-func isClosed(conn *net.TCPConn) bool {
-	info, err := tcpInfo(conn)
-	return err != nil || info.State == stateClose
+// deliver gives the receiver what it did not take before, and reports whether it
+// has to be waited for.
+func (r *relay) deliver(f *flow) (n int, waits bool) {
+	if f.to.full {
+		return 0, true
+	}
+	f.to.beforeWrite()
+	var errno syscall.Errno
+	if f.pipe != nil {
+		n, errno = rawSplice(f.pipe.out, f.to.fd, f.pipe.size)
+	} else {
+		n, errno = rawWrite(f.to.fd, f.rest)
+	}
+	switch {
+	case errno == unix.EAGAIN:
+		f.to.full = true
+		r.loop.watch(r, f.to)
+		return 0, true
+	case errno != 0:
+		r.lose(f, errno)
+		return 0, true
+	}
+	f.bytes += int64(n)
+	if f.pipe != nil {
+		if f.pipe.size -= n; f.pipe.size == 0 {
+			r.empty(f)
+		}
+	} else if f.rest = f.rest[n:]; len(f.rest) == 0 {
+		f.rest = nil
+	}
+	return n, false
 }
 
-func tcpInfo(conn *net.TCPConn) (info *unix.TCPInfo, err error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return nil, err
+// empty gives the pipe back.
+func (r *relay) empty(f *flow) {
+	if f.pipe != nil {
+		r.loop.pipes.put(f.pipe)
+		f.pipe = nil
 	}
-	var failed error
-	err = raw.Control(func(fd uintptr) {
-		info, failed = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-	})
-	if err == nil {
-		err = failed
+}
+
+// nothing is told that there was nothing to read: now, or at all.
+func (r *relay) nothing(f *flow, errno syscall.Errno) {
+	switch errno {
+	case unix.EAGAIN:
+		f.from.readable = false
+	case 0:
+		r.pass(f)
+	default:
+		r.abort(r.resetBy(f.from))
 	}
-	return info, err
+}
+
+// pass passes the end of a stream on. The other direction goes on (RFC 9293
+// section 3.6, half-close); if it has ended before, closing the connections says
+// the same.
+func (r *relay) pass(f *flow) {
+	f.over = true
+	if f.back.over {
+		return
+	}
+	if errno := rawEnd(f.to.fd); errno != 0 {
+		r.lose(f, errno)
+	}
+}
+
+// lose is told that the receiver is gone. What it had sent before is still there,
+// and the other direction delivers it before it ends too. After a reset that
+// followed the end of its stream (EPIPE, tcp_reset in net/ipv4/tcp_input.c) that
+// is all of it.
+func (r *relay) lose(f *flow, errno syscall.Errno) {
+	f.over, f.rest = true, nil
+	r.empty(f)
+	r.say(r.resetBy(f.to))
+	if errno != unix.EPIPE {
+		r.cut = true
+	}
+}
+
+// gone is told that an end was reset. Where all that it sent was passed on, no read
+// tells; but there is nobody left to deliver to.
+func (r *relay) gone(e *end) {
+	f := &r.up
+	if e == &r.client {
+		f = &r.down
+	}
+	if f.over || !f.back.over {
+		return
+	}
+	if code, err := unix.GetsockoptInt(int(e.fd), unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
+		r.lose(f, syscall.Errno(code))
+		r.finish()
+	}
+}
+
+func (r *relay) resetBy(e *end) string {
+	if e == &r.client {
+		return outcomeClientReset
+	}
+	return outcomeServerReset
+}
+
+func (r *relay) say(outcome string) {
+	if r.outcome == "" {
+		r.outcome = outcome
+	}
+}
+
+// finish ends a relay both of whose directions have ended.
+func (r *relay) finish() {
+	if r.cut {
+		r.abort(outcomeDone)
+		return
+	}
+	r.close(outcomeDone)
+}
+
+// close ends both connections in order.
+func (r *relay) close(outcome string) { r.leave(outcome, rawClose) }
+
+// abort ends both connections by a reset.
+func (r *relay) abort(outcome string) { r.leave(outcome, rawReset) }
+
+func (r *relay) leave(outcome string, how func(int32)) {
+	r.say(outcome)
+	r.empty(&r.up)
+	r.empty(&r.down)
+	how(r.client.fd)
+	how(r.server.fd)
+	r.over = true
+	delete(r.loop.relays, r.id)
+	r.loop.ended(r)
 }

@@ -2,18 +2,18 @@ package tcpproxy
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"errors"
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
@@ -54,32 +54,85 @@ func pair(t *testing.T) (a, b *net.TCPConn) {
 type joined struct {
 	client, server *net.TCPConn
 	relay          *relay
-	stop           context.CancelFunc
+	stop           func()
 	done           chan struct{}
 	outcome        string // after done
+}
+
+// relays are the joined of relays that have not ended.
+var relays sync.Map
+
+// descriptor returns the descriptor of a connection, which is used up.
+func descriptor(t *testing.T, conn *net.TCPConn) int32 {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dup int
+	if err := raw.Control(func(fd uintptr) { dup, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) }); err != nil || dup < 0 {
+		t.Fatal(err)
+	}
+	_ = conn.Close()
+	return int32(dup)
+}
+
+func reset(conn *net.TCPConn) {
+	_ = conn.SetLinger(0)
+	_ = conn.Close()
 }
 
 // join starts a relay. What a client says before, it says while the proxy
 // connects to the server.
 func join(t *testing.T, idle time.Duration, before ...byte) *joined {
 	t.Helper()
-	j := &joined{done: make(chan struct{})}
+	return joinIn(t, startLoop(t, idle), before...)
+}
+
+// startLoop starts a loop for joinIn.
+func startLoop(t *testing.T, idle time.Duration) *loop {
+	t.Helper()
+	l, err := newLoop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.idle = idle
+	l.ended = func(r *relay) {
+		if j, ok := relays.LoadAndDelete(r); ok {
+			j.(*joined).outcome = r.outcome
+			close(j.(*joined).done)
+		}
+	}
+	l.failed = func(_ *relay, err error) { t.Errorf("not connected: %v", err) }
+	var running sync.WaitGroup
+	running.Go(l.run)
+	t.Cleanup(func() {
+		l.stop()
+		time.Sleep(time.Millisecond)
+		l.close()
+		running.Wait()
+	})
+	return l
+}
+
+// joinIn starts a relay in a loop.
+func joinIn(t *testing.T, l *loop, before ...byte) *joined {
+	t.Helper()
+	j := &joined{done: make(chan struct{}), stop: l.stop}
 	client, near := pair(t)
 	far, server := pair(t)
-	for _, c := range []*net.TCPConn{near, far} {
-		_ = c.SetDeadline(time.Time{})
-	}
-	j.client, j.server, j.relay = client, server, &relay{client: near, server: far}
+	j.client, j.server, j.relay = client, server, newRelay(descriptor(t, near))
+	p := &pool{destination: Destination{80, "127.0.0.1", 80}}
+	p.start(t.Context())
+	j.relay.attempt = attempt{pool: p}
 	send(t, client, before)
 	if len(before) > 0 {
 		time.Sleep(20 * time.Millisecond)
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	j.stop = cancel
-	go func() {
-		j.outcome = j.relay.run(ctx, idle)
-		close(j.done)
-	}()
+	relays.Store(j.relay, j)
+	if err := l.take(j.relay, descriptor(t, far)); err != nil {
+		t.Fatal(err)
+	}
 	return j
 }
 
@@ -145,8 +198,8 @@ func TestRelay(t *testing.T) {
 	}
 	all.Wait()
 	j.wantOutcome(t, outcomeDone)
-	if j.relay.toServer != int64(len(up)) || j.relay.toClient != int64(len(down)) {
-		t.Errorf("counted %d and %d bytes", j.relay.toServer, j.relay.toClient)
+	if j.relay.up.bytes != int64(len(up)) || j.relay.down.bytes != int64(len(down)) {
+		t.Errorf("counted %d and %d bytes", j.relay.up.bytes, j.relay.down.bytes)
 	}
 }
 
@@ -330,8 +383,9 @@ func TestNotIdle(t *testing.T) {
 // Connections that wait hold no pipes. (Standard output and error may be some.)
 func TestIdleHoldsNoPipes(t *testing.T) {
 	var all []*joined
+	l := startLoop(t, 0)
 	for range 50 {
-		j := join(t, 0)
+		j := joinIn(t, l)
 		for range 2 {
 			send(t, j.client, []byte("a"))
 			wantRead(t, j.server, "a")
@@ -340,13 +394,8 @@ func TestIdleHoldsNoPipes(t *testing.T) {
 		}
 		all = append(all, j)
 	}
-	// Those that were used last are kept for the next use, until the second
-	// collection of garbage.
-	for end := time.Now().Add(5 * time.Second); pipes(t) > 4; time.Sleep(time.Millisecond) {
-		runtime.GC()
-		if time.Now().After(end) {
-			t.Fatalf("%d descriptors of pipes for %d connections", pipes(t), len(all))
-		}
+	if n := pipes(t); n > 4 {
+		t.Errorf("%d descriptors of pipes for %d connections", n, len(all))
 	}
 	for _, j := range all {
 		j.stop()

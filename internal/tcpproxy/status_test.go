@@ -111,12 +111,12 @@ func TestCondition(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		w.breaks("192.0.2.1", errors.New("refused"))
 		for range 2 {
-			_, _, _ = p.connect(t.Context())
+			_, _ = w.connect(t.Context(), p)
 		}
 		expect("one is aside", Impaired, 10*time.Second)
 		time.Sleep(time.Second)
 		w.breaks("192.0.2.2", errors.New("refused"))
-		_, _, _ = p.connect(t.Context()) // tries, with pauses, until all are
+		_, _ = w.connect(t.Context(), p) // tries, with pauses, until all are
 		var s Status
 		p.status(&s)
 		if s.Condition != Unusable || s.Aside != 2 || s.Addresses != 2 {
