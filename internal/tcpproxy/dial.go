@@ -66,44 +66,32 @@ func (d *dialer) dial(to netip.AddrPort) (int32, error) {
 // by binding to port 0, which takes one that has no connection at all, where
 // connect(2) finds one that has none to this server.
 func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
-	family := unix.AF_INET6
+	family, any := unix.AF_INET6, netip.IPv6Unspecified()
 	if to.Addr().Is4() {
-		family = unix.AF_INET
+		family, any = unix.AF_INET, netip.IPv4Unspecified()
 	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, os.NewSyscallError("socket", err)
+	fd, errno := rawSocket(family)
+	if errno != 0 {
+		return 0, os.NewSyscallError("socket", errno)
 	}
+	what := "bind"
 	if port != 0 {
-		err = bind(fd, family, int(port))
+		// Others may have the port too if they allow it: for connections to other
+		// servers, after this one, or to listen (socket(7)).
+		rawOption(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		errno = rawBind(fd, netip.AddrPortFrom(any, port))
 	}
-	if err == nil {
+	if errno == 0 {
 		if d.keepAlive {
 			keepAlive(fd)
 		}
-		if errno := rawConnect(int32(fd), to); errno != 0 && errno != unix.EINPROGRESS {
-			err = os.NewSyscallError("connect", errno)
-		}
+		what, errno = "connect", rawConnect(fd, to)
 	}
-	if err != nil {
-		rawClose(int32(fd))
-		return 0, err
+	if errno != 0 && errno != unix.EINPROGRESS {
+		rawClose(fd)
+		return 0, os.NewSyscallError(what, errno)
 	}
-	return int32(fd), nil
-}
-
-// bind gives a socket its port, which others may have too if they allow it: for
-// connections to other servers, after this one, or to listen (socket(7),
-// SO_REUSEADDR).
-func bind(fd, family, port int) error {
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return os.NewSyscallError("setsockopt", err)
-	}
-	var from unix.Sockaddr = &unix.SockaddrInet6{Port: port}
-	if family == unix.AF_INET {
-		from = &unix.SockaddrInet4{Port: port}
-	}
-	return os.NewSyscallError("bind", unix.Bind(fd, from))
+	return fd, nil
 }
 
 // reach connects to a server, says something and ends the connection by a reset,

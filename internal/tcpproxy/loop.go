@@ -25,7 +25,8 @@ type loop struct {
 	ended  func(*relay)        // is told of a relay that is over
 	failed func(*relay, error) // is given back a relay whose server was not reached
 
-	file   *os.File // the epoll
+	epoll  int32
+	file   *os.File // the same, for the runtime's poller
 	raw    syscall.RawConn
 	events [128]unix.EpollEvent
 	buffer [shortPiece]byte // of all short pieces
@@ -54,7 +55,7 @@ func newLoop() (*loop, error) {
 	}
 	// It never blocks, but os.NewFile has only those watched that say so.
 	_ = unix.SetNonblock(epoll, true)
-	l := &loop{file: os.NewFile(uintptr(epoll), "epoll"), relays: map[uint64]*relay{}}
+	l := &loop{epoll: int32(epoll), file: os.NewFile(uintptr(epoll), "epoll"), relays: map[uint64]*relay{}}
 	if l.raw, err = l.file.SyscallConn(); err != nil {
 		return nil, fmt.Errorf("waiting for an epoll: %w", err)
 	}
@@ -95,9 +96,10 @@ func (l *loop) control(how int, r *relay, e *end) error {
 	if e.watched {
 		event.Events |= unix.EPOLLOUT
 	}
-	var errno error
-	err := l.raw.Control(func(epoll uintptr) { errno = unix.EpollCtl(int(epoll), how, int(e.fd), &event) })
-	return errors.Join(err, os.NewSyscallError("epoll_ctl", errno))
+	if errno := rawControl(l.epoll, how, e.fd, &event); errno != 0 {
+		return os.NewSyscallError("epoll_ctl", errno)
+	}
+	return nil
 }
 
 // watch makes the loop hear when an end that is full takes something again, which
@@ -115,9 +117,9 @@ func (l *loop) watch(r *relay, e *end) {
 func (l *loop) run() {
 	defer l.pipes.close()
 	var n int
-	poll := func(epoll uintptr) bool {
+	poll := func(uintptr) bool {
 		var errno syscall.Errno
-		if n, errno = rawPoll(epoll, l.events[:]); errno != 0 {
+		if n, errno = rawPoll(l.epoll, l.events[:]); errno != 0 {
 			n = 0
 		}
 		return n > 0 || len(l.again) > 0

@@ -187,9 +187,9 @@ func (p *Proxy) listen(number rules.Port) (*os.File, error) {
 	// everything that a relay needs.
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		return raw.Control(func(fd uintptr) {
-			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+			rawOption(int32(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 			if p.dialer.keepAlive {
-				keepAlive(int(fd))
+				keepAlive(int32(fd))
 			}
 		})
 	}}
@@ -224,17 +224,16 @@ func (p *Proxy) accept(l *port) {
 	var wait time.Duration
 	raw, err := l.listener.SyscallConn()
 	for err == nil {
-		var client int
-		var from unix.Sockaddr
-		var failed error
+		var client int32
+		var from netip.AddrPort
+		var failed syscall.Errno
 		err = raw.Read(func(fd uintptr) bool {
-			client, from, failed = unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-			return !errors.Is(failed, unix.EAGAIN)
+			client, from, failed = rawAccept(fd)
+			return failed != unix.EAGAIN
 		})
 		switch {
 		case err != nil: // closed
-		case errors.Is(failed, unix.ECONNABORTED), errors.Is(failed, unix.EINTR):
-		case failed != nil:
+		case failed != 0:
 			// Descriptors or memory are short: connections that end give some
 			// back. Those that come wait in the kernel's queue.
 			if wait == 0 {
@@ -244,25 +243,24 @@ func (p *Proxy) accept(l *port) {
 			pause(p.alive, wait)
 		default:
 			wait = 0
-			p.begin(l.pool.Load(), int32(client), from)
+			p.begin(l.pool.Load(), client, from)
 		}
 	}
 }
 
 // begin begins with a client.
-func (p *Proxy) begin(pool *pool, client int32, from unix.Sockaddr) {
+func (p *Proxy) begin(pool *pool, client int32, from netip.AddrPort) {
 	p.relaying.Add(1)
 	p.open.Add(1)
 	pool.count.connections.Add(1)
 	pool.count.open.Add(1)
 	r := newRelay(client)
-	r.attempt.pool, r.from = pool, addrPort(from)
+	r.attempt.pool, r.from = pool, from
 	if p.o.AccessLog {
 		r.begin = time.Now()
 	}
 	if p.o.SendProxy {
-		local, _ := unix.Getsockname(int(client))
-		r.header = proxyHeader(r.from, addrPort(local))
+		r.header = proxyHeader(from, localAddr(client))
 	}
 	// What may take long must not keep the next client waiting.
 	if r.attempt.waits() || !p.try(r) {

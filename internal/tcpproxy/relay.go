@@ -89,7 +89,7 @@ func (e *end) see(events uint32) {
 func (e *end) beforeWrite() {
 	if e.written && !e.prompt {
 		e.prompt = true
-		_ = unix.SetsockoptInt(int(e.fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+		rawOption(e.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	}
 	e.written = true
 }

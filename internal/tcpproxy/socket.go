@@ -1,6 +1,7 @@
 package tcpproxy
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"syscall"
 	"unsafe"
@@ -8,12 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The calls that move data or make the kernel send something. The descriptors
-// never block, so these calls return as soon as the kernel has done its work, and
-// the scheduler need not hear of them: after 20 µs of an ordinary system call,
-// which on a virtual link sending to the other end takes, it would give the
-// processor's goroutines to another thread, with the wake-ups that this costs
-// (retake in runtime/proc.go).
+// The system calls of a connection, without telling the scheduler: the descriptors
+// never block, so these return as soon as the kernel has done its work. An ordinary
+// system call wakes up the thread that watches for long ones (entersyscall in
+// runtime/proc.go), and after 20 µs, which sending to the other end of a virtual
+// link takes, this gives the processor's goroutines to yet another thread.
 
 func rawRead(fd int32, b []byte) (int, syscall.Errno) {
 	for {
@@ -42,18 +42,78 @@ func rawSplice(from, to int32, most int) (int, syscall.Errno) {
 	}
 }
 
+// rawAccept returns the next connection of a listener, and who it is from.
+func rawAccept(listener uintptr) (int32, netip.AddrPort, syscall.Errno) {
+	for {
+		var from unix.RawSockaddrInet6 // the larger one
+		size := uint32(unsafe.Sizeof(from))
+		fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, listener, uintptr(unsafe.Pointer(&from)), uintptr(unsafe.Pointer(&size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+		switch errno {
+		case 0:
+			return int32(fd), addrPort(&from), 0
+		case unix.EINTR, unix.ECONNABORTED: // the client is gone already
+		default:
+			return 0, netip.AddrPort{}, errno
+		}
+	}
+}
+
+// localAddr returns where a client has connected to.
+func localAddr(fd int32) netip.AddrPort {
+	var at unix.RawSockaddrInet6
+	size := uint32(unsafe.Sizeof(at))
+	_, _, _ = syscall.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&at)), uintptr(unsafe.Pointer(&size)))
+	return addrPort(&at)
+}
+
+// rawAddr returns an address as the kernel has it, of either family; its port is
+// in network byte order (ip(7), ipv6(7)).
+func rawAddr(a netip.AddrPort) (raw unix.RawSockaddrInet6, size uintptr) {
+	port := networkOrder(a.Port())
+	if a.Addr().Is4() {
+		v4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(&raw))
+		*v4 = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port, Addr: a.Addr().As4()}
+		return raw, unsafe.Sizeof(*v4)
+	}
+	raw = unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: port, Addr: a.Addr().As16()}
+	return raw, unsafe.Sizeof(raw)
+}
+
+func addrPort(raw *unix.RawSockaddrInet6) netip.AddrPort {
+	if raw.Family == unix.AF_INET {
+		v4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(raw))
+		return netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), networkOrder(v4.Port))
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(raw.Addr).Unmap(), networkOrder(raw.Port))
+}
+
+func networkOrder(port uint16) uint16 {
+	var b [2]byte
+	binary.NativeEndian.PutUint16(b[:], port)
+	return binary.BigEndian.Uint16(b[:])
+}
+
+func rawSocket(family int) (int32, syscall.Errno) {
+	fd, _, errno := syscall.RawSyscall(unix.SYS_SOCKET, uintptr(family), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	return int32(fd), errno
+}
+
+func rawBind(fd int32, at netip.AddrPort) syscall.Errno {
+	raw, size := rawAddr(at)
+	_, _, errno := syscall.RawSyscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&raw)), size)
+	return errno
+}
+
 // rawConnect begins to connect a socket.
 func rawConnect(fd int32, to netip.AddrPort) syscall.Errno {
-	// In network byte order (ip(7), ipv6(7)).
-	port := to.Port()<<8 | to.Port()>>8
-	v4 := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port}
-	v6 := unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: port, Addr: to.Addr().As16()}
-	at, size := unsafe.Pointer(&v6), unsafe.Sizeof(v6)
-	if to.Addr().Is4() {
-		v4.Addr = to.Addr().As4()
-		at, size = unsafe.Pointer(&v4), unsafe.Sizeof(v4)
-	}
-	_, _, errno := syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(at), size)
+	raw, size := rawAddr(to)
+	_, _, errno := syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&raw)), size)
+	return errno
+}
+
+// rawOption sets an option of a socket that is a number.
+func rawOption(fd int32, level, option uintptr, value int32) syscall.Errno {
+	_, _, errno := syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), level, option, uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
 	return errno
 }
 
@@ -77,31 +137,26 @@ func rawReset(fd int32) {
 
 // rawPoll returns what has happened to the descriptors of an epoll(7), without
 // waiting. It is called by a goroutine that waits by other means.
-func rawPoll(epoll uintptr, events []unix.EpollEvent) (int, syscall.Errno) {
+func rawPoll(epoll int32, events []unix.EpollEvent) (int, syscall.Errno) {
 	for {
-		n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, epoll, uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
+		n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
 		if errno != unix.EINTR {
 			return int(n), errno
 		}
 	}
 }
 
-// addrPort returns the address of one side of a connection.
-func addrPort(a unix.Sockaddr) netip.AddrPort {
-	switch a := a.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port))
-	}
-	return netip.AddrPort{}
+// rawControl adds a descriptor to an epoll, or changes what that tells of it.
+func rawControl(epoll int32, how int, fd int32, event *unix.EpollEvent) syscall.Errno {
+	_, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(epoll), uintptr(how), uintptr(fd), uintptr(unsafe.Pointer(event)), 0, 0)
+	return errno
 }
 
 // keepAlive makes the kernel ask a silent peer every 15 s if it is there, and give
 // it up after nine times without an answer, as the standard library would.
-func keepAlive(fd int) {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15)
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15)
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9)
+func keepAlive(fd int32) {
+	rawOption(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	rawOption(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15)
+	rawOption(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15)
+	rawOption(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9)
 }
