@@ -1,0 +1,437 @@
+package tcpproxy
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// How a program ends its half of a connection.
+type ending int
+
+const (
+	closes        ending = iota // after it has sent everything; it reads to the end
+	resets                      // after it has sent everything
+	resetsHalfway               // after it has sent a part
+)
+
+// A part is what a program at one end of a connection sends, and how.
+type part struct {
+	random *rand.Rand
+	data   []byte
+	ending ending
+	part   int // of the data that is sent
+
+	got  []byte
+	err  error // of reading
+	lost bool  // an error in writing, of which a reader need not hear again
+}
+
+// newPart makes up one end of connection number n. All ends of a number that is
+// even end in order.
+func newPart(n, side uint64) *part {
+	p := &part{random: rand.New(rand.NewPCG(n, side))}
+	sizes := []int{0, 1, 100, shortPiece - 1, shortPiece, shortPiece + 1, 100_000, 1_000_000}
+	p.data = make([]byte, sizes[p.random.IntN(len(sizes))]+p.random.IntN(3))
+	for i := range p.data {
+		p.data[i] = byte(p.random.Uint32())
+	}
+	p.part = len(p.data)
+	if n%2 == 1 {
+		if p.ending = ending(p.random.IntN(3)); p.ending == resetsHalfway {
+			p.part = p.random.IntN(len(p.data) + 1)
+		}
+	}
+	return p
+}
+
+// play sends and reads, in pieces of any length and with pauses.
+func (p *part) play(conn *net.TCPConn, random *rand.Rand) {
+	var both sync.WaitGroup
+	both.Go(func() {
+		for left := p.data[:p.part]; len(left) > 0; {
+			n := min(len(left), 1+random.IntN(200_000))
+			if _, err := conn.Write(left[:n]); err != nil {
+				p.lost = errors.Is(err, syscall.ECONNRESET)
+				return
+			}
+			left = left[n:]
+			if random.IntN(4) == 0 {
+				time.Sleep(time.Duration(random.IntN(3000)) * time.Microsecond)
+			}
+		}
+		if p.ending == closes {
+			_ = conn.CloseWrite()
+		} else {
+			reset(conn)
+		}
+	})
+	buffer := make([]byte, 50_000)
+	for p.err == nil {
+		var n int
+		n, p.err = conn.Read(buffer[:1+p.random.IntN(len(buffer))])
+		p.got = append(p.got, buffer[:n]...)
+		if p.random.IntN(20) == 0 {
+			time.Sleep(time.Duration(p.random.IntN(2000)) * time.Microsecond)
+		}
+	}
+	both.Wait()
+	_ = conn.Close()
+}
+
+// check compares what a program has read to what the other one sent.
+func (p *part) check(other *part) error {
+	if !bytes.HasPrefix(other.data, p.got) {
+		return fmt.Errorf("%d bytes that are not those that were sent", len(p.got))
+	}
+	switch {
+	case p.ending != closes:
+		return nil // it may have read anything
+	case other.ending != closes:
+		if !errors.Is(p.err, syscall.ECONNRESET) && !p.lost {
+			return fmt.Errorf("%v after a reset", p.err)
+		}
+	case p.err != io.EOF || len(p.got) != len(other.data):
+		return fmt.Errorf("%d bytes of %d, %v", len(p.got), len(other.data), p.err)
+	}
+	return nil
+}
+
+// Whatever two programs say to each other, and however they end, reaches the other
+// one: all of it, in order, and a reset is never mistaken for an end. Nothing is
+// left behind.
+func TestAnyConversation(t *testing.T) {
+	const conversations, atOnce = 600, 40
+	l, err := net.Listen("tcp", "127.0.1.1:84")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var served sync.Map // by number
+	var serving sync.WaitGroup
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() {
+				defer conn.Close()
+				_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+				var number [8]byte
+				if _, err := io.ReadFull(conn, number[:]); err != nil {
+					return // a client may reset the connection as early as that
+				}
+				n := binary.BigEndian.Uint64(number[:])
+				p := newPart(n, 1)
+				p.play(conn.(*net.TCPConn), rand.New(rand.NewPCG(n, 3)))
+				served.Store(n, p)
+			})
+		}
+	}()
+
+	p, _, _ := newProxy(t, nil)
+	apply(t, p, "7001 127.0.1.1 84\n7002 127.0.1.1 84")
+	before := descriptors(t)
+	var all sync.WaitGroup
+	asked := make([]*part, conversations)
+	turns := make(chan struct{}, atOnce)
+	for i := range asked {
+		turns <- struct{}{}
+		all.Go(func() {
+			defer func() { <-turns }()
+			n := uint64(i)
+			asked[i] = newPart(n, 0)
+			// Those that end in order have a port of their own, to count their bytes.
+			conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", 7001+i%2))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+			if _, err := conn.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
+				t.Error(err)
+			}
+			asked[i].play(conn.(*net.TCPConn), rand.New(rand.NewPCG(n, 2)))
+		})
+	}
+	all.Wait()
+	serving.Wait()
+
+	var sent, received int64
+	for i, client := range asked {
+		found, ok := served.Load(uint64(i))
+		if !ok {
+			if client.ending == closes {
+				t.Errorf("conversation %d never reached the server", i)
+			}
+			continue
+		}
+		server := found.(*part)
+		if i%2 == 0 {
+			sent += 8 + int64(len(client.data))
+			received += int64(len(server.data))
+		}
+		if err := client.check(server); err != nil {
+			t.Errorf("conversation %d: the client has %v", i, err)
+		}
+		if err := server.check(client); err != nil {
+			t.Errorf("conversation %d: the server has %v", i, err)
+		}
+	}
+	up := Status{Destination: Destination{7001, "127.0.1.1", 84}, Addresses: 1, Looked: true}
+	up.Counts = Counts{Connections: conversations / 2, Sent: sent, Received: received}
+	wantDone(t, p)
+	if got := p.Status()[0].Counts; got != up.Counts {
+		t.Errorf("counted %+v, want %+v", got, up.Counts)
+	}
+	if got := p.Status()[1].Counts; got.Connections != conversations/2 || got.Failed != 0 {
+		t.Errorf("counted %+v", got)
+	}
+	wantDescriptors(t, before)
+}
+
+// wantDone waits until the proxy has no connections.
+func wantDone(t *testing.T, p *Proxy) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); p.Open() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d connections are left", p.Open())
+		}
+	}
+}
+
+// descriptors returns how many descriptors the process has, but for pipes, which
+// loops keep for a while.
+func descriptors(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries) - pipes(t)
+}
+
+func wantDescriptors(t *testing.T, want int) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); descriptors(t) > want; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d descriptors, %d before", descriptors(t), want)
+		}
+	}
+}
+
+// Connections leave no descriptor and no goroutine behind, whether there was a
+// server or not; nor does a proxy.
+func TestNothingIsLeft(t *testing.T) {
+	serve(t, "127.0.1.1:80")
+	goroutines, before := runtime.NumGoroutine(), descriptors(t)
+	p, n, _ := newProxy(t, func(o *Options) { o.AccessLog, o.SendProxy = true, true })
+	n.set("a.example", "127.0.1.1", "127.0.1.9")
+	apply(t, p, "7001 127.0.1.1 80\n7002 a.example 80\n7003 nowhere.example 80\n7004 127.0.1.1 1")
+	listening := descriptors(t)
+	var all sync.WaitGroup
+	for i := range 200 {
+		all.Go(func() {
+			conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", 7001+i%4))
+			if err != nil {
+				return
+			}
+			_, _ = conn.Write([]byte("hi\n"))
+			if i%3 == 0 {
+				reset(conn.(*net.TCPConn))
+				return
+			}
+			_, _ = conn.Read(make([]byte, 100))
+			_ = conn.Close()
+		})
+	}
+	all.Wait()
+	wantDone(t, p)
+	wantDescriptors(t, listening)
+	p.Shutdown(0)
+	wantDescriptors(t, before)
+	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > goroutines; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			stacks := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), goroutines, stacks[:runtime.Stack(stacks, true)])
+		}
+	}
+}
+
+// One that sends all the time, and one that takes nothing, keep nobody from their
+// turn in the same loop.
+func TestTurnsInLoop(t *testing.T) {
+	l := startLoop(t, 0)
+	stuck, busy, other := joinIn(t, l), joinIn(t, l), joinIn(t, l)
+	for _, c := range []*net.TCPConn{stuck.client, busy.client, busy.server} {
+		_ = c.SetDeadline(time.Time{})
+	}
+	piece := make([]byte, 1<<20)
+	for _, j := range []*joined{stuck, busy} {
+		go func() {
+			for {
+				if _, err := j.server.Write(piece); err != nil {
+					return
+				}
+			}
+		}()
+	}
+	go func() { _, _ = io.Copy(io.Discard, busy.client) }()
+	time.Sleep(100 * time.Millisecond)
+	var most time.Duration
+	for range 200 {
+		begin := time.Now()
+		send(t, other.client, []byte("a"))
+		wantRead(t, other.server, "a")
+		most = max(most, time.Since(begin))
+	}
+	if most > 500*time.Millisecond {
+		t.Errorf("a byte took %s", most)
+	}
+}
+
+// limit leaves the process few more descriptors than it has.
+func limit(t *testing.T, more int) {
+	t.Helper()
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	// A limit is for the number of the next, and there may be gaps.
+	next, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = unix.Close(next)
+	lower := before
+	lower.Cur = uint64(next + more)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &lower); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Without a descriptor for a pipe, data is copied.
+func TestNoPipes(t *testing.T) {
+	j := join(t, 0)
+	limit(t, 0)
+	data := make([]byte, 5<<20)
+	for i := range data {
+		data[i] = byte(i * i / 255)
+	}
+	go func() {
+		_, _ = j.server.Write(data)
+		_ = j.server.CloseWrite()
+	}()
+	got, err := io.ReadAll(j.client)
+	if err != nil || !bytes.Equal(got, data) {
+		t.Errorf("%d bytes of %d, %v", len(got), len(data), err)
+	}
+	_ = j.client.Close()
+	j.wantOutcome(t, outcomeDone)
+}
+
+// A want of descriptors is told once, costs no connection that there is, and ends
+// with its cause.
+func TestTooManyConnections(t *testing.T) {
+	serve(t, "127.0.1.1:80")
+	p, _, book := newProxy(t, nil)
+	apply(t, p, "7001 127.0.1.1 80")
+	first := connect(t, 7001)
+	first.ask(t, "127.0.1.1:80")
+	waiting := connect(t, 7001) // its own descriptor is there before the limit
+	waiting.ask(t, "127.0.1.1:80")
+
+	var socket int32
+	var errno syscall.Errno
+	if socket, errno = rawSocket(unix.AF_INET); errno != 0 {
+		t.Fatal(errno)
+	}
+	if err := unix.SetNonblock(int(socket), false); err != nil {
+		t.Fatal(err)
+	}
+	defer rawClose(socket)
+	limit(t, 0)
+	if err := unix.Connect(int(socket), &unix.SockaddrInet4{Port: 7001, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if n, errno := rawWrite(socket, []byte("hi\n")); n != 3 {
+		t.Fatal(errno)
+	}
+	time.Sleep(300 * time.Millisecond)
+	first.wantEcho(t)
+	if n := strings.Count(book.String(), "accepting connections failed"); n != 1 {
+		t.Errorf("told %d times:\n%s", n, book)
+	}
+	_ = first.Close()
+	_ = waiting.Close()
+	answer := make([]byte, 100)
+	if n, errno := rawRead(socket, answer); errno != 0 || !strings.HasPrefix(string(answer[:max(n, 0)]), "127.0.1.1:80") {
+		t.Errorf("the one that waited got %q, %v", answer[:max(n, 0)], errno)
+	}
+}
+
+// A server that does not even refuse is given up after a while, and its client gets
+// another one, while others go on.
+func TestSilentServer(t *testing.T) {
+	t.Parallel()
+	silent, errno := rawSocket(unix.AF_INET)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	defer rawClose(silent)
+	at := &unix.SockaddrInet4{Port: 85, Addr: [4]byte{127, 0, 1, 3}}
+	if err := errors.Join(unix.Bind(int(silent), at), unix.Listen(int(silent), 0)); err != nil {
+		t.Fatal(err)
+	}
+	// Its queue is full, and it answers nobody else (listen(2)).
+	for range 3 {
+		fd, errno := rawSocket(unix.AF_INET)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		defer rawClose(fd)
+		_ = unix.Connect(int(fd), at)
+		time.Sleep(10 * time.Millisecond)
+	}
+	serve(t, "127.0.1.4:85")
+	p, n, book := newProxy(t, func(o *Options) { o.Idle = 20 * time.Second })
+	n.set("a.example", "127.0.1.3", "127.0.1.4")
+	apply(t, p, "7021 a.example 85")
+	c := connect(t, 7021)
+	_ = c.SetDeadline(time.Now().Add(2 * connectTimeout))
+	begin := time.Now()
+	connect(t, 7021).ask(t, "127.0.1.4:85")
+	c.ask(t, "127.0.1.4:85")
+	if d := time.Since(begin); d < connectTimeout-100*time.Millisecond || d > connectTimeout+2*mostWait {
+		t.Errorf("the silent server was waited for %s", d)
+	}
+	if !strings.Contains(book.String(), "127.0.1.3 error=\"connect: connection timed out\"") {
+		t.Errorf("the log lacks it:\n%s", book)
+	}
+	// Those that are told to stop do not wait for it.
+	c = connect(t, 7021)
+	begin = time.Now()
+	p.Shutdown(0)
+	if d := time.Since(begin); d > time.Second {
+		t.Errorf("stopping took %s", d)
+	}
+}
