@@ -15,9 +15,9 @@ import (
 
 // A loop moves the data of many relays, in one goroutine.
 //
-// A goroutine for each direction of each connection would be simpler, but makes a
-// short connection cost more for waking up goroutines, and threads for them, than
-// for its data. A loop has an epoll(7) of its own, which the runtime's poller
+// A goroutine for each direction of each connection would be simpler, but takes a
+// short connection half as much processor time again, for waking up goroutines and
+// threads for them. A loop has an epoll(7) of its own, which the runtime's poller
 // watches like any other descriptor: its goroutine waits as all others do, no
 // thread is bound to it, and one call tells of all that has happened.
 type loop struct {
@@ -198,8 +198,11 @@ func (l *loop) turn(r *relay) {
 func (l *loop) join(r *relay, events uint32) {
 	if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
 		code, err := unix.GetsockoptInt(int(r.server.fd), unix.SOL_SOCKET, unix.SO_ERROR)
-		if err == nil && code != 0 {
+		switch {
+		case err == nil && code != 0:
 			err = syscall.Errno(code)
+		case err == nil:
+			err = unix.ECONNRESET
 		}
 		l.fail(r, os.NewSyscallError("connect", err))
 		return

@@ -428,10 +428,78 @@ func TestSilentServer(t *testing.T) {
 		t.Errorf("the log lacks it:\n%s", book)
 	}
 	// Those that are told to stop do not wait for it.
-	c = connect(t, 7021)
+	_ = connect(t, 7021)
 	begin = time.Now()
 	p.Shutdown(0)
 	if d := time.Since(begin); d > time.Second {
 		t.Errorf("stopping took %s", d)
+	}
+}
+
+// Urgent data do not stop what is behind them, and are left out, as they are for a
+// program that reads without asking for them.
+func TestUrgent(t *testing.T) {
+	j := join(t, time.Minute)
+	var want []byte
+	for i := range 20 {
+		data := bytes.Repeat([]byte{byte('a' + i)}, 1+i*10_000)
+		want = append(want, data...)
+		send(t, j.client, data)
+		raw, err := j.client.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := raw.Write(func(fd uintptr) bool {
+			err = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil)
+			return err != unix.EAGAIN
+		}); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(data))
+		if _, err := io.ReadFull(j.server, got); err != nil || !bytes.Equal(got, data) {
+			t.Fatalf("piece %d: %v", i, err)
+		}
+	}
+	_ = j.client.Close()
+	wantEnd(t, j.server, io.EOF)
+	_ = j.server.Close()
+	j.wantOutcome(t, outcomeDone)
+}
+
+// Where connections may be silent for ever, the kernel asks both peers if they are
+// there; and in any case nothing waits for more to send.
+func TestOptions(t *testing.T) {
+	serve(t, "127.0.1.1:80")
+	for idle, want := range map[time.Duration]int{0: 1, time.Minute: 0, time.Hour: 1} {
+		t.Run(idle.String(), func(t *testing.T) {
+			p, _, _ := newProxy(t, func(o *Options) { o.Idle = idle })
+			apply(t, p, "7001 127.0.1.1 80")
+			c := connect(t, 7001)
+			c.ask(t, "127.0.1.1:80")
+			c.wantEcho(t)
+			found := 0
+			for fd := range 1000 {
+				local, err := unix.Getsockname(fd)
+				peer, err2 := unix.Getpeername(fd)
+				if err != nil || err2 != nil {
+					continue
+				}
+				_, client := local.(*unix.SockaddrInet6)
+				to, server := peer.(*unix.SockaddrInet4)
+				if !client && !(server && to.Port == 80) {
+					continue
+				}
+				found++
+				on, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE)
+				every, _ := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL)
+				prompt, _ := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY)
+				if on != want || want == 1 && every != 15 || prompt != 1 {
+					t.Errorf("of %v to %v: keepalive %d every %d s, prompt %d", local, peer, on, every, prompt)
+				}
+			}
+			if found != 2 {
+				t.Errorf("%d sockets of the proxy", found)
+			}
+		})
 	}
 }

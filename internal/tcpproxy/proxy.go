@@ -201,8 +201,8 @@ func (p *Proxy) listen(number rules.Port) (*os.File, error) {
 		}
 		return nil, &ListenError{number, err}
 	}
-	defer listener.Close() // the file is another descriptor of the same
-	file, err := listener.(*net.TCPListener).File()
+	file, err := listener.(*net.TCPListener).File() // another descriptor of the same
+	_ = listener.Close()
 	if err != nil {
 		return nil, &ListenError{number, err}
 	}

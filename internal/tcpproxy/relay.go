@@ -59,6 +59,7 @@ type end struct {
 	readable bool // there may be something to read
 	ended    bool // the peer has ended its stream: a short read has the last of it
 	more     bool // a short read does not tell that there is nothing more
+	urgent   bool // there were urgent data, at which a splice comes to a stop
 	full     bool // it takes nothing now
 	watched  bool // the loop hears when it takes something again
 	written  bool // to
@@ -74,10 +75,14 @@ func (e *end) see(events uint32) {
 		e.readable = true
 	}
 	// After the end of the stream, or a reset, there is no other event. A read
-	// also stops short of urgent data, which have one of their own (tcp(7)).
+	// also stops short of urgent data (tcp(7)), and the next goes on behind them:
+	// they are left out.
 	const last = unix.EPOLLRDHUP | unix.EPOLLERR | unix.EPOLLHUP
 	if events&(last|unix.EPOLLPRI) != 0 {
 		e.more = true
+	}
+	if events&unix.EPOLLPRI != 0 {
+		e.urgent = true
 	}
 	// Alone, it is no reset.
 	e.ended = events&(last|unix.EPOLLPRI) == unix.EPOLLRDHUP
@@ -148,7 +153,7 @@ func (r *relay) move(f *flow) (more bool) {
 		if !f.from.readable {
 			return false
 		}
-		if f.long {
+		if f.long && !f.from.urgent {
 			f.pipe = r.loop.pipes.get()
 		}
 		if f.pipe != nil {

@@ -111,10 +111,10 @@ func rawConnect(fd int32, to netip.AddrPort) syscall.Errno {
 	return errno
 }
 
-// rawOption sets an option of a socket that is a number.
-func rawOption(fd int32, level, option uintptr, value int32) syscall.Errno {
-	_, _, errno := syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), level, option, uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
-	return errno
+// rawOption sets an option of a socket that is a number, none of which it cannot do
+// without.
+func rawOption(fd int32, level, option uintptr, value int32) {
+	_, _, _ = syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), level, option, uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
 }
 
 // rawEnd ends the sending half of a connection.
