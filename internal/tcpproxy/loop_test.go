@@ -440,10 +440,8 @@ func TestSilentServer(t *testing.T) {
 // program that reads without asking for them.
 func TestUrgent(t *testing.T) {
 	j := join(t, time.Minute)
-	var want []byte
 	for i := range 20 {
 		data := bytes.Repeat([]byte{byte('a' + i)}, 1+i*10_000)
-		want = append(want, data...)
 		send(t, j.client, data)
 		raw, err := j.client.SyscallConn()
 		if err != nil {
@@ -486,7 +484,7 @@ func TestOptions(t *testing.T) {
 				}
 				_, client := local.(*unix.SockaddrInet6)
 				to, server := peer.(*unix.SockaddrInet4)
-				if !client && !(server && to.Port == 80) {
+				if !client && (!server || to.Port != 80) {
 					continue
 				}
 				found++
