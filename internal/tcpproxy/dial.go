@@ -66,9 +66,9 @@ func (d *dialer) dial(to netip.AddrPort) (int32, error) {
 // by binding to port 0, which takes one that has no connection at all, where
 // connect(2) finds one that has none to this server.
 func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
-	family, any := unix.AF_INET6, netip.IPv6Unspecified()
+	family, everywhere := unix.AF_INET6, netip.IPv6Unspecified()
 	if to.Addr().Is4() {
-		family, any = unix.AF_INET, netip.IPv4Unspecified()
+		family, everywhere = unix.AF_INET, netip.IPv4Unspecified()
 	}
 	fd, errno := rawSocket(family)
 	if errno != 0 {
@@ -79,7 +79,7 @@ func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
 		// Others may have the port too if they allow it: for connections to other
 		// servers, after this one, or to listen (socket(7)).
 		rawOption(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
-		errno = rawBind(fd, netip.AddrPortFrom(any, port))
+		errno = rawBind(fd, netip.AddrPortFrom(everywhere, port))
 	}
 	if errno == 0 {
 		if d.keepAlive {

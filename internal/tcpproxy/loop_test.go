@@ -304,6 +304,49 @@ func TestTurnsInLoop(t *testing.T) {
 	}
 }
 
+// A relay whose ends take all that there is comes back for the rest.
+func TestTurnEnds(t *testing.T) {
+	l, err := newLoop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.close()
+	defer l.pipes.close()
+	client, near := pair(t)
+	far, server := pair(t)
+	for _, c := range []*net.TCPConn{client, near, far, server} {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = raw.Control(func(fd uintptr) {
+			const size = 32 << 20
+			err = errors.Join(unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size), unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	go func() { _, _ = io.Copy(io.Discard, server) }()
+	const size = 6 * turn
+	send(t, client, make([]byte, size))
+	r := newRelay(descriptor(t, near))
+	r.loop, r.server.fd = l, descriptor(t, far)
+	defer rawClose(r.client.fd)
+	defer rawClose(r.server.fd)
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		if queued, err := unix.IoctlGetInt(int(r.client.fd), unix.SIOCINQ); err != nil || queued == size {
+			break
+		} else if time.Now().After(end) {
+			t.Fatalf("%d bytes have arrived", queued)
+		}
+	}
+	r.client.readable = true
+	if more := r.run(); !more || r.up.bytes > turn+pipeSize {
+		t.Errorf("moved %d bytes in a turn, more %t", r.up.bytes, more)
+	}
+}
+
 // limit leaves the process few more descriptors than it has.
 func limit(t *testing.T, more int) {
 	t.Helper()
@@ -436,32 +479,51 @@ func TestSilentServer(t *testing.T) {
 	}
 }
 
-// Urgent data do not stop what is behind them, and are left out, as they are for a
-// program that reads without asking for them.
+// Urgent data do not stop what is behind them.
 func TestUrgent(t *testing.T) {
 	j := join(t, time.Minute)
-	for i := range 20 {
-		data := bytes.Repeat([]byte{byte('a' + i)}, 1+i*10_000)
-		send(t, j.client, data)
-		raw, err := j.client.SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := raw.Write(func(fd uintptr) bool {
-			err = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil)
-			return err != unix.EAGAIN
-		}); err != nil {
-			t.Fatal(err)
-		}
-		got := make([]byte, len(data))
-		if _, err := io.ReadFull(j.server, got); err != nil || !bytes.Equal(got, data) {
-			t.Fatalf("piece %d: %v", i, err)
-		}
+	raw, err := j.client.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
 	}
-	_ = j.client.Close()
-	wantEnd(t, j.server, io.EOF)
+	var want []byte
+	for i := range 40 {
+		want = append(want, bytes.Repeat([]byte{byte('a' + i%26)}, 60_000+i)...)
+	}
+	go func() {
+		for left := want; len(left) > 0; {
+			n := min(len(left), 70_000)
+			if _, err := j.client.Write(left[:n]); err != nil {
+				return
+			}
+			left = left[n:]
+			_ = raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) != unix.EAGAIN })
+		}
+		_ = j.client.CloseWrite()
+	}()
+	got, err := io.ReadAll(j.server)
+	// One that another follows before it is read is like any other data (tcp(7)).
+	if got = bytes.ReplaceAll(got, []byte("!"), nil); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes of %d, %v", len(got), len(want), err)
+	}
 	_ = j.server.Close()
 	j.wantOutcome(t, outcomeDone)
+
+	// All is there before the relay begins.
+	client, near := pair(t)
+	if raw, err = client.SyscallConn(); err != nil {
+		t.Fatal(err)
+	}
+	want = want[:45_000]
+	send(t, client, want[:35_000])
+	_ = raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) != unix.EAGAIN })
+	send(t, client, want[35_000:])
+	_ = client.CloseWrite()
+	time.Sleep(20 * time.Millisecond)
+	j = joinPair(t, startLoop(t, time.Minute), client, near)
+	if got, err = io.ReadAll(j.server); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes of %d, %v", len(got), len(want), err)
+	}
 }
 
 // Where connections may be silent for ever, the kernel asks both peers if they are

@@ -204,12 +204,15 @@ func (r *relay) copy(f *flow) int {
 // fill moves a long piece into the pipe.
 func (r *relay) fill(f *flow) {
 	n, errno := rawSplice(f.from.fd, f.pipe.in, pipeSize)
-	if errno != 0 || n == 0 {
+	if errno != 0 {
 		r.empty(f)
 		r.nothing(f, errno)
 		return
 	}
 	f.pipe.size, f.long = n, n >= shortPiece
+	if n == 0 {
+		r.empty(f) // it may be urgent data and no end, of which a read tells
+	}
 }
 
 // deliver gives the receiver what it did not take before, and reports whether it

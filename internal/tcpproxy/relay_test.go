@@ -124,17 +124,23 @@ func startLoop(t *testing.T, idle time.Duration) *testLoop {
 // joinIn starts a relay in a loop.
 func joinIn(t *testing.T, l *testLoop, before ...byte) *joined {
 	t.Helper()
-	j := &joined{done: make(chan struct{}), stop: l.stop}
 	client, near := pair(t)
+	send(t, client, before)
+	if len(before) > 0 {
+		time.Sleep(20 * time.Millisecond)
+	}
+	return joinPair(t, l, client, near)
+}
+
+// joinPair starts a relay for a client that is connected already.
+func joinPair(t *testing.T, l *testLoop, client, near *net.TCPConn) *joined {
+	t.Helper()
+	j := &joined{done: make(chan struct{}), stop: l.stop}
 	far, server := pair(t)
 	j.client, j.server, j.relay = client, server, newRelay(descriptor(t, near))
 	p := &pool{destination: Destination{80, "127.0.0.1", 80}}
 	p.start(t.Context())
 	j.relay.attempt = attempt{pool: p}
-	send(t, client, before)
-	if len(before) > 0 {
-		time.Sleep(20 * time.Millisecond)
-	}
 	l.joineds.Store(j.relay, j)
 	l.open.Add(1)
 	if err := l.take(j.relay, descriptor(t, far)); err != nil {
