@@ -508,20 +508,28 @@ func TestUrgent(t *testing.T) {
 	}
 	_ = j.server.Close()
 	j.wantOutcome(t, outcomeDone)
+}
 
-	// All is there before the relay begins.
+// The same where all is there before the relay begins, also the end.
+func TestUrgentBefore(t *testing.T) {
 	client, near := pair(t)
-	if raw, err = client.SyscallConn(); err != nil {
+	raw, err := client.SyscallConn()
+	if err != nil {
 		t.Fatal(err)
 	}
-	want = want[:45_000]
+	want := bytes.Repeat([]byte("a"), 45_000)
 	send(t, client, want[:35_000])
-	_ = raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) != unix.EAGAIN })
+	if err := raw.Control(func(fd uintptr) { err = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) }); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	send(t, client, want[35_000:])
 	_ = client.CloseWrite()
 	time.Sleep(20 * time.Millisecond)
-	j = joinPair(t, startLoop(t, time.Minute), client, near)
-	if got, err = io.ReadAll(j.server); err != nil || !bytes.Equal(got, want) {
+	j := joinPair(t, startLoop(t, time.Minute), client, near)
+	if got, err := io.ReadAll(j.server); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("%d bytes of %d, %v", len(got), len(want), err)
 	}
 }
