@@ -22,11 +22,12 @@ import (
 // manifests is where the manifests are that users start from.
 const manifests = "../../../testdata/manifests"
 
-// run runs a program, three minutes at most, and returns what it printed to stdout.
+// run runs a program, ten minutes at most, which is what building images for the
+// first time may take, and returns what it printed to stdout.
 func run(args ...string) (string, error) { return runWith("", args...) }
 
 func runWith(stdin string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	var stdout, stderr strings.Builder
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
@@ -149,7 +150,7 @@ func logState(t *testing.T) {
 	for _, args := range [][]string{
 		{"get", "pods", "-o", "wide"},
 		{"describe", "pods"},
-		{"logs", "egress-1", "--all-containers", "--prefix", "--ignore-errors"},
+		{"logs", "--selector=name", "--all-containers", "--prefix", "--ignore-errors"},
 	} {
 		out, err := run(append([]string{"kubectl", "-n", namespace}, args...)...)
 		t.Logf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)

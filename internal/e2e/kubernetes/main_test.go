@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -90,11 +93,22 @@ func prepared(tests func() int) (code int, err error) {
 	defer theNetwork.close()
 
 	remove, err := prepareCluster()
+	remove = sync.OnceValue(remove)
 	defer func() { err = errors.Join(err, remove()) }()
 	if err != nil {
 		return 1, fmt.Errorf("preparing the cluster: %w", err)
 	}
-	return tests(), nil
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
+	go func() {
+		<-signals
+		fmt.Fprintf(os.Stderr, "e2e: told to stop: %v\n", remove())
+		theNetwork.close()
+		os.Exit(1)
+	}()
+	code = tests()
+	// Frames that are not there prove something only if none was lost.
+	return code, theNetwork.frames.Stop()
 }
 
 // loadImages builds the images and brings them into the cluster.
@@ -128,6 +142,7 @@ func loadImages() error {
 		if name != peerImage {
 			name = "localhost/" + name + ":" + tag
 		}
+		defer func() { _, _ = run("podman", "untag", name) }()
 		// E2E_LOAD may have arguments, and quotes.
 		if _, err := run("sh", "-c", os.Getenv("E2E_LOAD")+` "$0"`, name); err != nil {
 			return err
@@ -170,19 +185,20 @@ func prepareCluster() (remove func() error, err error) {
 		}
 		if file == "multus.yaml" {
 			text, _, _ = strings.Cut(text, "\n---\n") // its network; the pod is a test's
+		} else {
+			text = strings.Replace(text, "  labels:\n", "  labels:\n    "+label+": \"true\"\n", 1)
 		}
 		if err := tryApply(text); err != nil {
 			return remove, err
 		}
 	}
-	if _, err := run("kubectl", "label", "namespace", namespace, label+"=true"); err != nil {
-		return remove, err
-	}
 	restore, err := addZones()
+	if restore != nil {
+		undo = append(undo, restore)
+	}
 	if err != nil {
 		return remove, err
 	}
-	undo = append(undo, restore)
 	// Pods can be made once the namespace has its service account.
 	if _, err := run("kubectl", "wait", "--for=create", "serviceaccount/default", "-n", namespace, "--timeout=60s"); err != nil {
 		return remove, err

@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/e2e/who"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/netns"
@@ -34,11 +37,13 @@ type physical struct {
 	node             *netns.Namespace
 	gateway, outside *netns.Namespace
 	frames           *lab.Capture // on lan0
+	made             bool         // the NIC is this network's
 }
 
 var (
 	reserved = netip.MustParseAddr("192.168.12.99")
 	nodeAddr = netip.MustParseAddr("192.168.12.10")
+	gateway  = netip.MustParseAddr("192.168.12.1")
 	intruder = netip.MustParseAddr("192.168.12.7")
 	servers  = []string{
 		"203.0.113.25:80", "203.0.113.26:80", "203.0.113.26:443", "203.0.113.27:80", "203.0.113.27:100", "203.0.113.27:9000",
@@ -83,6 +88,9 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 	if p.outside, err = netns.New(); err != nil {
 		return p, err
 	}
+	if err := p.run(node, "", "ip", "link", "show", "dev", nic); err == nil {
+		return p, fmt.Errorf("the node has a link %q already: set E2E_NIC to another name", nic)
+	}
 	file := func(n *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.Fd()) }
 	// The kernel gives a new namespace the machine's IPv4 settings.
 	settle := "sysctl -q -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 net.ipv6.conf.all.disable_ipv6=1 net.ipv4.ip_forward="
@@ -121,6 +129,7 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 				if err := p.run(part.in, "", words...); err != nil {
 					return p, err
 				}
+				p.made = p.made || part.in == node
 			}
 		}
 	}
@@ -158,7 +167,10 @@ func (p *physical) run(in *netns.Namespace, stdin string, args ...string) error 
 
 // close takes the NIC away, and with it the node's address and route on it.
 func (p *physical) close() {
-	_ = p.run(p.node, "", "ip", "link", "delete", nic)
+	if p.made {
+		_ = p.run(p.node, "", "ip", "link", "delete", nic)
+	}
+	_ = p.run(p.node, "", "ip", "link", "delete", farBridge) // of tests that were killed
 	p.lab.Close()
 	for _, n := range []*netns.Namespace{p.node, p.gateway, p.outside} {
 		if n != nil {
@@ -185,12 +197,31 @@ func guard(t *testing.T) {
 	})
 }
 
+// wantRefused checks that without a router a client's connections reach the
+// firewall with the node's address, and no server: that there is another way, which
+// is the one that guard looks for.
+func wantRefused(t *testing.T) {
+	t.Helper()
+	before := len(theNetwork.frames.Frames())
+	if a, err := ask("client", "tcp", servers[0]); err == nil {
+		t.Fatalf("without a router: %v", a)
+	}
+	if !slices.ContainsFunc(theNetwork.frames.Frames()[before:], func(f lab.Frame) bool {
+		packet, ok := f.IPv4()
+		return ok && packet.Src.Addr() == nodeAddr && packet.Dst.String() == servers[0]
+	}) {
+		t.Fatal("without a router nothing came from the node to the firewall")
+	}
+}
+
 // wantClosed checks that a host on the physical network reaches nothing at the
-// reserved address, nor a pod behind it.
+// reserved address, and by it no pod behind.
 func wantClosed(t *testing.T, ports ...string) {
 	t.Helper()
-	client := pod(t, "client").Status.PodIP
-	way := []string{"ip", "route", "replace", client + "/32", "via", reserved.String()}
+	apply(t, peerPod("listener", "hear", ":9999"))
+	ready(t, "pod/listener")
+	listener := pod(t, "listener").Status.PodIP
+	way := []string{"ip", "route", "replace", listener + "/32", "via", reserved.String()}
 	if err := theNetwork.run(theNetwork.gateway, "", way...); err != nil {
 		t.Fatal(err)
 	}
@@ -200,22 +231,82 @@ func wantClosed(t *testing.T, ports ...string) {
 			t.Error(err)
 		}
 	}()
-	targets := []string{client + ":80"}
-	for _, port := range ports {
-		targets = append(targets, reserved.String()+":"+port)
-	}
-	for _, target := range targets {
-		err := theNetwork.gateway.Do(func() error {
-			dialer := net.Dialer{Timeout: 500 * time.Millisecond, LocalAddr: &net.TCPAddr{IP: intruder.AsSlice()}}
-			conn, err := dialer.DialContext(context.Background(), "tcp4", target)
+	before := len(theNetwork.frames.Frames())
+	dial := func(network, target string, local net.Addr) error {
+		return theNetwork.gateway.Do(func() error {
+			dialer := net.Dialer{Timeout: 500 * time.Millisecond, LocalAddr: local}
+			conn, err := dialer.DialContext(context.Background(), network, target)
 			if err == nil {
+				_, err = conn.Write([]byte("intruder"))
 				_ = conn.Close()
 			}
 			return err
 		})
-		// An answer, a refusal too, would say that somebody is there.
+	}
+	for _, port := range ports {
+		target := reserved.String() + ":" + port
+		err := dial("tcp4", target, &net.TCPAddr{IP: intruder.AsSlice()})
 		if timeout := net.Error(nil); !errors.As(err, &timeout) || !timeout.Timeout() {
 			t.Errorf("from the physical network to %s: %v, want no answer", target, err)
 		}
 	}
+	if err := dial("udp4", listener+":9999", &net.UDPAddr{IP: intruder.AsSlice()}); err != nil {
+		t.Error(err)
+	}
+	macOf(t) // the reserved address is there
+
+	// An answer, a refusal too, would say that somebody is there.
+	for _, f := range theNetwork.frames.Frames()[before:] {
+		if packet, ok := f.IPv4(); ok && packet.Src.Addr() == reserved && packet.Dst.Addr() == intruder {
+			t.Errorf("an answer to the physical network: %s", f)
+		}
+	}
+	// What another pod says later arrives.
+	if _, err := peer("say", listener+":9999", "client"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "a datagram of another pod", 10*time.Second, func() error {
+		log := kubectl(t, "logs", "listener")
+		if !strings.Contains(log, "client from ") {
+			return errors.New("it has heard " + log)
+		}
+		return nil
+	})
+	if log := kubectl(t, "logs", "listener"); strings.Contains(log, "intruder") {
+		t.Errorf("a pod hears the physical network: %s", log)
+	}
+}
+
+// askWhoHas asks by broadcast, every 50 ms until the test ends, who has the
+// reserved address. Whoever has it answers (RFC 826), also one that has nothing
+// else to say.
+func askWhoHas(t *testing.T) {
+	t.Helper()
+	var socket int
+	var lan *net.Interface
+	err := theNetwork.gateway.Do(func() (err error) {
+		if lan, err = net.InterfaceByName("lan0"); err != nil {
+			return err
+		}
+		socket, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	question, err := arp.RequestFor(reserved, lan.HardwareAddr, gateway)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			// What cannot be sent is not missed: the NIC is down then.
+			_ = unix.Sendto(socket, question, 0, &unix.SockaddrLinklayer{Ifindex: lan.Index})
+			time.Sleep(50 * time.Millisecond)
+		}
+	}()
+	t.Cleanup(func() { cancel(); <-done; _ = unix.Close(socket) })
 }

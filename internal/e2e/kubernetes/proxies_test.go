@@ -6,14 +6,20 @@ import (
 	"testing"
 )
 
-// wantUnprivileged checks that a container has neither root nor a capability.
-func wantUnprivileged(t *testing.T, container string) {
+// wantUnprivileged checks that the proxy of a pod has neither root nor a capability,
+// nor can get one.
+func wantUnprivileged(t *testing.T, name string) {
 	t.Helper()
-	for _, c := range pod(t, "egress-1").Spec.Containers {
-		if s := c.SecurityContext; c.Name == container && (s == nil || s.RunAsNonRoot == nil || !*s.RunAsNonRoot || s.Capabilities == nil || len(s.Capabilities.Add) != 0) {
-			t.Errorf("%s has more than it needs: %v", container, s)
+	for line := range strings.Lines(onNode(t, "status", string(pod(t, name).UID))) {
+		if strings.HasPrefix(line, "Name=egress-router ") {
+			const none = "0000000000000000"
+			if want := "Name=egress-router Uid=65532 CapPrm=" + none + " CapEff=" + none + " CapBnd=" + none + " NoNewPrivs=1\n"; line != want {
+				t.Errorf("the proxy is %s, want %s", line, want)
+			}
+			return
 		}
 	}
+	t.Error("the pod has no proxy")
 }
 
 // The pods with the HTTP proxy, the documentation's and the one that has no
@@ -22,19 +28,21 @@ func TestHTTPProxy(t *testing.T) {
 	for _, file := range []string{"http-proxy-pod.yaml", "http-proxy-restricted.yaml"} {
 		t.Run(strings.TrimSuffix(file, ".yaml"), func(t *testing.T) {
 			guard(t)
-			apply(t, manifest(t, file)+"---\n"+clientOfProxy)
+			apply(t, manifest(t, file)+"---\n"+clientOfProxy+"---\n"+partner(t))
 			ready(t, "pod/egress-1", "pod/behind")
 			if file == "http-proxy-restricted.yaml" {
-				wantUnprivileged(t, "egress-router-pod")
+				wantUnprivileged(t, "egress-1")
 			}
 			for url, answer := range map[string]string{
-				"http://203.0.113.25/":        `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
-				"http://www.example.org/":     `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
-				"https://www.example.org/":    `^200 203\.0\.113\.25:443 192\.168\.12\.99\n$`,
-				"http://foobar.example.com/":  `^403 .*denied by rule 1: !\*\.example\.com\n$`,
-				"http://192.168.1.7/":         `^403 .*denied by rule 2: !192\.168\.1\.0/24\n$`,
-				"http://gone.example.org/":    `^502 .*looking up gone\.example\.org: no such name\n$`,
-				"https://foobar.example.com/": `Forbidden`,
+				"http://203.0.113.25/":       `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
+				"http://www.example.org/":    `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
+				"https://www.example.org/":   `^200 203\.0\.113\.25:443 192\.168\.12\.99\n$`,
+				"http://foobar.example.com/": `^403 .*denied by rule 1: !\*\.example\.com\n$`,
+				"http://192.168.1.7/":        `^403 .*denied by rule 2: !192\.168\.1\.0/24\n$`,
+				// A name of the cluster, which stands for one outside.
+				"http://partner.egress.svc.cluster.local/": `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
+				"http://gone.example.org/":                 `^502 .*looking up gone\.example\.org: no such name\n$`,
+				"https://foobar.example.com/":              `Forbidden`,
 			} {
 				out, err := run("kubectl", "-n", namespace, "exec", "behind", "--", "/peer", "get", url)
 				if err != nil {
@@ -47,6 +55,13 @@ func TestHTTPProxy(t *testing.T) {
 			wantClosed(t, "8080")
 		})
 	}
+}
+
+// partner is a Service of a manifest that stands for a host outside.
+func partner(t *testing.T) string {
+	t.Helper()
+	text := manifest(t, "dns-proxy-restricted.yaml")
+	return text[strings.LastIndex(text, "---\n")+len("---\n"):]
 }
 
 // clientOfProxy knows the proxy as every program does, from two variables.
@@ -84,7 +99,7 @@ func TestDNSProxy(t *testing.T) {
 			service := "egress-dns-svc"
 			if test.want != nil {
 				service = "egress-1"
-				wantUnprivileged(t, "egress-router-pod")
+				wantUnprivileged(t, "egress-1")
 			}
 			address := pod(t, "egress-1").Status.PodIP
 			for at, server := range map[string]string{

@@ -17,15 +17,18 @@ func TestRedirect(t *testing.T) {
 		{"without Multus", "egress-1", manifest(t, "macvlan-parent-pod.yaml", "value: 203.0.113.27", "value: \"80 tcp 203.0.113.25\\n8080 tcp 203.0.113.26 80\\n8443 tcp 203.0.113.26 443\\n203.0.113.27\"") + "---\n" + manifest(t, "service.yaml")},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			// Without a router the firewall refuses: the rest would not prove
-			// anything if there were another way.
-			if a, err := ask("client", "tcp", servers[0]); err == nil {
-				t.Fatalf("without a router: %v", a)
-			}
+			wantRefused(t)
 			guard(t)
 			apply(t, test.text)
 			ready(t, "pod/"+test.pod)
 			want(t, "client", "tcp", "egress-1:80", "203.0.113.25:80")
+			if test.name == "with Multus" { // whose Service has all ports
+				want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")
+				want(t, "client", "tcp", "egress-1:8443", "203.0.113.26:443")
+				if log := kubectl(t, "logs", "egress-1", "-c", "egress-router"); !strings.Contains(log, "msg=ready") {
+					t.Errorf("the log has no msg=ready:\n%s", log)
+				}
+			}
 			wantExample(t, test.pod)
 			wantClosed(t, "80", "8080", "22")
 		})
@@ -41,6 +44,9 @@ func TestRedirect(t *testing.T) {
 	})
 }
 
+// farBridge is the node's link to farNetwork.
+const farBridge = "egress-far0"
+
 // farNetwork is a second network for pods of the cluster, which the node routes:
 // what a pod on another node of a larger cluster is to the router.
 const farNetwork = `apiVersion: k8s.cni.cncf.io/v1
@@ -54,8 +60,7 @@ spec:
       "name": "far",
       "type": "bridge",
       "bridge": "egress-far0",
-      "isGateway": true,
-      "ipam": {"type": "host-local", "subnet": "10.245.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]}
+      "ipam": {"type": "static", "addresses": [{"address": "10.245.0.2/24", "gateway": "10.245.0.1"}], "routes": [{"dst": "0.0.0.0/0"}]}
     }
 ---
 `
@@ -74,8 +79,16 @@ func TestClients(t *testing.T) {
 		"  - name: egress-router-wait\n    image: localhost/egress-router:"+tag, "  - name: inside\n    image: "+peerImage), "\n---\n")
 	apply(t, router)
 
+	// The plugin would give the bridge an address, and keep a book of those in use.
+	for _, line := range []string{
+		"ip link add " + farBridge + " type bridge", "ip address add 10.245.0.1/24 dev " + farBridge, "ip link set " + farBridge + " up",
+	} {
+		if err := theNetwork.run(theNetwork.node, "", strings.Fields(line)...); err != nil {
+			t.Fatal(err)
+		}
+	}
 	t.Cleanup(func() {
-		if err := theNetwork.run(theNetwork.node, "", "ip", "link", "delete", "egress-far0"); err != nil {
+		if err := theNetwork.run(theNetwork.node, "", "ip", "link", "delete", farBridge); err != nil {
 			t.Error(err)
 		}
 	})
@@ -83,7 +96,7 @@ func TestClients(t *testing.T) {
 	apply(t, farNetwork+strings.Replace(peerPod("far", "wait"), "metadata:\n", annotation, 1)+"---\n"+
 		strings.Replace(peerPod("onnode", "wait"), "spec:\n", "spec:\n  hostNetwork: true\n  dnsPolicy: ClusterFirstWithHostNet\n", 1))
 	ready(t, "pod/egress-1", "pod/far", "pod/onnode")
-	if far := pod(t, "far").Status.PodIP; !strings.HasPrefix(far, "10.245.0.") {
+	if far := pod(t, "far").Status.PodIP; far != "10.245.0.2" {
 		t.Fatalf("the far client has the address %s", far)
 	}
 
@@ -91,6 +104,8 @@ func TestClients(t *testing.T) {
 	for _, from := range []string{"client", "far", "onnode", "egress-1 -c inside"} {
 		t.Run(strings.Fields(from)[0], func(t *testing.T) {
 			want(t, from, "tcp", address+":80", "203.0.113.25:80")
+			// By a Service the router sees the node, of clients that kube-proxy
+			// does not count to the cluster's; directly it sees the client.
 			if from != "egress-1 -c inside" { // to its own address it has no way out
 				want(t, from, "tcp", direct+":8443", "203.0.113.26:443")
 				want(t, from, "udp", direct+":53", "203.0.113.27:53")

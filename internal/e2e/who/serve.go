@@ -30,7 +30,7 @@ func ServeHTTPS(ns *netns.Namespace, addr string) error {
 		return fmt.Errorf("serving %q: %w", addr, err)
 	}
 	server := httptest.NewUnstartedServer(http.HandlerFunc(answer))
-	server.Listener.Close()
+	_ = server.Listener.Close()
 	server.Listener = listener
 	server.StartTLS()
 	return nil

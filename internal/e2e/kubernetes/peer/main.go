@@ -5,9 +5,13 @@
 //	ask tcp HOST:PORT    ask a server of package who and print its answer; or udp
 //	get URL              fetch it, by the proxy that http_proxy and https_proxy name, and print status and body
 //	watch HOST:PORT      ask every 20 ms by a new connection, and print when and what came of it
-//	hold HOST:PORT       ask every 20 ms by one and the same connection; end with an error when that breaks
+//	hold HOST:PORT       ask every 20 ms by one and the same connection, and print the time and the answer every second;
+//	                     end with an error when it breaks, or answers late
+//	hear :PORT           print the datagrams that arrive there, and who sent them
+//	say HOST:PORT TEXT   send one
 //	set SYSCTL VALUE     set one, such as net/ipv4/ip_forward
 //	kill POD             end all processes of a pod, which is given by its UID
+//	status POD           print what they may do (proc_pid_status(5)), a line each
 package main
 
 import (
@@ -36,46 +40,53 @@ import (
 // is asked while nothing gets through fails, and is not answered late.
 const (
 	pace     = 20 * time.Millisecond
-	patience = 500 * time.Millisecond
+	patience = 900 * time.Millisecond
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	if err := run(ctx, os.Args[1:]); err != nil {
+	if err := run(ctx, os.Args[1:], os.Stdout); err != nil {
 		fmt.Fprintf(os.Stderr, "peer: %v\n", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, args []string) error {
+func run(ctx context.Context, args []string, stdout io.Writer) error {
 	switch {
 	case slices.Equal(args, []string{"wait"}):
 		<-ctx.Done()
 		return nil
 	case len(args) == 3 && args[0] == "ask":
-		return ask(args[1], args[2])
+		return ask(stdout, args[1], args[2])
 	case len(args) == 2 && args[0] == "get":
-		return get(args[1])
+		return get(stdout, args[1])
 	case len(args) == 2 && args[0] == "watch":
-		return watch(ctx, args[1])
+		return watch(ctx, stdout, args[1])
 	case len(args) == 2 && args[0] == "hold":
-		return hold(ctx, args[1])
+		return hold(ctx, stdout, args[1])
+	case len(args) == 2 && args[0] == "hear":
+		return hear(ctx, stdout, args[1])
+	case len(args) == 3 && args[0] == "say":
+		return say(args[1], args[2])
+	case len(args) == 2 && args[0] == "status":
+		return status(stdout, args[1])
 	case len(args) == 3 && args[0] == "set":
 		return os.WriteFile("/proc/sys/"+args[1], []byte(args[2]), 0)
 	case len(args) == 2 && args[0] == "kill":
-		return kill(args[1])
+		return kill(stdout, args[1])
 	}
 	return fmt.Errorf("arguments not understood: %q", args)
 }
 
 // ask waits longer than watch: the first packet to a pod that is new may get lost.
-func ask(protocol, address string) error {
+func ask(stdout io.Writer, protocol, address string) error {
 	const patience = 3 * time.Second
 	a, err := question(protocol, address, patience)
-	if err == nil {
-		fmt.Println(a)
+	if err != nil {
+		return err
 	}
+	_, err = fmt.Fprintln(stdout, a)
 	return err
 }
 
@@ -91,7 +102,7 @@ func question(protocol, address string, patience time.Duration) (who.Answer, err
 	return who.Ask(conn, bufio.NewReader(conn))
 }
 
-func get(url string) error {
+func get(stdout io.Writer, url string) error {
 	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 		Proxy: http.ProxyFromEnvironment,
 		// The servers have a certificate for tests.
@@ -103,16 +114,17 @@ func get(url string) error {
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(response.Body)
-	if err == nil {
-		fmt.Printf("%d %s\n", response.StatusCode, strings.TrimSpace(string(body)))
+	if err != nil {
+		return err
 	}
+	_, err = fmt.Fprintf(stdout, "%d %s\n", response.StatusCode, strings.TrimSpace(string(body)))
 	return err
 }
 
 // watch prints a line for each question: the time at which it was asked, in
 // nanoseconds of Unix time, and the answer, or a dash and the error. The host's
 // name is looked up once.
-func watch(ctx context.Context, address string) error {
+func watch(ctx context.Context, stdout io.Writer, address string) error {
 	to, err := net.ResolveTCPAddr("tcp4", address)
 	if err != nil {
 		return err
@@ -125,7 +137,9 @@ func watch(ctx context.Context, address string) error {
 		case <-ctx.Done():
 			return nil
 		case line := <-lines:
-			fmt.Println(line)
+			if _, err := fmt.Fprintln(stdout, line); err != nil {
+				return err
+			}
 		case asked := <-ticker.C:
 			go func() {
 				a, err := question("tcp4", to.String(), patience)
@@ -142,26 +156,29 @@ func watch(ctx context.Context, address string) error {
 	}
 }
 
-// hold prints the first answer, and then only what differs from it.
-func hold(ctx context.Context, address string) error {
+// hold prints when it asked, in nanoseconds of Unix time, and the answer.
+func hold(ctx context.Context, stdout io.Writer, address string) error {
 	conn, err := net.Dial("tcp4", address)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	replies := bufio.NewReader(conn)
-	var before who.Answer
+	var printed time.Time
 	for {
-		if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		asked := time.Now()
+		if err := conn.SetDeadline(asked.Add(time.Second)); err != nil {
 			return err
 		}
 		a, err := who.Ask(conn, replies)
 		if err != nil {
 			return err
 		}
-		if a != before {
-			fmt.Println(a)
-			before = a
+		if asked.Sub(printed) >= time.Second {
+			printed = asked
+			if _, err := fmt.Fprintf(stdout, "%d %v\n", asked.UnixNano(), a); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -171,14 +188,44 @@ func hold(ctx context.Context, address string) error {
 	}
 }
 
-// kill takes every process whose control groups have the pod's UID in their names,
-// as the kubelet gives them: with dashes, or with underscores under systemd.
-func kill(uid string) error {
-	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
+func hear(ctx context.Context, stdout io.Writer, address string) error {
+	conn, err := net.ListenPacket("udp4", address)
 	if err != nil {
 		return err
 	}
-	killed := 0
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	buf := make([]byte, 2048)
+	for {
+		n, from, err := conn.ReadFrom(buf)
+		if ctx.Err() != nil {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintf(stdout, "%s from %s\n", buf[:n], from); err != nil {
+			return err
+		}
+	}
+}
+
+func say(address, text string) error {
+	conn, err := net.Dial("udp4", address)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = io.WriteString(conn, text)
+	return err
+}
+
+// processes returns those whose control groups have the pod's UID in their names,
+// as the kubelet gives them: with dashes, or with underscores under systemd.
+func processes(uid string) ([]int, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
+	if err != nil {
+		return nil, err
+	}
+	var found []int
 	for _, file := range files {
 		text, err := os.ReadFile(file)
 		if err != nil || !strings.Contains(strings.ReplaceAll(string(text), "_", "-"), "pod"+uid) {
@@ -186,16 +233,50 @@ func kill(uid string) error {
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 		if err != nil {
-			return err
+			return nil, err
 		}
+		found = append(found, pid)
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("looking for pod %s: it has no process", uid)
+	}
+	return found, nil
+}
+
+func kill(stdout io.Writer, uid string) error {
+	pids, err := processes(uid)
+	if err != nil {
+		return err
+	}
+	for _, pid := range pids {
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return fmt.Errorf("killing process %d of pod %s: %w", pid, uid, err)
 		}
-		killed++
 	}
-	if killed == 0 {
-		return fmt.Errorf("killing pod %s: it has no process", uid)
+	_, err = fmt.Fprintln(stdout, len(pids))
+	return err
+}
+
+func status(stdout io.Writer, uid string) error {
+	pids, err := processes(uid)
+	if err != nil {
+		return err
 	}
-	fmt.Println(killed)
+	for _, pid := range pids {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			continue // it has just ended
+		}
+		var line []string
+		for field := range strings.Lines(string(text)) {
+			switch name, values, _ := strings.Cut(field, ":"); name {
+			case "Name", "Uid", "CapPrm", "CapEff", "CapBnd", "NoNewPrivs":
+				line = append(line, name+"="+strings.Fields(values)[0])
+			}
+		}
+		if _, err := fmt.Fprintln(stdout, strings.Join(line, " ")); err != nil {
+			return err
+		}
+	}
 	return nil
 }
