@@ -130,6 +130,9 @@ func (l *loop) run() {
 		switch err := l.raw.Read(poll); {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			l.tick()
+			// Where a turn of all takes as long as a tick lasts, this would
+			// otherwise come each time instead of what has happened.
+			_ = l.raw.Control(func(fd uintptr) { poll(fd) })
 		case err != nil:
 			return
 		}

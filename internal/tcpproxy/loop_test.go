@@ -347,6 +347,30 @@ func TestTurnEnds(t *testing.T) {
 	}
 }
 
+// Relays that always have more, so that a turn of all takes longer than a tick
+// lasts, do not keep the loop from hearing what has happened.
+func TestTurnsLongerThanTicks(t *testing.T) {
+	l := startLoop(t, looks*leastWait)
+	piece := make([]byte, 1<<20)
+	for range 50 {
+		j := joinIn(t, l)
+		for _, c := range []*net.TCPConn{j.client, j.server} {
+			go func() {
+				for {
+					if _, err := c.Write(piece); err != nil {
+						return
+					}
+				}
+			}()
+			go func() { _, _ = io.Copy(io.Discard, c) }()
+		}
+	}
+	for range 5 {
+		j := joinIn(t, l, 'a')
+		wantRead(t, j.server, "a")
+	}
+}
+
 // limit leaves the process few more descriptors than it has.
 func limit(t *testing.T, more int) {
 	t.Helper()
