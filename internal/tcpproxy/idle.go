@@ -73,7 +73,10 @@ func (l *loop) look(r *relay) {
 	case l.idle == 0:
 	case !r.quiet && l.taken(r):
 		r.active = l.ticks
-	case lasts(l.idle):
+	case !lasts(l.idle):
+	case r.up.holds() || r.down.holds():
+		r.abort(outcomeIdle) // what a peer does not take must not be missing without a word
+	default:
 		// The peers did nothing wrong, and nothing is under way: they are told
 		// of the end in order.
 		r.close(outcomeIdle)

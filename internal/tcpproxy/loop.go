@@ -56,7 +56,12 @@ func newLoop() (*loop, error) {
 	// It never blocks, but os.NewFile has only those watched that say so.
 	_ = unix.SetNonblock(epoll, true)
 	l := &loop{epoll: int32(epoll), file: os.NewFile(uintptr(epoll), "epoll"), relays: map[uint64]*relay{}}
-	if l.raw, err = l.file.SyscallConn(); err != nil {
+	// The runtime may have nothing left to watch it with, which it tells here only.
+	if err = l.file.SetReadDeadline(time.Time{}); err == nil {
+		l.raw, err = l.file.SyscallConn()
+	}
+	if err != nil {
+		l.close()
 		return nil, fmt.Errorf("waiting for an epoll: %w", err)
 	}
 	return l, nil
@@ -77,11 +82,13 @@ func (l *loop) take(r *relay, server int32) error {
 	if err := l.control(unix.EPOLL_CTL_ADD, r, &r.server); err != nil {
 		return err
 	}
-	l.incoming = append(l.incoming, r)
 	if !l.ticking {
+		if err := l.file.SetReadDeadline(time.Now().Add(l.period())); err != nil {
+			return err
+		}
 		l.ticking = true
-		return l.file.SetReadDeadline(time.Now().Add(l.period()))
 	}
+	l.incoming = append(l.incoming, r)
 	return nil
 }
 

@@ -205,9 +205,10 @@ func (a *attempt) fails(ctx context.Context, err error) {
 }
 
 // ours reports whether a connection failed for a want of this process's own,
-// which tells nothing about the address: descriptors, memory, local ports.
+// which tells nothing about the address: descriptors, memory, local ports, watches
+// (fs.epoll.max_user_watches).
 func ours(err error) bool {
-	for _, errno := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL, syscall.EAGAIN} {
+	for _, errno := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL, syscall.EAGAIN, syscall.ENOSPC} {
 		if errors.Is(err, errno) {
 			return true
 		}

@@ -115,6 +115,9 @@ type flow struct {
 	over  bool   // the end of the stream was passed on, or could not be
 }
 
+// holds reports whether there is something that the receiver has yet to take.
+func (f *flow) holds() bool { return len(f.rest) > 0 || f.pipe != nil }
+
 const (
 	// shortPiece is what is read and written, in bytes. More at a time is spliced.
 	shortPiece = 16 << 10
@@ -142,7 +145,7 @@ func (r *relay) move(f *flow) (more bool) {
 		if f.over {
 			return false
 		}
-		if len(f.rest) > 0 || f.pipe != nil {
+		if f.holds() {
 			n, waits := r.deliver(f)
 			if waits {
 				return false
