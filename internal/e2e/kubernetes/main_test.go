@@ -155,7 +155,7 @@ func loadImages() error {
 const label = "egress-router-e2e"
 
 // prepareCluster makes the namespace, the macvlan network, names that CoreDNS
-// knows, and a client. What it returns removes all of that, also after an error.
+// knows, a client and a listener. What it returns removes all of that, also after an error.
 func prepareCluster() (remove func() error, err error) {
 	undo := []func() error{}
 	remove = func() error {
@@ -203,10 +203,10 @@ func prepareCluster() (remove func() error, err error) {
 	if _, err := run("kubectl", "wait", "--for=create", "serviceaccount/default", "-n", namespace, "--timeout=60s"); err != nil {
 		return remove, err
 	}
-	if err := tryApply(peerPod("client", "wait")); err != nil {
+	if err := tryApply(peerPod("client", "wait") + "---\n" + peerPod("listener", "hear", ":9999")); err != nil {
 		return remove, err
 	}
-	_, err = run("kubectl", "wait", "-n", namespace, "--for=condition=Ready", "pod/client", "--timeout=60s")
+	_, err = run("kubectl", "wait", "-n", namespace, "--for=condition=Ready", "pod/client", "pod/listener", "--timeout=60s")
 	return remove, err
 }
 

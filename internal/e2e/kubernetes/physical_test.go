@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -218,8 +219,6 @@ func wantRefused(t *testing.T) {
 // reserved address, and by it no pod behind.
 func wantClosed(t *testing.T, ports ...string) {
 	t.Helper()
-	apply(t, peerPod("listener", "hear", ":9999"))
-	ready(t, "pod/listener")
 	listener := pod(t, "listener").Status.PodIP
 	way := []string{"ip", "route", "replace", listener + "/32", "via", reserved.String()}
 	if err := theNetwork.run(theNetwork.gateway, "", way...); err != nil {
@@ -262,12 +261,13 @@ func wantClosed(t *testing.T, ports ...string) {
 		}
 	}
 	// What another pod says later arrives.
-	if _, err := peer("say", listener+":9999", "client"); err != nil {
+	said := "client-" + strconv.FormatInt(time.Now().UnixNano(), 10)
+	if _, err := peer("say", listener+":9999", said); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "a datagram of another pod", 10*time.Second, func() error {
 		log := kubectl(t, "logs", "listener")
-		if !strings.Contains(log, "client from ") {
+		if !strings.Contains(log, said+" from ") {
 			return errors.New("it has heard " + log)
 		}
 		return nil
