@@ -54,24 +54,29 @@ func TestWrongManifests(t *testing.T) {
 				}
 				return nil
 			})
-			log := kubectl(t, "logs", name, "-c", container)
-			lines := strings.Split(strings.TrimSpace(log), "\n")
-			if last := lines[len(lines)-1]; !strings.Contains(last, test.last) {
-				t.Errorf("the log ends with %q, want %q", last, test.last)
-			}
-			if test.hint != "" && !strings.Contains(log, test.hint) {
-				t.Errorf("the log has no hint at %q:\n%s", test.hint, log)
-			}
-			// The part of the one container, without the pod's events.
-			description := kubectl(t, "describe", "pod", name)
-			_, part, _ := strings.Cut(description, "\n  "+container+":\n")
-			part, _, _ = strings.Cut(part, "\n    Mounts:")
-			_, message, _ := strings.Cut(part, "Message:")
-			for _, want := range []string{test.last, test.hint} {
-				if !strings.Contains(message, want) {
-					t.Errorf("kubectl describe does not say %q:\n%s", want, description)
+			// A container that is just starting again has no log for a moment.
+			await(t, "its log", 30*time.Second, func() error {
+				log, err := run("kubectl", "-n", namespace, "logs", name, "-c", container)
+				if err != nil {
+					return err
 				}
-			}
+				lines := strings.Split(strings.TrimSpace(log), "\n")
+				if !strings.Contains(lines[len(lines)-1], test.last) || !strings.Contains(log, test.hint) {
+					return fmt.Errorf("want %q at the end, and a hint at %q:\n%s", test.last, test.hint, log)
+				}
+				return nil
+			})
+			// The part of the one container, without the pod's events.
+			await(t, "its message", 30*time.Second, func() error {
+				description := kubectl(t, "describe", "pod", name)
+				_, part, _ := strings.Cut(description, "\n  "+container+":\n")
+				part, _, _ = strings.Cut(part, "\n    Mounts:")
+				_, message, _ := strings.Cut(part, "Message:")
+				if !strings.Contains(message, test.last) || !strings.Contains(message, test.hint) {
+					return fmt.Errorf("kubectl describe does not say %q and %q:\n%s", test.last, test.hint, description)
+				}
+				return nil
+			})
 		})
 	}
 }
