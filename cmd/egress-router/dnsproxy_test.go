@@ -24,6 +24,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
 // A nameServer is the one that the pod's resolv.conf names, behind the cluster
@@ -88,18 +89,18 @@ func (n *nameServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	_ = w.WriteMsg(m)
 }
 
-func (p *pod) nameServer() *nameServer {
+func serveNames(p *labtest.Pod) *nameServer {
 	p.Helper()
-	node := p.handle(p.lab.Node)
+	node := p.Handle(p.Lab.Node)
 	_, addr, err := net.ParseCIDR("10.96.0.10/32")
 	if err != nil {
 		p.Fatal(err)
 	}
-	if err := node.AddrAdd(p.link(node, "lo"), &netlink.Addr{IPNet: addr}); err != nil {
+	if err := node.AddrAdd(p.Link(node, "lo"), &netlink.Addr{IPNet: addr}); err != nil {
 		p.Fatal(err)
 	}
 	var socket net.PacketConn
-	if err := p.lab.Node.Do(func() (err error) {
+	if err := p.Lab.Node.Do(func() (err error) {
 		socket, err = net.ListenPacket("udp4", "10.96.0.10:53")
 		return err
 	}); err != nil {
@@ -117,26 +118,26 @@ func (p *pod) nameServer() *nameServer {
 
 // A proxy is the DNS proxy, running in the router's namespace.
 type proxy struct {
-	*pod
+	*labtest.Pod
 	cmd    *exec.Cmd
 	stderr *bytes.Buffer // after wait
 }
 
-// proxy configures the pod for the DNS proxy and starts that, with the variables
+// startDNSProxy configures the pod for the DNS proxy and starts that, with the variables
 // given; with before, under another program.
-func (p *pod) proxy(env map[string]string, before ...string) *proxy {
+func startDNSProxy(p *labtest.Pod, env map[string]string, before ...string) *proxy {
 	p.Helper()
-	p.env = map[string]string{"EGRESS_ROUTER_MODE": "dns-proxy", "EGRESS_SOURCE": "192.168.12.99/24", "EGRESS_GATEWAY": "192.168.12.1"}
-	p.ok()
-	p.env = env
+	p.Env = map[string]string{"EGRESS_ROUTER_MODE": "dns-proxy", "EGRESS_SOURCE": "192.168.12.99/24", "EGRESS_GATEWAY": "192.168.12.1"}
+	p.OK()
+	p.Env = env
 	path, err := exec.LookPath("egress-dns-proxy")
 	if err != nil {
 		p.Fatal(err)
 	}
 	command := slices.Concat(before, []string{path})
-	x := &proxy{p, p.command(command[0], command[1:]...), new(bytes.Buffer)}
+	x := &proxy{p, p.Command(command[0], command[1:]...), new(bytes.Buffer)}
 	x.cmd.Stderr = x.stderr
-	if err := p.lab.Start(p.lab.Router, x.cmd); err != nil {
+	if err := p.Lab.Start(p.Lab.Router, x.cmd); err != nil {
 		p.Fatal(err)
 	}
 	return x
@@ -148,7 +149,7 @@ func (x *proxy) await(port uint16, servers ...string) {
 	var a lab.Answer
 	var err error
 	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		a, err = x.ask(x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+		a, err = x.Ask(x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
 		if err == nil && slices.Contains(servers, a.Server.String()) {
 			return
 		}
@@ -162,9 +163,9 @@ func (x *proxy) wantServers(port uint16, servers ...string) {
 	x.Helper()
 	seen := map[string]bool{}
 	for range 4 {
-		a, err := x.ask(x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
-		if err != nil || a.Peer.Addr() != source {
-			x.Errorf("port %d: %v, %v; want to be seen as %s", port, a, err, source)
+		a, err := x.Ask(x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+		if err != nil || a.Peer.Addr() != lab.Source {
+			x.Errorf("port %d: %v, %v; want to be seen as %s", port, a, err, lab.Source)
 		}
 		seen[a.Server.String()] = true
 	}
@@ -200,19 +201,19 @@ func (x *proxy) wait() string {
 // reserved address, name servers the pod's own.
 func TestDNSProxy(t *testing.T) {
 	t.Parallel()
-	for _, b := range []backend{iptablesNFT, nftables} {
-		t.Run(b.name, func(t *testing.T) {
+	for _, b := range []labtest.Backend{labtest.IptablesNFT, labtest.Nftables} {
+		t.Run(b.Name, func(t *testing.T) {
 			t.Parallel()
-			testDNSProxy(newPod(t, lab.Options{}, b))
+			testDNSProxy(labtest.New(t, lab.Options{}, b))
 		})
 	}
 }
 
-func testDNSProxy(p *pod) {
+func testDNSProxy(p *labtest.Pod) {
 	t := p.T
-	n := p.nameServer()
+	n := serveNames(p)
 	n.set("www.example.com.", "203.0.113.25", "203.0.113.26")
-	x := p.proxy(map[string]string{
+	x := startDNSProxy(p, map[string]string{
 		"EGRESS_DNS_PROXY_DESTINATION": "80 203.0.113.25\n8080 www.example.com 80\n8443 late.example.com 443\n8081 dead.example.com 80\n",
 		"EGRESS_DNS_PROXY_DEBUG":       "1",
 	})
@@ -220,13 +221,13 @@ func testDNSProxy(p *pod) {
 	x.await(8080, "203.0.113.25:80", "203.0.113.26:80")
 	x.wantServers(80, "203.0.113.25:80")
 	x.wantServers(8080, "203.0.113.25:80", "203.0.113.26:80")
-	if a, err := x.ask(x.lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080)); err != nil || a.Peer.Addr() != source {
+	if a, err := x.Ask(x.Lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080)); err != nil || a.Peer.Addr() != lab.Source {
 		t.Errorf("from another subnet: %v, %v", a, err)
 	}
 
 	// The name's addresses change; one that was missing is there; a connection
 	// stays where it is.
-	conn, err := x.lab.Dial(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	conn, err := x.Lab.Dial(t.Context(), x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -253,21 +254,21 @@ func testDNSProxy(p *pod) {
 
 	n.wantAskedBy(t, lab.RouterAddr)
 
-	x.wantNoUseFromOutside(8080)
+	wantNoUseFromOutside(x.Pod, 8080)
 
 	// The connection from before outlives the order to stop.
 	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if _, err := x.lab.Ask(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
+		if _, err := x.Lab.Ask(t.Context(), x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
 			break
 		} else if time.Now().After(end) {
 			t.Fatal("it still accepts connections")
 		}
 	}
 	r := bufio.NewReader(conn)
-	if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != source {
+	if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != lab.Source {
 		t.Errorf("%v, %v", a, err)
 	}
 	fmt.Fprintln(conn, "still there")
@@ -285,7 +286,7 @@ func testDNSProxy(p *pod) {
 // kubelet swaps.
 func TestDNSProxyFile(t *testing.T) {
 	t.Parallel()
-	p := newPod(t, lab.Options{}, iptablesNFT)
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	dir := t.TempDir()
 	version := 0
 	mount := func(list string) {
@@ -313,9 +314,9 @@ func TestDNSProxyFile(t *testing.T) {
 	if err := os.Symlink("..data/destinations", file); err != nil {
 		t.Fatal(err)
 	}
-	x := p.proxy(map[string]string{"EGRESS_DNS_PROXY_DESTINATION_FILE": file})
+	x := startDNSProxy(p, map[string]string{"EGRESS_DNS_PROXY_DESTINATION_FILE": file})
 	x.await(8080, "203.0.113.25:80")
-	conn, err := x.lab.Dial(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+	conn, err := x.Lab.Dial(t.Context(), x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -338,7 +339,7 @@ func TestDNSProxyFile(t *testing.T) {
 
 	mount("8443 203.0.113.26 443\n")
 	for end := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		if _, err := x.lab.Ask(t.Context(), x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080)); err != nil {
+		if _, err := x.Lab.Ask(t.Context(), x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080)); err != nil {
 			break
 		} else if time.Now().After(end) {
 			t.Fatal("a port that is gone still works")
@@ -358,16 +359,16 @@ func TestDNSProxyFile(t *testing.T) {
 // Data does not pass through the proxy's memory (splice(2)).
 func TestDNSProxySplices(t *testing.T) {
 	t.Parallel()
-	p := newPod(t, lab.Options{}, iptablesNFT)
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	trace := filepath.Join(t.TempDir(), "trace")
 	// -D: strace is not the process that is started, so that this one can be
 	// told to stop.
-	x := p.proxy(map[string]string{"EGRESS_DNS_PROXY_DESTINATION": "8080 203.0.113.25 80"},
+	x := startDNSProxy(p, map[string]string{"EGRESS_DNS_PROXY_DESTINATION": "8080 203.0.113.25 80"},
 		"strace", "-D", "-f", "-qq", "-o", trace, "-e", "trace=splice,read,write,sendto,recvfrom,sendmsg,recvmsg")
 	x.await(8080, "203.0.113.25:80")
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	conn, err := x.lab.Dial(ctx, x.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+	conn, err := x.Lab.Dial(ctx, x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,27 +3,21 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"net/netip"
-	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// healthAddr is where a program of a pod is asked by HTTP.
-var healthAddr = netip.AddrPortFrom(lab.RouterAddr, 9465)
-
 // get asks a program by HTTP, as a kubelet does: from the cluster side.
-func (p *pod) get(path string) (status int, body string) {
+func get(p *labtest.Pod, path string) (status int, body string) {
 	p.Helper()
-	conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", healthAddr)
+	conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", labtest.HealthAddr)
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -41,35 +35,10 @@ func (p *pod) get(path string) (status int, body string) {
 	return r.StatusCode, string(text)
 }
 
-func (p *pod) wantGet(path string, status int, body string) {
+func wantGet(p *labtest.Pod, path string, status int, body string) {
 	p.Helper()
-	if s, b := p.get(path); s != status || b != body {
+	if s, b := get(p, path); s != status || b != body {
 		p.Errorf("%s: %d %q, want %d %q", path, s, b, status, body)
-	}
-}
-
-// health asks as an exec probe does, without privilege, and returns the exit code.
-func (p *pod) health() (code int, stdout string) {
-	p.Helper()
-	cmd := p.command("without-privilege", "health")
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	err := p.lab.Run(p.lab.Router, cmd)
-	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
-		return exit.ExitCode(), out.String()
-	}
-	if err != nil {
-		p.Fatal(err)
-	}
-	return 0, out.String()
-}
-
-func (p *pod) await(what string, is func() bool) {
-	p.Helper()
-	for end := time.Now().Add(10 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			p.Fatalf("waited in vain for %s", what)
-		}
 	}
 }
 
@@ -95,34 +64,34 @@ func TestProxyHealth(t *testing.T) {
 	} {
 		t.Run(program, func(t *testing.T) {
 			t.Parallel()
-			p := newPod(t, lab.Options{}, nftables)
-			p.env = map[string]string{"EGRESS_ROUTER_MODE": program, "EGRESS_SOURCE": "192.168.12.99/24", "EGRESS_GATEWAY": "192.168.12.1"}
-			p.ok()
-			if code, out := p.health(); code != 1 || out != "" {
+			p := labtest.New(t, lab.Options{}, labtest.Nftables)
+			p.Env = map[string]string{"EGRESS_ROUTER_MODE": program, "EGRESS_SOURCE": "192.168.12.99/24", "EGRESS_GATEWAY": "192.168.12.1"}
+			p.OK()
+			if code, out := p.Health(); code != 1 || out != "" {
 				t.Errorf("before: exit code %d\n%s", code, out)
 			}
-			p.env = test.env
-			p.env["EGRESS_HEALTH_LISTEN"] = ":9465"
-			cmd := p.command("without-privilege", program)
+			p.Env = test.env
+			p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
+			cmd := p.Command("without-privilege", program)
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
-			if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+			if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
 				t.Fatal(err)
 			}
-			p.await("a proxy that is ready", func() bool { code, _ := p.health(); return code == 0 })
-			p.wantGet("/healthz", 200, "ok\n")
-			p.wantGet("/readyz", 200, "ok\n")
-			p.wantNoUseFromOutside(healthAddr.Port())
+			p.Until("a proxy that is ready", func() bool { code, _ := p.Health(); return code == 0 })
+			wantGet(p, "/healthz", 200, "ok\n")
+			wantGet(p, "/readyz", 200, "ok\n")
+			wantNoUseFromOutside(p, labtest.HealthAddr.Port())
 
-			conn, err := p.lab.Dial(t.Context(), p.lab.Client, "tcp", proxyAddr)
+			conn, err := p.Lab.Dial(t.Context(), p.Lab.Client, "tcp", proxyAddr)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer conn.Close()
 			fmt.Fprint(conn, test.begin)
 			var text string
-			p.await("the connection in the metrics", func() bool {
-				_, text = p.get("/metrics")
+			p.Until("the connection in the metrics", func() bool {
+				_, text = get(p, "/metrics")
 				return strings.Contains(text, test.metrics[0]+"\n")
 			})
 			for _, m := range append(test.metrics, "egress_"+strings.ReplaceAll(program, "-", "_")+"_ready 1") {
@@ -134,17 +103,17 @@ func TestProxyHealth(t *testing.T) {
 			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
-			p.await("a proxy that is not ready", func() bool { status, _ := p.get("/readyz"); return status != 200 })
-			p.wantGet("/readyz", 503, "it was told to stop\n")
-			p.wantGet("/healthz", 200, "ok\n")
-			if code, out := p.health(); code != 1 || !strings.Contains(out, "\n  not ready: it was told to stop\n") {
+			p.Until("a proxy that is not ready", func() bool { status, _ := get(p, "/readyz"); return status != 200 })
+			wantGet(p, "/readyz", 503, "it was told to stop\n")
+			wantGet(p, "/healthz", 200, "ok\n")
+			if code, out := p.Health(); code != 1 || !strings.Contains(out, "\n  not ready: it was told to stop\n") {
 				t.Errorf("told to stop: exit code %d\n%s", code, out)
 			}
 			_ = conn.Close()
 			if err := cmd.Wait(); err != nil {
 				t.Errorf("%v\n%s", err, &stderr)
 			}
-			if code, out := p.health(); code != 1 || out != "" {
+			if code, out := p.Health(); code != 1 || out != "" {
 				t.Errorf("after its end: exit code %d\n%s", code, out)
 			}
 		})

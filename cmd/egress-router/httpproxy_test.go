@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
@@ -27,19 +28,19 @@ var proxyAddr = netip.AddrPortFrom(lab.RouterAddr, 8080)
 
 // httpProxy starts the HTTP proxy as the pod's second container, without any
 // privilege, and waits until it listens.
-func (p *pod) httpProxy(rules string) (*exec.Cmd, *bytes.Buffer) {
+func httpProxy(p *labtest.Pod, rules string) (*exec.Cmd, *bytes.Buffer) {
 	p.Helper()
-	p.env["EGRESS_ROUTER_MODE"] = "http-proxy"
-	p.ok()
-	cmd := p.command("without-privilege", "http-proxy")
+	p.Env["EGRESS_ROUTER_MODE"] = "http-proxy"
+	p.OK()
+	cmd := p.Command("without-privilege", "http-proxy")
 	cmd.Env = append(cmd.Env, "EGRESS_HTTP_PROXY_DESTINATION="+rules)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
-	if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+	if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
 		p.Fatal(err)
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", proxyAddr)
+		conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", proxyAddr)
 		if err == nil {
 			conn.Close()
 			return cmd, &stderr
@@ -51,9 +52,9 @@ func (p *pod) httpProxy(rules string) (*exec.Cmd, *bytes.Buffer) {
 }
 
 // request sends a request to the proxy and returns what comes back.
-func (p *pod) request(from *netns.Namespace, text string) *bufio.Reader {
+func request(p *labtest.Pod, from *netns.Namespace, text string) *bufio.Reader {
 	p.Helper()
-	conn, err := p.lab.Dial(p.Context(), from, "tcp", proxyAddr)
+	conn, err := p.Lab.Dial(p.Context(), from, "tcp", proxyAddr)
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -69,24 +70,24 @@ func (p *pod) request(from *netns.Namespace, text string) *bufio.Reader {
 
 // wantTunnel makes a tunnel and checks who answers at its end, and whom that
 // server saw.
-func (p *pod) wantTunnel(from *netns.Namespace, to, server string) {
+func wantTunnel(p *labtest.Pod, from *netns.Namespace, to, server string) {
 	p.Helper()
-	r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+	r := request(p, from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
 	for _, want := range []string{"HTTP/1.1 200 Connection established\r\n", "\r\n"} {
 		if line, err := r.ReadString('\n'); line != want {
 			p.Fatalf("%s: got %q, %v", to, line, err)
 		}
 	}
-	if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != source || a.Server.String() != server {
-		p.Errorf("%s: %v, %v; want %s, which sees %s", to, a, err, server, source)
+	if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != lab.Source || a.Server.String() != server {
+		p.Errorf("%s: %v, %v; want %s, which sees %s", to, a, err, server, lab.Source)
 	}
 }
 
 // wantProxyError asks for a host that cannot be reached and checks what the proxy
 // says of it.
-func (p *pod) wantProxyError(host string, status int, text string) {
+func wantProxyError(p *labtest.Pod, host string, status int, text string) {
 	p.Helper()
-	response, err := http.ReadResponse(p.request(p.lab.Client, "GET http://"+host+"/ HTTP/1.1\r\nHost: x\r\n\r\n"), nil)
+	response, err := http.ReadResponse(request(p, p.Lab.Client, "GET http://"+host+"/ HTTP/1.1\r\nHost: x\r\n\r\n"), nil)
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -99,35 +100,35 @@ func (p *pod) wantProxyError(host string, status int, text string) {
 // wantNoUseFromOutside checks that a port of the pod, on which somebody listens,
 // is there for the cluster and not for the physical network, by either address,
 // and that it is the rules that make it so. It takes them away.
-func (p *pod) wantNoUseFromOutside(port uint16) {
+func wantNoUseFromOutside(p *labtest.Pod, port uint16) {
 	p.Helper()
-	p.wantClusterOnly(port)
-	p.clear()
-	if !p.opens(p.lab.Outside, source, port) {
-		p.Errorf("port %d of %s is closed to the physical network also without the rules", port, source)
+	wantClusterOnly(p, port)
+	p.Clear()
+	if !opens(p, p.Lab.Outside, lab.Source, port) {
+		p.Errorf("port %d of %s is closed to the physical network also without the rules", port, lab.Source)
 	}
 }
 
 // wantClusterOnly checks that a port of the pod is open to the cluster, and to
 // nobody on the physical network.
-func (p *pod) wantClusterOnly(port uint16) {
+func wantClusterOnly(p *labtest.Pod, port uint16) {
 	p.Helper()
-	p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", source.String())
-	if !p.opens(p.lab.Client, lab.RouterAddr, port) {
+	p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", lab.Source.String())
+	if !opens(p, p.Lab.Client, lab.RouterAddr, port) {
 		p.Errorf("port %d is closed to the cluster", port)
 	}
-	for _, a := range []netip.Addr{source, lab.RouterAddr} {
-		if p.opens(p.lab.Outside, a, port) {
+	for _, a := range []netip.Addr{lab.Source, lab.RouterAddr} {
+		if opens(p, p.Lab.Outside, a, port) {
 			p.Errorf("port %d of %s is open to the physical network", port, a)
 		}
 	}
 }
 
 // opens reports whether a connection can be opened.
-func (p *pod) opens(from *netns.Namespace, a netip.Addr, port uint16) bool {
+func opens(p *labtest.Pod, from *netns.Namespace, a netip.Addr, port uint16) bool {
 	ctx, cancel := context.WithTimeout(p.Context(), time.Second)
 	defer cancel()
-	conn, err := p.lab.Dial(ctx, from, "tcp", netip.AddrPortFrom(a, port))
+	conn, err := p.Lab.Dial(ctx, from, "tcp", netip.AddrPortFrom(a, port))
 	if err == nil {
 		conn.Close()
 	}
@@ -137,21 +138,21 @@ func (p *pod) opens(from *netns.Namespace, a netip.Addr, port uint16) bool {
 // The documentation's pod: an init container with privilege, a proxy without, and
 // servers that see the reserved address.
 func TestHTTPProxy(t *testing.T) {
-	for _, b := range []backend{iptablesNFT, nftables} {
-		t.Run(b.name, func(t *testing.T) { testHTTPProxy(newPod(t, lab.Options{}, b)) })
+	for _, b := range []labtest.Backend{labtest.IptablesNFT, labtest.Nftables} {
+		t.Run(b.Name, func(t *testing.T) { testHTTPProxy(labtest.New(t, lab.Options{}, b)) })
 	}
 }
 
-func testHTTPProxy(p *pod) {
+func testHTTPProxy(p *labtest.Pod) {
 	t := p.T
-	p.env["EGRESS_ACCESS_LOG"] = "true"
-	p.env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "1s"
-	n := p.nameServer()
+	p.Env["EGRESS_ACCESS_LOG"] = "true"
+	p.Env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "1s"
+	n := serveNames(p)
 	n.set("www.example.com.", "203.0.113.26", "203.0.113.25") // the first is denied
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = fmt.Fprintf(w, "%s\n", r.RemoteAddr)
 	})}
-	if err := p.lab.Outside.Do(func() error {
+	if err := p.Lab.Outside.Do(func() error {
 		l, err := net.Listen("tcp4", "203.0.113.25:8081")
 		if err == nil {
 			go func() { _ = server.Serve(l) }()
@@ -161,25 +162,25 @@ func testHTTPProxy(p *pod) {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	cmd, stderr := p.httpProxy("!203.0.113.26\n203.0.113.0/24\n192.168.12.80\n10.0.0.0/8\n*.example.com")
-	for name, from := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
+	cmd, stderr := httpProxy(p, "!203.0.113.26\n203.0.113.0/24\n192.168.12.80\n10.0.0.0/8\n*.example.com")
+	for name, from := range map[string]*netns.Namespace{"client": p.Lab.Client, "far": p.Lab.Far} {
 		t.Run(name, func(t *testing.T) {
-			p := &pod{t, p.lab, p.backend, p.path, p.env}
-			r := p.request(from, "GET http://203.0.113.25:8081/ HTTP/1.1\r\nHost: x\r\n\r\n")
+			p := p.For(t)
+			r := request(p, from, "GET http://203.0.113.25:8081/ HTTP/1.1\r\nHost: x\r\n\r\n")
 			response, err := http.ReadResponse(r, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			body, err := io.ReadAll(response.Body)
-			if !strings.HasPrefix(string(body), source.String()+":") || err != nil {
-				t.Errorf("the server saw %q, %v; want %s", body, err, source)
+			if !strings.HasPrefix(string(body), lab.Source.String()+":") || err != nil {
+				t.Errorf("the server saw %q, %v; want %s", body, err, lab.Source)
 			}
 			for _, to := range []string{"203.0.113.25:80", "203.0.113.27:9000", "192.168.12.80:80"} {
-				p.wantTunnel(from, to, to)
+				wantTunnel(p, from, to, to)
 			}
 			// Denied, and the proxy's own: the proxy itself, by either side.
 			for _, to := range []string{"203.0.113.26:80", "10.128.0.98:8080", "192.168.12.99:8080", "127.0.0.1:8080"} {
-				r := p.request(from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+				r := request(p, from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
 				if line, err := r.ReadString('\n'); line != "HTTP/1.1 403 Forbidden\r\n" {
 					t.Errorf("%s: got %q, %v", to, line, err)
 				}
@@ -187,14 +188,14 @@ func testHTTPProxy(p *pod) {
 		})
 	}
 	t.Run("names", func(t *testing.T) {
-		p := &pod{t, p.lab, p.backend, p.path, p.env}
-		p.wantTunnel(p.lab.Client, "www.example.com:80", "203.0.113.25:80")
-		p.wantProxyError("gone.example.com", 502, "looking up gone.example.com: no such name")
+		p := p.For(t)
+		wantTunnel(p, p.Lab.Client, "www.example.com:80", "203.0.113.25:80")
+		wantProxyError(p, "gone.example.com", 502, "looking up gone.example.com: no such name")
 		n.setSilent(true)
-		p.wantProxyError("late.example.com", 504, "looking up late.example.com: the name servers do not answer")
+		wantProxyError(p, "late.example.com", 504, "looking up late.example.com: the name servers do not answer")
 	})
 	n.wantAskedBy(t, lab.RouterAddr)
-	p.wantNoUseFromOutside(8080)
+	wantNoUseFromOutside(p, 8080)
 
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -220,8 +221,8 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 		t.Fatal(err)
 	}
 	clients := int(min(10000, limit.Cur/2))
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	cmd, stderr := p.httpProxy("203.0.113.25")
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	cmd, stderr := httpProxy(p, "203.0.113.25")
 	begins := []string{"", "GET http://203.0.113.25/ HTTP/1.1\r\nHost:", "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n"}
 	var dialing sync.WaitGroup
 	// A connection that does not fit the queue of those to be accepted is tried
@@ -233,7 +234,7 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	for w := range workers {
 		dialing.Go(func() {
 			for i := w; i < clients; i += workers {
-				conn, err := p.lab.Dial(patient, p.lab.Client, "tcp", proxyAddr)
+				conn, err := p.Lab.Dial(patient, p.Lab.Client, "tcp", proxyAddr)
 				if err == nil {
 					_, err = io.WriteString(conn, begins[i%len(begins)])
 					conns[i] = conn
@@ -256,7 +257,7 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	var took time.Duration
 	for range 2 { // the first comes behind ten thousand that are still accepted
 		begin := time.Now()
-		r := p.request(p.lab.Client, "CONNECT 203.0.113.25:80 HTTP/1.1\r\n\r\n")
+		r := request(p, p.Lab.Client, "CONNECT 203.0.113.25:80 HTTP/1.1\r\n\r\n")
 		if line, err := r.ReadString('\n'); line != "HTTP/1.1 200 Connection established\r\n" {
 			t.Errorf("got %q, %v", line, err)
 		}

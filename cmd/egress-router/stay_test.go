@@ -15,32 +15,33 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
 // A router that stays says how it is: by the exec probe without privilege, by
 // HTTP from the cluster side, which the fallback leaves alone, and to nobody on
 // the physical network.
 func TestRouterHealth(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_HEALTH_LISTEN"] = ":9465"
-		p.env["EGRESS_HEALTH_INTERVAL"] = "300ms"
-		r := p.start("legacy")
-		p.await("a router that is ready", func() bool { code, _ := p.health(); return code == 0 })
-		p.wantGet("/healthz", 200, "ok\n")
-		p.wantGet("/readyz", 200, "ok\n")
-		p.wantClusterOnly(healthAddr.Port())
-		p.wantAnswer("tcp", 9000, "203.0.113.27:9000") // by the fallback
-		r.await(1, "the gateway answers")
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
+		p.Env["EGRESS_HEALTH_INTERVAL"] = "300ms"
+		r := p.Start("legacy")
+		p.Until("a router that is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		wantGet(p, "/healthz", 200, "ok\n")
+		wantGet(p, "/readyz", 200, "ok\n")
+		wantClusterOnly(p, labtest.HealthAddr.Port())
+		p.WantAnswer("tcp", 9000, "203.0.113.27:9000") // by the fallback
+		r.AwaitLog(1, "the gateway answers")
 
 		// What it counts is what goes through.
 		for range 5 {
-			p.wantAnswer("tcp", 80, "203.0.113.25:80")
+			p.WantAnswer("tcp", 80, "203.0.113.25:80")
 		}
-		flow := p.flow(53)
-		flow.wantAnswer(p, "by the fallback", "203.0.113.27:53", "192.168.12.99")
-		p.flushSourceRule()
-		r.await(1, repaired)
-		p.wantMetrics(
+		flow := p.Flow(53)
+		flow.WantAnswer(p, "by the fallback", "203.0.113.27:53", "192.168.12.99")
+		p.FlushSourceRule()
+		r.AwaitLog(1, labtest.RepairLogged)
+		wantMetrics(p,
 			`egress_router_ready 1`, `egress_router_gateway_reachable 1`, `egress_router_address_conflicts_total 0`,
 			`egress_router_repairs_total{kind="rules"} 1`, `egress_router_repairs_total{kind="link"} 0`,
 			`egress_router_connections_total{destination="203.0.113.25:80",port="80",protocol="tcp"} 5`,
@@ -50,7 +51,7 @@ func TestRouterHealth(t *testing.T) {
 			`egress_router_snat_ports_in_use{destination="203.0.113.27:53",protocol="udp"} 1`,
 			`egress_router_event_overruns_total 0`,
 		)
-		_, text := p.get("/metrics")
+		_, text := get(p, "/metrics")
 		for _, re := range []string{
 			`egress_router_info{backend="(iptables v[^"]*|nftables)",gateway="192.168.12.1",mode="legacy",source="192.168.12.99/24",version="[^"]+"} 1`,
 			`egress_router_received_bytes_total{destination="203.0.113.25:80",port="80",protocol="tcp"} [1-9]\d\d\d+`,
@@ -64,28 +65,28 @@ func TestRouterHealth(t *testing.T) {
 		}
 
 		// Without its interface it is not ready, works on, and says why.
-		h := p.handle(p.lab.Router)
-		if err := h.LinkDel(p.link(h, "macvlan0")); err != nil {
+		h := p.Handle(p.Lab.Router)
+		if err := h.LinkDel(p.Link(h, "macvlan0")); err != nil {
 			p.Fatal(err)
 		}
-		p.await("a router that is not ready", func() bool { code, _ := p.health(); return code == 1 })
-		if _, out := p.health(); !strings.Contains(out, `interface "macvlan0" not found`) || !strings.Contains(out, "router") {
+		p.Until("a router that is not ready", func() bool { code, _ := p.Health(); return code == 1 })
+		if _, out := p.Health(); !strings.Contains(out, `interface "macvlan0" not found`) || !strings.Contains(out, "router") {
 			p.Errorf("health says\n%s", out)
 		}
-		if status, body := p.get("/readyz"); status != 503 || !strings.Contains(body, `interface "macvlan0" not found`) {
+		if status, body := get(p, "/readyz"); status != 503 || !strings.Contains(body, `interface "macvlan0" not found`) {
 			p.Errorf("/readyz: %d %s", status, body)
 		}
-		p.wantGet("/healthz", 200, "ok\n")
-		p.wantMetrics("egress_router_ready 0")
+		wantGet(p, "/healthz", 200, "ok\n")
+		wantMetrics(p, "egress_router_ready 0")
 	})
 }
 
 // wantMetrics waits until /metrics has all of the lines.
-func (p *pod) wantMetrics(lines ...string) {
+func wantMetrics(p *labtest.Pod, lines ...string) {
 	p.Helper()
 	missing, text := lines, ""
 	for end := time.Now().Add(5 * time.Second); len(missing) > 0 && time.Now().Before(end); {
-		_, text = p.get("/metrics")
+		_, text = get(p, "/metrics")
 		missing = nil
 		for _, line := range lines {
 			if !strings.Contains(text, "\n"+line+"\n") {
@@ -101,24 +102,24 @@ func (p *pod) wantMetrics(lines ...string) {
 // A port of the health endpoint that is taken is an error before anything is
 // touched.
 func TestRouterHealthPortTaken(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	if _, err := p.lab.Serve(p.lab.Router, "tcp", healthAddr); err != nil {
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	if _, err := p.Lab.Serve(p.Lab.Router, "tcp", labtest.HealthAddr); err != nil {
 		t.Fatal(err)
 	}
-	before := p.state()
-	p.env["EGRESS_ROUTER_MODE"], p.env["EGRESS_HEALTH_LISTEN"] = "legacy", ":9465"
-	p.wantRefusal("", "address already in use", "EGRESS_HEALTH_LISTEN")
-	p.wantState(before)
+	before := p.State()
+	p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_HEALTH_LISTEN"] = "legacy", ":9465"
+	p.WantRefusal("", "address already in use", "EGRESS_HEALTH_LISTEN")
+	p.WantState(before)
 }
 
 // The audit log has a line for the begin and one for the end of each redirected
 // connection, whatever else is logged.
 func TestAuditLog(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_AUDIT_LOG"], p.env["EGRESS_LOG_FORMAT"], p.env["EGRESS_LOG_LEVEL"] = "true", "json", "error"
-	r := p.start("legacy")
-	p.await("a router that is ready", func() bool { code, _ := p.health(); return code == 0 })
-	conn, err := p.lab.Dial(t.Context(), p.lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_AUDIT_LOG"], p.Env["EGRESS_LOG_FORMAT"], p.Env["EGRESS_LOG_LEVEL"] = "true", "json", "error"
+	r := p.Start("legacy")
+	p.Until("a router that is ready", func() bool { code, _ := p.Health(); return code == 0 })
+	conn, err := p.Lab.Dial(t.Context(), p.Lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,15 +130,15 @@ func TestAuditLog(t *testing.T) {
 	client := conn.LocalAddr().String()
 	_ = conn.Close()
 	// The kernel keeps what has ended for a while: its entry is deleted here.
-	r.await(1, "connection begins")
-	if err := p.lab.SetSysctl(p.lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+	r.AwaitLog(1, "connection begins")
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
+	if err := p.Lab.ForgetConnections(p.Lab.Router); err != nil {
 		t.Fatal(err)
 	}
-	r.await(1, "connection ends")
-	for line := range strings.Lines(r.logged()) {
+	r.AwaitLog(1, "connection ends")
+	for line := range strings.Lines(r.Logged()) {
 		var got map[string]any
 		if err := json.Unmarshal([]byte(line), &got); err != nil {
 			t.Fatalf("%s: %v", line, err)
@@ -159,12 +160,12 @@ func TestAuditLog(t *testing.T) {
 // A mount is a directory in which a file comes as the kubelet has it come: as a
 // link into a directory that another takes the place of at once.
 type mount struct {
-	*pod
+	*labtest.Pod
 	dir      string
 	versions int
 }
 
-func (p *pod) mount() *mount { return &mount{pod: p, dir: p.TempDir()} }
+func newMount(p *labtest.Pod) *mount { return &mount{Pod: p, dir: p.TempDir()} }
 
 // set makes content that of the file, at once.
 func (m *mount) set(content string) {
@@ -193,35 +194,35 @@ func (m *mount) file() string { return filepath.Join(m.dir, "destinations") }
 // A list that changes in its mount is in force within a second, without touching
 // connections whose line stays; one that is not right leaves the one before.
 func TestReload(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		m := p.mount()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		m := newMount(p)
 		m.set("80 tcp 203.0.113.25\n8443 tcp 203.0.113.26 443\n")
-		delete(p.env, "EGRESS_DESTINATION")
-		p.env["EGRESS_DESTINATION_FILE"], p.env["EGRESS_HEALTH_LISTEN"] = m.file(), ":9465"
-		r := p.start("legacy")
-		p.await("a router that is ready", func() bool { code, _ := p.health(); return code == 0 })
+		delete(p.Env, "EGRESS_DESTINATION")
+		p.Env["EGRESS_DESTINATION_FILE"], p.Env["EGRESS_HEALTH_LISTEN"] = m.file(), ":9465"
+		r := p.Start("legacy")
+		p.Until("a router that is ready", func() bool { code, _ := p.Health(); return code == 0 })
 
 		const open = 200
 		var conns []net.Conn
 		for range open {
-			conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+			conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 			if err != nil {
 				p.Fatal(err)
 			}
 			defer conn.Close()
 			conns = append(conns, conn)
 		}
-		p.wantAnswer("tcp", 8443, "203.0.113.26:443")
+		p.WantAnswer("tcp", 8443, "203.0.113.26:443")
 
 		begin := time.Now()
 		m.set("80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n")
-		r.await(1, "destinations changed")
+		r.AwaitLog(1, "destinations changed")
 		if took := time.Since(begin); took > time.Second {
 			p.Errorf("in force after %v", took)
 		}
-		r.until("the new line", func() bool { return p.opens(p.lab.Client, lab.RouterAddr, 8080) })
-		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
-		p.wantRefused("tcp", 8443)
+		r.Until("the new line", func() bool { return opens(p, p.Lab.Client, lab.RouterAddr, 8080) })
+		p.WantAnswer("tcp", 8080, "203.0.113.26:80")
+		p.WantRefused("tcp", 8443)
 		for i, conn := range conns {
 			_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 			if _, err := conn.Write([]byte("still there\n")); err != nil {
@@ -235,32 +236,32 @@ func TestReload(t *testing.T) {
 				p.Fatalf("open connection %d: %q, %v", i, line, err)
 			}
 		}
-		p.wantMetrics(
+		wantMetrics(p,
 			`egress_router_reloads_total 1`, `egress_router_reload_failures_total 0`, `egress_router_repairs_total{kind="rules"} 0`,
 			fmt.Sprintf(`egress_router_connections_total{destination="203.0.113.25:80",port="80",protocol="tcp"} %d`, open),
 			`egress_router_connections_total{destination="203.0.113.26:80",port="8080",protocol="tcp"} 2`,
 		)
 
 		// What is not right is said, and changes neither the rules nor readiness.
-		before := p.state()
+		before := p.State()
 		m.set("80 tcp 203.0.113.25\n8080 tcp nowhere\n")
-		r.await(1, "the destination file is not right")
-		p.wantState(before)
-		code, out := p.health()
+		r.AwaitLog(1, "the destination file is not right")
+		p.WantState(before)
+		code, out := p.Health()
 		if code != 0 || !strings.Contains(out, "EGRESS_DESTINATION value '8080 tcp nowhere' is invalid") {
 			p.Errorf("exit code %d:\n%s", code, out)
 		}
-		p.wantMetrics(`egress_router_reload_failures_total 1`, `egress_router_ready 1`)
+		wantMetrics(p, `egress_router_reload_failures_total 1`, `egress_router_ready 1`)
 
 		// SIGHUP has it read again, and answered again.
-		if err := r.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		if err := r.Cmd.Process.Signal(syscall.SIGHUP); err != nil {
 			p.Fatal(err)
 		}
-		r.await(2, "the destination file is not right")
+		r.AwaitLog(2, "the destination file is not right")
 		m.set("8443 tcp 203.0.113.26 443\n")
-		r.await(2, "destinations changed")
-		p.await("the new line", func() bool {
-			a, err := p.ask(p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8443))
+		r.AwaitLog(2, "destinations changed")
+		p.Until("the new line", func() bool {
+			a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8443))
 			return err == nil && a.Server.String() == "203.0.113.26:443"
 		})
 	})

@@ -15,13 +15,13 @@ import (
 
 	"github.com/egress-router/egress-router/internal/iptables"
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/link"
-	"github.com/egress-router/egress-router/internal/netns/nstest"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
 
-func TestMain(m *testing.M) { nstest.Main(m) }
+func TestMain(m *testing.M) { labtest.Main(m) }
 
 // clusterSide is eth0's, with a destination that would not be reached by it.
 var clusterSide = link.ClusterSide{

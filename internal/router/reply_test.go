@@ -1,4 +1,4 @@
-package main
+package router_test
 
 import (
 	"errors"
@@ -14,17 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // wantFarAnswer asks the pod from a client in another subnet.
-func (p *pod) wantFarAnswer(proto string, port uint16, server string) {
+func wantFarAnswer(p *labtest.Pod, proto string, port uint16, server string) {
 	p.Helper()
-	a, err := p.ask(p.lab.Far, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	a, err := p.Ask(p.Lab.Far, proto, netip.AddrPortFrom(lab.RouterAddr, port))
 	if err != nil {
 		p.Errorf("from another subnet, %s port %d: %v", proto, port, err)
-	} else if a.Server != netip.MustParseAddrPort(server) || a.Peer.Addr() != source {
-		p.Errorf("from another subnet, %s port %d: %s answered and saw %s; want %s, which sees %s", proto, port, a.Server, a.Peer.Addr(), server, source)
+	} else if a.Server != netip.MustParseAddrPort(server) || a.Peer.Addr() != lab.Source {
+		p.Errorf("from another subnet, %s port %d: %s answered and saw %s; want %s, which sees %s", proto, port, a.Server, a.Peer.Addr(), server, lab.Source)
 	}
 }
 
@@ -32,17 +33,17 @@ func (p *pod) wantFarAnswer(proto string, port uint16, server string) {
 // by it: of redirected connections, and of sockets of the pod. The reverse-path
 // filter is loosened where it is strict.
 func TestReplyPath(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		for _, filter := range []string{"0", "1", "2"} {
 			for _, name := range []string{"all", "eth0"} {
-				if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/conf/"+name+"/rp_filter", filter); err != nil {
+				if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/"+name+"/rp_filter", filter); err != nil {
 					p.Fatal(err)
 				}
-				p.ok()
-				p.wantExample()
-				p.wantFarAnswer("tcp", 8080, "203.0.113.26:80")
-				p.wantFarAnswer("udp", 53, "203.0.113.27:53")
-				p.wantUnchanged(p.ok())
+				p.OK()
+				p.WantExample()
+				wantFarAnswer(p, "tcp", 8080, "203.0.113.26:80")
+				wantFarAnswer(p, "udp", 53, "203.0.113.27:53")
+				p.WantUnchanged(p.OK())
 			}
 		}
 	})
@@ -51,23 +52,23 @@ func TestReplyPath(t *testing.T) {
 func TestReplyPathOfLocalSockets(t *testing.T) {
 	for _, mode := range []string{"http-proxy", "init"} {
 		t.Run(mode, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, iptablesNFT)
-			p.env["EGRESS_ROUTER_MODE"] = mode
-			p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
-			if _, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:8080")); err != nil {
+			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+			p.Env["EGRESS_ROUTER_MODE"] = mode
+			p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
+			if _, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:8080")); err != nil {
 				t.Fatal(err)
 			}
 			for range 2 {
-				p.ok()
+				p.OK()
 				for _, client := range []struct {
 					name string
 					ask  func() (lab.Answer, error)
 				}{
 					{"client", func() (lab.Answer, error) {
-						return p.lab.Ask(t.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+						return p.Lab.Ask(t.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 					}},
 					{"far", func() (lab.Answer, error) {
-						return p.lab.Ask(t.Context(), p.lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+						return p.Lab.Ask(t.Context(), p.Lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 					}},
 				} {
 					if _, err := client.ask(); err != nil {
@@ -82,10 +83,10 @@ func TestReplyPathOfLocalSockets(t *testing.T) {
 // The original default route is gone from the main table when the container
 // starts again; the replies' table has it.
 func TestReplyPathSurvivesDamage(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	p.ok()
-	state := p.state()
-	h := p.handle(p.lab.Router)
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	p.OK()
+	state := p.State()
+	h := p.Handle(p.Lab.Router)
 	rules, err := h.RuleList(netlink.FAMILY_V4)
 	if err != nil {
 		t.Fatal(err)
@@ -102,13 +103,13 @@ func TestReplyPathSurvivesDamage(t *testing.T) {
 	if deleted != 2 {
 		t.Errorf("%d routing rules, want 2: one by mark, one by address", deleted)
 	}
-	p.iptables("-t", "mangle", "-F")
+	p.Iptables("-t", "mangle", "-F")
 	stray := netlink.NewRule()
 	stray.Family, stray.Table, stray.Mark, stray.Priority = netlink.FAMILY_V4, 4711, 0x77, 77
 	if err := h.RuleAdd(stray); err != nil {
 		t.Fatal(err)
 	}
-	eth := p.link(h, "eth0")
+	eth := p.Link(h, "eth0")
 	_, network, err := net.ParseCIDR("198.51.100.0/24")
 	if err != nil {
 		t.Fatal(err)
@@ -116,47 +117,47 @@ func TestReplyPathSurvivesDamage(t *testing.T) {
 	if err := h.RouteAdd(&netlink.Route{Dst: network, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index, Table: 4711}); err != nil {
 		t.Fatal(err)
 	}
-	p.ok()
-	p.wantState(state)
-	p.wantFarAnswer("tcp", 80, "203.0.113.25:80")
+	p.OK()
+	p.WantState(state)
+	wantFarAnswer(p, "tcp", 80, "203.0.113.25:80")
 }
 
 // Name servers and the networks of EGRESS_CLUSTER_CIDRS stay reachable by the
 // cluster side, with the pod's own address.
 func TestClusterDestinations(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	p.env["EGRESS_CLUSTER_CIDRS"] = "10.129.0.0/24"
-	if _, err := p.lab.Serve(p.lab.Far, "tcp", netip.AddrPortFrom(lab.FarAddr, 80)); err != nil {
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	p.Env["EGRESS_CLUSTER_CIDRS"] = "10.129.0.0/24"
+	if _, err := p.Lab.Serve(p.Lab.Far, "tcp", netip.AddrPortFrom(lab.FarAddr, 80)); err != nil {
 		t.Fatal(err)
 	}
-	p.ok()
-	a, err := p.lab.Ask(t.Context(), p.lab.Router, "tcp", netip.AddrPortFrom(lab.FarAddr, 80))
+	p.OK()
+	a, err := p.Lab.Ask(t.Context(), p.Lab.Router, "tcp", netip.AddrPortFrom(lab.FarAddr, 80))
 	if err != nil || a.Peer.Addr() != lab.RouterAddr {
 		t.Errorf("answer %v, error %v; want to be seen as %s", a, err, lab.RouterAddr)
 	}
 	// The tests' resolv.conf has this name server.
-	if state := p.state(); !strings.Contains(state, "route 10.96.0.10 via 10.128.0.1 dev eth0\n") {
+	if state := p.State(); !strings.Contains(state, "route 10.96.0.10 via 10.128.0.1 dev eth0\n") {
 		t.Errorf("no route to the name server:\n%s", state)
 	}
-	p.wantUnchanged(p.ok())
-	p.wantExample()
+	p.WantUnchanged(p.OK())
+	p.WantExample()
 }
 
 // Where the cluster side has no default route, a reply that it cannot deliver
 // goes nowhere; it does not leave on the physical network with the pod's
 // address.
 func TestReplyNeverLeavesByEgressSide(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	h := p.handle(p.lab.Router)
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	h := p.Handle(p.Lab.Router)
 	if err := h.RouteDel(&netlink.Route{Gw: lab.NodeAddr.AsSlice()}); err != nil {
 		t.Fatal(err)
 	}
-	p.ok()
-	capture, err := p.lab.Capture(p.lab.Outside, lab.LANLink)
+	p.OK()
+	capture, err := p.Lab.Capture(p.Lab.Outside, lab.LANLink)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a, err := p.lab.Ask(t.Context(), p.lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if a, err := p.Lab.Ask(t.Context(), p.Lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("answer %v, error %v; want none", a, err)
 	}
 	if err := capture.Stop(); err != nil {
@@ -166,7 +167,7 @@ func TestReplyNeverLeavesByEgressSide(t *testing.T) {
 	for _, f := range capture.Frames() {
 		if ip, ok := f.IPv4(); ok && !f.Outgoing {
 			sent++
-			if ip.Src.Addr() != source {
+			if ip.Src.Addr() != lab.Source {
 				t.Errorf("on the physical network: %s", f)
 			}
 		}
@@ -174,31 +175,31 @@ func TestReplyNeverLeavesByEgressSide(t *testing.T) {
 	if sent == 0 {
 		t.Error("the request did not reach the physical network: nothing is shown")
 	}
-	p.wantExample()
+	p.WantExample()
 }
 
 // Another program's mark, table and rules are left alone when ours are moved.
 func TestOtherMarkAndTable(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_REPLY_MARK"], p.env["EGRESS_REPLY_TABLE"] = "0x80000000", "77"
-		p.ok()
-		p.wantExample()
-		p.wantFarAnswer("tcp", 80, "203.0.113.25:80")
-		p.wantUnchanged(p.ok())
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_REPLY_MARK"], p.Env["EGRESS_REPLY_TABLE"] = "0x80000000", "77"
+		p.OK()
+		p.WantExample()
+		wantFarAnswer(p, "tcp", 80, "203.0.113.25:80")
+		p.WantUnchanged(p.OK())
 	})
 }
 
 // A client learns of the smaller MTU of the egress side, wherever it is: the
 // pod's ICMP error goes back by the cluster side.
 func TestICMPErrors(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		h := p.handle(p.lab.Router)
-		macvlan := p.link(h, "macvlan0")
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		h := p.Handle(p.Lab.Router)
+		macvlan := p.Link(h, "macvlan0")
 		if err := h.LinkSetMTU(macvlan, 1400); err != nil {
 			p.Fatal(err)
 		}
-		conn, err := p.lab.Dial(p.Context(), p.lab.Far, "udp", netip.AddrPortFrom(lab.RouterAddr, 53))
+		conn, err := p.Lab.Dial(p.Context(), p.Lab.Far, "udp", netip.AddrPortFrom(lab.RouterAddr, 53))
 		if err != nil {
 			p.Fatal(err)
 		}
@@ -221,20 +222,20 @@ func TestICMPErrors(t *testing.T) {
 				p.Fatalf("the client never learned of the MTU; last error %v", err)
 			}
 		}
-		p.wantUnchanged(p.ok())
+		p.WantUnchanged(p.OK())
 	})
 }
 
 // Redirects to the pod itself, which some use to move a port.
 func TestRedirectToThePod(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	p.env["EGRESS_DESTINATION"] = "80 tcp 192.168.12.99 8080"
-	p.ok()
-	if _, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:8080")); err != nil {
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	p.Env["EGRESS_DESTINATION"] = "80 tcp 192.168.12.99 8080"
+	p.OK()
+	if _, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:8080")); err != nil {
 		t.Fatal(err)
 	}
-	for name, client := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
-		if _, err := p.ask(client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
+	for name, client := range map[string]*netns.Namespace{"client": p.Lab.Client, "far": p.Lab.Far} {
+		if _, err := p.Ask(client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -309,41 +310,41 @@ func TestClusterLayouts(t *testing.T) {
 			prepare: func(h *netlink.Handle, eth netlink.Link) error {
 				return h.RouteAdd(&netlink.Route{Dst: network("198.51.100.0/24"), Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 			},
-			env: map[string]string{"EGRESS_DESTINATION": "7 tcp 198.51.100.7\n" + example()["EGRESS_DESTINATION"]},
+			env: map[string]string{"EGRESS_DESTINATION": "7 tcp 198.51.100.7\n" + labtest.Example()["EGRESS_DESTINATION"]},
 			log: "a route leads a destination to another interface",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, iptablesNFT)
-			h := p.handle(p.lab.Router)
-			eth := p.link(h, "eth0")
+			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+			h := p.Handle(p.Lab.Router)
+			eth := p.Link(h, "eth0")
 			if err := test.prepare(h, eth); err != nil {
 				t.Fatal(err)
 			}
-			maps.Copy(p.env, test.env)
-			if r := p.ok(); !strings.Contains(r.stderr, test.log) {
-				t.Errorf("the log lacks %q:\n%s", test.log, r.stderr)
+			maps.Copy(p.Env, test.env)
+			if r := p.OK(); !strings.Contains(r.Stderr, test.log) {
+				t.Errorf("the log lacks %q:\n%s", test.log, r.Stderr)
 			}
-			state := p.state()
+			state := p.State()
 			for _, line := range test.state {
 				if !strings.Contains(state, line+"\n") {
 					t.Errorf("state lacks %q:\n%s", line, state)
 				}
 			}
-			p.wantExample()
-			p.wantUnchanged(p.ok())
+			p.WantExample()
+			p.WantUnchanged(p.OK())
 		})
 	}
 }
 
 // What an earlier run kept on the cluster side may be a destination now.
 func TestKeptNoLonger(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	p.env["EGRESS_DESTINATION"], p.env["EGRESS_CLUSTER_CIDRS"] = "80 tcp 192.168.12.80", "203.0.113.0/24"
-	p.ok()
-	p.wantAnswer("tcp", 80, "192.168.12.80:80")
-	p.env = example()
-	p.ok()
-	p.wantExample()
-	p.wantUnchanged(p.ok())
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	p.Env["EGRESS_DESTINATION"], p.Env["EGRESS_CLUSTER_CIDRS"] = "80 tcp 192.168.12.80", "203.0.113.0/24"
+	p.OK()
+	p.WantAnswer("tcp", 80, "192.168.12.80:80")
+	p.Env = labtest.Example()
+	p.OK()
+	p.WantExample()
+	p.WantUnchanged(p.OK())
 }

@@ -1,4 +1,4 @@
-package main
+package labtest
 
 import (
 	"bytes"
@@ -15,21 +15,21 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// A damage is something that somebody does to a router.
-type damage struct {
-	name string
-	do   func(h *netlink.Handle, macvlan, eth netlink.Link) error
+// A Damage is something that somebody does to a router.
+type Damage struct {
+	Name string
+	Do   func(h *netlink.Handle, macvlan, eth netlink.Link) error
 }
 
 // damagedRules returns damages to the rules of the pod's backend.
-func (p *pod) damagedRules() []damage {
-	var damages []damage
+func (p *Pod) damagedRules() []Damage {
+	var damages []Damage
 	add := func(name string, do func()) {
-		damages = append(damages, damage{name, func(*netlink.Handle, netlink.Link, netlink.Link) error { do(); return nil }})
+		damages = append(damages, Damage{name, func(*netlink.Handle, netlink.Link, netlink.Link) error { do(); return nil }})
 	}
-	add("the rule behind NAT flushed", func() { p.nft("flush table ip egress-router-last") })
-	add("the table behind NAT gone", func() { p.nft("delete table ip egress-router-last") })
-	if p.backend == nftables {
+	add("the rule behind NAT flushed", func() { p.NFT("flush table ip egress-router-last") })
+	add("the table behind NAT gone", func() { p.NFT("delete table ip egress-router-last") })
+	if p.Backend == Nftables {
 		for name, lines := range map[string][]string{
 			"one redirect deleted":      {"delete element ip egress-router redirects { tcp . 8080 : 203.0.113.26 . 80 }"},
 			"one redirect elsewhere":    {"delete element ip egress-router redirects { tcp . 80 : 203.0.113.25 . 80 }", "add element ip egress-router redirects { tcp . 80 : 203.0.113.27 . 80 }"},
@@ -54,12 +54,12 @@ func (p *pod) damagedRules() []damage {
 			"a rule of another kind in": {"add rule ip egress-router filter-input iifname macvlan0 limit rate 1/second accept"},
 		} {
 			// At once: a router that watches would be in between.
-			add(name, func() { p.nft(strings.Join(lines, "; ")) })
+			add(name, func() { p.NFT(strings.Join(lines, "; ")) })
 		}
 		return damages
 	}
 	nat := func(name string, args ...string) {
-		add(name, func() { p.iptables(append([]string{"-t", "nat"}, args...)...) })
+		add(name, func() { p.Iptables(append([]string{"-t", "nat"}, args...)...) })
 	}
 	nat("one redirect deleted", "-D", "EGRESS-PREROUTING", "2")
 	nat("redirects flushed", "-F", "EGRESS-PREROUTING")
@@ -69,7 +69,7 @@ func (p *pod) damagedRules() []damage {
 	nat("a jump twice", "-A", "PREROUTING", "-j", "EGRESS-PREROUTING")
 	nat("all of the table flushed", "-F")
 	restore := func(name, lines string) {
-		add(name, func() { p.restore("*nat\n" + lines + "COMMIT\n") })
+		add(name, func() { p.Restore("*nat\n" + lines + "COMMIT\n") })
 	}
 	restore("a chain of another version, in use", `:EGRESS-OUTPUT - [0:0]
 -A EGRESS-OUTPUT -p tcp -j ACCEPT
@@ -80,45 +80,45 @@ func (p *pod) damagedRules() []damage {
 -A EGRESS-TCP -p tcp --dport 0:4095 -g EGRESS-TCP-0-4095
 -I EGRESS-PREROUTING -p tcp -j EGRESS-TCP
 `)
-	add("what lets cross flushed", func() { p.iptables("-F", "EGRESS-FORWARD") })
-	add("the marks flushed", func() { p.iptables("-t", "mangle", "-F", "EGRESS-PREROUTING") })
-	add("the IPv6 rules flushed", func() { p.tool(p.program("ip6tables"), "-F") })
-	add("an IPv6 jump gone", func() { p.tool(p.program("ip6tables"), "-D", "INPUT", "-j", "EGRESS-INPUT") })
+	add("what lets cross flushed", func() { p.Iptables("-F", "EGRESS-FORWARD") })
+	add("the marks flushed", func() { p.Iptables("-t", "mangle", "-F", "EGRESS-PREROUTING") })
+	add("the IPv6 rules flushed", func() { p.Tool(p.Program("ip6tables"), "-F") })
+	add("an IPv6 jump gone", func() { p.Tool(p.Program("ip6tables"), "-D", "INPUT", "-j", "EGRESS-INPUT") })
 	return damages
 }
 
-// strict makes the cluster side's reverse-path filter one that the router has to
+// Strict makes the cluster side's reverse-path filter one that the router has to
 // loosen.
-func (p *pod) strict() {
+func (p *Pod) Strict() {
 	p.Helper()
-	if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/conf/eth0/rp_filter", "1"); err != nil {
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/eth0/rp_filter", "1"); err != nil {
 		p.Fatal(err)
 	}
 }
 
-// damages returns all damages, in a fixed order.
-func (p *pod) damages() []damage {
+// Damages returns all damages, in a fixed order.
+func (p *Pod) Damages() []Damage {
 	damages := append(p.damagedRules(), damagedNetwork()...)
-	slices.SortFunc(damages, func(a, b damage) int { return strings.Compare(a.name, b.name) })
+	slices.SortFunc(damages, func(a, b Damage) int { return strings.Compare(a.Name, b.Name) })
 	return damages
 }
 
-// restore runs iptables-restore, which changes a table at once.
-func (p *pod) restore(input string) {
+// Restore runs iptables-restore, which changes a table at once.
+func (p *Pod) Restore(input string) {
 	p.Helper()
-	cmd := exec.Command(p.program("iptables-restore"), "--noflush", "-w")
+	cmd := exec.Command(p.Program("iptables-restore"), "--noflush", "-w")
 	cmd.Stdin = strings.NewReader(input)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := p.lab.Run(p.lab.Router, cmd); err != nil {
+	if err := p.Lab.Run(p.Lab.Router, cmd); err != nil {
 		p.Fatalf("%s: %v\n%s", cmd, err, &out)
 	}
 }
 
-// damage does one.
-func (p *pod) damage(d damage) error {
-	return p.lab.Router.Do(func() error {
-		h, err := p.lab.Netlink(p.lab.Router)
+// Damage does one.
+func (p *Pod) Damage(d Damage) error {
+	return p.Lab.Router.Do(func() error {
+		h, err := p.Lab.Netlink(p.Lab.Router)
 		if err != nil {
 			return err
 		}
@@ -131,15 +131,15 @@ func (p *pod) damage(d damage) error {
 		if err != nil {
 			return err
 		}
-		return d.do(h, macvlan, eth)
+		return d.Do(h, macvlan, eth)
 	})
 }
 
 // damagedNetwork returns damages to the network, the same with every backend.
-func damagedNetwork() []damage {
+func damagedNetwork() []Damage {
 	address := &netlink.Addr{IPNet: &net.IPNet{IP: lab.Source.AsSlice(), Mask: net.CIDRMask(24, 32)}}
 	everywhere := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
-	return []damage{
+	return []Damage{
 		{"address gone", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.AddrDel(macvlan, address) }},
 		{"link down", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
 		{"default route back on eth0", func(h *netlink.Handle, _, eth netlink.Link) error {

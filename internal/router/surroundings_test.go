@@ -1,4 +1,4 @@
-package main
+package router_test
 
 import (
 	"context"
@@ -16,37 +16,38 @@ import (
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // A host is another one on the physical network.
 type host struct {
-	*pod
+	*labtest.Pod
 	h   *netlink.Handle
 	nic netlink.Link
 	mac string
 }
 
 // addHost adds a host that has the reserved address.
-func (p *pod) addHost() *host {
+func addHost(p *labtest.Pod) *host {
 	p.Helper()
 	ns, err := netns.New()
 	if err != nil {
 		p.Fatal(err)
 	}
 	p.Cleanup(func() { _ = ns.Close() })
-	outside := p.handle(p.lab.Outside)
+	outside := p.Handle(p.Lab.Outside)
 	a := netlink.NewLinkAttrs()
-	a.Name, a.Index, a.ParentIndex, a.Namespace = "nic0", 200, p.link(outside, lab.LANLink).Attrs().Index, netlink.NsFd(ns.Fd())
+	a.Name, a.Index, a.ParentIndex, a.Namespace = "nic0", 200, p.Link(outside, lab.LANLink).Attrs().Index, netlink.NsFd(ns.Fd())
 	if err := outside.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_BRIDGE}); err != nil {
 		p.Fatal(err)
 	}
 	// A new namespace may have the machine's settings.
-	if err := p.lab.SetSysctl(ns, "net/ipv4/conf/all/arp_ignore", "0"); err != nil {
+	if err := p.Lab.SetSysctl(ns, "net/ipv4/conf/all/arp_ignore", "0"); err != nil {
 		p.Fatal(err)
 	}
-	h := p.handle(ns)
-	nic := p.link(h, "nic0")
+	h := p.Handle(ns)
+	nic := p.Link(h, "nic0")
 	host := &host{p, h, nic, nic.Attrs().HardwareAddr.String()}
 	if err := h.AddrAdd(nic, reserved()); err != nil {
 		p.Fatal(err)
@@ -54,7 +55,7 @@ func (p *pod) addHost() *host {
 	if err := h.LinkSetUp(nic); err != nil {
 		p.Fatal(err)
 	}
-	p.eventually("the other host's NIC is up", func() bool { return p.link(h, "nic0").Attrs().OperState == netlink.OperUp })
+	p.Until("the other host's NIC is up", func() bool { return p.Link(h, "nic0").Attrs().OperState == netlink.OperUp })
 	return host
 }
 
@@ -70,31 +71,20 @@ func reserved() *netlink.Addr {
 	return &netlink.Addr{IPNet: &net.IPNet{IP: lab.Source.AsSlice(), Mask: net.CIDRMask(24, 32)}}
 }
 
-// eventually waits for a condition, longer than what comes takes on a busy
-// machine.
-func (p *pod) eventually(what string, holds func() bool) {
+// captureMacvlan captures on the router's macvlan0.
+func captureMacvlan(p *labtest.Pod) *lab.Capture {
 	p.Helper()
-	for begin := time.Now(); !holds(); time.Sleep(2 * time.Millisecond) {
-		if time.Since(begin) > 30*time.Second {
-			p.Fatalf("not after 30 s: %s", what)
-		}
-	}
-}
-
-// capture captures on the router's macvlan0.
-func (p *pod) capture() *lab.Capture {
-	p.Helper()
-	c, err := p.lab.Capture(p.lab.Router, "macvlan0")
+	c, err := p.Lab.Capture(p.Lab.Router, "macvlan0")
 	if err != nil {
 		p.Fatal(err)
 	}
 	return c
 }
 
-// listen captures on the physical network, also while there is no macvlan0.
-func (p *pod) listen() *lab.Capture {
+// captureLAN captures on the physical network, also while there is no macvlan0.
+func captureLAN(p *labtest.Pod) *lab.Capture {
 	p.Helper()
-	c, err := p.lab.Capture(p.lab.Outside, lab.LANLink)
+	c, err := p.Lab.Capture(p.Lab.Outside, lab.LANLink)
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -154,27 +144,27 @@ func count(c *lab.Capture, mac string, want arpKind) int {
 	return n
 }
 
-// mac returns the hardware address of the router.
-func (p *pod) mac() string {
+// macOf returns the hardware address of the router.
+func macOf(p *labtest.Pod) string {
 	p.Helper()
-	return p.link(p.handle(p.lab.Router), "macvlan0").Attrs().HardwareAddr.String()
+	return p.Link(p.Handle(p.Lab.Router), "macvlan0").Attrs().HardwareAddr.String()
 }
 
 // setMacvlanUp sets macvlan0 up before the router starts, as some CNI plugins do.
-func (p *pod) setMacvlanUp() {
+func setMacvlanUp(p *labtest.Pod) {
 	p.Helper()
-	h := p.handle(p.lab.Router)
-	if err := h.LinkSetUp(p.link(h, "macvlan0")); err != nil {
+	h := p.Handle(p.Lab.Router)
+	if err := h.LinkSetUp(p.Link(h, "macvlan0")); err != nil {
 		p.Fatal(err)
 	}
-	p.eventually("macvlan0 is up", func() bool { return p.link(h, "macvlan0").Attrs().OperState == netlink.OperUp })
+	p.Until("macvlan0 is up", func() bool { return p.Link(h, "macvlan0").Attrs().OperState == netlink.OperUp })
 }
 
-// has reports whether macvlan0 has the reserved address.
-func (p *pod) has() bool {
+// hasSource reports whether macvlan0 has the reserved address.
+func hasSource(p *labtest.Pod) bool {
 	p.Helper()
-	h := p.handle(p.lab.Router)
-	addresses, err := h.AddrList(p.link(h, "macvlan0"), netlink.FAMILY_V4)
+	h := p.Handle(p.Lab.Router)
+	addresses, err := h.AddrList(p.Link(h, "macvlan0"), netlink.FAMILY_V4)
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -187,7 +177,7 @@ func (p *pod) has() bool {
 }
 
 // claim has somebody on the physical network announce the reserved address.
-func (p *pod) claim(mac string) {
+func claim(p *labtest.Pod, mac string) {
 	p.Helper()
 	parsed, err := net.ParseMAC(mac)
 	if err != nil {
@@ -197,8 +187,8 @@ func (p *pod) claim(mac string) {
 	if err != nil {
 		p.Fatal(err)
 	}
-	index := p.link(p.handle(p.lab.Outside), lab.LANLink).Attrs().Index
-	if err := p.lab.Outside.Do(func() error {
+	index := p.Link(p.Handle(p.Lab.Outside), lab.LANLink).Attrs().Index
+	if err := p.Lab.Outside.Do(func() error {
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return err
@@ -210,11 +200,11 @@ func (p *pod) claim(mac string) {
 	}
 }
 
-// delete deletes macvlan0.
-func (p *pod) delete() {
+// deleteMacvlan deletes macvlan0.
+func deleteMacvlan(p *labtest.Pod) {
 	p.Helper()
-	h := p.handle(p.lab.Router)
-	if err := h.LinkDel(p.link(h, "macvlan0")); err != nil {
+	h := p.Handle(p.Lab.Router)
+	if err := h.LinkDel(p.Link(h, "macvlan0")); err != nil {
 		p.Fatal(err)
 	}
 }
@@ -224,22 +214,22 @@ func (p *pod) delete() {
 const soon = 3 * time.Second
 
 // Nobody else has the address: the first that leaves the pod asks for it, the log
-// has nothing to say about it, and nothing waits longer than an answer takes.
+// hasSource nothing to say about it, and nothing waits longer than an answer takes.
 func TestConflictNone(t *testing.T) {
 	for _, up := range []bool{true, false} {
 		t.Run(fmt.Sprintf("up before: %v", up), func(t *testing.T) {
-			p := newPod(t, lab.Options{}, nftables)
+			p := labtest.New(t, lab.Options{}, labtest.Nftables)
 			if up {
-				p.setMacvlanUp()
+				setMacvlanUp(p)
 			}
-			capture, mac := p.capture(), p.mac()
+			capture, mac := captureMacvlan(p), macOf(p)
 			begin := time.Now()
-			r := p.ok()
+			r := p.OK()
 			if took := time.Since(begin); took > soon {
 				t.Errorf("it took %s", took)
 			}
-			if strings.Contains(r.stderr, "another host") {
-				t.Errorf("a conflict that there is not:\n%s", r.stderr)
+			if strings.Contains(r.Stderr, "another host") {
+				t.Errorf("a conflict that there is not:\n%s", r.Stderr)
 			}
 			if got, want := fmt.Sprint(sent(capture, mac)), "[probe announcement announcement]"; got != want {
 				t.Errorf("sent %s, want %s", got, want)
@@ -252,7 +242,7 @@ func TestConflictNone(t *testing.T) {
 					break
 				}
 			}
-			p.wantExample()
+			p.WantExample()
 		})
 	}
 }
@@ -267,18 +257,18 @@ func TestConflictTaken(t *testing.T) {
 	}{{"", 1}, {"warn", 1}, {"defend", 2}} {
 		for _, up := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%q, up before: %v", test.choice, up), func(t *testing.T) {
-				p := newPod(t, lab.Options{}, nftables)
-				p.env["EGRESS_CONFLICT"] = test.choice
-				other := p.addHost()
+				p := labtest.New(t, lab.Options{}, labtest.Nftables)
+				p.Env["EGRESS_CONFLICT"] = test.choice
+				other := addHost(p)
 				if up {
-					p.setMacvlanUp()
+					setMacvlanUp(p)
 				}
-				capture, mac := p.capture(), p.mac()
-				r := p.ok()
-				if n := strings.Count(r.stderr, holds); n != 1 || strings.Count(r.stderr, "mac="+other.mac) != 1 {
-					t.Errorf("said %d times, of %s:\n%s", n, other.mac, r.stderr)
+				capture, mac := captureMacvlan(p), macOf(p)
+				r := p.OK()
+				if n := strings.Count(r.Stderr, holds); n != 1 || strings.Count(r.Stderr, "mac="+other.mac) != 1 {
+					t.Errorf("said %d times, of %s:\n%s", n, other.mac, r.Stderr)
 				}
-				if !p.has() {
+				if !hasSource(p) {
 					t.Error("the address is not taken")
 				}
 				kinds := sent(capture, mac)
@@ -310,15 +300,15 @@ func TestConflictTaken(t *testing.T) {
 func TestConflictRefused(t *testing.T) {
 	for _, up := range []bool{true, false} {
 		t.Run(fmt.Sprintf("up before: %v", up), func(t *testing.T) {
-			eachBackend(t, lab.Options{}, func(p *pod) {
-				p.env["EGRESS_CONFLICT"] = "refuse"
-				other := p.addHost()
+			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+				p.Env["EGRESS_CONFLICT"] = "refuse"
+				other := addHost(p)
 				if up {
-					p.setMacvlanUp()
+					setMacvlanUp(p)
 				}
-				before, capture, mac := p.state(), p.listen(), p.mac()
-				p.wantRefusal("", "taking the reserved address: "+other.mac+" has it already, and answers for 192.168.12.99", "hint: find the host with that hardware address")
-				p.wantState(before)
+				before, capture, mac := p.State(), captureLAN(p), macOf(p)
+				p.WantRefusal("", "taking the reserved address: "+other.mac+" has it already, and answers for 192.168.12.99", "hint: find the host with that hardware address")
+				p.WantState(before)
 				if n := count(capture, mac, arpAnnounced); n > 0 {
 					p.Errorf("%d announcements of an address that was not taken", n)
 				}
@@ -332,17 +322,17 @@ func TestConflictRefused(t *testing.T) {
 
 // An address that nobody has is asked for three times (RFC 5227, section 2.1.1).
 func TestConflictRefuseFree(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_CONFLICT"] = "refuse"
-	capture, mac := p.capture(), p.mac()
-	p.ok()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_CONFLICT"] = "refuse"
+	capture, mac := captureMacvlan(p), macOf(p)
+	p.OK()
 	if got, want := fmt.Sprint(sent(capture, mac)), "[probe probe probe announcement announcement]"; got != want {
 		t.Errorf("sent %s, want %s", got, want)
 	}
-	p.wantExample()
+	p.WantExample()
 	// Taken is taken: it is not asked for again.
 	begin := time.Now()
-	p.wantUnchanged(p.ok())
+	p.WantUnchanged(p.OK())
 	if took := time.Since(begin); took > soon {
 		t.Errorf("a second run took %s", took)
 	}
@@ -351,17 +341,17 @@ func TestConflictRefuseFree(t *testing.T) {
 // A router that stays waits until the other host gives the address up. It says
 // once that it does.
 func TestConflictWaits(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_CONFLICT"] = "refuse"
-	other := p.addHost()
-	capture, mac := p.listen(), p.mac()
-	r := p.start("legacy")
-	r.await(1, other.mac)
-	p.eventually("it asked four times", func() bool { return count(capture, mac, arpProbe) >= 4 })
-	if n := strings.Count(r.logged(), other.mac); n != 1 {
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_CONFLICT"] = "refuse"
+	other := addHost(p)
+	capture, mac := captureLAN(p), macOf(p)
+	r := p.Start("legacy")
+	r.AwaitLog(1, other.mac)
+	p.Until("it asked four times", func() bool { return count(capture, mac, arpProbe) >= 4 })
+	if n := strings.Count(r.Logged(), other.mac); n != 1 {
 		t.Errorf("said %d times, want once", n)
 	}
-	if p.has() {
+	if hasSource(p) {
 		t.Error("the address is taken")
 	}
 	if n := count(capture, mac, arpAnnounced); n > 0 {
@@ -369,84 +359,84 @@ func TestConflictWaits(t *testing.T) {
 	}
 	begin := time.Now()
 	other.leave()
-	p.eventually("the address is taken", p.has)
+	p.Until("the address is taken", func() bool { return hasSource(p) })
 	t.Logf("taken %s after the other had left", time.Since(begin).Round(time.Millisecond))
-	p.eventually("it is announced", func() bool { return count(capture, mac, arpAnnounced) >= arpPair })
-	p.eventually("the example works", func() bool {
-		_, err := p.ask(p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	p.Until("it is announced", func() bool { return count(capture, mac, arpAnnounced) >= arpPair })
+	p.Until("the example works", func() bool {
+		_, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		return err == nil
 	})
-	p.wantExample()
+	p.WantExample()
 }
 
 // Whoever stops the router while it asks finds everything as before.
 func TestConflictStopped(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_CONFLICT"] = "refuse"
-	before, capture, mac := p.state(), p.capture(), p.mac()
-	p.Cleanup(func() { p.wantState(before) }) // after the router has ended
-	p.start("legacy")
-	p.eventually("it asks", func() bool { return count(capture, mac, arpProbe) > 0 })
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_CONFLICT"] = "refuse"
+	before, capture, mac := p.State(), captureMacvlan(p), macOf(p)
+	p.Cleanup(func() { p.WantState(before) }) // after the router has ended
+	p.Start("legacy")
+	p.Until("it asks", func() bool { return count(capture, mac, arpProbe) > 0 })
 }
 
 // Who claims the address while the router has it is named, and answered by an
 // announcement, but not each time.
 func TestConflictDefended(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	r := p.start("legacy")
-	r.await(1, gatewayAnswers) // the physical network is watched
-	capture, mac := p.listen(), p.mac()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	r := p.Start("legacy")
+	r.AwaitLog(1, gatewayAnswers) // the physical network is watched
+	capture, mac := captureLAN(p), macOf(p)
 	for range 5 {
-		p.claim(anotherMAC)
+		claim(p, anotherMAC)
 	}
-	p.claim(yetAnotherMAC)
-	r.await(1, "mac="+yetAnotherMAC) // which comes after the others
-	if n := strings.Count(r.logged(), "mac="+anotherMAC); n != 1 || strings.Count(r.logged(), claimed) != 2 {
+	claim(p, yetAnotherMAC)
+	r.AwaitLog(1, "mac="+yetAnotherMAC) // which comes after the others
+	if n := strings.Count(r.Logged(), "mac="+anotherMAC); n != 1 || strings.Count(r.Logged(), claimed) != 2 {
 		t.Errorf("%s is named %d times, want once", anotherMAC, n)
 	}
 	if n := count(capture, mac, arpAnnounced); n != arpPair {
 		t.Errorf("%d frames that announce, want %d: one announcement", n, arpPair)
 	}
-	p.wantExample()
+	p.WantExample()
 }
 
 // A gateway that does not answer is missed after three requests; that it is back
 // is noticed.
 func TestGatewayLost(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_HEALTH_INTERVAL"] = "200ms"
-	r := p.start("legacy")
-	r.await(1, gatewayAnswers)
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_HEALTH_INTERVAL"] = "200ms"
+	r := p.Start("legacy")
+	r.AwaitLog(1, gatewayAnswers)
 	const lost = "the gateway does not answer ARP"
-	capture, mac := p.listen(), p.mac()
+	capture, mac := captureLAN(p), macOf(p)
 	silent := func(value string) {
-		if err := p.lab.SetSysctl(p.lab.Outside, "net/ipv4/conf/lan0/arp_ignore", value); err != nil {
+		if err := p.Lab.SetSysctl(p.Lab.Outside, "net/ipv4/conf/lan0/arp_ignore", value); err != nil {
 			t.Fatal(err)
 		}
 	}
 	silent("8")
 	before := count(capture, mac, arpGateway)
-	r.await(1, lost)
+	r.AwaitLog(1, lost)
 	// The first of them may have been answered still.
 	if n := count(capture, mac, arpGateway) - before; n < 3 {
 		t.Errorf("missed after %d requests", n)
 	}
 	asked := count(capture, mac, arpGateway)
-	p.eventually("it is asked for again", func() bool { return count(capture, mac, arpGateway) >= asked+4 })
-	if n := strings.Count(r.logged(), lost); n != 1 {
+	p.Until("it is asked for again", func() bool { return count(capture, mac, arpGateway) >= asked+4 })
+	if n := strings.Count(r.Logged(), lost); n != 1 {
 		t.Errorf("said %d times, want once", n)
 	}
-	if n := strings.Count(r.logged(), gatewayAnswers); n != 1 {
+	if n := strings.Count(r.Logged(), gatewayAnswers); n != 1 {
 		t.Errorf("it answered %d times, want once", n)
 	}
 	silent("0")
-	r.await(2, gatewayAnswers)
+	r.AwaitLog(2, gatewayAnswers)
 }
 
 // syns returns the connections that the router tried to make to a port range of
 // the first server: how many times, and to how many ports. Each has to come from
 // the reserved address.
-func (p *pod) syns(c *lab.Capture, from, to uint16) (tries, ports int) {
+func syns(p *labtest.Pod, c *lab.Capture, from, to uint16) (tries, ports int) {
 	p.Helper()
 	seen := make(map[uint16]bool)
 	for _, f := range c.Frames() {
@@ -454,7 +444,7 @@ func (p *pod) syns(c *lab.Capture, from, to uint16) (tries, ports int) {
 		if !ok || f.Outgoing || ip.Dst.Addr() != lab.Remote[0] || ip.Dst.Port() < from || ip.Dst.Port() > to {
 			continue
 		}
-		if ip.Src.Addr() != source {
+		if ip.Src.Addr() != lab.Source {
 			p.Errorf("a connection from elsewhere: %s", f)
 		}
 		tries++
@@ -465,32 +455,32 @@ func (p *pod) syns(c *lab.Capture, from, to uint16) (tries, ports int) {
 
 // A destination that refuses is named once, and again when it accepts.
 func TestProbe(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_DESTINATION"] = "9999 tcp 203.0.113.25\n9998 udp 203.0.113.25\n" + p.env["EGRESS_DESTINATION"]
-	p.env["EGRESS_PROBE"], p.env["EGRESS_PROBE_INTERVAL"] = "tcp", "200ms"
-	capture := p.listen()
-	r := p.start("legacy")
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_DESTINATION"] = "9999 tcp 203.0.113.25\n9998 udp 203.0.113.25\n" + p.Env["EGRESS_DESTINATION"]
+	p.Env["EGRESS_PROBE"], p.Env["EGRESS_PROBE_INTERVAL"] = "tcp", "200ms"
+	capture := captureLAN(p)
+	r := p.Start("legacy")
 	const refused, again = "a destination cannot be connected to", "a destination can be connected to again"
 	const destination = "destination=203.0.113.25:9999"
-	r.await(1, refused)
+	r.AwaitLog(1, refused)
 	tried := func(n int) {
-		p.eventually("it tries again", func() bool { tries, _ := p.syns(capture, 9999, 9999); return tries >= n })
+		p.Until("it tries again", func() bool { tries, _ := syns(p, capture, 9999, 9999); return tries >= n })
 	}
 	tried(4)
-	if n := strings.Count(r.logged(), refused); n != 1 || !strings.Contains(r.logged(), destination) {
+	if n := strings.Count(r.Logged(), refused); n != 1 || !strings.Contains(r.Logged(), destination) {
 		t.Errorf("said %d times, want once, of %s", n, destination)
 	}
-	server, err := p.lab.Serve(p.lab.Outside, "tcp", netip.MustParseAddrPort("203.0.113.25:9999"))
+	server, err := p.Lab.Serve(p.Lab.Outside, "tcp", netip.MustParseAddrPort("203.0.113.25:9999"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.await(1, again)
+	r.AwaitLog(1, again)
 	server.Close()
-	r.await(2, refused)
-	if n := strings.Count(r.logged(), again); n != 1 {
+	r.AwaitLog(2, refused)
+	if n := strings.Count(r.Logged(), again); n != 1 {
 		t.Errorf("it could be connected to again %d times, want once", n)
 	}
-	if n, _ := p.syns(capture, 80, 80); n == 0 {
+	if n, _ := syns(p, capture, 80, 80); n == 0 {
 		t.Error("no connection to the destination that accepts")
 	}
 }
@@ -499,39 +489,39 @@ func TestProbe(t *testing.T) {
 // a time; and the router ends at once when it is told to.
 func TestProbeMany(t *testing.T) {
 	const many, atOnce = 2000, 16
-	p := newPod(t, lab.Options{}, nftables)
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	var list strings.Builder
 	for port := 10001; port <= 10000+many; port++ {
 		fmt.Fprintf(&list, "%d tcp 203.0.113.25\n", port)
 	}
-	p.env["EGRESS_DESTINATION"] = list.String()
-	p.env["EGRESS_PROBE"] = "tcp"
+	p.Env["EGRESS_DESTINATION"] = list.String()
+	p.Env["EGRESS_PROBE"] = "tcp"
 	var out strings.Builder
-	drop := p.command("nft", "add table ip silent; add chain ip silent in { type filter hook input priority 0 ; }; add rule ip silent in tcp dport 10001-12000 drop")
+	drop := p.Command("nft", "add table ip silent; add chain ip silent in { type filter hook input priority 0 ; }; add rule ip silent in tcp dport 10001-12000 drop")
 	drop.Stdout, drop.Stderr = &out, &out
-	if err := p.lab.Run(p.lab.Outside, drop); err != nil {
+	if err := p.Lab.Run(p.Lab.Outside, drop); err != nil {
 		t.Fatalf("%v\n%s", err, &out)
 	}
-	capture := p.listen()
-	p.start("legacy")
+	capture := captureLAN(p)
+	p.Start("legacy")
 	// TCP tries again after a second, and each of those tries is still under way.
-	p.eventually("all that are tried are tried again", func() bool {
-		tries, _ := p.syns(capture, 10001, 10000+many)
+	p.Until("all that are tried are tried again", func() bool {
+		tries, _ := syns(p, capture, 10001, 10000+many)
 		return tries >= 2*atOnce
 	})
-	if _, ports := p.syns(capture, 10001, 10000+many); ports != atOnce {
+	if _, ports := syns(p, capture, 10001, 10000+many); ports != atOnce {
 		t.Errorf("%d are tried at a time, want %d", ports, atOnce)
 	}
 }
 
 // The address is announced again and again, in both forms.
 func TestAnnouncedAgain(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_ANNOUNCE_INTERVAL"] = "300ms"
-	capture := p.listen()
-	p.start("legacy")
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_ANNOUNCE_INTERVAL"] = "300ms"
+	capture := captureLAN(p)
+	p.Start("legacy")
 	var forms []uint16
-	p.eventually("it is announced four times", func() bool {
+	p.Until("it is announced four times", func() bool {
 		forms = nil
 		for _, f := range capture.Frames() {
 			if a, ok := f.ARP(); ok && kind(a) == arpAnnounced {
@@ -548,19 +538,19 @@ func TestAnnouncedAgain(t *testing.T) {
 // With an interval of 0 it is announced again where neighbours have to learn
 // something, and not otherwise.
 func TestAnnouncedAfterRepair(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_ANNOUNCE_INTERVAL"], p.env["EGRESS_HEALTH_INTERVAL"] = "0", "100ms"
-	capture, mac := p.listen(), p.mac()
-	r := p.start("legacy")
-	r.await(1, gatewayAnswers)
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_ANNOUNCE_INTERVAL"], p.Env["EGRESS_HEALTH_INTERVAL"] = "0", "100ms"
+	capture, mac := captureLAN(p), macOf(p)
+	r := p.Start("legacy")
+	r.AwaitLog(1, gatewayAnswers)
 	compared := func() { // five more times
 		p.Helper()
-		n := count(capture, p.mac(), arpGateway) + 5
-		p.eventually("it compares", func() bool { return count(capture, p.mac(), arpGateway) >= n })
+		n := count(capture, macOf(p), arpGateway) + 5
+		p.Until("it compares", func() bool { return count(capture, macOf(p), arpGateway) >= n })
 	}
 	announced := func(what, mac string, n int) {
 		p.Helper()
-		p.eventually(what, func() bool { return count(capture, mac, arpAnnounced) >= n*arpPair })
+		p.Until(what, func() bool { return count(capture, mac, arpAnnounced) >= n*arpPair })
 		compared()
 		if got := count(capture, mac, arpAnnounced); got != n*arpPair {
 			t.Errorf("%s: %d frames that announce, want %d", what, got, n*arpPair)
@@ -568,8 +558,8 @@ func TestAnnouncedAfterRepair(t *testing.T) {
 	}
 	announced("announced at the start", mac, 1)
 
-	h := p.handle(p.lab.Router)
-	if err := h.LinkSetDown(p.link(h, "macvlan0")); err != nil {
+	h := p.Handle(p.Lab.Router)
+	if err := h.LinkSetDown(p.Link(h, "macvlan0")); err != nil {
 		t.Fatal(err)
 	}
 	announced("announced after it was down", mac, 2)
@@ -578,49 +568,49 @@ func TestAnnouncedAfterRepair(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := h.LinkSetHardwareAddr(p.link(h, "macvlan0"), other); err != nil {
+	if err := h.LinkSetHardwareAddr(p.Link(h, "macvlan0"), other); err != nil {
 		t.Fatal(err)
 	}
 	announced("announced with another hardware address", anotherMAC, 1)
-	if strings.Contains(r.logged(), claimed) {
+	if strings.Contains(r.Logged(), claimed) {
 		t.Error("its own hardware address of before or now is taken for another host's")
 	}
-	p.wantExample()
+	p.WantExample()
 }
 
 // A macvlan0 that the router is to make is made again when it is gone.
 func TestMacvlanDeleted(t *testing.T) {
-	p := newMacvlanPod(t)
-	capture := p.listen()
-	r := p.start("legacy")
+	p := labtest.NewWithoutMacvlan(t)
+	capture := captureLAN(p)
+	r := p.Start("legacy")
 	for n := 1; n <= 2; n++ {
-		r.await(n, gatewayAnswers) // those that are asked on the interface of now
-		p.wantExample()
-		before := p.mac()
-		p.delete()
-		r.await(n, "msg=repaired kind=interface")
-		p.eventually("it is announced", func() bool {
+		r.AwaitLog(n, gatewayAnswers) // those that are asked on the interface of now
+		p.WantExample()
+		before := macOf(p)
+		deleteMacvlan(p)
+		r.AwaitLog(n, "msg=repaired kind=interface")
+		p.Until("it is announced", func() bool {
 			for _, f := range capture.Frames() {
-				if a, ok := f.ARP(); ok && kind(a) == arpAnnounced && a.SenderMAC.String() != before && a.SenderMAC.String() == p.mac() {
+				if a, ok := f.ARP(); ok && kind(a) == arpAnnounced && a.SenderMAC.String() != before && a.SenderMAC.String() == macOf(p) {
 					return true
 				}
 			}
 			return false
 		})
-		p.eventually("the example works", p.answers)
+		p.Until("the example works", func() bool { return answers(p) })
 	}
-	r.await(3, gatewayAnswers)
-	p.wantExample()
-	p.claim(anotherMAC)
-	r.await(1, "mac="+anotherMAC)
+	r.AwaitLog(3, gatewayAnswers)
+	p.WantExample()
+	claim(p, anotherMAC)
+	r.AwaitLog(1, "mac="+anotherMAC)
 }
 
 // answers reports whether the first destination answers.
-func (p *pod) answers() bool {
+func answers(p *labtest.Pod) bool {
 	ctx, cancel := context.WithTimeout(p.Context(), 200*time.Millisecond)
 	defer cancel()
-	a, err := p.lab.Ask(ctx, p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
-	return err == nil && a.Peer.Addr() == source
+	a, err := p.Lab.Ask(ctx, p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	return err == nil && a.Peer.Addr() == lab.Source
 }
 
 // missing is what the router says of a macvlan0 that is not there.
@@ -630,10 +620,10 @@ const missing = `interface \"macvlan0\" not found`
 var failedAgain = regexp.MustCompile(`time=(\S+) .*still not repaired.*not found`)
 
 // pause returns the time between the last two such attempts.
-func (r *running) pause() time.Duration {
+func pause(r *labtest.Running) time.Duration {
 	r.Helper()
 	var last, before time.Time
-	for _, m := range failedAgain.FindAllStringSubmatch(r.logged(), -1) {
+	for _, m := range failedAgain.FindAllStringSubmatch(r.Logged(), -1) {
 		at, err := time.Parse(time.RFC3339, m[1])
 		if err != nil {
 			r.Fatal(err)
@@ -649,53 +639,53 @@ func (r *running) pause() time.Duration {
 // A macvlan0 that somebody else makes is missed, once, and used as soon as it is
 // there again: sooner than the next try would be.
 func TestMacvlanGone(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.env["EGRESS_LOG_LEVEL"] = "debug"
-	r := p.start("legacy")
-	r.await(1, gatewayAnswers)
-	p.wantExample()
-	p.delete()
-	p.eventually("it tries slowly", func() bool { return r.pause() > 1200*time.Millisecond })
-	if n := strings.Count(r.logged(), `not as wanted, and not repaired" error="`+missing); n != 1 {
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_LOG_LEVEL"] = "debug"
+	r := p.Start("legacy")
+	r.AwaitLog(1, gatewayAnswers)
+	p.WantExample()
+	deleteMacvlan(p)
+	p.Until("it tries slowly", func() bool { return pause(r) > 1200*time.Millisecond })
+	if n := strings.Count(r.Logged(), `not as wanted, and not repaired" error="`+missing); n != 1 {
 		t.Errorf("said %d times, want once", n)
 	}
-	p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
+	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
 	begin := time.Now()
-	p.eventually("the example works", p.answers)
+	p.Until("the example works", func() bool { return answers(p) })
 	took := time.Since(begin)
 	t.Logf("used %s after it was made", took.Round(time.Millisecond))
 	if took > time.Second {
 		t.Errorf("it took %s", took)
 	}
-	p.wantExample()
-	r.await(2, gatewayAnswers) // asked on the new interface
-	p.claim(anotherMAC)
-	r.await(1, "mac="+anotherMAC)
+	p.WantExample()
+	r.AwaitLog(2, gatewayAnswers) // asked on the new interface
+	claim(p, anotherMAC)
+	r.AwaitLog(1, "mac="+anotherMAC)
 }
 
 // Beside an init run, monitor finds nothing to do, and repairs what is damaged
 // afterwards.
 func TestMonitor(t *testing.T) {
-	p := newPod(t, lab.Options{}, nftables)
-	p.ok()
-	before, capture, mac := p.state(), p.listen(), p.mac()
-	r := p.start("monitor")
-	r.await(1, gatewayAnswers)
-	p.wantState(before)
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.OK()
+	before, capture, mac := p.State(), captureLAN(p), macOf(p)
+	r := p.Start("monitor")
+	r.AwaitLog(1, gatewayAnswers)
+	p.WantState(before)
 	if n := count(capture, mac, arpAnnounced) + count(capture, mac, arpProbe); n > 0 {
 		t.Errorf("%d frames about the address, of which nothing is new", n)
 	}
-	if strings.Contains(r.logged(), "repaired") {
+	if strings.Contains(r.Logged(), "repaired") {
 		t.Error("it repairs what is right")
 	}
-	h := p.handle(p.lab.Router)
-	if err := h.AddrDel(p.link(h, "macvlan0"), reserved()); err != nil {
+	h := p.Handle(p.Lab.Router)
+	if err := h.AddrDel(p.Link(h, "macvlan0"), reserved()); err != nil {
 		t.Fatal(err)
 	}
-	r.await(1, "msg=repaired kind=address")
-	p.eventually("the example works", p.answers)
-	p.wantExample()
-	p.wantState(before)
+	r.AwaitLog(1, "msg=repaired kind=address")
+	p.Until("the example works", func() bool { return answers(p) })
+	p.WantExample()
+	p.WantState(before)
 	if n := count(capture, mac, arpAnnounced); n != arpPair {
 		t.Errorf("%d frames that announce, want %d", n, arpPair)
 	}
@@ -703,13 +693,13 @@ func TestMonitor(t *testing.T) {
 
 // Started before anything is there, monitor waits for it.
 func TestMonitorFirst(t *testing.T) {
-	p := newPod(t, lab.Options{NoMacvlan: true}, nftables)
-	r := p.start("monitor")
-	r.await(1, missing)
-	p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
-	p.eventually("the example works", p.answers)
-	p.wantExample()
-	if err := r.cmd.Process.Signal(syscall.Signal(0)); err != nil {
+	p := labtest.New(t, lab.Options{NoMacvlan: true}, labtest.Nftables)
+	r := p.Start("monitor")
+	r.AwaitLog(1, missing)
+	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
+	p.Until("the example works", func() bool { return answers(p) })
+	p.WantExample()
+	if err := r.Cmd.Process.Signal(syscall.Signal(0)); err != nil {
 		t.Errorf("the router is gone: %v", err)
 	}
 }

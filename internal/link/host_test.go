@@ -1,13 +1,11 @@
-package main
+package link_test
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
@@ -16,88 +14,16 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// noSysAdmin gives up what entering a namespace takes, and nothing else.
-func noSysAdmin() error {
-	return unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN, 0, 0, 0)
-}
-
-// ownProc shows the first process of a container its own process numbers.
-func ownProc() error {
-	if os.Getpid() != 1 {
-		return errors.New("it is to be started as the first process")
-	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return err
-	}
-	return unix.Mount("proc", "/proc", "proc", 0, "")
-}
-
-// hostProcess stands for the first process of a host, in whose network it is
-// started: it runs in-pod with the host's process numbers.
-func hostProcess() {
-	code, err := func() (int, error) {
-		if err := ownProc(); err != nil {
-			return 0, err
-		}
-		path, err := exec.LookPath("in-pod")
-		if err != nil {
-			return 0, err
-		}
-		cmd := exec.Command(path, os.Args[1:]...)
-		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		cmd.ExtraFiles = []*os.File{os.NewFile(3, "pod")}
-		err = cmd.Run()
-		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
-			return exit.ExitCode(), nil
-		}
-		return 0, err
-	}()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
-		code = 99
-	}
-	os.Exit(code)
-}
-
-// inPod runs the program in the network namespace of descriptor 3.
-func inPod() {
-	pod, err := netns.Open("/proc/self/fd/3")
-	if err == nil {
-		err = pod.Do(func() error {
-			become(func() error { return nil })
-			return nil
-		})
-	}
-	fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
-	os.Exit(99)
-}
-
-// newMacvlanPod returns a pod without an egress interface, whose router is to
-// make it from the NIC of the default route of the lab's node.
-//
-// The node's namespace is always named. By its default the variable would name
-// that of the machine that the tests run on.
-func newMacvlanPod(t *testing.T) *pod {
-	t.Helper()
-	p := newPod(t, lab.Options{NoMacvlan: true}, iptablesNFT)
-	p.env["EGRESS_MACVLAN_PARENT"] = "true"
-	p.env["EGRESS_HOST_NETNS"] = file(p.lab.Node)
-	return p
-}
-
-// file returns a file that stands for a namespace.
-func file(ns *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd()) }
-
 // inventory describes the links, addresses and routes of a namespace.
-func (p *pod) inventory(ns *netns.Namespace) string {
+func inventory(p *labtest.Pod, ns *netns.Namespace) string {
 	p.Helper()
-	h := p.handle(ns)
+	h := p.Handle(ns)
 	links, err := h.LinkList()
 	if err != nil {
 		p.Fatal(err)
@@ -131,25 +57,25 @@ var promiscuity = regexp.MustCompile(` promisc \d+`)
 
 // wantSameHost checks that the host is as it was, but for what goes with any
 // macvlan of its NIC.
-func (p *pod) wantSameHost(want string) {
+func wantSameHost(p *labtest.Pod, want string) {
 	p.Helper()
-	if got := p.inventory(p.lab.Node); promiscuity.ReplaceAllString(got, "") != promiscuity.ReplaceAllString(want, "") {
+	if got := inventory(p, p.Lab.Node); promiscuity.ReplaceAllString(got, "") != promiscuity.ReplaceAllString(want, "") {
 		p.Errorf("the host is not as it was.\n--- was\n%s--- is\n%s", want, got)
 	}
 }
 
 // wantInventory checks that a namespace is as it was.
-func (p *pod) wantInventory(ns *netns.Namespace, name, want string) {
+func wantInventory(p *labtest.Pod, ns *netns.Namespace, name, want string) {
 	p.Helper()
-	if got := p.inventory(ns); got != want {
+	if got := inventory(p, ns); got != want {
 		p.Errorf("%s is not as it was.\n--- was\n%s--- is\n%s", name, want, got)
 	}
 }
 
 // macvlan returns the egress interface.
-func (p *pod) macvlan() *netlink.Macvlan {
+func macvlan(p *labtest.Pod) *netlink.Macvlan {
 	p.Helper()
-	l, err := p.handle(p.lab.Router).LinkByName("macvlan0")
+	l, err := p.Handle(p.Lab.Router).LinkByName("macvlan0")
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -158,21 +84,6 @@ func (p *pod) macvlan() *netlink.Macvlan {
 		p.Fatalf("macvlan0 is of type %s", l.Type())
 	}
 	return m
-}
-
-// addMacvlan adds a macvlan of a node's NIC to a namespace.
-func (p *pod) addMacvlan(ns *netns.Namespace, name, parent string, mode netlink.MacvlanMode) {
-	p.Helper()
-	h := p.handle(p.lab.Node)
-	nic, err := h.LinkByName(parent)
-	if err != nil {
-		p.Fatal(err)
-	}
-	a := netlink.NewLinkAttrs()
-	a.Name, a.ParentIndex, a.Namespace = name, nic.Attrs().Index, netlink.NsFd(ns.Fd())
-	if err := h.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: mode}); err != nil {
-		p.Fatal(err)
-	}
 }
 
 var macvlanModes = map[string]netlink.MacvlanMode{
@@ -190,33 +101,33 @@ func TestMacvlan(t *testing.T) {
 	for mode, want := range macvlanModes {
 		for _, parent := range []string{"true", lab.NIC} {
 			t.Run(fmt.Sprintf("mode %q of %s", mode, parent), func(t *testing.T) {
-				p := newMacvlanPod(t)
-				p.env["EGRESS_MACVLAN_MODE"], p.env["EGRESS_MACVLAN_PARENT"] = mode, parent
-				before := p.inventory(p.lab.Node)
-				r := p.ok()
-				if step := "create macvlan0, a macvlan of the host's nic0 in mode " + modeName(want); !strings.Contains(r.stderr, step) {
-					t.Errorf("stderr lacks %q:\n%s", step, r.stderr)
+				p := labtest.NewWithoutMacvlan(t)
+				p.Env["EGRESS_MACVLAN_MODE"], p.Env["EGRESS_MACVLAN_PARENT"] = mode, parent
+				before := inventory(p, p.Lab.Node)
+				r := p.OK()
+				if step := "create macvlan0, a macvlan of the host's nic0 in mode " + modeName(want); !strings.Contains(r.Stderr, step) {
+					t.Errorf("stderr lacks %q:\n%s", step, r.Stderr)
 				}
-				if warned := strings.Contains(r.stderr, "the host is cut off"); warned != (mode == "passthru") {
+				if warned := strings.Contains(r.Stderr, "the host is cut off"); warned != (mode == "passthru") {
 					t.Errorf("a warning that the host is cut off: %v", warned)
 				}
-				p.wantExample()
-				if m := p.macvlan(); m.Mode != want || m.MTU != 1500 {
+				p.WantExample()
+				if m := macvlan(p); m.Mode != want || m.MTU != 1500 {
 					t.Errorf("mode %d, MTU %d; want %d, 1500", m.Mode, m.MTU, want)
 				}
-				p.wantSameHost(before)
-				state, inventory := p.state(), p.inventory(p.lab.Router)
-				p.wantUnchanged(p.ok())
-				p.wantState(state)
-				p.wantInventory(p.lab.Router, "the pod", inventory)
-				p.wantExample()
+				wantSameHost(p, before)
+				state, inventory := p.State(), inventory(p, p.Lab.Router)
+				p.WantUnchanged(p.OK())
+				p.WantState(state)
+				wantInventory(p, p.Lab.Router, "the pod", inventory)
+				p.WantExample()
 
-				if err := p.handle(p.lab.Router).LinkDel(p.macvlan()); err != nil {
+				if err := p.Handle(p.Lab.Router).LinkDel(macvlan(p)); err != nil {
 					t.Fatal(err)
 				}
-				p.wantInventory(p.lab.Node, "the host", before)
-				p.ok() // it is made again
-				p.wantExample()
+				wantInventory(p, p.Lab.Node, "the host", before)
+				p.OK() // it is made again
+				p.WantExample()
 			})
 		}
 	}
@@ -233,11 +144,11 @@ func modeName(mode netlink.MacvlanMode) string {
 
 // With the host's process numbers nothing but the parent has to be set.
 func TestMacvlanHostPID(t *testing.T) {
-	p := newMacvlanPod(t)
-	delete(p.env, "EGRESS_HOST_NETNS")
-	before := p.inventory(p.lab.Node)
-	cmd := p.command("as-host-process")
-	pod, err := os.Open(file(p.lab.Router))
+	p := labtest.NewWithoutMacvlan(t)
+	delete(p.Env, "EGRESS_HOST_NETNS")
+	before := inventory(p, p.Lab.Node)
+	cmd := p.Command("as-host-process")
+	pod, err := os.Open(labtest.File(p.Lab.Router))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,41 +157,41 @@ func TestMacvlanHostPID(t *testing.T) {
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
-	if err := p.lab.Run(p.lab.Node, cmd); err != nil {
+	if err := p.Lab.Run(p.Lab.Node, cmd); err != nil {
 		t.Fatalf("%v:\n%s", err, &stderr)
 	}
-	p.wantExample()
-	p.wantSameHost(before)
+	p.WantExample()
+	wantSameHost(p, before)
 }
 
 // Without them the first process is the container's own.
 func TestMacvlanOwnNamespace(t *testing.T) {
-	p := newMacvlanPod(t)
-	before := p.inventory(p.lab.Router)
-	delete(p.env, "EGRESS_HOST_NETNS")
-	cmd := p.command("as-first-process")
+	p := labtest.NewWithoutMacvlan(t)
+	before := inventory(p, p.Lab.Router)
+	delete(p.Env, "EGRESS_HOST_NETNS")
+	cmd := p.Command("as-first-process")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
-	if err := p.lab.Run(p.lab.Router, cmd); err == nil {
+	if err := p.Lab.Run(p.Lab.Router, cmd); err == nil {
 		t.Error("the program succeeded")
 	}
-	r := result{stderr: stderr.String()}
-	if want := `egress-router: opening the host's network namespace: "/proc/1/ns/net" is the pod's own`; r.last() != want {
-		t.Errorf("last line:\n got %s\nwant %s", r.last(), want)
+	r := labtest.Result{Stderr: stderr.String()}
+	if want := `egress-router: opening the host's network namespace: "/proc/1/ns/net" is the pod's own`; r.Last() != want {
+		t.Errorf("last line:\n got %s\nwant %s", r.Last(), want)
 	}
 	for _, want := range []string{"hostPID: true", "--pid=host", "EGRESS_HOST_NETNS=/host/proc/1/ns/net"} {
-		if !strings.Contains(r.stderr, want) {
-			t.Errorf("stderr lacks %q:\n%s", want, r.stderr)
+		if !strings.Contains(r.Stderr, want) {
+			t.Errorf("stderr lacks %q:\n%s", want, r.Stderr)
 		}
 	}
-	p.wantInventory(p.lab.Router, "the pod", before)
+	wantInventory(p, p.Lab.Router, "the pod", before)
 }
 
 // The MTU is the parent's.
 func TestMacvlanMTU(t *testing.T) {
-	p := newMacvlanPod(t)
-	h := p.handle(p.lab.Node)
+	p := labtest.NewWithoutMacvlan(t)
+	h := p.Handle(p.Lab.Node)
 	nic, err := h.LinkByName(lab.NIC)
 	if err != nil {
 		t.Fatal(err)
@@ -288,9 +199,9 @@ func TestMacvlanMTU(t *testing.T) {
 	if err := h.LinkSetMTU(nic, 1400); err != nil {
 		t.Fatal(err)
 	}
-	p.ok()
-	p.wantExample()
-	if m := p.macvlan(); m.MTU != 1400 {
+	p.OK()
+	p.WantExample()
+	if m := macvlan(p); m.MTU != 1400 {
 		t.Errorf("MTU %d, want 1400", m.MTU)
 	}
 }
@@ -298,68 +209,68 @@ func TestMacvlanMTU(t *testing.T) {
 // An interface that is as wanted stays, whoever made it, and with it what is
 // configured on it.
 func TestMacvlanKept(t *testing.T) {
-	p := newMacvlanPod(t)
-	p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
-	before := p.macvlan()
-	r := p.ok()
-	if strings.Contains(r.stderr, "create macvlan0") {
-		t.Errorf("it was made again:\n%s", r.stderr)
+	p := labtest.NewWithoutMacvlan(t)
+	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
+	before := macvlan(p)
+	r := p.OK()
+	if strings.Contains(r.Stderr, "create macvlan0") {
+		t.Errorf("it was made again:\n%s", r.Stderr)
 	}
-	p.wantExample()
-	if m := p.macvlan(); m.Index != before.Index || m.HardwareAddr.String() != before.HardwareAddr.String() {
+	p.WantExample()
+	if m := macvlan(p); m.Index != before.Index || m.HardwareAddr.String() != before.HardwareAddr.String() {
 		t.Errorf("it is another one: %d %s, was %d %s", m.Index, m.HardwareAddr, before.Index, before.HardwareAddr)
 	}
 }
 
 // It also stays when a later step fails.
 func TestMacvlanKeptOnFailure(t *testing.T) {
-	p := newMacvlanPod(t)
-	p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
-	before := p.inventory(p.lab.Router)
-	p.env["EGRESS_ROUTER_BACKEND"] = "iptables"
-	if r := p.run("without-iptables"); r.code != 1 {
-		t.Errorf("exit code %d, want 1:\n%s", r.code, r.stderr)
+	p := labtest.NewWithoutMacvlan(t)
+	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
+	before := inventory(p, p.Lab.Router)
+	p.Env["EGRESS_ROUTER_BACKEND"] = "iptables"
+	if r := p.Exec("without-iptables"); r.Code != 1 {
+		t.Errorf("exit code %d, want 1:\n%s", r.Code, r.Stderr)
 	}
-	p.wantInventory(p.lab.Router, "the pod", before)
+	wantInventory(p, p.Lab.Router, "the pod", before)
 }
 
 // The host may have an interface of the same name.
 func TestMacvlanNameTakenOnHost(t *testing.T) {
-	p := newMacvlanPod(t)
-	p.addMacvlan(p.lab.Node, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
-	before := p.inventory(p.lab.Node)
-	p.ok()
-	p.wantExample()
-	p.wantSameHost(before)
+	p := labtest.NewWithoutMacvlan(t)
+	p.AddMacvlan(p.Lab.Node, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
+	before := inventory(p, p.Lab.Node)
+	p.OK()
+	p.WantExample()
+	wantSameHost(p, before)
 }
 
 // Of a parent that is a macvlan the kernel takes the NIC below. What was made
 // by either name is kept by the other.
 func TestMacvlanOfMacvlan(t *testing.T) {
-	p := newMacvlanPod(t)
-	p.addMacvlan(p.lab.Node, "shim0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
-	p.env["EGRESS_MACVLAN_PARENT"] = "shim0"
-	p.ok()
-	p.wantExample()
-	p.wantUnchanged(p.ok())
-	p.env["EGRESS_MACVLAN_PARENT"] = lab.NIC
-	p.wantUnchanged(p.ok())
-	p.wantExample()
+	p := labtest.NewWithoutMacvlan(t)
+	p.AddMacvlan(p.Lab.Node, "shim0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
+	p.Env["EGRESS_MACVLAN_PARENT"] = "shim0"
+	p.OK()
+	p.WantExample()
+	p.WantUnchanged(p.OK())
+	p.Env["EGRESS_MACVLAN_PARENT"] = lab.NIC
+	p.WantUnchanged(p.OK())
+	p.WantExample()
 
 	// The addresses of the NIC below are out of reach as well.
-	p.env["EGRESS_MACVLAN_PARENT"], p.env["EGRESS_GATEWAY"] = "shim0", lab.NICAddr.String()
-	if r := p.run(); r.code != 1 || !strings.Contains(r.last(), "checking the gateway: 192.168.12.10 is an address of the host's own") {
-		t.Errorf("exit code %d:\n%s", r.code, r.stderr)
+	p.Env["EGRESS_MACVLAN_PARENT"], p.Env["EGRESS_GATEWAY"] = "shim0", lab.NICAddr.String()
+	if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Last(), "checking the gateway: 192.168.12.10 is an address of the host's own") {
+		t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 	}
 }
 
 // A macvlan of a macvlan whose NIC is in a third namespace: a node that is
 // itself a container.
 func TestMacvlanOfMacvlanInContainer(t *testing.T) {
-	p := newMacvlanPod(t)
+	p := labtest.NewWithoutMacvlan(t)
 	// The client's namespace is the node here, and has no other NIC to choose.
-	p.addMacvlan(p.lab.Client, "net0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
-	h := p.handle(p.lab.Client)
+	p.AddMacvlan(p.Lab.Client, "net0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
+	h := p.Handle(p.Lab.Client)
 	net0, err := h.LinkByName("net0")
 	if err != nil {
 		t.Fatal(err)
@@ -367,18 +278,18 @@ func TestMacvlanOfMacvlanInContainer(t *testing.T) {
 	if err := h.LinkSetUp(net0); err != nil {
 		t.Fatal(err)
 	}
-	p.env["EGRESS_MACVLAN_PARENT"], p.env["EGRESS_HOST_NETNS"] = "net0", file(p.lab.Client)
-	p.ok()
-	p.wantExample()
-	p.wantUnchanged(p.ok())
+	p.Env["EGRESS_MACVLAN_PARENT"], p.Env["EGRESS_HOST_NETNS"] = "net0", labtest.File(p.Lab.Client)
+	p.OK()
+	p.WantExample()
+	p.WantUnchanged(p.OK())
 }
 
 // A parent that is down makes an interface without carrier, which is said, and
 // which works as soon as the parent is up.
 func TestMacvlanParentDown(t *testing.T) {
-	p := newMacvlanPod(t)
-	p.env["EGRESS_MACVLAN_PARENT"] = lab.NIC
-	h := p.handle(p.lab.Node)
+	p := labtest.NewWithoutMacvlan(t)
+	p.Env["EGRESS_MACVLAN_PARENT"] = lab.NIC
+	h := p.Handle(p.Lab.Node)
 	nic, err := h.LinkByName(lab.NIC)
 	if err != nil {
 		t.Fatal(err)
@@ -386,20 +297,20 @@ func TestMacvlanParentDown(t *testing.T) {
 	if err := h.LinkSetDown(nic); err != nil {
 		t.Fatal(err)
 	}
-	if r := p.ok(); !strings.Contains(r.stderr, "the egress interface has no carrier") {
-		t.Errorf("no warning:\n%s", r.stderr)
+	if r := p.OK(); !strings.Contains(r.Stderr, "the egress interface has no carrier") {
+		t.Errorf("no warning:\n%s", r.Stderr)
 	}
 	if err := h.LinkSetUp(nic); err != nil {
 		t.Fatal(err)
 	}
 	// The kernel tells both ends of their carrier up to a second later.
-	outside := p.handle(p.lab.Outside)
+	outside := p.Handle(p.Lab.Outside)
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		lan, err := outside.LinkByName(lab.LANLink)
 		if err != nil {
 			t.Fatal(err)
 		}
-		macvlan := p.macvlan()
+		macvlan := macvlan(p)
 		if macvlan.OperState == netlink.OperUp && lan.Attrs().OperState == netlink.OperUp {
 			break
 		}
@@ -407,8 +318,8 @@ func TestMacvlanParentDown(t *testing.T) {
 			t.Fatalf("macvlan0 is still %s, its gateway's interface %s", macvlan.OperState, lan.Attrs().OperState)
 		}
 	}
-	p.wantExample()
-	p.wantUnchanged(p.ok())
+	p.WantExample()
+	p.WantUnchanged(p.OK())
 }
 
 // Whatever is wrong: exit code 1, a reason, what to do, and both namespaces as
@@ -416,7 +327,7 @@ func TestMacvlanParentDown(t *testing.T) {
 func TestMacvlanRefusals(t *testing.T) {
 	for _, test := range []struct {
 		name    string
-		prepare func(p *pod)
+		prepare func(p *labtest.Pod)
 		env     map[string]string
 		command string
 		last    string // of the last line
@@ -439,8 +350,8 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 		{
 			name: "no default route",
-			prepare: func(p *pod) {
-				h := p.handle(p.lab.Node)
+			prepare: func(p *labtest.Pod) {
+				h := p.Handle(p.Lab.Node)
 				nic, err := h.LinkByName(lab.NIC)
 				if err != nil {
 					p.Fatal(err)
@@ -454,8 +365,8 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 		{
 			name: "a default route of two paths",
-			prepare: func(p *pod) {
-				h := p.handle(p.lab.Node)
+			prepare: func(p *labtest.Pod) {
+				h := p.Handle(p.Lab.Node)
 				var paths []*netlink.NexthopInfo
 				for link, gateway := range map[string]netip.Addr{lab.NIC: lab.GatewayAddr, lab.Bridge: lab.ClientAddr} {
 					l, err := h.LinkByName(link)
@@ -474,22 +385,22 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 		{
 			name:    "of another NIC",
-			prepare: func(p *pod) { p.addMacvlan(p.lab.Router, "macvlan0", lab.Bridge, netlink.MACVLAN_MODE_PRIVATE) },
+			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Router, "macvlan0", lab.Bridge, netlink.MACVLAN_MODE_PRIVATE) },
 			last:    `creating "macvlan0": it is there already as a macvlan of the host's "tun0" in mode private; wanted is a macvlan of the host's "nic0" in mode private`,
 			hint:    "unset EGRESS_MACVLAN_PARENT",
 		},
 		{
 			name:    "in another mode",
-			prepare: func(p *pod) { p.addMacvlan(p.lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE) },
+			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE) },
 			last:    `it is there already as a macvlan of the host's "nic0" in mode bridge; wanted is a macvlan of the host's "nic0" in mode private`,
 			hint:    "ip link delete macvlan0",
 		},
 		{
 			name: "something else",
-			prepare: func(p *pod) {
+			prepare: func(p *labtest.Pod) {
 				a := netlink.NewLinkAttrs()
 				a.Name = "macvlan0"
-				if err := p.handle(p.lab.Router).LinkAdd(&netlink.Bridge{LinkAttrs: a}); err != nil {
+				if err := p.Handle(p.Lab.Router).LinkAdd(&netlink.Bridge{LinkAttrs: a}); err != nil {
 					p.Fatal(err)
 				}
 			},
@@ -498,13 +409,13 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 		{
 			name: "passthru beside another", env: map[string]string{"EGRESS_MACVLAN_MODE": "passthru"},
-			prepare: func(p *pod) { p.addMacvlan(p.lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE) },
+			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE) },
 			last:    `creating "macvlan0", a macvlan of the host's "nic0" in mode passthru: invalid argument`,
 			hint:    "nic0 has another macvlan",
 		},
 		{
 			name:    "beside a passthru",
-			prepare: func(p *pod) { p.addMacvlan(p.lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PASSTHRU) },
+			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PASSTHRU) },
 			last:    `creating "macvlan0", a macvlan of the host's "nic0" in mode private: invalid argument`,
 			hint:    "nic0 may have one",
 		},
@@ -561,27 +472,27 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := newMacvlanPod(t)
+			p := labtest.NewWithoutMacvlan(t)
 			if test.prepare != nil {
 				test.prepare(p)
 			}
-			maps.Copy(p.env, test.env)
-			pod, host := p.inventory(p.lab.Router), p.inventory(p.lab.Node)
-			p.wantRefusal(test.command, test.last, test.hint)
-			p.wantInventory(p.lab.Router, "the pod", pod)
-			p.wantInventory(p.lab.Node, "the host", host)
+			maps.Copy(p.Env, test.env)
+			pod, host := inventory(p, p.Lab.Router), inventory(p, p.Lab.Node)
+			p.WantRefusal(test.command, test.last, test.hint)
+			wantInventory(p, p.Lab.Router, "the pod", pod)
+			wantInventory(p, p.Lab.Node, "the host", host)
 		})
 	}
 }
 
 // A proxy's init container gets the interface too.
 func TestMacvlanProxyMode(t *testing.T) {
-	p := newMacvlanPod(t)
-	p.env["EGRESS_ROUTER_MODE"], p.env["EGRESS_MACVLAN_MODE"] = "http-proxy", "bridge"
-	p.ok()
-	a, err := p.lab.Ask(t.Context(), p.lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
-	if err != nil || a.Peer.Addr() != source {
-		t.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, source)
+	p := labtest.NewWithoutMacvlan(t)
+	p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_MACVLAN_MODE"] = "http-proxy", "bridge"
+	p.OK()
+	a, err := p.Lab.Ask(t.Context(), p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+	if err != nil || a.Peer.Addr() != lab.Source {
+		t.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, lab.Source)
 	}
-	p.wantUnchanged(p.ok())
+	p.WantUnchanged(p.OK())
 }

@@ -1,4 +1,4 @@
-package main
+package router_test
 
 import (
 	"context"
@@ -11,16 +11,17 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/rules"
 )
 
 // track counts the connections of the pod until the test ends.
-func (p *pod) track(audit func(conntrack.Event)) *conntrack.Tracker {
+func track(p *labtest.Pod, audit func(conntrack.Event)) *conntrack.Tracker {
 	p.Helper()
 	var tracker *conntrack.Tracker
-	err := p.lab.Router.Do(func() (err error) {
+	err := p.Lab.Router.Do(func() (err error) {
 		tracker, err = conntrack.Open(conntrack.Options{
-			Source: source, Mark: config.DefaultReplyMark, Set: p.destinations(),
+			Source: lab.Source, Mark: config.DefaultReplyMark, Set: destinations(p),
 			Count: true, Audit: audit, Log: slog.New(slog.DiscardHandler),
 		})
 		return err
@@ -42,16 +43,16 @@ func (p *pod) track(audit func(conntrack.Event)) *conntrack.Tracker {
 }
 
 // destinations returns the pod's list.
-func (p *pod) destinations() rules.Set {
+func destinations(p *labtest.Pod) rules.Set {
 	p.Helper()
-	set, err := rules.Parse(p.env["EGRESS_DESTINATION"])
+	set, err := rules.Parse(p.Env["EGRESS_DESTINATION"])
 	if err != nil {
 		p.Fatal(err)
 	}
 	return set
 }
 
-func (p *pod) counts(t *conntrack.Tracker) conntrack.Report {
+func counts(p *labtest.Pod, t *conntrack.Tracker) conntrack.Report {
 	p.Helper()
 	r, err := t.Counts()
 	if err != nil {
@@ -65,7 +66,7 @@ func (p *pod) counts(t *conntrack.Tracker) conntrack.Report {
 
 // wantConnections checks how many there were to each destination, in the order
 // of the list.
-func (p *pod) wantConnections(r conntrack.Report, want ...uint64) {
+func wantConnections(p *labtest.Pod, r conntrack.Report, want ...uint64) {
 	p.Helper()
 	for i, l := range r.Lines {
 		if l.Connections != want[i] {
@@ -77,17 +78,17 @@ func (p *pod) wantConnections(r conntrack.Report, want ...uint64) {
 // Every connection and every byte is counted, for each destination, also when
 // the rules are loaded again.
 func TestCounters(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		tracker := p.track(nil)
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		tracker := track(p, nil)
 		// A datagram has 28 bytes of headers (RFC 791 and 768), the question 2
 		// and the answer as many as the two addresses.
 		const flows, questions = 4, 3
 		var sent, received uint64
 		for range flows {
-			f := p.flow(53)
+			f := p.Flow(53)
 			for range questions {
-				a, err := f.ask()
+				a, err := f.Ask()
 				if err != nil {
 					p.Fatal(err)
 				}
@@ -95,7 +96,7 @@ func TestCounters(t *testing.T) {
 				received += 28 + uint64(len(a.Server.String())+1+len(a.Peer.String())+1)
 			}
 		}
-		r := p.counts(tracker)
+		r := counts(p, tracker)
 		const datagrams = flows * questions
 		want := conntrack.Counts{
 			Connections: flows, Open: flows,
@@ -111,7 +112,7 @@ func TestCounters(t *testing.T) {
 		// A connection with a known load each way, between headers of 40 to 60
 		// bytes a packet (RFC 791 and 9293).
 		const load = 100_000
-		conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+		conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		if err != nil {
 			p.Fatal(err)
 		}
@@ -121,9 +122,9 @@ func TestCounters(t *testing.T) {
 		if err != nil {
 			p.Fatal(err)
 		}
-		p.echo(conn, load)
-		r = p.counts(tracker)
-		p.wantConnections(r, 1, 0, 0, flows)
+		echo(p, conn, load)
+		r = counts(p, tracker)
+		wantConnections(p, r, 1, 0, 0, flows)
 		l := r.Lines[0]
 		for _, way := range []struct {
 			name                   string
@@ -135,24 +136,24 @@ func TestCounters(t *testing.T) {
 		}
 
 		// The same list again, and another one.
-		p.ok()
-		p.env["EGRESS_DESTINATION"] = "8443 tcp 203.0.113.26 443\n80 tcp 203.0.113.25\n203.0.113.27\n"
-		p.ok()
-		if err := tracker.Replace(p.destinations()); err != nil {
+		p.OK()
+		p.Env["EGRESS_DESTINATION"] = "8443 tcp 203.0.113.26 443\n80 tcp 203.0.113.25\n203.0.113.27\n"
+		p.OK()
+		if err := tracker.Replace(destinations(p)); err != nil {
 			p.Fatal(err)
 		}
-		p.echo(conn, load)
-		p.wantAnswer("tcp", 8443, "203.0.113.26:443")
-		p.wantAnswer("tcp", 9000, "203.0.113.27:9000")
+		echo(p, conn, load)
+		p.WantAnswer("tcp", 8443, "203.0.113.26:443")
+		p.WantAnswer("tcp", 9000, "203.0.113.27:9000")
 		// A late segment is to begin nothing (nf_conntrack-sysctl.rst).
-		if err := p.lab.SetSysctl(p.lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+		if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
 			p.Fatal(err)
 		}
-		if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
+		if err := p.Lab.ForgetConnections(p.Lab.Router); err != nil {
 			p.Fatal(err)
 		}
-		r = p.counts(tracker)
-		p.wantConnections(r, 1, 1, flows+1)
+		r = counts(p, tracker)
+		wantConnections(p, r, 1, 1, flows+1)
 		if l := r.Lines[1]; l.BytesOut < 2*load || l.BytesIn < 2*load || l.Open != 0 {
 			p.Errorf("got %+v", l)
 		}
@@ -160,7 +161,7 @@ func TestCounters(t *testing.T) {
 }
 
 // echo has the server send back what it is sent.
-func (p *pod) echo(conn net.Conn, n int) {
+func echo(p *labtest.Pod, conn net.Conn, n int) {
 	p.Helper()
 	written := make(chan error, 1)
 	go func() {
@@ -181,23 +182,23 @@ func (p *pod) echo(conn net.Conn, n int) {
 
 // Many short connections at once, read meanwhile.
 func TestCountersUnderLoad(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
 		// Connections leave the table when they are over, and a late segment does
 		// not begin one.
 		for _, sysctl := range []string{"tcp_timeout_time_wait", "tcp_loose"} {
-			if err := p.lab.SetSysctl(p.lab.Router, "net/netfilter/nf_conntrack_"+sysctl, "0"); err != nil {
+			if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_"+sysctl, "0"); err != nil {
 				p.Fatal(err)
 			}
 		}
-		tracker := p.track(nil)
+		tracker := track(p, nil)
 		const clients, each = 8, 250
 		var working sync.WaitGroup
 		for i := range clients {
 			working.Go(func() {
 				for range each {
 					port := []uint16{80, 8080, 8443, 9000}[i%4]
-					if _, err := p.ask(p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port)); err != nil {
+					if _, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port)); err != nil {
 						p.Error(err)
 						return
 					}
@@ -216,7 +217,7 @@ func TestCountersUnderLoad(t *testing.T) {
 				running = false
 			default:
 			}
-			r := p.counts(tracker)
+			r := counts(p, tracker)
 			for i := range before.Lines {
 				if was, is := before.Lines[i], r.Lines[i]; is.Connections < was.Connections || is.BytesOut < was.BytesOut || is.BytesIn < was.BytesIn {
 					p.Fatalf("counters went back, from %+v to %+v", was, is)
@@ -225,39 +226,39 @@ func TestCountersUnderLoad(t *testing.T) {
 			before = r
 		}
 		const wanted = clients / 4 * each
-		p.wantConnections(before, wanted, wanted, wanted, wanted)
-		if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
+		wantConnections(p, before, wanted, wanted, wanted, wanted)
+		if err := p.Lab.ForgetConnections(p.Lab.Router); err != nil {
 			p.Fatal(err)
 		}
-		p.wantConnections(p.counts(tracker), wanted, wanted, wanted, wanted)
+		wantConnections(p, counts(p, tracker), wanted, wanted, wanted, wanted)
 	})
 }
 
 // The audit log hears of each connection twice, with both sides of it, whatever
 // the client; not of the pod's own.
 func TestAuditedConnections(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
 		events := make(chan conntrack.Event, 100)
-		p.track(func(e conntrack.Event) { events <- e })
-		p.wantConnection(p.lab.Router, "203.0.113.25:80")
-		conn, err := p.lab.Dial(p.Context(), p.lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+		track(p, func(e conntrack.Event) { events <- e })
+		wantConnection(p, p.Lab.Router, "203.0.113.25:80")
+		conn, err := p.Lab.Dial(p.Context(), p.Lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 		if err != nil {
 			p.Fatal(err)
 		}
 		defer conn.Close()
-		p.echo(conn, 10) // also reads the answer, or part of it
+		echo(p, conn, 10) // also reads the answer, or part of it
 		began := <-events
 		want := conntrack.Event{
 			Began: true, Protocol: rules.TCP,
 			Client: conn.LocalAddr().(*net.TCPAddr).AddrPort(), Port: 8080,
 			Server:   netip.MustParseAddrPort("203.0.113.26:80"),
-			Reserved: netip.AddrPortFrom(source, began.Reserved.Port()),
+			Reserved: netip.AddrPortFrom(lab.Source, began.Reserved.Port()),
 		}
 		if began != want || began.Client.Addr() != lab.FarAddr || began.Reserved.Port() == 0 {
 			p.Errorf("began:\n got %+v\nwant %+v", began, want)
 		}
-		if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
+		if err := p.Lab.ForgetConnections(p.Lab.Router); err != nil {
 			p.Fatal(err)
 		}
 		ended := <-events

@@ -1,4 +1,4 @@
-package main
+package router_test
 
 import (
 	"bufio"
@@ -19,104 +19,34 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// remote are the servers beyond the gateway.
-var remote = netip.MustParsePrefix("203.0.113.0/24")
-
-// ipNet returns a network as netlink takes it.
-func ipNet(s string) *net.IPNet {
-	n := netip.MustParsePrefix(s)
-	return &net.IPNet{IP: n.Addr().AsSlice(), Mask: net.CIDRMask(n.Bits(), n.Addr().BitLen())}
-}
-
-// addRoute leads to a network by a neighbour.
-func (p *pod) addRoute(ns *netns.Namespace, name, to, via string) {
-	p.Helper()
-	h := p.handle(ns)
-	r := &netlink.Route{Dst: ipNet(to), Gw: netip.MustParseAddr(via).AsSlice(), LinkIndex: p.link(h, name).Attrs().Index}
-	if err := h.RouteReplace(r); err != nil {
-		p.Fatal(err)
-	}
-}
-
 // routeThroughPod makes the pod the gateway of the clients to the servers.
-func (p *pod) routeThroughPod() {
+func routeThroughPod(p *labtest.Pod) {
 	p.Helper()
-	p.addRoute(p.lab.Client, lab.ClientLink, "203.0.113.0/24", "10.128.0.98")
-	p.addRoute(p.lab.Client, lab.ClientLink, "192.168.12.0/24", "10.128.0.98")
-	p.addRoute(p.lab.Node, lab.Bridge, "203.0.113.0/24", "10.128.0.98") // for far
+	p.AddRoute(p.Lab.Client, lab.ClientLink, "203.0.113.0/24", "10.128.0.98")
+	p.AddRoute(p.Lab.Client, lab.ClientLink, "192.168.12.0/24", "10.128.0.98")
+	p.AddRoute(p.Lab.Node, lab.Bridge, "203.0.113.0/24", "10.128.0.98") // for far
 }
-
-// A watch captures on several links, and says afterwards what they have seen.
-type watch struct {
-	p        *pod
-	captures map[string]*lab.Capture
-}
-
-// watch begins to capture on links of a namespace.
-func (p *pod) watch(ns *netns.Namespace, links ...string) watch {
-	p.Helper()
-	w := watch{p, make(map[string]*lab.Capture)}
-	for _, name := range links {
-		c, err := p.lab.Capture(ns, name)
-		if err != nil {
-			p.Fatal(err)
-		}
-		w.captures[name] = c
-	}
-	return w
-}
-
-// outgoing returns the IPv4 frames that left by a link so far.
-func (w watch) outgoing(name string) []lab.Frame {
-	return slices.DeleteFunc(w.captures[name].Frames(), func(f lab.Frame) bool {
-		_, ok := f.IPv4()
-		return !ok || !f.Outgoing
-	})
-}
-
-// wantSource checks that whatever left by the egress side had the reserved
-// address.
-func (w watch) wantSource() {
-	w.p.Helper()
-	for _, f := range w.outgoing("macvlan0") {
-		if ip, _ := f.IPv4(); ip.Src.Addr() != source {
-			w.p.Errorf("by macvlan0: %s", f)
-		}
-	}
-}
-
-// wantNothing checks that no frame left by a link that match picks.
-func (w watch) wantNothing(name string, match func(lab.Packet) bool) {
-	w.p.Helper()
-	for _, f := range w.outgoing(name) {
-		if ip, _ := f.IPv4(); match(ip) {
-			w.p.Errorf("by %s: %s", name, f)
-		}
-	}
-}
-
-// toServers picks packets to the servers beyond the gateway.
-func toServers(ip lab.Packet) bool { return remote.Contains(ip.Dst.Addr()) }
 
 // refused checks that a question is refused, and at once.
-func (p *pod) wantRefusedFrom(ns *netns.Namespace, proto, addr string) {
+func wantRefusedFrom(p *labtest.Pod, ns *netns.Namespace, proto, addr string) {
 	p.Helper()
 	begin := time.Now()
-	a, err := p.ask(ns, proto, netip.MustParseAddrPort(addr))
+	a, err := p.Ask(ns, proto, netip.MustParseAddrPort(addr))
 	if !errors.Is(err, syscall.ECONNREFUSED) || time.Since(begin) > 2*time.Second {
 		p.Errorf("%s %s: answer %v, error %v after %v; want a refusal at once", proto, addr, a, err, time.Since(begin))
 	}
 }
 
 // wantNoAnswer checks that a question meets silence.
-func (p *pod) wantNoAnswer(ns *netns.Namespace, proto, addr string) {
+func wantNoAnswer(p *labtest.Pod, ns *netns.Namespace, proto, addr string) {
 	p.Helper()
 	ctx, cancel := context.WithTimeout(p.Context(), 300*time.Millisecond)
 	defer cancel()
-	a, err := p.lab.Ask(ctx, ns, proto, netip.MustParseAddrPort(addr))
+	a, err := p.Lab.Ask(ctx, ns, proto, netip.MustParseAddrPort(addr))
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		p.Errorf("%s %s: answer %v, error %v; want silence", proto, addr, a, err)
 	}
@@ -126,71 +56,71 @@ func (p *pod) wantNoAnswer(ns *netns.Namespace, proto, addr string) {
 // by a port that nobody listens on, wherever it is; nothing of it leaves by the
 // egress side.
 func TestOnlyRedirectedCrosses(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
-		p.ok()
-		p.routeThroughPod()
-		w := p.watch(p.lab.Router, "macvlan0")
-		for _, client := range []*netns.Namespace{p.lab.Client, p.lab.Far} {
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
+		p.OK()
+		routeThroughPod(p)
+		w := p.Watch(p.Lab.Router, "macvlan0")
+		for _, client := range []*netns.Namespace{p.Lab.Client, p.Lab.Far} {
 			for _, proto := range []string{"tcp", "udp"} {
-				p.wantRefusedFrom(client, proto, "203.0.113.25:53")
-				p.wantRefusedFrom(client, proto, "10.128.0.98:53") // the pod itself, as ever
+				wantRefusedFrom(p, client, proto, "203.0.113.25:53")
+				wantRefusedFrom(p, client, proto, "10.128.0.98:53") // the pod itself, as ever
 			}
 		}
-		p.wantRefusedFrom(p.lab.Client, "tcp", "192.168.12.80:80")
-		if p.ping(p.lab.Client, netip.MustParseAddr("203.0.113.25")) {
+		wantRefusedFrom(p, p.Lab.Client, "tcp", "192.168.12.80:80")
+		if ping(p, p.Lab.Client, netip.MustParseAddr("203.0.113.25")) {
 			p.Error("a ping went through")
 		}
-		w.wantNothing("macvlan0", func(lab.Packet) bool { return true })
+		w.WantNothing("macvlan0", func(lab.Packet) bool { return true })
 
 		// What a redirect is for crosses, also if it is sent through the pod.
-		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
-		a, err := p.ask(p.lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:8080"))
-		if err != nil || a.Server.String() != "203.0.113.26:80" || a.Peer.Addr() != source {
+		p.WantAnswer("tcp", 8080, "203.0.113.26:80")
+		a, err := p.Ask(p.Lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:8080"))
+		if err != nil || a.Server.String() != "203.0.113.26:80" || a.Peer.Addr() != lab.Source {
 			p.Errorf("answer %v, error %v; want that of the redirect", a, err)
 		}
-		w.wantSource()
+		w.WantSource()
 	})
 }
 
 // A packet that belongs to no connection is not translated. It does not leave,
 // neither on the way out nor on the way back.
 func TestStrayPackets(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		for name, crossing := range map[string]string{"redirected": "redirected", "open": "open"} {
-			p.env["EGRESS_FORWARD"] = crossing
-			p.ok()
-			p.routeThroughPod()
-			p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+			p.Env["EGRESS_FORWARD"] = crossing
+			p.OK()
+			routeThroughPod(p)
+			p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
 			// The kernel makes no connection of a segment in the middle of one.
-			if err := p.lab.SetSysctl(p.lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+			if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
 				p.Fatal(err)
 			}
-			w := p.watch(p.lab.Router, "macvlan0", "eth0")
-			p.sendACK(p.lab.Client, "10.128.0.71", "203.0.113.25")
-			p.sendACK(p.lab.Outside, "203.0.113.25", "10.128.0.71")
-			p.sendACK(p.lab.Outside, "203.0.113.25", "192.168.12.99")
+			w := p.Watch(p.Lab.Router, "macvlan0", "eth0")
+			sendACK(p, p.Lab.Client, "10.128.0.71", "203.0.113.25")
+			sendACK(p, p.Lab.Outside, "203.0.113.25", "10.128.0.71")
+			sendACK(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99")
 			// They are there when what was sent after them is.
-			p.wantAnswer("tcp", 80, "203.0.113.25:80")
-			w.wantSource()
-			if !slices.ContainsFunc(w.captures["eth0"].Frames(), func(f lab.Frame) bool {
+			p.WantAnswer("tcp", 80, "203.0.113.25:80")
+			w.WantSource()
+			if !slices.ContainsFunc(w.Captures["eth0"].Frames(), func(f lab.Frame) bool {
 				ip, ok := f.IPv4()
 				return ok && !f.Outgoing && ip.Dst.Port() == strayPort
 			}) {
 				p.Errorf("%s: the segment did not reach the pod", name)
 			}
 			for _, link := range []string{"macvlan0", "eth0"} {
-				w.wantNothing(link, func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort || ip.Src.Port() == strayPort })
+				w.WantNothing(link, func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort || ip.Src.Port() == strayPort })
 			}
 			// The pod's own, from an address that the routes do not keep away.
-			lo := p.handle(p.lab.Router)
-			if err := lo.AddrReplace(p.link(lo, "lo"), parseAddr("198.51.100.98/32")); err != nil {
+			lo := p.Handle(p.Lab.Router)
+			if err := lo.AddrReplace(p.Link(lo, "lo"), labtest.Addr("198.51.100.98/32")); err != nil {
 				p.Fatal(err)
 			}
-			if err := p.trySendACK(p.lab.Router, "198.51.100.98", "203.0.113.25"); !errors.Is(err, unix.EPERM) {
+			if err := trySendACK(p, p.Lab.Router, "198.51.100.98", "203.0.113.25"); !errors.Is(err, unix.EPERM) {
 				p.Errorf("a segment of the pod's own: %v, want it to be dropped", err)
 			}
-			w.wantNothing("macvlan0", func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort })
+			w.WantNothing("macvlan0", func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort })
 		}
 	})
 }
@@ -199,22 +129,22 @@ func TestStrayPackets(t *testing.T) {
 // bring an answer into the cluster, and other addresses of the pod than the
 // reserved one give none.
 func TestForgedEcho(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
-		h := p.handle(p.lab.Outside)
-		if err := h.AddrAdd(p.link(h, "lo"), parseAddr("10.128.0.71/32")); err != nil {
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+		h := p.Handle(p.Lab.Outside)
+		if err := h.AddrAdd(p.Link(h, "lo"), labtest.Addr("10.128.0.71/32")); err != nil {
 			p.Fatal(err)
 		}
-		w := p.watch(p.lab.Router, "eth0", "macvlan0")
+		w := p.Watch(p.Lab.Router, "eth0", "macvlan0")
 		request := []byte{8, 0, 0, 0, 0x12, 0x34, 0, 1} // RFC 792
-		p.sendICMP(p.lab.Outside, "10.128.0.71", "192.168.12.99", request)
-		p.sendICMP(p.lab.Outside, "203.0.113.25", "10.128.0.98", request)
-		if !p.ping(p.lab.Outside, source) {
+		sendICMP(p, p.Lab.Outside, "10.128.0.71", "192.168.12.99", request)
+		sendICMP(p, p.Lab.Outside, "203.0.113.25", "10.128.0.98", request)
+		if !ping(p, p.Lab.Outside, lab.Source) {
 			p.Error("the reserved address does not answer to a ping")
 		}
-		w.wantNothing("eth0", func(ip lab.Packet) bool { return ip.Protocol == unix.IPPROTO_ICMP })
-		w.wantSource()
+		w.WantNothing("eth0", func(ip lab.Packet) bool { return ip.Protocol == unix.IPPROTO_ICMP })
+		w.WantSource()
 	})
 }
 
@@ -222,14 +152,14 @@ func TestForgedEcho(t *testing.T) {
 const strayPort = 4242
 
 // sendACK sends a TCP segment that acknowledges something and opens nothing.
-func (p *pod) sendACK(ns *netns.Namespace, from, to string) {
+func sendACK(p *labtest.Pod, ns *netns.Namespace, from, to string) {
 	p.Helper()
-	if err := p.trySendACK(ns, from, to); err != nil {
+	if err := trySendACK(p, ns, from, to); err != nil {
 		p.Fatal(err)
 	}
 }
 
-func (p *pod) trySendACK(ns *netns.Namespace, from, to string) error {
+func trySendACK(p *labtest.Pod, ns *netns.Namespace, from, to string) error {
 	segment := make([]byte, 20) // RFC 9293, section 3.1
 	binary.BigEndian.PutUint16(segment[0:], 40000)
 	binary.BigEndian.PutUint16(segment[2:], strayPort)
@@ -243,7 +173,7 @@ func (p *pod) trySendACK(ns *netns.Namespace, from, to string) error {
 }
 
 // sendICMP sends an ICMP message, and fills in its checksum.
-func (p *pod) sendICMP(ns *netns.Namespace, from, to string, message []byte) {
+func sendICMP(p *labtest.Pod, ns *netns.Namespace, from, to string, message []byte) {
 	p.Helper()
 	message = slices.Clone(message)
 	binary.BigEndian.PutUint16(message[2:], checksum(message))
@@ -278,7 +208,7 @@ func checksum(b []byte) uint16 {
 }
 
 // ping reports whether an echo request is answered.
-func (p *pod) ping(ns *netns.Namespace, addr netip.Addr) bool {
+func ping(p *labtest.Pod, ns *netns.Namespace, addr netip.Addr) bool {
 	p.Helper()
 	var c *net.IPConn
 	err := ns.Do(func() (err error) {
@@ -309,39 +239,39 @@ func (p *pod) ping(ns *netns.Namespace, addr netip.Addr) bool {
 // With EGRESS_FORWARD=open every connection from the cluster side crosses, with
 // the reserved address. Nothing comes from the other side.
 func TestForwardOpen(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_DESTINATION"], p.env["EGRESS_FORWARD"] = "8080 tcp 203.0.113.26 80\n", "open"
-		p.ok()
-		p.routeThroughPod()
-		w := p.watch(p.lab.Router, "macvlan0")
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"], p.Env["EGRESS_FORWARD"] = "8080 tcp 203.0.113.26 80\n", "open"
+		p.OK()
+		routeThroughPod(p)
+		w := p.Watch(p.Lab.Router, "macvlan0")
 		for _, server := range []struct{ proto, addr string }{
 			{"tcp", "203.0.113.25:80"}, {"tcp", "203.0.113.27:9000"}, {"udp", "203.0.113.27:53"}, {"tcp", "192.168.12.80:80"},
 		} {
-			a, err := p.ask(p.lab.Client, server.proto, netip.MustParseAddrPort(server.addr))
-			if err != nil || a.Peer.Addr() != source {
+			a, err := p.Ask(p.Lab.Client, server.proto, netip.MustParseAddrPort(server.addr))
+			if err != nil || a.Peer.Addr() != lab.Source {
 				p.Errorf("%v: answer %v, error %v", server, a, err)
 			}
 		}
-		if a, err := p.ask(p.lab.Far, "tcp", netip.MustParseAddrPort("203.0.113.25:80")); err != nil || a.Peer.Addr() != source {
+		if a, err := p.Ask(p.Lab.Far, "tcp", netip.MustParseAddrPort("203.0.113.25:80")); err != nil || a.Peer.Addr() != lab.Source {
 			p.Errorf("from another subnet: answer %v, error %v", a, err)
 		}
-		if !p.ping(p.lab.Client, netip.MustParseAddr("203.0.113.25")) {
+		if !ping(p, p.Lab.Client, netip.MustParseAddr("203.0.113.25")) {
 			p.Error("a ping did not go through")
 		}
-		p.wantAnswer("tcp", 8080, "203.0.113.26:80")
-		w.wantSource()
-		p.wantUnchanged(p.ok())
-		p.wantClosedToPhysicalNetwork()
+		p.WantAnswer("tcp", 8080, "203.0.113.26:80")
+		w.WantSource()
+		p.WantUnchanged(p.OK())
+		wantClosedToPhysicalNetwork(p)
 
 		// And closed again, also for a connection that is open.
-		conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+		conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
 		if err != nil {
 			p.Fatal(err)
 		}
 		defer conn.Close()
-		delete(p.env, "EGRESS_FORWARD")
-		p.ok()
-		p.wantRefusedFrom(p.lab.Client, "tcp", "203.0.113.25:80")
+		delete(p.Env, "EGRESS_FORWARD")
+		p.OK()
+		wantRefusedFrom(p, p.Lab.Client, "tcp", "203.0.113.25:80")
 		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 		_, _ = conn.Write([]byte("still there?\n"))
 		r := bufio.NewReader(conn)
@@ -355,47 +285,47 @@ func TestForwardOpen(t *testing.T) {
 // wantClosedToPhysicalNetwork checks that new connections from the physical
 // network reach neither the pod nor, through it, the cluster, while echo
 // requests and ARP do.
-func (p *pod) wantClosedToPhysicalNetwork() {
+func wantClosedToPhysicalNetwork(p *labtest.Pod) {
 	p.Helper()
 	// Whoever is there only has to send its packets to the pod.
-	p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+	p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
 	defer func() {
-		h := p.handle(p.lab.Outside)
-		_ = h.RouteDel(&netlink.Route{Dst: ipNet("10.128.0.0/23")})
+		h := p.Handle(p.Lab.Outside)
+		_ = h.RouteDel(&netlink.Route{Dst: labtest.IPNet("10.128.0.0/23")})
 	}()
 	for _, proto := range []string{"tcp", "udp"} {
 		for _, at := range []struct {
 			ns   *netns.Namespace
 			addr string
 		}{
-			{p.lab.Router, "192.168.12.99:7070"}, {p.lab.Router, "10.128.0.98:7070"}, {p.lab.Client, "10.128.0.71:7070"},
+			{p.Lab.Router, "192.168.12.99:7070"}, {p.Lab.Router, "10.128.0.98:7070"}, {p.Lab.Client, "10.128.0.71:7070"},
 		} {
-			s, err := p.lab.Serve(at.ns, proto, netip.MustParseAddrPort(at.addr))
+			s, err := p.Lab.Serve(at.ns, proto, netip.MustParseAddrPort(at.addr))
 			if err != nil {
 				p.Fatal(err)
 			}
 			defer s.Close()
 		}
 	}
-	w := p.watch(p.lab.Router, "eth0")
+	w := p.Watch(p.Lab.Router, "eth0")
 	for _, proto := range []string{"tcp", "udp"} {
 		for _, addr := range []string{"192.168.12.99:7070", "192.168.12.99:7071", "10.128.0.98:7070", "10.128.0.71:7070"} {
-			p.wantNoAnswer(p.lab.Outside, proto, addr)
+			wantNoAnswer(p, p.Lab.Outside, proto, addr)
 		}
 	}
 	fromOutside := func(ip lab.Packet) bool {
-		return lab.LAN.Contains(ip.Src.Addr()) || remote.Contains(ip.Src.Addr())
+		return lab.LAN.Contains(ip.Src.Addr()) || labtest.Remote.Contains(ip.Src.Addr())
 	}
-	w.wantNothing("eth0", func(ip lab.Packet) bool { return fromOutside(ip) && ip.Dst.Port() == 7070 })
-	if p.ping(p.lab.Outside, lab.ClientAddr) {
+	w.WantNothing("eth0", func(ip lab.Packet) bool { return fromOutside(ip) && ip.Dst.Port() == 7070 })
+	if ping(p, p.Lab.Outside, lab.ClientAddr) {
 		p.Error("a ping from the physical network reaches the cluster")
 	}
-	if !p.ping(p.lab.Outside, source) {
+	if !ping(p, p.Lab.Outside, lab.Source) {
 		p.Error("the reserved address does not answer to a ping")
 	}
-	h := p.handle(p.lab.Router)
-	mac, err := p.lab.Neighbour(p.lab.Outside, lab.LANLink, source)
-	if err != nil || mac.String() != p.link(h, "macvlan0").Attrs().HardwareAddr.String() {
+	h := p.Handle(p.Lab.Router)
+	mac, err := p.Lab.Neighbour(p.Lab.Outside, lab.LANLink, lab.Source)
+	if err != nil || mac.String() != p.Link(h, "macvlan0").Attrs().HardwareAddr.String() {
 		p.Errorf("the reserved address is at %s (%v)", mac, err)
 	}
 }
@@ -404,30 +334,30 @@ func (p *pod) wantClosedToPhysicalNetwork() {
 func TestClosedToPhysicalNetwork(t *testing.T) {
 	for _, mode := range []string{"init", "http-proxy"} {
 		t.Run(mode, func(t *testing.T) {
-			eachBackend(t, lab.Options{}, func(p *pod) {
-				if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+				if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 					p.Fatal(err)
 				}
-				p.env["EGRESS_ROUTER_MODE"] = mode
+				p.Env["EGRESS_ROUTER_MODE"] = mode
 				// A listener answers on the physical network before.
-				h := p.handle(p.lab.Router)
-				macvlan := p.link(h, "macvlan0")
+				h := p.Handle(p.Lab.Router)
+				macvlan := p.Link(h, "macvlan0")
 				if err := h.LinkSetUp(macvlan); err != nil {
 					p.Fatal(err)
 				}
-				if err := h.AddrAdd(macvlan, parseAddr("192.168.12.99/24")); err != nil {
+				if err := h.AddrAdd(macvlan, labtest.Addr("192.168.12.99/24")); err != nil {
 					p.Fatal(err)
 				}
-				s, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:7070"))
+				s, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:7070"))
 				if err != nil {
 					p.Fatal(err)
 				}
-				conn, err := p.lab.Dial(p.Context(), p.lab.Outside, "tcp", s.Addr)
+				conn, err := p.Lab.Dial(p.Context(), p.Lab.Outside, "tcp", s.Addr)
 				if err != nil {
 					p.Fatalf("before the router: %v", err)
 				}
 				defer conn.Close()
-				p.ok()
+				p.OK()
 				// Not even this connection goes on.
 				r := bufio.NewReader(conn)
 				_, _ = lab.ReadAnswer(r)
@@ -437,10 +367,10 @@ func TestClosedToPhysicalNetwork(t *testing.T) {
 					p.Errorf("a connection from before: %q, %v; want silence", line, err)
 				}
 				s.Close()
-				p.wantClosedToPhysicalNetwork()
+				wantClosedToPhysicalNetwork(p)
 				// The pod's own connections work.
-				a, err := p.ask(p.lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
-				if err != nil || a.Peer.Addr() != source {
+				a, err := p.Ask(p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+				if err != nil || a.Peer.Addr() != lab.Source {
 					p.Errorf("a socket of the pod: answer %v, error %v", a, err)
 				}
 			})
@@ -451,24 +381,24 @@ func TestClosedToPhysicalNetwork(t *testing.T) {
 // While the first run loads its rules, which may take long, the pod is as it was:
 // nothing of the physical network reaches it by the reserved address.
 func TestClosedFromTheStart(t *testing.T) {
-	eachFlavour(t, lab.Options{}, func(p *pod) {
-		if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+		if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 			p.Fatal(err)
 		}
-		p.addRoute(p.lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
-		if _, err := p.lab.Serve(p.lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:7070")); err != nil {
+		p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+		if _, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:7070")); err != nil {
 			p.Fatal(err)
 		}
-		real := p.path
-		p.path = p.programs("case $0 in */iptables-restore) sleep 0.3; esac\nexec $real \"$@\"\n")
-		cmd := p.command("egress-router")
-		p.path = real
-		if err := p.lab.Start(p.lab.Router, cmd); err != nil {
+		real := p.Path
+		p.Path = p.Programs("case $0 in */iptables-restore) sleep 0.3; esac\nexec $real \"$@\"\n")
+		cmd := p.Command("egress-router")
+		p.Path = real
+		if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
 			p.Fatal(err)
 		}
 		ended := make(chan error, 1)
 		go func() { ended <- cmd.Wait() }()
-		w := p.watch(p.lab.Router, "eth0")
+		w := p.Watch(p.Lab.Router, "eth0")
 		for done := false; !done; {
 			select {
 			case err := <-ended:
@@ -480,28 +410,26 @@ func TestClosedFromTheStart(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(p.Context(), 20*time.Millisecond)
 			for _, addr := range []string{"10.128.0.98:7070", "192.168.12.99:7071", "10.128.0.71:7070"} {
-				a, err := p.lab.Ask(ctx, p.lab.Outside, "tcp", netip.MustParseAddrPort(addr))
+				a, err := p.Lab.Ask(ctx, p.Lab.Outside, "tcp", netip.MustParseAddrPort(addr))
 				if err == nil || errors.Is(err, syscall.ECONNREFUSED) {
 					p.Errorf("%s: answer %v, error %v", addr, a, err)
 				}
 			}
 			cancel()
 		}
-		w.wantNothing("eth0", func(ip lab.Packet) bool { return lab.LAN.Contains(ip.Src.Addr()) })
-		p.wantExample()
+		w.WantNothing("eth0", func(ip lab.Packet) bool { return lab.LAN.Contains(ip.Src.Addr()) })
+		p.WantExample()
 	})
 }
-
-func parseAddr(s string) *netlink.Addr { return &netlink.Addr{IPNet: ipNet(s)} }
 
 // A router on the way that has a smaller MTU says so to the reserved address;
 // the client learns of it.
 func TestPathMTU(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		for name, ns := range map[string]*netns.Namespace{"client": p.lab.Client, "far": p.lab.Far} {
-			w := p.watch(p.lab.Router, "macvlan0")
-			conn, err := p.lab.Dial(p.Context(), ns, "udp", netip.AddrPortFrom(lab.RouterAddr, 53))
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		for name, ns := range map[string]*netns.Namespace{"client": p.Lab.Client, "far": p.Lab.Far} {
+			w := p.Watch(p.Lab.Router, "macvlan0")
+			conn, err := p.Lab.Dial(p.Context(), ns, "udp", netip.AddrPortFrom(lab.RouterAddr, 53))
 			if err != nil {
 				p.Fatal(err)
 			}
@@ -510,9 +438,9 @@ func TestPathMTU(t *testing.T) {
 			if _, err := conn.Write(make([]byte, 1400)); err != nil {
 				p.Fatal(err)
 			}
-			sent, err := w.captures["macvlan0"].Wait(p.Context(), func(f lab.Frame) bool {
+			sent, err := w.Captures["macvlan0"].Wait(p.Context(), func(f lab.Frame) bool {
 				ip, ok := f.IPv4()
-				return ok && f.Outgoing && toServers(ip)
+				return ok && f.Outgoing && labtest.ToServers(ip)
 			})
 			if err != nil {
 				p.Fatal(err)
@@ -521,7 +449,7 @@ func TestPathMTU(t *testing.T) {
 			// beginning of the packet.
 			const header = 14 // of Ethernet
 			message := slices.Concat([]byte{3, 4, 0, 0, 0, 0, 1200 >> 8, 1200 & 0xff}, sent.Data[header:header+28])
-			p.sendICMP(p.lab.Outside, "192.168.12.1", "192.168.12.99", message)
+			sendICMP(p, p.Lab.Outside, "192.168.12.1", "192.168.12.99", message)
 			for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 				_, err := conn.Write(make([]byte, 1400))
 				if errors.Is(err, unix.EMSGSIZE) {
@@ -536,7 +464,7 @@ func TestPathMTU(t *testing.T) {
 }
 
 // dontFragment makes a socket refuse what is too long for its path.
-func dontFragment(p *pod, conn net.Conn) {
+func dontFragment(p *labtest.Pod, conn net.Conn) {
 	p.Helper()
 	raw, err := conn.(*net.UDPConn).SyscallConn()
 	if err != nil {
@@ -553,87 +481,87 @@ func dontFragment(p *pod, conn net.Conn) {
 // what listens in the pod is not reached from the physical network, by whatever
 // address; neighbours are found.
 func TestIPv6(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.enableIPv6()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		enableIPv6(p)
 		for _, at := range []struct {
 			ns   *netns.Namespace
 			addr string
-		}{{p.lab.Outside, "[fd00:12::1]:80"}, {p.lab.Router, "[fd00:12::99]:7070"}, {p.lab.Router, "[fd00:10::98]:7070"}} {
-			if _, err := p.lab.Serve(at.ns, "tcp", netip.MustParseAddrPort(at.addr)); err != nil {
+		}{{p.Lab.Outside, "[fd00:12::1]:80"}, {p.Lab.Router, "[fd00:12::99]:7070"}, {p.Lab.Router, "[fd00:10::98]:7070"}} {
+			if _, err := p.Lab.Serve(at.ns, "tcp", netip.MustParseAddrPort(at.addr)); err != nil {
 				p.Fatal(err)
 			}
 		}
 		through, inside := "[fd00:12::1]:80", "[fd00:12::99]:7070"
 		// Without a router both are reached, as soon as neighbours hear each other.
-		p.awaitConnection(p.lab.Client, through)
-		p.awaitConnection(p.lab.Outside, inside)
+		awaitConnection(p, p.Lab.Client, through)
+		awaitConnection(p, p.Lab.Outside, inside)
 
 		for _, mode := range []string{"http-proxy", "init"} {
-			p.env["EGRESS_ROUTER_MODE"] = mode
-			p.ok()
-			p.wantNoAnswer(p.lab.Client, "tcp", through)
-			p.wantNoAnswer(p.lab.Outside, "tcp", inside)
-			p.wantConnection(p.lab.Client, "[fd00:10::98]:7070") // by the cluster side
-			p.wantConnection(p.lab.Router, through)              // the pod's own
+			p.Env["EGRESS_ROUTER_MODE"] = mode
+			p.OK()
+			wantNoAnswer(p, p.Lab.Client, "tcp", through)
+			wantNoAnswer(p, p.Lab.Outside, "tcp", inside)
+			wantConnection(p, p.Lab.Client, "[fd00:10::98]:7070") // by the cluster side
+			wantConnection(p, p.Lab.Router, through)              // the pod's own
 		}
-		if _, err := p.lab.Serve(p.lab.Client, "tcp", netip.MustParseAddrPort("[fd00:10::71]:7070")); err != nil {
+		if _, err := p.Lab.Serve(p.Lab.Client, "tcp", netip.MustParseAddrPort("[fd00:10::71]:7070")); err != nil {
 			p.Fatal(err)
 		}
-		p.env["EGRESS_FORWARD"] = "open"
-		p.ok()
-		p.wantConnection(p.lab.Client, through)
-		p.wantNoAnswer(p.lab.Outside, "tcp", inside)
-		p.wantNoAnswer(p.lab.Outside, "tcp", "[fd00:10::71]:7070")
-		p.wantUnchanged(p.ok())
+		p.Env["EGRESS_FORWARD"] = "open"
+		p.OK()
+		wantConnection(p, p.Lab.Client, through)
+		wantNoAnswer(p, p.Lab.Outside, "tcp", inside)
+		wantNoAnswer(p, p.Lab.Outside, "tcp", "[fd00:10::71]:7070")
+		p.WantUnchanged(p.OK())
 	})
 }
 
 // enableIPv6 gives the client, both sides of the pod and the outside addresses,
 // and makes the pod a router of IPv6.
-func (p *pod) enableIPv6() {
+func enableIPv6(p *labtest.Pod) {
 	p.Helper()
 	for _, a := range []struct {
 		ns         *netns.Namespace
 		link, addr string
 	}{
-		{p.lab.Client, lab.ClientLink, "fd00:10::71/64"}, {p.lab.Router, "eth0", "fd00:10::98/64"},
-		{p.lab.Router, "macvlan0", "fd00:12::99/64"}, {p.lab.Outside, lab.LANLink, "fd00:12::1/64"},
+		{p.Lab.Client, lab.ClientLink, "fd00:10::71/64"}, {p.Lab.Router, "eth0", "fd00:10::98/64"},
+		{p.Lab.Router, "macvlan0", "fd00:12::99/64"}, {p.Lab.Outside, lab.LANLink, "fd00:12::1/64"},
 	} {
-		if err := p.lab.SetSysctl(a.ns, "net/ipv6/conf/"+a.link+"/disable_ipv6", "0"); err != nil {
+		if err := p.Lab.SetSysctl(a.ns, "net/ipv6/conf/"+a.link+"/disable_ipv6", "0"); err != nil {
 			p.Fatal(err)
 		}
-		h := p.handle(a.ns)
-		l := p.link(h, a.link)
+		h := p.Handle(a.ns)
+		l := p.Link(h, a.link)
 		if err := h.LinkSetUp(l); err != nil {
 			p.Fatal(err)
 		}
-		addr := parseAddr(a.addr)
+		addr := labtest.Addr(a.addr)
 		addr.Flags = unix.IFA_F_NODAD
 		if err := h.AddrAdd(l, addr); err != nil {
 			p.Fatal(err)
 		}
 	}
-	if err := p.lab.SetSysctl(p.lab.Router, "net/ipv6/conf/all/forwarding", "1"); err != nil {
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv6/conf/all/forwarding", "1"); err != nil {
 		p.Fatal(err)
 	}
-	p.addRoute(p.lab.Client, lab.ClientLink, "fd00:12::/64", "fd00:10::98")
-	p.addRoute(p.lab.Outside, lab.LANLink, "fd00:10::/64", "fd00:12::99")
+	p.AddRoute(p.Lab.Client, lab.ClientLink, "fd00:12::/64", "fd00:10::98")
+	p.AddRoute(p.Lab.Outside, lab.LANLink, "fd00:10::/64", "fd00:12::99")
 }
 
 // wantConnection checks that a server answers.
-func (p *pod) wantConnection(ns *netns.Namespace, addr string) {
+func wantConnection(p *labtest.Pod, ns *netns.Namespace, addr string) {
 	p.Helper()
-	if _, err := p.ask(ns, "tcp", netip.MustParseAddrPort(addr)); err != nil {
+	if _, err := p.Ask(ns, "tcp", netip.MustParseAddrPort(addr)); err != nil {
 		p.Errorf("tcp %s: %v", addr, err)
 	}
 }
 
 // awaitConnection waits until a server answers. What asks for neighbours of IPv6 is
 // lost while a link is not in their group yet, and is not asked again for seconds.
-func (p *pod) awaitConnection(ns *netns.Namespace, addr string) {
+func awaitConnection(p *labtest.Pod, ns *netns.Namespace, addr string) {
 	p.Helper()
 	for end := time.Now().Add(15 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		_, err := p.ask(ns, "tcp", netip.MustParseAddrPort(addr))
+		_, err := p.Ask(ns, "tcp", netip.MustParseAddrPort(addr))
 		if err == nil {
 			return
 		}
@@ -648,58 +576,58 @@ func (p *pod) awaitConnection(ns *netns.Namespace, addr string) {
 // default route then, and none with another source.
 func TestEgressSideTakenAway(t *testing.T) {
 	const extra = "extra0"
-	everywhere := ipNet("0.0.0.0/0")
-	for _, damage := range []damage{
-		{"macvlan0 deleted", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkDel(macvlan) }},
-		{"macvlan0 down", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
-		{"no default route", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+	everywhere := labtest.IPNet("0.0.0.0/0")
+	for _, damage := range []labtest.Damage{
+		{Name: "macvlan0 deleted", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkDel(macvlan) }},
+		{Name: "macvlan0 down", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
+		{Name: "no default route", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
 			return h.RouteDel(&netlink.Route{Dst: everywhere, LinkIndex: macvlan.Attrs().Index})
 		}},
-		{"default route to the cluster", func(h *netlink.Handle, _, eth netlink.Link) error {
+		{Name: "default route to the cluster", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteReplace(&netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}},
-		{"the address gone", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
-			return h.AddrDel(macvlan, parseAddr("192.168.12.99/24"))
+		{Name: "the address gone", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.AddrDel(macvlan, labtest.Addr("192.168.12.99/24"))
 		}},
 	} {
-		t.Run(damage.name, func(t *testing.T) {
-			eachBackend(t, lab.Options{}, func(p *pod) {
-				h := p.handle(p.lab.Router)
+		t.Run(damage.Name, func(t *testing.T) {
+			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+				h := p.Handle(p.Lab.Router)
 				// Another network, whose gateway takes whatever it is sent.
 				veth := netlink.NewVeth(netlink.LinkAttrs{Name: extra, Index: 301})
-				veth.PeerName, veth.PeerNamespace = extra, netlink.NsFd(p.lab.Node.Fd())
+				veth.PeerName, veth.PeerNamespace = extra, netlink.NsFd(p.Lab.Node.Fd())
 				if err := h.LinkAdd(veth); err != nil {
 					p.Fatal(err)
 				}
-				node := p.handle(p.lab.Node)
+				node := p.Handle(p.Lab.Node)
 				for _, end := range []struct {
 					h    *netlink.Handle
 					addr string
 				}{{h, "172.31.0.98/24"}, {node, "172.31.0.1/24"}} {
-					l := p.link(end.h, extra)
+					l := p.Link(end.h, extra)
 					if err := end.h.LinkSetUp(l); err != nil {
 						p.Fatal(err)
 					}
-					if err := end.h.AddrAdd(l, parseAddr(end.addr)); err != nil {
+					if err := end.h.AddrAdd(l, labtest.Addr(end.addr)); err != nil {
 						p.Fatal(err)
 					}
 				}
-				p.ok()
-				if err := h.RouteAdd(&netlink.Route{Dst: everywhere, Gw: net.IPv4(172, 31, 0, 1).To4(), LinkIndex: p.link(h, extra).Attrs().Index, Priority: 500}); err != nil {
+				p.OK()
+				if err := h.RouteAdd(&netlink.Route{Dst: everywhere, Gw: net.IPv4(172, 31, 0, 1).To4(), LinkIndex: p.Link(h, extra).Attrs().Index, Priority: 500}); err != nil {
 					p.Fatal(err)
 				}
-				open := p.flow(53)
-				open.wantAnswer(p, "before", "203.0.113.27:53", "192.168.12.99")
-				conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+				open := p.Flow(53)
+				open.WantAnswer(p, "before", "203.0.113.27:53", "192.168.12.99")
+				conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 				if err != nil {
 					p.Fatal(err)
 				}
 				defer conn.Close()
-				macvlan, eth := p.link(h, "macvlan0"), p.link(h, "eth0")
+				macvlan, eth := p.Link(h, "macvlan0"), p.Link(h, "eth0")
 
-				w := p.watch(p.lab.Router, "eth0", extra, "macvlan0")
-				stop := p.traffic(conn)
-				if err := damage.do(h, macvlan, eth); err != nil {
+				w := p.Watch(p.Lab.Router, "eth0", extra, "macvlan0")
+				stop := p.Traffic(conn)
+				if err := damage.Do(h, macvlan, eth); err != nil {
 					p.Fatal(err)
 				}
 				time.Sleep(200 * time.Millisecond) // of traffic
@@ -707,17 +635,17 @@ func TestEgressSideTakenAway(t *testing.T) {
 					p.Errorf("only %d packets were sent meanwhile", n)
 				}
 				for _, link := range []string{"eth0", extra} {
-					w.wantNothing(link, toServers)
+					w.WantNothing(link, labtest.ToServers)
 				}
-				w.wantSource()
-				if a, err := p.flow(53).ask(); err == nil {
+				w.WantSource()
+				if a, err := p.Flow(53).Ask(); err == nil {
 					p.Errorf("%v answers", a)
 				}
 				if _, err := h.LinkByName("macvlan0"); err != nil {
 					return // whoever made it makes it again
 				}
 				// When it is back, so is the connection: it was not refused.
-				p.ok()
+				p.OK()
 				_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
 				if _, err := conn.Write([]byte("still there\n")); err != nil {
 					p.Errorf("the open connection: %v", err)
@@ -736,45 +664,16 @@ func TestEgressSideTakenAway(t *testing.T) {
 	}
 }
 
-// traffic sends by an open connection, by open flows and by new ones until it is
-// told to stop; that returns how many packets it sent.
-func (p *pod) traffic(conn net.Conn) (stop func() int) {
-	flow := p.flow(53)
-	done, sent := make(chan struct{}), make(chan int)
-	go func() {
-		n := 0
-		for ; ; n++ {
-			select {
-			case <-done:
-				sent <- n
-				return
-			default:
-			}
-			_ = conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
-			_, _ = conn.Write([]byte("more\n"))
-			_, _ = flow.conn.Write([]byte("?\n"))
-			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Millisecond)
-			_, _ = p.lab.Ask(ctx, p.lab.Client, "udp", netip.AddrPortFrom(lab.RouterAddr, 54))
-			_, _ = p.lab.Ask(ctx, p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
-			cancel()
-		}
-	}()
-	return func() int {
-		close(done)
-		return <-sent
-	}
-}
-
 // An open connection ends when its destination is removed from the list, and
 // goes on when others are.
 func TestRemovedDestination(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n"
-		p.ok()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n"
+		p.OK()
 		conns := make(map[uint16]net.Conn)
 		readers := make(map[uint16]*bufio.Reader)
 		for _, port := range []uint16{80, 8080, 8443} {
-			conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+			conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
 			if err != nil {
 				p.Fatal(err)
 			}
@@ -785,8 +684,8 @@ func TestRemovedDestination(t *testing.T) {
 			}
 		}
 		// 8080 is gone, 8443 leads elsewhere, 81 is new.
-		p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8443 tcp 203.0.113.25 80\n81 tcp 203.0.113.26 80\n"
-		p.ok()
+		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8443 tcp 203.0.113.25 80\n81 tcp 203.0.113.26 80\n"
+		p.OK()
 		for port, want := range map[uint16]error{80: nil, 8080: syscall.ECONNRESET, 8443: syscall.ECONNRESET} {
 			_ = conns[port].SetDeadline(time.Now().Add(5 * time.Second))
 			_, err := conns[port].Write([]byte("still there\n"))
@@ -797,33 +696,33 @@ func TestRemovedDestination(t *testing.T) {
 				p.Errorf("port %d: %v, want %v", port, err, want)
 			}
 		}
-		p.wantAnswer("tcp", 81, "203.0.113.26:80")
-		p.wantRefused("tcp", 8080)
+		p.WantAnswer("tcp", 81, "203.0.113.26:80")
+		p.WantRefused("tcp", 8080)
 	})
 }
 
 // From a list that is a plain chain to one that is a tree and back, with every
 // step found unchanged by the next run.
 func TestSmallAndLarge(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		small := p.state()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		small := p.State()
 		for _, n := range []int{33, 300, 2000, 40} {
 			var list strings.Builder
 			for i := range n {
 				fmt.Fprintf(&list, "%d %s 203.0.113.2%d %d\n", 1000+31*i, []string{"tcp", "udp"}[i%2], 6+i%2, []int{443, 53}[i%2])
 			}
-			p.env["EGRESS_DESTINATION"] = list.String()
-			p.ok()
-			p.wantUnchanged(p.ok())
+			p.Env["EGRESS_DESTINATION"] = list.String()
+			p.OK()
+			p.WantUnchanged(p.OK())
 			for _, i := range []int{0, n / 2 / 2 * 2, n - 2 + n%2} { // even: tcp
-				p.wantAnswer("tcp", uint16(1000+31*i), "203.0.113.26:443")
-				p.wantAnswer("udp", uint16(1000+31*(i+1-2*(i/(n-1)))), "203.0.113.27:53")
+				p.WantAnswer("tcp", uint16(1000+31*i), "203.0.113.26:443")
+				p.WantAnswer("udp", uint16(1000+31*(i+1-2*(i/(n-1)))), "203.0.113.27:53")
 			}
-			p.wantRefused("tcp", 999)
+			p.WantRefused("tcp", 999)
 		}
-		p.env = example()
-		p.ok()
-		p.wantState(small)
+		p.Env = labtest.Example()
+		p.OK()
+		p.WantState(small)
 	})
 }

@@ -1,4 +1,4 @@
-package main
+package iptables_test
 
 import (
 	"bufio"
@@ -12,27 +12,21 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// use gives the pod another backend.
-func (p *pod) use(b backend) {
-	p.Helper()
-	_, path, _ := strings.Cut(p.path, ":")
-	p.backend, p.path = b, iptablesPath(p.T, b.programs)+":"+path
-}
-
 // holders returns the backends of which the namespace holds rules of ours.
-func (p *pod) holders() (held []string) {
+func holders(p *labtest.Pod) (held []string) {
 	p.Helper()
-	for _, b := range []backend{iptablesNFT, iptablesLegacy} {
-		p.use(b)
+	for _, b := range []labtest.Backend{labtest.IptablesNFT, labtest.IptablesLegacy} {
+		p.Use(b)
 		for _, program := range []string{"iptables-save", "ip6tables-save"} {
-			if strings.Contains(p.tool(p.program(program)), "EGRESS-") {
-				held = append(held, b.name+" "+program)
+			if strings.Contains(p.Tool(p.Program(program)), "EGRESS-") {
+				held = append(held, b.Name+" "+program)
 			}
 		}
 	}
-	for line := range strings.Lines(p.nft("list tables")) {
+	for line := range strings.Lines(p.NFT("list tables")) {
 		if table := strings.TrimSpace(line); strings.Contains(table, " egress-router") {
 			held = append(held, "nftables "+table)
 		}
@@ -50,38 +44,38 @@ func TestBackendChanges(t *testing.T) {
 		"iptables-legacy": "[iptables-legacy ip6tables-save iptables-legacy iptables-save nftables table ip egress-router-last]",
 		"nftables":        "[nftables table ip egress-router nftables table ip egress-router-last nftables table ip6 egress-router]",
 	}
-	for _, from := range backends {
-		for _, to := range backends {
+	for _, from := range labtest.Backends {
+		for _, to := range labtest.Backends {
 			if from == to {
 				continue
 			}
-			t.Run(from.name+" to "+to.name, func(t *testing.T) {
-				p := newPod(t, lab.Options{}, from)
+			t.Run(from.Name+" to "+to.Name, func(t *testing.T) {
+				p := labtest.New(t, lab.Options{}, from)
 				// A list that makes a tree with iptables.
-				list := p.env["EGRESS_DESTINATION"]
+				list := p.Env["EGRESS_DESTINATION"]
 				var more strings.Builder
 				for port := range 40 {
 					fmt.Fprintf(&more, "%d tcp 203.0.113.26 443\n", 20000+port)
 				}
-				p.env["EGRESS_DESTINATION"] = more.String() + list
-				p.iptables("-t", "nat", "-A", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
-				p.ok()
-				p.wantExample()
-				conn, err := p.lab.Dial(t.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+				p.Env["EGRESS_DESTINATION"] = more.String() + list
+				p.Iptables("-t", "nat", "-A", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
+				p.OK()
+				p.WantExample()
+				conn, err := p.Lab.Dial(t.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer conn.Close()
-				w := p.watch(p.lab.Router, "macvlan0", "eth0")
-				stop := p.traffic(conn)
+				w := p.Watch(p.Lab.Router, "macvlan0", "eth0")
+				stop := p.Traffic(conn)
 
-				p.use(to)
-				if r := p.ok(); !strings.Contains(r.stderr, "rules of an earlier run removed") {
-					t.Errorf("the log does not say what was removed:\n%s", r.stderr)
+				p.Use(to)
+				if r := p.OK(); !strings.Contains(r.Stderr, "rules of an earlier run removed") {
+					t.Errorf("the log does not say what was removed:\n%s", r.Stderr)
 				}
-				p.wantUnchanged(p.ok())
-				p.wantExample()
-				p.wantAnswer("tcp", 20039, "203.0.113.26:443")
+				p.WantUnchanged(p.OK())
+				p.WantExample()
+				p.WantAnswer("tcp", 20039, "203.0.113.26:443")
 				if n := stop(); n == 0 {
 					t.Error("no traffic meanwhile")
 				}
@@ -96,13 +90,13 @@ func TestBackendChanges(t *testing.T) {
 				if err != nil {
 					t.Errorf("the open connection: %v", err)
 				}
-				w.wantSource()
-				w.wantNothing("eth0", toServers)
-				if got := fmt.Sprint(p.holders()); got != held[to.name] {
-					t.Errorf("rules of ours are in %s, want %s", got, held[to.name])
+				w.WantSource()
+				w.WantNothing("eth0", labtest.ToServers)
+				if got := fmt.Sprint(holders(p)); got != held[to.Name] {
+					t.Errorf("rules of ours are in %s, want %s", got, held[to.Name])
 				}
-				p.use(from)
-				if rules := p.tool(p.program("iptables-save")); !strings.Contains(rules, "-A POSTROUTING -o lo -j ACCEPT") {
+				p.Use(from)
+				if rules := p.Tool(p.Program("iptables-save")); !strings.Contains(rules, "-A POSTROUTING -o lo -j ACCEPT") {
 					t.Errorf("another program's rule is gone:\n%s", rules)
 				}
 			})
@@ -112,39 +106,39 @@ func TestBackendChanges(t *testing.T) {
 
 // A failure after the backend has changed puts everything back.
 func TestBackendChangeFails(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	p.ok()
-	before := p.state()
-	p.use(nftables)
-	p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.26\n"
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	p.OK()
+	before := p.State()
+	p.Use(labtest.Nftables)
+	p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.26\n"
 	// The kernel refuses to set an interface up whose hardware address another
 	// macvlan of the NIC has. The rules are loaded by then.
-	h := p.handle(p.lab.Router)
-	if err := h.LinkSetDown(p.link(h, "macvlan0")); err != nil {
+	h := p.Handle(p.Lab.Router)
+	if err := h.LinkSetDown(p.Link(h, "macvlan0")); err != nil {
 		t.Fatal(err)
 	}
-	damaged := p.state()
-	mac := p.link(h, "macvlan0").Attrs().HardwareAddr
-	twin := &netlink.Macvlan{LinkAttrs: netlink.LinkAttrs{Name: "twin", HardwareAddr: mac, ParentIndex: p.link(p.handle(p.lab.Node), lab.NIC).Attrs().Index}, Mode: netlink.MACVLAN_MODE_PRIVATE}
-	node := p.handle(p.lab.Node)
+	damaged := p.State()
+	mac := p.Link(h, "macvlan0").Attrs().HardwareAddr
+	twin := &netlink.Macvlan{LinkAttrs: netlink.LinkAttrs{Name: "twin", HardwareAddr: mac, ParentIndex: p.Link(p.Handle(p.Lab.Node), lab.NIC).Attrs().Index}, Mode: netlink.MACVLAN_MODE_PRIVATE}
+	node := p.Handle(p.Lab.Node)
 	if err := node.LinkAdd(twin); err != nil {
 		t.Fatal(err)
 	}
 	if err := node.LinkSetUp(twin); err != nil {
 		t.Fatal(err)
 	}
-	r := p.run()
-	if r.code != 1 || !strings.Contains(r.last(), "address already in use") || !strings.Contains(r.stderr, "everything is put back") {
-		t.Errorf("exit code %d:\n%s", r.code, r.stderr)
+	r := p.Exec()
+	if r.Code != 1 || !strings.Contains(r.Last(), "address already in use") || !strings.Contains(r.Stderr, "everything is put back") {
+		t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 	}
-	p.use(iptablesNFT)
-	p.wantState(damaged)
+	p.Use(labtest.IptablesNFT)
+	p.WantState(damaged)
 	if err := node.LinkDel(twin); err != nil {
 		t.Fatal(err)
 	}
-	p.env = example()
-	p.ok()
-	p.wantState(before)
+	p.Env = labtest.Example()
+	p.OK()
+	p.WantState(before)
 }
 
 // What auto chooses.
@@ -152,7 +146,7 @@ func TestAuto(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		command string
-		prepare func(p *pod)
+		prepare func(p *labtest.Pod)
 		backend string // as the log names it
 		log     string
 	}{
@@ -160,34 +154,34 @@ func TestAuto(t *testing.T) {
 		{name: "no iptables", command: "without-iptables", backend: "backend=nftables"},
 		{
 			name: "iptables without the programs for IPv6", backend: "backend=nftables",
-			prepare: func(p *pod) {
-				p.path = p.programs("exec $real \"$@\"\n")
-				p.tool("rm", p.program("ip6tables-save"))
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("exec $real \"$@\"\n")
+				p.Tool("rm", p.Program("ip6tables-save"))
 			},
 		},
 		{
 			name: "iptables cannot read", backend: "backend=nftables", log: "iptables does not work here",
-			prepare: func(p *pod) {
-				p.path = p.programs("case $0 in *-save) echo 'Table does not exist' >&2; exit 3; esac\nexec $real \"$@\"\n")
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("case $0 in *-save) echo 'Table does not exist' >&2; exit 3; esac\nexec $real \"$@\"\n")
 			},
 		},
 		{
 			name: "iptables cannot load", backend: "backend=nftables", log: "iptables cannot load the rules",
-			prepare: func(p *pod) {
-				p.path = p.programs("case $0 in *-restore) echo 'No chain/target/match by that name.' >&2; exit 1; esac\nexec $real \"$@\"\n")
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("case $0 in *-restore) echo 'No chain/target/match by that name.' >&2; exit 1; esac\nexec $real \"$@\"\n")
 			},
 		},
 		{
 			name: "ip6tables cannot load", backend: "backend=nftables", log: "iptables cannot load the rules",
-			prepare: func(p *pod) {
-				p.path = p.programs("case $0 in */ip6tables-restore) echo 'No chain/target/match by that name.' >&2; exit 1; esac\nexec $real \"$@\"\n")
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("case $0 in */ip6tables-restore) echo 'No chain/target/match by that name.' >&2; exit 1; esac\nexec $real \"$@\"\n")
 			},
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, iptablesNFT)
-			p.env["EGRESS_ROUTER_BACKEND"] = "auto"
-			real := p.path
+			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+			p.Env["EGRESS_ROUTER_BACKEND"] = "auto"
+			real := p.Path
 			if test.prepare != nil {
 				test.prepare(p)
 			}
@@ -195,23 +189,23 @@ func TestAuto(t *testing.T) {
 			if command == "" {
 				command = "egress-router"
 			}
-			r := p.run(command)
-			if r.code != 0 || !strings.Contains(r.stderr, test.log) {
-				t.Errorf("exit code %d, want the log to have %q:\n%s", r.code, test.log, r.stderr)
+			r := p.Exec(command)
+			if r.Code != 0 || !strings.Contains(r.Stderr, test.log) {
+				t.Errorf("exit code %d, want the log to have %q:\n%s", r.Code, test.log, r.Stderr)
 			}
-			for line := range strings.Lines(r.stderr) {
+			for line := range strings.Lines(r.Stderr) {
 				if strings.Contains(line, "msg=ready") && !strings.Contains(line, test.backend) {
 					t.Errorf("the backend is not %s: %s", test.backend, line)
 				}
 			}
-			p.wantExample()
-			again := p.run(command)
-			if again.code != 0 {
-				t.Errorf("the second run: exit code %d\n%s", again.code, again.stderr)
+			p.WantExample()
+			again := p.Exec(command)
+			if again.Code != 0 {
+				t.Errorf("the second run: exit code %d\n%s", again.Code, again.Stderr)
 			}
-			p.wantUnchanged(again)
-			p.path = real
-			if held := p.holders(); len(held) != 3 {
+			p.WantUnchanged(again)
+			p.Path = real
+			if held := holders(p); len(held) != 3 {
 				t.Errorf("rules of ours are in %v", held)
 			}
 		})
@@ -220,10 +214,10 @@ func TestAuto(t *testing.T) {
 
 // Without a privilege over the network the reason is that, not another backend.
 func TestBackendWithoutPrivilege(t *testing.T) {
-	for _, b := range backends {
-		t.Run(b.name, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, b)
-			p.wantRefusal("without-privilege", "operation not permitted", "NET_ADMIN")
+	for _, b := range labtest.Backends {
+		t.Run(b.Name, func(t *testing.T) {
+			p := labtest.New(t, lab.Options{}, b)
+			p.WantRefusal("without-privilege", "operation not permitted", "NET_ADMIN")
 		})
 	}
 }
@@ -231,8 +225,8 @@ func TestBackendWithoutPrivilege(t *testing.T) {
 // Lists that change while connections come in all the time: none is refused,
 // since the rules change from the one list to the other at once.
 func TestNoRefusalMeanwhile(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
 		done, failed := make(chan struct{}), make(chan error)
 		go func() {
 			var err error
@@ -243,16 +237,16 @@ func TestNoRefusalMeanwhile(t *testing.T) {
 					return
 				default:
 				}
-				if _, askErr := p.ask(p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); askErr != nil {
+				if _, askErr := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); askErr != nil {
 					err = askErr
 				}
 			}
 		}()
 		for range 5 {
-			p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n81 tcp 203.0.113.26 80\n"
-			p.ok()
-			p.env = example()
-			p.ok()
+			p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n81 tcp 203.0.113.26 80\n"
+			p.OK()
+			p.Env = labtest.Example()
+			p.OK()
 		}
 		time.Sleep(20 * time.Millisecond)
 		close(done)

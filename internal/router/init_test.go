@@ -1,4 +1,4 @@
-package main
+package router_test
 
 import (
 	"bufio"
@@ -15,14 +15,15 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
 // A fresh pod, the same again, and the state that the contract describes.
 func TestInit(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		p.wantExample()
-		state := p.state()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		p.WantExample()
+		state := p.State()
 		for _, want := range []string{
 			"macvlan0 up true forwards true",
 			"address 192.168.12.99/24\n",
@@ -39,31 +40,31 @@ func TestInit(t *testing.T) {
 			}
 		}
 
-		p.wantUnchanged(p.ok())
-		p.wantState(state)
-		p.wantExample()
+		p.WantUnchanged(p.OK())
+		p.WantState(state)
+		p.WantExample()
 	})
 }
 
 // Whatever was damaged, the next run repairs it, and nothing else.
 func TestDamage(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.strict()
-		p.ok()
-		state := p.state()
-		for _, damage := range p.damages() {
-			if err := p.damage(damage); err != nil {
-				p.Errorf("%s: doing it: %v", damage.name, err)
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Strict()
+		p.OK()
+		state := p.State()
+		for _, damage := range p.Damages() {
+			if err := p.Damage(damage); err != nil {
+				p.Errorf("%s: doing it: %v", damage.Name, err)
 				continue
 			}
-			if p.state() == state {
-				p.Errorf("%s: the damage changed nothing", damage.name)
+			if p.State() == state {
+				p.Errorf("%s: the damage changed nothing", damage.Name)
 			}
-			p.ok()
-			if got := p.state(); got != state {
-				p.Errorf("%s: not repaired.\n--- want\n%s--- is\n%s", damage.name, state, got)
+			p.OK()
+			if got := p.State(); got != state {
+				p.Errorf("%s: not repaired.\n--- want\n%s--- is\n%s", damage.Name, state, got)
 			}
-			p.wantExample()
+			p.WantExample()
 		}
 	})
 }
@@ -71,27 +72,27 @@ func TestDamage(t *testing.T) {
 // Rules of other programs stay, and do not come before ours: a masquerading
 // rule would choose another source address.
 func TestForeignRules(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.iptables("-t", "nat", "-N", "CNI-HOSTPORT")
-		p.iptables("-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "CNI-HOSTPORT")
-		p.iptables("-t", "nat", "-A", "CNI-HOSTPORT", "-p", "tcp", "-j", "DNAT", "--to-destination", "203.0.113.27:9000")
-		p.iptables("-t", "nat", "-A", "POSTROUTING", "-o", "macvlan0", "-j", "SNAT", "--to-source", "192.168.12.77")
-		p.iptables("-t", "nat", "-N", "EGRESS-MYLOG") // not a name of ours
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Iptables("-t", "nat", "-N", "CNI-HOSTPORT")
+		p.Iptables("-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "CNI-HOSTPORT")
+		p.Iptables("-t", "nat", "-A", "CNI-HOSTPORT", "-p", "tcp", "-j", "DNAT", "--to-destination", "203.0.113.27:9000")
+		p.Iptables("-t", "nat", "-A", "POSTROUTING", "-o", "macvlan0", "-j", "SNAT", "--to-source", "192.168.12.77")
+		p.Iptables("-t", "nat", "-N", "EGRESS-MYLOG") // not a name of ours
 		foreign := []string{
 			":EGRESS-MYLOG -\n",
 			"-A PREROUTING -p tcp -m tcp --dport 80 -j CNI-HOSTPORT\n",
 			"-A CNI-HOSTPORT -p tcp -j DNAT --to-destination 203.0.113.27:9000\n",
 			"-A POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.77\n",
 		}
-		p.ok()
-		p.wantExample()
+		p.OK()
+		p.WantExample()
 
 		// And again when they get in front afterwards.
-		p.iptables("-t", "nat", "-I", "POSTROUTING", "-o", "macvlan0", "-j", "SNAT", "--to-source", "192.168.12.77")
-		p.ok()
-		p.wantExample()
-		p.wantUnchanged(p.ok())
-		state := p.state()
+		p.Iptables("-t", "nat", "-I", "POSTROUTING", "-o", "macvlan0", "-j", "SNAT", "--to-source", "192.168.12.77")
+		p.OK()
+		p.WantExample()
+		p.WantUnchanged(p.OK())
+		state := p.State()
 		for _, rule := range foreign {
 			if !strings.Contains(state, rule) {
 				p.Errorf("a foreign rule is gone: %s", rule)
@@ -102,26 +103,26 @@ func TestForeignRules(t *testing.T) {
 
 // Changed destinations take effect, in one step.
 func TestChangedDestinations(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		p.env["EGRESS_DESTINATION"] = "81 tcp 203.0.113.26 80\n"
-		p.ok()
-		p.wantAnswer("tcp", 81, "203.0.113.26:80")
-		p.wantRefused("tcp", 8080)
-		p.wantRefused("udp", 53)
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		p.Env["EGRESS_DESTINATION"] = "81 tcp 203.0.113.26 80\n"
+		p.OK()
+		p.WantAnswer("tcp", 81, "203.0.113.26:80")
+		p.WantRefused("tcp", 8080)
+		p.WantRefused("udp", 53)
 	})
 }
 
 // Without a length the address is /32, and everything goes by the gateway.
 func TestSourceWithoutLength(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_SOURCE"] = "192.168.12.99"
-		p.ok()
-		p.wantExample()
-		if state := p.state(); !strings.Contains(state, "address 192.168.12.99/32\n") {
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_SOURCE"] = "192.168.12.99"
+		p.OK()
+		p.WantExample()
+		if state := p.State(); !strings.Contains(state, "address 192.168.12.99/32\n") {
 			p.Errorf("the address is not /32:\n%s", state)
 		}
-		p.wantUnchanged(p.ok())
+		p.WantUnchanged(p.OK())
 	})
 }
 
@@ -129,53 +130,53 @@ func TestSourceWithoutLength(t *testing.T) {
 func TestSourceLengths(t *testing.T) {
 	for _, length := range []string{"/0", "/8", "/31"} {
 		t.Run(length, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, iptablesNFT)
-			p.env["EGRESS_SOURCE"] = "192.168.12.99" + length
-			p.ok()
-			p.wantExample()
-			p.wantUnchanged(p.ok())
+			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+			p.Env["EGRESS_SOURCE"] = "192.168.12.99" + length
+			p.OK()
+			p.WantExample()
+			p.WantUnchanged(p.OK())
 		})
 	}
 }
 
 func TestNoFallback(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
-		p.ok()
-		p.wantAnswer("tcp", 80, "203.0.113.25:80")
-		p.wantRefused("tcp", 9000)
-		p.wantRefused("udp", 80)
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
+		p.OK()
+		p.WantAnswer("tcp", 80, "203.0.113.25:80")
+		p.WantRefused("tcp", 9000)
+		p.WantRefused("udp", 80)
 	})
 }
 
 // The local port is one of the protocol written: the same port of the other
 // protocol goes to the fallback.
 func TestUDP(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.env["EGRESS_DESTINATION"] = "5353 udp 203.0.113.25 53\n203.0.113.27"
-		p.ok()
-		p.wantAnswer("udp", 5353, "203.0.113.25:53")
-		p.wantAnswer("udp", 53, "203.0.113.27:53")
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"] = "5353 udp 203.0.113.25 53\n203.0.113.27"
+		p.OK()
+		p.WantAnswer("udp", 5353, "203.0.113.25:53")
+		p.WantAnswer("udp", 53, "203.0.113.27:53")
 	})
 }
 
 // Only comments: nothing is redirected, whatever leaves has the address.
 func TestOnlyComments(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
-	p.env["EGRESS_DESTINATION"] = "# 80 tcp 203.0.113.25\n"
-	r := p.ok()
-	if !strings.Contains(r.stderr, "nothing is redirected") {
-		t.Errorf("no warning:\n%s", r.stderr)
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	p.Env["EGRESS_DESTINATION"] = "# 80 tcp 203.0.113.25\n"
+	r := p.OK()
+	if !strings.Contains(r.Stderr, "nothing is redirected") {
+		t.Errorf("no warning:\n%s", r.Stderr)
 	}
-	p.wantRefused("tcp", 80)
-	if !strings.Contains(p.state(), "-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99\n") {
-		t.Errorf("no source rule:\n%s", p.state())
+	p.WantRefused("tcp", 80)
+	if !strings.Contains(p.State(), "-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99\n") {
+		t.Errorf("no source rule:\n%s", p.State())
 	}
 }
 
 // A list from a file, larger than an environment variable can be.
 func TestDestinationFile(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		var list strings.Builder
 		for port := 10001; port <= 20000; port++ {
 			fmt.Fprintf(&list, "%d tcp 203.0.113.26 443\n", port)
@@ -184,22 +185,22 @@ func TestDestinationFile(t *testing.T) {
 		if err := os.WriteFile(file, []byte(list.String()), 0o600); err != nil {
 			p.Fatal(err)
 		}
-		delete(p.env, "EGRESS_DESTINATION")
-		p.env["EGRESS_DESTINATION_FILE"] = file
-		p.ok()
-		p.wantAnswer("tcp", 10001, "203.0.113.26:443")
-		p.wantAnswer("tcp", 20000, "203.0.113.26:443")
-		p.wantRefused("tcp", 20001)
-		p.wantUnchanged(p.ok())
+		delete(p.Env, "EGRESS_DESTINATION")
+		p.Env["EGRESS_DESTINATION_FILE"] = file
+		p.OK()
+		p.WantAnswer("tcp", 10001, "203.0.113.26:443")
+		p.WantAnswer("tcp", 20000, "203.0.113.26:443")
+		p.WantRefused("tcp", 20001)
+		p.WantUnchanged(p.OK())
 	})
 }
 
 func TestInterfaceNames(t *testing.T) {
-	eachBackend(t, lab.Options{MacvlanName: "net1", ClusterName: "net0"}, func(p *pod) {
-		p.env["EGRESS_INTERFACE"], p.env["EGRESS_CLUSTER_INTERFACE"] = "net1", "net0"
-		p.ok()
-		p.wantExample()
-		p.wantUnchanged(p.ok())
+	labtest.EachBackend(t, lab.Options{MacvlanName: "net1", ClusterName: "net0"}, func(p *labtest.Pod) {
+		p.Env["EGRESS_INTERFACE"], p.Env["EGRESS_CLUSTER_INTERFACE"] = "net1", "net0"
+		p.OK()
+		p.WantExample()
+		p.WantUnchanged(p.OK())
 	})
 }
 
@@ -216,9 +217,9 @@ func TestOtherAddress(t *testing.T) {
 		{"single address", "192.168.12.50/32", true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := newPod(t, lab.Options{}, iptablesNFT)
-			h := p.handle(p.lab.Router)
-			macvlan := p.link(h, "macvlan0")
+			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+			h := p.Handle(p.Lab.Router)
+			macvlan := p.Link(h, "macvlan0")
 			other, err := netlink.ParseAddr(test.address)
 			if err != nil {
 				t.Fatal(err)
@@ -231,26 +232,26 @@ func TestOtherAddress(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			p.ok()
-			p.wantExample()
+			p.OK()
+			p.WantExample()
 			for _, server := range []string{"192.168.12.80:80", "203.0.113.25:80"} {
-				a, err := p.lab.Ask(context.Background(), p.lab.Router, "tcp", netip.MustParseAddrPort(server))
+				a, err := p.Lab.Ask(context.Background(), p.Lab.Router, "tcp", netip.MustParseAddrPort(server))
 				if err != nil {
 					t.Error(err)
-				} else if a.Peer.Addr() != source {
+				} else if a.Peer.Addr() != lab.Source {
 					t.Errorf("%s saw a socket of the pod as %s", server, a.Peer)
 				}
 			}
-			p.wantUnchanged(p.ok())
+			p.WantUnchanged(p.OK())
 			// The reserved address outlives the other one.
 			if err := h.AddrDel(macvlan, other); err != nil {
 				t.Fatal(err)
 			}
-			if state := p.state(); !strings.Contains(state, "address 192.168.12.99/24\n") {
+			if state := p.State(); !strings.Contains(state, "address 192.168.12.99/24\n") {
 				t.Errorf("the reserved address went with the other one:\n%s", state)
 			}
-			p.ok()
-			p.wantExample()
+			p.OK()
+			p.WantExample()
 		})
 	}
 }
@@ -258,16 +259,16 @@ func TestOtherAddress(t *testing.T) {
 // The network is told in both forms, reply first, and a neighbour that has the
 // address at another node's hardware address learns the new one.
 func TestAnnouncement(t *testing.T) {
-	p := newPod(t, lab.Options{}, iptablesNFT)
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	old := net.HardwareAddr{2, 0, 0, 0, 0, 9}
-	if err := p.lab.SetStaleNeighbour(p.lab.Outside, lab.LANLink, lab.Source, old); err != nil {
+	if err := p.Lab.SetStaleNeighbour(p.Lab.Outside, lab.LANLink, lab.Source, old); err != nil {
 		t.Fatal(err)
 	}
-	capture, err := p.lab.Capture(p.lab.Outside, lab.LANLink)
+	capture, err := p.Lab.Capture(p.Lab.Outside, lab.LANLink)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.ok()
+	p.OK()
 	var forms []uint16
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
@@ -289,9 +290,9 @@ func TestAnnouncement(t *testing.T) {
 		t.Errorf("announcements by ARP opcode: %v, want a reply (2), then a request (1)", forms)
 	}
 
-	h := p.handle(p.lab.Router)
-	macvlan := p.link(h, "macvlan0")
-	got, err := p.lab.Neighbour(p.lab.Outside, lab.LANLink, lab.Source)
+	h := p.Handle(p.Lab.Router)
+	macvlan := p.Link(h, "macvlan0")
+	got, err := p.Lab.Neighbour(p.Lab.Outside, lab.LANLink, lab.Source)
 	if err != nil || got.String() != macvlan.Attrs().HardwareAddr.String() {
 		t.Errorf("the neighbour has %s (%v), want %s", got, err, macvlan.Attrs().HardwareAddr)
 	}
@@ -302,26 +303,26 @@ func TestAnnouncement(t *testing.T) {
 func TestProxyModes(t *testing.T) {
 	for _, mode := range []string{"http-proxy", "dns-proxy"} {
 		t.Run(mode, func(t *testing.T) {
-			eachBackend(t, lab.Options{}, func(p *pod) {
-				p.env["EGRESS_ROUTER_MODE"] = mode
-				p.env["EGRESS_DESTINATION"] = "not a destination"
-				p.ok()
-				state := p.state()
+			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+				p.Env["EGRESS_ROUTER_MODE"] = mode
+				p.Env["EGRESS_DESTINATION"] = "not a destination"
+				p.OK()
+				state := p.State()
 				for _, want := range []string{"macvlan0 up true forwards false", "address 192.168.12.99/24\n", "route default via 192.168.12.1 dev macvlan0"} {
 					if !strings.Contains(state, want) {
 						p.Errorf("state lacks %q:\n%s", want, state)
 					}
 				}
 				for _, never := range []string{"SNAT", "DNAT", "snat", "dnat", "MARK"} {
-					if strings.Contains(p.rules(), never) {
-						p.Errorf("the rules have %s:\n%s", never, p.rules())
+					if strings.Contains(p.Rules(), never) {
+						p.Errorf("the rules have %s:\n%s", never, p.Rules())
 					}
 				}
-				a, err := p.lab.Ask(p.Context(), p.lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
-				if err != nil || a.Peer.Addr() != source {
-					p.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, source)
+				a, err := p.Lab.Ask(p.Context(), p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+				if err != nil || a.Peer.Addr() != lab.Source {
+					p.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, lab.Source)
 				}
-				p.wantUnchanged(p.ok())
+				p.WantUnchanged(p.OK())
 			})
 		})
 	}
@@ -331,15 +332,15 @@ func TestProxyModes(t *testing.T) {
 // leaves by another interface or with another source. Forwarding is on from the
 // start, so that nothing but the order of changes can hold one back.
 func TestNeverAnotherSource(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		if err := p.lab.SetSysctl(p.lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 			p.Fatal(err)
 		}
-		outside, err := p.lab.Capture(p.lab.Outside, lab.LANLink)
+		outside, err := p.Lab.Capture(p.Lab.Outside, lab.LANLink)
 		if err != nil {
 			p.Fatal(err)
 		}
-		cluster, err := p.lab.Capture(p.lab.Router, "eth0")
+		cluster, err := p.Lab.Capture(p.Lab.Router, "eth0")
 		if err != nil {
 			p.Fatal(err)
 		}
@@ -356,19 +357,19 @@ func TestNeverAnotherSource(t *testing.T) {
 				}
 				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 				for _, port := range []uint16{80, 8080, 9000} {
-					_, _ = p.lab.Ask(ctx, p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+					_, _ = p.Lab.Ask(ctx, p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
 					n++
 				}
 				cancel()
 			}
 		}()
 		time.Sleep(50 * time.Millisecond)
-		p.ok()
+		p.OK()
 		for range 3 { // and while destinations change
-			p.env["EGRESS_DESTINATION"] = "9000 tcp 203.0.113.27\n80 tcp 203.0.113.26\n"
-			p.ok()
-			p.env = example()
-			p.ok()
+			p.Env["EGRESS_DESTINATION"] = "9000 tcp 203.0.113.27\n80 tcp 203.0.113.26\n"
+			p.OK()
+			p.Env = labtest.Example()
+			p.OK()
 		}
 		time.Sleep(50 * time.Millisecond)
 		close(stop)
@@ -383,7 +384,7 @@ func TestNeverAnotherSource(t *testing.T) {
 		for _, f := range outside.Frames() {
 			if ip, ok := f.IPv4(); ok && !f.Outgoing && remote.Contains(ip.Dst.Addr()) {
 				seen++
-				if ip.Src.Addr() != source {
+				if ip.Src.Addr() != lab.Source {
 					p.Errorf("on the physical network: %s", f)
 				}
 			}
@@ -401,9 +402,9 @@ func TestNeverAnotherSource(t *testing.T) {
 
 // A connection that is open when the router runs again stays open.
 func TestOpenConnectionSurvives(t *testing.T) {
-	eachBackend(t, lab.Options{}, func(p *pod) {
-		p.ok()
-		conn, err := p.lab.Dial(p.Context(), p.lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		if err != nil {
 			p.Fatal(err)
 		}
@@ -412,8 +413,8 @@ func TestOpenConnectionSurvives(t *testing.T) {
 		if _, err := lab.ReadAnswer(r); err != nil {
 			p.Fatal(err)
 		}
-		p.env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8081 tcp 203.0.113.26 80\n"
-		p.ok()
+		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8081 tcp 203.0.113.26 80\n"
+		p.OK()
 		if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
 			p.Fatal(err)
 		}

@@ -1,0 +1,141 @@
+package iptables_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+)
+
+// Every call of an iptables program fails once, before or after it has done its
+// work, in a fresh pod and in one that is half damaged; each time everything is
+// put back, and the next run succeeds. A restore that fails and yet has changed
+// the rules is no failure: the kernel is asked.
+func TestIptablesFails(t *testing.T) {
+	for _, test := range []struct {
+		name, does string
+		restores   int // of one family that can fail, at least
+	}{
+		{"at once", "", 1},
+		{"having done its work", `"$real" "$@";`, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) { testIptablesFails(p, test.does, test.restores) })
+		})
+	}
+}
+
+func testIptablesFails(p *labtest.Pod, does string, restores int) {
+	// A backend that takes the place of the failing one is another test.
+	p.Env["EGRESS_ROUTER_BACKEND"] = "iptables"
+	// Each program counts its calls, and the one whose turn it is fails: those
+	// of the two families run at the same time.
+	calls, turn := p.TempDir(), filepath.Join(p.TempDir(), "turn")
+	real, broken := p.Path, p.Programs(fmt.Sprintf("name=${0##*/}; echo call >>%[1]s/$name\n"+
+		"if [ $name.$(wc -l <%[1]s/$name) = $(cat %[2]s) ]; then %[3]s echo 'injected failure' >&2; exit 4; fi\n"+
+		"exec $real \"$@\"\n", calls, turn, does))
+	failing := func(program string, call int) labtest.Result {
+		if err := os.WriteFile(turn, fmt.Appendf(nil, "%s.%d", program, call), 0o600); err != nil {
+			p.Fatal(err)
+		}
+		if err := os.RemoveAll(calls); err != nil {
+			p.Fatal(err)
+		}
+		if err := os.Mkdir(calls, 0o700); err != nil {
+			p.Fatal(err)
+		}
+		p.Path = broken
+		defer func() { p.Path = real }()
+		return p.Exec()
+	}
+	for _, start := range []struct {
+		name string
+		make func()
+	}{
+		{"fresh", func() {}},
+		{"damaged", func() {
+			p.Iptables("-t", "nat", "-D", "EGRESS-PREROUTING", "1")
+			p.Iptables("-t", "nat", "-D", "PREROUTING", "-j", "EGRESS-PREROUTING")
+			p.Iptables("-t", "nat", "-A", "POSTROUTING", "-j", "EGRESS-POSTROUTING")
+			p.Iptables("-t", "nat", "-N", "EGRESS-INPUT")
+			p.Iptables("-t", "nat", "-A", "EGRESS-INPUT", "-p", "tcp", "-m", "tcp", "--dport", "7", "-j", "ACCEPT")
+			p.Iptables("-t", "nat", "-A", "INPUT", "-j", "EGRESS-INPUT")
+			p.Iptables("-t", "nat", "-I", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
+			p.Tool(p.Program("ip6tables"), "-F", "EGRESS-INPUT")
+			p.Env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
+		}},
+	} {
+		for _, program := range []string{"iptables-save", "ip6tables-save", "iptables-restore", "ip6tables-restore"} {
+			if start.name == "damaged" {
+				p.Env["EGRESS_DESTINATION"] = labtest.Example()["EGRESS_DESTINATION"]
+				p.OK()
+			}
+			start.make()
+			before := p.State()
+			call := 1
+			for ; ; call++ {
+				r := failing(program, call)
+				if r.Code == 0 {
+					break
+				}
+				if call > 50 {
+					p.Fatalf("%s, %s: it never succeeds:\n%s", start.name, program, r.Stderr)
+				}
+				if r.Code != 1 || !strings.Contains(r.Last(), "injected failure") {
+					p.Errorf("%s, %s %d: exit code %d:\n%s", start.name, program, call, r.Code, r.Stderr)
+				}
+				if got := p.State(); got != before {
+					p.Fatalf("%s, %s %d: not put back.\n--- was\n%s--- is\n%s\nstderr:\n%s", start.name, program, call, before, got, r.Stderr)
+				}
+			}
+			want := 1
+			if strings.HasSuffix(program, "restore") {
+				want = restores
+			}
+			if call-1 < want {
+				p.Errorf("%s: %d calls of %s could fail, want %d", start.name, call-1, program, want)
+			}
+			p.WantAnswer("tcp", 8080, "203.0.113.26:80")
+			if start.name == "fresh" {
+				p.Clear()
+			}
+		}
+	}
+}
+
+// A program that outlives the router that started it does not undo what the
+// next router does, which waits for it.
+func TestKilledInTheMiddle(t *testing.T) {
+	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+		started, real := filepath.Join(p.TempDir(), "started"), p.Path
+		p.Path = p.Programs("case $0 in *-restore) touch " + started + "; sleep 0.5; esac\nexec $real \"$@\"\n")
+		cmd := p.Command("egress-router")
+		p.Path = real
+		if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
+			p.Fatal(err)
+		}
+		for {
+			if _, err := os.Stat(started); err == nil {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			p.Fatal(err)
+		}
+		_ = cmd.Wait()
+		begin := time.Now()
+		p.OK()
+		if took := time.Since(begin); took < 200*time.Millisecond {
+			p.Errorf("the next router was done after %v, before the program of the first", took)
+		}
+		time.Sleep(700 * time.Millisecond)
+		p.WantUnchanged(p.OK())
+		p.WantExample()
+	})
+}

@@ -1,0 +1,228 @@
+// Package labtest runs the program in a pod of a lab, and what happens to a pod
+// with it: packages that the program consists of have their suites on the kernel
+// beside them, as external tests, whose TestMain calls [Main].
+package labtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/cli"
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+// Main makes the test binary the program itself, under the names that it goes
+// by, and runs the tests in namespaces of their own: it is what a TestMain calls.
+func Main(m *testing.M) {
+	testscript.Main(nstest.M{Tests: m}, map[string]func(){
+		"egress-router":        program,
+		"egress-http-proxy":    program,
+		"egress-dns-proxy":     program,
+		"without-privilege":    func() { become(nobody) },
+		"with-read-only-proc":  func() { become(readOnlyProc) },
+		"with-read-only-run":   func() { become(readOnlyRun) },
+		"with-termination-log": func() { become(terminationLog) },
+		"with-empty-dev":       func() { become(emptyDev) },
+		"as-another-user":      func() { become(anotherUser) },
+		"without-iptables":     func() { become(noIptables) },
+		"without-sys-admin":    func() { become(noSysAdmin) },
+		"as-first-process":     func() { become(ownProc) },
+		"as-host-process":      hostProcess,
+		"in-pod":               inPod,
+	})
+}
+
+// program is the whole of cmd/egress-router, which cannot be imported.
+func program() {
+	os.Exit(cli.Run(context.Background(), cli.Process{
+		Name: os.Args[0], Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
+		TerminationLog: cli.TerminationLog,
+	}))
+}
+
+// become changes this process, then turns it into egress-router: the commands
+// that are made with it show the program in a container that is not as it
+// should be.
+func become(change func() error) {
+	// Namespaces and capabilities belong to threads.
+	runtime.LockOSThread()
+	err := change()
+	if err == nil {
+		var path string
+		if path, err = exec.LookPath("egress-router"); err == nil {
+			err = unix.Exec(path, append([]string{"egress-router"}, os.Args[1:]...), os.Environ())
+		}
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
+	os.Exit(99)
+}
+
+// nobody gives up every privilege, as a container without securityContext does.
+func nobody() error {
+	if err := unix.Setgroups(nil); err != nil && os.Getuid() == 0 {
+		return err
+	}
+	for c := range uintptr(unix.CAP_LAST_CAP + 1) {
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && err != unix.EINVAL {
+			return err
+		}
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	return unix.Capset(&header, &none[0])
+}
+
+// readOnlyProc mounts /proc/sys as container engines do without --privileged.
+func readOnlyProc() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	return unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+}
+
+// readOnlyRun makes /run read-only, as the root file system of a container can be.
+func readOnlyRun() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	return unix.Mount("", "/run", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, "")
+}
+
+// emptyDev mounts the directory dev of this one at /dev.
+func emptyDev() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	return unix.Mount("dev", "/dev", "", unix.MS_BIND, "")
+}
+
+// terminationLog mounts the file message of this directory at
+// /dev/termination-log, as the kubelet has a container engine do.
+func terminationLog() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", "/dev", "tmpfs", 0, ""); err != nil {
+		return err
+	}
+	if err := os.WriteFile("/dev/termination-log", nil, 0o600); err != nil {
+		return err
+	}
+	return unix.Mount("message", "/dev/termination-log", "", unix.MS_BIND, "")
+}
+
+// anotherUser becomes the user of the images that is not root. Where the tests'
+// user namespace has no other user, as for those who are not root themselves, it
+// gives up the rights of root over files instead.
+func anotherUser() error {
+	const nonroot = 65532
+	err := unix.Setgroups(nil)
+	if err == nil {
+		err = unix.Setresgid(nonroot, nonroot, nonroot)
+	}
+	if err == nil {
+		err = unix.Setresuid(nonroot, nonroot, nonroot)
+	}
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPERM) {
+		return nobody()
+	}
+	if err != nil {
+		return err
+	}
+	// It cannot reach the program by its path, which is this very file.
+	return unix.Exec("/proc/self/exe", append([]string{"egress-router"}, os.Args[1:]...), os.Environ())
+}
+
+// noIptables hides the directories in which iptables is.
+func noIptables() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	for _, d := range []string{"/usr/sbin", "/usr/local/sbin"} {
+		if err := unix.Mount("tmpfs", d, "tmpfs", 0, ""); err != nil {
+			return err
+		}
+	}
+	return os.Setenv("PATH", pathWithout("iptables"))
+}
+
+// pathWithout returns PATH without the directories that hold program.
+func pathWithout(program string) string {
+	var keep []string
+	for d := range strings.SplitSeq(os.Getenv("PATH"), ":") {
+		if _, err := os.Stat(d + "/" + program); err != nil {
+			keep = append(keep, d)
+		}
+	}
+	return strings.Join(keep, ":")
+}
+
+// noSysAdmin gives up what entering a namespace takes, and nothing else.
+func noSysAdmin() error {
+	return unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN, 0, 0, 0)
+}
+
+// ownProc shows the first process of a container its own process numbers.
+func ownProc() error {
+	if os.Getpid() != 1 {
+		return errors.New("it is to be started as the first process")
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	return unix.Mount("proc", "/proc", "proc", 0, "")
+}
+
+// hostProcess stands for the first process of a host, in whose network it is
+// started: it runs in-pod with the host's process numbers.
+func hostProcess() {
+	code, err := func() (int, error) {
+		if err := ownProc(); err != nil {
+			return 0, err
+		}
+		path, err := exec.LookPath("in-pod")
+		if err != nil {
+			return 0, err
+		}
+		cmd := exec.Command(path, os.Args[1:]...)
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		cmd.ExtraFiles = []*os.File{os.NewFile(3, "pod")}
+		err = cmd.Run()
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+			return exit.ExitCode(), nil
+		}
+		return 0, err
+	}()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
+		code = 99
+	}
+	os.Exit(code)
+}
+
+// inPod runs the program in the network namespace of descriptor 3.
+func inPod() {
+	pod, err := netns.Open("/proc/self/fd/3")
+	if err == nil {
+		err = pod.Do(func() error {
+			become(func() error { return nil })
+			return nil
+		})
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
+	os.Exit(99)
+}

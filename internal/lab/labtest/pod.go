@@ -1,0 +1,426 @@
+package labtest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/netns"
+)
+
+// A Backend is one way for rules to get into the kernel.
+type Backend struct {
+	Name     string // of subtests
+	Programs string // that is all programs of iptables in PATH
+	Choice   string // EGRESS_ROUTER_BACKEND
+}
+
+// The backends: iptables of both kinds, and netlink. The first is chosen by
+// itself, as in most pods.
+var (
+	IptablesNFT    = Backend{"iptables-nft", "xtables-nft-multi", ""}
+	IptablesLegacy = Backend{"iptables-legacy", "xtables-legacy-multi", "iptables"}
+	Nftables       = Backend{"nftables", "xtables-nft-multi", "nftables"}
+
+	Backends = []Backend{IptablesNFT, IptablesLegacy, Nftables}
+)
+
+// A Pod is a lab with servers, and the environment of a router in it.
+type Pod struct {
+	*testing.T
+	Lab     *lab.Lab
+	Backend Backend
+	Path    string // PATH of the router
+	Env     map[string]string
+}
+
+// The documentation's example.
+func Example() map[string]string {
+	return map[string]string{
+		"EGRESS_ROUTER_MODE": "init",
+		"EGRESS_SOURCE":      "192.168.12.99/24",
+		"EGRESS_GATEWAY":     "192.168.12.1",
+		"EGRESS_DESTINATION": "80   tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n203.0.113.27\n",
+	}
+}
+
+// EachBackend runs a test in a fresh pod with each backend.
+func EachBackend(t *testing.T, o lab.Options, test func(*Pod)) {
+	for _, b := range Backends {
+		t.Run(b.Name, func(t *testing.T) { test(New(t, o, b)) })
+	}
+}
+
+// EachFlavour runs a test in a fresh pod with each kind of iptables.
+func EachFlavour(t *testing.T, o lab.Options, test func(*Pod)) {
+	for _, b := range []Backend{IptablesNFT, IptablesLegacy} {
+		t.Run(b.Name, func(t *testing.T) { test(New(t, o, b)) })
+	}
+}
+
+func New(t *testing.T, o lab.Options, b Backend) *Pod {
+	t.Helper()
+	l, err := lab.New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	for _, s := range []struct{ proto, addr string }{
+		{"tcp", "203.0.113.25:80"}, {"tcp", "203.0.113.26:80"}, {"tcp", "203.0.113.26:443"},
+		{"tcp", "203.0.113.27:9000"}, {"udp", "203.0.113.27:53"}, {"udp", "203.0.113.25:53"}, {"tcp", "192.168.12.80:80"},
+	} {
+		if _, err := l.Serve(l.Outside, s.proto, netip.MustParseAddrPort(s.addr)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return &Pod{t, l, b, iptablesPath(t, b.Programs) + ":" + os.Getenv("PATH"), Example()}
+}
+
+// For returns the pod for a subtest.
+func (p *Pod) For(t *testing.T) *Pod {
+	q := *p
+	q.T = t
+	return &q
+}
+
+// iptablesPath returns a directory in which iptables is of the given kind.
+func iptablesPath(t *testing.T, programs string) string {
+	t.Helper()
+	multi := filepath.Join("/usr/sbin", programs)
+	if _, err := os.Stat(multi); err != nil {
+		t.Fatalf("both kinds of iptables are needed (package iptables): %v", err)
+	}
+	dir := t.TempDir()
+	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
+		if err := os.Symlink(multi, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// Command returns the program, or another under whose name it runs, ready to
+// start in the router's namespace.
+func (p *Pod) Command(name string, args ...string) *exec.Cmd {
+	p.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		p.Fatal(err)
+	}
+	cmd := exec.Command(path, args...)
+	cmd.Env = []string{"PATH=" + p.Path, "EGRESS_ROUTER_BACKEND=" + p.Backend.Choice}
+	for name, value := range p.Env {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	return cmd
+}
+
+// A Result is what a finished process left.
+type Result struct {
+	Code           int
+	Stdout, Stderr string
+}
+
+// Last returns the last line of stderr.
+func (r Result) Last() string {
+	lines := strings.Split(strings.TrimSuffix(r.Stderr, "\n"), "\n")
+	return lines[len(lines)-1]
+}
+
+// Exec runs the router, or another command, to its end.
+func (p *Pod) Exec(name ...string) Result {
+	p.Helper()
+	if len(name) == 0 {
+		name = []string{"egress-router"}
+	}
+	cmd := p.Command(name[0], name[1:]...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := p.Lab.Run(p.Lab.Router, cmd)
+	if exit, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
+		p.Fatal(err)
+	} else if ok && exit.ExitCode() < 0 {
+		p.Fatalf("%s: %v", name, err)
+	}
+	return Result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+// OK runs the router and expects it to succeed.
+func (p *Pod) OK() Result {
+	p.Helper()
+	r := p.Exec()
+	if r.Code != 0 {
+		p.Fatalf("exit code %d:\n%s", r.Code, r.Stderr)
+	}
+	return r
+}
+
+// WantRefusal runs the router, or another command under whose name it runs, and
+// expects exit code 1, nothing on stdout, a last line with the reason, and what
+// to do before it.
+func (p *Pod) WantRefusal(command, last, hint string) {
+	p.Helper()
+	if command == "" {
+		command = "egress-router"
+	}
+	r := p.Exec(command)
+	if r.Code != 1 || r.Stdout != "" {
+		p.Errorf("exit code %d, stdout %q; want 1 and nothing", r.Code, r.Stdout)
+	}
+	if !strings.Contains(r.Last(), last) {
+		p.Errorf("last line:\n got %s\nwant %s", r.Last(), last)
+	}
+	if !strings.Contains(r.Stderr, hint) {
+		p.Errorf("stderr lacks %q:\n%s", hint, r.Stderr)
+	}
+}
+
+// Iptables runs iptables in the router's namespace.
+func (p *Pod) Iptables(args ...string) {
+	p.Helper()
+	p.Tool(p.Program("iptables"), args...)
+}
+
+// Program returns the path of a program of iptables.
+func (p *Pod) Program(name string) string {
+	dir, _, _ := strings.Cut(p.Path, ":")
+	return filepath.Join(dir, name)
+}
+
+// NFT runs one line of nft(8) in the router's namespace.
+func (p *Pod) NFT(line string) string {
+	p.Helper()
+	return p.Tool("nft", line)
+}
+
+// FlushSourceRule deletes the rule that sets the source, behind the router's
+// back.
+func (p *Pod) FlushSourceRule() {
+	p.Helper()
+	if p.Backend == Nftables {
+		p.NFT("flush chain ip egress-router nat-postrouting")
+	} else {
+		p.Iptables("-t", "nat", "-F", "EGRESS-POSTROUTING")
+	}
+}
+
+func (p *Pod) Tool(name string, args ...string) string {
+	p.Helper()
+	cmd := exec.Command(name, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := p.Lab.Run(p.Lab.Router, cmd); err != nil {
+		p.Fatalf("%s: %v\n%s", cmd, err, &out)
+	}
+	return out.String()
+}
+
+// Ask waits longer than an answer that comes can take on a busy machine.
+func (p *Pod) Ask(from *netns.Namespace, proto string, addr netip.AddrPort) (lab.Answer, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return p.Lab.Ask(ctx, from, proto, addr)
+}
+
+// WantAnswer asks the pod from the client and checks who answered, and whom
+// that server saw.
+func (p *Pod) WantAnswer(proto string, port uint16, server string) {
+	p.Helper()
+	a, err := p.Ask(p.Lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	if err != nil {
+		p.Errorf("%s port %d: %v", proto, port, err)
+	} else if a.Server != netip.MustParseAddrPort(server) || a.Peer.Addr() != lab.Source {
+		p.Errorf("%s port %d: %s answered and saw %s; want %s, which sees %s", proto, port, a.Server, a.Peer.Addr(), server, lab.Source)
+	}
+}
+
+// WantExample checks everything that the documentation's example promises.
+func (p *Pod) WantExample() {
+	p.Helper()
+	p.WantAnswer("tcp", 80, "203.0.113.25:80")
+	p.WantAnswer("tcp", 8080, "203.0.113.26:80")
+	p.WantAnswer("tcp", 8443, "203.0.113.26:443")
+	p.WantAnswer("tcp", 9000, "203.0.113.27:9000")
+	p.WantAnswer("udp", 53, "203.0.113.27:53")
+}
+
+// WantRefused checks that nothing answers at a port of the pod, and says so at
+// once.
+func (p *Pod) WantRefused(proto string, port uint16) {
+	p.Helper()
+	a, err := p.Lab.Ask(context.Background(), p.Lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		p.Errorf("%s port %d: answer %v, error %v; want a refusal", proto, port, a, err)
+	}
+}
+
+// State describes everything in the router's namespace that a router could
+// change, for comparing. Routes and chains are sorted, since where they stand
+// depends on when they were made; rules are not.
+func (p *Pod) State() string {
+	p.Helper()
+	var lines, routes []string
+	err := p.Lab.Router.Do(func() error {
+		kernel, err := link.Open()
+		if err != nil {
+			return err
+		}
+		defer kernel.Close()
+		s, err := kernel.Observe(link.Want{
+			Interface: p.Lab.MacvlanName,
+			Cluster:   link.ClusterSide{Interface: p.Lab.ClusterName, Table: config.DefaultReplyTable},
+		})
+		if err != nil {
+			return err
+		}
+		lines = append(lines, fmt.Sprintf("%s up %v forwards %v promotes %v forwarding %v", p.Lab.MacvlanName, s.Up, s.Forwards, s.Promotes, s.Forwarding))
+		for _, a := range s.Addresses {
+			lines = append(lines, "address "+a.String())
+		}
+		for _, r := range s.Cluster.Rules {
+			routes = append(routes, "rule "+r.String())
+		}
+		lines = append(lines, "rp_filter "+s.Cluster.Filter)
+		for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
+			routes = append(routes, "route "+r.String())
+		}
+		return nil
+	})
+	if err != nil {
+		p.Fatal(err)
+	}
+	slices.Sort(routes)
+	return strings.Join(append(lines, routes...), "\n") + "\n" + p.Rules()
+}
+
+// Clear takes all rules and what else init did away again, but for what does
+// not matter to a next run.
+func (p *Pod) Clear() {
+	p.Helper()
+	p.NFT("flush ruleset")
+	if p.Backend == IptablesLegacy {
+		for _, table := range []string{"nat", "mangle", "filter"} {
+			for _, program := range []string{"iptables", "ip6tables"} {
+				if program == "ip6tables" && table != "filter" {
+					continue
+				}
+				p.Tool(p.Program(program), "-t", table, "-F")
+				p.Tool(p.Program(program), "-t", table, "-X")
+			}
+		}
+	}
+}
+
+// Rules describes the rules of every backend.
+func (p *Pod) Rules() string {
+	p.Helper()
+	var lines []string
+	for _, tables := range []struct {
+		save  string
+		names []string
+	}{{"iptables-save", []string{"nat", "filter", "mangle"}}, {"ip6tables-save", []string{"filter"}}} {
+		for _, table := range tables.names {
+			var chains, rules []string
+			for line := range strings.Lines(p.Tool(p.Program(tables.save), "-t", table)) {
+				line = strings.TrimSpace(line)
+				switch line[0] {
+				case ':':
+					chain, _, _ := strings.Cut(line, " [") // counters
+					chains = append(chains, chain)
+				case '-':
+					rules = append(rules, line)
+				}
+			}
+			slices.Sort(chains)
+			lines = append(append(append(lines, tables.save+" table "+table), chains...), rules...)
+		}
+	}
+	tables := strings.Split(p.NFT("list tables"), "\n")
+	slices.Sort(tables)
+	for _, name := range tables {
+		if strings.Contains(name, " egress-router") {
+			// The order of chains is that in which they were made.
+			blocks := strings.Split(strings.TrimSuffix(strings.TrimSpace(p.NFT("list "+name)), "}"), "\n\n")
+			slices.Sort(blocks[1:])
+			lines = append(lines, strings.Join(blocks, "\n"))
+		}
+	}
+	return strings.Join(lines, "\n") + "\n"
+}
+
+// WantState checks that the state is as it was.
+func (p *Pod) WantState(want string) {
+	p.Helper()
+	if got := p.State(); got != want {
+		p.Errorf("the namespace is not as it was.\n--- was\n%s--- is\n%s", want, got)
+	}
+}
+
+// WantUnchanged checks that a run had nothing to change.
+func (p *Pod) WantUnchanged(r Result) {
+	p.Helper()
+	for _, word := range []string{"network changed", "rules loaded"} {
+		if strings.Contains(r.Stderr, word) {
+			p.Errorf("a run with nothing to do says %q:\n%s", word, r.Stderr)
+		}
+	}
+}
+
+// Handle returns a netlink handle in a namespace, until the test ends.
+func (p *Pod) Handle(ns *netns.Namespace) *netlink.Handle {
+	p.Helper()
+	h, err := p.Lab.Netlink(ns)
+	if err != nil {
+		p.Fatal(err)
+	}
+	p.Cleanup(h.Close)
+	return h
+}
+
+// Link returns a link of a namespace.
+func (p *Pod) Link(h *netlink.Handle, name string) netlink.Link {
+	p.Helper()
+	l, err := h.LinkByName(name)
+	if err != nil {
+		p.Fatal(err)
+	}
+	return l
+}
+
+// Programs puts a shell script in front of each iptables program; in it,
+// "$real" "$@" runs the program itself. Calls for the version pass by: who asks
+// does so twice at a time.
+func (p *Pod) Programs(script string) (path string) {
+	p.Helper()
+	programs, _, _ := strings.Cut(p.Path, ":")
+	dir := p.TempDir()
+	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore"} {
+		text := fmt.Sprintf("#!/bin/sh\nreal=%s\ncase $* in *--version*) exec $real \"$@\"; esac\n%s", filepath.Join(programs, name), script)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil { //nolint:gosec // it has to run
+			p.Fatal(err)
+		}
+	}
+	return dir + ":" + p.Path
+}
+
+// Use gives the pod another backend.
+func (p *Pod) Use(b Backend) {
+	p.Helper()
+	_, path, _ := strings.Cut(p.Path, ":")
+	p.Backend, p.Path = b, iptablesPath(p.T, b.Programs)+":"+path
+}

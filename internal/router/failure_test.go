@@ -1,0 +1,180 @@
+package router_test
+
+import (
+	"fmt"
+	"maps"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+)
+
+// Whatever goes wrong in its surroundings: exit code 1, a reason, what to do,
+// and the namespace as it was.
+func TestRefusals(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		options lab.Options
+		env     map[string]string
+		command string
+		last    string // part of the last line
+		hint    string // part of what stands before
+	}{
+		{
+			name: "no macvlan0", options: lab.Options{MacvlanName: "net1"},
+			last: `interface "macvlan0" not found; there are: eth0, net1`,
+			hint: "NAME@macvlan0",
+		},
+		{
+			name: "no eth0", options: lab.Options{ClusterName: "net0"},
+			last: `interface "eth0" not found; there are: macvlan0, net0`,
+			hint: "EGRESS_CLUSTER_INTERFACE",
+		},
+		{
+			name: "the source is the pod's", env: map[string]string{"EGRESS_SOURCE": "10.128.0.98/24"},
+			last: "EGRESS_SOURCE is 10.128.0.98, which is the pod's address on the cluster network",
+		},
+		{
+			name: "the gateway is the pod's", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.98"},
+			last: "EGRESS_GATEWAY is 10.128.0.98, which is an address of the pod itself",
+		},
+		{
+			name: "no iptables", command: "without-iptables", env: map[string]string{"EGRESS_ROUTER_BACKEND": "iptables"},
+			last: "looking for iptables",
+			hint: `install the package "iptables"`,
+		},
+		{
+			name: "no privilege", command: "without-privilege",
+			last: "operation not permitted",
+			hint: "securityContext.privileged: true",
+		},
+		{
+			name: "forwarding off and read-only", command: "with-read-only-proc",
+			last: "turning on net.ipv4.ip_forward: it is 0 and cannot be written: open /proc/sys/net/ipv4/ip_forward: read-only file system",
+			hint: "net.ipv4.ip_forward=1",
+		},
+		{
+			name: "a bad last line", env: map[string]string{"EGRESS_DESTINATION": "80 tcp 203.0.113.25\n81 tcp 203.0.113.25\n82 tpc 203.0.113.25\n"},
+			last: "EGRESS_DESTINATION value '82 tpc 203.0.113.25' is invalid",
+			hint: "EGRESS_DESTINATION line 3",
+		},
+		{
+			name: "the gateway is the source", env: map[string]string{"EGRESS_GATEWAY": "192.168.12.99"},
+			last: "EGRESS_GATEWAY unspecified or invalid",
+			hint: "the same as EGRESS_SOURCE",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			p := labtest.New(t, test.options, labtest.IptablesNFT)
+			before := p.State()
+			maps.Copy(p.Env, test.env)
+			p.WantRefusal(test.command, test.last, test.hint)
+			p.WantState(before)
+		})
+	}
+}
+
+// With /proc/sys read-only, but forwarding on already, the router works.
+func TestReadOnlyProcSys(t *testing.T) {
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+		t.Fatal(err)
+	}
+	if r := p.Exec("with-read-only-proc"); r.Code != 0 {
+		t.Fatalf("exit code %d:\n%s", r.Code, r.Stderr)
+	}
+	p.WantExample()
+}
+
+// A run that fails and cannot put back what it changed says so, also when it
+// was told to stop.
+func TestNotPutBack(t *testing.T) {
+	for _, mode := range []string{"init", "legacy"} {
+		t.Run(mode, func(t *testing.T) {
+			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+			if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+				t.Fatal(err)
+			}
+			p.Env["EGRESS_ROUTER_MODE"] = mode
+			once, real := filepath.Join(p.TempDir(), "once"), p.Path
+			// The first restore succeeds and has the router stopped, the others fail.
+			p.Path = p.Programs("case $0 in */iptables-restore)\n" +
+				"if [ -e " + once + " ]; then echo 'injected failure' >&2; exit 4; fi\n" +
+				"touch " + once + "; \"$real\" \"$@\"; kill -TERM $PPID; sleep 0.2; exit 0;; esac\nexec $real \"$@\"\n")
+			r := p.Exec()
+			p.Path = real
+			if r.Code != 1 || !strings.Contains(r.Last(), "putting back what was there: ") || !strings.Contains(r.Stderr, "hint: the pod is configured in part") {
+				t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
+			}
+			p.Env["EGRESS_ROUTER_MODE"] = "init"
+			p.OK()
+			p.WantExample()
+		})
+	}
+}
+
+// In legacy mode the program stays, repeats nothing, and ends at once with 0
+// when it is told to: also as the first process of a container.
+func TestLegacyStaysAndEnds(t *testing.T) {
+	for _, mode := range []string{"legacy", ""} {
+		for _, pid1 := range []bool{false, true} {
+			for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+				t.Run(fmt.Sprintf("mode %q, %v, pid 1 %v", mode, signal, pid1), func(t *testing.T) {
+					p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+					p.Env["EGRESS_ROUTER_MODE"] = mode
+					cmd := p.Command("egress-router")
+					cmd.SysProcAttr = &syscall.SysProcAttr{}
+					if pid1 {
+						cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWPID
+					}
+					log := &ready{seen: make(chan struct{})}
+					cmd.Stderr = log
+					if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
+						t.Fatal(err)
+					}
+					ended := make(chan error, 1)
+					go func() { ended <- cmd.Wait() }()
+					select {
+					case <-log.seen:
+					case err := <-ended:
+						t.Fatalf("it did not stay: %v", err)
+					}
+					p.WantExample()
+					if err := cmd.Process.Signal(signal); err != nil {
+						t.Fatal(err)
+					}
+					begin := time.Now()
+					select {
+					case err := <-ended:
+						if err != nil {
+							t.Errorf("ended with %v, want exit code 0", err)
+						}
+					case <-time.After(5 * time.Second):
+						t.Errorf("still there %v after %v", time.Since(begin), signal)
+					}
+					p.WantExample() // what is configured stays, as with the original
+				})
+			}
+		}
+	}
+}
+
+// ready watches a log for the line that says that the router is.
+type ready struct {
+	text strings.Builder
+	seen chan struct{}
+	done bool
+}
+
+func (r *ready) Write(b []byte) (int, error) {
+	r.text.Write(b)
+	if !r.done && strings.Contains(r.text.String(), "msg=ready") {
+		r.done = true
+		close(r.seen)
+	}
+	return len(b), nil
+}
