@@ -192,7 +192,7 @@ func testHTTPProxy(p *labtest.Pod) {
 		wantTunnel(p, p.Lab.Client, "www.example.com:80", "203.0.113.25:80")
 		wantProxyError(p, "gone.example.com", 502, "looking up gone.example.com: no such name")
 		n.setSilent(true)
-		wantProxyError(p, "late.example.com", 504, "looking up late.example.com: the name servers do not answer")
+		wantProxyError(p, "late.example.com", 504, "looking up late.example.com: no answer from the name servers")
 	})
 	n.wantAskedBy(t, lab.RouterAddr)
 	wantNoUseFromOutside(p, 8080)

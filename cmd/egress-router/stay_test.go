@@ -245,7 +245,7 @@ func TestReload(t *testing.T) {
 		// What is not right is said, and changes neither the rules nor readiness.
 		before := p.State()
 		m.set("80 tcp 203.0.113.25\n8080 tcp nowhere\n")
-		r.AwaitLog(1, "the destination file is not right")
+		r.AwaitLog(1, "invalid destination file")
 		p.WantState(before)
 		code, out := p.Health()
 		if code != 0 || !strings.Contains(out, "EGRESS_DESTINATION value '8080 tcp nowhere' is invalid") {
@@ -257,7 +257,7 @@ func TestReload(t *testing.T) {
 		if err := r.Cmd.Process.Signal(syscall.SIGHUP); err != nil {
 			p.Fatal(err)
 		}
-		r.AwaitLog(2, "the destination file is not right")
+		r.AwaitLog(2, "invalid destination file")
 		m.set("8443 tcp 203.0.113.26 443\n")
 		r.AwaitLog(2, "destinations changed")
 		p.Until("the new line", func() bool {

@@ -51,7 +51,7 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		d.log.Warn(w)
 	}
 	if len(d.list) == 0 {
-		d.log.Warn("there is no destination: nothing is listened on")
+		d.log.Warn("no destinations, not listening")
 	}
 	d.proxy = tcpproxy.New(tcpproxy.Options{
 		Resolver: names{resolver.New(resolver.Options{})}, Idle: c.Idle,
@@ -71,7 +71,7 @@ func runDNSProxy(ctx context.Context, p Process) error {
 	d.log.Info("ready", "destinations", len(d.list), "idle", c.Idle)
 	file := reloader{file: d.env.DestinationFile, since: since, every: lookEvery, hangup: hangup, log: d.log, reload: d.reload, told: d.told}
 	file.run(ctx)
-	d.log.Info("told to stop: connections may go on for a while", "grace", c.Grace)
+	d.log.Info("stopping, draining connections", "grace", c.Grace)
 	d.proxy.Shutdown(c.Grace)
 	return nil
 }

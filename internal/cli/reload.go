@@ -61,10 +61,10 @@ func (r *reloader) run(ctx context.Context) {
 			return
 		case <-r.hangup:
 			if r.file == "" {
-				r.log.Info("told to read the destinations again (SIGHUP): there is no file to read, they are in the environment")
+				r.log.Info("SIGHUP ignored, no destination file")
 				continue
 			}
-			r.log.Info("told to read the destinations again (SIGHUP)", "file", r.file)
+			r.log.Info("SIGHUP received, reloading destinations", "file", r.file)
 			r.trouble = "" // who asks gets an answer
 		case <-changes:
 		case <-again:
@@ -87,8 +87,8 @@ func (r *reloader) complain(err error) {
 	r.trouble = trouble
 	r.told(trouble)
 	if fault, ok := errors.AsType[*config.Error](err); ok {
-		r.log.Error("the destination file is not right: what it said before still holds", "file", r.file, "error", fault.Sentence, "hint", fault.Hint)
+		r.log.Error("invalid destination file, keeping previous destinations", "file", r.file, "error", fault.Sentence, "hint", fault.Hint)
 		return
 	}
-	r.log.Error("the destination file is read, but not all of it works", "file", r.file, "error", err)
+	r.log.Error("destination file partly applied", "file", r.file, "error", err)
 }

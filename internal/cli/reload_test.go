@@ -84,7 +84,7 @@ func TestReloaderComplains(t *testing.T) {
 	stop()
 	<-done
 	log.wantCount(t, "\n", 2)
-	log.wantCount(t, `the destination file is not right: what it said before still holds" file=`+file+` error="Bad destination 'x'" hint=list:1`, 1)
+	log.wantCount(t, `invalid destination file, keeping previous destinations" file=`+file+` error="Bad destination 'x'" hint=list:1`, 1)
 	log.wantCount(t, "address in use", 1)
 }
 
@@ -154,7 +154,7 @@ func TestProxiesReload(t *testing.T) {
 			log.await(t, "cannot be read: no such file or directory", 1)
 
 			hangUp(t)
-			log.await(t, "told to read the destinations again (SIGHUP)", 1)
+			log.await(t, "SIGHUP received, reloading destinations", 1)
 			log.await(t, "cannot be read: no such file or directory", 2) // who asks gets an answer
 			if err := os.Symlink("..data/list", file); err != nil {
 				t.Fatal(err)
@@ -183,7 +183,7 @@ func TestHangUpWithoutFile(t *testing.T) {
 			go func() { code <- Run(ctx, Process{Args: []string{command}, Stdout: &log, Stderr: &log}) }()
 			log.await(t, "msg=ready", 1)
 			hangUp(t)
-			log.await(t, "there is no file to read", 1)
+			log.await(t, "no destination file", 1)
 			stop()
 			if c := <-code; c != 0 {
 				t.Errorf("exit code %d\n%s", c, &log)

@@ -36,7 +36,7 @@ func (d *dnsProxy) reporter(c config.DNSProxyConfig) reporter {
 // bad, not the whole proxy: the others work.
 func (d *dnsProxy) report(r *health.Report) {
 	if !d.listening.Load() {
-		r.Reasons = append(r.Reasons, "it does not listen yet")
+		r.Reasons = append(r.Reasons, "not listening yet")
 	}
 	r.Checks = append(r.Checks, d.board.Checks()...)
 	r.Checks = append(r.Checks, health.Check{Name: "connections", State: health.OK, Since: r.Started, Detail: fmt.Sprintf("%d open", d.proxy.Open())})
@@ -57,7 +57,7 @@ func portCheck(s tcpproxy.Status) health.Check {
 	}
 	switch {
 	case s.Err != nil:
-		count = "not listened on: " + s.Err.Error()
+		count = "not listening: " + s.Err.Error()
 	case s.Addresses == 0 && s.LookupErr != nil:
 		count = "no address: " + s.LookupErr.Error()
 	case s.Addresses == 0 && s.Looked:
@@ -65,10 +65,10 @@ func portCheck(s tcpproxy.Status) health.Check {
 	case s.Addresses == 0:
 		count = "not looked up yet"
 	case s.Aside > 0:
-		count += fmt.Sprintf(", %d without an answer", s.Aside)
+		count += fmt.Sprintf(", %d unreachable", s.Aside)
 	}
 	if s.Addresses > 0 && s.LookupErr != nil {
-		count += ", as before: " + s.LookupErr.Error()
+		count += ", lookup failed: " + s.LookupErr.Error()
 	}
 	c.Detail = s.Destination.Target() + ": " + count
 	return c

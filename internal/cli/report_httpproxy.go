@@ -13,7 +13,7 @@ import (
 func reportHTTPProxy(r *health.Report, s httpproxy.Status, file string) {
 	listener := health.Check{Name: "listener", State: health.OK, Detail: s.Listen, Since: s.ListenSince}
 	if s.Listen == "" {
-		listener.State, listener.Detail = health.Failed, "it does not listen"
+		listener.State, listener.Detail = health.Failed, "not listening"
 		r.Reasons = append(r.Reasons, listener.Detail)
 	}
 	from := "EGRESS_HTTP_PROXY_DESTINATION"
@@ -23,10 +23,10 @@ func reportHTTPProxy(r *health.Report, s httpproxy.Status, file string) {
 	list := health.Check{Name: "rules", State: health.OK, Detail: fmt.Sprintf("%d from %s", s.Rules, from), Since: s.RulesSince}
 	if s.RulesErr != nil {
 		list.State = health.Warning
-		list.Detail = fmt.Sprintf("the old ones stay: %v", s.RulesErr)
+		list.Detail = fmt.Sprintf("invalid file, keeping previous rules: %v", s.RulesErr)
 	}
 	connections := health.Check{Name: "connections", State: health.OK, Since: r.Started,
-		Detail: fmt.Sprintf("%d of %d at most, %d requests and tunnels", s.Connections, s.MaxConnections, s.Running)}
+		Detail: fmt.Sprintf("%d of at most %d, %d active requests and tunnels", s.Connections, s.MaxConnections, s.Running)}
 	if s.Connections >= s.MaxConnections {
 		connections.State, connections.Since = health.Warning, time.Time{} // not known
 	}

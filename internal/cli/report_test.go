@@ -110,15 +110,15 @@ func TestPortCheck(t *testing.T) {
 	destination := tcpproxy.Destination{Port: 8443, Host: "www.example.com", ToPort: 443}
 	failed := errors.New("no such name")
 	for want, s := range map[string]tcpproxy.Status{
-		"ok www.example.com:443: 1 address":                                 {Addresses: 1, Looked: true},
-		"ok www.example.com:443: 2 addresses":                               {Addresses: 2, Looked: true},
-		"warning www.example.com:443: 2 addresses, 1 without an answer":     {Condition: tcpproxy.Impaired, Addresses: 2, Aside: 1, Looked: true},
-		"warning www.example.com:443: 2 addresses, as before: no such name": {Condition: tcpproxy.Impaired, Addresses: 2, LookupErr: failed, Looked: true},
-		"failed www.example.com:443: not looked up yet":                     {Condition: tcpproxy.Unusable},
-		"failed www.example.com:443: no address":                            {Condition: tcpproxy.Unusable, Looked: true},
-		"failed www.example.com:443: no address: no such name":              {Condition: tcpproxy.Unusable, LookupErr: failed},
-		"failed www.example.com:443: 1 address, 1 without an answer":        {Condition: tcpproxy.Unusable, Addresses: 1, Aside: 1},
-		"failed www.example.com:443: not listened on: no such name":         {Condition: tcpproxy.Unusable, Err: failed},
+		"ok www.example.com:443: 1 address":                                     {Addresses: 1, Looked: true},
+		"ok www.example.com:443: 2 addresses":                                   {Addresses: 2, Looked: true},
+		"warning www.example.com:443: 2 addresses, 1 unreachable":               {Condition: tcpproxy.Impaired, Addresses: 2, Aside: 1, Looked: true},
+		"warning www.example.com:443: 2 addresses, lookup failed: no such name": {Condition: tcpproxy.Impaired, Addresses: 2, LookupErr: failed, Looked: true},
+		"failed www.example.com:443: not looked up yet":                         {Condition: tcpproxy.Unusable},
+		"failed www.example.com:443: no address":                                {Condition: tcpproxy.Unusable, Looked: true},
+		"failed www.example.com:443: no address: no such name":                  {Condition: tcpproxy.Unusable, LookupErr: failed},
+		"failed www.example.com:443: 1 address, 1 unreachable":                  {Condition: tcpproxy.Unusable, Addresses: 1, Aside: 1},
+		"failed www.example.com:443: not listening: no such name":               {Condition: tcpproxy.Unusable, Err: failed},
 	} {
 		s.Destination = destination
 		c := portCheck(s)
@@ -136,7 +136,7 @@ func TestReportHTTPProxy(t *testing.T) {
 	want := []health.Check{
 		{Name: "listener", Detail: "[::]:8080", Since: at},
 		{Name: "rules", Detail: "4 from EGRESS_HTTP_PROXY_DESTINATION", Since: at},
-		{Name: "connections", Detail: "3 of 10 at most, 2 requests and tunnels"},
+		{Name: "connections", Detail: "3 of at most 10, 2 active requests and tunnels"},
 	}
 	if diff := cmp.Diff(want, r.Checks); diff != "" || len(r.Reasons) > 0 {
 		t.Errorf("reasons %q, checks (- want, + got):\n%s", r.Reasons, diff)
@@ -147,9 +147,9 @@ func TestReportHTTPProxy(t *testing.T) {
 	r = health.Report{}
 	reportHTTPProxy(&r, bad, "/etc/egress/rules")
 	want = []health.Check{
-		{Name: "listener", State: health.Failed, Detail: "it does not listen"},
-		{Name: "rules", State: health.Warning, Since: at, Detail: "the old ones stay: /etc/egress/rules:3; Bad destination '1.2.3.256'"},
-		{Name: "connections", State: health.Warning, Detail: "10 of 10 at most, 0 requests and tunnels"},
+		{Name: "listener", State: health.Failed, Detail: "not listening"},
+		{Name: "rules", State: health.Warning, Since: at, Detail: "invalid file, keeping previous rules: /etc/egress/rules:3; Bad destination '1.2.3.256'"},
+		{Name: "connections", State: health.Warning, Detail: "10 of at most 10, 0 active requests and tunnels"},
 	}
 	if diff := cmp.Diff(want, r.Checks); diff != "" || len(r.Reasons) != 1 {
 		t.Errorf("reasons %q, checks (- want, + got):\n%s", r.Reasons, diff)

@@ -203,7 +203,7 @@ func (f *file) goBlind(reason error) {
 		f.look.Reset(every)
 	}
 	if f.o.Log != nil {
-		f.o.Log.Warn("the kernel does not tell of every change of a file: it is looked at instead",
+		f.o.Log.Warn("file events unavailable, polling file",
 			"file", f.name, "every", every, "error", reason)
 	}
 }

@@ -35,7 +35,7 @@ func walk(name string, watch func(path string) error) (way, error) {
 	if !filepath.IsAbs(name) {
 		dir, err := os.Getwd()
 		if err != nil {
-			return w, fmt.Errorf("finding the directory of %q: %w", name, err)
+			return w, fmt.Errorf("resolving %q: %w", name, err)
 		}
 		name = dir + "/" + name // not Join, which takes a link and .. for nothing
 	}
@@ -108,7 +108,7 @@ var remote = map[uint32]string{
 	unix.V9FS_MAGIC:       "9P",
 }
 
-var errRemote = errors.New("others may write to its file system")
+var errRemote = errors.New("remote file system without events")
 
 // unseen returns why the kernel may not know of changes of a file, nil if it does.
 func unseen(name string) error {
@@ -117,7 +117,7 @@ func unseen(name string) error {
 		return nil // not there, which is seen
 	}
 	if kind := remote[uint32(s.Type)]; kind != "" {
-		return fmt.Errorf("%w: it is %s", errRemote, kind)
+		return fmt.Errorf("%w: %s", errRemote, kind)
 	}
 	return nil
 }

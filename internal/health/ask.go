@@ -23,12 +23,12 @@ const maxReport = 32 << 20
 type NobodyError struct{}
 
 // Error says so.
-func (*NobodyError) Error() string { return "asking for health: nothing answers here" }
+func (*NobodyError) Error() string { return "querying health: no running egress-router found" }
 
 // Hint says who would.
 func (*NobodyError) Hint() string {
-	return "the modes legacy and monitor answer, and http-proxy and dns-proxy, from their start to their end:\n" +
-		"ask in the same container, or in the same network namespace"
+	return "the modes legacy and monitor and the HTTP and DNS proxies serve health while they run:\n" +
+		"run this command in the same container or network namespace"
 }
 
 // Ask asks every program of this network namespace, and returns what they say by
@@ -42,7 +42,7 @@ func (p place) askAll(ctx context.Context) ([]Report, error) {
 	var files []string
 	if number, err := p.number(); err == nil {
 		if files, err = filepath.Glob(filepath.Join(p.dir, fmt.Sprintf("*-%d.sock", number))); err != nil {
-			return nil, fmt.Errorf("looking for sockets in %q: %w", p.dir, err)
+			return nil, fmt.Errorf("listing sockets in %q: %w", p.dir, err)
 		}
 	}
 	reports, err := p.askEach(ctx, files)
@@ -113,7 +113,7 @@ type AskError struct {
 
 // Error names the socket, which holds the program's name.
 func (e *AskError) Error() string {
-	return fmt.Sprintf("asking the program at %q: %v", e.Socket, e.Err)
+	return fmt.Sprintf("querying health socket %q: %v", e.Socket, e.Err)
 }
 
 // Unwrap returns the cause.
@@ -122,7 +122,7 @@ func (e *AskError) Unwrap() error { return e.Err }
 // Hint says what to do about it.
 func (e *AskError) Hint() string {
 	if errors.Is(e.Err, os.ErrPermission) {
-		return "every user may ask: something else than the program has changed the socket or its directory"
+		return "the socket is open to every user: another program changed its mode or that of its directory"
 	}
-	return "the program hangs, or gets no time to run: its log may tell"
+	return "the program hangs or gets no CPU time: see its log"
 }

@@ -50,7 +50,7 @@ func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 func (s *State) UnmarshalText(text []byte) error {
 	i := slices.Index(states, string(text))
 	if i < 0 {
-		return fmt.Errorf("reading a state: %q is none", text)
+		return fmt.Errorf("parsing health state %q: expected ok, warning or failed", text)
 	}
 	*s = State(i)
 	return nil

@@ -48,10 +48,10 @@ func Handler(report func() Report, alive func() error, metrics http.Handler) htt
 		page, known := pages[r.URL.Path]
 		switch {
 		case !known:
-			say(w, http.StatusNotFound, "there is /healthz, /readyz and /metrics")
+			say(w, http.StatusNotFound, "not found: the paths are /healthz, /readyz and /metrics")
 		case r.Method != http.MethodGet && r.Method != http.MethodHead:
 			w.Header().Set("Allow", "GET, HEAD")
-			say(w, http.StatusMethodNotAllowed, "only GET and HEAD are answered")
+			say(w, http.StatusMethodNotAllowed, "method not allowed: use GET or HEAD")
 		default:
 			page(w, r)
 		}
@@ -110,7 +110,7 @@ func Listen(ctx context.Context, at netip.AddrPort, handler http.Handler, log *s
 		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 		few := &fewListener{Listener: l, slots: make(chan struct{}, connectionsAtOnce), closed: make(chan struct{})}
 		if err := server.Serve(few); !errors.Is(err, http.ErrServerClosed) {
-			log.Error("serving health ended", "listen", address, "error", err)
+			log.Error("health server failed", "listen", address, "error", err)
 		}
 	}()
 	return func() { <-done }, nil
@@ -128,7 +128,7 @@ func (e *ListenError) Error() string {
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		err = op.Err // the address is said
 	}
-	return fmt.Sprintf("listening for health at %s: %v", e.Address, err)
+	return fmt.Sprintf("listening on health address %s: %v", e.Address, err)
 }
 
 // Unwrap returns the cause.
@@ -138,11 +138,11 @@ func (e *ListenError) Unwrap() error { return e.Err }
 func (e *ListenError) Hint() string {
 	switch {
 	case errors.Is(e.Err, syscall.EADDRINUSE):
-		return "another container of the pod has the port, or this one for its clients: choose another in EGRESS_HEALTH_LISTEN"
+		return "another container of the pod, or this program for its clients, listens on this port: set another port in EGRESS_HEALTH_LISTEN"
 	case errors.Is(e.Err, syscall.EADDRNOTAVAIL):
-		return "the pod does not have that address: EGRESS_HEALTH_LISTEN may name the port alone, as in :9465"
+		return "the pod does not have this address: set EGRESS_HEALTH_LISTEN to the port alone, such as :9465"
 	case errors.Is(e.Err, os.ErrPermission):
-		return "ports below 1024 take the capability NET_BIND_SERVICE: choose another in EGRESS_HEALTH_LISTEN"
+		return "ports below 1024 need the capability NET_BIND_SERVICE: set another port in EGRESS_HEALTH_LISTEN"
 	}
 	return ""
 }

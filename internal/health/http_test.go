@@ -38,12 +38,12 @@ func TestHandler(t *testing.T) {
 		{"not ready without a reason", "GET /readyz", Report{}, nil, nil, 503, "not ready\n"},
 		{"metrics", "GET /metrics", ready, nil, metrics, 200, "up 1\n"},
 		{"head", "HEAD /metrics", ready, nil, metrics, 200, "up 1\n"}, // the server leaves the body out
-		{"no metrics", "GET /metrics", ready, nil, nil, 404, "there is /healthz, /readyz and /metrics\n"},
+		{"no metrics", "GET /metrics", ready, nil, nil, 404, "not found: the paths are /healthz, /readyz and /metrics\n"},
 		{"query", "GET /readyz?verbose", ready, nil, nil, 200, "ok\n"},
-		{"root", "GET /", ready, nil, nil, 404, "there is /healthz, /readyz and /metrics\n"},
-		{"below", "GET /healthz/", ready, nil, nil, 404, "there is /healthz, /readyz and /metrics\n"},
-		{"post", "POST /readyz", ready, nil, nil, 405, "only GET and HEAD are answered\n"},
-		{"delete", "DELETE /metrics", ready, nil, metrics, 405, "only GET and HEAD are answered\n"},
+		{"root", "GET /", ready, nil, nil, 404, "not found: the paths are /healthz, /readyz and /metrics\n"},
+		{"below", "GET /healthz/", ready, nil, nil, 404, "not found: the paths are /healthz, /readyz and /metrics\n"},
+		{"post", "POST /readyz", ready, nil, nil, 405, "method not allowed: use GET or HEAD\n"},
+		{"delete", "DELETE /metrics", ready, nil, metrics, 405, "method not allowed: use GET or HEAD\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			method, path, _ := strings.Cut(test.request, " ")
@@ -128,8 +128,8 @@ func TestListenErrors(t *testing.T) {
 		text string
 		hint string
 	}{
-		netip.AddrPortFrom(netip.Addr{}, taken):   {syscall.EADDRINUSE, fmt.Sprintf("listening for health at :%d: bind: address already in use", taken), "another container of the pod has the port"},
-		netip.MustParseAddrPort("192.0.2.1:9465"): {syscall.EADDRNOTAVAIL, "listening for health at 192.0.2.1:9465: bind: cannot assign requested address", "the pod does not have that address"},
+		netip.AddrPortFrom(netip.Addr{}, taken):   {syscall.EADDRINUSE, fmt.Sprintf("listening on health address :%d: bind: address already in use", taken), "another container of the pod, or this program"},
+		netip.MustParseAddrPort("192.0.2.1:9465"): {syscall.EADDRNOTAVAIL, "listening on health address 192.0.2.1:9465: bind: cannot assign requested address", "the pod does not have this address"},
 	} {
 		_, err := Listen(t.Context(), at, nil, new(book).logger())
 		failed, ok := errors.AsType[*ListenError](err)

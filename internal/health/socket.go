@@ -41,11 +41,11 @@ var here = place{"/run/egress-router", "/proc/self/ns/net", "@egress-router-heal
 func (p place) number() (uint64, error) {
 	info, err := os.Stat(p.netns)
 	if err != nil {
-		return 0, fmt.Errorf("finding the network namespace: %w", err)
+		return 0, fmt.Errorf("reading the network namespace ID: %w", err)
 	}
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	if !ok {
-		return 0, fmt.Errorf("finding the network namespace: %q has no inode number", p.netns)
+		return 0, fmt.Errorf("reading the network namespace ID: %q has no inode number", p.netns)
 	}
 	return stat.Ino, nil
 }
@@ -70,10 +70,10 @@ func Serve(ctx context.Context, program string, report func() Report, log *slog.
 func (p place) serve(ctx context.Context, program string, report func() Report, log *slog.Logger) (wait func()) {
 	l, remove, err := p.listenFile(program)
 	if err != nil {
-		log.Debug("no socket for health in "+p.dir+": an abstract one takes its place", "error", err)
+		log.Debug("using abstract health socket", "directory", p.dir, "error", err)
 		remove = func() {}
 		if l, err = listenUnix(p.abstract + program); err != nil {
-			log.Warn("egress-router health cannot ask this program", "error", err)
+			log.Warn("health socket unavailable", "error", err)
 			return func() {}
 		}
 	}

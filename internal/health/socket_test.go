@@ -220,7 +220,7 @@ func TestNoProc(t *testing.T) {
 	p := newPlace(t)
 	p.netns = "/nowhere"
 	log, _ := serve(t, p, report(Router))
-	if !strings.Contains(log.String(), "finding the network namespace") {
+	if !strings.Contains(log.String(), "reading the network namespace ID") {
 		t.Errorf("log: %s", log)
 	}
 	wantReports(t, p, report(Router))

@@ -136,7 +136,7 @@ func newDialError(t target, attempts []attempt) *dialError {
 		e.reasons = append(e.reasons, fmt.Sprintf("%s: %s", a.addr, reason))
 	}
 	if len(attempts) == 0 {
-		e.reasons = append(e.reasons, "no time was left")
+		e.reasons = append(e.reasons, "timed out before connecting")
 		e.timeout = true
 	}
 	return e

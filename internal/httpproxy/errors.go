@@ -12,7 +12,7 @@ import (
 
 // What ends a request from the inside.
 var (
-	errIdle     = errors.New("nothing moved for too long")
+	errIdle     = errors.New("idle timeout")
 	errStopping = errors.New("the proxy is stopping")
 )
 
@@ -49,12 +49,12 @@ func denied(r *route, a netip.Addr) *refusal {
 	case v.Rule.Number > 0:
 		what += fmt.Sprintf(" is denied by rule %d: %s", v.Rule.Number, v.Rule)
 	case v.Local:
-		what += " is an address of the proxy's own side: only a rule that names it allows that"
+		what += " is a local address of the proxy: only a rule for this address allows it"
 	default:
 		what = "no rule allows " + what
 	}
 	if r.aside.IsValid() {
-		what += fmt.Sprintf("; its address %s is allowed, but IPv6 is used only for a name without any IPv4 address", r.aside)
+		what += fmt.Sprintf("; its address %s is allowed, but IPv6 is used only if the name has no IPv4 address", r.aside)
 	}
 	return &refusal{http.StatusForbidden, what}
 }
@@ -66,7 +66,7 @@ func unresolved(t target, err error) *refusal {
 		reason = dns.Err
 	}
 	if isTimeout(err) {
-		status, reason = http.StatusGatewayTimeout, "the name servers do not answer"
+		status, reason = http.StatusGatewayTimeout, "no answer from the name servers"
 	}
 	return &refusal{status, fmt.Sprintf("looking up %s: %s", t.host, reason)}
 }

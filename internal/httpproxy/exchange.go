@@ -112,14 +112,14 @@ func (x *exchange) refuse(r *refusal) {
 	ctx := x.request.Context()
 	switch {
 	case errors.Is(context.Cause(ctx), errIdle):
-		r = &refusal{http.StatusGatewayTimeout, x.route.target.String() + ": nothing moved for " + x.proxy.config.IdleTimeout.String()}
+		r = &refusal{http.StatusGatewayTimeout, x.route.target.String() + ": idle timeout, no data for " + x.proxy.config.IdleTimeout.String()}
 		x.Header().Set("Connection", "close")
 	case errors.Is(context.Cause(ctx), errStopping):
 		r = &refusal{http.StatusServiceUnavailable, errStopping.Error()}
 		x.Header().Set("Connection", "close")
 	case ctx.Err() != nil:
 		// Whoever closed only its half still hears that.
-		r = &refusal{http.StatusBadGateway, "the client closed the connection before the answer came"}
+		r = &refusal{http.StatusBadGateway, "the client closed the connection before the response"}
 		x.Header().Set("Connection", "close")
 		defer func() { x.status = statusClientGone }()
 	}

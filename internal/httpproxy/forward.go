@@ -48,9 +48,9 @@ func countForwards(r *http.Request) (last bool, answer *refusal) {
 		r.Header.Set("Max-Forwards", strconv.FormatUint(n-1, 10))
 		return false, nil
 	case r.Method == http.MethodTrace:
-		return true, &refusal{http.StatusMethodNotAllowed, "TRACE is not answered here: Max-Forwards is 0"}
+		return true, &refusal{http.StatusMethodNotAllowed, "TRACE is not supported: Max-Forwards is 0"}
 	}
-	return true, &refusal{http.StatusOK, "this is the proxy: Max-Forwards is 0"}
+	return true, &refusal{http.StatusOK, "response of the proxy: Max-Forwards is 0"}
 }
 
 // rewrite makes the request to the server out of the client's. ReverseProxy has
@@ -137,7 +137,7 @@ func (p *Proxy) dialTLS(ctx context.Context, _, _ string) (net.Conn, error) {
 	defer cancel()
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = tcp.Close()
-		return nil, fmt.Errorf("TLS: %w", err)
+		return nil, fmt.Errorf("TLS handshake: %w", err)
 	}
 	return &serverConn{duplex: conn}, nil
 }
@@ -166,7 +166,7 @@ func (x *exchange) explain(err error) *refusal {
 	case isTimeout(err):
 		return &refusal{http.StatusGatewayTimeout, fmt.Sprintf("%s: %v", x.route.target, err)}
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
-		return &refusal{http.StatusBadGateway, fmt.Sprintf("%s: the server closed the connection without an answer", x.route.target)}
+		return &refusal{http.StatusBadGateway, fmt.Sprintf("%s: the server closed the connection without a response", x.route.target)}
 	}
 	return &refusal{http.StatusBadGateway, fmt.Sprintf("%s: %s", x.route.target, plain(err))}
 }

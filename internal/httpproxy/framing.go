@@ -16,7 +16,7 @@ var (
 	errTwoFramings  = errors.New("both Content-Length and Transfer-Encoding (RFC 9112 section 6.1)")
 	errTwoLengths   = errors.New("more than one Content-Length (RFC 9112 section 6.3)")
 	errOldChunked   = errors.New("Transfer-Encoding in HTTP/1.0 (RFC 9112 section 6.1)")
-	errFoldedHeader = errors.New("a header over several lines (RFC 9112 section 5.2)")
+	errFoldedHeader = errors.New("header folded over several lines (RFC 9112 section 5.2)")
 )
 
 // A framing follows the requests of one connection, byte by byte, to find those

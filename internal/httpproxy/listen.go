@@ -55,9 +55,9 @@ func (e *listenError) Unwrap() error { return e.err }
 func (e *listenError) Hint() string {
 	switch {
 	case errors.Is(e.err, os.ErrPermission):
-		return "ports below 1024 take the capability NET_BIND_SERVICE: choose another in EGRESS_HTTP_PROXY_LISTEN"
+		return "ports below 1024 need the capability NET_BIND_SERVICE: set another port in EGRESS_HTTP_PROXY_LISTEN"
 	case errors.Is(e.err, syscall.EADDRINUSE):
-		return "another container of the pod listens there: choose another port in EGRESS_HTTP_PROXY_LISTEN"
+		return "another container of the pod listens on this port: set another port in EGRESS_HTTP_PROXY_LISTEN"
 	}
 	return ""
 }

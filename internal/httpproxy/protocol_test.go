@@ -74,7 +74,7 @@ func TestProtocol(t *testing.T) {
 			get, got, "HTTP/1.1 200 OK\r\nContent-Length: 99\r\nTransfer-Encoding: chunked\r\n" + date + "\r\n2\r\nhi\r\n0\r\n\r\n",
 			"HTTP/1.1 200 OK\r\n" + date + via + "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
 		},
-		"no body": {
+		"must not have a body": {
 			get, got, "HTTP/1.1 204 No Content\r\n" + date + "\r\n", "HTTP/1.1 204 No Content\r\n" + date + via + "\r\n",
 		},
 		"HEAD": {
@@ -112,7 +112,7 @@ func TestProtocol(t *testing.T) {
 			head("TRACE http://S/", "Max-Forwards: 3\r\n"), head("TRACE /", "Max-Forwards: 2\r\n"+via), answer, heard,
 		},
 		"an answer of this proxy": {
-			head("OPTIONS http://S/", "Max-Forwards: 0\r\n"), "", "", "HTTP/1.1 200 OK\r\nContent-Length: 52\r\nContent-Type: text/plain; charset=utf-8\r\n",
+			head("OPTIONS http://S/", "Max-Forwards: 0\r\n"), "", "", "HTTP/1.1 200 OK\r\nContent-Length: 56\r\nContent-Type: text/plain; charset=utf-8\r\n",
 		},
 		"a tunnel": {
 			"CONNECT S HTTP/1.1\r\nHost: S\r\n\r\n", "", answer, "HTTP/1.1 200 Connection established\r\n\r\n" + answer,
@@ -193,16 +193,16 @@ func TestRefusedRequests(t *testing.T) {
 		"a blank before the colon":   {post + "Content-Length : 5\r\n\r\nhello", "400", ""},
 		"two hosts":                  {post + "Host: other\r\n\r\n", "400", ""},
 		"a header without end":       {post + strings.Repeat("X: "+strings.Repeat("y", 1000)+"\r\n", 80) + "\r\n", "431", ""},
-		"a path alone":               {"GET / HTTP/1.1\r\nHost: " + server + "\r\n\r\n", "400", "this is a proxy"},
-		"the server itself":          {"OPTIONS * HTTP/1.1\r\nHost: " + server + "\r\n\r\n", "400", "this is a proxy"},
-		"another scheme":             {"GET ftp://" + server + "/ HTTP/1.1\r\nHost: " + server + "\r\n\r\n", "400", "neither http nor https"},
+		"a path alone":               {"GET / HTTP/1.1\r\nHost: " + server + "\r\n\r\n", "400", "expected an absolute URL"},
+		"the server itself":          {"OPTIONS * HTTP/1.1\r\nHost: " + server + "\r\n\r\n", "400", "expected an absolute URL"},
+		"another scheme":             {"GET ftp://" + server + "/ HTTP/1.1\r\nHost: " + server + "\r\n\r\n", "400", "must be http or https"},
 		"a bad port":                 {"GET http://203.0.113.1:99999/ HTTP/1.1\r\nHost: x\r\n\r\n", "400", "port"},
-		"an address in disguise":     {"GET http://127.1/ HTTP/1.1\r\nHost: x\r\n\r\n", "400", "neither a name nor an address"},
+		"an address in disguise":     {"GET http://127.1/ HTTP/1.1\r\nHost: x\r\n\r\n", "400", "not a host name or an IP address"},
 		"CONNECT without a port":     {"CONNECT 203.0.113.1 HTTP/1.1\r\nHost: x\r\n\r\n", "400", "port"},
 		"CONNECT to a path":          {"CONNECT " + server + "/x HTTP/1.1\r\nHost: x\r\n\r\n", "400", "port"},
 		"CONNECT to a URL":           {"CONNECT http://" + server + " HTTP/1.1\r\nHost: x\r\n\r\n", "400", ""},
-		"CONNECT with a body":        {"CONNECT " + server + " HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", "400", "no body"},
-		"CONNECT with chunks":        {"CONNECT " + server + " HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400", "no body"},
+		"CONNECT with a body":        {"CONNECT " + server + " HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", "400", "must not have a body"},
+		"CONNECT with chunks":        {"CONNECT " + server + " HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400", "must not have a body"},
 		"a bad version":              {"GET http://" + server + "/ HTTP/2.0\r\nHost: x\r\n\r\n", "505", ""},
 		"nothing like it":            {"\x16\x03\x01\x02\x00\x01\r\n\r\n", "400", ""},
 	} {

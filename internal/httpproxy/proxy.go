@@ -187,7 +187,7 @@ func (p *Proxy) stop(base context.Context, server *http.Server, abandon context.
 		return
 	}
 	if n := p.running.count(); n > 0 {
-		p.log.Warn("the grace is over: what still runs is cut", "running", n)
+		p.log.Warn("shutdown timeout, closing active requests", "running", n)
 	}
 	abandon(errStopping)
 	_ = server.Close()

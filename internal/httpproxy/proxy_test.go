@@ -383,19 +383,19 @@ func TestErrors(t *testing.T) {
 		"no rule":                    {"1.2.3.4", "http://here.example/", 403, "no rule allows here.example (203.0.113.1)"},
 		"no rule for a name":         {"x.example", "http://here.example/", 403, "no rule allows here.example"},
 		"no rule for an address":     {"x.example", "http://203.0.113.1/", 403, "no rule allows 203.0.113.1"},
-		"local":                      {"*", "http://local.example/", 403, "local.example (169.254.169.254) is an address of the proxy's own side: only a rule that names it allows that"},
+		"local":                      {"*", "http://local.example/", 403, "local.example (169.254.169.254) is a local address of the proxy: only a rule for this address allows it"},
 		"a name that does not exist": {"*", "http://none.example/", 502, "looking up none.example: no such host"},
 		"and is denied":              {"!10.0.0.0/8\n1.2.3.4", "http://none.example/", 403, "no rule allows none.example"},
-		"name servers are mute":      {"*", "http://late.example/", 504, "looking up late.example: the name servers do not answer"},
+		"name servers are mute":      {"*", "http://late.example/", 504, "looking up late.example: no answer from the name servers"},
 		"connection refused":         {"*", "http://here.example:9/", 502, "connecting to here.example:9: 203.0.113.1: connection refused"},
 		"IPv4 refuses, beside IPv6":  {"*", "http://both.example:9/", 502, "connecting to both.example:9: 203.0.113.1: connection refused\n"},
 		"only IPv6 is allowed": {"!0.0.0.0/0\n*", "http://both.example/", 403, "both.example (203.0.113.1) is denied by rule 1: !0.0.0.0/0; " +
-			"its address 2001:db8::1 is allowed, but IPv6 is used only for a name without any IPv4 address\n"},
+			"its address 2001:db8::1 is allowed, but IPv6 is used only if the name has no IPv4 address\n"},
 		"no rule for either":          {"1.2.3.4", "http://both.example/", 403, "no rule allows both.example (203.0.113.1)\n"},
 		"nobody there":                {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer; 198.51.100.8: no answer"},
 		"no route":                    {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
 		"no HTTP":                     {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
-		"no answer":                   {"*", "http://" + mute + "/", 502, "the server closed the connection without an answer"},
+		"no answer":                   {"*", "http://" + mute + "/", 502, "the server closed the connection without a response"},
 		"no TLS":                      {"*", "https://" + garbage + "/", 502, "TLS"},
 		"one of two addresses denied": {"!10.0.0.0/8\n127.0.0.1", "http://mixed.example:9/", 502, "127.0.0.1: connection refused"},
 	} {
@@ -530,7 +530,7 @@ func TestIdle(t *testing.T) {
 	silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
 	t.Run("no answer", func(t *testing.T) {
 		t.Parallel()
-		if status, text := answer(t, start(t, "*", nil, quick).get(t, silent)); status != 504 || !strings.Contains(text, "nothing moved for 200ms") {
+		if status, text := answer(t, start(t, "*", nil, quick).get(t, silent)); status != 504 || !strings.Contains(text, "idle timeout, no data for 200ms") {
 			t.Errorf("%d %q", status, text)
 		}
 	})
@@ -709,7 +709,7 @@ func TestStop(t *testing.T) {
 			t.Errorf("%v after %s", err, time.Since(begin))
 		}
 		p.done <- nil
-		if !strings.Contains(p.log.String(), "the grace is over") {
+		if !strings.Contains(p.log.String(), "shutdown timeout, closing active requests") {
 			t.Errorf("the log does not say so:\n%s", p.log)
 		}
 	})

@@ -51,7 +51,7 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	defer cancel()
 	addrs, err := p.resolver.LookupAddr(lookup, t.host.Name)
 	if err == nil && len(addrs) == 0 {
-		err = &net.DNSError{Err: "it has no address", Name: t.host.Name, IsNotFound: true}
+		err = &net.DNSError{Err: "no address records", Name: t.host.Name, IsNotFound: true}
 	}
 	p.counters.lookups.Add(1)
 	if err != nil {
@@ -118,7 +118,7 @@ func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
 	defer cancel()
 	names, err := p.resolver.LookupNames(ctx, a)
 	if err != nil {
-		p.log.Debug("an address has no name", "address", a, "error", err)
+		p.log.Debug("reverse lookup failed", "address", a, "error", err)
 		return nil
 	}
 	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {

@@ -73,7 +73,7 @@ const MaxHostLength = 253
 func Parse(value string) (Rules, error) {
 	if value == "" {
 		return nil, &rules.ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified",
-			Hint: `give it one rule a line, for example "*.example.com"; a line "*" allows everything`}
+			Hint: `write one rule per line, for example "*.example.com"; a line "*" allows everything`}
 	}
 	var list Rules
 	wildcard := false
@@ -179,27 +179,27 @@ func ruleHint(text string) string {
 	s := strings.TrimPrefix(text, "!")
 	switch {
 	case s == "*":
-		return `what no rule allows is denied anyway: leave "!*" out`
+		return `everything that no rule allows is denied: remove "!*"`
 	case strings.HasSuffix(s, "\r"):
-		return "the line ends with a carriage return (\\r): save the list with Unix line ends"
+		return "the line ends with a carriage return (\\r): save the list with Unix line endings"
 	case strings.Contains(s, "://"):
-		return "a rule is a host without a scheme, a port or a path"
+		return "a rule has no scheme, port or path: write the host alone"
 	case strings.Contains(s, "#"):
-		return "a comment stands on a line of its own, with # as its first character"
+		return "a comment must be on its own line and begin with #"
 	case strings.ContainsAny(s, " \t,;"):
-		return "one rule stands on a line, without blanks in it"
+		return "write one rule per line, without blanks"
 	case strings.Trim(s, "0123456789./") == "":
-		return "an IPv4 address is four numbers from 0 to 255, without leading zeros; a network has a length from 0 to 32 behind it"
+		return "expected an IPv4 address of four numbers from 0 to 255 without leading zeros, optionally followed by a prefix length from 0 to 32"
 	case strings.Contains(s, "/"):
-		return "a network is an address, a slash and a length, such as 192.168.1.0/24 or 2001:db8::/32; names have no slash"
+		return "a network is an address, a slash and a prefix length, such as 192.168.1.0/24 or 2001:db8::/32; names have no slash"
 	case strings.HasPrefix(s, "."):
-		return fmt.Sprintf("for the host and everything below it, write *%s", s)
+		return fmt.Sprintf("to match the host and everything below it, write *%s", s)
 	case strings.Contains(s, "*"):
-		return `"*" stands alone, or as *. before a name`
+		return `"*" is valid only alone or as *. before a name`
 	case strings.ContainsFunc(s, func(r rune) bool { return r > '~' }):
-		return "a name with other than ASCII letters is written as in the DNS, beginning with xn--"
+		return "write an internationalized name in its ASCII form (xn--...)"
 	case strings.Contains(s, ":"):
-		return "rules hold for every port: name the host alone"
+		return "a rule matches every port: write the host alone"
 	}
-	return `a rule is IP, IP/LENGTH, NAME, *.NAME or *, each but the last also with a ! in front`
+	return `expected IP, IP/LENGTH, NAME, *.NAME or *; all but the last may begin with !`
 }

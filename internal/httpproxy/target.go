@@ -34,11 +34,11 @@ func targetOf(r *http.Request) (target, error) {
 		return t, nil
 	}
 	if r.URL.Host == "" {
-		return target{}, fmt.Errorf("%q: this is a proxy: it wants the whole URL, such as http://example.com/", r.RequestURI)
+		return target{}, fmt.Errorf("%q: expected an absolute URL, such as http://example.com/", r.RequestURI)
 	}
 	port, known := defaultPorts[r.URL.Scheme]
 	if !known {
-		return target{}, fmt.Errorf("%q: the scheme is neither http nor https", r.RequestURI)
+		return target{}, fmt.Errorf("%q: the scheme must be http or https", r.RequestURI)
 	}
 	t, err := parseAuthority(r.URL.Host, port)
 	if err != nil {
@@ -57,14 +57,14 @@ func parseAuthority(s string, defaultPort uint16) (target, error) {
 	if port != "" || defaultPort == 0 {
 		n, err := strconv.ParseUint(port, 10, 16)
 		if err != nil || n == 0 {
-			return target{}, fmt.Errorf("the port is no number from 1 to 65535")
+			return target{}, fmt.Errorf("the port must be a number from 1 to 65535")
 		}
 		t.port = uint16(n)
 	}
 	var ok bool
 	t.host, ok = parseHost(host)
 	if !ok {
-		return target{}, fmt.Errorf("%q is neither a name nor an address", host)
+		return target{}, fmt.Errorf("%q is not a host name or an IP address", host)
 	}
 	return t, nil
 }

@@ -11,7 +11,7 @@ import (
 // connect makes a tunnel (RFC 9110 section 9.3.6).
 func (p *Proxy) connect(x *exchange) {
 	if x.request.ContentLength != 0 || len(x.request.TransferEncoding) > 0 {
-		x.refuse(&refusal{http.StatusBadRequest, "CONNECT has no body: what comes behind it is for the tunnel"})
+		x.refuse(&refusal{http.StatusBadRequest, "CONNECT must not have a body"})
 		return
 	}
 	ctx := x.request.Context()

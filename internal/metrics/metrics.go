@@ -72,13 +72,13 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 	c.collect(func(name string, value float64, labels ...string) {
 		m, known := c.metrics[name]
 		if !known {
-			err := fmt.Errorf("collecting %q: it is not in the table", name)
+			err := fmt.Errorf("collecting metric %q: not in the table", name)
 			metrics <- prometheus.NewInvalidMetric(prometheus.NewInvalidDesc(err), err)
 			return
 		}
 		metric, err := prometheus.NewConstMetric(m.desc, m.is, value, labels...)
 		if err != nil {
-			metric = prometheus.NewInvalidMetric(m.desc, fmt.Errorf("collecting %q: %w", name, err))
+			metric = prometheus.NewInvalidMetric(m.desc, fmt.Errorf("collecting metric %q: %w", name, err))
 		}
 		metrics <- metric
 	})
@@ -104,7 +104,7 @@ func Handler(table []Metric, collect func(Emit), log *slog.Logger) (http.Handler
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		text, err := write(registry)
 		if err != nil {
-			log.Error("collecting metrics failed: some are left out", "error", err)
+			log.Error("metrics collection incomplete", "error", err)
 		}
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		w.Header().Set("X-Content-Type-Options", "nosniff")

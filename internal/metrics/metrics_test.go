@@ -64,11 +64,11 @@ func TestCollectErrors(t *testing.T) {
 		emit func(Emit)
 		want string
 	}{
-		"unknown":      {func(e Emit) { e("down", 1) }, `collecting "down": it is not in the table`},
-		"few labels":   {func(e Emit) { e("seen_total", 1) }, `collecting "seen_total": `},
-		"many labels":  {func(e Emit) { e("seen_total", 1, "a", "b") }, `collecting "seen_total": `},
+		"unknown":      {func(e Emit) { e("down", 1) }, `collecting metric "down": not in the table`},
+		"few labels":   {func(e Emit) { e("seen_total", 1) }, `collecting metric "seen_total": `},
+		"many labels":  {func(e Emit) { e("seen_total", 1, "a", "b") }, `collecting metric "seen_total": `},
 		"same twice":   {func(e Emit) { e("seen_total", 1, "a"); e("seen_total", 2, "a") }, "was collected before"},
-		"label's text": {func(e Emit) { e("seen_total", 1, "\xff") }, `collecting "seen_total": `},
+		"label's text": {func(e Emit) { e("seen_total", 1, "\xff") }, `collecting metric "seen_total": `},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var log bytes.Buffer

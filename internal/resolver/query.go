@@ -61,7 +61,7 @@ func (r *Resolver) chase(ctx context.Context, c *conf, name string, qtype uint16
 }
 
 func tooMany(name string) result {
-	return result{err: ErrNoAnswer, cause: fmt.Errorf("more than %d aliases, from %q on", maxChain, name), ttl: FailureTTL, answered: true}
+	return result{err: ErrNoAnswer, cause: fmt.Errorf("CNAME chain at %q longer than %d", name, maxChain), ttl: FailureTTL, answered: true}
 }
 
 // walk follows the aliases of name that are in an answer. It returns the name at
@@ -178,13 +178,13 @@ func exchange(ctx context.Context, c *conf, server, name string, qtype uint16) (
 	}
 	switch {
 	case m.Truncated:
-		return nil, &refusal{server, "an answer by TCP that is cut off"}
+		return nil, &refusal{server, "truncated answer over TCP"}
 	case m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError:
-		return nil, &refusal{server, cmp.Or(dns.RcodeToString[m.Rcode], fmt.Sprintf("code %d", m.Rcode))}
+		return nil, &refusal{server, cmp.Or(dns.RcodeToString[m.Rcode], fmt.Sprintf("RCODE %d", m.Rcode))}
 	case m.Rcode == dns.RcodeSuccess && len(m.Answer) == 0 && !hasSOA(m) && !m.Authoritative && !m.RecursionAvailable:
 		// It knows nothing and names others to ask, which is not for us
 		// (RFC 8499, lame delegation).
-		return nil, &refusal{server, "a referral to other servers"}
+		return nil, &refusal{server, "referral to other servers"}
 	}
 	return m, nil
 }
@@ -197,17 +197,17 @@ func send(ctx context.Context, c *conf, network, server string, q *dns.Msg) (*dn
 	client := &dns.Client{Net: network, Timeout: c.timeout, UDPSize: ednsSize}
 	conn, err := client.DialContext(ctx, server)
 	if err != nil {
-		return nil, fmt.Errorf("asking name server %s: %w", server, err)
+		return nil, fmt.Errorf("querying name server %s: %w", server, err)
 	}
 	defer conn.Close()
 	// The client looks at the context before it waits, not while it does.
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	m, _, err := client.ExchangeWithConnContext(ctx, q, conn)
 	if err != nil {
-		return nil, fmt.Errorf("asking name server %s: %w", server, err)
+		return nil, fmt.Errorf("querying name server %s: %w", server, err)
 	}
 	if len(m.Question) != 1 || !strings.EqualFold(m.Question[0].Name, q.Question[0].Name) || m.Question[0].Qtype != q.Question[0].Qtype {
-		return nil, &refusal{server, "an answer to another question"}
+		return nil, &refusal{server, "answer does not match the question"}
 	}
 	return m, nil
 }

@@ -53,7 +53,7 @@ var (
 	// ErrNoName says that there is no such name, or that an address has none.
 	ErrNoName = errors.New("no such name")
 	// ErrNoAddress says that the name is there, and has no address.
-	ErrNoAddress = errors.New("it has no address")
+	ErrNoAddress = errors.New("no address records")
 	// ErrNoAnswer says that no name server gave an answer to rely on.
 	ErrNoAnswer = errors.New("no answer from the name servers")
 )

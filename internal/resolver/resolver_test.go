@@ -437,9 +437,9 @@ func TestDNSError(t *testing.T) {
 	r, _ := newResolver(t, "options timeout:1 attempts:1\n", s)
 	for host, want := range map[string]net.DNSError{
 		"gone.example":    {Err: "no such name", IsNotFound: true},
-		"text.example":    {Err: "it has no address", IsNotFound: true},
+		"text.example":    {Err: "no address records", IsNotFound: true},
 		"failing.example": {Err: "no answer from the name servers: name server " + s.addr + ":53: SERVFAIL"},
-		"silent.example":  {Err: "no answer from the name servers: asking name server " + s.addr + ":53: ", IsTimeout: true},
+		"silent.example":  {Err: "no answer from the name servers: querying name server " + s.addr + ":53: ", IsTimeout: true},
 	} {
 		_, err := r.LookupAddr(t.Context(), host)
 		got, ok := errors.AsType[*net.DNSError](fmt.Errorf("wrapped: %w", err))

@@ -38,7 +38,7 @@ func (d Destination) String() string {
 func Parse(value string) ([]Destination, error) {
 	if value == "" {
 		return nil, &rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION",
-			Hint: `give it one line for each destination, for example "8443 www.example.com 443"`}
+			Hint: `write one line per destination, for example "8443 www.example.com 443"`}
 	}
 	var list []Destination
 	seen := map[rules.Port]int{} // port -> line

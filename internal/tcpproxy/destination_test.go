@@ -68,7 +68,7 @@ func TestParseErrors(t *testing.T) {
 		"IPv6":                 {"80 2001:db8::1", 1, bad("80 2001:db8::1"), "IPv6"},
 		"a colon":              {"80 example.com:8080", 1, bad("80 example.com:8080"), `"80 example.com 8080"`},
 		"a URL":                {"80 http://example.com/", 1, bad("80 http://example.com/"), "no scheme"},
-		"a network":            {"80 192.0.2.0/24", 1, bad("80 192.0.2.0/24"), "no length"},
+		"a network":            {"80 192.0.2.0/24", 1, bad("80 192.0.2.0/24"), "no prefix length"},
 		"a wildcard":           {"80 *.example.com", 1, bad("80 *.example.com"), "is not a domain name"},
 		"an empty label":       {"80 a..b", 1, bad("80 a..b"), "is not a domain name"},
 		"a hyphen in front":    {"80 -a.b", 1, bad("80 -a.b"), "is not a domain name"},

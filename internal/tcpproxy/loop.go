@@ -62,7 +62,7 @@ func newLoop() (*loop, error) {
 	}
 	if err != nil {
 		l.close()
-		return nil, fmt.Errorf("waiting for an epoll: %w", err)
+		return nil, fmt.Errorf("registering epoll with the runtime poller: %w", err)
 	}
 	return l, nil
 }

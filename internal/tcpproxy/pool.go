@@ -118,7 +118,7 @@ func (p *pool) learn(addrs []netip.Addr, err error) {
 		p.addrs = nil
 	default:
 		if failed == nil || notFound(failed) {
-			p.log.Warn("looking up a destination failed: its addresses stay as they are", "destination", p.destination.Target(), "addresses", p.addrs, "error", err)
+			p.log.Warn("lookup failed, keeping addresses", "destination", p.destination.Target(), "addresses", p.addrs, "error", err)
 		}
 		return
 	}
@@ -134,9 +134,9 @@ func (p *pool) learn(addrs []netip.Addr, err error) {
 	}
 	switch {
 	case err != nil && (failed == nil || !notFound(failed)):
-		p.log.Warn("a destination has no address", "destination", p.destination.Target(), "error", err)
+		p.log.Warn("destination has no address", "destination", p.destination.Target(), "error", err)
 	case err == nil && len(before) == 0:
-		p.log.Info("a destination has addresses", "destination", p.destination.Target(), "addresses", p.addrs)
+		p.log.Info("destination resolved", "destination", p.destination.Target(), "addresses", p.addrs)
 	case err == nil && !sameSet(before, addrs):
 		// Some names have others in every answer.
 		p.log.Debug("addresses changed", "destination", p.destination.Target(), "addresses", p.addrs)
@@ -278,7 +278,7 @@ func (p *pool) answers(a netip.Addr) {
 	if _, aside := p.aside[a]; aside {
 		delete(p.aside, a)
 		p.judge()
-		p.log.Info("an address answers again", "destination", p.destination.Target(), "address", a)
+		p.log.Info("address reachable again", "destination", p.destination.Target(), "address", a)
 	}
 }
 
@@ -292,7 +292,7 @@ func (p *pool) putAside(a netip.Addr, why error) {
 	}
 	p.aside[a] = struct{}{}
 	p.judge()
-	p.log.Warn("an address does not answer: it is put aside", "destination", p.destination.Target(), "address", a, "error", why)
+	p.log.Warn("address unreachable", "destination", p.destination.Target(), "address", a, "error", why)
 	go p.probeUntilBack(a)
 }
 

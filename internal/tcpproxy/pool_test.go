@@ -271,7 +271,7 @@ func TestPutAside(t *testing.T) {
 		w.breaks("192.0.2.1", nil)
 		time.Sleep(probeMost + connectTimeout)
 		wantCount(t, w.connects(t, p, 3), "[192.0.2.1:1 192.0.2.2:1 192.0.2.3:1]")
-		for _, line := range []string{"it is put aside", "answers again"} {
+		for _, line := range []string{"address unreachable", "address reachable again"} {
 			if n := strings.Count(w.text(), line); n != 2 {
 				t.Errorf("%d times %q in the log:\n%s", n, line, w.text())
 			}

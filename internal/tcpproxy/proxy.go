@@ -173,9 +173,9 @@ func (e *ListenError) Unwrap() error { return e.Err }
 func (e *ListenError) Hint() string {
 	switch {
 	case errors.Is(e.Err, syscall.EACCES):
-		return "ports below 1024 take the capability NET_BIND_SERVICE, or for the pod the sysctl net.ipv4.ip_unprivileged_port_start=0"
+		return "ports below 1024 need the capability NET_BIND_SERVICE or the pod's sysctl net.ipv4.ip_unprivileged_port_start=0"
 	case errors.Is(e.Err, syscall.EADDRINUSE):
-		return "another process in the pod listens on that port"
+		return "another process in the pod listens on this port"
 	}
 	return ""
 }

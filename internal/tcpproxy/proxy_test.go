@@ -382,11 +382,11 @@ func TestServerComesBack(t *testing.T) {
 	for range 4 {
 		connect(t, 7001).ask(t, "127.0.1.1:80")
 	}
-	if n := strings.Count(book.String(), "it is put aside"); n != 1 {
+	if n := strings.Count(book.String(), "address unreachable"); n != 1 {
 		t.Errorf("put aside %d times:\n%s", n, book)
 	}
 	serve(t, "127.0.1.9:80")
-	for end := time.Now().Add(2 * probeFirst); !strings.Contains(book.String(), "answers again"); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(2 * probeFirst); !strings.Contains(book.String(), "reachable again"); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("not found again:\n%s", book)
 		}
