@@ -164,7 +164,7 @@ func Parse(value string) (Set, error) {
 		if first := seen[r.Port]; first != 0 {
 			return Set{}, &ParseError{line,
 				fmt.Sprintf("EGRESS_DESTINATION localport %d is already used, must be unique for each destination", r.Port),
-				fmt.Sprintf("line %d uses it first; a port stands once, whatever the protocol", first)}
+				fmt.Sprintf("line %d uses it first; a local port is allowed once, whatever the protocol", first)}
 		}
 		seen[r.Port] = int32(line.Number)
 		set.Redirects = append(set.Redirects, r)

@@ -84,7 +84,7 @@ func TestParseErrors(t *testing.T) {
 		"a carriage return":          {"80 tcp 10.4.5.6\r\n", 1, invalid("80 tcp 10.4.5.6\r"), "carriage return"},
 		"a no-break space":           {"80\u00a0tcp 10.4.5.6", 1, invalid("80\u00a0tcp 10.4.5.6"), "U+00A0"},
 		"a byte order mark":          {"\ufeff80 tcp 10.4.5.6", 1, invalid("\ufeff80 tcp 10.4.5.6"), "U+FEFF"},
-		"a trailing comment":         {"80 tcp 10.4.5.6 # web", 1, invalid("80 tcp 10.4.5.6 # web"), "a comment stands on a line of its own"},
+		"a trailing comment":         {"80 tcp 10.4.5.6 # web", 1, invalid("80 tcp 10.4.5.6 # web"), "a comment needs a line of its own"},
 		"no address":                 {"80 tcp", 1, invalid("80 tcp"), `the address is missing: write "80 tcp IP"`},
 		"no protocol":                {"80 10.4.5.6", 1, invalid("80 10.4.5.6"), `"80 tcp 10.4.5.6"`},
 		"IPv6":                       {"80 tcp 2001:db8::1", 1, invalid("80 tcp 2001:db8::1"), "IPv6"},

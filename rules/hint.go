@@ -13,20 +13,20 @@ func hint(text string) string {
 	for i := 0; i < len(text); i++ {
 		switch c := text[i]; {
 		case c == '\t':
-			return "a tab stands between fields: separate them with spaces"
+			return "a tab is between fields: separate them with spaces"
 		case c == '\r':
 			return "the line ends with a carriage return (\\r): save the list with Unix line ends"
 		case c >= utf8.RuneSelf:
 			r, _ := utf8.DecodeRuneInString(text[i:])
-			return fmt.Sprintf("the line holds %U, which is not ASCII: type the line again with plain spaces and digits", r)
+			return fmt.Sprintf("the line contains %U, which is not ASCII: type the line again with plain spaces and digits", r)
 		}
 	}
 	if strings.Contains(text, "#") {
-		return "a comment stands on a line of its own, with # as its first character"
+		return "a comment needs a line of its own, with # as its first character"
 	}
 	words := strings.Fields(text)
 	if several(words) {
-		return `several destinations stand on one line: write one a line (in YAML, "|" keeps line ends and ">" does not)`
+		return `several destinations are on one line: write one a line (in YAML, "|" keeps line ends and ">" does not)`
 	}
 	if strings.ContainsAny(text, ",;") {
 		return "fields are separated by spaces, destinations by line ends"

@@ -34,10 +34,10 @@ const (
 	// Filter sees every packet with its destination translated, and is the
 	// only one that can refuse it with an answer.
 	Filter Table = "filter"
-	// Last sees every packet that leaves as it leaves, with its source
-	// translated. It is none of iptables, which has no chain behind those of
-	// NAT; nftables may have one anywhere.
-	Last Table = "last"
+	// SourceGuard sees every outgoing packet after NAT, with its final source.
+	// iptables has no such table, since none of its chains comes after NAT;
+	// nftables allows a chain at any priority.
+	SourceGuard Table = "source-guard"
 )
 
 // A Hook is a point on a packet's way through the kernel
@@ -202,8 +202,8 @@ const (
 // leave as it is. Nor does the pod answer, by the cluster side, an echo request
 // that came from the physical network with a forged source.
 //
-// The last rule is for when somebody deletes the source rule: nothing leaves
-// then, until it is back.
+// The source guard is for the time after another program deleted the SNAT rule:
+// no packet leaves with another source until the rule is back.
 //
 // The filter rules begin with what nearly every packet is. A redirected packet
 // that would leave by another interface, because the egress side or its default
@@ -251,7 +251,7 @@ func NewPlan(set Set, sides Sides) Plan {
 			{IPv4, NAT, Postrouting, []Rule{
 				{Out: sides.Egress, Target: SNAT, To: sides.Source},
 			}},
-			{IPv4, Last, Postrouting, []Rule{
+			{IPv4, SourceGuard, Postrouting, []Rule{
 				{Out: sides.Egress, NotFrom: sides.Source, Target: Drop},
 			}},
 		},

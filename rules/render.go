@@ -40,11 +40,11 @@ type TextChain struct {
 	Saved []byte
 }
 
-// IPTables returns the plan as chains of iptables, but for Last.
+// IPTables returns the plan as chains of iptables, without the source guard.
 func (p Plan) IPTables() []TextChain {
 	var chains []TextChain
 	for _, c := range p.Chains {
-		if c.Table == Last {
+		if c.Table == SourceGuard {
 			continue
 		}
 		chain := TextChain{Family: c.Family, Table: c.Table, Name: c.Name(), Hook: c.Hook}

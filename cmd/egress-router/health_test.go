@@ -104,9 +104,9 @@ func TestProxyHealth(t *testing.T) {
 				t.Fatal(err)
 			}
 			p.Until("a proxy that is not ready", func() bool { status, _ := get(p, "/readyz"); return status != 200 })
-			wantGet(p, "/readyz", 503, "it was told to stop\n")
+			wantGet(p, "/readyz", 503, "shutting down\n")
 			wantGet(p, "/healthz", 200, "ok\n")
-			if code, out := p.Health(); code != 1 || !strings.Contains(out, "\n  not ready: it was told to stop\n") {
+			if code, out := p.Health(); code != 1 || !strings.Contains(out, "\n  not ready: shutting down\n") {
 				t.Errorf("told to stop: exit code %d\n%s", code, out)
 			}
 			_ = conn.Close()

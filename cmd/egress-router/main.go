@@ -8,29 +8,29 @@
 //	EGRESS_ROUTER_MODE        (legacy) what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test
 //	EGRESS_SOURCE             (required) reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32
 //	EGRESS_GATEWAY            (required) IPv4 address of the gateway on the physical network
-//	EGRESS_DESTINATION        (required to redirect) where connections are redirected, one line each: IP, PORT PROTO IP, or PORT PROTO IP PORT
-//	EGRESS_DESTINATION_FILE   (none) file with the same lines, in place of EGRESS_DESTINATION; legacy and monitor follow its changes
+//	EGRESS_DESTINATION        (required to redirect) redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT
+//	EGRESS_DESTINATION_FILE   (none) file with the same lines, instead of EGRESS_DESTINATION; legacy and monitor reload it when it changes
 //	EGRESS_INTERFACE          (macvlan0) interface of the egress side, on the physical network
-//	EGRESS_CLUSTER_INTERFACE  (eth0) interface of the cluster side, by which clients come in
-//	EGRESS_CLUSTER_CIDRS      (none) networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces
-//	EGRESS_REPLY_MARK         (0x1000) bits of the mark of connections that came in on the cluster side, if another program uses the default
-//	EGRESS_REPLY_TABLE        (4711) number of the routing table of their replies, if another program uses the default
-//	EGRESS_ROUTER_BACKEND     (auto) how rules get into the kernel: iptables, nftables, or auto, which is iptables where it works and else nftables
-//	EGRESS_FORWARD            (redirected) what crosses from the cluster side: redirected connections, or open, all connections, for a pod that is the gateway of others
-//	EGRESS_MACVLAN_PARENT     (none) NIC of the host of which the router makes the egress interface, a macvlan; true: that of the host's IPv4 default route
+//	EGRESS_CLUSTER_INTERFACE  (eth0) interface of the cluster side, by which clients connect
+//	EGRESS_CLUSTER_CIDRS      (none) networks reached by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces
+//	EGRESS_REPLY_MARK         (0x1000) mark bits of connections from the cluster side, to change if another program uses the default
+//	EGRESS_REPLY_TABLE        (4711) number of the routing table of their replies, to change if another program uses the default
+//	EGRESS_ROUTER_BACKEND     (auto) how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables
+//	EGRESS_FORWARD            (redirected) what is forwarded from the cluster side: redirected connections only, or open, all connections, for a pod that is the gateway of others
+//	EGRESS_MACVLAN_PARENT     (none) NIC of the host on which the router creates the egress interface, a macvlan; true: the NIC of the host's IPv4 default route
 //	EGRESS_MACVLAN_MODE       (private) mode of that macvlan: private, bridge, vepa or passthru
-//	EGRESS_HOST_NETNS         (/proc/1/ns/net) file of the host's network namespace, in which that NIC is
-//	EGRESS_CONFLICT           (warn) what to do where another host has the reserved address at the start: warn, refuse to take it, or defend it
-//	EGRESS_HEALTH_INTERVAL    (10s) how often legacy and monitor compare everything and ask for the gateway, besides what events tell; 0: never
-//	EGRESS_ANNOUNCE_INTERVAL  (60s) how often they announce the reserved address again; 0: never
-//	EGRESS_HEALTH_LISTEN      (none) where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT
-//	EGRESS_PROBE              (none) tcp: try to connect to each tcp destination, from the reserved address
-//	EGRESS_PROBE_INTERVAL     (30s) how often
-//	EGRESS_PROBE_FAILS_READY  (false) true: not ready while none of them can be connected to
+//	EGRESS_HOST_NETNS         (/proc/1/ns/net) file of the host's network namespace, which contains that NIC
+//	EGRESS_CONFLICT           (warn) what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it
+//	EGRESS_HEALTH_INTERVAL    (10s) interval at which legacy and monitor reconcile everything and probe the gateway, besides on kernel events; 0: never
+//	EGRESS_ANNOUNCE_INTERVAL  (60s) interval at which they announce the reserved address again; 0: never
+//	EGRESS_HEALTH_LISTEN      (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
+//	EGRESS_PROBE              (none) tcp: probe each tcp destination, from the reserved address
+//	EGRESS_PROBE_INTERVAL     (30s) interval of these probes
+//	EGRESS_PROBE_FAILS_READY  (false) true: not ready while no destination is reachable
 //	EGRESS_AUDIT_LOG          (false) true: legacy and monitor log the start and the end of each redirected connection
-//	EGRESS_LOG_FORMAT         (text) how log lines are written: text or json
-//	EGRESS_LOG_LEVEL          (info) the least that is logged: debug, info, warn or error
-//	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and the whole rule set
+//	EGRESS_LOG_FORMAT         (text) format of log lines: text or json
+//	EGRESS_LOG_LEVEL          (info) minimum level of log lines: debug, info, warn or error
+//	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and all rules
 //
 // Without an argument it does what the mode says. The arguments plan, help and
 // version print what they are called after and change nothing; wait does
@@ -40,33 +40,33 @@
 // the pod, with variables of its own:
 //
 //	EGRESS_HTTP_PROXY_DESTINATION       (required) the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest
-//	EGRESS_HTTP_PROXY_DESTINATION_FILE  (none) file with the same lines, in place of EGRESS_HTTP_PROXY_DESTINATION; read again when it changes
-//	EGRESS_HTTP_PROXY_LISTEN            (:8080) where clients connect: :PORT, IP:PORT or [IPv6]:PORT
-//	EGRESS_HTTP_PROXY_CONNECT_TIMEOUT   (10s) how long looking a name up may take, and connecting to a server
-//	EGRESS_HTTP_PROXY_HEADER_TIMEOUT    (30s) how long a client may take to send the header of a request
-//	EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT (2m) how long a client's connection is kept for its next request
-//	EGRESS_HTTP_PROXY_IDLE_TIMEOUT      (15m) after how long without any data, either way, a request or a tunnel is ended
-//	EGRESS_HTTP_PROXY_MAX_HEADER        (65536) how large the header of a request or an answer may be, in bytes
-//	EGRESS_HTTP_PROXY_MAX_CONNECTIONS   (3/4 of the open files allowed) how many connections of clients are served at a time; more wait
-//	EGRESS_SHUTDOWN_GRACE               (20s) how long what is under way may go on when the proxy is told to stop
-//	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, of the HTTP proxy for each request and each tunnel
-//	EGRESS_HEALTH_LISTEN                (none) where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT
-//	EGRESS_LOG_FORMAT                   (text) how log lines are written: text or json
-//	EGRESS_LOG_LEVEL                    (info) the least that is logged: debug, info, warn or error
-//	EGRESS_HTTP_PROXY_MODE              (serve) unit-test prints the rules in the notation of squid, and does nothing
+//	EGRESS_HTTP_PROXY_DESTINATION_FILE  (none) file with the same lines, instead of EGRESS_HTTP_PROXY_DESTINATION; reloaded when it changes
+//	EGRESS_HTTP_PROXY_LISTEN            (:8080) listen address: :PORT, IP:PORT or [IPv6]:PORT
+//	EGRESS_HTTP_PROXY_CONNECT_TIMEOUT   (10s) timeout of a name lookup, and of a connection to a server
+//	EGRESS_HTTP_PROXY_HEADER_TIMEOUT    (30s) timeout for the header of a request
+//	EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT (2m) time that a client's connection is kept for its next request
+//	EGRESS_HTTP_PROXY_IDLE_TIMEOUT      (15m) time without data, either way, after which a request or a tunnel ends
+//	EGRESS_HTTP_PROXY_MAX_HEADER        (65536) maximum size of the header of a request or an answer, in bytes
+//	EGRESS_HTTP_PROXY_MAX_CONNECTIONS   (3/4 of the open files allowed) maximum number of client connections; more wait
+//	EGRESS_SHUTDOWN_GRACE               (20s) time that active requests and connections may take after SIGTERM
+//	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel
+//	EGRESS_HEALTH_LISTEN                (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
+//	EGRESS_LOG_FORMAT                   (text) format of log lines: text or json
+//	EGRESS_LOG_LEVEL                    (info) minimum level of log lines: debug, info, warn or error
+//	EGRESS_HTTP_PROXY_MODE              (serve) unit-test: print the rules in squid's notation, and do nothing
 //
 // dns-proxy, or no argument under the name egress-dns-proxy, is the DNS proxy:
 //
-//	EGRESS_DNS_PROXY_DESTINATION        (required) where connections go, one line each: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name
-//	EGRESS_DNS_PROXY_DESTINATION_FILE   (none) file with the same lines, in place of EGRESS_DNS_PROXY_DESTINATION; changes are followed
+//	EGRESS_DNS_PROXY_DESTINATION        (required) destinations, one a line: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name
+//	EGRESS_DNS_PROXY_DESTINATION_FILE   (none) file with the same lines, instead of EGRESS_DNS_PROXY_DESTINATION; reloaded when it changes
 //	EGRESS_DNS_PROXY_IDLE_TIMEOUT       (60s) time without data, either way, after which a connection ends; 0: never
-//	EGRESS_DNS_PROXY_SEND_PROXY         (false) true: tell servers who the client is, by the PROXY protocol, version 2
-//	EGRESS_SHUTDOWN_GRACE               (20s) how long what is under way may go on when the proxy is told to stop
-//	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, of the HTTP proxy for each request and each tunnel
-//	EGRESS_HEALTH_LISTEN                (none) where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT
-//	EGRESS_LOG_FORMAT                   (text) how log lines are written: text or json
-//	EGRESS_LOG_LEVEL                    (info) the least that is logged: debug, info, warn or error
-//	EGRESS_DNS_PROXY_MODE               (serve) unit-test: print what would be listened on and dialled, and do nothing
+//	EGRESS_DNS_PROXY_SEND_PROXY         (false) true: send the client's address to servers, by the PROXY protocol, version 2
+//	EGRESS_SHUTDOWN_GRACE               (20s) time that active requests and connections may take after SIGTERM
+//	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel
+//	EGRESS_HEALTH_LISTEN                (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
+//	EGRESS_LOG_FORMAT                   (text) format of log lines: text or json
+//	EGRESS_LOG_LEVEL                    (info) minimum level of log lines: debug, info, warn or error
+//	EGRESS_DNS_PROXY_MODE               (serve) unit-test: print the listen and dial addresses, and do nothing
 //	EGRESS_DNS_PROXY_DEBUG              (off) any value (also no, 0 and false) logs one line for each connection
 package main
 

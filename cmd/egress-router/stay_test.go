@@ -31,7 +31,7 @@ func TestRouterHealth(t *testing.T) {
 		wantGet(p, "/readyz", 200, "ok\n")
 		wantClusterOnly(p, labtest.HealthAddr.Port())
 		p.WantAnswer("tcp", 9000, "203.0.113.27:9000") // by the fallback
-		r.AwaitLog(1, "the gateway answers")
+		r.AwaitLog(1, "gateway answers ARP")
 
 		// What it counts is what goes through.
 		for range 5 {

@@ -14,7 +14,7 @@ import (
 
 // ErrGone says that the interface was deleted, or moved to another network
 // namespace. One made anew under its name is another.
-var ErrGone = errors.New("the interface is gone")
+var ErrGone = errors.New("interface is gone")
 
 // A port sends and receives on one interface. The kernel's is a conn; tests with
 // timers have another.
@@ -50,7 +50,7 @@ type conn struct {
 // may be down.
 func listen(index int, address, gateway netip.Addr) (*conn, error) {
 	if index <= 0 {
-		return nil, fmt.Errorf("listening for ARP: no interface has the index %d", index) // bind(2) takes 0 for all
+		return nil, fmt.Errorf("listen for ARP: invalid interface index %d", index) // bind(2) takes 0 for all
 	}
 	p, err := program(address, gateway)
 	if err != nil {
@@ -60,7 +60,7 @@ func listen(index int, address, gateway netip.Addr) (*conn, error) {
 	// interface: no frame gets in before the filter is there.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return nil, fmt.Errorf("opening a packet socket: %w", os.NewSyscallError("socket", err))
+		return nil, fmt.Errorf("open packet socket: %w", os.NewSyscallError("socket", err))
 	}
 	c := &conn{index: index, file: os.NewFile(uintptr(fd), "packet")} // for the runtime's poller
 	if err := attach(fd, p); err != nil {
@@ -70,11 +70,11 @@ func listen(index int, address, gateway netip.Addr) (*conn, error) {
 	const protocol = etherTypeARP&0xff<<8 | etherTypeARP>>8 // in network order
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: index}); err != nil {
 		c.close()
-		return nil, fmt.Errorf("listening for ARP: %w", os.NewSyscallError("bind", err))
+		return nil, fmt.Errorf("listen for ARP: %w", os.NewSyscallError("bind", err))
 	}
 	if c.raw, err = c.file.SyscallConn(); err != nil {
 		c.close()
-		return nil, fmt.Errorf("listening for ARP: %w", err)
+		return nil, fmt.Errorf("listen for ARP: %w", err)
 	}
 	return c, nil
 }
@@ -174,7 +174,7 @@ func (c *conn) isDown() (down bool, err error) {
 			if err := unix.IoctlIfreq(fd, call, request); errors.Is(err, unix.ENODEV) {
 				return ErrGone
 			} else if err != nil {
-				return fmt.Errorf("looking at an interface: %w", os.NewSyscallError("ioctl", err))
+				return fmt.Errorf("get interface flags: %w", os.NewSyscallError("ioctl", err))
 			}
 		}
 		down = request.Uint16()&unix.IFF_UP == 0

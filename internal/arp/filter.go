@@ -23,7 +23,7 @@ func program(address, gateway netip.Addr) ([]bpf.Instruction, error) {
 	}
 	for _, a := range []netip.Addr{address, gateway} {
 		if !a.Is4() {
-			return nil, fmt.Errorf("filtering by %q: not an IPv4 address", a)
+			return nil, fmt.Errorf("build ARP filter: %q is not an IPv4 address", a)
 		}
 	}
 	number := func(a netip.Addr) uint32 { return binary.BigEndian.Uint32(a.AsSlice()) }
@@ -55,7 +55,7 @@ func program(address, gateway netip.Addr) ([]bpf.Instruction, error) {
 func attach(fd int, p []bpf.Instruction) error {
 	raw, err := bpf.Assemble(p)
 	if err != nil {
-		return fmt.Errorf("assembling a filter: %w", err)
+		return fmt.Errorf("assemble ARP filter: %w", err)
 	}
 	filter := make([]unix.SockFilter, len(raw))
 	for i, r := range raw {
@@ -63,7 +63,7 @@ func attach(fd int, p []bpf.Instruction) error {
 	}
 	err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
 	if err != nil {
-		return fmt.Errorf("attaching a filter: %w", err)
+		return fmt.Errorf("attach ARP filter: %w", err)
 	}
 	return nil
 }

@@ -67,17 +67,17 @@ type Packet struct {
 // What follows the packet is padding.
 func Parse(frame []byte) (Packet, error) {
 	if len(frame) < packetEnd {
-		return Packet{}, fmt.Errorf("parsing a frame: %d bytes, one with an ARP packet has at least %d", len(frame), packetEnd)
+		return Packet{}, fmt.Errorf("parse frame: expected at least %[2]d bytes, found %[1]d", len(frame), packetEnd)
 	}
 	if t := binary.BigEndian.Uint16(frame[etherTypeOffset:]); t != etherTypeARP {
-		return Packet{}, fmt.Errorf("parsing a frame: EtherType %#04x, ARP's is %#04x", t, etherTypeARP)
+		return Packet{}, fmt.Errorf("parse frame: expected EtherType %#04x, found %#04x", etherTypeARP, t)
 	}
 	if fixed := frame[fixedOffset:operationOffset]; !bytes.Equal(fixed, []byte{0, hardwareEther, etherTypeIPv4 >> 8, 0, macLength, ipv4Length}) {
-		return Packet{}, fmt.Errorf("parsing an ARP packet: types and lengths %x are not those of IPv4 over Ethernet", fixed)
+		return Packet{}, fmt.Errorf("parse ARP packet: expected types and lengths of IPv4 over Ethernet, found %x", fixed)
 	}
 	operation := Operation(binary.BigEndian.Uint16(frame[operationOffset:]))
 	if operation != Request && operation != Reply {
-		return Packet{}, fmt.Errorf("parsing an ARP packet: operation %d is neither request nor reply", operation)
+		return Packet{}, fmt.Errorf("parse ARP packet: expected operation request or reply, found %d", operation)
 	}
 	return Packet{
 		Operation: operation,
@@ -115,7 +115,7 @@ func (p Packet) frame() []byte {
 // check sees that mac and addresses fit in a packet.
 func check(mac net.HardwareAddr, addresses ...netip.Addr) error {
 	if len(mac) != macLength {
-		return fmt.Errorf("hardware address %q has %d bytes, Ethernet's have %d", mac, len(mac), macLength)
+		return fmt.Errorf("hardware address %q: expected %d bytes, found %d", mac, macLength, len(mac))
 	}
 	for _, a := range addresses {
 		if !a.Is4() {
@@ -140,7 +140,7 @@ func unknown() net.HardwareAddr { return make(net.HardwareAddr, macLength) }
 // request is zero, as RFC 5227 wants it.
 func Announcement(form Operation, mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
 	if err := check(mac, address); err != nil {
-		return nil, fmt.Errorf("announcing %s: %w", address, err)
+		return nil, fmt.Errorf("announce %s: %w", address, err)
 	}
 	target := unknown()
 	if form == Reply {
@@ -154,7 +154,7 @@ func Announcement(form Operation, mac net.HardwareAddr, address netip.Addr) ([]b
 // for the holder (RFC 5227 section 1.1).
 func Probe(mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
 	if err := check(mac, address); err != nil {
-		return nil, fmt.Errorf("probing for %s: %w", address, err)
+		return nil, fmt.Errorf("probe %s: %w", address, err)
 	}
 	return Packet{Request, mac, netip.IPv4Unspecified(), unknown(), address}.frame(), nil
 }
@@ -163,7 +163,7 @@ func Probe(mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
 // asks everybody on the link for the hardware address of target (RFC 826).
 func RequestFor(target netip.Addr, mac net.HardwareAddr, sender netip.Addr) ([]byte, error) {
 	if err := check(mac, target, sender); err != nil {
-		return nil, fmt.Errorf("asking for %s: %w", target, err)
+		return nil, fmt.Errorf("request %s: %w", target, err)
 	}
 	return Packet{Request, mac, sender, unknown(), target}.frame(), nil
 }

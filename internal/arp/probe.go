@@ -40,7 +40,7 @@ func Ask(index int, mac net.HardwareAddr, address netip.Addr) (*Question, error)
 	q := &Question{c, mac, address}
 	if err := c.send(frame); err != nil {
 		q.Close()
-		return nil, fmt.Errorf("probing for %s: %w", address, err)
+		return nil, fmt.Errorf("probe %s: %w", address, err)
 	}
 	return q, nil
 }
@@ -156,5 +156,5 @@ func failure(ctx context.Context, address netip.Addr, err error) error {
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
-	return fmt.Errorf("probing for %s: %w", address, err)
+	return fmt.Errorf("probe %s: %w", address, err)
 }

@@ -21,7 +21,7 @@ func Open(index int) (*Socket, error) {
 	// Protocol 0: the socket receives nothing.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("opening a packet socket: %w", os.NewSyscallError("socket", err))
+		return nil, fmt.Errorf("open packet socket: %w", os.NewSyscallError("socket", err))
 	}
 	return &Socket{fd, index}, nil
 }
@@ -50,7 +50,7 @@ func announce(send func(frame []byte) error, mac net.HardwareAddr, address netip
 			return err
 		}
 		if err := send(frame); err != nil {
-			return fmt.Errorf("announcing %s at %s: %w", address, mac, err)
+			return fmt.Errorf("announce %s at %s: %w", address, mac, err)
 		}
 	}
 	return nil

@@ -97,11 +97,11 @@ type Watch struct {
 // calls Close.
 func NewWatch(o Options) (*Watch, error) {
 	if err := check(o.MAC, o.Address); err != nil {
-		return nil, fmt.Errorf("watching %s: %w", o.Address, err)
+		return nil, fmt.Errorf("watch %s: %w", o.Address, err)
 	}
 	c, err := listen(o.Index, o.Address, o.Gateway)
 	if err != nil {
-		return nil, fmt.Errorf("watching %s: %w", o.Address, err)
+		return nil, fmt.Errorf("watch %s: %w", o.Address, err)
 	}
 	return newWatch(o, c), nil
 }
@@ -131,7 +131,7 @@ func (w *Watch) Run(ctx context.Context) error {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("watching %s: %w", w.options.Address, err)
+			return fmt.Errorf("watch %s: %w", w.options.Address, err)
 		}
 		w.see(p)
 	}
@@ -181,7 +181,7 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 		// Neighbours have just learned the other's hardware address. The two forms
 		// count as one announcement.
 		if err := w.Announce(); err != nil {
-			w.options.Log.Warn("address not defended", "address", w.options.Address, "mac", mac.String(), "error", err)
+			w.options.Log.Warn("address defence failed", "address", w.options.Address, "mac", mac.String(), "error", err)
 		} else {
 			w.mu.Lock()
 			w.state.Defences++
@@ -222,7 +222,7 @@ func (w *Watch) ProbeGateway() error {
 	}
 	w.asked = true
 	if err := w.port.send(request); err != nil {
-		return fmt.Errorf("asking for gateway %s: %w", w.options.Gateway, err)
+		return fmt.Errorf("request gateway %s: %w", w.options.Gateway, err)
 	}
 	return nil
 }
@@ -250,7 +250,7 @@ func (w *Watch) answered(mac net.HardwareAddr) {
 	changed := w.setReachable(true)
 	w.mu.Unlock()
 	if before != nil && !bytes.Equal(before, mac) {
-		w.options.Log.Debug("gateway has another hardware address", "gateway", w.options.Gateway, "mac", mac.String(), "before", before.String())
+		w.options.Log.Debug("gateway hardware address changed", "gateway", w.options.Gateway, "mac", mac.String(), "before", before.String())
 	}
 	if changed {
 		w.options.GatewayChanged(true, mac)

@@ -25,7 +25,7 @@ type backend struct {
 	found *iptables.Backend // nil: not looked for yet, or not right
 	// What auto has become, so that a process goes on with what it began with.
 	settled config.Backend
-	noLast  bool // the kernel cannot hold what is last
+	noGuard bool // the kernel does not support the source guard
 }
 
 // readPatience is how long the programs of iptables may take to read the rules.
@@ -55,9 +55,9 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 	}
 	b.settled = config.NFTables
 	if _, missing := errors.AsType[*iptables.MissingError](err); missing {
-		b.log.Debug("there is no iptables here: nftables takes its place", "error", err)
+		b.log.Debug("iptables missing, using nftables", "error", err)
 	} else {
-		b.log.Warn("iptables does not work here: nftables takes its place", "error", err)
+		b.log.Warn("iptables failed, using nftables", "error", err)
 	}
 	return next, nil
 }
@@ -78,80 +78,81 @@ func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, 
 		b.found = nil // the next attempt asks anew
 		return nil, err
 	}
-	return b.withLast(ctx, tx)
+	return b.withGuard(ctx, tx)
 }
 
-// withLast are the rules of a backend and what is last, which is always
-// nftables'.
-type withLast struct {
+// guarded combines the rules of a backend with the source guard, which is always
+// in nftables.
+type guarded struct {
 	backend *backend
 	router.Rules
-	last *nft.Tx // nil: the kernel has no nftables
+	guard *nft.Tx // nil: the kernel has no nftables
 }
 
-func (b *backend) withLast(ctx context.Context, first router.Rules) (router.Rules, error) {
-	if b.noLast {
-		return &withLast{b, first, nil}, nil
+func (b *backend) withGuard(ctx context.Context, first router.Rules) (router.Rules, error) {
+	if b.noGuard {
+		return &guarded{b, first, nil}, nil
 	}
-	last, err := nft.BeginLast(ctx, b.families...)
+	guard, err := nft.BeginGuard(ctx, b.families...)
 	if _, missing := errors.AsType[*nft.KernelError](err); missing {
-		b.noLast = true
-		return &withLast{b, first, nil}, nil
+		b.noGuard = true
+		return &guarded{b, first, nil}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &withLast{b, first, last}, nil
+	return &guarded{b, first, guard}, nil
 }
 
 // isIPTables returns the rules as those of iptables, if they are.
 func isIPTables(r router.Rules) (*iptables.Tx, bool) {
-	w, ok := r.(*withLast)
+	g, ok := r.(*guarded)
 	if !ok {
 		return nil, false
 	}
-	tx, ok := w.Rules.(*iptables.Tx)
+	tx, ok := g.Rules.(*iptables.Tx)
 	return tx, ok
 }
 
-// Notes adds what is missing.
-func (w *withLast) Notes() []string {
-	if w.last == nil {
-		return append(w.Rules.Notes(), "the kernel lacks nf_tables: nothing stops the first packets of connections while somebody has deleted the rule that sets their source")
+// Notes adds a note if there is no source guard.
+func (g *guarded) Notes() []string {
+	if g.guard == nil {
+		return append(g.Rules.Notes(), "no source guard, the kernel lacks nf_tables: while the SNAT rule is missing, new connections leave with another source")
 	}
-	return w.Rules.Notes()
+	return g.Rules.Notes()
 }
 
-// Differs says where either is not as planned.
-func (w *withLast) Differs(plan rules.Plan) []string {
-	differs := w.Rules.Differs(plan)
-	if w.last != nil {
-		differs = append(differs, w.last.Differs(plan)...)
+// Differs returns the differences of both from the plan.
+func (g *guarded) Differs(plan rules.Plan) []string {
+	differs := g.Rules.Differs(plan)
+	if g.guard != nil {
+		differs = append(differs, g.guard.Differs(plan)...)
 	}
 	return differs
 }
 
-// Apply makes both as planned, first those that only take packets away.
-func (w *withLast) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
-	if w.last == nil {
-		return w.Rules.Apply(ctx, plan)
+// Apply loads the plan into both, the source guard first, since it only drops
+// packets. iptables works without a source guard.
+func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
+	if g.guard == nil {
+		return g.Rules.Apply(ctx, plan)
 	}
-	undoLast, err := w.last.Apply(ctx, plan)
+	undoGuard, err := g.guard.Apply(ctx, plan)
 	_, refused := errors.AsType[*nft.LoadError](err)
-	if _, without := isIPTables(w); without && refused && undoLast == nil && !errors.Is(err, os.ErrPermission) {
-		w.backend.log.Warn("the kernel does not take the rules behind those of iptables, which works without", "error", err)
-		w.last, w.backend.noLast = nil, true
-		return w.Rules.Apply(ctx, plan)
+	if _, optional := isIPTables(g); optional && refused && undoGuard == nil && !errors.Is(err, os.ErrPermission) {
+		g.backend.log.Warn("source guard not loaded", "error", err)
+		g.guard, g.backend.noGuard = nil, true
+		return g.Rules.Apply(ctx, plan)
 	}
 	if err != nil {
-		return undoLast, err
+		return undoGuard, err
 	}
-	// Not undo itself: what is returned would be what it calls.
-	undoFirst, err := w.Rules.Apply(ctx, plan)
-	if err != nil && undoFirst == nil {
-		return undoLast, err
+	// Not named undo: the returned function would then call itself.
+	undoRules, err := g.Rules.Apply(ctx, plan)
+	if err != nil && undoRules == nil {
+		return undoGuard, err
 	}
-	return func() error { return errors.Join(undoFirst(), undoLast()) }, err
+	return func() error { return errors.Join(undoRules(), undoGuard()) }, err
 }
 
 func (b *backend) nftables(ctx context.Context) (router.Rules, error) {
@@ -159,7 +160,7 @@ func (b *backend) nftables(ctx context.Context) (router.Rules, error) {
 	if err != nil {
 		return nil, err
 	}
-	return b.withLast(ctx, tx)
+	return b.withGuard(ctx, tx)
 }
 
 // strays finds what earlier runs loaded with others than the backend in use. The
@@ -197,6 +198,6 @@ func (b *backend) next(ctx context.Context, failed router.Rules, why error) (rou
 		return nil, nil
 	}
 	b.settled = config.NFTables
-	b.log.Warn("iptables cannot load the rules: nftables takes its place", "backend", failed.String(), "error", why)
+	b.log.Warn("iptables load failed, using nftables", "backend", failed.String(), "error", why)
 	return b.nftables(ctx)
 }

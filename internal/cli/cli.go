@@ -84,7 +84,7 @@ func Run(ctx context.Context, p Process) int {
 
 	c, ok := asked(p)
 	if !ok {
-		fmt.Fprintf(p.Stderr, "egress-router: arguments not understood: %q\n%s", p.Args, usage)
+		fmt.Fprintf(p.Stderr, "egress-router: invalid arguments: %q\n%s", p.Args, usage)
 		return exitUsage
 	}
 	err := c.run(ctx, p)
@@ -132,7 +132,7 @@ const resolvConf = "/etc/resolv.conf"
 func parse(p Process) (config.Config, error) {
 	env, err := p.Environment()
 	if err != nil {
-		return config.Config{}, fmt.Errorf("reading the environment: %w", err)
+		return config.Config{}, fmt.Errorf("read environment: %w", err)
 	}
 	return config.Parse(env, readFile)
 }
@@ -143,7 +143,7 @@ func readFile(name string) ([]byte, error) {
 	if info, err := os.Stat(name); err != nil {
 		return nil, err
 	} else if !info.Mode().IsRegular() {
-		return nil, errors.New("it is not a regular file")
+		return nil, errors.New("not a regular file")
 	}
 	f, err := os.Open(name)
 	if err != nil {
@@ -152,7 +152,7 @@ func readFile(name string) ([]byte, error) {
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, config.MaxDestinationFile+1))
 	if err == nil && len(data) > config.MaxDestinationFile {
-		err = fmt.Errorf("it is larger than %d MiB", config.MaxDestinationFile>>20)
+		err = fmt.Errorf("larger than %d MiB", config.MaxDestinationFile>>20)
 	}
 	return data, err
 }
@@ -164,7 +164,7 @@ func runMode(ctx context.Context, p Process) error {
 	defer stop()
 	env, err := p.Environment()
 	if err != nil {
-		return fmt.Errorf("reading the environment: %w", err)
+		return fmt.Errorf("read environment: %w", err)
 	}
 	since := follow.At(env.DestinationFile)
 	c, err := config.Parse(env, readFile)
@@ -173,7 +173,7 @@ func runMode(ctx context.Context, p Process) error {
 	}
 	log := logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
-		log.Warn(w)
+		log.Warn("configuration warning", "warning", w)
 	}
 	log.Debug("configuration", "mode", c.Mode, "source", c.Source, "gateway", c.Gateway,
 		"egress", c.Egress, "cluster", c.Cluster, "redirects", len(c.Set.Redirects), "fallback", c.Set.Fallback)
@@ -222,7 +222,7 @@ func report(err error) string {
 		return faults.Error() + "\n"
 	}
 	if stopped(err) {
-		return "egress-router: told to stop before it was done: what was changed is put back\n"
+		return "egress-router: interrupted, changes rolled back\n"
 	}
 	text := fmt.Sprintf("egress-router: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
 	if h := hint(err); h != "" {
@@ -238,7 +238,7 @@ func hint(err error) string {
 		return hinter.Hint()
 	}
 	if errors.Is(err, os.ErrPermission) {
-		return "configuring a network takes privilege: securityContext.privileged: true, or root with the capabilities NET_ADMIN and NET_RAW"
+		return "network configuration requires privilege: securityContext.privileged: true, or root with the capabilities NET_ADMIN and NET_RAW"
 	}
 	return ""
 }

@@ -32,7 +32,7 @@ func (r reporter) start(ctx context.Context, log *slog.Logger) (stop func(), err
 		h := health.Report{Program: r.program, Version: programVersion(), Mode: r.mode, Started: started}
 		r.report(&h)
 		if ctx.Err() != nil {
-			h.Reasons = append([]string{"it was told to stop"}, h.Reasons...)
+			h.Reasons = append([]string{"shutting down"}, h.Reasons...)
 		}
 		h.Ready = len(h.Reasons) == 0
 		return h

@@ -42,7 +42,7 @@ func (w *watch) alive() error {
 		compared = s.Since // its beginning
 	}
 	if late := time.Since(compared); interval > 0 && late > 3*interval+stuckAfter {
-		return fmt.Errorf("nothing has been compared for %s", late.Round(time.Second))
+		return fmt.Errorf("no reconcile for %s", late.Round(time.Second))
 	}
 	return nil
 }
@@ -58,30 +58,30 @@ func reportRouter(r *health.Report, s router.Status, probes bool) {
 	case !s.Right:
 		add("kernel", health.Failed, s.Since, "%s", s.Wrong)
 	case s.Contested != "":
-		add("kernel", health.Warning, s.Since, "something else undoes a repair again and again: %s", s.Contested)
+		add("kernel", health.Warning, s.Since, "repair contested by another program: %s", s.Contested)
 	default:
-		add("kernel", health.OK, s.Since, "as wanted, by %s; %d repairs", s.Backend, repairs)
+		add("kernel", health.OK, s.Since, "no drift, backend %s, %d repairs", s.Backend, repairs)
 	}
 
 	switch g := s.Gateway; {
 	case s.Unwatched != "":
-		add("gateway", health.Warning, time.Time{}, "not watched: %s", s.Unwatched)
+		add("gateway", health.Warning, time.Time{}, "ARP watch not running: %s", s.Unwatched)
 	case !g.Known:
-		add("gateway", health.OK, time.Time{}, "not known yet")
+		add("gateway", health.OK, time.Time{}, "no answer yet")
 	case g.Reachable:
-		add("gateway", health.OK, g.Since, "answers at %s", g.MAC)
+		add("gateway", health.OK, g.Since, "answers ARP at %s", g.MAC)
 	default:
 		add("gateway", health.Failed, g.Since, "does not answer ARP")
 	}
 
 	if s.Conflicts > 0 {
-		add("address", health.Warning, s.ConflictAt, "%s claimed it, the last of %d times", s.ConflictMAC, s.Conflicts)
+		add("address", health.Warning, s.ConflictAt, "claimed by %s, %d conflicts", s.ConflictMAC, s.Conflicts)
 	} else {
-		add("address", health.OK, r.Started, "claimed by nobody else")
+		add("address", health.OK, r.Started, "no conflict")
 	}
 
 	if s.ReloadError != "" {
-		add("destinations", health.Warning, time.Time{}, "%d as before, since: %s", s.Destinations, s.ReloadError)
+		add("destinations", health.Warning, time.Time{}, "%d, reload failed: %s", s.Destinations, s.ReloadError)
 	} else {
 		add("destinations", health.OK, r.Started, "%d", s.Destinations)
 	}
@@ -91,9 +91,9 @@ func reportRouter(r *health.Report, s router.Status, probes bool) {
 	}
 	down := slices.DeleteFunc(slices.Clone(s.Probes), func(p router.Probe) bool { return p.Err == "" })
 	if len(down) > 0 {
-		add("servers", health.Warning, time.Time{}, "%d of %d cannot be connected to: %s: %s", len(down), len(s.Probes), down[0].To, down[0].Err)
+		add("servers", health.Warning, time.Time{}, "%d of %d unreachable: %s: %s", len(down), len(s.Probes), down[0].To, down[0].Err)
 	} else {
-		add("servers", health.OK, time.Time{}, "%d can be connected to", len(s.Probes))
+		add("servers", health.OK, time.Time{}, "%d reachable", len(s.Probes))
 	}
 }
 
@@ -131,7 +131,7 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	}
 	report, err := t.Counts()
 	if err != nil {
-		w.log.Warn("connections are not counted", "error", err)
+		w.log.Warn("connection counters not read", "error", err)
 		return
 	}
 	collectLines(emit, report, s.Probes)

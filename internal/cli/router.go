@@ -51,7 +51,7 @@ func planOf(c config.Config) rules.Plan {
 // keepNameServers sees that the pod reaches its name servers as before.
 func keepNameServers(c *config.Config, log *slog.Logger) {
 	if resolvConf, err := readFile(resolvConf); err != nil {
-		log.Debug("no name servers to keep on the cluster side", "error", err)
+		log.Debug("name servers not read", "error", err)
 	} else {
 		c.KeepNameServers(resolvConf)
 	}

@@ -49,7 +49,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	case stopped(err):
 		return nil
 	case conflict && !partly(err): // the address may become free
-		log.Error("the reserved address is not taken yet", "error", err, "hint", hint(err))
+		log.Error("reserved address not taken", "error", err, "hint", hint(err))
 		w.keeper.Failed(err)
 	case err != nil:
 		return err
@@ -67,7 +67,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		w.tracker.Store(t)
 		background.Go(func() {
 			if err := t.Run(ctx); err != nil {
-				log.Error("connections are not counted any more", "error", err)
+				log.Error("connection tracking ended", "error", err)
 			}
 		})
 	}
@@ -102,7 +102,7 @@ func (w *watch) reload(written config.Config, env config.Environment) error {
 		return fault
 	}
 	for _, text := range c.Warnings {
-		w.log.Warn(text)
+		w.log.Warn("configuration warning", "warning", text)
 	}
 	keepNameServers(&c, w.log)
 	w.set.Store(&c.Set)
@@ -117,7 +117,7 @@ func (w *watch) count() {
 		return
 	}
 	if err := t.Replace(*set); err != nil {
-		w.log.Warn("connections are counted by the destinations of before", "error", err)
+		w.log.Warn("counters keep previous destinations", "error", err)
 	}
 }
 
@@ -136,7 +136,7 @@ func (w *watch) track(p Process) *conntrack.Tracker {
 	}
 	t, err := conntrack.Open(o)
 	if err != nil {
-		w.log.Error("connections are neither counted nor logged", "error", err, "hint", hint(err))
+		w.log.Error("connection tracking unavailable", "error", err, "hint", hint(err))
 		return nil
 	}
 	return t

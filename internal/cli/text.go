@@ -16,12 +16,12 @@ import (
 )
 
 const usage = `usage:
-  egress-router              do what EGRESS_ROUTER_MODE says
-  egress-router plan         print what would be done, and do nothing
-  egress-router wait         do nothing until SIGTERM: a pod's second container
-  egress-router http-proxy   be the HTTP proxy of the pod, until SIGTERM
-  egress-router dns-proxy    be the DNS proxy of the pod, until SIGTERM
-  egress-router health       say how the running program is; -o json for programs
+  egress-router              run the mode of EGRESS_ROUTER_MODE
+  egress-router plan         print the steps of the mode, and change nothing
+  egress-router wait         wait for SIGTERM: a pod's second container
+  egress-router http-proxy   run the pod's HTTP proxy until SIGTERM
+  egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
+  egress-router health       print the health of the running program; -o json for JSON
   egress-router help         print every variable
   egress-router version      print the version
 `
@@ -29,17 +29,17 @@ const usage = `usage:
 // modeDocs says what each mode does, in one line.
 var modeDocs = map[config.Mode]string{
 	config.Init:      "configure the network and the redirects, then exit",
-	config.Legacy:    "configure the network and the redirects, then watch over them until SIGTERM",
-	config.Monitor:   "watch over what an init run configured, and repair it, until SIGTERM",
+	config.Legacy:    "configure the network and the redirects, then repair drift until SIGTERM",
+	config.Monitor:   "repair drift of what an init run configured, until SIGTERM",
 	config.HTTPProxy: "configure the network for a proxy in another container, then exit",
 	config.DNSProxy:  "configure the network for a proxy in another container, then exit",
-	config.UnitTest:  "print the NAT rules in iptables notation, touch nothing",
+	config.UnitTest:  "print the NAT rules in iptables notation, change nothing",
 }
 
 func runHelp(_ context.Context, p Process) error {
 	var b strings.Builder
 	b.WriteString("egress-router gives a pod a reserved source address on the physical network and\n" +
-		"redirects the connections that reach it to servers out there.\n\n" + usage)
+		"redirects the connections that reach it to external servers.\n\n" + usage)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, part := range []struct {
 		of        string
@@ -53,12 +53,12 @@ func runHelp(_ context.Context, p Process) error {
 		}
 		table.Flush()
 	}
-	b.WriteString("  In parentheses: what holds where the variable is not set or empty.\n\nmodes (EGRESS_ROUTER_MODE):\n")
+	b.WriteString("  In parentheses: the default, if the variable is unset or empty.\n\nmodes (EGRESS_ROUTER_MODE):\n")
 	for _, m := range config.Modes {
 		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])
 	}
 	table.Flush()
-	b.WriteString("\nexit codes: 0 done or told to stop, 1 error (what was changed is put back), or health: not ready; 2 wrong arguments\n")
+	b.WriteString("\nexit codes: 0 done or stopped by a signal; 1 error, changes rolled back, or health: not ready; 2 invalid arguments\n")
 	_, err := io.WriteString(p.Stdout, b.String())
 	return err
 }
@@ -104,7 +104,7 @@ func planText(c config.Config) string {
 	fmt.Fprintf(&b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
 	fmt.Fprintf(&b, "address    %s, announced to the physical network\n", c.Source)
 	fmt.Fprintf(&b, "backend    %s\n\n", c.Backend)
-	b.WriteString("in this order, each where the kernel does not have it yet:\n")
+	b.WriteString("steps, each skipped if the kernel is in that state already:\n")
 	number := 0
 	step := func(text string) {
 		number++
@@ -120,9 +120,9 @@ func planText(c config.Config) string {
 		step(m.String())
 	}
 	if c.Mode.Redirects() {
-		stepRules("rules that mark connections, set the source address and let nothing else cross", plan.Guard())
+		stepRules("load rules that mark connections, set the source address and drop everything else", plan.Guard())
 	} else {
-		stepRules("rules that keep the physical network out", plan)
+		stepRules("load rules that drop connections from the physical network", plan)
 	}
 	claim := func(state link.State) {
 		for _, s := range link.Claim(want, state) {
@@ -130,17 +130,17 @@ func planText(c config.Config) string {
 		}
 	}
 	claim(link.State{Promotes: true, Addresses: []netip.Prefix{want.Address}})
-	step(fmt.Sprintf("ask whether another host has %s (EGRESS_CONFLICT=%s)", want.Address.Addr(), c.Conflict))
+	step(fmt.Sprintf("probe for another host with %s (EGRESS_CONFLICT=%s)", want.Address.Addr(), c.Conflict))
 	claim(link.State{Promotes: true, Up: true})
 	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", want.Address.Addr()))
 	step(fmt.Sprintf("copy the routes of %s, with its default route, to table %d", c.Cluster, c.ReplyTable))
-	step(fmt.Sprintf("add routing rules to that table: for packets with mark %s, and for those from an address of %s", c.ReplyMark, c.Cluster))
+	step(fmt.Sprintf("add routing rules to that table: for packets with mark %s, and for packets from an address of %s", c.ReplyMark, c.Cluster))
 	kept := "the name servers of " + resolvConf + also(c.ClusterDestinations)
 	if c.Macvlan != nil {
 		kept += ", the addresses of the NIC"
 	}
-	step("keep on the cluster side: " + kept)
-	step(fmt.Sprintf("loosen the reverse-path filter of %s where it is strict", c.Cluster))
+	step("route by the cluster side: " + kept)
+	step(fmt.Sprintf("set the reverse-path filter of %s to loose, if it is strict", c.Cluster))
 	for _, s := range link.Diff(want, link.State{Promotes: true, Up: true, Addresses: []netip.Prefix{want.Address}}) {
 		if s.Op == link.AppendRoute {
 			continue // to the subnet: the kernel adds it with the address
@@ -149,16 +149,16 @@ func planText(c config.Config) string {
 	}
 	step("delete every other default route of the main table")
 	if c.Mode.Redirects() {
-		stepRules("rules, complete", plan)
+		stepRules("load all rules", plan)
 		for _, s := range link.Forwarding(link.State{}) {
 			step(s.String())
 		}
 	}
-	step("remove rules that earlier runs loaded with another backend")
+	step("remove stale rules of other backends")
 	if c.Mode.Stays() {
-		text := "watch over all of it, and repair it at once where the kernel tells of a change"
+		text := "repair drift as soon as the kernel notifies of a change"
 		if c.Health.Interval > 0 {
-			text += fmt.Sprintf("; compare all of it every %s", c.Health.Interval)
+			text += fmt.Sprintf("; reconcile everything every %s", c.Health.Interval)
 		}
 		step(text)
 	}
@@ -179,7 +179,7 @@ func also(networks []netip.Prefix) string {
 // effect says what a client gets.
 func effect(set rules.Set, source netip.Addr) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "connections to the pod, which servers see from %s:\n", source)
+	fmt.Fprintf(&b, "connections to the pod, with %s as their source:\n", source)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, r := range set.Redirects {
 		to := r.ToPort

@@ -162,7 +162,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	report(checkInterface("EGRESS_CLUSTER_INTERFACE", c.Cluster))
 	if c.Egress == c.Cluster {
 		report(&Error{"EGRESS_CLUSTER_INTERFACE", fmt.Sprintf("EGRESS_INTERFACE and EGRESS_CLUSTER_INTERFACE are both %q", c.Egress),
-			"hint: clients come in by one interface and leave by the other: name two"})
+			"hint: the cluster side and the egress side need an interface each"})
 	}
 	for _, e := range c.parseMacvlan(env) {
 		report(e)
@@ -230,7 +230,7 @@ func (c *Config) parseGateway(s string) *Error {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: %s cannot be a gateway", s, why))
 		}
 		if c.Source.Bits() < 31 && c.Source.Contains(a) && (a == c.Source.Masked().Addr() || a == last(c.Source)) {
-			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: that is no host of the subnet %s, but its first or last address", s, c.Source.Masked()))
+			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: expected a host of the subnet %s, found its first or last address", s, c.Source.Masked()))
 		}
 		if a == c.Source.Addr() {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q, the same as EGRESS_SOURCE: the gateway is another host", s))
@@ -302,7 +302,7 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 		c.Warnings = append(c.Warnings, warning)
 	}
 	if len(c.Set.Redirects) == 0 && !c.Set.Fallback.IsValid() {
-		c.Warnings = append(c.Warnings, l.from()+" holds no destination: nothing is redirected")
+		c.Warnings = append(c.Warnings, l.from()+" contains no destination: nothing is redirected")
 	}
 	return nil
 }
@@ -325,7 +325,7 @@ func checkInterface(variable, name string) *Error {
 	}
 	for _, r := range name {
 		if r <= ' ' || r > '~' || strings.ContainsRune(`/:+"'\`+"`", r) {
-			return bad(fmt.Sprintf("it holds %q", r))
+			return bad(fmt.Sprintf("it contains %q", r))
 		}
 	}
 	return nil

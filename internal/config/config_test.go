@@ -106,7 +106,7 @@ func TestParse(t *testing.T) {
 		"comments only": {
 			func(e *Environment) { e.Destination = "#" },
 			func(c *Config) {
-				c.Set, c.Warnings = rules.Set{}, []string{"EGRESS_DESTINATION holds no destination: nothing is redirected"}
+				c.Set, c.Warnings = rules.Set{}, []string{"EGRESS_DESTINATION contains no destination: nothing is redirected"}
 			},
 		},
 	} {
@@ -157,13 +157,13 @@ func TestHealthErrors(t *testing.T) {
 		{func(e *Environment) { e.AnnounceInterval = "-1s" }, `EGRESS_ANNOUNCE_INTERVAL "-1s" is not a time: expected a number with its unit, such as 500ms, 90s or 15m, or 0`},
 		{func(e *Environment) { e.ProbeInterval = "0" }, `EGRESS_PROBE_INTERVAL "0" is not a time: expected a number with its unit, such as 500ms, 90s or 15m`},
 		{func(e *Environment) { e.Conflict = "ignore" }, `EGRESS_CONFLICT "ignore" is neither warn, refuse nor defend`},
-		{func(e *Environment) { e.Probe = "icmp" }, `EGRESS_PROBE "icmp" is not tcp, which is the only kind of probe`},
+		{func(e *Environment) { e.Probe = "icmp" }, `EGRESS_PROBE "icmp" is not tcp, the only kind of probe`},
 		{func(e *Environment) { e.ProbeFailsReady = "1" }, `EGRESS_PROBE_FAILS_READY "1" is neither true nor false`},
 		{func(e *Environment) { e.AuditLog = "yes" }, `EGRESS_AUDIT_LOG "yes" is neither true nor false`},
 		{func(e *Environment) { e.LogFormat = "xml" }, `EGRESS_LOG_FORMAT "xml" is neither text nor json`},
 		{func(e *Environment) { e.LogLevel = "DEBUG" }, `EGRESS_LOG_LEVEL "DEBUG" is neither debug, info, warn nor error`},
 		{func(e *Environment) { e.HealthListen = "9465" }, `EGRESS_HEALTH_LISTEN "9465" is not an address and a port: expected such as :9465, 10.128.0.98:9465 or [::1]:9465`},
-		{func(e *Environment) { e.HealthListen = ":80" }, `EGRESS_HEALTH_LISTEN has port 80, which is a local port of the destinations too: choose another`},
+		{func(e *Environment) { e.HealthListen = ":80" }, `EGRESS_HEALTH_LISTEN has port 80, which is also a local port of the destinations: choose another port`},
 	} {
 		env := good()
 		test.set(&env)
@@ -197,8 +197,8 @@ func TestReplyErrors(t *testing.T) {
 		"IPv6":         {func(e *Environment) { e.ClusterCIDRs = "fd00::/8" }, `EGRESS_CLUSTER_CIDRS "fd00::/8": expected an IPv4 network`},
 		"everything":   {func(e *Environment) { e.ClusterCIDRs = "0.0.0.0/0" }, `expected an IPv4 network`},
 		"no network":   {func(e *Environment) { e.ClusterCIDRs = "10.96.0.1/12" }, `the network with that length is 10.96.0.0/12`},
-		"the gateway":  {func(e *Environment) { e.ClusterCIDRs = "192.168.0.0/16" }, `it holds EGRESS_GATEWAY (192.168.12.1)`},
-		"a redirect's": {func(e *Environment) { e.ClusterCIDRs = "203.0.113.0/24" }, `it holds 203.0.113.25, to which connections are redirected`},
+		"the gateway":  {func(e *Environment) { e.ClusterCIDRs = "192.168.0.0/16" }, `it contains EGRESS_GATEWAY (192.168.12.1)`},
+		"a redirect's": {func(e *Environment) { e.ClusterCIDRs = "203.0.113.0/24" }, `it contains the destination 203.0.113.25`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			env := good()

@@ -10,12 +10,12 @@ import (
 // A DNSProxyEnvironment holds the value of every variable of the DNS proxy, as
 // Environment does for the router.
 type DNSProxyEnvironment struct {
-	Destination     string `envconfig:"EGRESS_DNS_PROXY_DESTINATION" unset:"required" doc:"where connections go, one line each: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name"`
-	DestinationFile string `envconfig:"EGRESS_DNS_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, in place of EGRESS_DNS_PROXY_DESTINATION; changes are followed"`
+	Destination     string `envconfig:"EGRESS_DNS_PROXY_DESTINATION" unset:"required" doc:"destinations, one a line: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name"`
+	DestinationFile string `envconfig:"EGRESS_DNS_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_DNS_PROXY_DESTINATION; reloaded when it changes"`
 	IdleTimeout     string `envconfig:"EGRESS_DNS_PROXY_IDLE_TIMEOUT" unset:"60s" doc:"time without data, either way, after which a connection ends; 0: never"`
-	SendProxy       string `envconfig:"EGRESS_DNS_PROXY_SEND_PROXY" unset:"false" doc:"true: tell servers who the client is, by the PROXY protocol, version 2"`
+	SendProxy       string `envconfig:"EGRESS_DNS_PROXY_SEND_PROXY" unset:"false" doc:"true: send the client's address to servers, by the PROXY protocol, version 2"`
 	ProxyEnvironment
-	Mode  string `envconfig:"EGRESS_DNS_PROXY_MODE" unset:"serve" doc:"unit-test: print what would be listened on and dialled, and do nothing"`
+	Mode  string `envconfig:"EGRESS_DNS_PROXY_MODE" unset:"serve" doc:"unit-test: print the listen and dial addresses, and do nothing"`
 	Debug string `envconfig:"EGRESS_DNS_PROXY_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs one line for each connection"`
 }
 

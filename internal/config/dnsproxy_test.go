@@ -24,7 +24,7 @@ func TestParseDNSProxy(t *testing.T) {
 		"switches":    {DNSProxyEnvironment{SendProxy: "true", ProxyEnvironment: ProxyEnvironment{AccessLog: "true"}}, func(c *DNSProxyConfig) { c.SendProxy, c.AccessLog = true, true }},
 		"off":         {DNSProxyEnvironment{SendProxy: "false", ProxyEnvironment: ProxyEnvironment{AccessLog: "false"}}, func(*DNSProxyConfig) {}},
 		"other mode": {DNSProxyEnvironment{Mode: "x"}, func(c *DNSProxyConfig) {
-			c.Warnings = []string{`EGRESS_DNS_PROXY_MODE "x" is not known, and has no effect: the only mode is unit-test`}
+			c.Warnings = []string{`EGRESS_DNS_PROXY_MODE "x" has no effect: the only mode is unit-test`}
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -58,7 +58,7 @@ func TestDNSProxyErrors(t *testing.T) {
 		"an empty file": {DNSProxyEnvironment{DestinationFile: "/f"}, func(string) ([]byte, error) { return nil, nil }, "hint: the file \"/f\" is empty\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
 		"a line":        {DNSProxyEnvironment{Destination: "y\nx"}, noFile, "EGRESS_DNS_PROXY_DESTINATION line 2: \"x\"\nhint: look\nBad destination 'x'"},
 		"a file's line": {DNSProxyEnvironment{DestinationFile: "/f"}, file, "/f:2: \"x\"\nhint: look\nBad destination 'x'"},
-		"no file":       {DNSProxyEnvironment{DestinationFile: "/f"}, noFile, "hint: it names a file inside the container, such as a key of a mounted ConfigMap\nEGRESS_DNS_PROXY_DESTINATION_FILE \"/f\" cannot be read: file does not exist"},
+		"no file":       {DNSProxyEnvironment{DestinationFile: "/f"}, noFile, "hint: set it to a file inside the container, such as a key of a mounted ConfigMap\nEGRESS_DNS_PROXY_DESTINATION_FILE \"/f\" cannot be read: file does not exist"},
 		"both":          {DNSProxyEnvironment{Destination: "x", DestinationFile: "/f"}, file, "EGRESS_DNS_PROXY_DESTINATION and EGRESS_DNS_PROXY_DESTINATION_FILE are both set: unset one of them"},
 	} {
 		t.Run(name, func(t *testing.T) {

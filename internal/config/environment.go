@@ -28,34 +28,34 @@ type Environment struct {
 	Mode             string `envconfig:"EGRESS_ROUTER_MODE" unset:"legacy" doc:"what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test"`
 	Source           string `envconfig:"EGRESS_SOURCE" unset:"required" doc:"reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32"`
 	Gateway          string `envconfig:"EGRESS_GATEWAY" unset:"required" doc:"IPv4 address of the gateway on the physical network"`
-	Destination      string `envconfig:"EGRESS_DESTINATION" unset:"required to redirect" doc:"where connections are redirected, one line each: IP, PORT PROTO IP, or PORT PROTO IP PORT"`
-	DestinationFile  string `envconfig:"EGRESS_DESTINATION_FILE" unset:"none" doc:"file with the same lines, in place of EGRESS_DESTINATION; legacy and monitor follow its changes"`
+	Destination      string `envconfig:"EGRESS_DESTINATION" unset:"required to redirect" doc:"redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT"`
+	DestinationFile  string `envconfig:"EGRESS_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_DESTINATION; legacy and monitor reload it when it changes"`
 	Interface        string `envconfig:"EGRESS_INTERFACE" unset:"macvlan0" doc:"interface of the egress side, on the physical network"`
-	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" unset:"eth0" doc:"interface of the cluster side, by which clients come in"`
-	ClusterCIDRs     string `envconfig:"EGRESS_CLUSTER_CIDRS" unset:"none" doc:"networks that stay reachable by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces"`
-	ReplyMark        string `envconfig:"EGRESS_REPLY_MARK" unset:"0x1000" doc:"bits of the mark of connections that came in on the cluster side, if another program uses the default"`
-	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" unset:"4711" doc:"number of the routing table of their replies, if another program uses the default"`
-	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" unset:"auto" doc:"how rules get into the kernel: iptables, nftables, or auto, which is iptables where it works and else nftables"`
-	Forward          string `envconfig:"EGRESS_FORWARD" unset:"redirected" doc:"what crosses from the cluster side: redirected connections, or open, all connections, for a pod that is the gateway of others"`
-	MacvlanParent    string `envconfig:"EGRESS_MACVLAN_PARENT" unset:"none" doc:"NIC of the host of which the router makes the egress interface, a macvlan; true: that of the host's IPv4 default route"`
+	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" unset:"eth0" doc:"interface of the cluster side, by which clients connect"`
+	ClusterCIDRs     string `envconfig:"EGRESS_CLUSTER_CIDRS" unset:"none" doc:"networks reached by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces"`
+	ReplyMark        string `envconfig:"EGRESS_REPLY_MARK" unset:"0x1000" doc:"mark bits of connections from the cluster side, to change if another program uses the default"`
+	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" unset:"4711" doc:"number of the routing table of their replies, to change if another program uses the default"`
+	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" unset:"auto" doc:"how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables"`
+	Forward          string `envconfig:"EGRESS_FORWARD" unset:"redirected" doc:"what is forwarded from the cluster side: redirected connections only, or open, all connections, for a pod that is the gateway of others"`
+	MacvlanParent    string `envconfig:"EGRESS_MACVLAN_PARENT" unset:"none" doc:"NIC of the host on which the router creates the egress interface, a macvlan; true: the NIC of the host's IPv4 default route"`
 	MacvlanMode      string `envconfig:"EGRESS_MACVLAN_MODE" unset:"private" doc:"mode of that macvlan: private, bridge, vepa or passthru"`
-	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, in which that NIC is"`
-	Conflict         string `envconfig:"EGRESS_CONFLICT" unset:"warn" doc:"what to do where another host has the reserved address at the start: warn, refuse to take it, or defend it"`
-	HealthInterval   string `envconfig:"EGRESS_HEALTH_INTERVAL" unset:"10s" doc:"how often legacy and monitor compare everything and ask for the gateway, besides what events tell; 0: never"`
-	AnnounceInterval string `envconfig:"EGRESS_ANNOUNCE_INTERVAL" unset:"60s" doc:"how often they announce the reserved address again; 0: never"`
-	HealthListen     string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT"`
-	Probe            string `envconfig:"EGRESS_PROBE" unset:"none" doc:"tcp: try to connect to each tcp destination, from the reserved address"`
-	ProbeInterval    string `envconfig:"EGRESS_PROBE_INTERVAL" unset:"30s" doc:"how often"`
-	ProbeFailsReady  string `envconfig:"EGRESS_PROBE_FAILS_READY" unset:"false" doc:"true: not ready while none of them can be connected to"`
+	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, which contains that NIC"`
+	Conflict         string `envconfig:"EGRESS_CONFLICT" unset:"warn" doc:"what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it"`
+	HealthInterval   string `envconfig:"EGRESS_HEALTH_INTERVAL" unset:"10s" doc:"interval at which legacy and monitor reconcile everything and probe the gateway, besides on kernel events; 0: never"`
+	AnnounceInterval string `envconfig:"EGRESS_ANNOUNCE_INTERVAL" unset:"60s" doc:"interval at which they announce the reserved address again; 0: never"`
+	HealthListen     string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
+	Probe            string `envconfig:"EGRESS_PROBE" unset:"none" doc:"tcp: probe each tcp destination, from the reserved address"`
+	ProbeInterval    string `envconfig:"EGRESS_PROBE_INTERVAL" unset:"30s" doc:"interval of these probes"`
+	ProbeFailsReady  string `envconfig:"EGRESS_PROBE_FAILS_READY" unset:"false" doc:"true: not ready while no destination is reachable"`
 	AuditLog         string `envconfig:"EGRESS_AUDIT_LOG" unset:"false" doc:"true: legacy and monitor log the start and the end of each redirected connection"`
 	LogEnvironment
-	Debug string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and the whole rule set"`
+	Debug string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and all rules"`
 }
 
 // A LogEnvironment holds the variables that every mode and both proxies have.
 type LogEnvironment struct {
-	LogFormat string `envconfig:"EGRESS_LOG_FORMAT" unset:"text" doc:"how log lines are written: text or json"`
-	LogLevel  string `envconfig:"EGRESS_LOG_LEVEL" unset:"info" doc:"the least that is logged: debug, info, warn or error"`
+	LogFormat string `envconfig:"EGRESS_LOG_FORMAT" unset:"text" doc:"format of log lines: text or json"`
+	LogLevel  string `envconfig:"EGRESS_LOG_LEVEL" unset:"info" doc:"minimum level of log lines: debug, info, warn or error"`
 }
 
 // Read returns the variables of this process.

@@ -51,7 +51,7 @@ func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	case "tcp":
 		h.Probe = true
 	default:
-		report(&Error{"EGRESS_PROBE", fmt.Sprintf("EGRESS_PROBE %q is not tcp, which is the only kind of probe", env.Probe), ""})
+		report(&Error{"EGRESS_PROBE", fmt.Sprintf("EGRESS_PROBE %q is not tcp, the only kind of probe", env.Probe), ""})
 	}
 	report(parseTime("EGRESS_PROBE_INTERVAL", orDefault(env.ProbeInterval, "30s"), notZero, &h.ProbeInterval))
 	report(parseBool("EGRESS_PROBE_FAILS_READY", env.ProbeFailsReady, &h.ProbeFailsReady))
@@ -67,7 +67,7 @@ func (c *Config) checkHealthPort() *Error {
 	if port == 0 || !slices.ContainsFunc(c.Set.Redirects, taken) {
 		return nil
 	}
-	return &Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, which is a local port of the destinations too: choose another", port), ""}
+	return &Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, which is also a local port of the destinations: choose another port", port), ""}
 }
 
 // Reread returns c with the destinations that are in the variable or the file now.

@@ -14,16 +14,16 @@ import (
 // does those of the router.
 type HTTPProxyEnvironment struct {
 	Destination      string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION" unset:"required" doc:"the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest"`
-	DestinationFile  string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, in place of EGRESS_HTTP_PROXY_DESTINATION; read again when it changes"`
-	Listen           string `envconfig:"EGRESS_HTTP_PROXY_LISTEN" unset:":8080" doc:"where clients connect: :PORT, IP:PORT or [IPv6]:PORT"`
-	ConnectTimeout   string `envconfig:"EGRESS_HTTP_PROXY_CONNECT_TIMEOUT" unset:"10s" doc:"how long looking a name up may take, and connecting to a server"`
-	HeaderTimeout    string `envconfig:"EGRESS_HTTP_PROXY_HEADER_TIMEOUT" unset:"30s" doc:"how long a client may take to send the header of a request"`
-	KeepAliveTimeout string `envconfig:"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT" unset:"2m" doc:"how long a client's connection is kept for its next request"`
-	IdleTimeout      string `envconfig:"EGRESS_HTTP_PROXY_IDLE_TIMEOUT" unset:"15m" doc:"after how long without any data, either way, a request or a tunnel is ended"`
-	MaxHeader        string `envconfig:"EGRESS_HTTP_PROXY_MAX_HEADER" unset:"65536" doc:"how large the header of a request or an answer may be, in bytes"`
-	MaxConnections   string `envconfig:"EGRESS_HTTP_PROXY_MAX_CONNECTIONS" unset:"3/4 of the open files allowed" doc:"how many connections of clients are served at a time; more wait"`
+	DestinationFile  string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_HTTP_PROXY_DESTINATION; reloaded when it changes"`
+	Listen           string `envconfig:"EGRESS_HTTP_PROXY_LISTEN" unset:":8080" doc:"listen address: :PORT, IP:PORT or [IPv6]:PORT"`
+	ConnectTimeout   string `envconfig:"EGRESS_HTTP_PROXY_CONNECT_TIMEOUT" unset:"10s" doc:"timeout of a name lookup, and of a connection to a server"`
+	HeaderTimeout    string `envconfig:"EGRESS_HTTP_PROXY_HEADER_TIMEOUT" unset:"30s" doc:"timeout for the header of a request"`
+	KeepAliveTimeout string `envconfig:"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT" unset:"2m" doc:"time that a client's connection is kept for its next request"`
+	IdleTimeout      string `envconfig:"EGRESS_HTTP_PROXY_IDLE_TIMEOUT" unset:"15m" doc:"time without data, either way, after which a request or a tunnel ends"`
+	MaxHeader        string `envconfig:"EGRESS_HTTP_PROXY_MAX_HEADER" unset:"65536" doc:"maximum size of the header of a request or an answer, in bytes"`
+	MaxConnections   string `envconfig:"EGRESS_HTTP_PROXY_MAX_CONNECTIONS" unset:"3/4 of the open files allowed" doc:"maximum number of client connections; more wait"`
 	ProxyEnvironment
-	Mode string `envconfig:"EGRESS_HTTP_PROXY_MODE" unset:"serve" doc:"unit-test prints the rules in the notation of squid, and does nothing"`
+	Mode string `envconfig:"EGRESS_HTTP_PROXY_MODE" unset:"serve" doc:"unit-test: print the rules in squid's notation, and do nothing"`
 }
 
 // ReadHTTPProxy returns the variables of this process.

@@ -44,7 +44,7 @@ func TestParseHTTPProxy(t *testing.T) {
 		"times":         {func(e *HTTPProxyEnvironment) { e.IdleTimeout, e.ShutdownGrace = "24h", "1m30s" }, func(c *HTTPProxyConfig) { c.IdleTimeout, c.Grace = 24*time.Hour, 90*time.Second }},
 		"no grace":      {func(e *HTTPProxyEnvironment) { e.ShutdownGrace = "0" }, func(c *HTTPProxyConfig) { c.Grace = 0 }},
 		"an unknown mode": {func(e *HTTPProxyEnvironment) { e.Mode = "x" }, func(c *HTTPProxyConfig) {
-			c.Warnings = []string{`EGRESS_HTTP_PROXY_MODE "x" is not known, and has no effect: the only mode is unit-test`}
+			c.Warnings = []string{`EGRESS_HTTP_PROXY_MODE "x" has no effect: the only mode is unit-test`}
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -43,7 +43,7 @@ func (l list) read(readFile func(name string) ([]byte, error), grammar func(list
 		data, err := readFile(l.file)
 		if err != nil {
 			return "", &Error{l.from(), fmt.Sprintf("%s %q cannot be read: %v", l.from(), l.file, cause(err)),
-				"hint: it names a file inside the container, such as a key of a mounted ConfigMap"}
+				"hint: set it to a file inside the container, such as a key of a mounted ConfigMap"}
 		}
 		text = string(data)
 	}
@@ -54,7 +54,7 @@ func (l list) read(readFile func(name string) ([]byte, error), grammar func(list
 		return "", &Error{l.from(), err.Error(), ""}
 	}
 	if line, ok := rules.Unread(text); ok && line.Text != "" && line.Text[0] != '#' {
-		warning = fmt.Sprintf("%s: %q ends with a backslash, so it is not read: remove the backslash", l.place(line.Number), shorten(line.Text))
+		warning = fmt.Sprintf("%s: %q is ignored, since it ends with a backslash: remove the backslash", l.place(line.Number), shorten(line.Text))
 	}
 	return warning, nil
 }

@@ -50,7 +50,7 @@ func TestMacvlanFaults(t *testing.T) {
 		t.Fatal("accepted")
 	}
 	for _, want := range []string{
-		`EGRESS_MACVLAN_PARENT "eth0:1" is not an interface name: it holds ':'`,
+		`EGRESS_MACVLAN_PARENT "eth0:1" is not an interface name: it contains ':'`,
 		`EGRESS_MACVLAN_MODE "Bridge" is not a mode of a macvlan`,
 		"hint: the modes are private, bridge, vepa, passthru\n",
 	} {

@@ -8,9 +8,9 @@ import (
 
 // A ProxyEnvironment holds the variables that both proxies have.
 type ProxyEnvironment struct {
-	ShutdownGrace string `envconfig:"EGRESS_SHUTDOWN_GRACE" unset:"20s" doc:"how long what is under way may go on when the proxy is told to stop"`
-	AccessLog     string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true: log one line for each connection, of the HTTP proxy for each request and each tunnel"`
-	HealthListen  string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"where /healthz, /readyz and /metrics are served, on the cluster side: :PORT or IP:PORT"`
+	ShutdownGrace string `envconfig:"EGRESS_SHUTDOWN_GRACE" unset:"20s" doc:"time that active requests and connections may take after SIGTERM"`
+	AccessLog     string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel"`
+	HealthListen  string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
 	LogEnvironment
 }
 
@@ -29,7 +29,7 @@ type ProxyConfig struct {
 func (c *ProxyConfig) parse(variable, mode string, env ProxyEnvironment, report func(*Error)) {
 	c.UnitTest = mode == "unit-test"
 	if mode != "" && !c.UnitTest { // the original takes it for none
-		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %q is not known, and has no effect: the only mode is unit-test", variable, mode))
+		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %q has no effect: the only mode is unit-test", variable, mode))
 	}
 	report(parseTime("EGRESS_SHUTDOWN_GRACE", orDefault(env.ShutdownGrace, "20s"), orZero, &c.Grace))
 	report(parseBool("EGRESS_ACCESS_LOG", env.AccessLog, &c.AccessLog))

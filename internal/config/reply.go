@@ -69,11 +69,11 @@ func (c *Config) clusterCIDR(word string) (p netip.Prefix, why string) {
 	case p != p.Masked():
 		return p, fmt.Sprintf("the network with that length is %s", p.Masked())
 	case p.Contains(c.Gateway):
-		return p, fmt.Sprintf("it holds EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway)
+		return p, fmt.Sprintf("it contains EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway)
 	}
 	for _, to := range c.destinations() {
 		if p.Contains(to) {
-			return p, fmt.Sprintf("it holds %s, to which connections are redirected", to)
+			return p, fmt.Sprintf("it contains the destination %s", to)
 		}
 	}
 	return p, ""

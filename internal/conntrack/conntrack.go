@@ -152,12 +152,12 @@ type Tracker struct {
 // (nf_conntrack_acct).
 func Open(o Options) (*Tracker, error) {
 	if !o.Source.Is4() {
-		return nil, fmt.Errorf("watching connections from %q: it is not an IPv4 address", o.Source)
+		return nil, fmt.Errorf("track connections from %q: not an IPv4 address", o.Source)
 	}
 	t := &Tracker{source: o.Source.As4(), mark: uint32(o.Mark), log: o.Log, book: newBook(o.Set, o.Count, o.Audit, time.Now())}
 	var err error
 	if t.table, err = openSocket(); err != nil {
-		return nil, &KernelError{"opening a socket for connections", err}
+		return nil, &KernelError{"open conntrack socket", err}
 	}
 	if err := t.open(o); err != nil {
 		t.Close()
@@ -179,7 +179,7 @@ func (t *Tracker) open(o Options) error {
 	}
 	var err error
 	if t.events, err = openSocket(groups...); err != nil {
-		return &KernelError{"listening to events of connections", err}
+		return &KernelError{"subscribe to conntrack events", err}
 	}
 	// Now the module is loaded, and its sysctls are there.
 	t.accounted = startAccounting(t.log)
@@ -222,7 +222,7 @@ func (t *Tracker) Run(ctx context.Context) error {
 	// What ends the wait.
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
-		return fmt.Errorf("waiting for events of connections: %w", os.NewSyscallError("eventfd", err))
+		return fmt.Errorf("wait for conntrack events: %w", os.NewSyscallError("eventfd", err))
 	}
 	defer func() { _ = unix.Close(wake) }()
 	ended := make(chan struct{})
@@ -241,14 +241,14 @@ func (t *Tracker) Run(ctx context.Context) error {
 	}
 	for {
 		if err := t.wait(wake); err != nil {
-			return fmt.Errorf("waiting for events of connections: %w", err)
+			return fmt.Errorf("wait for conntrack events: %w", err)
 		}
 		if ctx.Err() != nil {
 			return nil
 		}
 		for empty := false; !empty; {
 			if empty, err = t.takeSome(); err != nil {
-				return fmt.Errorf("reading events of connections: %w", err)
+				return fmt.Errorf("read conntrack events: %w", err)
 			}
 		}
 		time.Sleep(pause)
@@ -294,7 +294,7 @@ func (t *Tracker) takeAll() error {
 	}
 	for {
 		if empty, err := t.takeOne(); err != nil {
-			return fmt.Errorf("reading events of connections: %w", err)
+			return fmt.Errorf("read conntrack events: %w", err)
 		} else if empty {
 			return nil
 		}
@@ -342,8 +342,8 @@ func (t *Tracker) redirected(r *record) bool {
 
 func (t *Tracker) overrun() {
 	if t.overruns == 0 {
-		t.log.Warn("events of connections came faster than they were read: some are missing from the counters and the audit log",
-			"hint", "more CPU for the container, or a larger net.core.rmem_max on the node where it is not privileged")
+		t.log.Warn("conntrack event overrun, counters incomplete",
+			"hint", "give the container more CPU, or, if it is not privileged, raise net.core.rmem_max on the node")
 	}
 	t.overruns++
 	t.lost = true
@@ -362,7 +362,7 @@ func (t *Tracker) repair() {
 	t.lost, t.repaired = false, time.Now()
 	for range 2 { // one listing may lack an entry
 		if err := t.look(); err != nil {
-			t.log.Warn("looking for connections that have ended failed", "error", err)
+			t.log.Warn("conntrack listing failed", "error", err)
 			return
 		}
 	}
@@ -385,7 +385,7 @@ func (t *Tracker) look() error {
 		}
 	})
 	if err != nil {
-		return &KernelError{"listing connections", err}
+		return &KernelError{"list conntrack entries", err}
 	}
 	t.book.looked(time.Now())
 	return t.takeAll()
@@ -437,7 +437,7 @@ func (t *Tracker) Fill() (entries, limit int, err error) {
 		}
 	})
 	if err != nil {
-		return 0, 0, &KernelError{"asking how full the connection table is", err}
+		return 0, 0, &KernelError{"get conntrack statistics", err}
 	}
 	return entries, limit, nil
 }

@@ -408,7 +408,7 @@ func TestOverrun(t *testing.T) {
 	if began == 0 || ended < began {
 		t.Errorf("%d connections began and %d ended", began, ended)
 	}
-	if n := strings.Count(log.String(), "came faster"); n != 1 {
+	if n := strings.Count(log.String(), "conntrack event overrun"); n != 1 {
 		t.Errorf("said %d times:\n%s", n, &log)
 	}
 	// It goes on.

@@ -132,7 +132,7 @@ func (e *KernelError) Unwrap() error { return e.Err }
 // Hint says what to do.
 func (e *KernelError) Hint() string {
 	if errors.Is(e.Err, unix.EPERM) {
-		return "watching connections takes the capability NET_ADMIN"
+		return "connection tracking requires the capability NET_ADMIN"
 	}
-	return "the kernel has no nf_conntrack_netlink, or it is not loaded: modprobe nf_conntrack_netlink on the node"
+	return "the kernel lacks nf_conntrack_netlink, or the module is not loaded: modprobe nf_conntrack_netlink on the node"
 }

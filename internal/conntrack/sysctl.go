@@ -26,7 +26,7 @@ func sysctlPath(name string) string { return "/proc/sys/" + strings.ReplaceAll(n
 func readSysctl(name string) (string, error) {
 	data, err := os.ReadFile(sysctlPath(name))
 	if err != nil {
-		return "", fmt.Errorf("reading sysctl %s: %w", name, err)
+		return "", fmt.Errorf("read sysctl %s: %w", name, err)
 	}
 	return strings.TrimSpace(string(data)), nil
 }
@@ -35,11 +35,11 @@ func writeSysctl(name, value string) error {
 	// Without O_CREATE and O_TRUNC: the file is there or the kernel lacks it.
 	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
 	if err != nil {
-		return fmt.Errorf("setting sysctl %s: %w", name, err)
+		return fmt.Errorf("open sysctl %s: %w", name, err)
 	}
 	if _, err := f.WriteString(value); err != nil {
 		_ = f.Close() // the first error is the telling one
-		return fmt.Errorf("setting sysctl %s to %q: %w", name, value, err)
+		return fmt.Errorf("set sysctl %s = %s: %w", name, value, err)
 	}
 	return f.Close()
 }
@@ -52,8 +52,8 @@ func startAccounting(log *slog.Logger) bool {
 		err = writeSysctl(accountingSysctl, "1")
 	}
 	if err != nil {
-		log.Warn("the packets and bytes of connections are not known", "error", err, "hint",
-			"run the container privileged, or set the sysctl for it: "+accountingSysctl+"=1 in the pod's securityContext.sysctls (the kubelet has to allow it), or --sysctl "+accountingSysctl+"=1 with docker and podman")
+		log.Warn("packet and byte counters unavailable", "error", err, "hint",
+			"run the container privileged, or set the sysctl: "+accountingSysctl+"=1 in the pod's securityContext.sysctls (the kubelet has to allow it), or --sysctl "+accountingSysctl+"=1 with docker and podman")
 	}
 	return err == nil
 }
@@ -61,8 +61,8 @@ func startAccounting(log *slog.Logger) bool {
 // checkEvents says so where the kernel tells nothing about connections.
 func checkEvents(log *slog.Logger) {
 	if value, err := readSysctl(eventsSysctl); err == nil && value == "0" {
-		log.Warn("the kernel does not tell of connections that end: only those are seen that are open when the counters are read",
-			"sysctl", eventsSysctl, "value", value, "hint",
+		log.Warn("conntrack events disabled", "sysctl", eventsSysctl, "value", value,
+			"effect", "only connections that are open when the counters are read are counted", "hint",
 			"set the sysctl: "+eventsSysctl+"=1 in the pod's securityContext.sysctls (the kubelet has to allow it), or --sysctl "+eventsSysctl+"=1 with docker and podman")
 	}
 }

@@ -69,7 +69,7 @@ func TestNoForwarding(t *testing.T) {
 		t.Fatalf("error %v, want exit code 1", err)
 	}
 	lines := strings.Split(strings.TrimSpace(p.stderr.String()), "\n")
-	if last := lines[len(lines)-1]; !strings.Contains(last, "turning on net.ipv4.ip_forward: ") {
+	if last := lines[len(lines)-1]; !strings.Contains(last, "set sysctl net.ipv4.ip_forward = 1: ") {
 		t.Errorf("last line %q", last)
 	}
 	if !strings.Contains(p.stderr.String(), "hint: ") || !strings.Contains(p.stderr.String(), "--sysctl net.ipv4.ip_forward=1") {

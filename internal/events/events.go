@@ -44,11 +44,11 @@ type Subscription struct {
 func Subscribe() (*Subscription, error) {
 	s := &Subscription{wake: make(chan struct{}, 1)}
 	if err := s.listen(unix.NETLINK_ROUTE, Network, networkGroups...); err != nil {
-		return nil, fmt.Errorf("listening to changes of the network: %w", err)
+		return nil, fmt.Errorf("subscribe to rtnetlink events: %w", err)
 	}
 	if err := s.listen(unix.NETLINK_NETFILTER, Rules, rulesGroup); err != nil && !errors.Is(err, unix.EPROTONOSUPPORT) {
 		s.Close()
-		return nil, fmt.Errorf("listening to changes of rules: %w", err)
+		return nil, fmt.Errorf("subscribe to nftables events: %w", err)
 	}
 	return s, nil
 }

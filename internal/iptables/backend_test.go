@@ -40,9 +40,9 @@ func holders(p *labtest.Pod) (held []string) {
 // connections go on, and no packet leaves with another source meanwhile.
 func TestBackendChanges(t *testing.T) {
 	held := map[string]string{
-		"iptables-nft":    "[iptables-nft ip6tables-save iptables-nft iptables-save nftables table ip egress-router-last]",
-		"iptables-legacy": "[iptables-legacy ip6tables-save iptables-legacy iptables-save nftables table ip egress-router-last]",
-		"nftables":        "[nftables table ip egress-router nftables table ip egress-router-last nftables table ip6 egress-router]",
+		"iptables-nft":    "[iptables-nft ip6tables-save iptables-nft iptables-save nftables table ip egress-router-guard]",
+		"iptables-legacy": "[iptables-legacy ip6tables-save iptables-legacy iptables-save nftables table ip egress-router-guard]",
+		"nftables":        "[nftables table ip egress-router nftables table ip egress-router-guard nftables table ip6 egress-router]",
 	}
 	for _, from := range labtest.Backends {
 		for _, to := range labtest.Backends {
@@ -70,7 +70,7 @@ func TestBackendChanges(t *testing.T) {
 				stop := p.Traffic(conn)
 
 				p.Use(to)
-				if r := p.OK(); !strings.Contains(r.Stderr, "rules of an earlier run removed") {
+				if r := p.OK(); !strings.Contains(r.Stderr, "stale rules removed") {
 					t.Errorf("the log does not say what was removed:\n%s", r.Stderr)
 				}
 				p.WantUnchanged(p.OK())
@@ -128,7 +128,7 @@ func TestBackendChangeFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := p.Exec()
-	if r.Code != 1 || !strings.Contains(r.Last(), "address already in use") || !strings.Contains(r.Stderr, "everything is put back") {
+	if r.Code != 1 || !strings.Contains(r.Last(), "address already in use") || !strings.Contains(r.Stderr, "changes rolled back") {
 		t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 	}
 	p.Use(labtest.IptablesNFT)
@@ -160,19 +160,19 @@ func TestAuto(t *testing.T) {
 			},
 		},
 		{
-			name: "iptables cannot read", backend: "backend=nftables", log: "iptables does not work here",
+			name: "iptables cannot read", backend: "backend=nftables", log: "iptables failed, using nftables",
 			prepare: func(p *labtest.Pod) {
 				p.Path = p.Programs("case $0 in *-save) echo 'Table does not exist' >&2; exit 3; esac\nexec $real \"$@\"\n")
 			},
 		},
 		{
-			name: "iptables cannot load", backend: "backend=nftables", log: "iptables cannot load the rules",
+			name: "iptables cannot load", backend: "backend=nftables", log: "iptables load failed, using nftables",
 			prepare: func(p *labtest.Pod) {
 				p.Path = p.Programs("case $0 in *-restore) echo 'No chain/target/match by that name.' >&2; exit 1; esac\nexec $real \"$@\"\n")
 			},
 		},
 		{
-			name: "ip6tables cannot load", backend: "backend=nftables", log: "iptables cannot load the rules",
+			name: "ip6tables cannot load", backend: "backend=nftables", log: "iptables load failed, using nftables",
 			prepare: func(p *labtest.Pod) {
 				p.Path = p.Programs("case $0 in */ip6tables-restore) echo 'No chain/target/match by that name.' >&2; exit 1; esac\nexec $real \"$@\"\n")
 			},

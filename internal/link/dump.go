@@ -66,7 +66,7 @@ func (k *Kernel) Forget(stale func(Connection) bool) (int, error) {
 	}
 	handle, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {
-		return 0, fmt.Errorf("opening a netlink socket for connections: %w", err)
+		return 0, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer handle.Close()
 	var n uint
@@ -76,7 +76,7 @@ func (k *Kernel) Forget(stale func(Connection) bool) (int, error) {
 		return n, err
 	})
 	if err != nil {
-		return int(n), fmt.Errorf("deleting connections: %w", err) //nolint:gosec // the kernel holds fewer
+		return int(n), fmt.Errorf("delete conntrack entries: %w", err) //nolint:gosec // the kernel holds fewer
 	}
 	return int(n), nil //nolint:gosec // the kernel holds fewer
 }

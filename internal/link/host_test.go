@@ -108,7 +108,7 @@ func TestMacvlan(t *testing.T) {
 				if step := "create macvlan0, a macvlan of the host's nic0 in mode " + modeName(want); !strings.Contains(r.Stderr, step) {
 					t.Errorf("stderr lacks %q:\n%s", step, r.Stderr)
 				}
-				if warned := strings.Contains(r.Stderr, "the host is cut off"); warned != (mode == "passthru") {
+				if warned := strings.Contains(r.Stderr, "passthru cuts off host addresses"); warned != (mode == "passthru") {
 					t.Errorf("a warning that the host is cut off: %v", warned)
 				}
 				p.WantExample()
@@ -177,7 +177,7 @@ func TestMacvlanOwnNamespace(t *testing.T) {
 		t.Error("the program succeeded")
 	}
 	r := labtest.Result{Stderr: stderr.String()}
-	if want := `egress-router: opening the host's network namespace: "/proc/1/ns/net" is the pod's own`; r.Last() != want {
+	if want := `egress-router: open host network namespace: "/proc/1/ns/net" is the pod's own`; r.Last() != want {
 		t.Errorf("last line:\n got %s\nwant %s", r.Last(), want)
 	}
 	for _, want := range []string{"hostPID: true", "--pid=host", "EGRESS_HOST_NETNS=/host/proc/1/ns/net"} {
@@ -259,7 +259,7 @@ func TestMacvlanOfMacvlan(t *testing.T) {
 
 	// The addresses of the NIC below are out of reach as well.
 	p.Env["EGRESS_MACVLAN_PARENT"], p.Env["EGRESS_GATEWAY"] = "shim0", lab.NICAddr.String()
-	if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Last(), "checking the gateway: 192.168.12.10 is an address of the host's own") {
+	if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Last(), "check EGRESS_GATEWAY: 192.168.12.10 is an address of the host's") {
 		t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 	}
 }
@@ -297,7 +297,7 @@ func TestMacvlanParentDown(t *testing.T) {
 	if err := h.LinkSetDown(nic); err != nil {
 		t.Fatal(err)
 	}
-	if r := p.OK(); !strings.Contains(r.Stderr, "the egress interface has no carrier") {
+	if r := p.OK(); !strings.Contains(r.Stderr, "egress interface without carrier") {
 		t.Errorf("no warning:\n%s", r.Stderr)
 	}
 	if err := h.LinkSetUp(nic); err != nil {
@@ -335,17 +335,17 @@ func TestMacvlanRefusals(t *testing.T) {
 	}{
 		{
 			name: "no such NIC", env: map[string]string{"EGRESS_MACVLAN_PARENT": "ens9"},
-			last: `finding the parent of the macvlan: the host has no interface "ens9"; those of the host that can be one: nic0, port-far, tun0`,
-			hint: "EGRESS_MACVLAN_PARENT is the name of a NIC of the host, or true",
+			last: `find macvlan parent: the host has no interface "ens9"; usable interfaces: nic0, port-far, tun0`,
+			hint: "set EGRESS_MACVLAN_PARENT to a NIC of the host, or to true",
 		},
 		{
 			name: "loopback", env: map[string]string{"EGRESS_MACVLAN_PARENT": "lo"},
-			last: `the host's "lo" cannot be one, being of type loopback and not Ethernet`,
+			last: `the host's "lo": expected Ethernet, found type loopback`,
 			hint: "EGRESS_MACVLAN_PARENT",
 		},
 		{
 			name: "a port of a bridge", env: map[string]string{"EGRESS_MACVLAN_PARENT": lab.ClientPort},
-			last: `creating "macvlan0", a macvlan of the host's "port-client" in mode private: device or resource busy`,
+			last: `create "macvlan0", a macvlan of the host's "port-client" in mode private: device or resource busy`,
 			hint: "port-client is a port of tun0",
 		},
 		{
@@ -360,8 +360,8 @@ func TestMacvlanRefusals(t *testing.T) {
 					p.Fatal(err)
 				}
 			},
-			last: "the host has no IPv4 default route in its main table; those of the host that can be one: nic0, port-far, tun0",
-			hint: "name a NIC of the host in EGRESS_MACVLAN_PARENT",
+			last: "the host has no IPv4 default route in its main table; usable interfaces: nic0, port-far, tun0",
+			hint: "set EGRESS_MACVLAN_PARENT to a NIC of the host",
 		},
 		{
 			name: "a default route of two paths",
@@ -380,19 +380,19 @@ func TestMacvlanRefusals(t *testing.T) {
 					p.Fatal(err)
 				}
 			},
-			last: "the host's IPv4 default route leaves by several NICs: tun0, nic0",
-			hint: "name one of them in EGRESS_MACVLAN_PARENT",
+			last: "the host's IPv4 default route has several NICs: tun0, nic0",
+			hint: "set EGRESS_MACVLAN_PARENT to the NIC on the network of EGRESS_GATEWAY",
 		},
 		{
 			name:    "of another NIC",
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Router, "macvlan0", lab.Bridge, netlink.MACVLAN_MODE_PRIVATE) },
-			last:    `creating "macvlan0": it is there already as a macvlan of the host's "tun0" in mode private; wanted is a macvlan of the host's "nic0" in mode private`,
+			last:    `create "macvlan0": expected a macvlan of the host's "nic0" in mode private, found a macvlan of the host's "tun0" in mode private`,
 			hint:    "unset EGRESS_MACVLAN_PARENT",
 		},
 		{
 			name:    "in another mode",
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE) },
-			last:    `it is there already as a macvlan of the host's "nic0" in mode bridge; wanted is a macvlan of the host's "nic0" in mode private`,
+			last:    `expected a macvlan of the host's "nic0" in mode private, found a macvlan of the host's "nic0" in mode bridge`,
 			hint:    "ip link delete macvlan0",
 		},
 		{
@@ -404,34 +404,34 @@ func TestMacvlanRefusals(t *testing.T) {
 					p.Fatal(err)
 				}
 			},
-			last: `it is there already as an interface of type bridge; wanted is a macvlan of the host's "nic0" in mode private`,
+			last: `expected a macvlan of the host's "nic0" in mode private, found an interface of type bridge`,
 			hint: "EGRESS_INTERFACE",
 		},
 		{
 			name: "passthru beside another", env: map[string]string{"EGRESS_MACVLAN_MODE": "passthru"},
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE) },
-			last:    `creating "macvlan0", a macvlan of the host's "nic0" in mode passthru: invalid argument`,
-			hint:    "nic0 has another macvlan",
+			last:    `create "macvlan0", a macvlan of the host's "nic0" in mode passthru: invalid argument`,
+			hint:    "nic0 has another",
 		},
 		{
 			name:    "beside a passthru",
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PASSTHRU) },
-			last:    `creating "macvlan0", a macvlan of the host's "nic0" in mode private: invalid argument`,
+			last:    `create "macvlan0", a macvlan of the host's "nic0" in mode private: invalid argument`,
 			hint:    "nic0 may have one",
 		},
 		{
 			name: "the host is the gateway", env: map[string]string{"EGRESS_GATEWAY": lab.NICAddr.String()},
-			last: `checking the gateway: 192.168.12.10 is an address of the host's own "nic0", which a macvlan of it cannot reach`,
+			last: `check EGRESS_GATEWAY: 192.168.12.10 is an address of the host's "nic0", which its macvlan cannot reach`,
 			hint: "EGRESS_GATEWAY",
 		},
 		{
 			name: "the host has the address", env: map[string]string{"EGRESS_SOURCE": lab.NICAddr.String() + "/24"},
-			last: `checking the reserved address: 192.168.12.10 is an address of the host's own "nic0"`,
+			last: `check EGRESS_SOURCE: 192.168.12.10 is an address of the host's "nic0"`,
 			hint: "EGRESS_SOURCE",
 		},
 		{
 			name: "the pod's own namespace", env: map[string]string{"EGRESS_HOST_NETNS": "/proc/thread-self/ns/net"},
-			last: `opening the host's network namespace: "/proc/thread-self/ns/net" is the pod's own`,
+			last: `open host network namespace: "/proc/thread-self/ns/net" is the pod's own`,
 			hint: "hostPID: true",
 		},
 		{
@@ -447,12 +447,12 @@ func TestMacvlanRefusals(t *testing.T) {
 		{
 			name: "no privilege", command: "without-privilege",
 			last: "permission denied",
-			hint: "securityContext.privileged: true (of it, the capabilities SYS_ADMIN, and SYS_PTRACE",
+			hint: "securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE",
 		},
 		{
 			name: "no privilege over the host", command: "without-sys-admin",
 			last: "operation not permitted",
-			hint: "entering the host's network namespace takes privilege",
+			hint: "entering the host's network namespace requires privilege",
 		},
 		// What is found only after the interface is made.
 		{
@@ -462,12 +462,12 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 		{
 			name: "forwarding off and read-only", command: "with-read-only-proc",
-			last: "turning on net.ipv4.ip_forward: it is 0 and cannot be written",
+			last: "set sysctl net.ipv4.ip_forward = 1: found 0",
 			hint: "net.ipv4.ip_forward=1",
 		},
 		{
 			name: "no eth0", env: map[string]string{"EGRESS_CLUSTER_INTERFACE": "net0"},
-			last: `interface "net0" not found; there are: eth0`,
+			last: `interface "net0" not found; interfaces: eth0`,
 			hint: "EGRESS_CLUSTER_INTERFACE",
 		},
 	} {

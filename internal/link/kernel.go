@@ -23,7 +23,7 @@ type Kernel struct {
 func Open() (*Kernel, error) {
 	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
-		return nil, fmt.Errorf("opening a netlink socket: %w", err)
+		return nil, fmt.Errorf("open rtnetlink socket: %w", err)
 	}
 	return &Kernel{handle}, nil
 }
@@ -38,11 +38,11 @@ type MissingError struct {
 }
 
 func (e *MissingError) Error() string {
-	present := "none but lo"
+	present := "lo only"
 	if len(e.Present) > 0 {
 		present = strings.Join(e.Present, ", ")
 	}
-	return fmt.Sprintf("interface %q not found; there are: %s", e.Interface, present)
+	return fmt.Sprintf("interface %q not found; interfaces: %s", e.Interface, present)
 }
 
 // Exists returns nil where the interface is there, else a *MissingError.
@@ -59,7 +59,7 @@ func (k *Kernel) find(name string) (netlink.Link, error) {
 		e := &MissingError{Interface: name}
 		links, err := k.links()
 		if err != nil {
-			return nil, fmt.Errorf("listing interfaces: %w", err)
+			return nil, fmt.Errorf("list interfaces: %w", err)
 		}
 		for _, l := range links {
 			if a := l.Attrs(); a.Flags&net.FlagLoopback == 0 {
@@ -70,7 +70,7 @@ func (k *Kernel) find(name string) (netlink.Link, error) {
 		return nil, e
 	}
 	if err != nil {
-		return nil, fmt.Errorf("looking up interface %q: %w", name, err)
+		return nil, fmt.Errorf("get interface %q: %w", name, err)
 	}
 	return l, nil
 }
@@ -147,7 +147,7 @@ func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (Cluster
 	}
 	rules, err := k.rules()
 	if err != nil {
-		return ClusterState{}, fmt.Errorf("listing the routing rules: %w", err)
+		return ClusterState{}, fmt.Errorf("list routing rules: %w", err)
 	}
 	for _, r := range rules {
 		if r.Table == want.Table {
@@ -166,7 +166,7 @@ func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (Cluster
 func (k *Kernel) prefixes(l netlink.Link) ([]netip.Prefix, error) {
 	addresses, err := k.addresses(l)
 	if err != nil {
-		return nil, fmt.Errorf("listing the addresses of %q: %w", l.Attrs().Name, err)
+		return nil, fmt.Errorf("list addresses of %q: %w", l.Attrs().Name, err)
 	}
 	var found []netip.Prefix
 	for _, a := range addresses {
@@ -179,7 +179,7 @@ func (k *Kernel) prefixes(l netlink.Link) ([]netip.Prefix, error) {
 func (k *Kernel) table(number int, names map[int]string) ([]Route, error) {
 	routes, err := k.routesOf(number)
 	if err != nil {
-		return nil, fmt.Errorf("listing the routes of table %d: %w", number, err)
+		return nil, fmt.Errorf("list routes of table %d: %w", number, err)
 	}
 	var found []Route
 	for _, r := range routes {
@@ -260,7 +260,7 @@ func (k *Kernel) Do(s Step) error {
 		if s.Sysctl == ipForward || strings.HasSuffix(s.Sysctl, "/forwarding") {
 			return &ForwardingError{s.Sysctl, err}
 		}
-		return fmt.Errorf("trying to %s: %w", s, err)
+		return fmt.Errorf("%s: %w", s, err)
 	}
 	return nil
 }
@@ -304,7 +304,7 @@ func (k *Kernel) do(s Step) error {
 	case WriteSysctl:
 		return writeSysctl(s.Sysctl, s.Value)
 	}
-	return fmt.Errorf("no such kind of step: %d", s.Op)
+	return fmt.Errorf("unknown step %d", s.Op)
 }
 
 // kernelRoute returns the form of a route that netlink takes: of one that was

@@ -100,11 +100,11 @@ type lowerLink struct {
 func (k *Kernel) FindParent(m Macvlan) (Parent, error) {
 	links, err := k.links()
 	if err != nil {
-		return Parent{}, fmt.Errorf("listing the interfaces of the host: %w", err)
+		return Parent{}, fmt.Errorf("list host interfaces: %w", err)
 	}
 	routes, err := k.routesOf(unix.RT_TABLE_MAIN)
 	if err != nil {
-		return Parent{}, fmt.Errorf("listing the routes of the host: %w", err)
+		return Parent{}, fmt.Errorf("list host routes: %w", err)
 	}
 	addresses, err := k.hostAddresses()
 	if err != nil {
@@ -136,7 +136,7 @@ func (k *Kernel) FindParent(m Macvlan) (Parent, error) {
 func (k *Kernel) hostAddresses() (map[int][]netip.Prefix, error) {
 	list, err := k.addresses(nil)
 	if err != nil {
-		return nil, fmt.Errorf("listing the addresses of the host: %w", err)
+		return nil, fmt.Errorf("list host addresses: %w", err)
 	}
 	addresses := map[int][]netip.Prefix{}
 	for _, a := range list {
@@ -145,16 +145,16 @@ func (k *Kernel) hostAddresses() (map[int][]netip.Prefix, error) {
 	return addresses, nil
 }
 
-const parentHint = "EGRESS_MACVLAN_PARENT is the name of a NIC of the host, or true for that of the host's IPv4 default route"
+const parentHint = "set EGRESS_MACVLAN_PARENT to a NIC of the host, or to true for the NIC of the host's IPv4 default route"
 
 // chooseParent returns the NIC called name, or, if that is empty, the one of
 // the default route.
 func chooseParent(name string, links []netlink.Link, routes []netlink.Route, addresses map[int][]netip.Prefix) (netlink.Link, error) {
 	others := func() string {
 		if names := candidates(links, addresses); len(names) > 0 {
-			return "those of the host that can be one: " + strings.Join(names, ", ")
+			return "usable interfaces: " + strings.Join(names, ", ")
 		}
-		return "no interface of the host can be one"
+		return "the host has no usable interface"
 	}
 	var index int
 	if name == "" {
@@ -165,11 +165,11 @@ func chooseParent(name string, links []netlink.Link, routes []netlink.Route, add
 		}
 		switch {
 		case len(nics) == 0:
-			return nil, macvlanError("name a NIC of the host in EGRESS_MACVLAN_PARENT, or see whether EGRESS_HOST_NETNS is really the host's namespace",
-				"finding the parent of the macvlan: the host has no IPv4 default route in its main table; %s", others())
+			return nil, macvlanError("set EGRESS_MACVLAN_PARENT to a NIC of the host, or check that EGRESS_HOST_NETNS is the host's namespace",
+				"find macvlan parent: the host has no IPv4 default route in its main table; %s", others())
 		case len(nics) > 1:
-			return nil, macvlanError("name one of them in EGRESS_MACVLAN_PARENT: the one on the network of EGRESS_GATEWAY",
-				"finding the parent of the macvlan: the host's IPv4 default route leaves by several NICs: %s", strings.Join(names, ", "))
+			return nil, macvlanError("set EGRESS_MACVLAN_PARENT to the NIC on the network of EGRESS_GATEWAY",
+				"find macvlan parent: the host's IPv4 default route has several NICs: %s", strings.Join(names, ", "))
 		}
 		name, index = names[0], nics[0]
 	}
@@ -177,11 +177,11 @@ func chooseParent(name string, links []netlink.Link, routes []netlink.Route, add
 		return l.Attrs().Name == name && (index == 0 || l.Attrs().Index == index)
 	})
 	if at < 0 {
-		return nil, macvlanError(parentHint, "finding the parent of the macvlan: the host has no interface %q; %s", name, others())
+		return nil, macvlanError(parentHint, "find macvlan parent: the host has no interface %q; %s", name, others())
 	}
 	// macvlan_port_create in drivers/net/macvlan.c.
 	if kind := links[at].Attrs().EncapType; kind != "ether" {
-		return nil, macvlanError(parentHint, "finding the parent of the macvlan: the host's %q cannot be one, being of type %s and not Ethernet; %s", name, kind, others())
+		return nil, macvlanError(parentHint, "find macvlan parent: the host's %q: expected Ethernet, found type %s; %s", name, kind, others())
 	}
 	return links[at], nil
 }
@@ -247,11 +247,11 @@ func (p Parent) Suits(want Want) error {
 	for _, a := range p.Addresses {
 		switch a.Addr() {
 		case want.Gateway:
-			return macvlanError("EGRESS_GATEWAY is a router of the physical network, not the host; the host's own gateway, for example (ip route show default)",
-				"checking the gateway: %s is an address of the host's own %q, which a macvlan of it cannot reach", want.Gateway, p.Name)
+			return macvlanError("set EGRESS_GATEWAY to a router of the physical network, for example the host's own gateway (ip route show default)",
+				"check EGRESS_GATEWAY: %s is an address of the host's %q, which its macvlan cannot reach", want.Gateway, p.Name)
 		case want.Address.Addr():
-			return macvlanError("EGRESS_SOURCE is an address that no other host has",
-				"checking the reserved address: %s is an address of the host's own %q", want.Address.Addr(), p.Name)
+			return macvlanError("set EGRESS_SOURCE to an address that no other host has",
+				"check EGRESS_SOURCE: %s is an address of the host's %q", want.Address.Addr(), p.Name)
 		}
 	}
 	return nil
@@ -266,11 +266,11 @@ func (k *Kernel) HasMacvlan(m Macvlan, p Parent, host *Kernel, hostFd int) (bool
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("looking up interface %q: %w", m.Interface, err)
+		return false, fmt.Errorf("get interface %q: %w", m.Interface, err)
 	}
 	hostID, err := k.handle.GetNetNsIdByFd(hostFd)
 	if err != nil {
-		return false, fmt.Errorf("looking up the number of the host's network namespace: %w", err)
+		return false, fmt.Errorf("get ID of the host network namespace: %w", err)
 	}
 	if isMacvlan(l, m.Mode, p, hostID) {
 		return true, nil
@@ -282,8 +282,8 @@ func (k *Kernel) HasMacvlan(m Macvlan, p Parent, host *Kernel, hostFd int) (bool
 		}
 	}
 	return false, macvlanError(
-		fmt.Sprintf("to keep it as it is, unset EGRESS_MACVLAN_PARENT; to have it made, delete it (ip link delete %s), or give the new one another name with EGRESS_INTERFACE", m.Interface),
-		"creating %q: it is there already as %s; wanted is a macvlan of the host's %q in mode %s", m.Interface, describe(l, name), p.Name, m.Mode)
+		fmt.Sprintf("to keep the interface, unset EGRESS_MACVLAN_PARENT; to replace it, delete it (ip link delete %s), or choose another name in EGRESS_INTERFACE", m.Interface),
+		"create %q: expected a macvlan of the host's %q in mode %s, found %s", m.Interface, p.Name, m.Mode, describe(l, name))
 }
 
 // isMacvlan reports whether a link of the pod is a macvlan of p in the given
@@ -326,7 +326,7 @@ func (k *Kernel) CreateMacvlan(m Macvlan, p Parent, podFd int) error {
 	attrs.Name, attrs.ParentIndex, attrs.MTU, attrs.Namespace = m.Interface, p.Index, p.MTU, netlink.NsFd(podFd)
 	err := k.handle.LinkAdd(&netlink.Macvlan{LinkAttrs: attrs, Mode: macvlanModes[m.Mode]})
 	if err != nil {
-		return macvlanError(creationHint(m, p, err), "creating %q, a macvlan of the host's %q in mode %s: %w", m.Interface, p.Name, m.Mode, err)
+		return macvlanError(creationHint(m, p, err), "create %q, a macvlan of the host's %q in mode %s: %w", m.Interface, p.Name, m.Mode, err)
 	}
 	return nil
 }
@@ -336,22 +336,22 @@ func (k *Kernel) CreateMacvlan(m Macvlan, p Parent, podFd int) error {
 func creationHint(m Macvlan, p Parent, err error) string {
 	switch {
 	case errors.Is(err, unix.EBUSY) && p.master != "":
-		return fmt.Sprintf("%s is a port of %s, which takes its frames; name in EGRESS_MACVLAN_PARENT the interface that has the host's address on that network, or another NIC", p.Name, p.master)
+		return fmt.Sprintf("%s is a port of %s, which takes its frames: set EGRESS_MACVLAN_PARENT to the interface that has the host's address on that network, or to another NIC", p.Name, p.master)
 	case errors.Is(err, unix.EBUSY):
-		return fmt.Sprintf("something else takes the frames of %s, such as an ipvlan or a bridge: name another NIC in EGRESS_MACVLAN_PARENT", p.Name)
+		return fmt.Sprintf("another device takes the frames of %s, such as an ipvlan or a bridge: set EGRESS_MACVLAN_PARENT to another NIC", p.Name)
 	case errors.Is(err, unix.EINVAL) && m.Mode == "passthru":
-		return fmt.Sprintf("a macvlan in mode passthru takes its NIC alone, and %s has another macvlan", p.Name)
+		return fmt.Sprintf("mode passthru allows one macvlan for each NIC, and %s has another", p.Name)
 	case errors.Is(err, unix.EINVAL):
-		return fmt.Sprintf("a macvlan in mode passthru takes its NIC alone: %s may have one", p.Name)
+		return fmt.Sprintf("mode passthru allows one macvlan for each NIC: %s may have one in that mode", p.Name)
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return "the host's kernel lacks macvlan: load the module (modprobe macvlan), or install the package that has it"
+		return "the host's kernel lacks macvlan: load the module (modprobe macvlan), or install the package that contains it"
 	case errors.Is(err, unix.EPERM):
 		return hostPrivilege
 	}
 	return ""
 }
 
-const hostPrivilege = "making an interface of a NIC of the host takes privilege there: securityContext.privileged: true, without a user namespace of the pod's own"
+const hostPrivilege = "creating a macvlan of a host NIC requires privilege on the host: securityContext.privileged: true, without a user namespace of the pod's own"
 
 // DeleteMacvlan takes CreateMacvlan back. k is the pod's namespace.
 func (k *Kernel) DeleteMacvlan(m Macvlan) error {
@@ -360,7 +360,7 @@ func (k *Kernel) DeleteMacvlan(m Macvlan) error {
 		err = k.handle.LinkDel(l)
 	}
 	if err != nil {
-		return fmt.Errorf("deleting interface %q: %w", m.Interface, err)
+		return fmt.Errorf("delete interface %q: %w", m.Interface, err)
 	}
 	return nil
 }

@@ -80,7 +80,7 @@ func TestChooseParent(t *testing.T) {
 		7: {netip.MustParsePrefix("169.254.1.1/32")},
 		8: {netip.MustParsePrefix("172.18.0.2/16")},
 	}
-	const can = "those of the host that can be one: br0, ens3, eth0"
+	const can = "usable interfaces: br0, ens3, eth0"
 	for name, test := range map[string]struct {
 		name   string
 		routes []netlink.Route
@@ -89,12 +89,12 @@ func TestChooseParent(t *testing.T) {
 		"by name":                {"ens3", nil, "ens3"},
 		"by route":               {"", []netlink.Route{everywhere(5, 0)}, "br0"},
 		"a name beats the route": {"ens3", []netlink.Route{everywhere(5, 0)}, "ens3"},
-		"missing":                {"ens9", nil, `finding the parent of the macvlan: the host has no interface "ens9"; ` + can},
-		"no default route":       {"", nil, "finding the parent of the macvlan: the host has no IPv4 default route in its main table; " + can},
-		"two paths":              {"", []netlink.Route{paths(2, 8)}, "finding the parent of the macvlan: the host's IPv4 default route leaves by several NICs: ens3, eth0"},
-		"loopback":               {"lo", nil, `finding the parent of the macvlan: the host's "lo" cannot be one, being of type loopback and not Ethernet; ` + can},
-		"a tunnel":               {"", []netlink.Route{everywhere(9, 0)}, `finding the parent of the macvlan: the host's "wg0" cannot be one, being of type none and not Ethernet; ` + can},
-		"gone meanwhile":         {"", []netlink.Route{everywhere(77, 0)}, `finding the parent of the macvlan: the host has no interface "interface 77"; ` + can},
+		"missing":                {"ens9", nil, `find macvlan parent: the host has no interface "ens9"; ` + can},
+		"no default route":       {"", nil, "find macvlan parent: the host has no IPv4 default route in its main table; " + can},
+		"two paths":              {"", []netlink.Route{paths(2, 8)}, "find macvlan parent: the host's IPv4 default route has several NICs: ens3, eth0"},
+		"loopback":               {"lo", nil, `find macvlan parent: the host's "lo": expected Ethernet, found type loopback; ` + can},
+		"a tunnel":               {"", []netlink.Route{everywhere(9, 0)}, `find macvlan parent: the host's "wg0": expected Ethernet, found type none; ` + can},
+		"gone meanwhile":         {"", []netlink.Route{everywhere(77, 0)}, `find macvlan parent: the host has no interface "interface 77"; ` + can},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l, err := chooseParent(test.name, hostLinks(), test.routes, addresses)
@@ -112,7 +112,7 @@ func TestChooseParent(t *testing.T) {
 			}
 		})
 	}
-	if _, err := chooseParent("x", hostLinks()[:1], nil, nil); err == nil || !strings.HasSuffix(err.Error(), "no interface of the host can be one") {
+	if _, err := chooseParent("x", hostLinks()[:1], nil, nil); err == nil || !strings.HasSuffix(err.Error(), "the host has no usable interface") {
 		t.Errorf("a host without a NIC: %v", err)
 	}
 }
@@ -157,8 +157,8 @@ func TestParentSuits(t *testing.T) {
 	p := Parent{Name: "ens3", Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.12.10/32"), netip.MustParsePrefix("192.168.12.11/32")}}
 	for _, test := range []struct{ source, gateway, fault string }{
 		{"192.168.12.99/24", "192.168.12.1", ""},
-		{"192.168.12.99/24", "192.168.12.11", `checking the gateway: 192.168.12.11 is an address of the host's own "ens3", which a macvlan of it cannot reach`},
-		{"192.168.12.10/24", "192.168.12.1", `checking the reserved address: 192.168.12.10 is an address of the host's own "ens3"`},
+		{"192.168.12.99/24", "192.168.12.11", `check EGRESS_GATEWAY: 192.168.12.11 is an address of the host's "ens3", which its macvlan cannot reach`},
+		{"192.168.12.10/24", "192.168.12.1", `check EGRESS_SOURCE: 192.168.12.10 is an address of the host's "ens3"`},
 	} {
 		err := p.Suits(Want{Interface: "macvlan0", Address: netip.MustParsePrefix(test.source), Gateway: netip.MustParseAddr(test.gateway)})
 		if (err == nil) != (test.fault == "") || err != nil && err.Error() != test.fault {
@@ -177,7 +177,7 @@ func TestCreationHint(t *testing.T) {
 	}{
 		{"private", "br0", unix.EBUSY, "ens3 is a port of br0"},
 		{"private", "", unix.EBUSY, "ipvlan"},
-		{"passthru", "", unix.EINVAL, "ens3 has another macvlan"},
+		{"passthru", "", unix.EINVAL, "ens3 has another"},
 		{"bridge", "", unix.EINVAL, "ens3 may have one"},
 		{"bridge", "", unix.EOPNOTSUPP, "modprobe macvlan"},
 		{"bridge", "", unix.EPERM, "privileged: true"},

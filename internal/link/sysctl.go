@@ -53,7 +53,7 @@ func sysctlPath(name string) string {
 func readSysctl(name string) (string, error) {
 	data, err := os.ReadFile(sysctlPath(name))
 	if err != nil {
-		return "", fmt.Errorf("reading sysctl %s: %w", name, err)
+		return "", fmt.Errorf("read sysctl %s: %w", name, err)
 	}
 	return strings.TrimSpace(string(data)), nil
 }
@@ -85,7 +85,7 @@ type ForwardingError struct {
 }
 
 func (e *ForwardingError) Error() string {
-	return fmt.Sprintf("turning on %s: it is 0 and cannot be written: %v", e.Sysctl, e.Err)
+	return fmt.Sprintf("set sysctl %s = 1: found 0, %v", e.Sysctl, e.Err)
 }
 
 // Unwrap returns what the kernel said.
@@ -93,7 +93,7 @@ func (e *ForwardingError) Unwrap() error { return e.Err }
 
 // Hint says what to do.
 func (e *ForwardingError) Hint() string {
-	return "run the container privileged, or set the sysctl for it: " + ipForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + ipForward + "=1 with docker and podman"
+	return "run the container privileged, or set the sysctl: " + ipForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + ipForward + "=1 with docker and podman"
 }
 
 // CanForward returns nil where packets are forwarded already or forwarding can

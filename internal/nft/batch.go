@@ -109,7 +109,7 @@ func (b *batch) addRule(t *nftables.Table, chain string, rule []expr.Any) {
 			for _, x := range rule {
 				data, err := expr.Marshal(byte(t.Family), x)
 				if err != nil {
-					return fmt.Errorf("encoding expression %T: %w", x, err)
+					return fmt.Errorf("encode expression %T: %w", x, err)
 				}
 				e.Bytes(unix.NFTA_LIST_ELEM|netlink.Nested, data)
 			}
@@ -163,14 +163,14 @@ func (b *batch) run() error {
 	}
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
-		return fmt.Errorf("opening a netlink socket for rules: %w", err)
+		return fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer conn.Close()
 	// Without privilege over the machine the system's limit holds
 	// (net.core.wmem_max), which by default is enough to load some 11,000
 	// redirects, or to replace half as many; sending says where it is not.
 	if err := conn.SetWriteBuffer(writeBuffer); err != nil {
-		return fmt.Errorf("enlarging the buffer of a netlink socket: %w", err)
+		return fmt.Errorf("set nfnetlink send buffer: %w", err)
 	}
 	edge := func(kind int) netlink.Message {
 		return netlink.Message{
@@ -200,7 +200,7 @@ func (b *batch) run() error {
 func ask(what int, family nftables.TableFamily, kind uint16, encode func(*netlink.AttributeEncoder)) (n uint32, there bool, err error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
-		return 0, false, fmt.Errorf("opening a netlink socket for rules: %w", err)
+		return 0, false, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer conn.Close()
 	var b batch

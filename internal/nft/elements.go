@@ -156,13 +156,13 @@ const (
 // The kernel does not say so when it only moves elements to a larger table, which
 // it does in the background after a large load: a listing then has some twice
 // and lacks others, as many in all as there are.
-var errInterrupted = errors.New("it changes all the time")
+var errInterrupted = errors.New("map changed during every listing")
 
 // readElements returns the elements of the map of redirects of a table.
 func readElements(t *nftables.Table) (destinations, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
-		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
+		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer conn.Close()
 	for try := 1; ; try++ {
@@ -267,7 +267,7 @@ func parseElement(b []byte) (destination, error) {
 		}
 		return attributes(part, func(kind uint16, value []byte) error {
 			if kind != unix.NFTA_DATA_VALUE || len(value) != len(into) {
-				return fmt.Errorf("an element has %d bytes in attribute %d, want %d", len(value), kind, len(into))
+				return fmt.Errorf("element attribute %d: expected %d bytes, found %d", kind, len(into), len(value))
 			}
 			*into = [8]byte(value)
 			return nil
@@ -283,7 +283,7 @@ func attributes(b []byte, fn func(kind uint16, data []byte) error) error {
 		length := int(binary.NativeEndian.Uint16(b))
 		kind := binary.NativeEndian.Uint16(b[2:])
 		if length < headerLen || length > len(b) {
-			return fmt.Errorf("an attribute has a length of %d among %d bytes", length, len(b))
+			return fmt.Errorf("attribute length %d, buffer %d bytes", length, len(b))
 		}
 		if err := fn(kind&^flags, b[headerLen:length]); err != nil {
 			return err

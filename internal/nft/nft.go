@@ -18,17 +18,23 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// The names of our tables, one for each family. What is last has one of its own:
-// whoever flushes the other, or switches it off, leaves it.
+// The names of our tables, one for each family. The source guard has a table of
+// its own, so that it survives a flush of the other table.
 const (
 	tableName = "egress-router"
-	lastName  = "egress-router-last"
+	guardName = "egress-router-guard"
 )
+
+// formerGuardName is the name that earlier versions gave the source guard's
+// table. A router that takes over their namespace, as after an image update,
+// deletes that table in the transaction that adds its own.
+const formerGuardName = "egress-router-last"
 
 // A Tx changes the tables of one network namespace. It knows what the kernel
 // held when it began and after each change of its own.
 type Tx struct {
-	name       string // of the tables
+	name       string   // of the tables that plans are rendered to
+	former     []string // names of tables of earlier versions, to delete
 	families   []rules.Family
 	now        state
 	generation uint32 // of the kernel's rules when now was read, or written
@@ -38,7 +44,7 @@ type Tx struct {
 type KernelError struct{ Err error }
 
 func (e *KernelError) Error() string {
-	return fmt.Sprintf("asking the kernel for its tables: %v", e.Err)
+	return fmt.Sprintf("probe nf_tables: %v", e.Err)
 }
 
 // Unwrap returns what the kernel said.
@@ -46,27 +52,37 @@ func (e *KernelError) Unwrap() error { return e.Err }
 
 // Hint says what to do.
 func (e *KernelError) Hint() string {
-	return "the kernel has no nf_tables, or it is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 on the node, or EGRESS_ROUTER_BACKEND=iptables"
+	return "the kernel lacks nf_tables, or the module is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 on the node, or EGRESS_ROUTER_BACKEND=iptables"
 }
 
 // Begin reads what the kernel holds, in the calling thread's network namespace,
 // and returns a Tx that changes it. Families are those whose rules it is for.
 func Begin(_ context.Context, families ...rules.Family) (*Tx, error) {
-	return beginTables(tableName, families)
+	return begin(&Tx{name: tableName, families: families})
 }
 
-// BeginLast does so for the tables of the chains that are last, which go with
-// every backend ([rules.Last]).
-func BeginLast(_ context.Context, families ...rules.Family) (*Tx, error) {
-	return beginTables(lastName, families)
+// BeginGuard does the same for the tables of the source guard, which every
+// backend has ([rules.SourceGuard]).
+func BeginGuard(_ context.Context, families ...rules.Family) (*Tx, error) {
+	return begin(&Tx{name: guardName, former: []string{formerGuardName}, families: families})
 }
 
-func beginTables(name string, families []rules.Family) (*Tx, error) {
-	tx := &Tx{name: name, families: families}
+func begin(tx *Tx) (*Tx, error) {
 	if err := tx.read(); err != nil {
 		return nil, err
 	}
 	return tx, nil
+}
+
+// keys returns the tables that the Tx reads and changes.
+func (tx *Tx) keys() []tableKey {
+	var keys []tableKey
+	for _, name := range append([]string{tx.name}, tx.former...) {
+		for _, f := range tx.families {
+			keys = append(keys, tableKey{name, f})
+		}
+	}
+	return keys
 }
 
 // String names the backend.

@@ -53,7 +53,7 @@ func inNamespace(t *testing.T, fn func()) {
 	}
 }
 
-func begin(t *testing.T) *Tx {
+func beginTx(t *testing.T) *Tx {
 	t.Helper()
 	tx, err := Begin(t.Context(), rules.IPv4, rules.IPv6)
 	if err != nil {
@@ -83,10 +83,10 @@ func TestApply(t *testing.T) {
 		t.Run(from, func(t *testing.T) {
 			for to := range plans {
 				inNamespace(t, func() {
-					if _, err := begin(t).Apply(t.Context(), plans[from]); err != nil {
+					if _, err := beginTx(t).Apply(t.Context(), plans[from]); err != nil {
 						t.Fatal(err)
 					}
-					tx := begin(t)
+					tx := beginTx(t)
 					if found := tx.Differs(plans[from]); len(found) > 0 {
 						t.Fatalf("not as loaded: %v", found)
 					}
@@ -94,7 +94,7 @@ func TestApply(t *testing.T) {
 					if err != nil {
 						t.Fatalf("to %s: %v", to, err)
 					}
-					again := begin(t)
+					again := beginTx(t)
 					if found := again.Differs(plans[to]); len(found) > 0 {
 						t.Errorf("to %s: %v", to, found)
 					}
@@ -104,7 +104,7 @@ func TestApply(t *testing.T) {
 					if err := undo(); err != nil {
 						t.Errorf("back from %s: %v", to, err)
 					}
-					if found := begin(t).Differs(plans[from]); len(found) > 0 {
+					if found := beginTx(t).Differs(plans[from]); len(found) > 0 {
 						t.Errorf("back from %s: %v", to, found)
 					}
 				})
@@ -113,21 +113,80 @@ func TestApply(t *testing.T) {
 	}
 }
 
+// The table that an earlier version gave the source guard is deleted with the
+// addition of the new one, and restored by undo.
+func TestFormerGuardTableIsReplaced(t *testing.T) {
+	plan := parse(t, "80 tcp 203.0.113.25\n")
+	held := func() []string {
+		conn, err := nftables.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		tables, err := conn.ListTables()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, table := range tables {
+			names = append(names, table.Name)
+		}
+		return names
+	}
+	beginGuard := func() *Tx {
+		tx, err := BeginGuard(t.Context(), rules.IPv4, rules.IPv6)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tx
+	}
+	inNamespace(t, func() {
+		key := tableKey{formerGuardName, rules.IPv4}
+		former := beginGuard()
+		if err := former.become(state{key: render(plan, guardName)[tableKey{guardName, rules.IPv4}]}); err != nil {
+			t.Fatal(err)
+		}
+		before := beginGuard()
+		want := []string{"table ip egress-router-guard: missing", "table ip egress-router-last: not in the plan"}
+		if diff := cmp.Diff(want, before.Differs(plan)); diff != "" {
+			t.Errorf("differences: - want, + got:\n%s", diff)
+		}
+		undo, err := before.Apply(t.Context(), plan)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]string{guardName}, held()); diff != "" {
+			t.Errorf("tables: - want, + got:\n%s", diff)
+		}
+		if found := beginGuard().Differs(plan); len(found) > 0 {
+			t.Errorf("after the transaction: %v", found)
+		}
+		if err := undo(); err != nil {
+			t.Fatal(err)
+		}
+		if found := beginGuard().differences(before.now); len(found) > 0 {
+			t.Errorf("after undo: %v", found)
+		}
+		if diff := cmp.Diff([]string{formerGuardName}, held()); diff != "" {
+			t.Errorf("tables after undo: - want, + got:\n%s", diff)
+		}
+	})
+}
+
 // A transaction that the kernel refuses changes nothing.
 func TestRefused(t *testing.T) {
 	inNamespace(t, func() {
 		before, bad := parse(t, "80 tcp 203.0.113.25\n"), parse(t, lines(1500))
-		if _, err := begin(t).Apply(t.Context(), before); err != nil {
+		if _, err := beginTx(t).Apply(t.Context(), before); err != nil {
 			t.Fatal(err)
 		}
 		// A source translation where none can be, in the last chain.
 		last := &bad.Chains[len(bad.Chains)-1]
 		last.Rules = append(last.Rules, rules.Rule{Target: rules.SNAT, To: sides.Source})
-		_, err := begin(t).Apply(t.Context(), bad)
+		_, err := beginTx(t).Apply(t.Context(), bad)
 		if _, ok := errors.AsType[*LoadError](err); !ok {
 			t.Errorf("error %v, want a *LoadError", err)
 		}
-		if found := begin(t).Differs(before); len(found) > 0 {
+		if found := beginTx(t).Differs(before); len(found) > 0 {
 			t.Errorf("it changed: %v", found)
 		}
 	})
@@ -138,16 +197,16 @@ func TestRefused(t *testing.T) {
 func TestChangedMeanwhile(t *testing.T) {
 	example := parse(t, "80 tcp 203.0.113.25\n203.0.113.27\n")
 	inNamespace(t, func() {
-		first, second := begin(t), begin(t)
+		first, second := beginTx(t), beginTx(t)
 		for _, tx := range []*Tx{first, second} {
 			if _, err := tx.Apply(t.Context(), example); err != nil {
 				t.Fatal(err)
 			}
-			if found := begin(t).Differs(example); len(found) > 0 {
+			if found := beginTx(t).Differs(example); len(found) > 0 {
 				t.Errorf("not as loaded: %v", found)
 			}
 		}
-		late := begin(t)
+		late := beginTx(t)
 		conn, err := nftables.New()
 		if err != nil {
 			t.Fatal(err)
@@ -159,7 +218,7 @@ func TestChangedMeanwhile(t *testing.T) {
 		if _, err := late.Apply(t.Context(), example.Guard()); err != nil {
 			t.Fatal(err)
 		}
-		if found := begin(t).Differs(example.Guard()); len(found) > 0 {
+		if found := beginTx(t).Differs(example.Guard()); len(found) > 0 {
 			t.Errorf("not as loaded: %v", found)
 		}
 	})
@@ -168,10 +227,10 @@ func TestChangedMeanwhile(t *testing.T) {
 // Elements that stay are not touched: what the kernel counts in them, for whoever
 // asks it to, goes on.
 func TestOnlyWhatDiffersChanges(t *testing.T) {
-	have := render(parse(t, lines(3000)), tableName)[rules.IPv4]
-	want := render(parse(t, lines(2999)+"9 udp 203.0.113.25\n"), tableName)[rules.IPv4]
+	have := render(parse(t, lines(3000)), tableName)[tableKey{tableName, rules.IPv4}]
+	want := render(parse(t, lines(2999)+"9 udp 203.0.113.25\n"), tableName)[tableKey{tableName, rules.IPv4}]
 	var b batch
-	b.change(tableOf(tableName, rules.IPv4), have, want)
+	b.change(tableOf(tableKey{tableName, rules.IPv4}), have, want)
 	var kinds []int
 	for _, m := range b.messages {
 		kinds = append(kinds, int(m.Header.Type)&0xff)
@@ -217,7 +276,7 @@ func TestSteps(t *testing.T) {
 // An answer of the kernel that is cut short is an error, and no panic.
 func FuzzAttributes(f *testing.F) {
 	var b batch
-	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableName, rules.IPv4), newDestinations([]rules.Redirect{
+	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableKey{tableName, rules.IPv4}), newDestinations([]rules.Redirect{
 		{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("192.0.2.1")},
 	}))
 	f.Add(b.messages[0].Data[4:])
@@ -239,7 +298,7 @@ func TestElementRoundTrip(t *testing.T) {
 		{Protocol: rules.UDP, Port: 65535, To: netip.MustParseAddr("203.0.113.255"), ToPort: 1},
 	})
 	var b batch
-	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableName, rules.IPv4), want)
+	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableKey{tableName, rules.IPv4}), want)
 	var got destinations
 	err := attributes(b.messages[0].Data[4:], func(kind uint16, list []byte) error {
 		if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
@@ -264,7 +323,7 @@ func TestStrays(t *testing.T) {
 		if s, err := FindStrays(both, true, true); s != nil || err != nil {
 			t.Fatalf("in an empty namespace: %v, %v", s, err)
 		}
-		if _, err := begin(t).Apply(t.Context(), parse(t, lines(10))); err != nil {
+		if _, err := beginTx(t).Apply(t.Context(), parse(t, lines(10))); err != nil {
 			t.Fatal(err)
 		}
 		conn, err := nftables.New()

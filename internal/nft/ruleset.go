@@ -13,9 +13,18 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A state is what the kernel holds, or shall hold, of ours: one table for each
-// family that has any.
-type state map[rules.Family]*table
+// A state is the content of our tables, as the kernel has them or as a plan
+// needs them. A table that does not exist has no entry.
+type state map[tableKey]*table
+
+// A tableKey identifies one of our tables.
+type tableKey struct {
+	name   string
+	family rules.Family
+}
+
+// String returns the table as nft(8) lists it.
+func (k tableKey) String() string { return fmt.Sprintf("table %s %s", familyNames[k.family], k.name) }
 
 // A table is what one of our tables holds.
 type table struct {
@@ -58,8 +67,8 @@ var places = map[rules.Table]map[rules.Hook]place{
 		rules.Prerouting:  {nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest - 1},
 		rules.Postrouting: {nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource - 1},
 	},
-	// Behind all chains that translate a source, those of iptables included.
-	rules.Last: {
+	// After all chains that translate a source, including those of iptables.
+	rules.SourceGuard: {
 		rules.Postrouting: {nftables.ChainTypeFilter, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource + 1},
 	},
 	rules.Filter: {
@@ -71,18 +80,18 @@ var places = map[rules.Table]map[rules.Hook]place{
 // chainName returns the name that a chain of a plan has in its table.
 func chainName(c rules.Chain) string { return strings.ToLower(fmt.Sprintf("%s-%s", c.Table, c.Hook)) }
 
-// render returns the state in which the kernel holds what of plan belongs to the
-// tables of a name.
+// render returns the part of a plan that belongs to the tables called name.
 func render(plan rules.Plan, name string) state {
 	want := make(state)
 	for _, c := range plan.Chains {
-		if (c.Table == rules.Last) != (name == lastName) {
+		if (c.Table == rules.SourceGuard) != (name == guardName) {
 			continue
 		}
-		t := want[c.Family]
+		key := tableKey{name, c.Family}
+		t := want[key]
 		if t == nil {
 			t = &table{chains: make(map[string]*chain)}
-			want[c.Family] = t
+			want[key] = t
 		}
 		at := places[c.Table][c.Hook]
 		rendered := &chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}
@@ -134,19 +143,19 @@ func (tx *Tx) differences(want state) []string {
 	var found []string
 	s := tx.now
 	if len(s) == 0 && len(want) > 0 {
-		return []string{"none of its tables is there yet"}
+		return []string{"no tables yet"}
 	}
-	for _, f := range tx.families {
-		have, want := s[f], want[f]
+	for _, key := range tx.keys() {
+		have, want := s[key], want[key]
 		say := func(format string, args ...any) {
-			found = append(found, fmt.Sprintf("table %s %s: ", familyNames[f], tx.name)+fmt.Sprintf(format, args...))
+			found = append(found, fmt.Sprintf("%s: ", key)+fmt.Sprintf(format, args...))
 		}
 		switch {
 		case have == nil && want == nil:
 		case have == nil:
-			say("it is missing")
+			say("missing")
 		case want == nil:
-			say("it is not in use")
+			say("not in the plan")
 		default:
 			for _, line := range have.differences(want) {
 				say("%s", line)
@@ -161,11 +170,11 @@ func (t *table) differences(want *table) []string {
 	var found []string
 	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
 	if t.flags != want.flags {
-		say("it has flags, which may switch it off (%#x)", t.flags)
+		say("unexpected flags %#x", t.flags)
 	}
 	for _, name := range t.others {
 		if !slices.Contains(want.others, name) {
-			say("it has a %s, which is not in use", name)
+			say("%s not in the plan", name)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(want.chains)) {
@@ -174,22 +183,22 @@ func (t *table) differences(want *table) []string {
 		case !there:
 			say("chain %s is missing", name)
 		case !c.sameBase(want.chains[name]):
-			say("chain %s is another kind of chain", name)
+			say("chain %s has another type, hook, priority or policy", name)
 		case !c.sameRules(want.chains[name]):
-			say("chain %s holds other rules", name)
+			say("chain %s has other rules", name)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.chains)) {
 		if _, wanted := want.chains[name]; !wanted {
-			say("chain %s is not in use", name)
+			say("chain %s not in the plan", name)
 		}
 	}
 	switch {
 	case (t.to == nil) != (want.to == nil):
-		say("the map %s is not as wanted", mapName)
+		say("map %s missing or not in the plan", mapName)
 	case !slices.Equal(t.to, want.to):
 		gone, more := t.to.steps(want.to)
-		say("of the map %s, %d elements are not as wanted", mapName, max(len(gone), len(more)))
+		say("map %s: %d elements differ", mapName, max(len(gone), len(more)))
 	}
 	return found
 }

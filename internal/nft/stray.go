@@ -22,12 +22,12 @@ type Stray struct {
 
 // FindStrays looks for our own tables, if ours is set, and for chains of ours in
 // the tables of iptables, if iptables is set. It returns nil where there is
-// nothing, which is also what a kernel without nf_tables has. What is last
-// belongs to every backend, and is none.
+// nothing, as on a kernel without nf_tables. The source guard belongs to every
+// backend and is no stray.
 func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
-		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
+		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer func() { _ = conn.CloseLasting() }()
 	var s Stray
@@ -37,11 +37,11 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("listing the chains of other backends: %w", err)
+			return nil, fmt.Errorf("list nftables chains: %w", err)
 		}
 		if ours && slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == tableName }) {
 			s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", familyNames[f], tableName))
-			s.batch.deleteTable(tableOf(tableName, f))
+			s.batch.deleteTable(tableOf(tableKey{tableName, f}))
 		}
 		if iptables {
 			if err := s.addIPTables(conn, f, chains); err != nil {
@@ -77,7 +77,7 @@ func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftab
 		for _, chain := range others {
 			list, err := conn.GetRules(t, &nftables.Chain{Name: chain})
 			if err != nil {
-				return fmt.Errorf("listing the rules of chain %s of table %s: %w", chain, t.Name, err)
+				return fmt.Errorf("list rules of chain %s in table %s: %w", chain, t.Name, err)
 			}
 			for _, r := range list {
 				to, plain := leadsTo(r.Exprs)
@@ -126,7 +126,7 @@ func (s *Stray) String() string { return strings.Join(s.found, ", ") }
 // rules of iptables have parts that only iptables understands.
 func (s *Stray) Remove(context.Context) (undo func() error, err error) {
 	if err := s.batch.run(); err != nil {
-		return nil, fmt.Errorf("removing %s: %w", s, err)
+		return nil, fmt.Errorf("remove %s: %w", s, err)
 	}
 	return nil, nil
 }

@@ -29,9 +29,9 @@ var (
 	valueType = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
 )
 
-// tableOf returns one of our tables.
-func tableOf(name string, f rules.Family) *nftables.Table {
-	return &nftables.Table{Name: name, Family: tableFamilies[f]}
+// tableOf returns one of our tables as the library identifies it.
+func tableOf(key tableKey) *nftables.Table {
+	return &nftables.Table{Name: key.name, Family: tableFamilies[key.family]}
 }
 
 // tries is how often a change is worked out anew because somebody changed the
@@ -47,9 +47,9 @@ func (tx *Tx) read() error {
 			if missing(err) {
 				return &KernelError{err}
 			}
-			return fmt.Errorf("asking the kernel for the number of its rule set: %w", err)
+			return fmt.Errorf("get nftables generation ID: %w", err)
 		}
-		now, err := readTables(tx.name, tx.families)
+		now, err := readTables(tx.keys())
 		after, genErr := generation()
 		if genErr == nil && after != before && try < tries {
 			continue // several listings make the state, and it changed in between
@@ -62,22 +62,22 @@ func (tx *Tx) read() error {
 	}
 }
 
-// readTables lists our tables of a name.
-func readTables(name string, families []rules.Family) (state, error) {
+// readTables lists our tables.
+func readTables(keys []tableKey) (state, error) {
 	// One socket for all: the kernel takes its time to close one.
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
-		return nil, fmt.Errorf("opening a netlink socket for rules: %w", err)
+		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer func() { _ = conn.CloseLasting() }()
 	s := make(state)
-	for _, f := range families {
-		found, err := readTable(conn, tableOf(name, f), f)
+	for _, key := range keys {
+		found, err := readTable(conn, tableOf(key), key.family)
 		if err != nil {
-			return nil, fmt.Errorf("reading table %s %s: %w", familyNames[f], name, err)
+			return nil, fmt.Errorf("read %s: %w", key, err)
 		}
 		if found != nil {
-			s[f] = found
+			s[key] = found
 		}
 	}
 	return s, nil
@@ -102,7 +102,7 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 	}
 	sets, err := conn.GetSets(t)
 	if err != nil {
-		return nil, fmt.Errorf("listing sets: %w", err)
+		return nil, fmt.Errorf("list sets: %w", err)
 	}
 	for _, s := range sets {
 		if s.Name != mapName || !s.IsMap || s.Interval || s.Constant || s.Timeout != 0 ||
@@ -111,7 +111,7 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 			continue
 		}
 		if found.to, err = readElements(t); err != nil {
-			return nil, fmt.Errorf("listing the elements of %s: %w", mapName, err)
+			return nil, fmt.Errorf("list elements of map %s: %w", mapName, err)
 		}
 	}
 	return found, nil
@@ -121,7 +121,7 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *table) error {
 	chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])
 	if err != nil {
-		return fmt.Errorf("listing chains: %w", err)
+		return fmt.Errorf("list chains: %w", err)
 	}
 	for _, c := range chains {
 		if c.Table.Name != t.Name {
@@ -133,7 +133,7 @@ func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *ta
 		}
 		rules, err := conn.GetRules(t, c)
 		if err != nil {
-			return fmt.Errorf("listing the rules of chain %s: %w", c.Name, err)
+			return fmt.Errorf("list rules of chain %s: %w", c.Name, err)
 		}
 		for _, r := range rules {
 			found.rules = append(found.rules, r.Exprs)
@@ -151,8 +151,8 @@ func (tx *Tx) become(target state) error {
 			return nil
 		}
 		b := batch{generation: tx.generation}
-		for _, f := range tx.families {
-			b.change(tableOf(tx.name, f), tx.now[f], target[f])
+		for _, key := range tx.keys() {
+			b.change(tableOf(key), tx.now[key], target[key])
 		}
 		err := b.run()
 		if err == nil {
@@ -170,17 +170,17 @@ func (tx *Tx) become(target state) error {
 		return err
 	}
 	tx.now = target
-	for f, t := range target {
+	for key, t := range target {
 		if t.to == nil {
 			continue
 		}
-		n, err := countElements(tableOf(tx.name, f))
+		n, err := countElements(tableOf(key))
 		if err == nil && n != len(t.to) {
-			err = fmt.Errorf("the kernel holds %d elements of %d", n, len(t.to))
+			err = fmt.Errorf("expected %d elements, found %d", len(t.to), n)
 		}
 		if err != nil {
 			// The way back starts from what is there.
-			return errors.Join(fmt.Errorf("checking the map %s: %w", mapName, err), tx.read())
+			return errors.Join(fmt.Errorf("check map %s: %w", mapName, err), tx.read())
 		}
 	}
 	return nil
@@ -243,7 +243,7 @@ func (t *table) sameFrame(want *table) bool {
 // A LoadError says that the kernel refused the rules.
 type LoadError struct{ Err error }
 
-func (e *LoadError) Error() string { return fmt.Sprintf("loading rules: %v", e.Err) }
+func (e *LoadError) Error() string { return fmt.Sprintf("load nftables rules: %v", e.Err) }
 
 // Unwrap returns what the kernel said.
 func (e *LoadError) Unwrap() error { return e.Err }
@@ -252,9 +252,9 @@ func (e *LoadError) Unwrap() error { return e.Err }
 func (e *LoadError) Hint() string {
 	switch {
 	case errors.Is(e.Err, unix.EMSGSIZE):
-		return "so many destinations take more room in a socket than net.core.wmem_max allows: raise it on the node, or run the pod without a user namespace of its own"
+		return "the rules exceed net.core.wmem_max: raise it on the node, or run the pod without a user namespace of its own"
 	case errors.Is(e.Err, os.ErrPermission):
 		return ""
 	}
-	return "the kernel has nf_tables, but lacks what the rules need: modprobe nft_nat nft_ct nft_reject_ipv4 on the node, or EGRESS_ROUTER_BACKEND=iptables"
+	return "the kernel lacks nf_tables modules that the rules need: modprobe nft_nat nft_ct nft_reject_ipv4 on the node, or EGRESS_ROUTER_BACKEND=iptables"
 }

@@ -102,7 +102,7 @@ func (c *change) prepare(ctx context.Context) error {
 	parentAddresses, err := r.ensureMacvlan(ctx, c)
 	if err != nil && c.watches && c.network.Exists(r.Link.Interface) == nil {
 		// It is there, and works without what its host says.
-		c.sayOnce("the NIC of the egress interface is not looked at", "error", err)
+		c.sayOnce("parent NIC not checked", "error", err)
 		parentAddresses, err = c.parentAddresses, nil
 	}
 	if err != nil {
@@ -154,10 +154,10 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 	}
 	c.rules, c.differs = current, current.Differs(r.Plan)
 	for _, note := range c.rules.Notes() {
-		c.sayOnce(note, "backend", c.rules.String())
+		c.sayOnce("rules warning", "backend", c.rules.String(), "warning", note)
 	}
 	if !c.watches && r.Log.Enabled(ctx, slog.LevelDebug) { // the plan may be long
-		r.Log.Debug("rules wanted", "backend", c.rules.String(), "plan", r.Plan.String(), "differs", strings.Join(c.differs, "; "))
+		r.Log.Debug("desired rules", "backend", c.rules.String(), "plan", r.Plan.String(), "differs", strings.Join(c.differs, "; "))
 	}
 	return nil
 }
@@ -237,7 +237,7 @@ func (c *change) removeStrays(ctx context.Context) error {
 			return err
 		}
 		c.note(RepairStrays, s.String(), "removed it", func() {
-			c.router.Log.Info("rules of an earlier run removed", "backend", c.rules.String(), "removed", s.String())
+			c.router.Log.Info("stale rules removed", "backend", c.rules.String(), "removed", s.String())
 		})
 	}
 	return nil
@@ -288,7 +288,7 @@ func (c *change) announce() error {
 	}
 	c.socket.Close()
 	c.announced = true
-	c.router.Log.Debug("announced", "address", address, "mac", c.have.MAC.String())
+	c.router.Log.Debug("address announced", "address", address, "mac", c.have.MAC.String())
 	return nil
 }
 
@@ -310,9 +310,9 @@ func (c *change) forget() {
 		return stale()(rules.Connection{Protocol: rules.Protocol(f.Protocol), From: f.From, To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo})
 	})
 	if err != nil {
-		c.router.Log.Warn("connections that were there before keep their old destination, or get no further", "error", err)
+		c.router.Log.Warn("stale connections not deleted", "error", err)
 	} else if n > 0 {
-		c.router.Log.Info("connections ended that were redirected otherwise", "number", n)
+		c.router.Log.Info("stale connections deleted", "number", n)
 	}
 }
 
@@ -333,7 +333,7 @@ func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) 
 		for _, s := range steps {
 			err := c.take(ctx, s)
 			if err != nil && s.Optional {
-				c.router.Log.Warn("left as it is", "step", s.String(), "error", err)
+				c.router.Log.Warn("optional step failed", "step", s.String(), "error", err)
 				c.left = append(c.left, s.String())
 			} else if err != nil {
 				return err
@@ -344,7 +344,7 @@ func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) 
 			return err
 		}
 	}
-	return fmt.Errorf("configuring %q: after %d rounds it still needs to %s: something else changes it back", c.want.Interface, rounds, steps[0])
+	return fmt.Errorf("configure %q: no convergence after %d rounds, another program reverts the step %q", c.want.Interface, rounds, steps[0].String())
 }
 
 // take takes steps of the network, and remembers the way back.
@@ -368,14 +368,14 @@ func (c *change) take(ctx context.Context, steps ...link.Step) error {
 // could be put back.
 type UndoError struct{ Err error }
 
-func (e *UndoError) Error() string { return fmt.Sprintf("putting back what was there: %v", e.Err) }
+func (e *UndoError) Error() string { return fmt.Sprintf("roll back changes: %v", e.Err) }
 
 // Unwrap returns what could not be put back, and why.
 func (e *UndoError) Unwrap() error { return e.Err }
 
 // Hint says what to do.
 func (e *UndoError) Hint() string {
-	return "the pod is configured in part: start the router again, which repairs every part, or delete the pod"
+	return "the pod is partly configured: restart the router, which repairs every part, or delete the pod"
 }
 
 // An undoList holds the ways back from what was done, in the order done.
@@ -399,6 +399,6 @@ func (l *undoList) undo(log *slog.Logger) error {
 	if len(failed) > 0 {
 		return &UndoError{errors.Join(failed...)}
 	}
-	log.Info("everything is put back as it was")
+	log.Info("changes rolled back")
 	return nil
 }

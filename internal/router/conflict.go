@@ -33,12 +33,12 @@ type ConflictError struct {
 }
 
 func (e *ConflictError) Error() string {
-	return fmt.Sprintf("taking the reserved address: %s has it already, and answers for %s", e.MAC, e.Address)
+	return fmt.Sprintf("take reserved address %s: already in use by %s", e.Address, e.MAC)
 }
 
 // Hint says what to do.
 func (e *ConflictError) Hint() string {
-	return "find the host with that hardware address (an older pod that still runs, or another one with the same EGRESS_SOURCE) and stop it; EGRESS_CONFLICT=warn takes the address all the same"
+	return "stop the host with that hardware address (an older pod that still runs, or another pod with the same EGRESS_SOURCE), or set EGRESS_CONFLICT=warn to take the address anyway"
 }
 
 // inquires reports whether the address is to be asked for before it is taken.
@@ -50,7 +50,7 @@ func (c *change) ask() {
 	r := c.router
 	question, err := arp.Ask(c.have.Index, c.have.MAC, r.Link.Address.Addr())
 	if err != nil {
-		r.Log.Warn("whether another host has the reserved address is not known", "error", err)
+		r.Log.Warn("address conflict probe failed", "error", err)
 		return
 	}
 	c.question, c.asked = question, time.Now()
@@ -101,14 +101,14 @@ func (c *change) answer(ctx context.Context) error {
 	r := c.router
 	holder, err := c.question.Answer(ctx, c.asked.Add(conflictPatience))
 	if err != nil && !errors.Is(err, ctx.Err()) {
-		r.Log.Warn("whether another host has the reserved address is not known", "error", err)
+		r.Log.Warn("address conflict probe failed", "error", err)
 	}
 	if holder == nil {
 		return nil
 	}
 	r.start.holder, r.start.asked = holder, c.asked
 	e := &ConflictError{r.Link.Address.Addr(), holder}
-	r.Log.Warn("another host has the reserved address: replies may go there", "address", e.Address.String(), "mac", holder.String(), "hint", e.Hint())
+	r.Log.Warn("reserved address already in use", "address", e.Address.String(), "mac", holder.String(), "hint", e.Hint())
 	if r.Conflict != ConflictDefend {
 		return nil
 	}

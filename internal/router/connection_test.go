@@ -117,7 +117,7 @@ func TestAlternativeName(t *testing.T) {
 	}
 	before := p.State()
 	p.Env["EGRESS_CLUSTER_INTERFACE"] = "cluster0"
-	if r := p.Exec(); r.Code != 1 || r.Last() != `egress-router: interface "cluster0" not found; there are: eth0, macvlan0` {
+	if r := p.Exec(); r.Code != 1 || r.Last() != `egress-router: interface "cluster0" not found; interfaces: eth0, macvlan0` {
 		t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 	}
 	p.WantState(before)

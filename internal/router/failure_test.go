@@ -26,21 +26,21 @@ func TestRefusals(t *testing.T) {
 	}{
 		{
 			name: "no macvlan0", options: lab.Options{MacvlanName: "net1"},
-			last: `interface "macvlan0" not found; there are: eth0, net1`,
+			last: `interface "macvlan0" not found; interfaces: eth0, net1`,
 			hint: "NAME@macvlan0",
 		},
 		{
 			name: "no eth0", options: lab.Options{ClusterName: "net0"},
-			last: `interface "eth0" not found; there are: macvlan0, net0`,
+			last: `interface "eth0" not found; interfaces: macvlan0, net0`,
 			hint: "EGRESS_CLUSTER_INTERFACE",
 		},
 		{
 			name: "the source is the pod's", env: map[string]string{"EGRESS_SOURCE": "10.128.0.98/24"},
-			last: "EGRESS_SOURCE is 10.128.0.98, which is the pod's address on the cluster network",
+			last: "EGRESS_SOURCE is 10.128.0.98: expected an unused address of the physical network, found the pod's cluster address",
 		},
 		{
 			name: "the gateway is the pod's", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.98"},
-			last: "EGRESS_GATEWAY is 10.128.0.98, which is an address of the pod itself",
+			last: "EGRESS_GATEWAY is 10.128.0.98: expected the router of the physical network, found an address of the pod",
 		},
 		{
 			name: "no iptables", command: "without-iptables", env: map[string]string{"EGRESS_ROUTER_BACKEND": "iptables"},
@@ -54,7 +54,7 @@ func TestRefusals(t *testing.T) {
 		},
 		{
 			name: "forwarding off and read-only", command: "with-read-only-proc",
-			last: "turning on net.ipv4.ip_forward: it is 0 and cannot be written: open /proc/sys/net/ipv4/ip_forward: read-only file system",
+			last: "set sysctl net.ipv4.ip_forward = 1: found 0, open /proc/sys/net/ipv4/ip_forward: read-only file system",
 			hint: "net.ipv4.ip_forward=1",
 		},
 		{
@@ -107,7 +107,7 @@ func TestNotPutBack(t *testing.T) {
 				"touch " + once + "; \"$real\" \"$@\"; kill -TERM $PPID; sleep 0.2; exit 0;; esac\nexec $real \"$@\"\n")
 			r := p.Exec()
 			p.Path = real
-			if r.Code != 1 || !strings.Contains(r.Last(), "putting back what was there: ") || !strings.Contains(r.Stderr, "hint: the pod is configured in part") {
+			if r.Code != 1 || !strings.Contains(r.Last(), "roll back changes: ") || !strings.Contains(r.Stderr, "hint: the pod is partly configured") {
 				t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 			}
 			p.Env["EGRESS_ROUTER_MODE"] = "init"

@@ -28,7 +28,7 @@ const lockPatience = 10 * time.Second
 func lock(ctx context.Context) (release func(), err error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
 	if err != nil {
-		return nil, fmt.Errorf("locking the network namespace: %w", os.NewSyscallError("socket", err))
+		return nil, fmt.Errorf("lock network namespace: %w", os.NewSyscallError("socket", err))
 	}
 	release = func() { _ = unix.Close(fd) }
 	defer func() {
@@ -42,10 +42,10 @@ func lock(ctx context.Context) (release func(), err error) {
 			return release, nil
 		}
 		if !errors.Is(err, unix.EADDRINUSE) {
-			return nil, fmt.Errorf("locking the network namespace: %w", os.NewSyscallError("bind", err))
+			return nil, fmt.Errorf("lock network namespace: %w", os.NewSyscallError("bind", err))
 		}
 		if time.Since(begin) > lockPatience {
-			return nil, fmt.Errorf("waiting for another egress-router that configures this network namespace: not done after %s", lockPatience)
+			return nil, fmt.Errorf("lock network namespace: held by another egress-router for more than %s", lockPatience)
 		}
 		select {
 		case <-ctx.Done():

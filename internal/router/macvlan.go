@@ -26,11 +26,11 @@ func (e *HostError) Unwrap() error { return e.Err }
 func (e *HostError) Hint() string { return e.hint }
 
 const (
-	hostHint = `EGRESS_MACVLAN_PARENT is a NIC of the host, whose network namespace has to be within reach; one of these does it:
+	hostHint = `EGRESS_MACVLAN_PARENT is a NIC of the host; the container needs access to the host's network namespace, by one of:
   hostPID: true in the pod's spec (docker and podman: --pid=host), and EGRESS_HOST_NETNS not set
   the host's /proc as a hostPath volume at /host/proc, and EGRESS_HOST_NETNS=/host/proc/1/ns/net
-hostNetwork: true does not: the router is to have a network of its own.`
-	hostPrivilegeHint = "entering the host's network namespace takes privilege: securityContext.privileged: true (of it, the capabilities SYS_ADMIN, and SYS_PTRACE where the file is in /proc)"
+hostNetwork: true does not help: the router needs a network namespace of its own.`
+	hostPrivilegeHint = "entering the host's network namespace requires privilege: securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE for a file in /proc)"
 )
 
 // hostError adds what to do to an error of opening or entering the namespace.
@@ -63,7 +63,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 	}
 	defer host.Close()
 	if host.Equal(pod) {
-		return nil, hostError(fmt.Errorf("opening the host's network namespace: %q is the pod's own", m.HostNetns))
+		return nil, hostError(fmt.Errorf("open host network namespace: %q is the pod's own", m.HostNetns))
 	}
 
 	inPod, err := link.Open()
@@ -114,7 +114,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 	})
 	c.note(RepairInterface, m.Interface+" is missing", m.String(), func() { r.Log.Info("network changed", "step", m.String()) })
 	if m.Mode == "passthru" && len(parent.Addresses) > 0 {
-		r.Log.Warn("in mode passthru all frames of the NIC are the pod's: the host is cut off from its addresses there", "nic", parent.Name, "addresses", parent.Addresses)
+		r.Log.Warn("passthru cuts off host addresses", "nic", parent.Name, "addresses", parent.Addresses)
 	}
 	return parent.Addresses, nil
 }

@@ -181,9 +181,9 @@ func TestRefusesBeforehand(t *testing.T) {
 	}{
 		"the gateway is the pod": {
 			link.State{Index: 3, NoARP: true, Cluster: link.ClusterState{Index: 2, Addresses: []netip.Addr{lab.GatewayAddr}}},
-			"which is an address of the pod itself",
+			"expected the router of the physical network, found an address of the pod",
 		},
-		"not Ethernet": {link.State{Index: 3, MAC: make([]byte, 20)}, "has 20 bytes"},
+		"not Ethernet": {link.State{Index: 3, MAC: make([]byte, 20)}, "expected 6 bytes, found 20"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &script{state: test.state}

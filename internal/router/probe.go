@@ -80,9 +80,9 @@ func (k *Keeper) probeAll(ctx context.Context) {
 		why, known := before[p.To]
 		switch {
 		case p.Err != "" && (!known || why == ""):
-			k.Router.Log.Warn("a destination cannot be connected to", "destination", p.To.String(), "error", p.Err)
+			k.Router.Log.Warn("destination unreachable", "destination", p.To.String(), "error", p.Err)
 		case p.Err == "" && why != "":
-			k.Router.Log.Info("a destination can be connected to again", "destination", p.To.String())
+			k.Router.Log.Info("destination reachable again", "destination", p.To.String())
 		}
 	}
 	k.probes.mu.Lock()

@@ -153,11 +153,11 @@ func TestContested(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	r.AwaitLog(1, "something else undoes the repair again and again")
+	r.AwaitLog(1, "repair contested, backing off")
 	if n := r.Repaired(); n < 20 || n > 80 {
 		t.Errorf("%d repairs in %v", n, during)
 	}
-	if code, out := p.Health(); !strings.Contains(out, "something else undoes a repair again and again") {
+	if code, out := p.Health(); !strings.Contains(out, "repair contested by another program") {
 		t.Errorf("health: exit code %d\n%s", code, out)
 	}
 }

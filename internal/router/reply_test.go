@@ -303,7 +303,7 @@ func TestClusterLayouts(t *testing.T) {
 				return h.RouteDel(&netlink.Route{Dst: network("0.0.0.0/0"), Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 			},
 			state: []string{"route unreachable default metric 4294967295 table 4711"},
-			log:   "the cluster interface has no default route",
+			log:   "no default route on cluster interface",
 		},
 		{
 			name: "a route to a destination",
@@ -311,7 +311,7 @@ func TestClusterLayouts(t *testing.T) {
 				return h.RouteAdd(&netlink.Route{Dst: network("198.51.100.0/24"), Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 			},
 			env: map[string]string{"EGRESS_DESTINATION": "7 tcp 198.51.100.7\n" + labtest.Example()["EGRESS_DESTINATION"]},
-			log: "a route leads a destination to another interface",
+			log: "destination routed by another interface",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {

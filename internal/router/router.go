@@ -87,15 +87,15 @@ func (e *InterfaceError) Unwrap() error { return e.Err }
 // Hint says how the interface is provided.
 func (e *InterfaceError) Hint() string { return e.hint }
 
-const egressHint = `the egress interface is there before the router starts, or made by it; what makes it:
+const egressHint = `the egress interface must exist before the router starts, or be created by it; ways to create it:
   the router   EGRESS_MACVLAN_PARENT=NIC, or true for the NIC of the host's default route, in a privileged pod with hostPID: true
   Multus       the pod's annotation k8s.v1.cni.cncf.io/networks: NAME@%[1]s, NAME being a NetworkAttachmentDefinition of type macvlan
   OpenShift    the pod's annotation pod.network.openshift.io/assign-macvlan: "true" (its legacy cluster network only)
   podman       podman network create -d macvlan -o parent=NIC NAME, then --network NAME:interface_name=%[1]s
   docker       docker network create -d macvlan -o parent=NIC NAME, then --network NAME, and EGRESS_INTERFACE for the name it gets
-An interface with another name is named by EGRESS_INTERFACE.`
+If the interface has another name, set EGRESS_INTERFACE.`
 
-const clusterHint = "clients reach the pod by this interface: name it in EGRESS_CLUSTER_INTERFACE"
+const clusterHint = "set EGRESS_CLUSTER_INTERFACE to the interface by which clients reach the pod"
 
 // Apply makes the namespace what is wanted, and does nothing where it is
 // already, except that it always announces the address. On an error everything
@@ -158,10 +158,10 @@ func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 	}
 	isGateway := func(p netip.Prefix) bool { return p.Addr() == want.Gateway }
 	if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, want.Gateway) {
-		return have, fmt.Errorf("EGRESS_GATEWAY is %s, which is an address of the pod itself: give it the router of the physical network", want.Gateway)
+		return have, fmt.Errorf("EGRESS_GATEWAY is %s: expected the router of the physical network, found an address of the pod", want.Gateway)
 	}
 	if slices.Contains(have.Cluster.Addresses, want.Address.Addr()) {
-		return have, fmt.Errorf("EGRESS_SOURCE is %s, which is the pod's address on the cluster network: give it one of the physical network that nobody else has", want.Address.Addr())
+		return have, fmt.Errorf("EGRESS_SOURCE is %s: expected an unused address of the physical network, found the pod's cluster address", want.Address.Addr())
 	}
 	return have, r.checkCluster(network)
 }
@@ -181,14 +181,14 @@ func (r *Router) checkCluster(network Network) error {
 // ready logs what holds now.
 func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	if !have.Carrier {
-		r.Log.Warn("the egress interface has no carrier: the NIC it is cut from is down or unplugged", "interface", r.Link.Interface)
+		r.Log.Warn("egress interface without carrier", "interface", r.Link.Interface, "hint", "the parent NIC is down or unplugged")
 	}
 	if r.Forward {
 		r.warnOfOtherWays(have)
 	}
 	for _, a := range have.Addresses {
 		if a != r.Link.Address {
-			r.Log.Warn("the egress interface has another address, which is never used as a source", "address", a.String())
+			r.Log.Warn("unused address on egress interface", "address", a.String())
 		}
 	}
 	attrs := []any{"interface", r.Link.Interface, "address", r.Link.Address.String(), "gateway", r.Link.Gateway.String()}
@@ -202,7 +202,7 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 // packet that is redirected there is dropped.
 func (r *Router) warnOfOtherWays(have link.State) {
 	if _, known := have.ClusterDefault(); !known && have.Cluster.Index != 0 {
-		r.Log.Warn("the cluster interface has no default route: clients that it has no route to get no replies", "interface", r.Link.Cluster.Interface)
+		r.Log.Warn("no default route on cluster interface", "interface", r.Link.Cluster.Interface, "effect", "clients in other subnets get no replies")
 	}
 	destinations := r.Plan.Destinations()
 	for _, other := range have.Routes {
@@ -211,8 +211,8 @@ func (r *Router) warnOfOtherWays(have link.State) {
 		}
 		for _, to := range destinations {
 			if other.Destination.Contains(to) && !have.EgressHas(to, other.Destination.Bits()) {
-				r.Log.Warn("a route leads a destination to another interface: connections that are redirected there are dropped",
-					"destination", to.String(), "route", other.String())
+				r.Log.Warn("destination routed by another interface",
+					"destination", to.String(), "route", other.String(), "effect", "connections redirected to it are dropped")
 				break // one is enough of each route
 			}
 		}

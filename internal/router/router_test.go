@@ -42,7 +42,7 @@ func (n failingNetwork) Do(s link.Step) error {
 	if !s.Optional {
 		*n.left--
 		if *n.left == 0 {
-			return fmt.Errorf("trying to %s: %w", s, errInjected)
+			return fmt.Errorf("%s: %w", s, errInjected)
 		}
 	}
 	*n.steps = append(*n.steps, s.String())

@@ -100,11 +100,11 @@ func (s *Status) reasons(gateway netip.Addr, probes bool) {
 		s.NotReady = append(s.NotReady, s.Wrong)
 	}
 	if s.Gateway.Known && !s.Gateway.Reachable {
-		s.NotReady = append(s.NotReady, fmt.Sprintf("the gateway %s does not answer ARP", gateway))
+		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", gateway))
 	}
 	up := func(p Probe) bool { return p.Err == "" }
 	if probes && len(s.Probes) > 0 && !slices.ContainsFunc(s.Probes, up) {
-		s.NotReady = append(s.NotReady, "no destination can be connected to")
+		s.NotReady = append(s.NotReady, "no destination reachable")
 	}
 }
 

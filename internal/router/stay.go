@@ -70,7 +70,7 @@ type Keeper struct {
 // NewKeeper returns the keeper of what r configures.
 func NewKeeper(r *Router) *Keeper {
 	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), said: make(map[string]bool), status: Status{
-		Repairs: make(map[RepairKind]uint64), Since: time.Now(), Wrong: "nothing has been compared yet",
+		Repairs: make(map[RepairKind]uint64), Since: time.Now(), Wrong: "not reconciled yet",
 		Destinations: len(r.Plan.Destinations()),
 	}}
 }
@@ -247,12 +247,12 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 		k.notBefore = now.Add(k.pace.right(now.Sub(begin), now))
 		return true
 	}
-	k.Router.Log.Info("as wanted again", "repairs", len(c.repairs), "took", now.Sub(begin).Round(100*time.Microsecond).String())
+	k.Router.Log.Info("reconciled", "repairs", len(c.repairs), "took", now.Sub(begin).Round(100*time.Microsecond).String())
 	wait, contested := k.pace.repaired(doneBy(c.repairs), now)
 	k.notBefore = now.Add(wait)
 	if contested {
 		k.update(func(s *Status) { s.Contested, s.contestedAt = c.repairs[0].Done, now })
-		k.Router.Log.Error("something else undoes the repair again and again: the next one waits",
+		k.Router.Log.Error("repair contested, backing off",
 			"repair", c.repairs[0].Done, "times", k.pace.again, "wait", wait.Round(time.Millisecond).String())
 	}
 	return true
@@ -273,7 +273,7 @@ func doneBy(repairs []Repair) string {
 func (k *Keeper) complain(err error) {
 	text := strings.ReplaceAll(err.Error(), "\n", "; ")
 	if text == k.told || k.pace.failures == 1 {
-		k.Router.Log.Debug("still not repaired", "error", text)
+		k.Router.Log.Debug("reconcile still failing", "error", text)
 		return
 	}
 	k.told = text
@@ -282,7 +282,7 @@ func (k *Keeper) complain(err error) {
 	if errors.As(err, &hinter) && hinter.Hint() != "" {
 		attributes = append(attributes, "hint", hinter.Hint())
 	}
-	k.Router.Log.Error("not as wanted, and not repaired", attributes...)
+	k.Router.Log.Error("reconcile failed", attributes...)
 }
 
 // record brings the status up to date.

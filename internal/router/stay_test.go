@@ -363,7 +363,7 @@ func TestKeeperContested(t *testing.T) {
 	keep(t, func(k *kept) {
 		k.start()
 		k.pass(time.Minute)
-		const contested = "something else undoes the repair again and again"
+		const contested = "repair contested, backing off"
 		begin, undone := time.Now(), 0
 		for time.Since(begin) < 10*time.Minute {
 			if k.state.Up {
@@ -483,9 +483,9 @@ func TestKeeperFailed(t *testing.T) {
 // The reasons for which a router is not ready.
 func TestKeeperNotReady(t *testing.T) {
 	const (
-		gateway     = "the gateway 192.168.12.1 does not answer ARP"
-		destination = "no destination can be connected to"
-		compared    = "nothing has been compared yet"
+		gateway     = "gateway 192.168.12.1 does not answer ARP"
+		destination = "no destination reachable"
+		compared    = "not reconciled yet"
 	)
 	for name, test := range map[string]struct {
 		prepare func(*kept)

@@ -56,7 +56,7 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 	watch, err := s.watch(o)
 	if err != nil {
 		if s.trouble != err.Error() {
-			k.Router.Log.Warn("neither conflicts nor the gateway are watched", "error", err)
+			k.Router.Log.Warn("ARP watch not started", "error", err)
 		}
 		s.trouble = err.Error()
 		return
@@ -65,7 +65,7 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 	s.running.Go(func() {
 		err := watch.Run(ctx)
 		if err != nil && !errors.Is(err, arp.ErrGone) {
-			k.Router.Log.Warn("conflicts and the gateway are watched no more", "error", err)
+			k.Router.Log.Warn("ARP watch ended", "error", err)
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -131,14 +131,14 @@ func (s *surroundings) probe() {
 
 func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
 	e := ConflictError{address, mac}
-	k.Router.Log.Error("another host claims the reserved address", "address", address.String(), "mac", mac.String(), "hint", e.Hint())
+	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", e.Hint())
 }
 
 func (k *Keeper) gatewayChanged(gateway netip.Addr, reachable bool, mac net.HardwareAddr) {
 	if reachable {
-		k.Router.Log.Info("the gateway answers", "gateway", gateway.String(), "mac", mac.String())
+		k.Router.Log.Info("gateway answers ARP", "gateway", gateway.String(), "mac", mac.String())
 		return
 	}
-	k.Router.Log.Error("the gateway does not answer ARP: nothing gets beyond the physical network", "gateway", gateway.String(),
-		"hint", "is EGRESS_GATEWAY right, is the node's NIC in that network, and does the switch or hypervisor let the hardware address of the egress interface through?")
+	k.Router.Log.Error("gateway does not answer ARP", "gateway", gateway.String(),
+		"hint", "check that EGRESS_GATEWAY is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface")
 }

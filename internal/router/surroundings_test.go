@@ -102,9 +102,9 @@ const (
 	arpPair                = 2 // an announcement has two forms
 	anotherMAC             = "02:00:00:00:00:09"
 	yetAnotherMAC          = "02:00:00:00:00:0a"
-	claimed                = "another host claims the reserved address"
-	holds                  = "another host has the reserved address"
-	gatewayAnswers         = "the gateway answers"
+	claimed                = "reserved address conflict"
+	holds                  = "reserved address already in use"
+	gatewayAnswers         = "gateway answers ARP"
 )
 
 // kind returns what an ARP message is, of the address in question.
@@ -307,7 +307,7 @@ func TestConflictRefused(t *testing.T) {
 					setMacvlanUp(p)
 				}
 				before, capture, mac := p.State(), captureLAN(p), macOf(p)
-				p.WantRefusal("", "taking the reserved address: "+other.mac+" has it already, and answers for 192.168.12.99", "hint: find the host with that hardware address")
+				p.WantRefusal("", "take reserved address 192.168.12.99: already in use by "+other.mac, "hint: stop the host with that hardware address")
 				p.WantState(before)
 				if n := count(capture, mac, arpAnnounced); n > 0 {
 					p.Errorf("%d announcements of an address that was not taken", n)
@@ -407,7 +407,7 @@ func TestGatewayLost(t *testing.T) {
 	p.Env["EGRESS_HEALTH_INTERVAL"] = "200ms"
 	r := p.Start("legacy")
 	r.AwaitLog(1, gatewayAnswers)
-	const lost = "the gateway does not answer ARP"
+	const lost = "gateway does not answer ARP"
 	capture, mac := captureLAN(p), macOf(p)
 	silent := func(value string) {
 		if err := p.Lab.SetSysctl(p.Lab.Outside, "net/ipv4/conf/lan0/arp_ignore", value); err != nil {
@@ -460,7 +460,7 @@ func TestProbe(t *testing.T) {
 	p.Env["EGRESS_PROBE"], p.Env["EGRESS_PROBE_INTERVAL"] = "tcp", "200ms"
 	capture := captureLAN(p)
 	r := p.Start("legacy")
-	const refused, again = "a destination cannot be connected to", "a destination can be connected to again"
+	const refused, again = "destination unreachable", "destination reachable again"
 	const destination = "destination=203.0.113.25:9999"
 	r.AwaitLog(1, refused)
 	tried := func(n int) {
@@ -617,7 +617,7 @@ func answers(p *labtest.Pod) bool {
 const missing = `interface \"macvlan0\" not found`
 
 // failedAgain matches attempts that failed as the one before, and has their times.
-var failedAgain = regexp.MustCompile(`time=(\S+) .*still not repaired.*not found`)
+var failedAgain = regexp.MustCompile(`time=(\S+) .*reconcile still failing.*not found`)
 
 // pause returns the time between the last two such attempts.
 func pause(r *labtest.Running) time.Duration {
@@ -646,7 +646,7 @@ func TestMacvlanGone(t *testing.T) {
 	p.WantExample()
 	deleteMacvlan(p)
 	p.Until("it tries slowly", func() bool { return pause(r) > 1200*time.Millisecond })
-	if n := strings.Count(r.Logged(), `not as wanted, and not repaired" error="`+missing); n != 1 {
+	if n := strings.Count(r.Logged(), `reconcile failed" error="`+missing); n != 1 {
 		t.Errorf("said %d times, want once", n)
 	}
 	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)

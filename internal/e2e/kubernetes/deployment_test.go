@@ -126,7 +126,7 @@ func TestRollingUpdate(t *testing.T) {
 			return nil
 		})
 		log := kubectl(t, "logs", router(t).Name, "-c", "egress-router")
-		if !strings.Contains(log, "another host has the reserved address") || !strings.Contains(log, "mac="+mac) {
+		if !strings.Contains(log, "reserved address already in use") || !strings.Contains(log, "mac="+mac) {
 			t.Errorf("the new pod's log does not say that %s has the address:\n%s", mac, log)
 		} else {
 			t.Logf("the new pod says:\n%s", log)
@@ -156,7 +156,7 @@ func TestRollingUpdate(t *testing.T) {
 			}
 			return errors.New("none has failed")
 		})
-		if !strings.Contains(message, "taking the reserved address: ") || !strings.Contains(message, "has it already") {
+		if !strings.Contains(message, "take reserved address ") || !strings.Contains(message, "already in use") {
 			t.Errorf("it ends with %q", message)
 		} else {
 			t.Logf("the new pod ends with:\n%s", message)

@@ -28,7 +28,7 @@ func TestWrongManifests(t *testing.T) {
 		{"no privilege", "redirect-pod.yaml", []string{privileged, ""},
 			`operation not permitted`, "securityContext.privileged: true"},
 		{"a read-only /proc/sys, and no forwarding", "redirect-pod.yaml", []string{privileged, netAdmin, router, off},
-			`turning on net.ipv4.ip_forward: `, "sysctl"},
+			`set sysctl net.ipv4.ip_forward = 1: `, "sysctl"},
 		{"no processes of the node", "macvlan-parent-pod.yaml", []string{"  hostPID: true ", "  hostPID: false "},
 			`is the pod's own`, "hostPID: true"},
 		{"a bad rule of the proxy", "http-proxy-restricted.yaml", []string{"192.168.2.1\n", "192.168.2.300\n"},

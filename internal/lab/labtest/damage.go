@@ -27,8 +27,8 @@ func (p *Pod) damagedRules() []Damage {
 	add := func(name string, do func()) {
 		damages = append(damages, Damage{name, func(*netlink.Handle, netlink.Link, netlink.Link) error { do(); return nil }})
 	}
-	add("the rule behind NAT flushed", func() { p.NFT("flush table ip egress-router-last") })
-	add("the table behind NAT gone", func() { p.NFT("delete table ip egress-router-last") })
+	add("source guard flushed", func() { p.NFT("flush table ip egress-router-guard") })
+	add("source guard table deleted", func() { p.NFT("delete table ip egress-router-guard") })
 	if p.Backend == Nftables {
 		for name, lines := range map[string][]string{
 			"one redirect deleted":      {"delete element ip egress-router redirects { tcp . 8080 : 203.0.113.26 . 80 }"},

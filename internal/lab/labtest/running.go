@@ -155,7 +155,7 @@ func (t *Visitors) WantRight(p *Pod) {
 }
 
 // RepairLogged is what the router logs when a repair is complete.
-const RepairLogged = "as wanted again"
+const RepairLogged = "reconciled"
 
 // Settle waits until the namespace is in a state again.
 func (r *Running) Settle(want string) {
