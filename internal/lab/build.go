@@ -232,11 +232,10 @@ func addDefault(h *netlink.Handle, name string, via netip.Addr) error {
 	return nil
 }
 
-// awaitUp waits for a link to work. Set up it is at once, but the kernel starts
-// its queue, and with that lets frames pass, in a work item of its own.
+// awaitUp waits until a link passes frames. The kernel sets the flag IFF_UP at once,
+// and starts the link's queue in a work item of its own (net/core/link_watch.c).
 func awaitUp(h *netlink.Handle, name string) error {
-	const patience = 3 * time.Second
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
 		link, err := h.LinkByName(name)
 		if err != nil {
 			return fmt.Errorf("finding link %q: %w", name, err)
@@ -245,7 +244,7 @@ func awaitUp(h *netlink.Handle, name string) error {
 			return nil
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("waiting for link %q: still %s after %s", name, link.Attrs().OperState, patience)
+			return fmt.Errorf("waiting for link %q: operational state %s after %s, want up", name, link.Attrs().OperState, Patience)
 		}
 	}
 }
