@@ -86,13 +86,13 @@ func labCommand(t *testing.T, args ...string) *exec.Cmd {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Far above what any of them takes, far below the tests' own limit.
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	// A limit for a command that hangs, below the time limit of the tests.
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, path, args...)
 	// With go test -cover, a binary without GOCOVERDIR complains on stderr.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + t.TempDir(), "GOCOVERDIR=" + t.TempDir()}
-	cmd.WaitDelay = 10 * time.Second
+	cmd.WaitDelay = time.Minute
 	return cmd
 }
 
@@ -196,7 +196,7 @@ func TestInterrupted(t *testing.T) {
 func interrupt(t *testing.T, name string, s syscall.Signal) {
 	started := filepath.Join(t.TempDir(), "started")
 	// A router that hangs, and has started a process that does so too.
-	cmd := labCommand(t, name, writeProgram(t, fmt.Appendf(nil, "#!/bin/sh\nsleep 60 &\n>%s\nwait\n", started), "router"))
+	cmd := labCommand(t, name, writeProgram(t, fmt.Appendf(nil, "#!/bin/sh\nsleep 600 &\n>%s\nwait\n", started), "router"))
 	tmp := t.TempDir()
 	cmd.Env = append(cmd.Env, "TMPDIR="+tmp)
 	var stderr bytes.Buffer
@@ -245,7 +245,7 @@ func interrupt(t *testing.T, name string, s syscall.Signal) {
 // eventually waits for what the kernel does in the background.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("waiting in vain until %s", what)
 		}

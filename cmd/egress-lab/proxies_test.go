@@ -138,7 +138,7 @@ func TestProcessor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(10 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		now, err := p.processor()
 		if err != nil || now > begin {
 			break
@@ -168,7 +168,7 @@ func TestProxiesLeaveNothing(t *testing.T) {
 		t.Error("no origin runs")
 	}
 	l.Close()
-	for end := time.Now().Add(5 * time.Second); children(t) > 0; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); children(t) > 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("an origin still runs")
 		}

@@ -46,7 +46,7 @@ func printSizes(ctx context.Context, program string, found []variant, loads []lo
 	fmt.Fprintf(stdout, sizeFormat, "program file", "", fmt.Sprintf("%.2f", size), goalBinary, goalBinary.judge(size))
 	for _, v := range found {
 		for _, l := range loads {
-			peak, idle, processor, err := measureIdle(ctx, program, v, l)
+			peak, idle, processor, err := measureIdle(ctx, program, v, l, idleComparisons)
 			if err != nil {
 				return fmt.Errorf("measuring a router at rest with %s and %s: %w", v.name, l.name, err)
 			}
@@ -60,9 +60,9 @@ func printSizes(ctx context.Context, program string, found []variant, loads []lo
 }
 
 // measureIdle returns the most memory that a router had while it set things up,
-// and what it has after idleComparisons, in bytes, and the processor time of
+// and what it has after so many comparisons, in bytes, and the processor time of
 // these, that of the programs which it starts included.
-func measureIdle(ctx context.Context, program string, v variant, load load) (peak, idle float64, processor time.Duration, err error) {
+func measureIdle(ctx context.Context, program string, v variant, load load, comparisons int) (peak, idle float64, processor time.Duration, err error) {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
 		return 0, 0, 0, err
@@ -87,7 +87,7 @@ func measureIdle(ctx context.Context, program string, v variant, load load) (pea
 	if err != nil {
 		return 0, 0, 0, err
 	}
-	time.Sleep(idleComparisons * idleInterval)
+	time.Sleep(time.Duration(comparisons) * idleInterval)
 	after, err := processorTime(cmd.Process.Pid)
 	if err != nil {
 		return 0, 0, 0, err
