@@ -1,34 +1,57 @@
-# Everything here runs from a clean clone on a machine that has Go and make.
-# What else a target needs, it installs first (as root, or with sudo).
+# Every target runs from a clean clone on a machine that has Go and make. A target
+# installs the programs that it needs first (as root, or with sudo), and prints their
+# names.
 
 export CGO_ENABLED = 0
+# go.mod pins a toolchain without known vulnerabilities. Container images and packages
+# of Go may default to "local", which would ignore it.
+export GOTOOLCHAIN ?= auto
 GO      ?= go
-# The version is the source's own: without it (-buildvcs) a clone of another user
-# does not build. Empty where git cannot tell.
+# The version comes from git: with -buildvcs, a clone of another user does not build.
+# It is empty if git fails.
 VERSION := $(shell git describe --always --dirty 2>/dev/null)
-# Nothing here speaks HTTP/2, which would be 530 KB of the program.
+# The program does not use HTTP/2, which would add 530 KB to it.
 TAGS     = nethttpomithttp2
 LDFLAGS  = -s -w -buildid= -X github.com/egress-router/egress-router/internal/cli.version=$(VERSION)
 export GOFLAGS += -buildvcs=false
 
-.PHONY: help demo test build lint fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
+# Tests wait more than they compute: more packages than processors run at a time.
+GOTEST   = $(GO) run ./.ci/gotest -p 4
+PACKAGES = ./... ./.ci ./.ci/gotest
+
+.PHONY: help demo test test-long race cover build lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
-demo: build iptables ## run the main job in a lab of namespaces and show what a client sees
+demo: build iptables ## run a router in a lab of namespaces and show the answers that a client gets
 	$(GO) run ./cmd/egress-lab demo bin/egress-router
 
-test: iptables nft curl squid haproxy strace ## run all tests, on the real kernel
-	$(GO) test ./...
+test: programs ## run all tests on the real kernel, in the short variant
+	$(GOTEST) -timeout 30m $(PACKAGES)
+
+test-long: programs ## run all tests, with 1,300 random damages and whole measurements
+	EGRESS_TEST_LONG=1 $(GOTEST) -timeout 60m $(PACKAGES)
+
+race: programs gcc ## run the tests with the race detector, in a random order
+	CGO_ENABLED=1 $(GOTEST) -timeout 30m -race -shuffle=on $(PACKAGES)
+
+cover: programs ## run the tests and print the coverage of each package, that of processes included
+	.ci/cover $(GOTEST) -timeout 60m $(PACKAGES)
 
 build: ## build bin/egress-router, static
 	$(GO) build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/egress-router ./cmd/egress-router
 
-lint: ## gofmt, vet and golangci-lint
+lint: ## run gofmt, go vet and golangci-lint
 	.ci/lint
 
-fuzz: ## fuzz the grammars, the framing of requests and ARP, 30 s each
+tidy: ## check that go mod tidy would not change go.mod and go.sum of any module
+	for module in . internal/e2e .ci/tools; do (cd $$module && $(GO) mod tidy -diff) || exit 1; done
+
+vulnerabilities: ## check all modules for known vulnerabilities, with govulncheck
+	.ci/vulnerabilities
+
+fuzz: ## fuzz the grammars, the framing of HTTP requests and ARP, 30 s each
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/tcpproxy
@@ -36,30 +59,34 @@ fuzz: ## fuzz the grammars, the framing of requests and ARP, 30 s each
 	$(GO) test -fuzz FuzzFraming -fuzztime 30s ./internal/httpproxy
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/arp
 
-golden: ## rewrite testdata/golden and script after a change that is meant
+golden: ## rewrite testdata/golden and script after an intended change
 	$(GO) test ./internal/cli -run Golden -update
 	$(GO) test ./cmd/egress-router -run Scripts -update
 
-bench: build iptables nft ## measure what it costs, as ratios; PART=load, connections or throughput for less
+bench: build iptables nft ## measure the router, as ratios; PART=load, connections or throughput for one part
 	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)
 
-bench-proxies: build squid haproxy ## measure the proxies beside squid and haproxy; PART=http or dns for less
+bench-proxies: build squid haproxy ## measure the proxies and squid or haproxy; PART=http or dns for one part
 	$(GO) run ./cmd/egress-lab bench-proxies bin/egress-router $(PART)
 
-image: ## build the container images, and print their sizes
+image: ## build the container images and print their sizes
 	.ci/image
 
 e2e: ## run the images as pods and containers with podman (as root)
-	cd internal/e2e && $(GO) test -count=1 .
+	cd internal/e2e && $(GO) test -count=1 -v -timeout 30m .
 
-e2e-kubernetes: ## run them on the cluster of KUBECONFIG, with E2E_LOAD to load images (as root)
+e2e-kubernetes: ## run the images on the cluster of KUBECONFIG, with E2E_LOAD to load images (as root)
 	cd internal/e2e && $(GO) test -count=1 -v -timeout 20m ./kubernetes
 
-clean: ## remove what was built
+clean: ## remove bin
 	rm -rf bin
 
-.PHONY: iptables nft curl squid haproxy strace
-iptables curl squid haproxy strace:
+.PHONY: programs iptables nft squid haproxy gcc
+programs:
+	@.ci/install iptables nftables:nft curl squid haproxy strace
+iptables squid haproxy:
 	@.ci/install $@
 nft:
 	@.ci/install nftables:nft
+gcc: # the race detector is a library in C
+	@.ci/install gcc libc6-dev:/usr/include/stdlib.h
