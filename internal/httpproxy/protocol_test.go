@@ -74,7 +74,7 @@ func TestProtocol(t *testing.T) {
 			get, got, "HTTP/1.1 200 OK\r\nContent-Length: 99\r\nTransfer-Encoding: chunked\r\n" + date + "\r\n2\r\nhi\r\n0\r\n\r\n",
 			"HTTP/1.1 200 OK\r\n" + date + via + "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
 		},
-		"must not have a body": {
+		"no body": {
 			get, got, "HTTP/1.1 204 No Content\r\n" + date + "\r\n", "HTTP/1.1 204 No Content\r\n" + date + via + "\r\n",
 		},
 		"HEAD": {

@@ -67,7 +67,7 @@ func (l *loop) look(r *relay) {
 	switch {
 	case silent == 0:
 	case !r.joined:
-		if lasts(connectTimeout) {
+		if lasts(l.dialTimeout) {
 			l.fail(r, os.NewSyscallError("connect", unix.ETIMEDOUT))
 		}
 	case l.idle == 0:

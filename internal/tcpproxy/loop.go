@@ -21,9 +21,10 @@ import (
 // watches like any other descriptor: its goroutine waits as all others do, no
 // thread is bound to it, and one call tells of all that has happened.
 type loop struct {
-	idle   time.Duration       // after which a relay on which nothing happens ends; 0: never
-	ended  func(*relay)        // is told of a relay that is over
-	failed func(*relay, error) // is given back a relay whose server was not reached
+	idle        time.Duration       // after which a relay without data ends; 0: never
+	dialTimeout time.Duration       // after which connecting to a server fails
+	ended       func(*relay)        // is told of a relay that is over
+	failed      func(*relay, error) // is given back a relay whose server was not reached
 
 	epoll  int32
 	file   *os.File // the same, for the runtime's poller

@@ -31,8 +31,9 @@ type Options struct {
 
 // A Proxy relays connections. Its methods may be called from any goroutine.
 type Proxy struct {
-	o      Options
-	dialer *dialer
+	o           Options
+	dialer      *dialer
+	dialTimeout time.Duration // limit of one connection attempt
 
 	alive context.Context // of the connections
 	kill  context.CancelFunc
@@ -59,7 +60,7 @@ type port struct {
 
 // New returns a Proxy without destinations.
 func New(o Options) *Proxy {
-	p := &Proxy{o: o, dialer: newDialer(), ports: map[rules.Port]*port{}}
+	p := &Proxy{o: o, dialer: newDialer(), dialTimeout: connectTimeout, ports: map[rules.Port]*port{}}
 	p.alive, p.kill = context.WithCancel(context.Background())
 	p.dialer.keepAlive = asks(o.Idle)
 	return p
@@ -84,7 +85,7 @@ func (p *Proxy) start() error {
 			}
 			return err
 		}
-		l.idle, l.ended, l.failed = p.o.Idle, p.ended, p.failed
+		l.idle, l.dialTimeout, l.ended, l.failed = p.o.Idle, p.dialTimeout, p.ended, p.failed
 		all = append(all, l)
 	}
 	for _, l := range all {

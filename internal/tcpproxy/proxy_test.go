@@ -89,7 +89,7 @@ func connect(t *testing.T, port int) *client {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 	return &client{conn.(*net.TCPConn), bufio.NewReader(conn)}
@@ -177,26 +177,27 @@ func TestProxy(t *testing.T) {
 	serve(t, "127.0.1.2:80")
 	p, n, _ := newProxy(t, nil)
 	n.set("a.example", "127.0.1.2")
-	apply(t, p, "7001 127.0.1.1 80\n7002 a.example 80\n7003 late.example 80\n7004 127.0.1.1 1")
+	n.set("dead.example", "127.0.1.7", "127.0.1.8", "127.0.1.9")
+	apply(t, p, "7001 127.0.1.1 80\n7002 a.example 80\n7003 late.example 80\n7004 dead.example 1")
 	connect(t, 7001).ask(t, "127.0.1.1:80")
 	connect(t, 7002).ask(t, "127.0.1.2:80")
 
 	wantRefusal(t, 7003) // a name that is not there
 	wantRefusal(t, 7004) // a server that is not there
 	n.set("late.example", "127.0.1.2")
-	for end := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if conn, err := net.Dial("tcp", "127.0.0.1:7003"); err == nil {
-			_, _ = conn.Write([]byte("hi\n"))
-			line, err := bufio.NewReader(conn).ReadString('\n')
-			_ = conn.Close()
-			if err == nil && strings.HasPrefix(line, "127.0.1.2:80") {
-				break
-			}
+	await(t, func() error {
+		conn, err := net.Dial("tcp", "127.0.0.1:7003")
+		if err != nil {
+			return err
 		}
-		if time.Now().After(end) {
-			t.Fatal("a name that is there now still does not work")
+		defer conn.Close()
+		_, _ = conn.Write([]byte("hi\n"))
+		line, err := bufio.NewReader(conn).ReadString('\n')
+		if err == nil && !strings.HasPrefix(line, "127.0.1.2:80") {
+			err = fmt.Errorf("answer %q", line)
 		}
-	}
+		return err
+	})
 }
 
 // A new list changes what is to change, and no connection ends for it.
@@ -266,9 +267,9 @@ func TestShutdown(t *testing.T) {
 			apply(t, p, "7001 127.0.1.1 80")
 			c := connect(t, 7001)
 			c.ask(t, "127.0.1.1:80")
-			grace := 200 * time.Millisecond
+			grace := 50 * time.Millisecond
 			if patient {
-				grace = time.Minute
+				grace = patience
 			}
 			done := make(chan struct{})
 			go func() {
@@ -298,20 +299,35 @@ func TestShutdown(t *testing.T) {
 // One line for each connection, with everything that somebody looks for.
 func TestAccessLog(t *testing.T) {
 	serve(t, "127.0.1.1:80")
-	p, n, book := newProxy(t, func(o *Options) { o.AccessLog, o.Idle = true, 200*time.Millisecond })
+	p, n, book := newProxy(t, func(o *Options) { o.AccessLog = true })
 	n.set("a.example", "127.0.1.1")
 	apply(t, p, "7001 a.example 80\n7002 nowhere.example 80")
 	c := connect(t, 7001)
 	c.ask(t, "127.0.1.1:80")
 	_ = c.Close()
+	wantDone(t, p)
 	idle := connect(t, 7001)
-	_, _ = io.ReadAll(idle)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = io.ReadAll(idle)
+	}()
+	for over := false; !over; {
+		for _, l := range p.loops {
+			l.pass()
+		}
+		select {
+		case <-ended:
+			over = true
+		default:
+		}
+	}
 	wantRefusal(t, 7002)
-	p.Shutdown(time.Minute)
+	p.Shutdown(patience)
 	for _, want := range []string{
-		`level=INFO msg=connection client=127.0.0.1:\d+ port=7001 destination=a.example:80 address=127.0.1.1:80 to_server=3 to_client=20 duration=\d+m?s outcome=done`,
-		`level=INFO msg=connection client=127.0.0.1:\d+ port=7001 destination=a.example:80 address=127.0.1.1:80 to_server=0 to_client=0 duration=[23]\d\dms outcome=idle`,
-		`level=INFO msg=connection client=127.0.0.1:\d+ port=7002 destination=nowhere.example:80 address="" to_server=0 to_client=0 duration=\d+m?s outcome="not connected" error="no such name"`,
+		`level=INFO msg=connection client=127.0.0.1:\d+ port=7001 destination=a.example:80 address=127.0.1.1:80 to_server=3 to_client=20 duration=[0-9.]+m?s outcome=done`,
+		`level=INFO msg=connection client=127.0.0.1:\d+ port=7001 destination=a.example:80 address=127.0.1.1:80 to_server=0 to_client=0 duration=[0-9.]+m?s outcome=idle`,
+		`level=INFO msg=connection client=127.0.0.1:\d+ port=7002 destination=nowhere.example:80 address="" to_server=0 to_client=0 duration=[0-9.]+m?s outcome="not connected" error="no such name"`,
 	} {
 		if n := len(regexp.MustCompile(want).FindAllString(book.String(), -1)); n != 1 {
 			t.Errorf("%d lines like\n%s\nin\n%s", n, want, book)
@@ -375,26 +391,28 @@ func TestProxyHeader(t *testing.T) {
 
 // A server that does not answer costs one client a moment, and is found again.
 func TestServerComesBack(t *testing.T) {
-	serve(t, "127.0.1.1:80")
+	t.Parallel()
+	serve(t, "127.0.1.1:86")
 	p, n, book := newProxy(t, nil)
 	n.set("a.example", "127.0.1.1", "127.0.1.9")
-	apply(t, p, "7001 a.example 80")
+	apply(t, p, "7031 a.example 86")
 	for range 4 {
-		connect(t, 7001).ask(t, "127.0.1.1:80")
+		connect(t, 7031).ask(t, "127.0.1.1:86")
 	}
 	if n := strings.Count(book.String(), "address unreachable"); n != 1 {
 		t.Errorf("put aside %d times:\n%s", n, book)
 	}
-	serve(t, "127.0.1.9:80")
-	for end := time.Now().Add(2 * probeFirst); !strings.Contains(book.String(), "reachable again"); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not found again:\n%s", book)
+	serve(t, "127.0.1.9:86")
+	await(t, func() error {
+		if !strings.Contains(book.String(), "reachable again") {
+			return fmt.Errorf("no probe has found it:\n%s", book)
 		}
-	}
+		return nil
+	})
 	// The two share the connections again.
 	seen := map[byte]int{}
 	for range 4 {
-		c := connect(t, 7001)
+		c := connect(t, 7031)
 		_, _ = c.Write([]byte("hi\n"))
 		line, err := c.r.ReadString('\n')
 		if err != nil {
@@ -443,7 +461,7 @@ func TestNoPortIsKept(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	p.Shutdown(time.Minute)
+	p.Shutdown(patience)
 	table, err := os.ReadFile("/proc/net/tcp")
 	if err != nil {
 		t.Fatal(err)

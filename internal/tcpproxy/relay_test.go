@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -20,6 +21,23 @@ import (
 )
 
 func TestMain(m *testing.M) { nstest.Main(m) }
+
+// patience is how long a test waits for an event, which a busy machine may delay.
+const patience = time.Minute
+
+// await polls a condition until it returns no error.
+func await(t *testing.T, condition func() error) {
+	t.Helper()
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		err := condition()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("after %s: %v", patience, err)
+		}
+	}
+}
 
 // pair returns both ends of a TCP connection.
 func pair(t *testing.T) (a, b *net.TCPConn) {
@@ -44,7 +62,7 @@ func pair(t *testing.T) (a, b *net.TCPConn) {
 		_ = accepted.Close()
 	})
 	for _, c := range []net.Conn{dialled, accepted} {
-		if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -58,6 +76,7 @@ type joined struct {
 	stop           func()
 	done           chan struct{}
 	outcome        string // after done
+	silent         uint32 // ticks since the relay was last active, after done
 }
 
 // descriptor returns the descriptor of a connection, which is used up.
@@ -102,11 +121,12 @@ func startLoop(t *testing.T, idle time.Duration) *testLoop {
 		t.Fatal(err)
 	}
 	l := &testLoop{loop: inner}
-	l.idle = idle
+	l.idle, l.dialTimeout = idle, patience
 	l.ended = func(r *relay) {
-		j, _ := l.joineds.Load(r)
-		j.(*joined).outcome = r.outcome
-		close(j.(*joined).done)
+		found, _ := l.joineds.Load(r)
+		j := found.(*joined)
+		j.outcome, j.silent = r.outcome, l.ticks-r.active
+		close(j.done)
 		l.open.Done()
 	}
 	l.failed = func(_ *relay, err error) { t.Errorf("not connected: %v", err) }
@@ -126,10 +146,31 @@ func joinIn(t *testing.T, l *testLoop, before ...byte) *joined {
 	t.Helper()
 	client, near := pair(t)
 	send(t, client, before)
-	if len(before) > 0 {
-		time.Sleep(20 * time.Millisecond)
-	}
+	awaitAcked(t, client)
 	return joinPair(t, l, client, near)
+}
+
+// awaitAcked waits until the peer's kernel has everything that was sent, also the
+// end of the stream.
+func awaitAcked(t *testing.T, conn *net.TCPConn) {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() error {
+		var info *unix.TCPInfo
+		if err := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); err != nil {
+			return err
+		}
+		if err != nil {
+			return err
+		}
+		if pending(info) {
+			return fmt.Errorf("%d segments are not acknowledged, %d bytes not sent", info.Unacked, info.Notsent_bytes)
+		}
+		return nil
+	})
 }
 
 // joinPair starts a relay for a client that is connected already.
@@ -156,7 +197,7 @@ func (j *joined) wantOutcome(t *testing.T, want string) {
 		if j.outcome != want {
 			t.Errorf("outcome %q, want %q", j.outcome, want)
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		t.Fatalf("the relay has not ended, want %q", want)
 	}
 }
@@ -255,14 +296,12 @@ func TestResets(t *testing.T) {
 			_ = resets.CloseWrite()
 			wantEnd(t, sees, io.EOF)
 			reset(resets)
-			for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
-				if _, err := sees.Write([]byte("x")); err != nil {
-					break
+			await(t, func() error {
+				if _, err := sees.Write([]byte("x")); err == nil {
+					return errors.New("a write succeeds")
 				}
-				if time.Now().After(end) {
-					t.Fatal("no error in writing")
-				}
-			}
+				return nil
+			})
 			j.wantOutcome(t, test.outcome)
 		})
 	}
@@ -289,58 +328,93 @@ func TestAnswerBeforeReset(t *testing.T) {
 	j.wantOutcome(t, outcomeServerReset)
 }
 
-// A connection on which nothing happens ends, in order, on both sides.
+// pass makes ticks happen without waiting for the clock, and ends early if the
+// relay does.
+func (j *joined) pass(n int) {
+	for range n {
+		select {
+		case <-j.done:
+			return
+		default:
+			j.relay.loop.pass()
+		}
+	}
+}
+
+// pass makes one tick happen.
+func (l *loop) pass() {
+	ticks := func() uint32 {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.ticks
+	}
+	for before := ticks(); ticks() == before; runtime.Gosched() {
+		_ = l.file.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// perIdle is how many ticks after its last activity a relay ends that may be idle
+// for a minute. The clock adds a tick a second.
+const perIdle = int(time.Minute/mostWait) + 1
+
+// An idle relay ends in order on both sides, neither earlier nor later.
 func TestIdle(t *testing.T) {
 	t.Parallel()
-	const idle = 600 * time.Millisecond
-	for name, before := range map[string][]byte{"a silent client": nil, "a silent server": []byte("a")} {
+	for name, talk := range map[string]func(*testing.T, *joined){
+		"no data": func(*testing.T, *joined) {},
+		"data of the client": func(t *testing.T, j *joined) {
+			send(t, j.client, []byte("a"))
+			wantRead(t, j.server, "a")
+		},
+		"data of the server after a pause": func(t *testing.T, j *joined) {
+			j.pass(perIdle / 4)
+			send(t, j.server, make([]byte, 1<<20))
+			if _, err := io.ReadFull(j.client, make([]byte, 1<<20)); err != nil {
+				t.Error(err)
+			}
+		},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			j := join(t, idle, before...)
-			begin := time.Now()
-			wantRead(t, j.server, string(before))
+			j := join(t, time.Minute)
+			talk(t, j)
+			j.pass(2 * perIdle)
+			j.wantOutcome(t, outcomeIdle)
+			if j.silent != uint32(perIdle) {
+				t.Errorf("the relay ended %d ticks after its last activity, want %d", j.silent, perIdle)
+			}
 			wantEnd(t, j.client, io.EOF)
 			wantEnd(t, j.server, io.EOF)
-			j.wantOutcome(t, outcomeIdle)
-			if d := time.Since(begin); d < idle-20*time.Millisecond || d > idle+idle/2 {
-				t.Errorf("it took %s", d)
-			}
 		})
 	}
-	t.Run("after some talk", func(t *testing.T) {
+	t.Run("by the clock", func(t *testing.T) {
 		t.Parallel()
-		j := join(t, idle)
-		time.Sleep(idle / 2)
-		send(t, j.server, make([]byte, 1<<20))
-		if _, err := io.ReadFull(j.client, make([]byte, 1<<20)); err != nil {
-			t.Error(err)
-		}
+		const idle = 160 * time.Millisecond
 		begin := time.Now()
-		wantEnd(t, j.client, io.EOF)
+		j := join(t, idle)
 		j.wantOutcome(t, outcomeIdle)
-		if d := time.Since(begin); d < idle-20*time.Millisecond || d > idle+idle/2 {
-			t.Errorf("it took %s", d)
+		if d := time.Since(begin); d < idle {
+			t.Errorf("the relay ended after %s, want at least %s", d, idle)
 		}
 	})
 }
 
-// Data in one direction is enough to live on, as is a reader that takes slowly
-// what is under way already.
+// Data in one direction, or a reader that takes slowly what is in flight, keep a
+// relay from being idle.
 func TestNotIdle(t *testing.T) {
 	t.Parallel()
-	const idle = 300 * time.Millisecond
-	for name, server := range map[string]bool{"from the client": false, "from the server": true} {
+	for name, server := range map[string]bool{"data of the client": false, "data of the server": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			j := join(t, idle)
+			j := join(t, time.Minute)
 			from, to := j.client, j.server
 			if server {
 				from, to = to, from
 			}
-			for range 12 {
+			for range 8 {
 				send(t, from, []byte("a"))
 				wantRead(t, to, "a")
-				time.Sleep(idle / 3)
+				j.pass(perIdle / 4)
 			}
 			_ = from.Close()
 			_ = to.Close()
@@ -349,41 +423,45 @@ func TestNotIdle(t *testing.T) {
 	}
 	t.Run("a slow reader", func(t *testing.T) {
 		t.Parallel()
-		j := join(t, idle)
-		// The server has said everything, and the relay has most of it, long
-		// before the reader has all.
+		j := join(t, time.Minute)
+		// The server has sent everything, and the relay's kernel holds most of it,
+		// long before the reader has read all.
 		_ = j.client.SetReadBuffer(512 << 10)
-		data := make([]byte, 4<<20)
-		sent := make(chan struct{})
+		raw, err := j.client.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		const size, piece = 8 << 20, 128 << 10
 		go func() {
-			defer close(sent)
-			send(t, j.server, data)
-			_ = j.server.Close()
+			send(t, j.server, make([]byte, size))
+			_ = j.server.CloseWrite()
 		}()
-		total := 0
-		buffer := make([]byte, 64<<10)
-		for {
-			n, err := j.client.Read(buffer)
-			total += n
-			if err == io.EOF {
-				break
+		for left := size; left > 0; left -= piece {
+			if _, err := io.ReadFull(j.client, make([]byte, piece)); err != nil {
+				t.Fatalf("%d bytes before the end: %v", left, err)
 			}
-			if err != nil {
-				t.Fatalf("after %d bytes: %v", total, err)
-			}
-			time.Sleep(idle / 30)
+			// More comes in, which is the progress that counts.
+			await(t, func() (err error) {
+				queued := 0
+				if err := raw.Control(func(fd uintptr) { queued, err = unix.IoctlGetInt(int(fd), unix.SIOCINQ) }); err != nil {
+					return err
+				}
+				if err == nil && queued < min(left-piece, 16<<10) {
+					err = fmt.Errorf("%d bytes before the end: %d bytes to read", left-piece, queued)
+				}
+				return err
+			})
+			j.pass(8)
 		}
-		<-sent
-		if total != len(data) {
-			t.Errorf("%d bytes of %d", total, len(data))
-		}
+		wantEnd(t, j.client, io.EOF)
 		_ = j.client.Close()
+		_ = j.server.Close()
 		j.wantOutcome(t, outcomeDone)
 	})
-	t.Run("for ever", func(t *testing.T) {
+	t.Run("without a limit", func(t *testing.T) {
 		t.Parallel()
 		j := join(t, 0)
-		time.Sleep(2 * idle)
+		j.pass(10 * perIdle)
 		send(t, j.client, []byte("a"))
 		wantRead(t, j.server, "a")
 		j.stop()
@@ -408,12 +486,13 @@ func TestIdleHoldsNoPipes(t *testing.T) {
 		all = append(all, j)
 	}
 	// Other tests' io.Copy leave some until the second collection of garbage.
-	for end := time.Now().Add(5 * time.Second); pipes(t) >= len(all); time.Sleep(time.Millisecond) {
+	await(t, func() error {
 		runtime.GC()
-		if time.Now().After(end) {
-			t.Fatalf("%d descriptors of pipes for %d connections", pipes(t), len(all))
+		if n := pipes(t); n >= len(all) {
+			return fmt.Errorf("%d descriptors of pipes for %d connections", n, len(all))
 		}
-	}
+		return nil
+	})
 	for _, j := range all {
 		j.stop()
 		j.wantOutcome(t, outcomeStopped)

@@ -2,6 +2,7 @@ package tcpproxy
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"testing"
 	"testing/synctest"
@@ -13,8 +14,7 @@ import (
 // wantStatus waits for what is counted, which is when connections end.
 func wantStatus(t *testing.T, p *Proxy, want ...Status) {
 	t.Helper()
-	var diff string
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	await(t, func() error {
 		got := p.Status()
 		for i := range got {
 			got[i].Since = time.Time{}
@@ -22,32 +22,33 @@ func wantStatus(t *testing.T, p *Proxy, want ...Status) {
 				got[i].Err = errors.Unwrap(got[i].Err)
 			}
 		}
-		if diff = cmp.Diff(want, got, cmp.Comparer(func(a, b error) bool { return (a == nil) == (b == nil) })); diff == "" {
-			return
+		if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b error) bool { return (a == nil) == (b == nil) })); diff != "" {
+			return fmt.Errorf("status (- want, + got):\n%s", diff)
 		}
-	}
-	t.Errorf("status (- want, + got):\n%s", diff)
+		return nil
+	})
 }
 
 func TestStatus(t *testing.T) {
-	serve(t, "127.0.1.1:80")
+	t.Parallel()
+	serve(t, "127.0.1.1:87")
 	p, _, _ := newProxy(t, nil)
-	apply(t, p, "7011 127.0.1.1 80\n7012 127.0.1.1 1\n7013 gone.example")
+	apply(t, p, "7011 127.0.1.1 87\n7012 127.0.1.1 1\n7013 gone.example")
 	first := connect(t, 7011)
-	first.ask(t, "127.0.1.1:80")
+	first.ask(t, "127.0.1.1:87")
 	second := connect(t, 7011)
-	second.ask(t, "127.0.1.1:80")
+	second.ask(t, "127.0.1.1:87")
 	_ = second.Close()
 	wantRefusal(t, 7012)
 
-	up := Status{Destination: Destination{7011, "127.0.1.1", 80}, Addresses: 1, Looked: true}
-	up.Counts = Counts{Connections: 2, Open: 1, Sent: 3, Received: int64(len("127.0.1.1:80 \"hi\\n\"\n"))}
+	up := Status{Destination: Destination{7011, "127.0.1.1", 87}, Addresses: 1, Looked: true}
+	up.Counts = Counts{Connections: 2, Open: 1, Sent: 3, Received: int64(len("127.0.1.1:87 \"hi\\n\"\n"))}
 	down := Status{Destination: Destination{7012, "127.0.1.1", 1}, Condition: Unusable, Addresses: 1, Aside: 1, Looked: true, Counts: Counts{Connections: 1, Failed: 1}}
 	got := p.Status()
 	if len(got) != 3 || got[2].Condition != Unusable || !got[2].Looked || got[2].LookupErr == nil || got[2].Lookups == 0 || got[2].Lookups != got[2].LookupFailures {
 		t.Errorf("of a name that is not there: %+v", got[2])
 	}
-	apply(t, p, "7011 127.0.1.1 80\n7012 127.0.1.1 1") // those that stay keep what was counted
+	apply(t, p, "7011 127.0.1.1 87\n7012 127.0.1.1 1") // those that stay keep what was counted
 	wantStatus(t, p, up, down)
 	if n := p.Open(); n != 1 {
 		t.Errorf("%d connections are open, want 1", n)
