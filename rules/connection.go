@@ -5,28 +5,27 @@ import (
 	"slices"
 )
 
-// A Connection is one that the kernel tracks (conntrack): a TCP connection, or
-// packets of another protocol that belong together.
+// A Connection is an entry of the kernel's connection table (conntrack): a TCP
+// connection, or a packet flow of another protocol.
 type Connection struct {
 	Protocol Protocol
-	From     netip.Addr     // that its first packet came from
-	To       netip.AddrPort // that it was sent to
-	// Replies come from here, which is where the connection was redirected
-	// to, and go there, which is the source that the server sees. Without
-	// redirect and source rule these are To and the client.
+	From     netip.Addr     // client, the source of the first packet
+	To       netip.AddrPort // original destination
+	// The addresses of replies: their source is the server of the redirect, their
+	// destination is the source that the server sees. Without redirect and SNAT
+	// these are To and From.
 	RepliesFrom netip.AddrPort
 	RepliesTo   netip.Addr
 }
 
-// Stale returns what tells whether a connection is treated otherwise than a new
-// one would be. The kernel chooses redirect and source with the first packet and
-// keeps to them: a UDP client that never pauses would stay at a server that is
-// not wanted any more, and one that was there before the rules would never be
-// redirected.
+// Stale returns a function that reports whether a connection has another
+// redirect or source than a new one would get. The kernel chooses both with the
+// first packet and keeps them: a UDP client that never pauses would stay at its
+// old server, and a connection from before the rules would never be redirected.
 //
-// The connections in question are those to one of the pod's addresses on the
-// cluster side, and those of somebody else through the pod that are redirected: the original
-// redirects them too.
+// Stale connections are those to one of the pod's addresses on the cluster side,
+// and redirected ones of other hosts through the pod, which the original redirects
+// too.
 func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 	type local struct {
 		protocol Protocol
@@ -38,8 +37,8 @@ func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 	}
 	fallback, source := p.fallback(), p.source()
 	return func(c Connection) bool {
-		// A socket of the pod is redirected by somebody else, if at all, and
-		// has the right source from the start.
+		// The pod's own sockets have the right source from the start. If they are
+		// redirected, it is by another program.
 		through := c.RepliesFrom != c.To && c.RepliesTo != c.From
 		own := c.From == source || slices.Contains(pod, c.From)
 		if !slices.Contains(pod, c.To.Addr()) && (!through || own) {

@@ -12,8 +12,8 @@ import (
 // and UDP only.
 type Protocol uint8
 
-// The protocols of the grammar, and those that rules name besides. The zero
-// Protocol stands for every protocol.
+// The protocols of the grammar, and those that only rules use. The zero Protocol
+// matches every protocol.
 const (
 	ICMP   Protocol = 1
 	TCP    Protocol = 6
@@ -49,8 +49,7 @@ func parseProtocol(s string) (Protocol, bool) {
 	return 0, false
 }
 
-// A Port is a TCP or UDP port, 1 to 65535. The zero Port stands for a port that
-// was not named.
+// A Port is a TCP or UDP port, 1 to 65535. The zero Port is an unspecified port.
 type Port uint16
 
 // parsePort accepts a decimal number from 1 to 65535. It refuses leading
@@ -70,13 +69,12 @@ func ParseIPv4(s string) (netip.Addr, bool) {
 	return a, err == nil && a.Is4()
 }
 
-// A Redirect sends the connections that reach one port of the pod to one
-// address.
+// A Redirect sends the connections to one port of the pod to one address.
 type Redirect struct {
 	Protocol Protocol
-	Port     Port       // that connections to the pod name
+	Port     Port       // local port, on the pod
 	To       netip.Addr // IPv4
-	ToPort   Port       // at To; zero: the same as Port
+	ToPort   Port       // remote port; zero: the same as Port
 }
 
 // String returns the redirect as a line of the grammar.
@@ -88,10 +86,10 @@ func (r Redirect) String() string {
 	return s
 }
 
-// A Set is what one destination list asks for.
+// A Set is the content of a destination list.
 type Set struct {
 	Redirects []Redirect // in the order written; no two have the same Port
-	Fallback  netip.Addr // where every other port goes; the zero Addr: nowhere
+	Fallback  netip.Addr // destination of all other ports; the zero Addr: none
 }
 
 // Equal reports whether both sets redirect the same things in the same order.
@@ -114,25 +112,25 @@ func (s Set) String() string {
 	return b.String()
 }
 
-// A ParseError says which line of a destination list is not right. Its text is
-// the sentence of the original, which users search their logs for.
+// A ParseError reports an invalid line of a destination list. Its text is the
+// original's sentence, which users search their logs for.
 type ParseError struct {
 	Line     Line
 	Sentence string // of the original
-	Hint     string // for a person; may be empty
+	Hint     string // advice for the user; may be empty
 }
 
 // Error returns the original's sentence.
 func (e *ParseError) Error() string { return e.Sentence }
 
 // Parse reads a destination list. The grammar is that of the original
-// EGRESS_DESTINATION, including the order in which it finds faults: the first
-// line that is not right ends the parse with a *ParseError. A list of comments
-// and blank lines is an empty Set.
+// EGRESS_DESTINATION, including the order of its checks: the first invalid line
+// ends the parse with a *ParseError. A list of only comments and blank lines is
+// an empty Set.
 func Parse(value string) (Set, error) {
 	var set Set
 	var fallback Line
-	seen := make([]int32, 1<<16) // local port -> line; zero: not used
+	seen := make([]int32, 1<<16) // local port -> line; zero: unused
 	lines := Lines(value)
 	set.Redirects = make([]Redirect, 0, len(lines))
 	for _, line := range lines {
@@ -180,17 +178,17 @@ func badPort(line Line, port string) error {
 	return e
 }
 
-// isBlank reports whether s holds white space only, as [[:space:]] of the
-// POSIX locale has it.
+// isBlank reports whether s contains only white space, [[:space:]] of the POSIX
+// locale.
 func isBlank(s string) bool { return strings.Trim(s, " \t\n\v\f\r") == "" }
 
-// fields are those of one line, with its ports as written: the line's shape is
-// checked before its ports are.
+// fields are the fields of one line, with its ports as text: the form of the line
+// is checked before the range of its ports.
 type fields struct {
-	port     string // empty for a fallback
+	port     string // empty: the line is the fallback
 	protocol Protocol
 	to       netip.Addr
-	toPort   string // empty where none was named
+	toPort   string // empty: no remote port
 }
 
 // parseLine accepts "IP", "PORT PROTO IP" and "PORT PROTO IP PORT", with one or

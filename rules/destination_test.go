@@ -159,7 +159,7 @@ func FuzzParse(f *testing.F) {
 		if err != nil || !set.Equal(again) {
 			t.Errorf("%q gives %v, which reads back as %v, %v", value, set, again, err)
 		}
-		// Whatever was accepted becomes exactly one rule and one line.
+		// Every accepted value becomes exactly one rule and one line.
 		lines := strings.Count(string(UnitTest(set, sides)), "\n")
 		want := len(set.Redirects) + 1
 		if set.Fallback.IsValid() {

@@ -7,8 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// hint says what is probably wrong with a line that the grammar refuses. It
-// looks for the mistakes that users of the original made, most telling first.
+// hint returns the probable cause of a parse error of a line. It checks the
+// mistakes that users of the original made, the most specific first.
 func hint(text string) string {
 	for i := 0; i < len(text); i++ {
 		switch c := text[i]; {
@@ -82,7 +82,7 @@ func redirectHint(words []string) string {
 	return forms
 }
 
-// addressHint says why s is not an IPv4 address.
+// addressHint returns the reason why s is not an IPv4 address.
 func addressHint(s string) string {
 	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Addr().Is4() {
 		return fmt.Sprintf(`the remote port is a field of its own: "PORT PROTO %s %d"`, ap.Addr(), ap.Port())

@@ -2,33 +2,32 @@ package rules
 
 import "strings"
 
-// A Line is one logical line of a destination list, as the shell's read
-// hands it to the original router.
+// A Line is one logical line of a destination list, as the shell's read passes it
+// to the original router.
 type Line struct {
 	Number int    // of its first physical line in the value, from 1
-	Text   string // joined, unescaped, blanks cut at both ends
+	Text   string // joined, unescaped, blanks removed at both ends
 }
 
-// Lines splits a destination list the way the original does, with
+// Lines splits a destination list as the original does, with
 //
 //	while read dest; do ...; done <<< "$EGRESS_DESTINATION"
 //
 // that is, by POSIX read without -r (IEEE Std 1003.1, XCU read): a backslash
 // before a newline joins two lines, any other backslash is dropped and takes
 // the special meaning from the character after it, and blanks (space, tab) are
-// cut from both ends of a line, with bash's own idea of which ones; see cut.
+// removed at both ends of a line, by bash's own rule; see cut.
 //
-// The here-string adds one newline, so a value that ends with an unprotected
-// backslash is continued into nothing: read meets the end of the input, the
-// loop ends, and that line is never looked at. Lines leaves it out too; see
-// Unread.
+// The here-string adds one newline, so that a value with an unprotected backslash
+// at its end continues into nothing: read meets the end of the input, the loop
+// ends, and the original ignores that line. Lines leaves it out too; see Unread.
 func Lines(value string) []Line {
 	lines, _ := split(value)
 	return lines
 }
 
-// Unread returns the last line of a value that ends with a backslash: neither
-// the original nor Parse reads it, which is hardly what its author meant.
+// Unread returns the last line of a value that ends with a backslash. Neither the
+// original nor Parse reads it, which its author hardly intended.
 func Unread(value string) (Line, bool) {
 	if !strings.HasSuffix(value, `\`) {
 		return Line{}, false
@@ -54,9 +53,9 @@ func split(value string) (lines []Line, unfinished Line) {
 	return lines, Line{}
 }
 
-// logicalLine reads one line from s and returns it with the number of bytes it
-// took, the number of newlines inside it that a backslash removed, and whether
-// its own newline was there.
+// logicalLine reads one line from s and returns it with its length in bytes, the
+// number of newlines in it that a backslash removed, and whether it ends with a
+// newline.
 func logicalLine(s string) (text string, used, joined int, ended bool) {
 	end := strings.IndexByte(s, '\n')
 	if end >= 0 && !strings.ContainsAny(s[:end], "\\\x01") {
@@ -85,8 +84,8 @@ func logicalLine(s string) (text string, used, joined int, ended bool) {
 }
 
 // cut removes the blanks at both ends of a line as bash (4.2 to 5.2) does for
-// a read into one variable: at the front those without protection; at the end
-// too where the line is a single word, but all of them where it is more.
+// a read into one variable: at the front the unprotected blanks; at the end also
+// only those if the line is a single word, otherwise all.
 func cut(chars []byte, protected []bool) string {
 	isBlank := func(i int) bool { return chars[i] == ' ' || chars[i] == '\t' }
 	divides := func(i int) bool { return isBlank(i) && !protected[i] }
@@ -109,13 +108,13 @@ func cut(chars []byte, protected []bool) string {
 	for last > first && isBlank(last-1) {
 		last--
 	}
-	// bash marks protected characters with \x01 and takes one that stands
-	// before a blank for its mark, but for the first character of the line.
+	// bash marks protected characters with \x01. It takes a \x01 before a blank for
+	// such a mark, except as the first character of the line.
 	if last < n && last-1 > first && !protected[last] && chars[last-1] == '\x01' {
 		last--
 	}
 	if last == first {
-		// All of it was blanks, some of them protected: bash leaves the mark of
+		// The line has only blanks, some of them protected: bash leaves the mark of
 		// the first.
 		return "\x01"
 	}

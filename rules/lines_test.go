@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// What bash 5.2 makes of each value with `while read dest; ... done <<< "$value"`.
+// The expected lines are those of bash 5.2 with `while read dest; ... done <<< "$value"`.
 func TestLines(t *testing.T) {
 	for name, test := range map[string]struct {
 		value string
@@ -65,8 +65,7 @@ func TestUnread(t *testing.T) {
 	}
 }
 
-// Every value of up to five characters that matter to the shell's read is split
-// as bash splits it.
+// Lines splits every value of up to five special characters as bash does.
 func TestLinesAsBash(t *testing.T) {
 	values := []string{""}
 	for begin := 0; len(values[len(values)-1]) < 5; {
@@ -78,7 +77,7 @@ func TestLinesAsBash(t *testing.T) {
 		}
 		begin = end
 	}
-	// A line holds no newline, so one ends the lines of a value.
+	// A line contains no newline, so one ends the lines of a value.
 	const script = `while IFS= read -r -d '' value; do
 		while read line; do printf '%s\0' "$line"; done <<< "$value"
 		printf '\n\0'

@@ -10,8 +10,8 @@ import (
 // A Family is a version of the Internet Protocol, by its number.
 type Family uint8
 
-// The families that plans use. Connections are redirected to IPv4 addresses
-// only; what a plan has for IPv6 keeps others out.
+// The families of plans. Redirects have IPv4 destinations only; the IPv6 chains
+// only drop packets.
 const (
 	IPv4 Family = 4
 	IPv6 Family = 6
@@ -24,15 +24,15 @@ func (f Family) String() string { return fmt.Sprintf("IPv%d", uint8(f)) }
 // gives it.
 type Table string
 
-// The tables that plans use, in the order in which a packet meets them.
+// The tables of plans, in the order in which a packet traverses them.
 const (
-	// Mangle sees every packet and may mark it, before its route is chosen.
+	// Mangle contains rules for every packet and may set marks before routing.
 	Mangle Table = "mangle"
-	// NAT translates addresses. It sees the first packet of each connection
-	// only; the kernel repeats its verdict for the others.
+	// NAT translates addresses. Its rules match only the first packet of each
+	// connection; the kernel repeats the translation for the others.
 	NAT Table = "nat"
-	// Filter sees every packet with its destination translated, and is the
-	// only one that can refuse it with an answer.
+	// Filter contains rules for every packet, after DNAT, and is the only table
+	// that can reject a packet with an answer.
 	Filter Table = "filter"
 	// SourceGuard sees every outgoing packet after NAT, with its final source.
 	// iptables has no such table, since none of its chains comes after NAT;
@@ -40,9 +40,8 @@ const (
 	SourceGuard Table = "source-guard"
 )
 
-// A Hook is a point on a packet's way through the kernel
-// (linux/netfilter_ipv4.h), by the name of the built-in chain that stands
-// there.
+// A Hook is a point of a packet's path through the kernel
+// (linux/netfilter_ipv4.h), named after its built-in chain.
 type Hook string
 
 // The hooks of the kernel.
@@ -54,69 +53,68 @@ const (
 	Postrouting Hook = "POSTROUTING"
 )
 
-// Hooks are all of them. Chains named after one of them are ours, also where
-// this version has none there.
+// Hooks lists every hook. A chain named after one of them is ours, even if this
+// version has no chain there.
 var Hooks = []Hook{Prerouting, Input, Forward, Output, Postrouting}
 
 // A Target is what a rule does with a packet that it matches.
 type Target string
 
-// The targets that plans use.
+// The targets of plans.
 const (
 	// Redirected changes the destination to that of the plan's redirect for
-	// the packet's protocol and port. A packet that none is for goes on to
-	// the next rule.
+	// the packet's protocol and port. A packet without a redirect continues
+	// with the next rule.
 	Redirected     Target = "REDIRECTS"
 	DNAT           Target = "DNAT"     // change the destination to Rule.To and Rule.ToPort
 	SNAT           Target = "SNAT"     // change the source to Rule.To
 	MarkPacket     Target = "MARK"     // set the packet's mark, Rule.Mark
 	MarkConnection Target = "CONNMARK" // set the mark of the packet's connection, Rule.Mark
-	Return         Target = "RETURN"   // leave it to other programs' rules
+	Return         Target = "RETURN"   // continue with other programs' rules
 	Drop           Target = "DROP"
-	// Reject drops and says so: TCP with a reset (RFC 9293, section 3.5.2),
-	// the rest as a port that nobody listens on (RFC 1122, section 3.2.2.1).
-	// It is for rules whose Protocol is TCP, or of which TCP has been taken
-	// out before.
+	// Reject drops and answers: TCP with a reset (RFC 9293, section 3.5.2),
+	// other protocols with port unreachable (RFC 1122, section 3.2.2.1). It is
+	// for rules whose Protocol is TCP, or that follow a rule for all of TCP.
 	Reject Target = "REJECT"
 )
 
 // A Mark is a set of bits in the 32-bit mark of a packet or a connection. Other
-// programs use other bits.
+// programs use other bits of it.
 type Mark uint32
 
 // String returns the mark with its mask, as iptables-save prints it.
 func (m Mark) String() string { return fmt.Sprintf("0x%x/0x%[1]x", uint32(m)) }
 
-// A Rule is one match and one target. A zero field matches everything.
+// A Rule is one match and one target. A zero field matches every packet.
 type Rule struct {
-	From     netip.Addr // source that the packet has
-	NotFrom  netip.Addr // source that it does not have
-	Toward   netip.Addr // destination that it has
-	In       string     // interface that it arrived on
-	Out      string     // interface that it leaves by
-	NotOut   string     // interface that it does not leave by
+	From     netip.Addr // source of the packet
+	NotFrom  netip.Addr // any other source
+	Toward   netip.Addr // destination of the packet
+	In       string     // input interface
+	Out      string     // output interface
+	NotOut   string     // any other output interface
 	Protocol Protocol
 	Port     Port // destination port
 	Echo     bool // an ICMP echo request (RFC 792)
 	Marked   Mark // mark of the connection
-	Unmarked Mark // mark that the connection does not have
-	// Of the connection that the packet belongs to:
-	RepliesNotTo netip.Addr // replies to it do not come to this address
+	Unmarked Mark // any other mark of the connection
+	// Matches of the packet's connection:
+	RepliesNotTo netip.Addr // any other destination of its replies
 	Confirmed    bool       // its first packet has left
-	Redirected   bool       // by DNAT
-	Original     bool       // the packet goes the way of the first one
-	Reply        bool       // the packet goes the other way, or is an error about one that went the first
-	// The packet belongs to no connection, so that no NAT rule sees it.
+	Redirected   bool       // its destination was changed by DNAT
+	Original     bool       // the packet has the direction of the first packet
+	Reply        bool       // the packet has the other direction, or is an ICMP error about a packet of the first direction
+	// The packet has no connection, so that no NAT rule applies to it.
 	Unconnected bool
 
 	Target Target
 	To     netip.Addr
-	ToPort Port // zero: the port stays
+	ToPort Port // zero: the port is unchanged
 	Mark   Mark
 }
 
-// A Chain is an ordered list of rules of ours. A packet that arrives at Hook
-// goes through it before any rule of another program.
+// A Chain is an ordered list of our rules. A packet at Hook traverses it before
+// any rule of another program.
 type Chain struct {
 	Family Family
 	Table  Table
@@ -124,19 +122,19 @@ type Chain struct {
 	Rules  []Rule
 }
 
-// Name returns the name of the chain: that of the hook with a prefix.
+// Name returns the name of the chain: the name of its hook with a prefix.
 func (c Chain) Name() string { return ChainPrefix + string(c.Hook) }
 
-// ChainPrefix begins the name of each of our chains. Others may begin so too.
+// ChainPrefix is the prefix of all our chains. Other programs may use it too.
 const ChainPrefix = "EGRESS-"
 
-// OwnsChain reports whether a chain of iptables has a name that we give.
+// OwnsChain reports whether an iptables chain has one of our names.
 func OwnsChain(name string) bool {
 	hook, ok := strings.CutPrefix(name, ChainPrefix)
 	return ok && slices.Contains(Hooks, Hook(hook)) || IsTreeChain(name)
 }
 
-// String returns the heading of a chain for a person to read.
+// String returns the heading of a chain in printed plans.
 func (c Chain) String() string {
 	s := fmt.Sprintf("table %s, hook %s, chain %s", c.Table, c.Hook, c.Name())
 	if c.Family != IPv4 {
@@ -145,75 +143,74 @@ func (c Chain) String() string {
 	return s
 }
 
-// A Plan is what the kernel's tables shall hold: the one value that is applied,
-// compared with the kernel, printed and taken back. Chains stand in the order
-// in which a packet of a new connection meets them, those of IPv6 last.
+// A Plan is the desired content of the kernel's tables: the one value that is
+// loaded, compared with the kernel, printed and rolled back. Chains are in the
+// order in which a packet of a new connection traverses them, those of IPv6 last.
 type Plan struct {
 	Chains []Chain
-	// Redirects are what the rule with the target Redirected looks up. No two
-	// have the same Port.
+	// Redirects are the destinations of the target Redirected. No two have the
+	// same Port.
 	Redirects []Redirect
 }
 
-// Sides names the two sides of the router and the address that it lends.
+// Sides describes the two sides of the router and the reserved address.
 type Sides struct {
-	Cluster string     // interface that clients come in by
+	Cluster string     // interface by which clients connect
 	Egress  string     // interface on the physical network
 	Source  netip.Addr // the reserved address, IPv4
-	Mark    Mark       // of connections that came in on the cluster side
-	Health  Port       // TCP port of the pod itself that the fallback leaves alone; zero: none
-	// What is let from the one to the other.
+	Mark    Mark       // of connections from the cluster side
+	Health  Port       // TCP port of the pod that the fallback does not redirect; zero: none
+	// The connections that may cross to the egress side.
 	Crossing Crossing
 }
 
-// A Crossing is what is let from the cluster side to the physical network.
+// A Crossing selects the connections that may cross from the cluster side to the
+// physical network.
 type Crossing uint8
 
 const (
-	// CrossRedirected lets redirected connections cross. Everything else is
-	// refused, as by a pod that forwards nothing.
+	// CrossRedirected lets redirected connections cross. All others are
+	// rejected, as by a pod that forwards nothing.
 	CrossRedirected Crossing = iota
-	// CrossAll lets every connection cross, as the original did where a pod
-	// had been made the gateway of others. What of IPv6 crosses that way is
-	// left to the kernel.
+	// CrossAll lets every connection cross, as the original did if a pod was the
+	// gateway of others. IPv6 connections cross as far as the kernel forwards
+	// them.
 	CrossAll
 )
 
-// NewPlan returns the chains that carry out set.
+// NewPlan returns the chains for a set.
 //
 // The NAT rules are those of the original, in its order: a redirect for each
-// destination, matched by the interface that the packet came in by; then, for
-// whatever leaves by the egress side, the reserved address as its source.
+// destination, matched by the input interface; then SNAT to the reserved address
+// for all packets that leave by the egress side.
 //
-// The mangle rules are for replies. The only default route leads to the egress
-// side, so a reply to a client that is not in the cluster side's own subnet
-// would leave there. Connections that come in on the cluster side are marked,
-// and what arrives for them on the egress side gets the mark before its route
-// is chosen: a routing rule for that mark leads back to the cluster side. The
-// packets of the connection's own direction must not get it. What the pod itself
-// sends for them gets it too: refusals, and ICMP errors such as the one that
-// tells a client of a smaller MTU on the egress side.
+// The mangle rules route replies. The only default route leads to the egress
+// side, so a reply to a client outside of the cluster side's own subnet would
+// leave there. Connections from the cluster side are marked, and their replies
+// get the mark on arrival at the egress side, before routing: a routing rule for
+// that mark leads back to the cluster side. Packets of the original direction must
+// not get it. The pod's own packets for these connections get it too: rejections,
+// and ICMP errors such as the one for a smaller MTU on the egress side.
 //
-// The last mangle rules are for packets that the NAT rules have not seen. The
-// kernel decides on the source of a connection with its first packet, so one
-// that was there before the source rule, or before the reserved address was
-// another one, would leave with its old source for as long as it lives. And a
-// packet that belongs to no connection, such as one out of TCP's window, would
-// leave as it is. Nor does the pod answer, by the cluster side, an echo request
-// that came from the physical network with a forged source.
+// The last mangle rules match packets that NAT does not translate. The kernel
+// chooses the source of a connection with its first packet, so a connection from
+// before the SNAT rule, or from before a change of the reserved address, would
+// keep its old source. A packet without a connection, such as one outside of
+// TCP's window, would leave untranslated. The last one drops the pod's answer, by
+// the cluster side, to an echo request from the physical network with a forged
+// source.
 //
 // The source guard is for the time after another program deleted the SNAT rule:
 // no packet leaves with another source until the rule is back.
 //
-// The filter rules begin with what nearly every packet is. A redirected packet
-// that would leave by another interface, because the egress side or its default
-// route is gone or the destination is on the cluster side, is dropped; not
-// refused, so that its connection goes on when they are back. Nothing else
-// crosses. Whoever can route packets to the pod
-// could otherwise use the reserved address, and whoever is on the physical
-// network could send packets into the cluster, or talk to what listens in the
-// pod; the original forwarded all of it. Of IPv6, which has no reserved address,
-// nothing crosses.
+// The filter rules begin with the match of nearly all packets. A redirected packet
+// that would leave by another interface is dropped: the egress side or its default
+// route is missing, or the destination is on the cluster side. It is not rejected,
+// so that its connection continues after a repair. Nothing else crosses:
+// otherwise any host with a route to the pod could use the reserved address, and
+// hosts of the physical network could send packets into the cluster or to local
+// services of the pod. The original forwarded all of these. No IPv6 packet
+// crosses, since there is no reserved IPv6 address.
 func NewPlan(set Set, sides Sides) Plan {
 	translate := []Rule{{In: sides.Cluster, Target: Redirected}}
 	if set.Fallback.IsValid() {
@@ -260,9 +257,9 @@ func NewPlan(set Set, sides Sides) Plan {
 	return plan
 }
 
-// NewProxyPlan returns the chains of a pod that redirects nothing and in which
-// a proxy listens: nobody on the physical network shall use it, nor send
-// packets through the pod, which has no part in forwarding.
+// NewProxyPlan returns the chains of a pod with a proxy and without redirects.
+// The physical network must neither reach the proxy nor send packets through the
+// pod, which forwards nothing.
 func NewProxyPlan(sides Sides) Plan {
 	sides.Crossing = CrossRedirected
 	return Plan{Chains: append([]Chain{
@@ -271,8 +268,8 @@ func NewProxyPlan(sides Sides) Plan {
 	}, chainsIPv6(sides)...)}
 }
 
-// inputRules returns what keeps the physical network from the pod itself, but
-// for what takes part in its own connections and what also matches.
+// inputRules returns the rules that drop input from the physical network, except
+// for replies to the pod's own connections and packets that match also.
 func inputRules(sides Sides, also Rule) []Rule {
 	also.In, also.Target = sides.Egress, Return
 	return []Rule{
@@ -282,7 +279,7 @@ func inputRules(sides Sides, also Rule) []Rule {
 	}
 }
 
-// chainsIPv6 returns the chains for IPv6, which works by ICMP where IPv4 has ARP
+// chainsIPv6 returns the chains for IPv6, which uses ICMP in place of ARP
 // (RFC 4861).
 func chainsIPv6(sides Sides) []Chain {
 	forward := []Rule{{Target: Drop}}
@@ -298,25 +295,24 @@ func chainsIPv6(sides Sides) []Chain {
 	}
 }
 
-// Guard returns the plan without its redirects. It is what must stand before
-// the routes change: with it nothing is redirected, and whatever leaves by the
-// egress side has the reserved address.
-func (p Plan) Guard() Plan {
-	guard := Plan{Chains: slices.Clone(p.Chains)}
-	for i, c := range guard.Chains {
-		guard.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT })
+// WithoutRedirects returns the plan without its redirects. It is loaded before the
+// routes change: nothing is redirected then, and all packets that leave by the
+// egress side have the reserved address.
+func (p Plan) WithoutRedirects() Plan {
+	without := Plan{Chains: slices.Clone(p.Chains)}
+	for i, c := range without.Chains {
+		without.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT })
 	}
-	return guard
+	return without
 }
 
-// Without returns the plan without the chains of a family, for a kernel that
-// does not have it.
+// Without returns the plan without the chains of a family that the kernel lacks.
 func (p Plan) Without(f Family) Plan {
 	p.Chains = slices.DeleteFunc(slices.Clone(p.Chains), func(c Chain) bool { return c.Family == f })
 	return p
 }
 
-// Equal reports whether both plans hold the same chains with the same rules in
+// Equal reports whether both plans have the same chains with the same rules in
 // the same order.
 func (p Plan) Equal(other Plan) bool {
 	return slices.EqualFunc(p.Chains, other.Chains, func(a, b Chain) bool {
@@ -324,8 +320,8 @@ func (p Plan) Equal(other Plan) bool {
 	}) && slices.Equal(p.Redirects, other.Redirects)
 }
 
-// String returns the plan for a person to read: for each chain, the hook it
-// stands at and its rules.
+// String returns the plan for a person to read: each chain with its hook and its
+// rules.
 func (p Plan) String() string {
 	var b strings.Builder
 	for _, c := range p.Chains {
@@ -337,8 +333,8 @@ func (p Plan) String() string {
 	return b.String()
 }
 
-// spellOut calls fn with the rule, or, in place of one with the target
-// Redirected, with a rule for each redirect. The rule is fn's for the call only.
+// spellOut calls fn with the rule, or, for the target Redirected, with one rule
+// for each redirect. fn must not keep the rule.
 func (p Plan) spellOut(r Rule, fn func(*Rule)) {
 	if r.Target != Redirected {
 		fn(&r)
@@ -350,7 +346,7 @@ func (p Plan) spellOut(r Rule, fn func(*Rule)) {
 	}
 }
 
-// Destinations returns where the plan redirects to.
+// Destinations returns the addresses to which the plan redirects.
 func (p Plan) Destinations() []netip.Addr {
 	var to []netip.Addr
 	for _, r := range p.Redirects {
@@ -362,10 +358,10 @@ func (p Plan) Destinations() []netip.Addr {
 	return to
 }
 
-// fallback returns where connections go that no redirect is for.
+// fallback returns the destination of connections without a redirect.
 func (p Plan) fallback() netip.Addr { return p.first(DNAT).To }
 
-// source returns what whatever leaves by the egress side has as its source.
+// source returns the source of packets that leave by the egress side.
 func (p Plan) source() netip.Addr { return p.first(SNAT).To }
 
 // first returns the first rule with the given target.

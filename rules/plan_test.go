@@ -10,7 +10,7 @@ import (
 
 var sides = Sides{Cluster: "eth0", Egress: "macvlan0", Source: ip("192.168.12.99"), Mark: 0x1000}
 
-// The contract's example of the unit-test mode, and the cases of its table.
+// The cases are the contract's example of the unit-test mode and its table.
 func TestUnitTest(t *testing.T) {
 	const snat = "-A POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99\n"
 	for name, test := range map[string]struct {
@@ -121,14 +121,14 @@ func TestIPTables(t *testing.T) {
 
 func TestGuard(t *testing.T) {
 	plan := NewPlan(exampleSet, sides)
-	guard := plan.Guard()
-	if !guard.Equal(NewPlan(Set{}, sides)) {
-		t.Errorf("the guard is not the plan of an empty set:\n%s", guard)
+	without := plan.WithoutRedirects()
+	if !without.Equal(NewPlan(Set{}, sides)) {
+		t.Errorf("WithoutRedirects is not the plan of an empty set:\n%s", without)
 	}
-	if len(plan.Destinations()) != 4 || len(guard.Destinations()) != 0 {
-		t.Errorf("destinations of plan, guard: %v, %v; want 4, none", plan.Destinations(), guard.Destinations())
+	if len(plan.Destinations()) != 4 || len(without.Destinations()) != 0 {
+		t.Errorf("destinations with and without redirects: %v, %v; want 4, none", plan.Destinations(), without.Destinations())
 	}
-	if plan.Equal(guard) {
-		t.Error("plan and guard are equal")
+	if plan.Equal(without) {
+		t.Error("plans with and without redirects are equal")
 	}
 }

@@ -27,16 +27,14 @@ func UnitTest(set Set, sides Sides) []byte {
 	return b
 }
 
-// A TextChain is a chain of iptables: one of a plan, or one that such a chain
-// leads to.
+// A TextChain is a chain of iptables: a chain of a plan, or one below it.
 type TextChain struct {
 	Family Family
 	Table  Table
 	Name   string
-	Hook   Hook // where a jump to it stands; empty: it is reached from other chains
-	// The rules as iptables-save prints them and iptables-restore takes them, a
-	// line each. Because both are the same, a chain that still is as it was
-	// loaded can be told by comparing text.
+	Hook   Hook // hook with a jump to it; empty: other chains lead to it
+	// The rules as iptables-save prints them and iptables-restore reads them, one
+	// a line.
 	Saved []byte
 }
 
@@ -69,8 +67,8 @@ func (c *TextChain) appendRule(r *Rule) {
 	c.Saved = append(r.append(c.Saved, c.Family, true), '\n')
 }
 
-// append writes the rule's match and target in iptables notation. Where modules
-// is set it names the match module of the protocol, as iptables-save does.
+// append writes the rule's match and target in iptables notation. If modules is
+// set, it names the match module of the protocol, as iptables-save does.
 func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
 	for _, a := range []struct {
@@ -118,8 +116,8 @@ func appendOption(b []byte, name, value string) []byte {
 	return append(append(append(b, name...), value...), ' ')
 }
 
-// appendConnection writes what the rule matches of the packet's connection, in
-// the order in which iptables-save prints it.
+// appendConnection writes the rule's matches of the packet's connection, in the
+// order of iptables-save.
 func (r *Rule) appendConnection(b []byte) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
 	if r.Unconnected || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
@@ -152,7 +150,7 @@ func (r *Rule) appendConnection(b []byte) []byte {
 	return b
 }
 
-// appendTarget writes what follows the target's name.
+// appendTarget writes the options of the target.
 func (r *Rule) appendTarget(b []byte, family Family) []byte {
 	switch r.Target {
 	case DNAT:

@@ -6,39 +6,39 @@ import (
 	"strings"
 )
 
-// A chain is walked rule by rule, about 25 ns each, so a new connection to the
-// last of 10,000 redirects takes ten times as long as one to the first. Large
+// The kernel walks a chain rule by rule, about 25 ns each, so a new connection to
+// the last of 10,000 redirects takes ten times as long as one to the first. Large
 // sets are therefore a tree of chains: each level divides the ports by 16, and
-// the kernel walks at most 16 rules on each of at most four.
+// the kernel walks at most 16 rules on each of at most four levels.
 //
 //	EGRESS-PREROUTING            -i eth0 -p tcp -j EGRESS-TCP
 //	EGRESS-TCP                   -p tcp --dport 8192:12287 -g EGRESS-TCP-8192-12287
 //	EGRESS-TCP-8192-12287        -p tcp --dport 9984:10239 -g EGRESS-TCP-9984-10239
 //	EGRESS-TCP-9984-10239        -p tcp --dport 10000 -j DNAT ...
 //
-// The first step is a jump, so that what no redirect is for comes back, to the
-// fallback; the others are without return (-g), since no other range holds the
-// port. Ranges do not depend on what is in them: a list with one line more
-// changes the chains on the way to that line, and no other.
+// The first step is a jump, so that a packet without a redirect returns to the
+// fallback; the others are without return (-g), since no other range contains the
+// port. Ranges do not depend on their content: one more line in a list changes
+// only the chains from the root to that line.
 const (
-	// plainRedirects is how many redirects stay a plain chain, which a person
-	// can read. They cost a connection a microsecond at most.
+	// plainRedirects is the largest number of redirects in a plain chain, which
+	// is easy to read. They delay a connection by at most a microsecond.
 	plainRedirects = 32
-	// fanOut is how many ranges a chain divides its own into, and how many
-	// redirects may stand in one chain undivided.
+	// fanOut is the number of ranges into which a chain divides its own, and the
+	// largest number of redirects in a chain without ranges.
 	fanOut = 16
 )
 
-// A portRange is a chain's: the ports from First to Last.
+// A portRange is the range of a chain: the ports from first to last.
 type portRange struct {
 	protocol    Protocol
-	first, last uint32 // the ports; 65536 is out of a Port's range
+	first, last uint32 // as numbers; 65536 exceeds a Port
 }
 
-// allPorts is the range of a tree's root.
+// allPorts returns the range of a tree's root.
 func allPorts(p Protocol) portRange { return portRange{p, 0, 1<<16 - 1} }
 
-// name returns that of the range's chain.
+// name returns the name of the range's chain.
 func (r portRange) name() string {
 	name := ChainPrefix + strings.ToUpper(r.protocol.String())
 	if r != allPorts(r.protocol) {
@@ -47,8 +47,7 @@ func (r portRange) name() string {
 	return name
 }
 
-// IsTreeChain reports whether a chain has a name that only the trees of
-// redirects have.
+// IsTreeChain reports whether a chain has a name of the trees of redirects.
 func IsTreeChain(name string) bool {
 	for _, p := range []Protocol{TCP, UDP} {
 		root := allPorts(p).name()
@@ -65,9 +64,9 @@ func IsTreeChain(name string) bool {
 	return false
 }
 
-// appendTree appends to the text of chain what leads to the trees of the plan's
-// redirects, one for each protocol, and returns the chains of the trees. The
-// rule says what of the packet has to match besides protocol and port.
+// appendTree appends the jumps to the trees of the plan's redirects to the text of
+// a chain, one for each protocol, and returns the chains of the trees. Except for
+// protocol and port, rule is the match of the jumps.
 func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextChain) {
 	var reached []TextChain
 	for _, protocol := range []Protocol{TCP, UDP} {
@@ -90,8 +89,8 @@ func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextCh
 	return b, reached
 }
 
-// appendRange appends the chain of a range, and those below it, to chains. The
-// redirects are those in the range, in the order of their ports.
+// appendRange appends the chain of a range, and the chains below it, to chains.
+// The redirects are those in the range, sorted by port.
 func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Redirect) []TextChain {
 	chain := TextChain{Family: of.Family, Table: of.Table, Name: in.name()}
 	if len(redirects) <= fanOut {
@@ -101,7 +100,7 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 		return append(chains, chain)
 	}
 	at := len(chains)
-	chains = append(chains, chain) // before those below it
+	chains = append(chains, chain) // before the chains below it
 	size := (in.last - in.first + 1) / fanOut
 	for len(redirects) > 0 {
 		first := uint32(redirects[0].Port) / size * size

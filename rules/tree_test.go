@@ -20,12 +20,12 @@ func portsFrom(p Protocol, first, n, step int) []Redirect {
 	return redirects
 }
 
-// A step is a rule of iptables, as far as redirects have any.
+// A step is a rule of iptables, reduced to the parts that redirects use.
 type step struct {
 	protocol      string // empty: any
 	first, last   int    // destination ports
-	target        string // where to, or a chain
-	jumps, leaves bool   // to that chain, with and without return
+	target        string // destination, or a chain
+	jumps, leaves bool   // to that chain, with return and without
 }
 
 func parseStep(rule string) step {
@@ -49,7 +49,7 @@ func parseStep(rule string) step {
 	return s
 }
 
-// A walker goes through the chains of a plan as the kernel does.
+// A walker walks the chains of a plan as the kernel does.
 type walker struct {
 	chains map[string][]step
 	rules  int // walked so far
@@ -67,7 +67,7 @@ func newWalker(p Plan) *walker {
 	return w
 }
 
-// walk returns where a chain sends a packet, and whether it sends it anywhere.
+// walk returns the destination that a chain chooses for a packet, if any.
 func (w *walker) walk(chain string, protocol Protocol, port int) (to string, found bool) {
 	for _, s := range w.chains[chain] {
 		w.rules++
@@ -88,8 +88,8 @@ func (w *walker) walk(chain string, protocol Protocol, port int) (to string, fou
 	return "", false
 }
 
-// Whatever the set, every port leads where its line says, and the others to the
-// fallback.
+// In every set, every port leads to the destination of its line, and ports without
+// a line to the fallback.
 func TestTreeLeads(t *testing.T) {
 	random := rand.New(rand.NewPCG(4, 2))
 	var scattered []Redirect
@@ -149,7 +149,7 @@ func TestTreeLeads(t *testing.T) {
 	}
 }
 
-// One line more changes the chains on the way to it, and no other.
+// Adding a line changes only the chains from the root to it.
 func TestTreeIsStable(t *testing.T) {
 	redirects := portsFrom(TCP, 10001, 1000, 3)
 	texts := func(r []Redirect) map[string][]byte {

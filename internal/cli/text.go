@@ -120,7 +120,7 @@ func planText(c config.Config) string {
 		step(m.String())
 	}
 	if c.Mode.Redirects() {
-		stepRules("load rules that mark connections, set the source address and drop everything else", plan.Guard())
+		stepRules("load rules that mark connections, set the source address and drop everything else", plan.WithoutRedirects())
 	} else {
 		stepRules("load rules that drop connections from the physical network", plan)
 	}

@@ -1,6 +1,5 @@
-// Package events tells when the kernel's network or its rules have changed, in
-// one network namespace: whoever watches over them looks again then, and needs
-// no polling.
+// Package events notifies of changes of the network and the rules in one network
+// namespace, so that a watcher needs no polling.
 package events
 
 import (
@@ -12,35 +11,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Kind is a set of what may have changed.
+// A Kind is a set of things that may have changed.
 type Kind uint32
 
 // The kinds.
 const (
 	Network Kind = 1 << iota // links, IPv4 addresses, routes, routing rules, and the sysctls of forwarding and rp_filter
-	Rules                    // those of nftables, which are also those of iptables' nf_tables flavour
+	Rules                    // nftables, including iptables' nf_tables flavour
 )
 
-// networkGroups are the multicast groups of what a router configures
-// (linux/rtnetlink.h). The kernel tells of IPv4 routes that are deleted, but not
-// of those that go with their link or their address; of these it tells that the
-// link or the address has changed. The last group has the sysctls
+// networkGroups are the multicast groups of a router's objects
+// (linux/rtnetlink.h). The kernel notifies of deleted IPv4 routes, except of those
+// that disappear with their link or their address; then it notifies of the change
+// of the link or the address. The last group has the sysctls
 // (net/ipv4/devinet.c, inet_netconf_notify_devconf).
 var networkGroups = []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_NETCONF}
 
-// rulesGroup tells of each change of nftables
+// rulesGroup is the multicast group of nftables changes
 // (linux/netfilter/nfnetlink.h, NFNLGRP_NFTABLES).
 const rulesGroup = 7
 
-// A Subscription collects what has changed.
+// A Subscription collects changes.
 type Subscription struct {
 	sockets []*os.File
 	changed atomic.Uint32 // a Kind
 	wake    chan struct{}
 }
 
-// Subscribe begins to listen in the calling thread's network namespace. A kernel
-// without nftables tells of no rules.
+// Subscribe begins to receive events in the calling thread's network namespace. On
+// a kernel without nftables there are no rule events.
 func Subscribe() (*Subscription, error) {
 	s := &Subscription{wake: make(chan struct{}, 1)}
 	if err := s.listen(unix.NETLINK_ROUTE, Network, networkGroups...); err != nil {
@@ -78,32 +77,32 @@ func (s *Subscription) listen(protocol int, kind Kind, groups ...int) error {
 	}
 	s.sockets = append(s.sockets, file)
 	go func() {
-		// What has changed is found by looking; that something has is all that
-		// is read here. A few bytes of a message are enough to take it.
+		// The content of a message does not matter: the watcher compares with the
+		// kernel. A few bytes are enough to consume a message.
 		var b [64]byte
 		_ = raw.Read(func(fd uintptr) bool {
-			told := false
+			notified := false
 			for {
 				_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_DONTWAIT)
 				switch {
-				case err == nil, errors.Is(err, unix.ENOBUFS): // more than the socket holds
-					told = true
+				case err == nil, errors.Is(err, unix.ENOBUFS): // more than the socket's buffer
+					notified = true
 					continue
 				case errors.Is(err, unix.EINTR):
 					continue
 				}
 				break
 			}
-			if told {
-				s.tell(kind)
+			if notified {
+				s.notify(kind)
 			}
-			return false // wait for the next; it ends when the socket is closed
+			return false // wait for the next one, until the socket is closed
 		})
 	}()
 	return nil
 }
 
-func (s *Subscription) tell(kind Kind) {
+func (s *Subscription) notify(kind Kind) {
 	s.changed.Or(uint32(kind))
 	select {
 	case s.wake <- struct{}{}:
@@ -111,11 +110,11 @@ func (s *Subscription) tell(kind Kind) {
 	}
 }
 
-// Changed returns a channel that has a value when something has changed since
+// Changed returns a channel that receives a value if something has changed since
 // the last Take.
 func (s *Subscription) Changed() <-chan struct{} { return s.wake }
 
-// Take returns what has changed since the last call.
+// Take returns the changes since the last call.
 func (s *Subscription) Take() Kind { return Kind(s.changed.Swap(0)) }
 
 // Close ends the subscription.

@@ -17,45 +17,45 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A change is what one run does to a namespace, and the way back from it.
+// A change is one run's changes of a namespace, with their rollback.
 type change struct {
 	router  *Router
 	network Network
-	want    link.Want // the router's, with what is found out on the way
+	want    link.Want // the router's, completed during the run
 
 	have     link.State
-	socket   *arp.Socket   // nil where the interface needs no announcement
-	question *arp.Question // nil where no answer is waited for
+	socket   *arp.Socket   // nil: the interface needs no announcement
+	question *arp.Question // nil: no answer is pending
 	asked    time.Time
 	rules    Rules
-	differs  []string // where the rules are not as planned
+	differs  []string // differences of the rules from the plan
 	strays   []Stray
 
 	done    undoList
 	changed bool     // at least one step was taken, or rules were loaded
-	left    []string // optional steps that failed once and are not tried again
+	left    []string // optional steps that failed and are not tried again
 
-	// Of a router that stays: what it changes, it repairs.
+	// For a router that stays, whose changes are repairs.
 	watches   bool
 	repairs   []Repair
-	reloads   bool                  // the rules are others because the destinations are
-	held      bool                  // the address was the interface's before
-	announces bool                  // also where the address and the link are as wanted
-	moved     func(link.State) bool // whether neighbours have to learn of it; nil: no
+	reloads   bool                  // the rules changed because the destinations did
+	held      bool                  // the interface had the address before
+	announces bool                  // even without a change of address or link
+	moved     func(link.State) bool // whether the address moved; nil: it did not
 	announced bool
-	said      map[string]bool // notes of the rules that were logged before
-	known     Rules           // known to be as planned; nil: they are to be read
-	// Of the host, as they were last known.
+	warned    map[string]bool // warnings logged before
+	known     Rules           // rules without drift; nil: read them
+	// The host's addresses of the last run.
 	parentAddresses []netip.Prefix
 }
 
-// A Repair is one thing that was not as wanted, and was made so.
+// A Repair is one repaired difference.
 type Repair struct {
 	Kind        RepairKind
 	Found, Done string
 }
 
-// note logs one thing that was changed.
+// note logs one change: as a repair if the router stays, otherwise by log.
 func (c *change) note(kind RepairKind, found, done string, log func()) {
 	if !c.watches || c.reloads && kind == RepairRules {
 		log()
@@ -65,19 +65,19 @@ func (c *change) note(kind RepairKind, found, done string, log func()) {
 	c.router.Log.Warn("repaired", "kind", kind, "found", found, "done", done)
 }
 
-// sayOnce logs a warning; of a router that stays, once.
-func (c *change) sayOnce(text string, attributes ...any) {
+// warnOnce logs a warning. A router that stays logs it once.
+func (c *change) warnOnce(text string, attributes ...any) {
 	key := text + fmt.Sprint(attributes...)
-	if !c.said[key] {
+	if !c.warned[key] {
 		c.router.Log.Warn(text, attributes...)
 	}
-	if c.said != nil {
-		c.said[key] = true
+	if c.warned != nil {
+		c.warned[key] = true
 	}
 }
 
-// loadAlone makes the rules what is planned where the interface is missing that
-// they are about. They match it by its name.
+// loadAlone loads the plan while an interface is missing. Rules match interfaces
+// by name.
 func (c *change) loadAlone(ctx context.Context) error {
 	current, err := c.router.Rules(ctx, c.router.Plan)
 	if err != nil {
@@ -94,15 +94,15 @@ func (c *change) loadAlone(ctx context.Context) error {
 	return nil
 }
 
-// prepare finds out all that apply needs, and sees that nothing stands in its
-// way. It changes nothing, but for making the egress interface where the router
-// is to: without it there is nothing to look at.
+// prepare reads the state that apply needs, and checks every precondition. It
+// changes nothing, except that it creates a macvlan, without which there is no
+// state to read.
 func (c *change) prepare(ctx context.Context) error {
 	r := c.router
 	parentAddresses, err := r.ensureMacvlan(ctx, c)
 	if err != nil && c.watches && c.network.Exists(r.Link.Interface) == nil {
-		// It is there, and works without what its host says.
-		c.sayOnce("parent NIC not checked", "error", err)
+		// The interface exists, and works without the host's addresses.
+		c.warnOnce("parent NIC not checked", "error", err)
 		parentAddresses, err = c.parentAddresses, nil
 	}
 	if err != nil {
@@ -118,7 +118,7 @@ func (c *change) prepare(ctx context.Context) error {
 		c.announces = true
 	}
 	if c.announces && !c.have.NoARP {
-		// What of the announcement can fail beforehand does so here.
+		// An announcement that cannot be built fails before any change.
 		if _, err := arp.Announcement(arp.Request, c.have.MAC, r.Link.Address.Addr()); err != nil {
 			return err
 		}
@@ -126,7 +126,7 @@ func (c *change) prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	// One that is down cannot be asked on.
+	// A probe needs an interface that is up.
 	if c.inquires() && c.have.Up && r.Conflict != ConflictRefuse && !c.watches {
 		c.ask()
 	}
@@ -146,7 +146,7 @@ func (c *change) prepare(ctx context.Context) error {
 	return c.use(ctx, current)
 }
 
-// use makes the backend of the given rules the one in use.
+// use makes current the rules of this change.
 func (c *change) use(ctx context.Context, current Rules) (err error) {
 	r := c.router
 	if c.strays, err = r.Strays(ctx, current); err != nil {
@@ -154,7 +154,7 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 	}
 	c.rules, c.differs = current, current.Differs(r.Plan)
 	for _, note := range c.rules.Notes() {
-		c.sayOnce("rules warning", "backend", c.rules.String(), "warning", note)
+		c.warnOnce("rules warning", "backend", c.rules.String(), "warning", note)
 	}
 	if !c.watches && r.Log.Enabled(ctx, slog.LevelDebug) { // the plan may be long
 		r.Log.Debug("desired rules", "backend", c.rules.String(), "plan", r.Plan.String(), "differs", strings.Join(c.differs, "; "))
@@ -162,22 +162,21 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 	return nil
 }
 
-// apply changes what is not as wanted.
+// apply changes the namespace to the desired state.
 //
-// The order leaves no time at which redirected traffic has another source than
-// the reserved address or another way out than the egress interface, nor one at
-// which the physical network reaches the pod: rules come before the address and
-// the routes; redirects after them, where packets could be redirected before;
-// forwarding is turned on last. Where the network is right, rules change from
-// what they are to what is planned at once, so that no new connection is refused
-// meanwhile. Rules that another backend holds work until they are removed, with
-// the source that was the reserved address when they were loaded.
+// In the order of the steps, redirected traffic never has another source than the
+// reserved address or another path than the egress interface, and the physical
+// network never reaches the pod: rules come before the address and the routes;
+// redirects come after these if packets could already be redirected; forwarding is
+// enabled last. If the network is right, the new rules replace the old ones at
+// once, so that no new connection is rejected in between. Stale rules of another
+// backend work until they are removed, with the reserved address of their time.
 func (c *change) apply(ctx context.Context) error {
 	plan := c.router.Plan
 	if len(link.Diff(c.want, c.have)) > 0 {
 		first := plan
 		if c.router.Forward && (c.rules.Redirects() || c.have.ForwardsAny()) {
-			first = plan.Guard()
+			first = plan.WithoutRedirects()
 		}
 		if err := c.load(ctx, first); err != nil {
 			return err
@@ -192,8 +191,8 @@ func (c *change) apply(ctx context.Context) error {
 	if err := c.converge(ctx, link.Claim); err != nil {
 		return err
 	}
-	// The address is announced as soon as it is there, because closing the
-	// socket takes some 10 ms, in which the rest is done.
+	// Announce at once: closing the socket takes some 10 ms, and the other steps
+	// run in that time.
 	if err := c.announce(); err != nil {
 		return err
 	}
@@ -222,8 +221,8 @@ func (c *change) apply(ctx context.Context) error {
 	return nil
 }
 
-// removeStrays removes what other backends hold. Until then it works as before,
-// beside the rules in use.
+// removeStrays removes the rules of other backends. Until then they work beside
+// the rules in use.
 func (c *change) removeStrays(ctx context.Context) error {
 	for _, s := range c.strays {
 		if err := ctx.Err(); err != nil {
@@ -243,9 +242,9 @@ func (c *change) removeStrays(ctx context.Context) error {
 	return nil
 }
 
-// load makes the kernel hold plan, where it was found not to hold the router's.
-// Another backend takes the place of one that cannot do it, unless that holds
-// rules of ours: they would go on working beside the other's.
+// load loads plan if the rules differ from the router's. If the backend fails,
+// another one replaces it, unless the first one holds rules of ours: they would
+// keep working beside the new ones.
 func (c *change) load(ctx context.Context, plan rules.Plan) error {
 	if len(c.differs) == 0 {
 		return nil
@@ -257,10 +256,10 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 		c.done.add(undo)
 		return nil
 	}
-	// Of a router that watches, what of it is loaded is better than what was there.
+	// A router that stays keeps a partial repair.
 	if undo != nil && !c.watches {
 		if undoErr := undo(); undoErr != nil {
-			c.done.add(undo) // once more, and then it is said
+			c.done.add(undo) // try again in the final rollback
 			return errors.Join(err, undoErr)
 		}
 	}
@@ -277,7 +276,7 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 	return c.load(ctx, plan)
 }
 
-// announce tells the physical network who has the reserved address.
+// announce announces the reserved address to the physical network.
 func (c *change) announce() error {
 	if c.socket == nil {
 		return nil
@@ -292,7 +291,7 @@ func (c *change) announce() error {
 	return nil
 }
 
-// close gives back what prepare opened.
+// close closes the sockets of prepare.
 func (c *change) close() {
 	if c.socket != nil {
 		c.socket.Close()
@@ -302,9 +301,9 @@ func (c *change) close() {
 	}
 }
 
-// forget ends connections that the kernel would go on treating as before.
+// forget deletes the conntrack entries of stale connections.
 func (c *change) forget() {
-	// Worked out only where a connection is there to ask for.
+	// Computed only if there is a connection to check.
 	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.router.Plan.Stale(c.have.Cluster.Addresses) })
 	n, err := c.network.Forget(func(f link.Connection) bool {
 		return stale()(rules.Connection{Protocol: rules.Protocol(f.Protocol), From: f.From, To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo})
@@ -316,13 +315,12 @@ func (c *change) forget() {
 	}
 }
 
-// rounds is how often the network is compared with what is wanted until it
-// holds. One is needed for the steps and one to see that they held; setting an
-// interface up can add routes that take another. More means that somebody
-// undoes the steps.
+// rounds is the largest number of rounds of steps and observation. One is needed
+// for the steps and one for the check; setting an interface up can add routes that
+// need another. If more are needed, another program reverts the steps.
 const rounds = 5
 
-// converge takes the steps that diff returns until it returns none.
+// converge takes the steps of diff until it returns none.
 func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) []link.Step) error {
 	var steps []link.Step
 	for range rounds {
@@ -347,7 +345,7 @@ func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) 
 	return fmt.Errorf("configure %q: no convergence after %d rounds, another program reverts the step %q", c.want.Interface, rounds, steps[0].String())
 }
 
-// take takes steps of the network, and remembers the way back.
+// take takes network steps, and records their rollback.
 func (c *change) take(ctx context.Context, steps ...link.Step) error {
 	for _, s := range steps {
 		if err := ctx.Err(); err != nil {
@@ -364,27 +362,26 @@ func (c *change) take(ctx context.Context, steps ...link.Step) error {
 	return nil
 }
 
-// An UndoError says that a run failed and that not all of what it had changed
-// could be put back.
+// An UndoError reports that a run failed and that its rollback failed too.
 type UndoError struct{ Err error }
 
 func (e *UndoError) Error() string { return fmt.Sprintf("roll back changes: %v", e.Err) }
 
-// Unwrap returns what could not be put back, and why.
+// Unwrap returns the errors of the rollback.
 func (e *UndoError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns advice for the user.
 func (e *UndoError) Hint() string {
 	return "the pod is partly configured: restart the router, which repairs every part, or delete the pod"
 }
 
-// An undoList holds the ways back from what was done, in the order done.
+// An undoList is a list of rollback functions, in the order of the changes.
 type undoList []func() error
 
-// add appends a way back.
+// add appends a rollback function.
 func (l *undoList) add(undo func() error) { *l = append(*l, undo) }
 
-// undo goes all ways back, the last one first, and on after a failure.
+// undo calls all rollback functions, the last one first, even after an error.
 func (l *undoList) undo(log *slog.Logger) error {
 	if len(*l) == 0 {
 		return nil

@@ -11,41 +11,41 @@ import (
 	"github.com/egress-router/egress-router/internal/arp"
 )
 
-// A Conflict is what to do where another host has the reserved address when it
-// is to be taken (RFC 5227, section 2.1). The original did not look.
+// A Conflict is the reaction to another host with the reserved address before the
+// router takes it (RFC 5227, section 2.1). The original did not check.
 type Conflict uint8
 
-// The ways to deal with a conflict.
+// The reactions to a conflict.
 const (
-	ConflictWarn   Conflict = iota // take the address, and say who has it
-	ConflictRefuse                 // ask in full before, and do not take it
-	ConflictDefend                 // take it, and announce it once more where another answers
+	ConflictWarn   Conflict = iota // take the address and log the other host
+	ConflictRefuse                 // probe in full, and do not take it
+	ConflictDefend                 // take it, and announce it again after another host's answer
 )
 
-// conflictPatience is how long the answer to a single probe is waited for. A
-// holder on the same network answers within 30 ms.
+// conflictPatience is the time for an answer to a single probe. A holder on the
+// same network answers within 30 ms.
 const conflictPatience = 50 * time.Millisecond
 
-// A ConflictError says that another host has the reserved address.
+// A ConflictError reports another host with the reserved address.
 type ConflictError struct {
 	Address netip.Addr
-	MAC     net.HardwareAddr // of the other
+	MAC     net.HardwareAddr // the other host's
 }
 
 func (e *ConflictError) Error() string {
 	return fmt.Sprintf("take reserved address %s: already in use by %s", e.Address, e.MAC)
 }
 
-// Hint says what to do.
+// Hint returns advice for the user.
 func (e *ConflictError) Hint() string {
 	return "stop the host with that hardware address (an older pod that still runs, or another pod with the same EGRESS_SOURCE), or set EGRESS_CONFLICT=warn to take the address anyway"
 }
 
-// inquires reports whether the address is to be asked for before it is taken.
+// inquires reports whether the address must be probed before it is taken.
 func (c *change) inquires() bool { return !c.have.NoARP && !c.want.HasAddress(c.have) }
 
-// ask sends the probe whose answer is waited for when all else is done. That it
-// cannot be sent keeps nobody from taking the address.
+// ask sends the probe whose answer is read at the end of the run. A failure to
+// send it does not prevent taking the address.
 func (c *change) ask() {
 	r := c.router
 	question, err := arp.Ask(c.have.Index, c.have.MAC, r.Link.Address.Addr())
@@ -56,15 +56,15 @@ func (c *change) ask() {
 	c.question, c.asked = question, time.Now()
 }
 
-// inquire finds out whether another host has the address, as far as that has to
-// be known before it is taken.
+// inquire probes for another host with the address, as far as the router needs
+// the result before it takes the address.
 func (c *change) inquire(ctx context.Context) error {
 	r := c.router
 	switch {
 	case !c.inquires() || c.question != nil:
 	case r.Conflict == ConflictRefuse && c.held:
-		// It was this router's, which has asked in full before: what that would
-		// take, nothing gets out for.
+		// The address was this router's, after a full probe. Traffic stops for the
+		// time of another full one.
 		c.ask()
 		return c.refuse(ctx)
 	case r.Conflict == ConflictRefuse:
@@ -73,13 +73,13 @@ func (c *change) inquire(ctx context.Context) error {
 			err = &ConflictError{r.Link.Address.Addr(), holder}
 		}
 		return err
-	case !c.watches: // a router that stays hears the other
+	case !c.watches: // the ARP watch of a router that stays detects the other host
 		c.ask()
 	}
 	return nil
 }
 
-// refuse waits for the answer to the probe, and makes one an error.
+// refuse waits for the answer to the probe, and returns it as an error.
 func (c *change) refuse(ctx context.Context) error {
 	question := c.question
 	c.question = nil
@@ -93,7 +93,7 @@ func (c *change) refuse(ctx context.Context) error {
 	return err
 }
 
-// answer waits for the answer to the probe, if one was sent, and says what it is.
+// answer waits for the answer to a probe that was sent, and logs it.
 func (c *change) answer(ctx context.Context) error {
 	if c.question == nil {
 		return nil

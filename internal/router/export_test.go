@@ -1,6 +1,6 @@
 package router
 
-// What tests from outside compare with.
+// For tests of package router_test.
 const (
 	FirstPause   = firstPause
 	LongestPause = longestPause

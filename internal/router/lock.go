@@ -10,21 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockName is an abstract socket's (unix(7)): it belongs to the network
-// namespace, as what it guards does, and the kernel gives it back when the last
-// process that has it ends.
+// lockName is the name of an abstract socket (unix(7)). Like the state that it
+// guards, it belongs to the network namespace, and the kernel removes it with the
+// last process that has it open.
 const lockName = "@egress-router"
 
-// lockPatience is how long to wait for another router in the same namespace. A
+// lockPatience is the longest wait for another router in the same namespace. A
 // run takes well under a second.
 const lockPatience = 10 * time.Second
 
-// lock sees to it that routers in one namespace change it one after the other,
-// and returns what lets the next one.
+// lock serializes the changes of routers in one namespace, and returns the
+// function that unlocks it.
 //
-// The programs that the router starts inherit the socket. One that outlives a
-// router that was killed holds the lock until it has ended too, so that it does
-// not undo what the next router does.
+// Programs that the router starts inherit the socket. A program that outlives a
+// killed router keeps the lock until it ends, so that it does not undo the next
+// router's changes.
 func lock(ctx context.Context) (release func(), err error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// A HostError says that the host's network namespace is not within reach.
+// A HostError reports that the host's network namespace is not accessible.
 type HostError struct {
 	Err  error
 	hint string
@@ -19,10 +19,10 @@ type HostError struct {
 
 func (e *HostError) Error() string { return e.Err.Error() }
 
-// Unwrap returns what was found.
+// Unwrap returns the underlying error.
 func (e *HostError) Unwrap() error { return e.Err }
 
-// Hint says how to get there.
+// Hint returns ways to access it.
 func (e *HostError) Hint() string { return e.hint }
 
 const (
@@ -33,7 +33,7 @@ hostNetwork: true does not help: the router needs a network namespace of its own
 	hostPrivilegeHint = "entering the host's network namespace requires privilege: securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE for a file in /proc)"
 )
 
-// hostError adds what to do to an error of opening or entering the namespace.
+// hostError adds a hint to an error of opening or entering the namespace.
 func hostError(err error) error {
 	if errors.Is(err, os.ErrPermission) {
 		return &HostError{err, hostPrivilegeHint}
@@ -41,12 +41,12 @@ func hostError(err error) error {
 	return &HostError{err, hostHint}
 }
 
-// ensureMacvlan makes the egress interface where the router is to, unless it is
-// there already, and adds the way back to what c has done. It returns the addresses of the
-// host that the interface cannot reach, none where there is no r.Macvlan.
+// ensureMacvlan creates the egress interface, if the router has to and it does not
+// exist, and adds its rollback to c. It returns the addresses of the host that the
+// interface cannot reach; none if r.Macvlan is nil.
 //
-// Nothing changes before everything about it is checked, and nothing ever
-// changes in the host's namespace.
+// It checks all preconditions before the change, and never changes the host's
+// namespace.
 func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, error) {
 	if r.Macvlan == nil {
 		return nil, nil
@@ -105,7 +105,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 		return nil, err
 	}
 	c.done.add(func() error {
-		kernel, err := link.Open() // the other one is closed by then
+		kernel, err := link.Open() // inPod is closed at rollback
 		if err != nil {
 			return err
 		}

@@ -6,62 +6,61 @@ import (
 	"time"
 )
 
-// How fast a router that stays goes on after something went wrong.
+// The pauses of a router that stays, after failures and contested repairs.
 const (
-	// firstPause follows the first repair that failed, often because something
-	// else changed the same meanwhile; each later one is twice as long as that
-	// before, up to longestPause.
+	// firstPause follows the first failed repair, whose cause often is a
+	// concurrent change; each later pause is twice the one before, up to
+	// longestPause.
 	firstPause   = 20 * time.Millisecond
 	longestPause = 30 * time.Second
-	// A repair that is undone within contestWithin, contestAfter times in a
-	// row, is undone by something that means to. The pauses then begin with
-	// that after contestPauses failures, 320 ms.
+	// A repair is contested if it is reverted within contestWithin,
+	// contestAfter times in a row. Its pauses begin with the one after
+	// contestPauses failures, 320 ms.
 	contestWithin = 10 * time.Second
 	contestAfter  = 5
 	contestPauses = 4
-	// One that is done more than contestOften times within that time is, too,
-	// whatever comes in between.
+	// A repair is also contested if it is done more than contestOften times
+	// within contestWithin, even with other repairs in between.
 	contestOften = 20
-	// After maxConflicts the address is asked for once in rateLimit
+	// After maxConflicts the address is probed once in rateLimit
 	// (RFC 5227, section 1.1, MAX_CONFLICTS and RATE_LIMIT_INTERVAL).
 	maxConflicts = 10
 	rateLimit    = time.Minute
-	// restFactor is how many times the duration of a comparison lies between
-	// two of them that found everything right, after restAfter within restWithin, so that
-	// something else that changes the namespace without pause does not keep a
-	// processor busy here too.
+	// After restAfter comparisons without drift within restWithin, the pause
+	// between two of them is restFactor times the duration of one, so that a
+	// program that changes the namespace continuously does not keep a processor
+	// busy here too.
 	restFactor = 4
 	restAfter  = 5
 	restWithin = time.Second
 )
 
-// A pace says when to look again.
+// A pace computes the time of the next comparison.
 type pace struct {
 	failures int
 
-	rights     int // comparisons that found everything right
+	rights     int // comparisons without drift
 	rightSince time.Time
 
-	last   string       // what the last repair did
-	lastAt time.Time    // when it was done
-	again  int          // how often the same was done before, each soon after the other
-	recent []repairDone // those of contestWithin
+	last   string       // the last repair
+	lastAt time.Time    // its time
+	again  int          // number of the same repairs before it, each soon after the other
+	recent []repairDone // repairs within contestWithin
 }
 
-// A repairDone is what a repair did, and when.
+// A repairDone is a repair and its time.
 type repairDone struct {
 	what string
 	at   time.Time
 }
 
-// failed returns how long to wait after a repair that failed.
+// failed returns the pause after a failed repair.
 func (p *pace) failed() time.Duration {
 	p.failures++
 	return pause(p.failures - 1)
 }
 
-// right returns how long to rest after a comparison that took some time and found
-// everything right.
+// right returns the pause after a comparison without drift that took some time.
 func (p *pace) right(took time.Duration, now time.Time) (rest time.Duration) {
 	p.failures = 0
 	if now.Sub(p.rightSince) > restWithin {
@@ -73,8 +72,7 @@ func (p *pace) right(took time.Duration, now time.Time) (rest time.Duration) {
 	return restFactor * took
 }
 
-// repaired returns how long to wait after a repair, and whether something else
-// has undone it again and again.
+// repaired returns the pause after a repair, and whether the repair is contested.
 func (p *pace) repaired(done string, now time.Time) (wait time.Duration, contested bool) {
 	p.failures = 0
 	if done == p.last && now.Sub(p.lastAt) < contestWithin+p.waited() {
@@ -100,7 +98,7 @@ func (p *pace) repaired(done string, now time.Time) (wait time.Duration, contest
 	return pause(p.again - contestAfter + contestPauses), true
 }
 
-// waited returns how long the last repair may have been put off.
+// waited returns the longest delay of the last repair.
 func (p *pace) waited() time.Duration {
 	if p.again < contestAfter {
 		return 0
@@ -108,12 +106,12 @@ func (p *pace) waited() time.Duration {
 	return longestPause
 }
 
-// held reports whether a contested repair of a time has not been undone for so
-// long that it will not be.
+// held reports whether a contested repair has lasted longer than any interval
+// between its reverts.
 func held(repaired, now time.Time) bool { return now.Sub(repaired) >= contestWithin+longestPause }
 
-// pause returns the nth pause, from 0, made a random part shorter, so that
-// routers that fail for one reason do not go on at one time.
+// pause returns the nth pause, from 0, shortened at random, so that routers that
+// fail for the same reason do not retry at the same time.
 func pause(n int) time.Duration {
 	d := longestPause
 	if n < 16 {
@@ -122,8 +120,8 @@ func pause(n int) time.Duration {
 	return d - rand.N(d/4)
 }
 
-// A clock has a value when one of two intervals is over, and one value where both
-// are: what they are for is then done at once.
+// A clock fires when one of two intervals ends, and once if both end, so that both
+// actions run together.
 type clock struct {
 	*time.Timer
 	every [2]time.Duration // 0: never
@@ -140,13 +138,13 @@ func newClock(every ...time.Duration) *clock {
 	return c
 }
 
-// due returns which intervals are over, and begins the next. It is called for
-// each value.
+// due returns the intervals that ended, and begins the next ones. It is called
+// each time the clock fires.
 func (c *clock) due() (over [2]bool) {
 	now := time.Now()
 	for i, d := range c.every {
 		if over[i] = d > 0 && !c.next[i].After(now); over[i] {
-			// Those that went by unnoticed are not made up for.
+			// Missed intervals are skipped.
 			c.next[i] = c.next[i].Add(now.Sub(c.next[i])/d*d + d)
 		}
 	}
@@ -154,7 +152,7 @@ func (c *clock) due() (over [2]bool) {
 	return over
 }
 
-// set sets the timer to what comes first.
+// set sets the timer to the earliest end.
 func (c *clock) set(now time.Time) {
 	c.Stop()
 	first := time.Duration(-1)

@@ -12,26 +12,26 @@ import (
 )
 
 const (
-	// probeTimeout is how long a server may take to accept a connection.
+	// probeTimeout is the time for a server to accept a connection.
 	probeTimeout = 5 * time.Second
-	// probesAtOnce is how many are tried at a time.
+	// probesAtOnce is the number of concurrent probes.
 	probesAtOnce = 16
 )
 
-// A Probe is what the last attempt to connect to a destination showed.
+// A Probe is the last result for one destination.
 type Probe struct {
 	To  netip.AddrPort
-	Err string // empty: it was connected to
+	Err string // empty: reachable
 }
 
-// probes are those of all tcp destinations.
+// probes are the last results of all tcp destinations.
 type probes struct {
 	mu   sync.Mutex
 	last []Probe
 }
 
-// probeEvery connects to each tcp destination, from the reserved address, until
-// ctx ends.
+// probeEvery probes each tcp destination from the reserved address, until ctx
+// ends.
 func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 	select {
 	case <-ctx.Done():
@@ -55,7 +55,7 @@ func (k *Keeper) probeAll(ctx context.Context) {
 	k.mu.Lock()
 	right, source, targets := k.status.Right, k.Router.Link.Address.Addr(), targets(k.Router.Plan)
 	k.mu.Unlock()
-	if !right { // there may be no address to connect from
+	if !right { // there may be no source address
 		return
 	}
 	before := make(map[netip.AddrPort]string)
@@ -96,13 +96,13 @@ func (p *probes) state() []Probe {
 	return p.last
 }
 
-// of returns what is known of the given servers.
+// of returns the results of the given servers.
 func (p *probes) of(targets []netip.AddrPort) []Probe {
 	return slices.DeleteFunc(slices.Clone(p.state()), func(p Probe) bool { return !slices.Contains(targets, p.To) })
 }
 
-// targets returns the servers that plan redirects TCP connections to, each once,
-// in its order.
+// targets returns the servers of the plan's TCP redirects, each once, in its
+// order.
 func targets(plan rules.Plan) []netip.AddrPort {
 	var all []netip.AddrPort
 	seen := make(map[netip.AddrPort]bool)
@@ -120,7 +120,7 @@ func targets(plan rules.Plan) []netip.AddrPort {
 	return all
 }
 
-// probe connects once and says why it cannot; nothing where it can.
+// probe connects once and returns the error; empty: none.
 func probe(ctx context.Context, source netip.Addr, to netip.AddrPort) string {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()

@@ -1,6 +1,6 @@
-// Package router puts the parts together: in which order link, rules and
-// announcements change, what is taken back when one of them fails, and what
-// happens afterwards.
+// Package router configures a network namespace: it orders the changes of link,
+// rules and announcements, rolls them back after a failure, and reconciles the
+// namespace afterwards.
 package router
 
 import (
@@ -17,31 +17,31 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Router configures the network namespace that it runs in.
+// A Router configures the network namespace of the process.
 type Router struct {
 	Link    link.Want
-	Macvlan *link.Macvlan // nil: the egress interface is there already
+	Macvlan *link.Macvlan // nil: another program creates the egress interface
 	Plan    rules.Plan
-	// Forward: packets cross from one side to the other. Where they do not, the
-	// plan has no redirects, and a proxy in the pod does the work.
+	// Forward enables forwarding between the two sides. Without it the plan has
+	// no redirects, and a proxy in the pod connects to servers.
 	Forward  bool
-	Conflict Conflict // what to do where another host has the address
-	start    start    // what Apply found out, for who watches afterwards
+	Conflict Conflict // what to do if another host has the address
+	start    start    // result of Apply for a Keeper
 	Log      *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
 	Network func() (Network, error)
-	// Rules reads the kernel's rules. The plan is what they are to become.
+	// Rules reads the kernel's rules. The plan is the desired one.
 	Rules func(context.Context, rules.Plan) (Rules, error)
-	// Next does so by another backend than the one that could not load its
-	// first rules; it returns nil where there is no other.
+	// Next reads them by another backend, after the first one could not load its
+	// first rules; nil: there is no other backend.
 	Next func(ctx context.Context, failed Rules, why error) (Rules, error)
-	// Strays finds what other backends than that of the rules hold. They are
-	// removed in their order, once everything else is done.
+	// Strays finds rules of other backends than that of the given rules. They are
+	// removed in this order after all other changes.
 	Strays func(context.Context, Rules) ([]Stray, error)
 }
 
-// A Network observes and changes the network; it is a *link.Kernel.
+// A Network observes and changes the network; implemented by *link.Kernel.
 type Network interface {
 	Observe(link.Want) (link.State, error)
 	Exists(name string) error
@@ -50,41 +50,41 @@ type Network interface {
 	Close()
 }
 
-// Rules are those of one network namespace, as a backend found them.
+// Rules are the rules of one network namespace, as a backend reads them.
 type Rules interface {
 	fmt.Stringer                      // names the backend
-	Notes() []string                  // what a person should know about them, a line each
-	Redirects() bool                  // whether there are redirects of ours
-	Watched() bool                    // the kernel tells of their changes
-	Holds() bool                      // whether anything is there that this backend loaded
-	Differs(want rules.Plan) []string // where they are not as wanted, a line each
-	// Apply makes them what is wanted and returns the way back. On an error
-	// they are as they were where there is no way back.
+	Notes() []string                  // warnings about them, one line each
+	Redirects() bool                  // whether the kernel has redirects of ours
+	Watched() bool                    // whether the kernel notifies of their changes
+	Holds() bool                      // whether the kernel has rules that this backend loaded
+	Differs(want rules.Plan) []string // differences from the plan, one line each
+	// Apply loads the plan and returns the rollback. If it returns an error and
+	// no rollback, the rules are unchanged.
 	Apply(ctx context.Context, want rules.Plan) (undo func() error, err error)
 }
 
-// A Stray is what an earlier run loaded with another backend.
+// A Stray is the rules that an earlier run loaded with another backend.
 type Stray interface {
 	fmt.Stringer
-	// Remove removes it and returns the way back; nil where there is none, of
-	// a stray that has to be the last. On an error it is as it was where there
-	// is no way back.
+	// Remove removes them and returns the rollback; nil: there is none, and the
+	// stray has to be the last one. If it returns an error and no rollback, the
+	// stray is unchanged.
 	Remove(context.Context) (undo func() error, err error)
 }
 
-// An InterfaceError says that one of the two interfaces is not there.
+// An InterfaceError reports that one of the two interfaces is missing.
 type InterfaceError struct {
-	Variable string // that names the interface
+	Variable string // the variable that names the interface
 	Err      error
 	hint     string
 }
 
 func (e *InterfaceError) Error() string { return e.Err.Error() }
 
-// Unwrap returns what was found.
+// Unwrap returns the underlying error.
 func (e *InterfaceError) Unwrap() error { return e.Err }
 
-// Hint says how the interface is provided.
+// Hint returns ways to provide the interface.
 func (e *InterfaceError) Hint() string { return e.hint }
 
 const egressHint = `the egress interface must exist before the router starts, or be created by it; ways to create it:
@@ -97,9 +97,8 @@ If the interface has another name, set EGRESS_INTERFACE.`
 
 const clusterHint = "set EGRESS_CLUSTER_INTERFACE to the interface by which clients reach the pod"
 
-// Apply makes the namespace what is wanted, and does nothing where it is
-// already, except that it always announces the address. On an error everything
-// is as it was before.
+// Apply configures the namespace. If there is no drift, it changes nothing and
+// only announces the address. After an error everything is as it was before.
 func (r *Router) Apply(ctx context.Context) (err error) {
 	begin := time.Now()
 	release, err := lock(ctx)
@@ -131,23 +130,23 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	return c.answer(ctx)
 }
 
-// A start is what Apply leaves to a Keeper.
+// A start is the result of Apply for a Keeper.
 type start struct {
 	announced bool
-	holder    net.HardwareAddr // that answered for the address; nil: nobody
+	holder    net.HardwareAddr // host that answered for the address; nil: none
 	asked     time.Time
 }
 
-// notRedirectedTo returns the addresses that no redirect leads to: one that is
-// a destination has to be reached by the egress interface, or not at all.
+// notRedirectedTo returns the addresses that are no destination: a destination is
+// reached by the egress interface, or not at all.
 func (r *Router) notRedirectedTo(addresses []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(addresses, func(a netip.Prefix) bool {
 		return slices.ContainsFunc(r.Plan.Destinations(), a.Contains)
 	})
 }
 
-// observe reads the state that want is about, and sees that the cluster
-// interface is there too where it is needed.
+// observe reads the state for want, and checks that the cluster interface exists
+// if it is needed.
 func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 	have, err := network.Observe(want)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
@@ -166,7 +165,7 @@ func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 	return have, r.checkCluster(network)
 }
 
-// checkCluster sees that the cluster interface is there where it is needed.
+// checkCluster checks that the cluster interface exists if it is needed.
 func (r *Router) checkCluster(network Network) error {
 	if !r.Forward {
 		return nil
@@ -178,7 +177,7 @@ func (r *Router) checkCluster(network Network) error {
 	return err
 }
 
-// ready logs what holds now.
+// ready logs the result of Apply.
 func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	if !have.Carrier {
 		r.Log.Warn("egress interface without carrier", "interface", r.Link.Interface, "hint", "the parent NIC is down or unplugged")
@@ -198,8 +197,8 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	r.Log.Info("ready", append(attrs, "backend", current.String(), "took", time.Since(begin).Round(100*time.Microsecond).String())...)
 }
 
-// warnOfOtherWays says which destinations are behind another interface: a
-// packet that is redirected there is dropped.
+// warnOfOtherWays logs the destinations that a route leads to another interface,
+// by which redirected packets are dropped.
 func (r *Router) warnOfOtherWays(have link.State) {
 	if _, known := have.ClusterDefault(); !known && have.Cluster.Index != 0 {
 		r.Log.Warn("no default route on cluster interface", "interface", r.Link.Cluster.Interface, "effect", "clients in other subnets get no replies")
@@ -213,7 +212,7 @@ func (r *Router) warnOfOtherWays(have link.State) {
 			if other.Destination.Contains(to) && !have.EgressHas(to, other.Destination.Bits()) {
 				r.Log.Warn("destination routed by another interface",
 					"destination", to.String(), "route", other.String(), "effect", "connections redirected to it are dropped")
-				break // one is enough of each route
+				break // one destination for each route is enough
 			}
 		}
 	}

@@ -12,22 +12,22 @@ import (
 	"github.com/egress-router/egress-router/internal/link"
 )
 
-// A RepairKind is what of the namespace a repair is about.
+// A RepairKind is the part of the namespace that a repair changes.
 type RepairKind string
 
 // The kinds of repairs.
 const (
-	RepairInterface    RepairKind = "interface"     // the egress interface was gone, and made again
+	RepairInterface    RepairKind = "interface"     // the egress interface was missing
 	RepairLink         RepairKind = "link"          // it was down
-	RepairAddress      RepairKind = "address"       // it lacked the reserved address
-	RepairGatewayRoute RepairKind = "gateway-route" // to the gateway, on it
+	RepairAddress      RepairKind = "address"       // the reserved address was missing
+	RepairGatewayRoute RepairKind = "gateway-route" // the route to the gateway
 	RepairDefaultRoute RepairKind = "default-route" // missing, changed, or not the only one
 	RepairRoute        RepairKind = "route"         // any other of the main table
-	RepairReplyPath    RepairKind = "reply-path"    // the table of replies, and the routing rules that lead to it
+	RepairReplyPath    RepairKind = "reply-path"    // the table of replies, and its routing rules
 	RepairForwarding   RepairKind = "forwarding"    // net.ipv4.ip_forward, and forwarding of the two interfaces
 	RepairSysctl       RepairKind = "sysctl"        // rp_filter, promote_secondaries
-	RepairRules        RepairKind = "rules"         // of the backend in use
-	RepairStrays       RepairKind = "strays"        // rules of ours in another backend
+	RepairRules        RepairKind = "rules"         // rules of the backend in use
+	RepairStrays       RepairKind = "strays"        // rules of ours in other backends
 )
 
 // RepairKinds lists every kind.
@@ -63,38 +63,38 @@ func kindOf(s link.Step, want link.Want) RepairKind {
 	return RepairRoute
 }
 
-// A Status is what a router that stays knows of what it watches over. Counters
-// count from its start.
+// A Status is the state of a router that stays. Its counters start with the
+// process.
 type Status struct {
-	Backend string // as it names itself; empty before the first comparison
+	Backend string // name; empty before the first comparison
 
 	// The last comparison with the kernel.
-	Right bool      // everything is as wanted
-	Wrong string    // why it is not, and could not be made so
-	Since time.Time // since when it is so
-	// Contested is what something else changes back again and again; empty: nothing.
+	Right bool      // there is no drift
+	Wrong string    // error of the reconcile; empty: none
+	Since time.Time // time of the last change of Right
+	// Contested is a repair that another program reverts repeatedly; empty: none.
 	Contested   string
-	contestedAt time.Time // when that was last repaired
+	contestedAt time.Time // time of its last repair
 
-	Compared       time.Time // when everything was last compared
-	Comparisons    uint64    // also those that events caused
+	Compared       time.Time // time of the last full comparison
+	Comparisons    uint64    // including those after events
 	Repairs        map[RepairKind]uint64
 	RepairFailures uint64
 	Announcements  uint64
 
-	Destinations   int // that are redirected to
+	Destinations   int // number of redirects and fallback
 	Reloads        uint64
 	ReloadFailures uint64
-	ReloadError    string // of the last reload; empty: it was right, or there was none
+	ReloadError    string // error of the last reload; empty: none
 
 	arp.State        // of the physical network
-	Unwatched string // why that is not known; empty: it is watched
+	Unwatched string // error of the ARP watch; empty: none
 	Probes    []Probe
 
-	NotReady []string // why not, a line each; empty: it is ready
+	NotReady []string // reasons, one line each; empty: it is ready
 }
 
-// reasons finds out whether it is ready: connections that come in get out.
+// reasons sets NotReady: a ready router forwards new connections.
 func (s *Status) reasons(gateway netip.Addr, probes bool) {
 	if !s.Right {
 		s.NotReady = append(s.NotReady, s.Wrong)
@@ -108,7 +108,7 @@ func (s *Status) reasons(gateway netip.Addr, probes bool) {
 	}
 }
 
-// clone returns a copy that does not change.
+// clone returns an independent copy.
 func (s Status) clone() Status {
 	s.Repairs = maps.Clone(s.Repairs)
 	return s

@@ -15,74 +15,75 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Keeper watches over what a router configured, and repairs it.
+// A Keeper watches a router's namespace, and repairs drift.
 //
-// It looks when the kernel tells of a change, and every Interval, since not all
-// changes are told of: rules of iptables' legacy flavour, for one. What it
-// compares and how it repairs is what Router.Apply does; only the way back is
-// missing, since a repair that fails half-way is to leave what it has repaired.
+// It compares after each notification of the kernel, and every Interval, since the
+// kernel does not notify of all changes, such as those of iptables' legacy
+// flavour. It compares and repairs as Router.Apply does, but without rollback: a
+// repair that fails half-way keeps its completed steps.
 type Keeper struct {
 	Router *Router
-	// Interval is how often everything is compared; 0: only when events say so.
+	// Interval is the interval of full comparisons; 0: only after events.
 	Interval time.Duration
-	// AnnounceInterval is how often the address is announced again; 0: never.
+	// AnnounceInterval is the interval of announcements; 0: never.
 	AnnounceInterval time.Duration
-	// ProbeInterval is how often each tcp destination is connected to; 0: never.
+	// ProbeInterval is the interval of probes of the tcp destinations; 0: never.
 	ProbeInterval time.Duration
-	// ProbeFailsReady: it is not ready while none of them can be.
+	// ProbeFailsReady makes it not ready while no destination is reachable.
 	ProbeFailsReady bool
 
-	// Replaced is called when the kernel holds what Replace brought; nil: nobody
-	// is told.
+	// Replaced is called after the destinations of Replace are loaded; may be
+	// nil.
 	Replaced func()
 
-	// Events subscribes to the kernel's.
+	// Events subscribes to the kernel's events.
 	Events func() (Events, error)
 	// Neighbours watches the physical network.
 	Neighbours func(arp.Options) (Neighbours, error)
 
-	mu       sync.Mutex // for what follows, and what is wanted of the router
+	mu       sync.Mutex // guards the fields below, and Router.Link and Router.Plan
 	status   Status
-	replaced chan struct{} // has a value after Replace
-	// The destinations are others than those that the kernel holds.
+	replaced chan struct{} // receives a value after Replace
+	// The kernel does not yet have the destinations of Replace.
 	reloading bool
-	probeNow  chan struct{} // has a value when there are others to connect to
-	settled   chan struct{} // closed once all has been as wanted
+	probeNow  chan struct{} // receives a value after a change of destinations
+	settled   chan struct{} // closed after the first successful comparison
 
 	surroundings surroundings
 	probes       probes
 
 	pace      pace
-	notBefore time.Time       // of the next comparison
-	eager     time.Time       // to when an event may bring it forward; zero: it may not
-	said      map[string]bool // notes of the rules that were logged
+	notBefore time.Time       // earliest time of the next comparison
+	eager     time.Time       // the same after an event; zero: events do not change it
+	warned    map[string]bool // warnings logged before
 	left      []string        // optional steps that failed
-	told      string          // the failure that was logged last
-	want      link.Want       // the router's, with what was found out on the way; zero: nothing yet
-	plan      rules.Plan      // that the kernel held after the last comparison; empty: another
-	rules     Rules           // found as planned, and nothing told of a change since; nil: they are to be read
+	logged    string          // last failure in the log
+	want      link.Want       // the router's, completed by the last comparison; zero: none yet
+	plan      rules.Plan      // plan in the kernel after the last comparison; empty: unknown
+	rules     Rules           // rules without drift, and without an event since; nil: read them
 	announced announced
 	held      bool // the interface had the address after a comparison
-	// Addresses of the host that the interface cannot reach.
+	// The host's addresses, which a macvlan cannot reach.
 	parentAddresses []netip.Prefix
 }
 
-// NewKeeper returns the keeper of what r configures.
+// NewKeeper returns a Keeper for the configuration of r.
 func NewKeeper(r *Router) *Keeper {
-	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), said: make(map[string]bool), status: Status{
+	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), status: Status{
 		Repairs: make(map[RepairKind]uint64), Since: time.Now(), Wrong: "not reconciled yet",
 		Destinations: len(r.Plan.Destinations()),
 	}}
 }
 
-// Events tell of changes in the kernel; they are an *events.Subscription.
+// Events notify of changes in the kernel; implemented by *events.Subscription.
 type Events interface {
 	Changed() <-chan struct{}
 	Take() events.Kind
 	Close()
 }
 
-// What was announced last: another of these is to be announced again.
+// announced identifies the link that was announced last: after a change, the
+// address is announced again.
 type announced struct {
 	index   int
 	mac     string
@@ -91,10 +92,10 @@ type announced struct {
 
 const everything = events.Network | events.Rules
 
-// eagerPause is what at least lies between attempts to repair.
+// eagerPause is the least time between attempts to repair.
 const eagerPause = 50 * time.Millisecond
 
-// Status returns what is known now. It may be called at any time.
+// Status returns the current status. It may be called at any time.
 func (k *Keeper) Status() Status {
 	k.mu.Lock()
 	s, gateway, wanted := k.status.clone(), k.Router.Link.Gateway, targets(k.Router.Plan)
@@ -115,8 +116,8 @@ func (k *Keeper) update(change func(*Status)) {
 	change(&k.status)
 }
 
-// Run watches until ctx ends, beginning with a comparison of everything. An error
-// is one of subscribing to events.
+// Run reconciles until ctx ends, beginning with a full comparison. An error is
+// an error of Events.
 func (k *Keeper) Run(ctx context.Context) error {
 	subscription, err := k.Events()
 	if err != nil {
@@ -152,7 +153,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			return nil
 		case <-subscription.Changed():
 			pending |= subscription.Take()
-			if !k.eager.IsZero() { // what was missing may be there now
+			if !k.eager.IsZero() { // maybe the missing part is there now
 				k.notBefore = k.eager
 			}
 		case <-clock.C:
@@ -175,8 +176,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 }
 
-// Replace gives the router other destinations, and what else they make of it.
-// What is wanted then is what the next comparison makes of the kernel, at once.
+// Replace sets new destinations and triggers a reconcile.
 func (k *Keeper) Replace(want link.Want, plan rules.Plan) {
 	k.mu.Lock()
 	same := plan.Equal(k.Router.Plan) && slices.Equal(want.Cluster.Destinations, k.Router.Link.Cluster.Destinations)
@@ -198,8 +198,8 @@ func (k *Keeper) Replace(want link.Want, plan rules.Plan) {
 	}
 }
 
-// Rejected notes that the destinations are not right, so that those of before
-// stay.
+// Rejected records that the new destinations are invalid, so that the previous
+// ones stay.
 func (k *Keeper) Rejected(why string) {
 	k.update(func(s *Status) {
 		s.ReloadFailures++
@@ -207,20 +207,20 @@ func (k *Keeper) Rejected(why string) {
 	})
 }
 
-// Failed notes why what is wanted does not hold, which its caller has logged:
-// Run tries again, and says so only of something else.
+// Failed records an error of Apply that the caller has logged. Run tries again,
+// and logs only another error.
 func (k *Keeper) Failed(err error) {
-	k.told = strings.ReplaceAll(err.Error(), "\n", "; ")
-	k.update(func(s *Status) { s.Wrong = k.told })
+	k.logged = strings.ReplaceAll(err.Error(), "\n", "; ")
+	k.update(func(s *Status) { s.Wrong = k.logged })
 }
 
-// compare compares what may have changed and repairs what is not as wanted. It
-// reports whether all is as wanted then, and sets when to look again.
+// compare reconciles the parts that may have changed. It reports whether it
+// succeeded, and sets the time of the next comparison.
 func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) bool {
 	begin := time.Now()
 	c, err := k.repair(ctx, what, announces)
 	if ctx.Err() != nil {
-		return true // it is over
+		return true // the end of Run
 	}
 	now := time.Now()
 	k.eager = time.Time{}
@@ -234,15 +234,15 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 		if conflict && k.pace.failures > maxConflicts {
 			k.notBefore = now.Add(rateLimit)
 		}
-		// An attempt that changed nothing caused no event either: an event is
-		// of something else, maybe of what was missing.
+		// An attempt that changed nothing caused no event: the next event has
+		// another cause, maybe the missing part.
 		if !c.changed && len(c.repairs) == 0 && !conflict {
 			k.eager = now.Add(eagerPause)
 		}
 		k.complain(err)
 		return false
 	}
-	k.told = ""
+	k.logged = ""
 	if len(c.repairs) == 0 {
 		k.notBefore = now.Add(k.pace.right(now.Sub(begin), now))
 		return true
@@ -258,7 +258,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	return true
 }
 
-// doneBy describes repairs, whatever their order.
+// doneBy describes repairs, in a fixed order.
 func doneBy(repairs []Repair) string {
 	var done []string
 	for _, r := range repairs {
@@ -268,15 +268,15 @@ func doneBy(repairs []Repair) string {
 	return strings.Join(done, "\n")
 }
 
-// complain logs a failure, once as long as it is the same. The first says little:
-// something else may be at work.
+// complain logs a failure, once while it stays the same. The first one is logged
+// at level debug, since another program may be in the middle of a change.
 func (k *Keeper) complain(err error) {
 	text := strings.ReplaceAll(err.Error(), "\n", "; ")
-	if text == k.told || k.pace.failures == 1 {
+	if text == k.logged || k.pace.failures == 1 {
 		k.Router.Log.Debug("reconcile still failing", "error", text)
 		return
 	}
-	k.told = text
+	k.logged = text
 	attributes := []any{"error", text, "again", time.Until(k.notBefore).Round(time.Millisecond).String()}
 	var hinter interface{ Hint() string }
 	if errors.As(err, &hinter) && hinter.Hint() != "" {
@@ -285,7 +285,7 @@ func (k *Keeper) complain(err error) {
 	k.Router.Log.Error("reconcile failed", attributes...)
 }
 
-// record brings the status up to date.
+// record updates the status after a comparison.
 func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 	k.update(func(s *Status) {
 		s.Comparisons++
@@ -324,17 +324,17 @@ func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 	})
 }
 
-// repair compares what of the namespace may have changed, and changes what is not
-// as wanted. It returns what it did also with an error.
+// repair compares the parts of the namespace that may have changed, and repairs
+// differences. It returns the change also with an error.
 func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (*change, error) {
 	k.mu.Lock()
 	r := new(Router)
-	*r = *k.Router // as it is now
+	*r = *k.Router // a copy of the current one
 	reloading := k.reloading
 	k.mu.Unlock()
 	c := &change{
 		router: r, want: r.Link, watches: true, reloads: reloading, held: k.held, announces: announces, moved: k.moved,
-		said: k.said, left: k.left, parentAddresses: k.parentAddresses,
+		warned: k.warned, left: k.left, parentAddresses: k.parentAddresses,
 	}
 	release, err := lock(ctx)
 	if err != nil {
@@ -379,8 +379,8 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	return c, nil
 }
 
-// reloaded notes that the kernel holds other destinations, if they are still
-// those that are wanted.
+// reloaded records that the kernel has the new destinations, unless these have
+// been replaced in the meantime.
 func (k *Keeper) reloaded(plan rules.Plan) {
 	k.mu.Lock()
 	still := plan.Equal(k.Router.Plan)
@@ -399,12 +399,12 @@ func announcement(have link.State) announced {
 	return announced{have.Index, have.MAC.String(), have.Carrier}
 }
 
-// moved reports whether neighbours have to learn where the address is: it has
-// another hardware address, or is behind another port of a switch.
+// moved reports whether neighbours need an announcement: the interface has another
+// hardware address, or its carrier came back, maybe at another port of a switch.
 func (k *Keeper) moved(have link.State) bool {
 	now := announcement(have)
 	switch {
-	case k.announced == announced{}: // whoever configured the address announced it
+	case k.announced == announced{}: // announced by the run that configured the address
 		k.announced = now
 	case !have.Carrier:
 		k.announced.carrier = false
@@ -412,22 +412,22 @@ func (k *Keeper) moved(have link.State) bool {
 	return have.Carrier && now != k.announced
 }
 
-// remember takes over, or finds out, what is lost where somebody deletes or
-// changes all copies of it.
+// remember keeps the cluster side's default route from the last comparison, or
+// finds it, since another program may delete or change every copy.
 func (c *change) remember(before link.Want) {
 	c.want.Cluster.Default = before.Cluster.Default
-	if standard, known := c.want.Cluster.ClusterDefault(c.have); known {
-		c.want.Cluster.Default = &standard
+	if route, known := c.want.Cluster.ClusterDefault(c.have); known {
+		c.want.Cluster.Default = &route
 	}
 }
 
-// networkRight reports whether the network is as wanted, and nothing is to be
-// announced, so that the rules need not be read, which may take programs.
+// networkRight reports whether the network has no drift and needs no announcement.
+// Then the rules are not read, which can start processes.
 func (k *Keeper) networkRight(c *change) bool {
 	c.want = k.want
 	have, err := c.router.observe(c.network, c.want)
 	if err != nil {
-		return false // the full comparison has the error
+		return false // the full comparison returns the error
 	}
 	if k.moved(have) {
 		return false

@@ -13,8 +13,8 @@ import (
 	"github.com/egress-router/egress-router/internal/link"
 )
 
-// Neighbours are the hosts of the physical network, as far as they claim the
-// reserved address or are the gateway; they are an *arp.Watch.
+// Neighbours watch the hosts of the physical network that claim the reserved
+// address, and the gateway; implemented by *arp.Watch.
 type Neighbours interface {
 	Run(context.Context) error
 	ProbeGateway() error
@@ -22,20 +22,20 @@ type Neighbours interface {
 	Close()
 }
 
-// surroundings is what a router knows of the physical network: the neighbours on
-// its interface as it is now, and what earlier ones have counted.
+// surroundings is the ARP watch of the current interface, with the counts of
+// earlier watches.
 type surroundings struct {
 	watch   func(arp.Options) (Neighbours, error)
-	options arp.Options // of now
+	options arp.Options // of the current watch
 
 	mu      sync.Mutex
-	now     Neighbours // nil: there is none
+	now     Neighbours // nil: no watch
 	before  arp.State
-	trouble string // why there is none, said once
+	trouble string // error of the last start, logged once
 	running sync.WaitGroup
 }
 
-// follow sees that the neighbours are those of the interface as it is.
+// follow starts the ARP watch, again if the interface has changed.
 func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 	s := &k.surroundings
 	if s.watch == nil || have.NoARP || !want.HasAddress(have) {
@@ -69,14 +69,14 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.now == watch { // the next comparison begins anew
+		if s.now == watch { // the next comparison starts another one
 			s.leave()
 		}
 	})
-	_ = watch.ProbeGateway() // what it fails for, it will be asked again for
+	_ = watch.ProbeGateway() // an error: the next probe is at the next interval
 }
 
-// leave gives up the neighbours of now. The caller has the lock.
+// leave closes the current watch. The caller holds the lock.
 func (s *surroundings) leave() {
 	if s.now == nil {
 		return
@@ -87,8 +87,8 @@ func (s *surroundings) leave() {
 	s.now = nil
 }
 
-// sum returns what is known, with what was counted before. The caller has the
-// lock.
+// sum returns the state of the current watch plus the counts of earlier ones. The
+// caller holds the lock.
 func (s *surroundings) sum() arp.State {
 	total := s.before
 	if s.now == nil {
@@ -104,14 +104,14 @@ func (s *surroundings) sum() arp.State {
 	return total
 }
 
-// state returns what is known of the physical network, and why that is nothing.
+// state returns the state of the ARP watch, and the error if it does not run.
 func (s *surroundings) state() (state arp.State, unwatched string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.sum(), s.trouble
 }
 
-// note adds another holder of the address, who was found by asking.
+// note adds a holder of the address that a probe found.
 func (s *surroundings) note(holder net.HardwareAddr, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -119,13 +119,13 @@ func (s *surroundings) note(holder net.HardwareAddr, at time.Time) {
 	s.before.ConflictMAC, s.before.ConflictAt = holder, at
 }
 
-// probe asks for the gateway, if the interface has the address to ask from.
+// probe probes the gateway, if the interface has the source address for it.
 func (s *surroundings) probe() {
 	s.mu.Lock()
 	now := s.now
 	s.mu.Unlock()
 	if now != nil {
-		_ = now.ProbeGateway() // on an interface that is down or gone, which is found otherwise
+		_ = now.ProbeGateway() // fails if the interface is down or missing, which the comparison reports
 	}
 }
 
