@@ -12,23 +12,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrGone says that the interface was deleted, or moved to another network
-// namespace. One made anew under its name is another.
+// ErrGone reports that the interface was deleted, or moved to another network
+// namespace. A new interface with the same name is another one.
 var ErrGone = errors.New("interface is gone")
 
-// A port sends and receives on one interface. The kernel's is a conn; tests with
-// timers have another.
+// A port sends and receives on one interface. A conn uses the kernel; tests with
+// timers use a fake.
 type port interface {
-	// send sends a frame to everybody on the link.
+	// send sends a frame to all hosts on the link.
 	send(frame []byte) error
 
-	// receive waits for a packet until the given time, without a limit if that is
-	// zero; then the error is an os.ErrDeadlineExceeded. What came until then is
-	// returned also if it is asked for later. One caller at a time.
+	// receive waits for a packet until the given time; zero: without a limit. At
+	// that time the error is an os.ErrDeadlineExceeded. It also returns a packet
+	// that arrived before the given time if it is called later. One caller at a
+	// time.
 	receive(until time.Time) (Packet, error)
 
-	// close ends a receive, whose error is then an os.ErrClosed. Closing again is
-	// harmless.
+	// close ends a receive with an os.ErrClosed. It may be called again.
 	close()
 }
 
@@ -40,34 +40,35 @@ type conn struct {
 	raw    syscall.RawConn
 	closed atomic.Bool
 
-	// Of the receiver.
+	// Used only by receive.
 	buf  [packetEnd]byte
-	down bool // so was the interface when it was last looked at
+	down bool // the interface was down at the last check
 }
 
-// listen opens a conn that hears of address and gateway only; gateway may be the
-// zero Addr. The interface is that of the calling thread's network namespace; it
-// may be down.
+// listen opens a conn that receives packets about address and gateway only;
+// gateway may be the zero Addr. The interface belongs to the calling thread's
+// network namespace; it may be down.
 func listen(index int, address, gateway netip.Addr) (*conn, error) {
 	if index <= 0 {
-		return nil, fmt.Errorf("listen for ARP: invalid interface index %d", index) // bind(2) takes 0 for all
+		return nil, fmt.Errorf("listen for ARP: invalid interface index %d", index) // 0 would bind to all interfaces (packet(7))
 	}
 	p, err := program(address, gateway)
 	if err != nil {
 		return nil, err
 	}
-	// Protocol 0 receives nothing, and bind sets the real one together with the
-	// interface: no frame gets in before the filter is there.
+	// With protocol 0 the socket receives nothing. bind sets the protocol
+	// together with the interface, so no frame arrives before the filter is
+	// attached.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open packet socket: %w", os.NewSyscallError("socket", err))
 	}
-	c := &conn{index: index, file: os.NewFile(uintptr(fd), "packet")} // for the runtime's poller
+	c := &conn{index: index, file: os.NewFile(uintptr(fd), "packet")} // uses the runtime's poller
 	if err := attach(fd, p); err != nil {
 		c.close()
 		return nil, err
 	}
-	const protocol = etherTypeARP&0xff<<8 | etherTypeARP>>8 // in network order
+	const protocol = etherTypeARP&0xff<<8 | etherTypeARP>>8 // network byte order
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: index}); err != nil {
 		c.close()
 		return nil, fmt.Errorf("listen for ARP: %w", os.NewSyscallError("bind", err))
@@ -79,7 +80,7 @@ func listen(index int, address, gateway netip.Addr) (*conn, error) {
 	return c, nil
 }
 
-// close does not wait for the kernel, as [Socket.Close] does not.
+// close does not wait for the kernel, see [Socket.Close].
 func (c *conn) close() {
 	if !c.closed.Swap(true) {
 		go func() { _ = c.file.Close() }()
@@ -90,8 +91,8 @@ func (c *conn) send(frame []byte) error {
 	return c.control(func(fd int) error {
 		err := send(fd, c.index, frame)
 		if errors.Is(err, unix.ENETDOWN) {
-			// This may tell of a time when the interface was down, once: the kernel
-			// hands that to whichever call comes next (packet_notifier in
+			// The error may be about an earlier time when the interface was down: the
+			// kernel returns it once, with the next call (packet_notifier in
 			// net/packet/af_packet.c; sock_error in include/net/sock.h).
 			err = send(fd, c.index, frame)
 		}
@@ -99,9 +100,9 @@ func (c *conn) send(frame []byte) error {
 	})
 }
 
-// downInterval is how often the kernel is asked whether an interface that is down
-// is gone. It tells a packet socket of either, but not of the second after the
-// first (packet_notifier in net/packet/af_packet.c).
+// downInterval is the interval of checks whether an interface that is down has
+// been deleted. The kernel notifies a packet socket of either event, but not of the
+// second one after the first (packet_notifier in net/packet/af_packet.c).
 const downInterval = time.Second
 
 func (c *conn) receive(until time.Time) (Packet, error) {
@@ -113,7 +114,7 @@ func (c *conn) receive(until time.Time) (Packet, error) {
 		n, err := c.read(end)
 		switch {
 		case err == nil:
-			// What passes the filter and is no packet is nobody's claim.
+			// A frame that passes the filter but does not parse is ignored.
 			if p, err := Parse(c.buf[:n]); err == nil {
 				return p, nil
 			}
@@ -127,8 +128,8 @@ func (c *conn) receive(until time.Time) (Packet, error) {
 	}
 }
 
-// read waits for a frame until the given time, and looks once more then: the
-// runtime does not try at all when the time is past.
+// read waits for a frame until the given time, and then tries once more, since the
+// runtime does not try at all after the deadline.
 func (c *conn) read(until time.Time) (n int, err error) {
 	if err := c.file.SetReadDeadline(until); err != nil {
 		return 0, c.ended(err)
@@ -151,12 +152,12 @@ func (c *conn) read(until time.Time) (n int, err error) {
 	return n, err
 }
 
-// isDown says whether the interface is down. It is an ErrGone if there is none any
-// more.
+// isDown reports whether the interface is down. It returns ErrGone if the interface
+// does not exist.
 func (c *conn) isDown() (down bool, err error) {
 	err = c.control(func(fd int) error {
-		// An interface that went away and came back, to the namespace, keeps its
-		// index, but the socket is bound to nothing.
+		// An interface that left the namespace and came back keeps its index, but
+		// the socket is not bound to it any more.
 		bound, err := unix.Getsockname(fd)
 		if err != nil {
 			return os.NewSyscallError("getsockname", err)
@@ -164,7 +165,7 @@ func (c *conn) isDown() (down bool, err error) {
 		if ll, ok := bound.(*unix.SockaddrLinklayer); !ok || ll.Ifindex != c.index {
 			return ErrGone
 		}
-		// Flags are asked for by name (netdevice(7)).
+		// The ioctl for flags takes a name (netdevice(7)).
 		request, err := unix.NewIfreq("")
 		if err != nil {
 			return err
@@ -183,7 +184,7 @@ func (c *conn) isDown() (down bool, err error) {
 	return down, err
 }
 
-// control calls fn with the descriptor, which stays open meanwhile.
+// control calls fn with the descriptor, which stays open during the call.
 func (c *conn) control(fn func(fd int) error) error {
 	var err error
 	if gone := c.raw.Control(func(fd uintptr) { err = fn(int(fd)) }); gone != nil {
@@ -192,8 +193,8 @@ func (c *conn) control(fn func(fd int) error) error {
 	return err
 }
 
-// ended returns err, or os.ErrClosed if that is why: the error of a RawConn is
-// another.
+// ended returns err, or os.ErrClosed if the conn is closed: a RawConn returns
+// another error then.
 func (c *conn) ended(err error) error {
 	if c.closed.Load() {
 		return os.ErrClosed

@@ -9,14 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// program returns the filter of a socket that shall hear of address and gateway
-// only (classic BPF, Documentation/networking/filter.rst): ARP packets of those
-// who have or claim either, and probes for address. A busy network is full of
-// others' ARP, and none of it wakes the process.
+// program returns the filter of a socket for address and gateway (classic BPF,
+// Documentation/networking/filter.rst): ARP packets whose sender has or claims one
+// of them, and probes for address. The ARP of other hosts does not wake the
+// process.
 //
-// Frames that others' ports or VLANs get (PACKET_OTHERHOST) and those sent from
-// here (PACKET_OUTGOING) have no say either, as in the kernel (arp_rcv in
-// net/ipv4/arp.c).
+// Frames for other hosts (PACKET_OTHERHOST) and outgoing frames (PACKET_OUTGOING)
+// are dropped too, as in the kernel (arp_rcv in net/ipv4/arp.c).
 func program(address, gateway netip.Addr) ([]bpf.Instruction, error) {
 	if !gateway.IsValid() {
 		gateway = address
@@ -29,7 +28,7 @@ func program(address, gateway netip.Addr) ([]bpf.Instruction, error) {
 	number := func(a netip.Addr) uint32 { return binary.BigEndian.Uint32(a.AsSlice()) }
 	const types, lengths = hardwareEther<<16 | etherTypeIPv4, macLength<<8 | ipv4Length
 	return []bpf.Instruction{
-		// To this host, to everybody, to a group: 0, 1, 2 (linux/if_packet.h).
+		// To this host, broadcast, multicast: 0, 1, 2 (linux/if_packet.h).
 		bpf.LoadExtension{Num: bpf.ExtType},
 		bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: unix.PACKET_MULTICAST, SkipTrue: 13},
 		bpf.LoadAbsolute{Off: etherTypeOffset, Size: 2},
@@ -46,12 +45,12 @@ func program(address, gateway netip.Addr) ([]bpf.Instruction, error) {
 		bpf.LoadAbsolute{Off: targetIPOffset, Size: 4},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: number(address), SkipTrue: 1},
 
-		bpf.RetConstant{Val: packetEnd}, // accepted; padding is cut off
-		bpf.RetConstant{Val: 0},         // dropped, as is what is too short for a load
+		bpf.RetConstant{Val: packetEnd}, // accept, without the padding
+		bpf.RetConstant{Val: 0},         // drop; the kernel also drops a frame too short for a load
 	}, nil
 }
 
-// attach makes the kernel drop what p drops (SO_ATTACH_FILTER, socket(7)).
+// attach sets p as the filter of a socket (SO_ATTACH_FILTER, socket(7)).
 func attach(fd int, p []bpf.Instruction) error {
 	raw, err := bpf.Assemble(p)
 	if err != nil {

@@ -7,7 +7,7 @@ import (
 	"golang.org/x/net/bpf"
 )
 
-// framesBy is what neighbours send, and whether the filter lets it in.
+// framesBy returns frames of neighbours, and whether the filter accepts each.
 func framesBy(t testing.TB) (accepted, dropped map[string][]byte) {
 	t.Helper()
 	from := func(op Operation, sender, target netip.Addr) []byte {
@@ -30,8 +30,8 @@ func framesBy(t testing.TB) (accepted, dropped map[string][]byte) {
 	dropped["a third answers"] = from(Reply, neighbour, address)
 	dropped["probe for the gateway"] = from(Request, zeroIP, gateway)
 	dropped["probe for a third"] = from(Request, zeroIP, neighbour)
-	// Parse refuses these: the filter looks neither at the operation nor, of those
-	// who have an address, at the target.
+	// Parse rejects these: the filter checks neither the operation nor, for
+	// holders of an address, the target.
 	for _, name := range []string{"operation 0", "RARP request", "operation in little endian", "one byte short"} {
 		accepted[name] = dropped[name]
 		delete(dropped, name)
@@ -44,7 +44,7 @@ func TestFilter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The machine of the module does not know packet types, which come first.
+	// The module's virtual machine has no packet types, which come first.
 	vm, err := bpf.NewVM(p[2:])
 	if err != nil {
 		t.Fatal(err)

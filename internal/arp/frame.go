@@ -1,12 +1,12 @@
-// Package arp tells the physical network who has the reserved address, and
-// learns from it who else has it and whether the gateway is there.
+// Package arp announces the reserved address to the physical network, and detects
+// other holders of the address and a missing gateway.
 //
-// Neighbours that knew the address at another node would go on sending there
-// until their entry expires (minutes). A gratuitous announcement makes them
-// learn the new hardware address at once.
+// Neighbours with an older entry for the address would keep sending to another
+// node until the entry expires (minutes). A gratuitous announcement updates the
+// entry at once.
 //
-// Whether another host has the address is asked before it is taken ([Ask],
-// [Acquire]); afterwards a [Watch] sees those who claim it (RFC 5227).
+// [Ask] and [Acquire] probe for another holder before the address is taken; a
+// [Watch] detects claims afterwards (RFC 5227).
 package arp
 
 import (
@@ -42,7 +42,7 @@ const (
 const (
 	etherTypeOffset = 12
 	fixedOffset     = 14 // hardware and protocol type
-	lengthsOffset   = 18 // of a hardware and of a protocol address
+	lengthsOffset   = 18 // lengths of hardware and protocol addresses
 	operationOffset = 20
 	senderMACOffset = 22
 	senderIPOffset  = 28
@@ -62,9 +62,9 @@ type Packet struct {
 	TargetIP  netip.Addr
 }
 
-// Parse reads an Ethernet frame. It takes requests and replies for IPv4 over
-// Ethernet and nothing else, as the kernel does (arp_process in net/ipv4/arp.c).
-// What follows the packet is padding.
+// Parse parses an Ethernet frame. It accepts only requests and replies for IPv4
+// over Ethernet, as the kernel does (arp_process in net/ipv4/arp.c). The bytes
+// after the packet are padding.
 func Parse(frame []byte) (Packet, error) {
 	if len(frame) < packetEnd {
 		return Packet{}, fmt.Errorf("parse frame: expected at least %[2]d bytes, found %[1]d", len(frame), packetEnd)
@@ -88,13 +88,13 @@ func Parse(frame []byte) (Packet, error) {
 	}, nil
 }
 
-// probes says whether p asks who has address without claiming it (RFC 5227
-// section 1.1, "ARP Probe").
+// probes reports whether p is a probe for address, which does not claim it
+// (RFC 5227 section 1.1, "ARP Probe").
 func (p Packet) probes(address netip.Addr) bool {
 	return p.Operation == Request && p.SenderIP == netip.IPv4Unspecified() && p.TargetIP == address
 }
 
-// frame returns an Ethernet frame that brings p to everybody on the link.
+// frame returns p as a broadcast Ethernet frame.
 func (p Packet) frame() []byte {
 	b := make([]byte, 0, minimumLength)
 	b = append(b, broadcast...)
@@ -112,7 +112,7 @@ func (p Packet) frame() []byte {
 	return b[:minimumLength] // the rest is padding, zero
 }
 
-// check sees that mac and addresses fit in a packet.
+// check checks that mac and addresses fit in a packet.
 func check(mac net.HardwareAddr, addresses ...netip.Addr) error {
 	if len(mac) != macLength {
 		return fmt.Errorf("hardware address %q: expected %d bytes, found %d", mac, macLength, len(mac))
@@ -125,19 +125,17 @@ func check(mac net.HardwareAddr, addresses ...netip.Addr) error {
 	return nil
 }
 
-// unknown is the target hardware address of a request: zero, as RFC 5227 wants
-// it in section 1.1; RFC 826 leaves it open.
+// unknown returns the target hardware address of a request: zero, as RFC 5227
+// recommends in section 1.1; RFC 826 leaves it open.
 func unknown() net.HardwareAddr { return make(net.HardwareAddr, macLength) }
 
-// Announcement returns an Ethernet frame that announces, to everybody on the
-// link, that address is at mac: a gratuitous ARP of the given form (RFC 5227
-// section 3 has the request form, RFC 5944 section 4.6 both). In each the sender
-// and the target address are the announced one.
+// Announcement returns a broadcast Ethernet frame that announces address at mac:
+// a gratuitous ARP of the given form (RFC 5227 section 3 has the request form,
+// RFC 5944 section 4.6 both). Sender and target address are the announced one.
 //
-// The target hardware address of a reply is mac itself: Linux takes an
-// unsolicited reply with another for a stray one and ignores it while its
-// entry is younger than a second (arp_is_garp in net/ipv4/arp.c). That of a
-// request is zero, as RFC 5227 wants it.
+// The target hardware address of a reply is mac itself: with any other, Linux
+// ignores an unsolicited reply while its entry is younger than a second
+// (arp_is_garp in net/ipv4/arp.c). For a request it is zero, as in RFC 5227.
 func Announcement(form Operation, mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
 	if err := check(mac, address); err != nil {
 		return nil, fmt.Errorf("announce %s: %w", address, err)
@@ -149,9 +147,8 @@ func Announcement(form Operation, mac net.HardwareAddr, address netip.Addr) ([]b
 	return Packet{form, mac, address, target, address}.frame(), nil
 }
 
-// Probe returns an Ethernet frame that asks everybody on the link who has
-// address. Its sender IP address is zero, so that nobody who hears it takes mac
-// for the holder (RFC 5227 section 1.1).
+// Probe returns a broadcast Ethernet frame that requests address. Its sender IP
+// address is zero, so that it updates no neighbour's entry (RFC 5227 section 1.1).
 func Probe(mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
 	if err := check(mac, address); err != nil {
 		return nil, fmt.Errorf("probe %s: %w", address, err)
@@ -159,8 +156,8 @@ func Probe(mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
 	return Packet{Request, mac, netip.IPv4Unspecified(), unknown(), address}.frame(), nil
 }
 
-// RequestFor returns an Ethernet frame by which the holder of sender, at mac,
-// asks everybody on the link for the hardware address of target (RFC 826).
+// RequestFor returns a broadcast Ethernet frame in which the holder of sender, at
+// mac, requests the hardware address of target (RFC 826).
 func RequestFor(target netip.Addr, mac net.HardwareAddr, sender netip.Addr) ([]byte, error) {
 	if err := check(mac, target, sender); err != nil {
 		return nil, fmt.Errorf("request %s: %w", target, err)

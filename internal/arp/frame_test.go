@@ -128,7 +128,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// What is not ARP for IPv4 over Ethernet, as the name of each says.
+// Frames other than ARP for IPv4 over Ethernet, by name.
 func malformed(t testing.TB) map[string][]byte {
 	t.Helper()
 	with := func(offset int, b ...byte) []byte {
@@ -162,7 +162,7 @@ func TestParseRefuses(t *testing.T) {
 	}
 }
 
-// Of what Parse takes, no field is lost: it makes the same packet again.
+// Parse keeps every field: a parsed packet makes the same packet again.
 func FuzzParse(f *testing.F) {
 	for _, seed := range []string{announcementReply, announcementRequest, probe, gatewayRequest, gatewayReply} {
 		f.Add(unhex(f, seed))

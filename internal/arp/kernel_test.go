@@ -46,7 +46,7 @@ func newHost(t *testing.T, do func(func() error) error, name string) *host {
 	return h
 }
 
-// network is a lab whose router has macvlan0 up, and no address there.
+// network returns a lab whose router has macvlan0 up, without an address.
 func network(t *testing.T) (l *lab.Lab, router, outside *host) {
 	t.Helper()
 	l, err := lab.New(lab.Options{})
@@ -74,7 +74,7 @@ func (h *host) take(a netip.Addr) {
 	h.must(h.AddrAdd(h.link, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(lab.LAN.Bits(), 32)}}))
 }
 
-// say sends frames, whatever they hold.
+// say sends frames, whatever their content.
 func (h *host) say(frames ...[]byte) {
 	h.t.Helper()
 	h.must(h.do(func() error {
@@ -123,17 +123,17 @@ func (h *host) acquire(ctx context.Context) (holder net.HardwareAddr, err error)
 	return holder, err
 }
 
-// claim is what another that has the address says.
+// claim returns a claim of another holder of the address.
 func claim(mac net.HardwareAddr) []byte {
 	return Packet{Request, mac, lab.Source, unknown(), lab.Source}.frame()
 }
 
-// soon is more than anything here takes.
+// soon returns a time later than any event of a test.
 func soon() time.Time { return time.Now().Add(10 * time.Second) }
 
-// Of all that passes on the physical network the socket gets what the filter
-// lets in, and the kernel counts nothing else for it. Here a veth listens, which
-// gets frames for others, too.
+// The socket receives exactly the frames that the filter accepts, out of all on the
+// physical network, and the kernel counts no others for it. The receiver is a
+// veth, which also gets frames for other hosts.
 func TestKernelFilters(t *testing.T) {
 	_, speaker, listener := network(t)
 	c := listener.listen()
@@ -144,7 +144,7 @@ func TestKernelFilters(t *testing.T) {
 	listener.must(c.send(own))
 	passed := 0
 	for _, frame := range dropped {
-		if len(frame) >= fixedOffset { // the kernel sends no less (packet_snd in net/packet/af_packet.c)
+		if len(frame) >= fixedOffset { // the kernel sends no shorter frame (packet_snd in net/packet/af_packet.c)
 			copy(frame, broadcast)
 			speaker.say(frame)
 			passed++
@@ -182,7 +182,7 @@ func TestKernelFilters(t *testing.T) {
 	}
 }
 
-// Down is not the end, whenever it comes.
+// A receiver survives that the interface is down, before and during a receive.
 func TestKernelDownAndUp(t *testing.T) {
 	_, router, outside := network(t)
 	router.down()
@@ -202,9 +202,9 @@ func TestKernelDownAndUp(t *testing.T) {
 		}
 	}
 	router.up()
-	router.must(c.send(claim(router.mac))) // does not get the error of before
+	router.must(c.send(claim(router.mac))) // does not return the earlier error
 
-	// While somebody waits.
+	// During a receive.
 	got := make(chan error)
 	go func() {
 		_, err := c.receive(soon())
@@ -216,7 +216,7 @@ func TestKernelDownAndUp(t *testing.T) {
 	router.must(<-got)
 }
 
-// An interface that is gone ends it: deleted while up, while down, or moved.
+// A deleted interface ends the receiver: deleted while up, while down, or moved.
 func TestKernelGone(t *testing.T) {
 	for name, test := range map[string]struct {
 		before, end func(l *lab.Lab, h *host) error
@@ -297,7 +297,7 @@ func TestKernelAsk(t *testing.T) {
 	}
 	t.Logf("answered after %s", time.Since(start))
 
-	// Collected when the time is long past: what came meanwhile is there.
+	// Read long after the deadline, the answer is still there.
 	q := router.ask()
 	outside.say(claim(outside.mac))
 	if holder, err := q.Answer(t.Context(), start); !bytes.Equal(holder, outside.mac) || err != nil {
@@ -346,7 +346,7 @@ func TestKernelAcquire(t *testing.T) {
 			t.Errorf("took %s, want the time of the first probe", took)
 		}
 	})
-	// Whoever sends its probe second or later has seen the other's.
+	// The host with the later probe has received the other's.
 	t.Run("two at once", func(t *testing.T) {
 		t.Parallel()
 		_, router, outside := network(t)
@@ -387,7 +387,7 @@ func TestKernelWatch(t *testing.T) {
 	if !<-gateway {
 		t.Error("the gateway answers, and counts as unreachable")
 	}
-	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "8")) // no answer for any address
+	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "8")) // answers for no address
 	for range 4 {
 		router.must(w.ProbeGateway())
 	}

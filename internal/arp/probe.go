@@ -12,8 +12,7 @@ import (
 	"time"
 )
 
-// A Question is a probe for an address that was sent and whose answer is still to
-// be collected.
+// A Question is a probe whose answer has not been read yet.
 type Question struct {
 	port    port
 	mac     net.HardwareAddr
@@ -22,12 +21,12 @@ type Question struct {
 
 // Ask sends one probe for address from the interface with the given index and
 // hardware address, in the network namespace of the calling thread. It does not
-// wait: hosts that have the address answer within some 10 ms, which Answer
-// collects. The interface has to be up (else the error is an ENETDOWN) and needs
+// wait: holders of the address answer within some 10 ms, and Answer reads the
+// answer. The interface must be up (otherwise the error is an ENETDOWN) and needs
 // no address.
 //
-// One probe can get lost, and one that is sent while a switch still learns that
-// the port is there does. Where that must not go unnoticed, use [Acquire].
+// A single probe can get lost, for example while a switch still learns the port.
+// [Acquire] is reliable.
 func Ask(index int, mac net.HardwareAddr, address netip.Addr) (*Question, error) {
 	frame, err := Probe(mac, address)
 	if err != nil {
@@ -45,13 +44,13 @@ func Ask(index int, mac net.HardwareAddr, address netip.Addr) (*Question, error)
 	return q, nil
 }
 
-// Answer returns the hardware address of another holder as soon as one has
-// answered, or nil if none has until the given time. An answer that came in time
-// is found whenever it is asked for. Answer is called once and closes the
+// Answer returns the hardware address of another holder as soon as one answers, or
+// nil if none does before the given time. It may be called later than that, and
+// still finds an answer that arrived in time. It is called once, and closes the
 // Question.
 //
-// Others that probe for the address do not count here, as they do for [Acquire]:
-// switches that keep track of hosts send probes too.
+// Unlike for [Acquire], probes of other hosts do not count: switches that track
+// hosts send probes too.
 func (q *Question) Answer(ctx context.Context, until time.Time) (holder net.HardwareAddr, err error) {
 	defer q.Close()
 	defer context.AfterFunc(ctx, q.port.close)()
@@ -62,26 +61,26 @@ func (q *Question) Answer(ctx context.Context, until time.Time) (holder net.Hard
 	return holder, nil
 }
 
-// Close gives up a Question that is not to be answered. Closing again is harmless.
+// Close closes a Question without reading the answer. It may be called again.
 func (q *Question) Close() { q.port.close() }
 
 // The times of the full probe (RFC 5227 section 1.1).
 const (
-	probeWait    = 1 * time.Second // at most, before the first probe
+	probeWait    = 1 * time.Second // longest wait before the first probe
 	probeNum     = 3
-	probeMin     = 1 * time.Second // between probes, at least
-	probeMax     = 2 * time.Second // and at most
-	announceWait = 2 * time.Second // after the last probe
+	probeMin     = 1 * time.Second // shortest wait between probes
+	probeMax     = 2 * time.Second // and longest
+	announceWait = 2 * time.Second // wait after the last probe
 )
 
 // Acquire makes the full probe for address (RFC 5227 section 2.1.1), which takes
-// 4 to 7 s if nobody else has it: then holder is nil, and the caller may take and
-// announce it. It returns sooner, with the hardware address of the other, if
-// another host has it or probes for it at the same time.
+// 4 to 7 s without a conflict: then holder is nil, and the caller may take and
+// announce the address. If another host has the address or probes for it at the
+// same time, Acquire returns at once, with that host's hardware address.
 //
-// Index, namespace and state of the interface are as for [Ask]. Whoever repeats
-// this until the address is free leaves a minute between two times (section
-// 2.1.1, RATE_LIMIT_INTERVAL).
+// Index, namespace and state of the interface are as for [Ask]. A caller that
+// repeats the probe waits a minute between two of them (section 2.1.1,
+// RATE_LIMIT_INTERVAL).
 func Acquire(ctx context.Context, index int, mac net.HardwareAddr, address netip.Addr) (holder net.HardwareAddr, err error) {
 	frame, err := Probe(mac, address)
 	if err != nil {
@@ -99,8 +98,8 @@ func Acquire(ctx context.Context, index int, mac net.HardwareAddr, address netip
 	return holder, nil
 }
 
-// acquire sends the probes and returns the sender of the first packet that is a
-// conflict. The waits are random so that hosts that start together, after a power
+// acquire sends the probes and returns the sender of the first conflicting packet.
+// The waits are random, so that hosts that start together, as after a power
 // failure, do not probe together.
 func acquire(ctx context.Context, p port, probe []byte, conflict func(Packet) bool) (net.HardwareAddr, error) {
 	defer context.AfterFunc(ctx, p.close)()
@@ -120,8 +119,8 @@ func acquire(ctx context.Context, p port, probe []byte, conflict func(Packet) bo
 	}
 }
 
-// await waits until the given time for a packet that counts and returns who sent
-// it, or nil.
+// await waits until the given time for a packet for which counts returns true, and
+// returns its sender, or nil.
 func await(p port, until time.Time, counts func(Packet) bool) (net.HardwareAddr, error) {
 	for {
 		packet, err := p.receive(until)
@@ -136,14 +135,14 @@ func await(p port, until time.Time, counts func(Packet) bool) (net.HardwareAddr,
 	}
 }
 
-// claims says whether p comes from another host that has, or takes, address
-// (RFC 5227 section 2.4). What a switch sends back of our own is no claim.
+// claims reports whether p comes from another host that has or takes address
+// (RFC 5227 section 2.4). Our own packets, sent back by a switch, do not count.
 func claims(p Packet, mac net.HardwareAddr, address netip.Addr) bool {
 	return p.SenderIP == address && !bytes.Equal(p.SenderMAC, mac)
 }
 
-// conflicting says of a packet whether it means, for a host at mac that probes for
-// address, that it must not take it: a claim, or a probe of another host (RFC 5227
+// conflicting returns a function that reports whether a packet prevents a host at
+// mac from taking address: a claim, or a probe of another host (RFC 5227
 // section 2.1.1).
 func conflicting(mac net.HardwareAddr, address netip.Addr) func(Packet) bool {
 	return func(p Packet) bool {
@@ -151,7 +150,7 @@ func conflicting(mac net.HardwareAddr, address netip.Addr) func(Packet) bool {
 	}
 }
 
-// failure is err, or the end of ctx if that is why.
+// failure returns err, or the cause of ctx's end if it ended.
 func failure(ctx context.Context, address netip.Addr, err error) error {
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// A wire is a port whose other end is the test, for the clock of synctest.
+// A wire is a port that the test controls, for the clock of synctest.
 type wire struct {
 	packets chan Packet
 	done    chan struct{}
@@ -138,7 +138,7 @@ func TestAnswerEndsWithContext(t *testing.T) {
 }
 
 func TestAcquireFree(t *testing.T) {
-	// The waits are random, so one run shows little.
+	// The waits are random, so the test repeats the run.
 	for range 200 {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWire()
@@ -173,7 +173,7 @@ func TestAcquireFree(t *testing.T) {
 	}
 }
 
-// A conflict ends it at once, at whatever time it comes.
+// A conflict ends the probe at once, at any time.
 func TestAcquireConflict(t *testing.T) {
 	for name, packet := range map[string]Packet{
 		"answer":             theirClaim,

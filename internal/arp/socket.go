@@ -16,9 +16,9 @@ type Socket struct {
 }
 
 // Open returns a Socket for the interface with the given index, in the network
-// namespace of the calling thread. The interface may still be down.
+// namespace of the calling thread. The interface may be down.
 func Open(index int) (*Socket, error) {
-	// Protocol 0: the socket receives nothing.
+	// With protocol 0 the socket receives nothing.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open packet socket: %w", os.NewSyscallError("socket", err))
@@ -26,9 +26,9 @@ func Open(index int) (*Socket, error) {
 	return &Socket{fd, index}, nil
 }
 
-// Close gives the socket back, once; it does not wait for that. The kernel takes
-// until a grace period of RCU has passed, some 10 ms (packet_release in
-// net/packet/af_packet.c), and nothing here depends on it.
+// Close closes the socket in the background; it is called once. The kernel waits
+// for an RCU grace period, some 10 ms (packet_release in net/packet/af_packet.c),
+// and nothing here depends on its end.
 func (s *Socket) Close() {
 	if s.fd < 0 {
 		return
@@ -37,8 +37,8 @@ func (s *Socket) Close() {
 	s.fd = -1
 }
 
-// Announce sends both forms of announcement, since each reaches neighbours that
-// ignore the other: first the reply, then the request, as the original did.
+// Announce sends both forms of announcement, since some neighbours ignore one of
+// them: first the reply, then the request, as the original did.
 func (s *Socket) Announce(mac net.HardwareAddr, address netip.Addr) error {
 	return announce(func(frame []byte) error { return send(s.fd, s.index, frame) }, mac, address)
 }
@@ -56,7 +56,7 @@ func announce(send func(frame []byte) error, mac net.HardwareAddr, address netip
 	return nil
 }
 
-// send hands a frame to the kernel, for everybody on the link.
+// send sends a broadcast frame.
 func send(fd, index int, frame []byte) error {
 	to := &unix.SockaddrLinklayer{Ifindex: index, Halen: macLength}
 	copy(to.Addr[:], broadcast)

@@ -20,81 +20,82 @@ const (
 	defendInterval = 10 * time.Second
 
 	// reportInterval is the least time between two reports of one hardware
-	// address: RFC 5227 section 2.4 c wants an administrator to be told, and not
-	// to be flooded.
+	// address: RFC 5227 section 2.4 c requires notifying an administrator, without
+	// flooding.
 	reportInterval = 10 * time.Second
 
-	// maxReported is how many hardware addresses are reported in that time.
-	// Anybody on the link can make up any number of them.
+	// maxReported is the largest number of hardware addresses reported in that
+	// time. Any host on the link can invent any number of them.
 	maxReported = 16
 
-	// maxMisses is how many requests in a row the gateway may leave unanswered.
+	// maxMisses is the number of unanswered requests in a row after which the
+	// gateway is unreachable.
 	maxMisses = 3
 )
 
-// Options say what a Watch watches and whom it tells.
+// Options configure a Watch.
 //
-// Callbacks come one at a time, in order, from Run and from ProbeGateway. They
-// must not call ProbeGateway, and while one runs nothing else is seen.
+// Run and ProbeGateway call the callbacks, one at a time and in order. A callback
+// must not call ProbeGateway, and blocks the Watch.
 type Options struct {
-	Index   int              // of the interface
+	Index   int              // index of the interface
 	MAC     net.HardwareAddr // its own; if it changes, make another Watch
-	Address netip.Addr       // the reserved one
-	Gateway netip.Addr       // the zero Addr if there is none to watch
+	Address netip.Addr       // the reserved address
+	Gateway netip.Addr       // the zero Addr: no gateway
 
-	// Conflict is told of another host that claims the address: of each hardware
-	// address at most once in 10 s, of at most 16 of them in that time.
+	// Conflict is called for another host that claims the address: for each
+	// hardware address at most once in 10 s, for at most 16 of them in that time.
 	Conflict func(mac net.HardwareAddr)
 
-	// GatewayChanged is told when the gateway is reachable or not any more, and
-	// first when either is known. The hardware address is that of the last answer,
-	// nil if there was none ever.
+	// GatewayChanged is called when the gateway becomes reachable or unreachable,
+	// and when its state is first known. The hardware address is that of the last
+	// answer; nil: there was none.
 	GatewayChanged func(reachable bool, mac net.HardwareAddr)
 
 	Log *slog.Logger // may be nil
 }
 
-// State is what a Watch has seen.
+// State is the state of a Watch.
 type State struct {
-	Conflicts   int              // packets of others that claim the address
-	ConflictMAC net.HardwareAddr // of the last one
+	Conflicts   int              // packets of other hosts that claim the address
+	ConflictMAC net.HardwareAddr // sender of the last one
 	ConflictAt  time.Time
-	Defences    int // times the address was announced because of that
+	Defences    int // announcements after conflicts
 
 	Gateway GatewayState
 }
 
-// GatewayState is what a Watch knows of the gateway.
+// GatewayState is a Watch's state of the gateway.
 type GatewayState struct {
-	Known     bool // it answered, or did not three times: only then Reachable says something
+	Known     bool // Reachable is valid: the gateway answered, or missed three requests
 	Reachable bool
-	Since     time.Time        // when that was first known
+	Since     time.Time        // time of the last change of Reachable
 	MAC       net.HardwareAddr // of the last answer; with VRRP it may change at any time
-	Answered  time.Time        // when that came
-	Misses    int              // requests in a row that were not answered
+	Answered  time.Time        // time of the last answer
+	Misses    int              // unanswered requests in a row
 }
 
-// A Watch sees, for a router that has its address, who else claims it, defends it,
-// and knows whether the gateway is reachable. Nothing wakes it but ARP of those
-// two addresses.
+// A Watch detects other hosts that claim a router's address, defends the address,
+// and tracks whether the gateway is reachable. Only ARP of those two addresses
+// wakes it.
 type Watch struct {
 	options Options
 	port    port
 
-	// turn is held while something is seen and told, so that callbacks come in
-	// order; mu only while state is touched, so that State never waits for one.
+	// turn serializes packets and their callbacks; mu guards only state, so that
+	// State never waits for a callback.
 	turn sync.Mutex
 	mu   sync.Mutex
 
 	state    State
-	asked    bool // the gateway, and no answer yet
+	asked    bool // a request to the gateway is unanswered
 	defended time.Time
-	reported map[string]time.Time // by hardware address
+	reported map[string]time.Time // last report, by hardware address
 }
 
 // NewWatch makes a Watch for an interface in the network namespace of the calling
-// thread. It sees what comes from now on; Run reads it. Whoever does not call Run
-// calls Close.
+// thread. It receives packets from now on; Run reads them. Call Close unless you
+// call Run.
 func NewWatch(o Options) (*Watch, error) {
 	if err := check(o.MAC, o.Address); err != nil {
 		return nil, fmt.Errorf("watch %s: %w", o.Address, err)
@@ -119,9 +120,9 @@ func newWatch(o Options, p port) *Watch {
 	return &Watch{options: o, port: p, reported: map[string]time.Time{}}
 }
 
-// Run watches until ctx ends or the Watch is closed, which is no error. That the
-// interface goes down is none either; that it is gone is an [ErrGone]. Run closes
-// the Watch.
+// Run watches until ctx ends or the Watch is closed, without an error. It
+// continues while the interface is down, and returns [ErrGone] after it is deleted.
+// Run closes the Watch.
 func (w *Watch) Run(ctx context.Context) error {
 	defer w.Close()
 	defer context.AfterFunc(ctx, w.Close)()
@@ -137,10 +138,10 @@ func (w *Watch) Run(ctx context.Context) error {
 	}
 }
 
-// Close ends Run. Closing again is harmless.
+// Close ends Run. It may be called again.
 func (w *Watch) Close() { w.port.close() }
 
-// State returns what has been seen so far. It may be called at any time, also by
+// State returns the current state. It may be called at any time, also by
 // callbacks.
 func (w *Watch) State() State {
 	w.mu.Lock()
@@ -151,7 +152,7 @@ func (w *Watch) State() State {
 // Announce announces the address, as [Socket.Announce] does.
 func (w *Watch) Announce() error { return announce(w.port.send, w.options.MAC, w.options.Address) }
 
-// see takes note of a packet.
+// see processes a packet.
 func (w *Watch) see(p Packet) {
 	if bytes.Equal(p.SenderMAC, w.options.MAC) {
 		return // our own, sent back by a switch
@@ -164,11 +165,11 @@ func (w *Watch) see(p Packet) {
 	case w.options.Gateway:
 		w.answered(p.SenderMAC)
 	}
-	// What else the filter lets in is a probe for the address, which the kernel
-	// answers (arp_process in net/ipv4/arp.c).
+	// Other packets that pass the filter are probes for the address, which the
+	// kernel answers (arp_process in net/ipv4/arp.c).
 }
 
-// conflict counts, defends and reports.
+// conflict counts, defends and reports a conflict.
 func (w *Watch) conflict(mac net.HardwareAddr) {
 	now := time.Now()
 	w.mu.Lock()
@@ -177,9 +178,9 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 	w.mu.Unlock()
 
 	if w.defended.IsZero() || now.Sub(w.defended) >= defendInterval {
-		w.defended = now // also if it fails: the next one would, too
-		// Neighbours have just learned the other's hardware address. The two forms
-		// count as one announcement.
+		w.defended = now // even after an error, which the next one would repeat
+		// Neighbours have just learned the other host's hardware address. The two
+		// forms count as one announcement.
 		if err := w.Announce(); err != nil {
 			w.options.Log.Warn("address defence failed", "address", w.options.Address, "mac", mac.String(), "error", err)
 		} else {
@@ -200,13 +201,13 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 	}
 }
 
-// ProbeGateway asks for the gateway's hardware address, and notes a miss if it has
+// ProbeGateway requests the gateway's hardware address, and counts a miss if it has
 // not answered since the last call. After 3 misses in a row it is unreachable,
-// until anything is heard of it. A request that cannot be sent is an error, and a
-// miss if nothing is heard until the next call.
+// until the next packet from it. A request that cannot be sent is an error, and a
+// miss unless a packet arrives before the next call.
 //
 // The sender of the request is the reserved address, so the interface must have
-// it. The Watch has no clock of its own: how often to ask is up to the caller.
+// it. The Watch has no timer: the caller chooses the interval.
 func (w *Watch) ProbeGateway() error {
 	if !w.options.Gateway.IsValid() {
 		return nil
@@ -227,7 +228,7 @@ func (w *Watch) ProbeGateway() error {
 	return nil
 }
 
-// missed notes that the gateway has not answered.
+// missed counts an unanswered request.
 func (w *Watch) missed() {
 	w.mu.Lock()
 	g := &w.state.Gateway
@@ -240,7 +241,7 @@ func (w *Watch) missed() {
 	}
 }
 
-// answered notes that the gateway is there: what it sends, it can also be sent.
+// answered records a packet of the gateway, which proves that it is reachable.
 func (w *Watch) answered(mac net.HardwareAddr) {
 	w.asked = false
 	w.mu.Lock()
@@ -257,7 +258,8 @@ func (w *Watch) answered(mac net.HardwareAddr) {
 	}
 }
 
-// setReachable says whether that is news. The caller has both locks.
+// setReachable sets the state and reports whether it changed. The caller holds both
+// locks.
 func (w *Watch) setReachable(reachable bool) bool {
 	g := &w.state.Gateway
 	if g.Known && g.Reachable == reachable {

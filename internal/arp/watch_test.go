@@ -14,8 +14,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// run runs a Watch on a wire in a bubble and returns what it tells; the text ends
-// with seconds since the start.
+// run runs a Watch on a wire in a bubble and returns its callbacks; each text ends
+// with the seconds since the start.
 func run(t *testing.T, w *wire) (watch *Watch, told *[]string) {
 	t.Helper()
 	start := time.Now()
@@ -46,7 +46,7 @@ func (w *wire) say(packets ...Packet) {
 	synctest.Wait()
 }
 
-// Claims every second for half a minute: three defences, three reports.
+// Claims every second for half a minute cause three defences and three reports.
 func TestDefence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
@@ -81,8 +81,8 @@ func TestDefence(t *testing.T) {
 	})
 }
 
-// Who makes up a hardware address for each claim gets neither more defences nor an
-// endless log, nor memory.
+// A flood of invented hardware addresses causes neither more defences nor an
+// endless log, nor does it use up memory.
 func TestConflictsOfMany(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
@@ -106,7 +106,7 @@ func TestConflictsOfMany(t *testing.T) {
 	})
 }
 
-// Neither what a switch sends back nor a probe is a claim.
+// Neither a frame that a switch sends back nor a probe is a claim.
 func TestNoConflict(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
@@ -118,7 +118,7 @@ func TestNoConflict(t *testing.T) {
 	})
 }
 
-// A defence that cannot be sent is not counted, and the next waits its turn.
+// A failed defence is not counted, and the next one keeps the interval.
 func TestDefenceFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
@@ -178,7 +178,7 @@ func TestGateway(t *testing.T) {
 		probe()
 		probe() // at 90 s: two misses
 		check(GatewayState{Known: true, Reachable: true, Since: at(50), MAC: otherMAC, Answered: at(60), Misses: 2})
-		// Another router takes over and asks for somebody.
+		// Another router takes over and sends a request.
 		w.say(Packet{Request, net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}, gateway, unknown(), neighbour})
 		vrrp := net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}
 		check(GatewayState{Known: true, Reachable: true, Since: at(50), MAC: vrrp, Answered: at(90)})
@@ -206,7 +206,7 @@ func TestGateway(t *testing.T) {
 	})
 }
 
-// A request that cannot be sent counts like one that is not answered.
+// A request that cannot be sent counts as a miss.
 func TestGatewayRequestFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
@@ -236,7 +236,7 @@ func TestNoGateway(t *testing.T) {
 	}
 }
 
-// A callback may look at the state, and everything may be left out.
+// A callback may call State, and every option may be empty.
 func TestCallbacks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
