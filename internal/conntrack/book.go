@@ -10,33 +10,33 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A book keeps the counters: it is told what listings and events say, in the
-// order in which they were read, and counts each connection and each byte once,
-// whichever it hears of first.
+// A book keeps the counters. It processes dumps and events in the order in which
+// they were read, and counts each connection and each byte once, whichever comes
+// first.
 //
-// What has been counted of a connection is kept while it is open and known. The
-// next that is heard of it adds the difference; an event that it ended, of a
-// connection that was never heard of, adds all of it.
+// The book keeps the counted traffic of each open connection. The next record of
+// the connection adds the difference; an end event of an unknown connection adds
+// all of its traffic.
 //
-// These orders of events and listings occur, all of them under load:
+// These orders of events and dumps occur, all of them under load:
 //
-//   - A listing has a connection whose end is already on its way. The end comes
-//     later then, since events are read before a listing, never during one.
-//   - A listing has a connection whose end was already told: the kernel tells of
-//     the end, then takes the entry out (nf_ct_delete in nf_conntrack_core.c).
-//     Such an entry is marked as dying.
-//   - A listing lacks an entry, since the kernel moves entries to a larger table
-//     meanwhile, or the entry has timed out and its end is about to be told
-//     (ctnetlink_dump_table in nf_conntrack_netlink.c). It is gone if the next
-//     lacks it too.
-//   - A connection ends without an event: events were lost, or nobody listened
-//     when it began (nf_conntrack_events=2).
-//   - A connection has the addresses and the number of an earlier one; see key.
-//     TCP does that whenever a client uses a port again before TIME_WAIT is over.
-//     If the end of the earlier one was lost, counters are lower than before.
+//   - A dump has a connection whose end event is pending. The event is processed
+//     later, since events are read before a dump, never during one.
+//   - A dump has a connection whose end event was processed: the kernel sends the
+//     event, then deletes the entry (nf_ct_delete in nf_conntrack_core.c). The
+//     entry is marked as dying.
+//   - A dump lacks an entry, since the kernel moves entries to a larger table
+//     during the dump, or since the entry has expired and its end event follows
+//     (ctnetlink_dump_table in nf_conntrack_netlink.c). The connection has ended
+//     if the next dump lacks it too.
+//   - A connection ends without an event: events were lost, or no program was
+//     subscribed when it began (nf_conntrack_events=2).
+//   - A connection has the addresses and the ID of an earlier one; see key. For TCP
+//     this happens if a client reuses a port during TIME_WAIT. If the end of the
+//     earlier one was lost, the new counters are lower than the known ones.
 type book struct {
 	count bool
-	audit func(Event) // nil: nobody wants to know
+	audit func(Event) // nil: no audit log
 
 	lines    []*line // in the order of the set, the fallback last
 	byPort   map[service]*line
@@ -44,9 +44,9 @@ type book struct {
 
 	start time.Time
 	open  map[key]*flow
-	most  int    // that open has held since it was made
-	looks uint32 // listings so far
-	first bool   // this is the first one
+	most  int    // largest size of open since it was made
+	looks uint32 // number of dumps
+	first bool   // the current dump is the first one
 }
 
 // A service is a port of the pod.
@@ -58,21 +58,21 @@ type service struct {
 // A line is a destination and its counters.
 type line struct {
 	Line
-	gone bool // from the list
+	gone bool // no longer in the list
 }
 
-// A flow is what is known of an open connection.
+// A flow is an open connection.
 type flow struct {
-	line             *line   // that it counts for; nil: none
+	line             *line   // destination that it counts for; nil: none
 	counted          Traffic // so far
 	began            time.Duration
 	server, reserved endpoint
-	seen             uint32 // the last listing that had it, or during which it began
-	known            bool   // began is
+	seen             uint32 // number of the last dump that had it, or in which it began
+	known            bool   // began is valid
 	accounted        bool
 	closed           bool
-	before           bool // it began before the counters did
-	lost             bool // the entry is another connection's now
+	before           bool // it is older than the counters
+	lost             bool // another connection has its entry now
 }
 
 func newBook(set rules.Set, count bool, audit func(Event), now time.Time) *book {
@@ -81,7 +81,7 @@ func newBook(set rules.Set, count bool, audit func(Event), now time.Time) *book 
 	return b
 }
 
-// destinations returns the lines of a set.
+// destinations returns the destinations of a set.
 func destinations(set rules.Set) []Destination {
 	list := make([]Destination, 0, len(set.Redirects)+1)
 	for _, r := range set.Redirects {
@@ -96,9 +96,9 @@ func destinations(set rules.Set) []Destination {
 	return list
 }
 
-// replace counts for another set from now on. An open connection stays with its
-// line while that is there; to a line that it comes to it is as one that was
-// there before the counters.
+// replace sets new destinations. An open connection stays with its destination
+// while that is in the list. For a destination that it comes to, it is like a
+// connection older than the counters.
 func (b *book) replace(set rules.Set) {
 	before := make(map[Destination]*line, len(b.lines))
 	for _, l := range b.lines {
@@ -123,7 +123,7 @@ func (b *book) replace(set rules.Set) {
 	for k, f := range b.open {
 		switch {
 		case f.line == nil:
-			// It may have begun under the new rules, before this.
+			// It may have begun between the loading of the rules and this call.
 			if f.line = b.lineOf(k, f.server); f.line != nil && !f.before {
 				f.line.add(1, f.counted)
 			}
@@ -133,8 +133,8 @@ func (b *book) replace(set rules.Set) {
 	}
 }
 
-// lineOf returns the line that redirected a connection, nil where it is an older
-// list's.
+// lineOf returns the destination that redirected a connection, nil if it is not in
+// the list.
 func (b *book) lineOf(k key, server endpoint) *line {
 	if !b.count {
 		return nil
@@ -156,7 +156,7 @@ func (l *line) add(connections uint64, t Traffic) {
 	}
 }
 
-// began takes in the event that a connection begins.
+// began processes a begin event.
 func (b *book) began(r *record, now time.Time) {
 	f := b.open[r.key]
 	if f != nil && f.known {
@@ -166,7 +166,7 @@ func (b *book) began(r *record, now time.Time) {
 	if f == nil {
 		f = b.add(r)
 	}
-	if f.before { // the first listing came before the event
+	if f.before { // the first dump came before the event
 		f.before = false
 		f.line.add(1, f.counted)
 	}
@@ -174,7 +174,7 @@ func (b *book) began(r *record, now time.Time) {
 	b.tell(Event{Began: true}, r.key, f)
 }
 
-// ended takes in the event that a connection has ended.
+// ended processes an end event.
 func (b *book) ended(r *record, now time.Time) {
 	f := b.open[r.key]
 	if f != nil && r.less(f.counted) {
@@ -182,7 +182,7 @@ func (b *book) ended(r *record, now time.Time) {
 		f = nil
 	}
 	if f == nil {
-		// Not worth keeping for a moment.
+		// Unknown connection: count it without keeping it.
 		f = newFlow(b.lineOf(r.key, r.server), r)
 		f.line.add(1, r.Traffic)
 	} else {
@@ -192,7 +192,7 @@ func (b *book) ended(r *record, now time.Time) {
 	b.tell(f.end(b.start, now), r.key, f)
 }
 
-// look begins a listing. All events that there were have been taken in.
+// look begins a dump, after all pending events were processed.
 func (b *book) look(now time.Time) {
 	b.first = b.looks == 0
 	b.looks++
@@ -203,7 +203,7 @@ func (b *book) look(now time.Time) {
 	}
 }
 
-// listed takes in an entry of the listing.
+// listed processes an entry of a dump.
 func (b *book) listed(r *record) {
 	f := b.open[r.key]
 	switch {
@@ -212,7 +212,7 @@ func (b *book) listed(r *record) {
 	case f == nil:
 		f = b.add(r)
 	case r.less(f.counted):
-		// Not the one that is known. Its end may still be on its way.
+		// Another connection than the known one, whose end event may be pending.
 		f.lost = true
 		return
 	default:
@@ -221,7 +221,7 @@ func (b *book) listed(r *record) {
 	f.seen, f.closed = b.looks, r.closed
 }
 
-// looked ends a listing that was complete.
+// looked ends a complete dump.
 func (b *book) looked(now time.Time) {
 	for k, f := range b.open {
 		if f.seen+1 < b.looks {
@@ -235,7 +235,7 @@ func newFlow(l *line, r *record) *flow {
 	return &flow{line: l, counted: r.Traffic, accounted: r.accounted, closed: r.closed, server: r.server, reserved: r.reserved}
 }
 
-// add begins to keep a connection, and counts what it has had so far.
+// add begins to keep a connection, and counts its traffic so far.
 func (b *book) add(r *record) *flow {
 	f := newFlow(b.lineOf(r.key, r.server), r)
 	f.seen, f.before = b.looks, b.first
@@ -247,24 +247,24 @@ func (b *book) add(r *record) *flow {
 	return f
 }
 
-// update counts what a connection has had since it was heard of last.
+// update counts a connection's traffic since its last record.
 func (f *flow) update(r *record) {
 	f.line.add(0, r.minus(f.counted))
 	f.counted, f.accounted = r.Traffic, f.accounted || r.accounted
 }
 
-// lose takes out a connection whose end was not seen.
+// lose removes a connection whose end was not seen.
 func (b *book) lose(k key, f *flow, now time.Time) {
 	b.remove(k)
-	if f.known { // who was told of its begin is told of its end
+	if f.known { // the audit log has its begin, so it gets its end
 		e := f.end(b.start, now)
 		e.Lost = true
 		b.tell(e, k, f)
 	}
 }
 
-// remove forgets a connection. A map keeps the size it once had, so one that is
-// nearly empty is made again.
+// remove forgets a connection. It shrinks a map that has become nearly empty,
+// since Go's maps do not shrink.
 func (b *book) remove(k key) {
 	const worthwhile, nearlyEmpty = 1024, 8
 	delete(b.open, k)
@@ -275,7 +275,7 @@ func (b *book) remove(k key) {
 	}
 }
 
-// end returns the event of a connection's end.
+// end returns the end event of a connection.
 func (f *flow) end(start, now time.Time) Event {
 	e := Event{Traffic: f.counted, Accounted: f.accounted}
 	if f.known {
@@ -284,7 +284,7 @@ func (f *flow) end(start, now time.Time) Event {
 	return e
 }
 
-// tell tells the auditor of a connection.
+// tell passes an event to the audit function.
 func (b *book) tell(e Event, k key, f *flow) {
 	if b.audit == nil {
 		return
@@ -297,13 +297,13 @@ func (b *book) tell(e Event, k key, f *flow) {
 	b.audit(e)
 }
 
-// report returns what has been counted, and what is open by the last listing.
+// report returns the counters, with the open connections of the last dump.
 func (b *book) report() Report {
 	open := make(map[*line]int)
 	ports := make(map[Ports]int)
 	for k, f := range b.open {
 		if f.seen != b.looks {
-			continue // perhaps it is over, and nobody was told
+			continue // maybe it ended without an event
 		}
 		if !f.closed {
 			open[f.line]++

@@ -10,7 +10,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A table is a book with a clock of its own and what it told the auditor.
+// A table is a book with a clock of its own and its audit events.
 type table struct {
 	*testing.T
 	*book
@@ -19,7 +19,7 @@ type table struct {
 	ends  []Event
 }
 
-// newTable returns a book after its first listing, which had the given entries.
+// newTable returns a book after a first dump of the given entries.
 func newTable(t *testing.T, entries ...record) *table {
 	tb := &table{T: t, now: time.Unix(1000, 0)}
 	tb.book = newBook(set, true, func(e Event) {
@@ -44,7 +44,7 @@ func (tb *table) list(entries ...record) {
 func (tb *table) begin(r record) { tb.began(&r, tb.now) }
 func (tb *table) end(r record)   { tb.ended(&r, tb.now) }
 
-// want checks the counts of a line.
+// want checks the counters of a line.
 func (tb *table) want(line int, connections, packets uint64, open int) {
 	tb.Helper()
 	want := Counts{connections, Traffic{packets, 100 * packets, packets / 2, 50 * packets}, open}
@@ -142,14 +142,14 @@ func TestBook(t *testing.T) {
 	}
 }
 
-// What was there before the counters is open, and counts from then on.
+// A connection older than the counters is open, and its traffic counts from then.
 func TestFromBefore(t *testing.T) {
 	b := newTable(t, entry(1, 100), entry(2, 50))
 	b.want(0, 0, 0, 2)
 	b.list(entry(1, 104), entry(2, 50))
 	b.end(entry(1, 110))
 	b.want(0, 0, 10, 1)
-	b.begin(entry(2, 0)) // it was not, only its event came late
+	b.begin(entry(2, 0)) // it is not older, only its event is late
 	b.want(0, 1, 60, 1)
 }
 
@@ -157,7 +157,7 @@ func TestFallback(t *testing.T) {
 	b := newTable(t)
 	r := entry(1, 8)
 	r.server.addr = fallback.As4()
-	for _, port := range []uint16{80, 90} { // also of a port that has a line now
+	for _, port := range []uint16{80, 90} { // including a port that has a line now
 		r.local.port, r.server.port = port, port
 		b.end(r)
 	}
@@ -172,9 +172,9 @@ func TestFallback(t *testing.T) {
 func TestReplace(t *testing.T) {
 	b := newTable(t)
 	stays, moves, goes, comes := entry(1, 4), entry(2, 4), entry(3, 4), entry(4, 4)
-	moves.local.port, moves.server.addr, moves.server.port = 7000, fallback.As4(), 7000 // by the fallback, then by a line
+	moves.local.port, moves.server.addr, moves.server.port = 7000, fallback.As4(), 7000 // of the fallback, then of a line
 	goes.protocol, goes.local.port, goes.server.port = rules.UDP, 53, 5353
-	comes.local.port, comes.server = 82, endpoint{server.As4(), 82} // begun under rules that the book does not know yet
+	comes.local.port, comes.server = 82, endpoint{server.As4(), 82} // begun under rules that are newer than the book's
 	b.list(stays, moves, goes, comes)
 	b.replace(rules.Set{Redirects: []rules.Redirect{
 		{Protocol: rules.TCP, Port: 7000, To: fallback},
@@ -192,8 +192,8 @@ func TestReplace(t *testing.T) {
 	b.want(1, 1, 10, 0)
 	b.want(2, 1, 10, 0)
 
-	// The one that is gone begins at 0 when it comes back. A connection stays
-	// with the fallback while that is there.
+	// A destination that is removed begins at 0 when it comes back. A connection
+	// stays with the fallback while that is in the list.
 	b.replace(set)
 	b.list(moves)
 	b.want(1, 0, 0, 0)
@@ -220,8 +220,8 @@ func TestAuditOfBook(t *testing.T) {
 	if b.begun != 1 || len(b.ends) != 1 || b.ends[0] != want {
 		t.Errorf("%d began; ended:\n got %+v\nwant %+v", b.begun, b.ends, want)
 	}
-	// One whose begin nobody heard of has no duration, and ends with an event or
-	// not at all.
+	// A connection without a begin event has no duration. Without an end event it
+	// is not reported.
 	b.end(r)
 	b.list(r)
 	b.list()
@@ -229,7 +229,7 @@ func TestAuditOfBook(t *testing.T) {
 	if want.Duration = 0; len(b.ends) != 2 || b.ends[1] != want {
 		t.Errorf("ended:\n got %+v\nwant %+v", b.ends[1:], want)
 	}
-	// One that vanishes after its begin was told.
+	// A connection that disappears after its begin event.
 	b.begin(entry(2, 0))
 	b.list(entry(2, 4))
 	b.now = b.now.Add(time.Second)
@@ -241,7 +241,7 @@ func TestAuditOfBook(t *testing.T) {
 	}
 }
 
-// What the kernel does not send does not confuse the reader.
+// decode does not panic on malformed data.
 func FuzzDecode(f *testing.F) {
 	f.Add(request(messageGet, 0, 1, [2]uint32{ctaMark, 1}))
 	f.Add([]byte{2, 0, 0, 0, 8, 0, 1, 0x80, 3, 0, 0, 0})

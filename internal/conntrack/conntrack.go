@@ -1,14 +1,12 @@
-// Package conntrack tells what the kernel's connection table says about
-// redirected connections: how many there were to each destination and how much
-// they carried, who is connected now, and, as they come and go, which.
+// Package conntrack counts redirected connections and their traffic, lists the
+// open ones, and reports their begin and end, from the kernel's connection table.
 //
-// The kernel counts; nothing here is on a packet's way. Both rule backends leave
-// the same entries in the table, so this is the same for both, and loading rules
-// does not touch the counters.
+// The kernel counts; nothing here is in the path of packets. Both rule backends
+// create the same entries in the table, and loading rules does not change their
+// counters.
 //
-// Counters take two things: the event that a connection has ended, with its
-// totals, and, when they are asked for, a listing of those that are open. Without
-// either nothing runs.
+// A Tracker uses two sources: the events of ended connections, with their totals,
+// and, when counters are read, a dump of the open ones.
 package conntrack
 
 import (
@@ -27,18 +25,17 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Destination is one line of the destination list, as counters name it. The
-// zero Protocol, Port and ToPort are those of the fallback.
+// A Destination is one line of the destination list. For the fallback, Protocol,
+// Port and ToPort are zero.
 type Destination struct {
 	Protocol rules.Protocol
-	Port     rules.Port // of the pod
+	Port     rules.Port // local port, on the pod
 	To       netip.Addr
-	ToPort   rules.Port // also where the line leaves it out
+	ToPort   rules.Port // remote port, even if the line omits it
 }
 
-// Traffic is what connections carry, as IP packets and with the headers from
-// that of IP on. Out is toward the server. Segments that the network card or
-// driver has joined (GRO) are one packet.
+// Traffic counts IP packets and their bytes, including IP headers. Out is toward
+// the server. Segments joined by the network card or driver (GRO) are one packet.
 type Traffic struct {
 	PacketsOut, BytesOut, PacketsIn, BytesIn uint64
 }
@@ -54,102 +51,101 @@ func (t Traffic) minus(other Traffic) Traffic {
 	return Traffic{t.PacketsOut - other.PacketsOut, t.BytesOut - other.BytesOut, t.PacketsIn - other.PacketsIn, t.BytesIn - other.BytesIn}
 }
 
-// less reports whether t cannot be a later count of what other counts.
+// less reports whether t cannot be a later count of the same connection as other.
 func (t Traffic) less(other Traffic) bool {
 	return t.PacketsOut < other.PacketsOut || t.BytesOut < other.BytesOut || t.PacketsIn < other.PacketsIn || t.BytesIn < other.BytesIn
 }
 
-// Counts are those of the connections to one destination.
+// Counts are the counters of the connections to one destination.
 type Counts struct {
-	Connections uint64 // that began since the destination is in the list, and the Tracker there
-	Traffic            // since then, also of connections from before
-	// Open is how many there are now. A TCP connection that is over is not,
-	// although it stays in the table for a while.
+	Connections uint64 // that began since the Tracker has had the destination
+	Traffic            // since then, including older connections
+	// Open is the number of open connections. A closed TCP connection does not
+	// count, although it stays in the table for a while.
 	Open int
 }
 
-// A Line is a line of the destination list with its counts.
+// A Line is a destination with its counters.
 type Line struct {
 	Destination
 	Counts
 }
 
-// Ports says how many ports of the reserved address are taken by connections to
-// one server. A connection that is over keeps its port until the kernel forgets
-// it, two minutes with TCP (nf_conntrack_tcp_timeout_time_wait).
+// Ports is the number of ports of the reserved address that connections to one
+// server use. A closed connection keeps its port until its entry is deleted, two
+// minutes later for TCP (nf_conntrack_tcp_timeout_time_wait).
 type Ports struct {
 	Protocol rules.Protocol
 	Server   netip.AddrPort
 	InUse    int
 }
 
-// PortLimit is how many connections to one port of one server can have the
-// reserved address as their source at once: as many as there are ports of the
-// range from which the kernel takes another one, where the client's is taken
-// (nf_nat_l4proto_unique_tuple in net/netfilter/nf_nat_core.c). Clients that come
-// from a port below 1024 get one below.
+// PortLimit is the largest number of connections from the reserved address to one
+// port of one server: the number of ports in the kernel's range for a connection
+// whose own source port is taken (nf_nat_l4proto_unique_tuple in
+// net/netfilter/nf_nat_core.c). For source ports below 1024 there is another range
+// below.
 const PortLimit = 65535 - 1024 + 1
 
-// A Report is what there is to know at one time.
+// A Report is a snapshot of all counters.
 type Report struct {
 	Lines []Line  // in the order of the list, the fallback last
-	Ports []Ports // by protocol and server; of servers without a connection none
-	// Accounted says that packets and bytes are known: the kernel counts them.
+	Ports []Ports // sorted by protocol and server, without unused servers
+	// Accounted is set if the kernel counts packets and bytes.
 	Accounted bool
-	// Overruns is how often events came faster than they were read, so that
-	// some were lost. Connections are then missing from the counts.
+	// Overruns is the number of times that events arrived faster than they were
+	// read, so that some were lost and Lines lack their connections.
 	Overruns uint64
 }
 
-// An Event is that a redirected connection begins or ends.
+// An Event is the begin or the end of a redirected connection.
 type Event struct {
-	Began    bool // else it has ended
+	Began    bool // false: it ended
 	Protocol rules.Protocol
 	Client   netip.AddrPort
-	Port     rules.Port     // of the pod, that the client connected to
-	Server   netip.AddrPort // that it was redirected to
-	Reserved netip.AddrPort // that the server sees
-	// Of a connection that has ended:
+	Port     rules.Port     // local port, on the pod
+	Server   netip.AddrPort // destination of the redirect
+	Reserved netip.AddrPort // source that the server sees
+	// For an ended connection:
 	Traffic
-	Accounted bool          // Traffic is known
-	Duration  time.Duration // to some milliseconds; zero: its begin was not seen
-	Lost      bool          // its end was not seen either, only that it is gone; Traffic is what it had when last seen
+	Accounted bool          // Traffic is valid
+	Duration  time.Duration // accurate to some milliseconds; zero: its begin was not seen
+	Lost      bool          // there was no event of its end; Traffic is the last known
 }
 
-// Options say what to watch.
+// Options configure a Tracker.
 type Options struct {
 	Source netip.Addr // the reserved address
-	Mark   rules.Mark // of connections that came in on the cluster side
+	Mark   rules.Mark // of connections from the cluster side
 	Set    rules.Set  // the destinations
 	Count  bool       // keep counters
-	// Audit is told of each redirected connection that begins or ends, one at a
-	// time. It must not call the Tracker. Nil: nobody is.
+	// Audit is called for each begin and end of a redirected connection, one at
+	// a time. It must not call the Tracker. May be nil.
 	Audit func(Event)
 	Log   *slog.Logger
 }
 
-// A Tracker watches the connections of one network namespace. Its methods may be
+// A Tracker tracks the connections of one network namespace. Its methods may be
 // called from several goroutines.
 type Tracker struct {
 	source [4]byte
 	mark   uint32
 	log    *slog.Logger
-	table  *socket // for listings
-	events *socket // nil: nobody wants any
+	table  *socket // for requests and dumps
+	events *socket // nil: none needed
 
 	accounted bool
 
-	mu       sync.Mutex // for all below, and for reading from the sockets
+	mu       sync.Mutex // guards all fields below, and reads from the sockets
 	book     *book
 	buffer   [8 << 10]byte // an event has less than 1 KiB
 	overruns uint64
-	repaired time.Time // when connections whose end was lost were looked for
-	lost     bool      // events, since then
+	repaired time.Time // time of the last search for connections whose end was lost
+	lost     bool      // events were lost since then
 }
 
-// Open begins to watch the network namespace of the calling thread. It turns on
-// what the kernel has to do for that: the counting of packets and bytes
-// (nf_conntrack_acct).
+// Open begins to track the network namespace of the calling thread. It enables the
+// kernel's counting of packets and bytes (nf_conntrack_acct).
 func Open(o Options) (*Tracker, error) {
 	if !o.Source.Is4() {
 		return nil, fmt.Errorf("track connections from %q: not an IPv4 address", o.Source)
@@ -181,18 +177,18 @@ func (t *Tracker) open(o Options) error {
 	if t.events, err = openSocket(groups...); err != nil {
 		return &KernelError{"subscribe to conntrack events", err}
 	}
-	// Now the module is loaded, and its sysctls are there.
+	// The subscription has loaded the module, so its sysctls exist.
 	t.accounted = startAccounting(t.log)
 	checkEvents(t.log)
 	if o.Count {
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		return t.look() // what is there already
+		return t.look() // existing connections
 	}
 	return nil
 }
 
-// Close lets go of what Open took, after Run has returned.
+// Close closes the sockets, after Run has returned.
 func (t *Tracker) Close() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -203,23 +199,22 @@ func (t *Tracker) Close() {
 	}
 }
 
-// The pauses after events were taken in. Under load many come together then; to
-// be woken for each costs more than all the rest, and the buffer holds those of
-// far longer. For counters it does not matter when, since whoever asks for them
-// has all events taken in first; of the audit log it makes the times less exact.
+// The pauses after a read of events. Under load many events arrive during a pause,
+// which saves the cost of a wake-up for each; the buffer has room for a far longer
+// pause. Counters stay exact, since reading them reads all events first; times in
+// the audit log become less exact.
 const (
 	countPause = 10 * time.Millisecond
 	auditPause = time.Millisecond
 )
 
-// Run takes in events until ctx ends. While there are none it waits in the
-// kernel.
+// Run processes events until ctx ends. Between events it sleeps in the kernel.
 func (t *Tracker) Run(ctx context.Context) error {
 	if t.events == nil {
 		<-ctx.Done()
 		return nil
 	}
-	// What ends the wait.
+	// Ends the wait.
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return fmt.Errorf("wait for conntrack events: %w", os.NewSyscallError("eventfd", err))
@@ -232,7 +227,7 @@ func (t *Tracker) Run(ctx context.Context) error {
 	})
 	defer func() {
 		if !stop() {
-			<-ended // the descriptor is still in use until then
+			<-ended // until then the callback uses the descriptor
 		}
 	}()
 	pause := countPause
@@ -255,7 +250,7 @@ func (t *Tracker) Run(ctx context.Context) error {
 	}
 }
 
-// wait returns when there is an event, or something in wake.
+// wait returns when there is an event, or a value in wake.
 func (t *Tracker) wait(wake int) error {
 	t.mu.Lock()
 	fd := t.events.fd
@@ -271,8 +266,8 @@ func (t *Tracker) wait(wake int) error {
 	}
 }
 
-// takeSome takes in some of the events that wait, and reports whether there were
-// no more. Others get a turn in between.
+// takeSome processes some pending events, and reports whether there are no more.
+// Other callers get the lock between two calls.
 func (t *Tracker) takeSome() (empty bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -287,7 +282,7 @@ func (t *Tracker) takeSome() (empty bool, err error) {
 	return empty, err
 }
 
-// takeAll takes in all events that wait.
+// takeAll processes all pending events.
 func (t *Tracker) takeAll() error {
 	if t.events == nil {
 		return nil
@@ -301,14 +296,14 @@ func (t *Tracker) takeAll() error {
 	}
 }
 
-// takeOne takes in one event, and reports whether there is none.
+// takeOne processes one event, and reports whether there was none.
 func (t *Tracker) takeOne() (empty bool, err error) {
 	n, err := t.events.read(t.buffer[:])
 	switch {
 	case errors.Is(err, unix.EAGAIN):
 		return true, nil
 	case errors.Is(err, unix.ENOBUFS):
-		// The next read has what came before the buffer was full.
+		// The next read returns the events before the overrun.
 		t.overrun()
 		return false, nil
 	case err != nil:
@@ -320,7 +315,7 @@ func (t *Tracker) takeOne() (empty bool, err error) {
 	return false, nil
 }
 
-// take takes in one event.
+// take processes one event.
 func (t *Tracker) take(m message) {
 	r, ok := decode(m.data)
 	if !ok || !t.redirected(&r) {
@@ -334,8 +329,8 @@ func (t *Tracker) take(m message) {
 	}
 }
 
-// redirected reports whether a connection came in on the cluster side, was
-// redirected, and leaves with the reserved address.
+// redirected reports whether a connection came from the cluster side, was
+// redirected, and has the reserved address as its source.
 func (t *Tracker) redirected(r *record) bool {
 	return r.mark&t.mark == t.mark && r.status&statusDNAT != 0 && r.reserved.addr == t.source
 }
@@ -349,18 +344,18 @@ func (t *Tracker) overrun() {
 	t.lost = true
 }
 
-// repairPause is the least time between two searches for connections whose end
-// was lost. One takes about as long as a listing, 10 ms and more.
+// repairPause is the least time between two searches for connections whose end was
+// lost. A search takes about as long as a dump, 10 ms and more.
 const repairPause = 10 * time.Second
 
-// repair forgets the connections whose end was lost, which the audit log keeps
-// the begin of. Counters do so whenever they are read.
+// repair ends the connections whose end event was lost, for the audit log, which
+// has reported their begin. Reading counters does the same.
 func (t *Tracker) repair() {
 	if !t.lost || t.book.audit == nil || time.Since(t.repaired) < repairPause {
 		return
 	}
 	t.lost, t.repaired = false, time.Now()
-	for range 2 { // one listing may lack an entry
+	for range 2 { // a single dump may lack an entry
 		if err := t.look(); err != nil {
 			t.log.Warn("conntrack listing failed", "error", err)
 			return
@@ -368,16 +363,16 @@ func (t *Tracker) repair() {
 	}
 }
 
-// look takes in a listing of the open connections, before it all that was told
-// of them, and after it the end of those that have timed out: the kernel leaves
-// them out and ends them then (ctnetlink_dump_table in
+// look processes a dump of the open connections. It processes all pending events
+// before, and the end events of expired connections after it: the kernel leaves
+// these out of the dump and ends them during it (ctnetlink_dump_table in
 // net/netfilter/nf_conntrack_netlink.c).
 func (t *Tracker) look() error {
 	if err := t.takeAll(); err != nil {
 		return err
 	}
 	t.book.look(time.Now())
-	// The kernel picks by the mark; most of a node's entries never get here.
+	// The kernel filters by mark, which excludes most of a node's entries.
 	filter := [][2]uint32{{ctaMark, t.mark}, {ctaMarkMask, t.mark}}
 	err := t.table.ask(messageGet, unix.NLM_F_DUMP, filter, func(m message) {
 		if r, ok := decode(m.data); ok && t.redirected(&r) {
@@ -391,15 +386,14 @@ func (t *Tracker) look() error {
 	return t.takeAll()
 }
 
-// Replace counts for another list of destinations from now on; it is for when
-// the rules for that are in. Counters of those that both have go on, those of
-// others are dropped, new ones begin at 0.
+// Replace sets new destinations; call it after their rules are loaded. Counters of
+// destinations in both lists continue, others are dropped, and new ones begin at 0.
 func (t *Tracker) Replace(set rules.Set) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var err error
 	if t.book.count {
-		// What the old destinations' connections had is theirs.
+		// Traffic up to now belongs to the old destinations.
 		err = t.look()
 	}
 	t.book.replace(set)
@@ -418,8 +412,8 @@ func (t *Tracker) Counts() (Report, error) {
 	return r, nil
 }
 
-// Fill returns how many connections the kernel tracks in the namespace, whosever
-// they are, and how many it can. More are refused.
+// Fill returns the number of connections that the kernel tracks in the namespace,
+// including those of other programs, and its limit. It rejects more connections.
 func (t *Tracker) Fill() (entries, limit int, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -21,8 +21,8 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// redirects are rules that do on the loopback link what a router does on two:
-// connections to 127.0.0.98 are marked, redirected and given another source.
+// redirects are rules that act on the loopback link as a router does on two:
+// connections to 127.0.0.98 are marked, redirected and get another source.
 const redirects = `
 flush ruleset
 table ip t {
@@ -59,14 +59,14 @@ func run(t *testing.T, stdin, name string, args ...string) {
 	}
 }
 
-// redirect loads the rules, with nothing left in the table of connections.
+// redirect loads the rules, with an empty connection table.
 func redirect(t *testing.T) {
 	t.Helper()
 	run(t, redirects, "nft", "-f", "-")
 	forget(t)
 }
 
-// forget ends all connections, as far as the kernel's table goes.
+// forget deletes all entries of the connection table.
 func forget(t *testing.T) {
 	t.Helper()
 	s, err := openSocket()
@@ -154,7 +154,7 @@ func serve(t *testing.T, tcp, udp string) {
 	}()
 }
 
-// exchange has n bytes echoed and returns the connection.
+// exchange sends n bytes to the echo server, reads them back and returns the connection.
 func exchange(t *testing.T, conn net.Conn, n int) {
 	t.Helper()
 	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
@@ -178,8 +178,8 @@ func dial(t *testing.T, network, to string) net.Conn {
 	return conn
 }
 
-// dialFrom connects to the UDP server from a port of its own choice: with one that
-// the kernel gives out for the second time it would be the same connection.
+// dialFrom connects to the UDP server from a port of its own: a port that the kernel
+// chooses twice would continue the earlier connection.
 func dialFrom(port int) (net.Conn, error) {
 	dialer := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}}
 	return dialer.Dial("udp4", "127.0.0.98:53")
@@ -194,8 +194,8 @@ func counts(t *testing.T, tracker *Tracker) Report {
 	return r
 }
 
-// wantUDP checks the counts of datagrams, of which every byte is known: a header
-// of IP has 20, one of UDP 8 (RFC 791 and 768).
+// wantUDP checks the counters of datagrams, whose sizes are exact: an IP header has
+// 20 bytes, a UDP header 8 (RFC 791 and 768).
 func wantUDP(t *testing.T, got Line, connections uint64, open, datagrams, payload int) {
 	t.Helper()
 	packets, size := uint64(datagrams), uint64(datagrams*28+payload)
@@ -209,7 +209,7 @@ func TestCounts(t *testing.T) {
 	redirect(t)
 	serve(t, "127.0.0.25:8080", "127.0.0.25:5353")
 	serve(t, "127.0.0.27:7000", "127.0.0.27:7000")
-	// Before the tracker: only what passes from then on.
+	// Older than the tracker: only later traffic counts.
 	setSysctl(t, accountingSysctl, "1")
 	old := dial(t, "udp4", "127.0.0.98:53")
 	exchange(t, old, 5)
@@ -257,7 +257,7 @@ func TestCounts(t *testing.T) {
 	}
 	_ = tcp.Close()
 	for deadline := time.Now().Add(5 * time.Second); r.Lines[0].Open != 0 && time.Now().Before(deadline); {
-		r = counts(t, tracker) // the last acknowledgement may be on its way
+		r = counts(t, tracker) // the last acknowledgement may be pending
 	}
 	if l := r.Lines[0]; l.Connections != 1 || l.Open != 0 || len(r.Ports) != 1 {
 		t.Errorf("a connection that is over: got %+v, ports %+v", l, r.Ports)
@@ -268,12 +268,12 @@ func TestCounts(t *testing.T) {
 	}
 }
 
-// Short connections from several sides at once, listed in the midst of it. Those
-// of TCP leave the table as soon as they are over, also while it is listed.
+// Counters are exact for concurrent short connections, read in their midst. TCP
+// entries disappear when their connection closes, even during a dump.
 func TestCountsExactly(t *testing.T) {
 	redirect(t)
 	setSysctl(t, "net.netfilter.nf_conntrack_tcp_timeout_time_wait", "0")
-	setSysctl(t, "net.netfilter.nf_conntrack_tcp_loose", "0") // a late segment begins nothing
+	setSysctl(t, "net.netfilter.nf_conntrack_tcp_loose", "0") // a late segment begins no connection
 	serve(t, "127.0.0.25:8080", "127.0.0.25:5353")
 	tracker := start(t, options)
 	const clients, each = 8, 250
@@ -359,7 +359,7 @@ func TestAudit(t *testing.T) {
 	if want.Duration = ended.Duration; ended != want || ended.Duration <= 0 || ended.Duration > 10*time.Second {
 		t.Errorf("ended:\n got %+v\nwant %+v", ended, want)
 	}
-	// One that no line redirects any more, and one that nothing redirects.
+	// A connection whose line was removed, and one without a redirect.
 	exchange(t, dial(t, "udp4", "127.0.0.25:5353"), 12)
 	run(t, "insert rule ip t to ip daddr 127.0.0.98 udp dport 54 dnat to 127.0.0.25:5353\n", "nft", "-f", "-")
 	exchange(t, dial(t, "udp4", "127.0.0.98:54"), 12)
@@ -368,8 +368,8 @@ func TestAudit(t *testing.T) {
 	}
 }
 
-// A buffer that is too small loses events, which is said and counted. Listening
-// goes on.
+// A buffer that is too small loses events, which is logged once and counted, and
+// the tracker continues.
 func TestOverrun(t *testing.T) {
 	redirect(t)
 	serve(t, "127.0.0.25:8080", "127.0.0.25:5353")
@@ -395,7 +395,7 @@ func TestOverrun(t *testing.T) {
 	for range 50 {
 		exchange(t, dial(t, "udp4", "127.0.0.98:53"), 1)
 	}
-	// What the events did not tell, the listing does.
+	// The dump completes the lost events.
 	if r := counts(t, tracker); r.Overruns == 0 || r.Lines[1].Connections != 50 || r.Lines[1].Open != 50 || began == 50 {
 		t.Errorf("got %+v; %d began", r, began)
 	}
@@ -411,7 +411,7 @@ func TestOverrun(t *testing.T) {
 	if n := strings.Count(log.String(), "conntrack event overrun"); n != 1 {
 		t.Errorf("said %d times:\n%s", n, &log)
 	}
-	// It goes on.
+	// It continues.
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- tracker.Run(ctx) }()
@@ -426,7 +426,7 @@ func TestOverrun(t *testing.T) {
 	}
 }
 
-// Connections that began while nobody listened end without an event
+// Connections that began before a subscription end without an event
 // (nf_conntrack_events=2).
 func TestBegunUnheard(t *testing.T) {
 	redirect(t)
@@ -460,14 +460,14 @@ func TestSysctls(t *testing.T) {
 	if s := log.String(); !strings.Contains(s, "level=WARN") || !strings.Contains(s, "net.netfilter.nf_conntrack_events=1") || strings.Contains(s, "nf_conntrack_acct") {
 		t.Errorf("log:\n%s", s)
 	}
-	// What is open is seen all the same.
+	// Open connections are counted all the same.
 	serve(t, "127.0.0.25:8080", "127.0.0.25:5353")
 	exchange(t, dial(t, "udp4", "127.0.0.98:53"), 6)
 	wantUDP(t, counts(t, tracker).Lines[1], 1, 1, 1, 6)
 }
 
-// Where /proc/sys is read-only, as in a container without privilege, packets and
-// bytes are not known; connections are.
+// With a read-only /proc/sys, as in a container without privilege, packets and bytes
+// are not counted; connections are.
 func TestReadOnlySysctls(t *testing.T) {
 	redirect(t)
 	setSysctl(t, accountingSysctl, "0")
@@ -526,7 +526,7 @@ func TestFill(t *testing.T) {
 	}
 }
 
-// A tracker for which nothing goes on keeps nothing.
+// A tracker without traffic keeps no state.
 func TestManyAtOnce(t *testing.T) {
 	redirect(t)
 	serve(t, "127.0.0.25:8080", "127.0.0.25:5353")

@@ -11,9 +11,9 @@ import (
 
 // Messages and attributes of ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
 const (
-	messageNew    = 0 // IPCTNL_MSG_CT_NEW: an entry, by event or in a listing
+	messageNew    = 0 // IPCTNL_MSG_CT_NEW: an entry, in an event or a dump
 	messageGet    = 1 // IPCTNL_MSG_CT_GET
-	messageDelete = 2 // IPCTNL_MSG_CT_DELETE: an entry has ended
+	messageDelete = 2 // IPCTNL_MSG_CT_DELETE: the end of an entry
 	messageStats  = 5 // IPCTNL_MSG_CT_GET_STATS
 
 	ctaTupleOrig     = 1
@@ -50,22 +50,22 @@ const (
 	statusDying = 1 << 9 // IPS_DYING
 )
 
-// The states in which a TCP connection is over and its entry waits for a timeout
+// The states of a closed TCP connection whose entry waits for its timeout
 // (linux/netfilter/nf_conntrack_tcp.h, enum tcp_conntrack).
 const (
 	tcpTimeWait = 7
 	tcpClose    = 8
 )
 
-// genericLength is that of the header of netfilter's own, which comes after that
-// of netlink (linux/netfilter/nfnetlink.h, struct nfgenmsg).
+// genericLength is the length of netfilter's header, which follows netlink's
+// (linux/netfilter/nfnetlink.h, struct nfgenmsg).
 const (
 	genericLength = 4
 	headerLength  = unix.SizeofNlMsghdr + genericLength
 )
 
-// An endpoint is an IPv4 address and a port, small enough to keep one for each
-// connection.
+// An endpoint is an IPv4 address and a port, in a compact form since there is one
+// for each connection.
 type endpoint struct {
 	addr [4]byte
 	port uint16
@@ -75,28 +75,28 @@ func (e endpoint) addrPort() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4(e.addr), e.port)
 }
 
-// A key names an entry: by what its first packet had, and by the kernel's number.
-// That is made of the entry's place in memory and of its addresses (nf_ct_get_id
-// in net/netfilter/nf_conntrack_core.c), so that a connection with the addresses
-// of an earlier one often has the same number.
+// A key identifies an entry by the addresses of its first packet and the kernel's
+// ID. That ID depends on the entry's place in memory and its addresses
+// (nf_ct_get_id in net/netfilter/nf_conntrack_core.c), so a later connection with
+// the same addresses often has the same ID.
 type key struct {
 	id            uint32
 	protocol      rules.Protocol
 	client, local endpoint
 }
 
-// A record is an entry of the table as a message has it.
+// A record is an entry of the table, decoded from a message.
 type record struct {
 	key
-	server, reserved endpoint // where replies come from, and go to
+	server, reserved endpoint // source and destination of replies
 	mark, status     uint32
-	accounted        bool // Traffic is known
-	closed           bool // it is over, and its entry waits for a timeout
+	accounted        bool // Traffic is valid
+	closed           bool // closed, and its entry waits for its timeout
 	Traffic
 }
 
-// decode reads an entry from a message without its first header. It reports
-// false for one that is not about IPv4.
+// decode decodes an entry from a message without its first header. It returns
+// false for an entry that is not IPv4.
 func decode(b []byte) (r record, ok bool) {
 	if len(b) < genericLength || b[0] != unix.AF_INET {
 		return record{}, false
@@ -185,8 +185,8 @@ func attribute(b []byte) (kind uint16, data, rest []byte, ok bool) {
 	return kind, b[unix.NLA_HDRLEN:length], b[aligned:], true
 }
 
-// number reads a number in network order, as all of ctnetlink are, of whatever
-// length.
+// number decodes a number of any length in network byte order, as in all of
+// ctnetlink.
 func number(b []byte) (n uint64) {
 	for _, c := range b {
 		n = n<<8 | uint64(c)
@@ -194,7 +194,7 @@ func number(b []byte) (n uint64) {
 	return n
 }
 
-// request returns a message that asks ctnetlink for something about IPv4.
+// request returns a ctnetlink request for IPv4.
 func request(kind, flags uint16, sequence uint32, attributes ...[2]uint32) []byte {
 	b := make([]byte, unix.SizeofNlMsghdr, headerLength+len(attributes)*(unix.NLA_HDRLEN+4))
 	b = append(b, unix.AF_INET, unix.NFNETLINK_V0, 0, 0)
@@ -210,14 +210,14 @@ func request(kind, flags uint16, sequence uint32, attributes ...[2]uint32) []byt
 	return b
 }
 
-// A message is one of netlink(7), taken apart.
+// A message is a netlink(7) message.
 type message struct {
 	kind     uint16
 	sequence uint32
 	data     []byte
 }
 
-// subsystem is what the upper half of a message's kind says for ours.
+// subsystem is the upper half of the type of ctnetlink messages.
 const subsystem = unix.NFNL_SUBSYS_CTNETLINK << 8
 
 // split splits the first message off b.

@@ -9,24 +9,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bufferSize is for events that wait while this process does not run: the events
-// of some 10,000 connections, in bytes as the kernel accounts for them.
+// bufferSize is the size of the buffer for events that wait while this process
+// does not run: some 10,000 connections, in bytes by the kernel's accounting.
 const bufferSize = 8 << 20
 
-// A socket is one of netlink(7), in the network namespace of the thread that
-// made it. It is read here and not by a library since two things matter that
-// libraries leave out: that listening goes on after events were lost, and that
-// a listing is taken in message by message, however long it is.
+// A socket is a netlink(7) socket in the network namespace of the thread that
+// opened it. Libraries lack two things: they stop after lost events, and they
+// collect a whole dump before they return it.
 //
-// Nor does Go's poller watch it, which every event would wake, also while nobody
-// wants to read.
+// Go's poller does not watch the socket, since every event would wake it, even
+// while nothing reads.
 type socket struct {
 	fd       int    // -1: closed
 	sequence uint32 // of the last request
 }
 
-// openSocket returns a socket that receives the events of the given groups, and
-// does not wait for them.
+// openSocket returns a socket. With groups it receives their events, and reads do
+// not block.
 func openSocket(groups ...int) (*socket, error) {
 	kind := unix.SOCK_RAW | unix.SOCK_CLOEXEC
 	if len(groups) > 0 {
@@ -51,7 +50,7 @@ func (s *socket) prepare(groups []int) error {
 	if len(groups) == 0 {
 		return nil
 	}
-	// Where this is not allowed, net.core.rmem_max is the limit (socket(7)).
+	// If that is not permitted, net.core.rmem_max is the limit (socket(7)).
 	if unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bufferSize) != nil {
 		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bufferSize); err != nil {
 			return os.NewSyscallError("setsockopt", err)
@@ -67,7 +66,7 @@ func (s *socket) prepare(groups []int) error {
 
 func (s *socket) close() {
 	if s.fd >= 0 {
-		_ = unix.Close(s.fd) // nothing was written that could be lost
+		_ = unix.Close(s.fd) // no written data can be lost
 	}
 	s.fd = -1
 }
@@ -81,15 +80,15 @@ func (s *socket) read(b []byte) (int, error) {
 	}
 }
 
-// ask sends a request, for a listing (NLM_F_DUMP) or with an acknowledgement
-// (NLM_F_ACK), and calls fn for each message of the answer. It always takes the
-// whole answer in: the kernel refuses a request while a listing is under way.
+// ask sends a request, for a dump (NLM_F_DUMP) or with an acknowledgement
+// (NLM_F_ACK), and calls fn for each message of the answer. It always reads the
+// whole answer: the kernel refuses a request during a dump.
 func (s *socket) ask(kind, flags uint16, attributes [][2]uint32, fn func(message)) error {
 	s.sequence++
 	if err := unix.Sendto(s.fd, request(kind, flags, s.sequence, attributes...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return os.NewSyscallError("sendto", err)
 	}
-	b := make([]byte, 64<<10) // twice what the kernel sends at a time (netlink_dump in net/netlink/af_netlink.c)
+	b := make([]byte, 64<<10) // twice the kernel's largest piece (netlink_dump in net/netlink/af_netlink.c)
 	for {
 		n, err := s.read(b)
 		if err != nil {
@@ -97,7 +96,7 @@ func (s *socket) ask(kind, flags uint16, attributes [][2]uint32, fn func(message
 		}
 		for m, rest, ok := split(b[:n]); ok; m, rest, ok = split(rest) {
 			if m.sequence != s.sequence {
-				continue // of an answer that failed
+				continue // part of an earlier, failed answer
 			}
 			if m.kind == unix.NLMSG_DONE || m.kind == unix.NLMSG_ERROR {
 				return failure(m)
@@ -107,7 +106,7 @@ func (s *socket) ask(kind, flags uint16, attributes [][2]uint32, fn func(message
 	}
 }
 
-// failure returns the error that ends an answer, if any.
+// failure returns the error at the end of an answer, if any.
 func failure(m message) error {
 	if len(m.data) < 4 {
 		return nil
@@ -118,7 +117,7 @@ func failure(m message) error {
 	return nil
 }
 
-// A KernelError says that connections cannot be watched here.
+// A KernelError reports that connections cannot be tracked.
 type KernelError struct {
 	Doing string // what failed
 	Err   error
@@ -126,10 +125,10 @@ type KernelError struct {
 
 func (e *KernelError) Error() string { return fmt.Sprintf("%s: %v", e.Doing, e.Err) }
 
-// Unwrap returns what the kernel said.
+// Unwrap returns the kernel's error.
 func (e *KernelError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns advice for the user.
 func (e *KernelError) Hint() string {
 	if errors.Is(e.Err, unix.EPERM) {
 		return "connection tracking requires the capability NET_ADMIN"

@@ -7,20 +7,20 @@ import (
 	"strings"
 )
 
-// The sysctls of the network namespace that decide what is to be seen
+// The sysctls of the network namespace for counters and events
 // (nf_conntrack-sysctl.rst).
 const (
-	// accountingSysctl makes the kernel count the packets and bytes of
-	// connections that begin from then on.
+	// accountingSysctl enables the kernel's packet and byte counters of connections
+	// that begin later.
 	accountingSysctl = "net.netfilter.nf_conntrack_acct"
-	// eventsSysctl is 0 where there are no events, 1 where every connection has
-	// them, and 2, since Linux 5.19 what it is by itself, where those have them
-	// that began while somebody listened.
+	// eventsSysctl is 0 for no events, 1 for events of all connections, and 2, the
+	// default since Linux 5.19, for events of connections that began while a
+	// program was subscribed.
 	eventsSysctl = "net.netfilter.nf_conntrack_events"
 )
 
-// sysctlPath returns the file of a sysctl, as the calling thread's network
-// namespace has it.
+// sysctlPath returns the file of a sysctl of the calling thread's network
+// namespace.
 func sysctlPath(name string) string { return "/proc/sys/" + strings.ReplaceAll(name, ".", "/") }
 
 func readSysctl(name string) (string, error) {
@@ -32,20 +32,20 @@ func readSysctl(name string) (string, error) {
 }
 
 func writeSysctl(name, value string) error {
-	// Without O_CREATE and O_TRUNC: the file is there or the kernel lacks it.
+	// Without O_CREATE and O_TRUNC, since a missing file is a missing sysctl.
 	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
 	if err != nil {
 		return fmt.Errorf("open sysctl %s: %w", name, err)
 	}
 	if _, err := f.WriteString(value); err != nil {
-		_ = f.Close() // the first error is the telling one
+		_ = f.Close() // the first error is the cause
 		return fmt.Errorf("set sysctl %s = %s: %w", name, value, err)
 	}
 	return f.Close()
 }
 
-// startAccounting turns on the counting of packets and bytes where it is off,
-// and reports whether it is on now.
+// startAccounting enables packet and byte counters if they are off, and reports
+// whether they are on.
 func startAccounting(log *slog.Logger) bool {
 	value, err := readSysctl(accountingSysctl)
 	if err == nil && value == "0" {
@@ -58,7 +58,7 @@ func startAccounting(log *slog.Logger) bool {
 	return err == nil
 }
 
-// checkEvents says so where the kernel tells nothing about connections.
+// checkEvents logs a warning if the kernel sends no events.
 func checkEvents(log *slog.Logger) {
 	if value, err := readSysctl(eventsSysctl); err == nil && value == "0" {
 		log.Warn("conntrack events disabled", "sysctl", eventsSysctl, "value", value,
