@@ -8,47 +8,47 @@ import (
 	"slices"
 )
 
-// A ClusterSide is what keeps the traffic of the cluster network there, although
-// the default route leads to the physical network.
+// A ClusterSide keeps the traffic of the cluster network on the cluster interface,
+// although the default route leads to the physical network.
 //
-// Replies go by a table of their own, to which routing rules lead: replies that
-// are forwarded carry a mark, replies of the pod's own sockets have an address
-// of the cluster interface as their source. The table holds the routes that
-// the cluster interface has in the main table, and its default route, which is
-// kept there from before it is replaced in the main table.
+// Replies use a routing table of their own, by routing rules: forwarded replies
+// carry a mark, replies of the pod's own sockets have an address of the cluster
+// interface as their source. The table contains the cluster interface's routes of
+// the main table, and its default route, copied before the main table's is
+// replaced.
 type ClusterSide struct {
-	Interface    string         // empty: there is none, and nothing is kept
-	Mark         uint32         // of packets that are replies, the bits of it
+	Interface    string         // empty: no cluster side
+	Mark         uint32         // mark bits of replies
 	Table        int            // number of the replies' routing table
-	Destinations []netip.Prefix // what else is reached by the cluster side
-	// Default is the default route that the cluster interface had, as
-	// ClusterSide.ClusterDefault returned it: for whoever watches, so that what
-	// somebody makes of it later is not taken for it. Nil: not known.
+	Destinations []netip.Prefix // other networks to reach by the cluster side
+	// Default is the cluster interface's default route of the last comparison,
+	// as returned by ClusterSide.ClusterDefault. It takes precedence over later
+	// changes by other programs. Nil: unknown.
 	Default *Route
 }
 
-// A ClusterState is what the kernel holds, as far as a ClusterSide concerns it.
+// A ClusterState is the kernel's state of a ClusterSide.
 type ClusterState struct {
-	Index     int          // of the interface; zero: it is not there
+	Index     int          // of the interface; zero: it does not exist
 	Addresses []netip.Addr // IPv4, of the interface
 	Table     []Route      // of ClusterSide.Table
-	Rules     []Rule       // that lead to it
+	Rules     []Rule       // rules for that table
 	Filter    string       // the interface's rp_filter
-	Strict    bool         // the reverse-path filter is strict on it
+	Strict    bool         // the effective reverse-path filter is strict
 }
 
-// A Rule is an IPv4 routing rule (ip-rule(8)): which packets look up a route in
-// which table. A zero field matches everything.
+// A Rule is an IPv4 routing rule (ip-rule(8)): it selects packets and a table. A
+// zero field matches every packet.
 type Rule struct {
 	Priority   int // lower is first
 	Mark, Mask uint32
 	Source     netip.Prefix
 	Table      int
 
-	kernel any // the adapter's own form
+	kernel any // netlink's form
 }
 
-// String returns the rule as ip-rule(8) takes it.
+// String returns the rule in the notation of ip-rule(8).
 func (r Rule) String() string {
 	s := fmt.Sprintf("priority %d", r.Priority)
 	if r.Source.IsValid() {
@@ -65,19 +65,19 @@ func (r Rule) same(other Rule) bool {
 	return r == other
 }
 
-// rulePriority is that of our routing rules: behind those that send packets to
-// the table of local addresses (0), in front of the main table's (32766), and
-// where few programs that order theirs by hand put any.
+// rulePriority is the priority of our routing rules: after the rules for the table
+// of local addresses (0), before those for the main table (32766), and in a range
+// that few programs use.
 const rulePriority = 20000
 
-// unreachable is the type of a route that refuses packets (rtnetlink(7),
+// unreachable is the type of a route that rejects packets (rtnetlink(7),
 // RTN_UNREACHABLE).
 const unreachable = 7
 
-// typeNames are the types of routes as ip-route(8) shows them.
+// typeNames are the names of route types in ip-route(8).
 var typeNames = map[int]string{2: "local", 3: "broadcast", 4: "anycast", 5: "multicast", 6: "blackhole", unreachable: "unreachable", 8: "prohibit", 9: "throw"}
 
-// rules returns the routing rules that lead to the replies' table.
+// rules returns the routing rules for the replies' table.
 func (c ClusterSide) rules(addresses []netip.Addr) []Rule {
 	rules := []Rule{{Priority: rulePriority, Mark: c.Mark, Mask: c.Mark, Table: c.Table}}
 	for _, a := range addresses {
@@ -86,10 +86,10 @@ func (c ClusterSide) rules(addresses []netip.Addr) []Rule {
 	return rules
 }
 
-// routes returns what the replies' table shall hold. Behind the routes it
-// refuses: a reply that the cluster side cannot deliver is not to leave by the
-// egress side, with the pod's own address.
-func (c ClusterSide) routes(have State, standard Route, known bool) []Route {
+// routes returns the desired routes of the replies' table. The last one rejects
+// packets: a reply that the cluster side cannot deliver must not leave by the
+// egress side with the pod's own address.
+func (c ClusterSide) routes(have State, defaultRoute Route, known bool) []Route {
 	var routes []Route
 	for _, r := range have.Routes {
 		if r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !r.Kept {
@@ -97,22 +97,21 @@ func (c ClusterSide) routes(have State, standard Route, known bool) []Route {
 		}
 	}
 	if known {
-		standard.Metric = 0
-		routes = append(routes, standard)
+		defaultRoute.Metric = 0
+		routes = append(routes, defaultRoute)
 	}
 	for i := range routes {
 		routes[i].Table = c.Table
 	}
-	// A gateway has to be reachable when a route by it is added.
+	// The kernel accepts a route only if its gateway is reachable already.
 	slices.SortStableFunc(routes, func(a, b Route) int { return cmp.Compare(b.Scope, a.Scope) })
 	return append(routes, Route{
 		Table: c.Table, Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Metric: math.MaxUint32, Type: unreachable,
 	})
 }
 
-// ClusterDefault returns the default route of the cluster interface, and whether
-// there is one: the preferred one in the main table, else the one that was kept
-// from there.
+// ClusterDefault returns the default route of the cluster interface, if any: the
+// preferred one in the main table, otherwise the copy in the replies' table.
 func (s State) ClusterDefault() (found Route, known bool) {
 	for _, routes := range [][]Route{s.Routes, s.Cluster.Table} {
 		for _, r := range routes {
@@ -127,8 +126,8 @@ func (s State) ClusterDefault() (found Route, known bool) {
 	return found, known
 }
 
-// ClusterDefault returns the default route of the cluster interface: the one that
-// is known from before, as long as its gateway can be reached, else that of the
+// ClusterDefault returns the default route of the cluster interface: the one of
+// the last comparison while its gateway is reachable, otherwise the one of the
 // state.
 func (c ClusterSide) ClusterDefault(have State) (Route, bool) {
 	before := c.Default
@@ -144,8 +143,8 @@ func (c ClusterSide) ClusterDefault(have State) (Route, bool) {
 	return *before, true
 }
 
-// diffCluster returns the steps that keep the cluster side. They come before
-// the default route changes, so that replies have a way at any time.
+// diffCluster returns the steps for the cluster side. They come before the change
+// of the default route, so that replies always have a route.
 func diffCluster(want ClusterSide, have State) []Step {
 	if want.Interface == "" || have.Cluster.Index == 0 {
 		return nil
@@ -155,19 +154,19 @@ func diffCluster(want ClusterSide, have State) []Step {
 		s.Interface, s.Index = want.Interface, have.Cluster.Index
 		steps = append(steps, s)
 	}
-	stands := make(map[int]bool) // routes of the table that are wanted ones then
+	placed := make(map[int]bool) // desired routes after the steps, by index
 
-	standard, known := want.ClusterDefault(have)
-	routes := want.routes(have, standard, known)
+	defaultRoute, known := want.ClusterDefault(have)
+	routes := want.routes(have, defaultRoute, known)
 	for _, r := range routes {
 		step, i := place(r, have.Cluster.Table)
 		if step != nil {
 			take(*step)
 		}
-		stands[i] = true
+		placed[i] = true
 	}
 	for i, r := range slices.Backward(have.Cluster.Table) {
-		if !stands[i] {
+		if !placed[i] {
 			take(Step{Op: DeleteRoute, Route: r})
 		}
 	}
@@ -187,7 +186,7 @@ func diffCluster(want ClusterSide, have State) []Step {
 		if !known || onClusterSide(d, have) {
 			continue
 		}
-		r := standard
+		r := defaultRoute
 		r.Table, r.Destination, r.Metric, r.Kept = 0, d, 0, true
 		step, i := place(r, have.Routes)
 		if step != nil {
@@ -195,22 +194,22 @@ func diffCluster(want ClusterSide, have State) []Step {
 		}
 		kept[i] = true
 	}
-	// What an earlier run kept there may be a destination of redirects now.
+	// A destination that an earlier run kept may be a redirect's destination now.
 	for i, r := range slices.Backward(have.Routes) {
 		if r.Kept && !kept[i] {
 			take(Step{Op: DeleteRoute, Route: r})
 		}
 	}
-	// A packet from a client that is reached by the cluster's default route
-	// comes in by another interface than the main table has for its source.
+	// Packets of clients behind the cluster's default route arrive by another
+	// interface than the main table has for their source.
 	if have.Cluster.Strict {
 		take(Step{Op: WriteSysctl, Sysctl: reversePathFilter(want.Interface), Value: "2", OldValue: have.Cluster.Filter, Optional: true})
 	}
 	return steps
 }
 
-// onClusterSide reports whether a route of the main table, other than a default
-// route and one that a router added, leads to all of d by the cluster interface.
+// onClusterSide reports whether a route of the main table leads to all of d by the
+// cluster interface. Default routes and routes added by a router do not count.
 func onClusterSide(d netip.Prefix, have State) bool {
 	return slices.ContainsFunc(have.Routes, func(r Route) bool {
 		return r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !r.Kept &&

@@ -6,7 +6,7 @@ import (
 )
 
 // Up returns the step that sets the egress interface up, if it is down. An
-// address can be asked for then, which comes before it is claimed.
+// interface without an address can already send probes.
 func Up(want Want, have State) []Step {
 	if have.Up {
 		return nil
@@ -17,10 +17,9 @@ func Up(want Want, have State) []Step {
 // HasAddress reports whether the egress interface has the reserved address.
 func (w Want) HasAddress(have State) bool { return slices.Contains(have.Addresses, w.Address) }
 
-// Claim returns the steps that give the egress interface the reserved address
-// and set it up. With the address the kernel adds the route to its subnet, and no
-// other packet goes another way: they may come before the rules, if nothing is
-// redirected yet.
+// Claim returns the steps that add the reserved address and set the egress
+// interface up. The kernel adds only the subnet's route with the address, so these
+// steps may come before the rules if nothing is redirected yet.
 func Claim(want Want, have State) []Step {
 	var steps []Step
 	take := func(s Step) {
@@ -36,7 +35,7 @@ func Claim(want Want, have State) []Step {
 		}
 	}
 	// In a shared subnet the later address is a secondary one, and by default
-	// the kernel deletes those along with the first (ip-sysctl.rst,
+	// the kernel deletes it together with the first one (ip-sysctl.rst,
 	// promote_secondaries).
 	if shared && !have.Promotes {
 		take(Step{Op: WriteSysctl, Sysctl: promoteSecondaries(want.Interface), Value: "1", OldValue: "0", Optional: true})
@@ -47,12 +46,11 @@ func Claim(want Want, have State) []Step {
 	return append(steps, Up(want, have)...)
 }
 
-// Diff returns the steps from have to want, in the order to take them; none
-// where the kernel is as wanted. It is to be called again after they are
-// taken, until it returns none: setting an interface up makes the kernel add
-// routes that may need steps of their own.
+// Diff returns the steps from have to want, in their order; none if there is no
+// drift. Call it again after the steps until it returns none: setting an
+// interface up makes the kernel add routes that may need further steps.
 //
-// No step takes the last default route away before the new one stands.
+// No step deletes the last default route before the new one exists.
 func Diff(want Want, have State) []Step {
 	claim := Claim(want, have)
 	steps := append(diffCluster(want.Cluster, have), claim...)
@@ -60,33 +58,33 @@ func Diff(want Want, have State) []Step {
 		s.Interface, s.Index = want.Interface, have.Index
 		steps = append(steps, s)
 	}
-	stands := make(map[int]Route) // the routes that are wanted ones then, by index
+	placed := make(map[int]Route) // desired routes after the steps, by index
 	for _, r := range want.Routes(have.Index) {
 		step, i := place(r, have.Routes)
 		if step != nil {
 			take(*step)
 		}
-		stands[i] = r
+		placed[i] = r
 	}
-	// Backwards: the inverses then append routes in the order that they had.
+	// Backwards, so that the inverse steps restore the order of the routes.
 	for i, r := range slices.Backward(have.Routes) {
-		if _, wanted := stands[i]; wanted {
+		if _, desired := placed[i]; desired {
 			continue
 		}
-		// Another default route, or one that hides a wanted route behind it.
-		if r.IsDefault() || hides(i, r, stands) {
+		// Another default route, or a route that hides a desired one.
+		if r.IsDefault() || hides(i, r, placed) {
 			take(Step{Op: DeleteRoute, Route: r})
 			continue
 		}
-		// What else leaves by the egress interface has the reserved address
-		// too: the routes of another address's subnet, above all.
+		// Other routes of the egress interface get the reserved address as their
+		// source too, above all those of another address's subnet.
 		if r.Index == have.Index && r.Type == 0 && r.Source != want.Address.Addr() {
-			for _, s := range resource(i, want.Address.Addr(), have.Routes) {
+			for _, s := range setRouteSource(i, want.Address.Addr(), have.Routes) {
 				take(s)
 			}
 		}
 	}
-	// The kernel adds this one with the address; somebody deleted it.
+	// The kernel adds this route with the address; another program deleted it.
 	subnet := Route{
 		Destination: want.Address.Masked(), Index: have.Index, Interface: want.Interface, Source: want.Address.Addr(), Scope: ScopeLink,
 	}
@@ -97,39 +95,39 @@ func Diff(want Want, have State) []Step {
 	return steps
 }
 
-// hides reports whether the route with index i stands in front of a wanted one
-// that the kernel tells apart from it by its place only.
-func hides(i int, r Route, stands map[int]Route) bool {
-	for j, wanted := range stands {
-		if i < j && key(wanted) == key(r) {
+// hides reports whether the route with index i comes before a desired route with
+// the same key.
+func hides(i int, r Route, placed map[int]Route) bool {
+	for j, desired := range placed {
+		if i < j && key(desired) == key(r) {
 			return true
 		}
 	}
 	return false
 }
 
-// resource returns the steps that give the route with index i another source.
-func resource(i int, source netip.Addr, routes []Route) []Step {
+// setRouteSource returns the steps that set the source of the route with index i.
+func setRouteSource(i int, source netip.Addr, routes []Route) []Step {
 	r := routes[i]
 	changed := r
 	changed.Source = source
 	switch step, at := place(changed, routes); {
-	case step == nil: // there is one already
+	case step == nil: // such a route exists
 		return []Step{{Op: DeleteRoute, Route: r}}
 	case at == i:
 		return []Step{*step}
 	}
-	// The kernel would replace another one.
+	// Replacing would affect another route.
 	return []Step{{Op: DeleteRoute, Route: r}, {Op: AppendRoute, Route: changed}}
 }
 
-// place returns the step that makes r one of the routes, nil where it is, and
-// the index of the route that is r afterwards, -1 where it is a new one.
+// place returns the step that adds r to the routes, nil if r is one of them, and
+// the index of r afterwards, -1 for a new route.
 //
 // The kernel replaces the first route with the same destination, TOS and
-// metric, whatever its type and interface, and refuses to where another of them
-// is r already (fib_table_insert in net/ipv4/fib_trie.c).
-func place(r Route, routes []Route) (step *Step, stands int) {
+// metric, whatever its type and interface, and refuses if another one of them
+// equals r (fib_table_insert in net/ipv4/fib_trie.c).
+func place(r Route, routes []Route) (step *Step, placed int) {
 	if i := slices.IndexFunc(routes, r.same); i >= 0 {
 		return nil, i
 	}
@@ -141,8 +139,8 @@ func place(r Route, routes []Route) (step *Step, stands int) {
 	return &Step{Op: ReplaceRoute, Route: r, Old: &old}, i
 }
 
-// A routeKey is what the kernel tells routes of a table apart by when it adds
-// or replaces one.
+// A routeKey is the kernel's key of a route in a table: adding or replacing a
+// route affects the routes with the same key.
 type routeKey struct {
 	destination netip.Prefix
 	tos, metric int
@@ -150,12 +148,13 @@ type routeKey struct {
 
 func key(r Route) routeKey { return routeKey{r.Destination, r.TOS, r.Metric} }
 
-// Forwarding returns the steps that let the kernel forward packets between the
-// two interfaces; none where it does already. The original left it to the node,
-// and did nothing where the node did not.
+// Forwarding returns the steps that enable forwarding between the two interfaces;
+// none if it is enabled. The original left this to the node, and did nothing if
+// the node did not forward.
 //
-// Writing net.ipv4.ip_forward sets the sysctl of every interface, and so does
-// taking it back; an interface that forwarded before is set again after that.
+// Writing net.ipv4.ip_forward sets the sysctl of every interface, also on
+// rollback; the steps of single interfaces come first, so that their rollback
+// comes last.
 func Forwarding(have State) []Step {
 	var steps []Step
 	for _, i := range have.Forwarding {
@@ -169,7 +168,7 @@ func Forwarding(have State) []Step {
 	return steps
 }
 
-// value returns a switch as sysctls have it.
+// value returns the sysctl value of a switch.
 func value(on bool) string {
 	if on {
 		return "1"

@@ -38,7 +38,7 @@ var (
 	subnet     = route("192.168.12.0/24", "", 3, "192.168.12.99", 0)
 )
 
-// done is the state in which nothing is left to do.
+// done is a state without drift.
 func done() State {
 	return State{
 		Index: 3, Up: true, Addresses: []netip.Prefix{want.Address},
@@ -150,8 +150,8 @@ func TestDiff(t *testing.T) {
 	}
 }
 
-// The inverse of an inverse is the step itself, but for a route that is put
-// back behind the others instead of in front of nothing.
+// The inverse of an inverse is the step itself, except for a deleted route: its
+// restore appends it.
 func TestInverse(t *testing.T) {
 	old := cniDefault
 	for _, s := range []Step{

@@ -10,15 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dumpTries is how often a listing is taken before its interruption is an
-// error. Each takes well under a millisecond; only something that changes the
-// same table without pause interrupts so many in a row.
+// dumpTries is the number of tries of a dump before its interruption is an error.
+// A dump takes well under a millisecond; only a program that changes the same
+// table continuously interrupts so many in a row.
 const dumpTries = 20
 
-// dump takes a listing from the kernel. The kernel marks one during which the
-// table changed (NLM_F_DUMP_INTR, netlink(7)), and netlink v1.3.1 returns it
-// with ErrDumpInterrupted, possibly incomplete: it has to be taken again. All
-// listings and look-ups by name go through here.
+// dump calls list, again after an interruption. The kernel flags a dump during
+// which the table changed (NLM_F_DUMP_INTR, netlink(7)), and netlink v1.3.1
+// returns it, possibly incomplete, with ErrDumpInterrupted. All dumps and look-ups
+// by name use this function.
 func dump[T any](list func() (T, error)) (T, error) {
 	for try := 1; ; try++ {
 		found, err := list()
@@ -45,9 +45,9 @@ func (k *Kernel) routesOf(table int) ([]netlink.Route, error) {
 	})
 }
 
-// A Connection is one that the kernel tracks, with the addresses that it had
-// when it came in (From, To) and those of its replies. Ports are zero where its
-// protocol (IANA number) has none.
+// A Connection is an entry of the kernel's connection table, with its original
+// addresses (From, To) and those of its replies. Ports are zero if its protocol
+// (IANA number) has none.
 type Connection struct {
 	Protocol    uint8
 	From        netip.Addr
@@ -56,10 +56,10 @@ type Connection struct {
 	RepliesTo   netip.Addr
 }
 
-// Forget makes the kernel forget the IPv4 connections that stale picks, so that
-// their next packet is the first of a new one, and returns how many they were.
+// Forget deletes the conntrack entries of stale IPv4 connections, so that their
+// next packet starts a new connection, and returns their number.
 func (k *Kernel) Forget(stale func(Connection) bool) (int, error) {
-	// A listing walks the table of all namespaces, which takes 10 ms and more
+	// A dump walks the table of all namespaces, which takes 10 ms and more
 	// (ctnetlink_dump_table in net/netfilter/nf_conntrack_netlink.c).
 	if tracked, err := isOn(conntrackCount); err == nil && !tracked {
 		return 0, nil
@@ -81,10 +81,10 @@ func (k *Kernel) Forget(stale func(Connection) bool) (int, error) {
 	return int(n), nil //nolint:gosec // the kernel holds fewer
 }
 
-// A picker adapts a function to netlink.
+// A picker adapts a function to netlink's filter interface.
 type picker func(Connection) bool
 
-// MatchConntrackFlow reports whether the flow is picked.
+// MatchConntrackFlow reports whether the function selects the flow.
 func (p picker) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 	addr := func(ip net.IP) netip.Addr {
 		a, _ := netip.AddrFromSlice(ip)

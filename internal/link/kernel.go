@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Kernel observes and changes the network namespace that it was opened in.
-// Its sysctls are those of the calling thread's namespace.
+// A Kernel observes and changes the network namespace in which it was opened. Its
+// sysctls are those of the calling thread's namespace.
 type Kernel struct {
 	handle *netlink.Handle
 }
@@ -28,13 +28,13 @@ func Open() (*Kernel, error) {
 	return &Kernel{handle}, nil
 }
 
-// Close gives the socket back.
+// Close closes the socket.
 func (k *Kernel) Close() { k.handle.Close() }
 
-// A MissingError says that an interface is not there.
+// A MissingError reports that an interface does not exist.
 type MissingError struct {
 	Interface string
-	Present   []string // the interfaces that are there, without lo, sorted
+	Present   []string // existing interfaces without lo, sorted
 }
 
 func (e *MissingError) Error() string {
@@ -45,7 +45,7 @@ func (e *MissingError) Error() string {
 	return fmt.Sprintf("interface %q not found; interfaces: %s", e.Interface, present)
 }
 
-// Exists returns nil where the interface is there, else a *MissingError.
+// Exists returns nil if the interface exists, otherwise a *MissingError.
 func (k *Kernel) Exists(name string) error {
 	_, err := k.find(name)
 	return err
@@ -53,8 +53,8 @@ func (k *Kernel) Exists(name string) error {
 
 func (k *Kernel) find(name string) (netlink.Link, error) {
 	l, err := k.linkByName(name)
-	// The kernel finds an interface by its alternative names too (ip-link(8),
-	// altname), which rules and sysctls do not know.
+	// The kernel also finds an interface by its alternative names (ip-link(8),
+	// altname), which rules and sysctls do not accept.
 	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing || err == nil && l.Attrs().Name != name {
 		e := &MissingError{Interface: name}
 		links, err := k.links()
@@ -75,8 +75,8 @@ func (k *Kernel) find(name string) (netlink.Link, error) {
 	return l, nil
 }
 
-// Observe returns the state of what want names. An egress interface that is not
-// there is a *MissingError; a cluster interface that is not there is not.
+// Observe returns the state for want. A missing egress interface is a
+// *MissingError; a missing cluster interface is no error.
 func (k *Kernel) Observe(want Want) (State, error) {
 	l, err := k.find(want.Interface)
 	if err != nil {
@@ -122,8 +122,8 @@ func (k *Kernel) Observe(want Want) (State, error) {
 	return s, nil
 }
 
-// observeCluster returns the state of the cluster side, the zero State where
-// its interface is not there.
+// observeCluster returns the state of the cluster side, the zero State if its
+// interface does not exist.
 func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (ClusterState, error) {
 	l, err := k.find(want.Interface)
 	if _, missing := errors.AsType[*MissingError](err); missing {
@@ -137,7 +137,7 @@ func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (Cluster
 	if err != nil {
 		return ClusterState{}, err
 	}
-	for _, p := range prefixes { // one may stand there with several lengths
+	for _, p := range prefixes { // an address may have several lengths
 		if !slices.Contains(s.Addresses, p.Addr()) {
 			s.Addresses = append(s.Addresses, p.Addr())
 		}
@@ -188,17 +188,16 @@ func (k *Kernel) table(number int, names map[int]string) ([]Route, error) {
 	return found, nil
 }
 
-// protocol marks the routes that a router adds to keep destinations on the
-// cluster side (rtnetlink(7), rtm_protocol): none of the numbers that iproute2
-// lists in rt_protos.
+// protocol marks the routes that keep destinations on the cluster side
+// (rtnetlink(7), rtm_protocol). iproute2's rt_protos does not list its number.
 const protocol netlink.RouteProtocol = 233
 
-// route converts a listed route and keeps the original to put it back whole.
-// names holds the interface names that are known already.
+// route converts a listed route and keeps the original for a complete restore.
+// names caches the names of interfaces.
 func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 	name, known := names[r.LinkIndex]
 	if !known && r.LinkIndex != 0 {
-		// A name for a person: where there is none, the route has none.
+		// The name is only for logs, so an error leaves it empty.
 		if l, err := dump(func() (netlink.Link, error) { return k.handle.LinkByIndex(r.LinkIndex) }); err == nil {
 			name = l.Attrs().Name
 		}
@@ -239,7 +238,7 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 	}
 }
 
-// prefix converts an IPv4 network; nil is every destination.
+// prefix converts an IPv4 network; nil stands for all destinations.
 func prefix(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
@@ -253,8 +252,8 @@ func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// Do takes one step. Taking a step that is taken already is an error, except
-// for setting a link up or down, writing a sysctl and replacing a route.
+// Do takes one step. Repeating a step is an error, except for setting a link up or
+// down, writing a sysctl and replacing a route.
 func (k *Kernel) Do(s Step) error {
 	if err := k.do(s); err != nil {
 		if s.Sysctl == ipForward || strings.HasSuffix(s.Sysctl, "/forwarding") {
@@ -267,7 +266,7 @@ func (k *Kernel) Do(s Step) error {
 
 func (k *Kernel) do(s Step) error {
 	iface := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: s.Index, Name: s.Interface}}
-	// A broadcast address of 0.0.0.0 keeps netlink from making one up: the
+	// A broadcast address of 0.0.0.0 keeps netlink from computing one: the
 	// original set none.
 	address := &netlink.Addr{Broadcast: net.IPv4zero}
 	if s.Address.IsValid() {
@@ -290,8 +289,8 @@ func (k *Kernel) do(s Step) error {
 		route := kernelRoute(s.Route)
 		err := k.handle.RouteDel(route)
 		if errors.Is(err, unix.ESRCH) {
-			// A route by a nexthop object is listed with the object's gateway
-			// and interface, and does not match them.
+			// A route with a nexthop object is listed with the object's gateway and
+			// interface, but does not match them on deletion.
 			err = k.handle.RouteDel(&netlink.Route{
 				Dst: route.Dst, Priority: route.Priority, Tos: route.Tos, Table: route.Table, Type: route.Type, Scope: netlink.SCOPE_NOWHERE,
 			})
@@ -307,9 +306,8 @@ func (k *Kernel) do(s Step) error {
 	return fmt.Errorf("unknown step %d", s.Op)
 }
 
-// kernelRoute returns the form of a route that netlink takes: of one that was
-// listed, all that was listed, with the destination, source, metric and table
-// that r has now.
+// kernelRoute returns netlink's form of a route: the listed form, if any, with the
+// destination, source, metric and table of r.
 func kernelRoute(r Route) *netlink.Route {
 	route, listed := r.kernel.(netlink.Route)
 	if !listed {
@@ -327,7 +325,7 @@ func kernelRoute(r Route) *netlink.Route {
 	if r.Kept {
 		route.Protocol = protocol
 	}
-	// The kernel reports other flags and refuses to be told them
+	// The kernel reports other flags too, but rejects them in requests
 	// (fib_create_info in net/ipv4/fib_semantics.c).
 	const settable = unix.RTNH_F_ONLINK | unix.RTNH_F_PERVASIVE
 	route.Flags &= settable

@@ -1,10 +1,9 @@
 // Package link brings the egress interface into the state that the router
 // needs: address, link state, routes and the sysctls that go with them.
 //
-// It observes the kernel (Kernel.Observe), compares what it finds with what is
-// wanted (Diff, which is pure), and carries out the steps between the two
-// (Kernel.Do). Each Step knows its inverse, so that whoever applies steps can
-// take them back.
+// It observes the kernel (Kernel.Observe), compares the result with the desired
+// state (Diff, which is pure), and takes the steps between the two (Kernel.Do).
+// Each Step has an inverse, for rollback.
 package link
 
 import (
@@ -15,7 +14,7 @@ import (
 	"strings"
 )
 
-// A Want is the state that the router needs.
+// A Want is the desired state of the network.
 type Want struct {
 	Interface string       // of the egress side
 	Address   netip.Prefix // reserved address with its length, IPv4
@@ -23,10 +22,10 @@ type Want struct {
 	Cluster   ClusterSide
 }
 
-// Scope is how far a route's destination is (rtnetlink(7), rtm_scope).
+// Scope is the distance of a route's destination (rtnetlink(7), rtm_scope).
 type Scope uint8
 
-// The scopes that wanted routes have.
+// The scopes of desired routes.
 const (
 	ScopeUniverse Scope = 0   // behind a gateway
 	ScopeLink     Scope = 253 // on the link itself
@@ -36,31 +35,31 @@ const (
 type Route struct {
 	Table       int          // zero: the main table
 	Destination netip.Prefix // 0.0.0.0/0 for a default route
-	Gateway     netip.Addr   // the zero Addr: on the link
+	Gateway     netip.Addr   // the zero Addr: none
 	Index       int          // of the interface; zero: none, or several
-	Interface   string       // its name, for a person
-	Source      netip.Addr   // that local sockets get; the zero Addr: the kernel chooses
-	Metric      int          // lower is preferred
+	Interface   string       // its name, for logs
+	Source      netip.Addr   // source for local sockets; the zero Addr: the kernel chooses
+	Metric      int          // the lowest is preferred
 	Scope       Scope
 	TOS         int
-	Type        int  // of the kernel (rtnetlink(7), rtm_type); zero: unicast
-	Kept        bool // added by a router, to keep a destination on the cluster side
+	Type        int  // rtnetlink(7), rtm_type; zero: unicast
+	Kept        bool // added to keep a destination on the cluster side
 
-	kernel any // the adapter's own form, with all it has to put back
+	kernel any // netlink's form, for a complete restore
 }
 
-// same reports whether both routes do the same. Their protocol (who made them)
-// does not matter.
+// same reports whether both routes have the same effect. Their protocol, which
+// identifies their creator, does not matter.
 func (r Route) same(other Route) bool {
 	r.Interface, other.Interface = "", ""
 	r.kernel, other.kernel = nil, nil
 	return r == other
 }
 
-// IsDefault reports whether the route is for every destination.
+// IsDefault reports whether the route matches every destination.
 func (r Route) IsDefault() bool { return r.Destination.Bits() == 0 }
 
-// String returns the route as ip-route(8) shows it.
+// String returns the route in the notation of ip-route(8).
 func (r Route) String() string {
 	var b strings.Builder
 	if r.Type != 0 {
@@ -95,35 +94,35 @@ func (r Route) String() string {
 	return b.String()
 }
 
-// An InterfaceForwarding tells whether one interface forwards.
+// An InterfaceForwarding is the forwarding sysctl of one interface.
 type InterfaceForwarding struct {
 	Interface string
 	On        bool
 }
 
-// A State is what the kernel holds, as far as a Want concerns it.
+// A State is the kernel's state for a Want.
 type State struct {
 	Index     int // of the egress interface
 	Up        bool
-	Carrier   bool // false where the NIC below has no link
+	Carrier   bool // false: the NIC below has no link
 	NoARP     bool // the interface resolves no addresses (IFF_NOARP)
 	MAC       net.HardwareAddr
 	Addresses []netip.Prefix // IPv4, of the egress interface
 	Routes    []Route        // IPv4, of the main table
-	Promotes  bool           // promote_secondaries holds on the egress interface
+	Promotes  bool           // promote_secondaries of the egress interface
 	Forwards  bool           // net.ipv4.ip_forward
-	// Whether the two interfaces forward what they receive
-	// (net.ipv4.conf.NAME.forwarding): those that are there.
+	// The forwarding sysctls of the two interfaces, as far as they exist
+	// (net.ipv4.conf.NAME.forwarding).
 	Forwarding []InterfaceForwarding
 	Cluster    ClusterState
 }
 
-// ForwardsAny reports whether any packet that comes in could be forwarded.
+// ForwardsAny reports whether the kernel could forward any packet.
 func (s State) ForwardsAny() bool {
 	return s.Forwards || slices.ContainsFunc(s.Forwarding, func(i InterfaceForwarding) bool { return i.On })
 }
 
-// EgressHas reports whether a route to a, by the egress interface, is more
+// EgressHas reports whether the egress interface has a route to a that is more
 // specific than one of the given length.
 func (s State) EgressHas(a netip.Addr, bits int) bool {
 	return slices.ContainsFunc(s.Routes, func(r Route) bool {
@@ -131,21 +130,21 @@ func (s State) EgressHas(a netip.Addr, bits int) bool {
 	})
 }
 
-// Routes returns the routes that w needs, with index as the interface's.
+// Routes returns the desired routes, with index as the interface's.
 //
-// The gateway has a route of its own because it need not be in the address's
-// subnet: with a /32 address nothing else is. Both routes name the reserved
-// address as the source, so that sockets of the pod itself use it whatever
-// other addresses the interface has.
+// The gateway has a route of its own because it may be outside of the address's
+// subnet, as with a /32 address. Both routes name the reserved address as the
+// source, so that the pod's own sockets use it, whatever other addresses the
+// interface has.
 func (w Want) Routes(index int) []Route {
 	gateway := Route{
 		Destination: netip.PrefixFrom(w.Gateway, w.Gateway.BitLen()),
 		Index:       index, Interface: w.Interface, Source: w.Address.Addr(), Scope: ScopeLink,
 	}
-	standard := Route{
+	defaultRoute := Route{
 		Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0),
 		Gateway:     w.Gateway,
 		Index:       index, Interface: w.Interface, Source: w.Address.Addr(), Scope: ScopeUniverse,
 	}
-	return []Route{gateway, standard}
+	return []Route{gateway, defaultRoute}
 }

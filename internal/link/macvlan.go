@@ -11,18 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Macvlan is the egress interface where the router makes it itself, in
-// place of a CNI plugin or a container engine: a macvlan of a NIC that is in
-// the network namespace of the host.
+// A Macvlan describes the egress interface if the router creates it, in place of a
+// CNI plugin or a container engine: a macvlan of a NIC in the host's network
+// namespace.
 type Macvlan struct {
 	Interface string // its name in the pod
-	Parent    string // NIC of the host; empty: that of its IPv4 default route
-	Mode      string // as ip-link(8) has it: private, bridge, vepa or passthru
+	Parent    string // NIC of the host; empty: the NIC of its IPv4 default route
+	Mode      string // notation of ip-link(8): private, bridge, vepa or passthru
 	HostNetns string // file of the host's network namespace
 }
 
-// String returns the making of m as a sentence in the imperative, without a
-// full stop.
+// String returns the creation of m as a sentence in the imperative, without a full
+// stop.
 func (m Macvlan) String() string {
 	nic := "the NIC of the host's IPv4 default route"
 	if m.Parent != "" {
@@ -31,8 +31,8 @@ func (m Macvlan) String() string {
 	return fmt.Sprintf("create %s, a macvlan of %s in mode %s, with its MTU", m.Interface, nic, m.Mode)
 }
 
-// macvlanModes are the modes that a macvlan can have. Source is in none of our
-// variables; it is here to be named.
+// macvlanModes are the modes of a macvlan. Only messages use source: no variable
+// accepts it.
 var macvlanModes = map[string]netlink.MacvlanMode{
 	"private":  netlink.MACVLAN_MODE_PRIVATE,
 	"bridge":   netlink.MACVLAN_MODE_BRIDGE,
@@ -50,7 +50,7 @@ func modeName(mode netlink.MacvlanMode) string {
 	return fmt.Sprintf("number %d", mode)
 }
 
-// A MacvlanError says why the egress interface cannot be made.
+// A MacvlanError reports why the egress interface cannot be created.
 type MacvlanError struct {
 	Err  error
 	hint string
@@ -58,45 +58,44 @@ type MacvlanError struct {
 
 func (e *MacvlanError) Error() string { return e.Err.Error() }
 
-// Unwrap returns what was found.
+// Unwrap returns the underlying error.
 func (e *MacvlanError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns advice for the user.
 func (e *MacvlanError) Hint() string { return e.hint }
 
 func macvlanError(hint, format string, args ...any) *MacvlanError {
 	return &MacvlanError{fmt.Errorf(format, args...), hint}
 }
 
-// A Parent is the NIC that a macvlan is made of.
+// A Parent is the NIC of a macvlan.
 type Parent struct {
 	Name  string
 	Index int // in the host's namespace
 	MTU   int // bytes
-	// Addresses are the NIC's own, IPv4, each as a prefix of one address. A
-	// macvlan cannot reach them: what it sends goes out by the NIC and is not
-	// seen by the host that the NIC belongs to, and the other way round.
+	// Addresses are the NIC's own IPv4 addresses, each as a prefix of full length.
+	// The macvlan and the NIC's host cannot reach each other: the NIC sends the
+	// macvlan's frames to the network without passing them to the host, and vice
+	// versa.
 	Addresses []netip.Prefix
 
-	// below is the NIC that the kernel takes in its place.
+	// below is the NIC that the kernel uses in its place.
 	below lowerLink
-	// master is the interface that takes all of its frames, or empty.
+	// master is the interface that receives all of its frames; empty: none.
 	master string
 }
 
-// A lowerLink is an interface that a macvlan stands on.
+// A lowerLink is the interface below a macvlan.
 type lowerLink struct {
 	index int
-	// namespace is the number of its namespace in the one it is seen from
-	// (RTM_GETNSID); -1: the same one.
+	// namespace is the ID of its namespace (RTM_GETNSID); -1: the same namespace.
 	namespace int
 }
 
 // FindParent finds the parent of m. k is the host's namespace.
 //
-// Of a parent that is a macvlan itself the kernel takes the NIC below for the
-// new one (macvlan_common_newlink in drivers/net/macvlan.c), so the two are
-// siblings.
+// If the parent is itself a macvlan, the kernel uses the NIC below it
+// (macvlan_common_newlink in drivers/net/macvlan.c), so that the two are siblings.
 func (k *Kernel) FindParent(m Macvlan) (Parent, error) {
 	links, err := k.links()
 	if err != nil {
@@ -147,7 +146,7 @@ func (k *Kernel) hostAddresses() (map[int][]netip.Prefix, error) {
 
 const parentHint = "set EGRESS_MACVLAN_PARENT to a NIC of the host, or to true for the NIC of the host's IPv4 default route"
 
-// chooseParent returns the NIC called name, or, if that is empty, the one of
+// chooseParent returns the NIC called name, or, if the name is empty, the NIC of
 // the default route.
 func chooseParent(name string, links []netlink.Link, routes []netlink.Route, addresses map[int][]netip.Prefix) (netlink.Link, error) {
 	others := func() string {
@@ -179,16 +178,16 @@ func chooseParent(name string, links []netlink.Link, routes []netlink.Route, add
 	if at < 0 {
 		return nil, macvlanError(parentHint, "find macvlan parent: the host has no interface %q; %s", name, others())
 	}
-	// macvlan_port_create in drivers/net/macvlan.c.
+	// See macvlan_port_create in drivers/net/macvlan.c.
 	if kind := links[at].Attrs().EncapType; kind != "ether" {
 		return nil, macvlanError(parentHint, "find macvlan parent: the host's %q: expected Ethernet, found type %s; %s", name, kind, others())
 	}
 	return links[at], nil
 }
 
-// defaultNICs returns the interfaces by which the default route with the lowest
-// metric leaves: more than one if it is of several paths (ip-route(8),
-// nexthop). Of equal routes the first one counts, as it does for the kernel.
+// defaultNICs returns the interfaces of the default route with the lowest metric:
+// several if the route has several nexthops (ip-route(8)). The first of equal
+// routes counts, as in the kernel.
 func defaultNICs(routes []netlink.Route) []int {
 	var best *netlink.Route
 	for i, r := range routes {
@@ -215,9 +214,8 @@ func defaultNICs(routes []netlink.Route) []int {
 }
 
 // candidates returns the names of the interfaces that can be a parent, sorted.
-// On a node of a cluster most interfaces are one end of a veth to a pod; one
-// that stands for a NIC, as in a node that is a container, has the address of a
-// network.
+// Most interfaces of a cluster's node are veth ends of pods. A veth that serves as
+// a NIC, as in a node that is a container, has the address of a network.
 func candidates(links []netlink.Link, addresses map[int][]netip.Prefix) []string {
 	var names []string
 	for _, l := range links {
@@ -240,9 +238,9 @@ func linkName(links []netlink.Link, index int) string {
 	return fmt.Sprintf("interface %d", index)
 }
 
-// Suits returns nil where a macvlan of p can do what want says. Connections
-// between a macvlan and the host of its parent do not come about, whatever the
-// mode, and neither an ARP request nor a probe shows why.
+// Suits returns nil if a macvlan of p works for want. A macvlan and its parent's
+// host cannot connect to each other in any mode, and neither an ARP request nor a
+// probe reveals the reason.
 func (p Parent) Suits(want Want) error {
 	for _, a := range p.Addresses {
 		switch a.Addr() {
@@ -257,9 +255,9 @@ func (p Parent) Suits(want Want) error {
 	return nil
 }
 
-// HasMacvlan reports whether the interface is there as m wants it. One that is
-// there and differs is an error. k is the pod's namespace, host the host's, of
-// which hostFd is a descriptor.
+// HasMacvlan reports whether the interface exists as m describes it. An interface
+// that differs is an error. k is the pod's namespace, host the host's, and hostFd
+// its descriptor.
 func (k *Kernel) HasMacvlan(m Macvlan, p Parent, host *Kernel, hostFd int) (bool, error) {
 	l, err := k.linkByName(m.Interface)
 	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
@@ -286,24 +284,24 @@ func (k *Kernel) HasMacvlan(m Macvlan, p Parent, host *Kernel, hostFd int) (bool
 		"create %q: expected a macvlan of the host's %q in mode %s, found %s", m.Interface, p.Name, m.Mode, describe(l, name))
 }
 
-// isMacvlan reports whether a link of the pod is a macvlan of p in the given
-// mode. hostID is the number of the host's namespace in the pod's, -1 where it
-// has none: then nothing in the pod stands on a NIC of the host.
+// isMacvlan reports whether a link of the pod is a macvlan of p in the given mode.
+// hostID is the ID of the host's namespace in the pod's; -1: none, and then no
+// interface of the pod has a NIC of the host below it.
 func isMacvlan(l netlink.Link, mode string, p Parent, hostID int) bool {
 	have, ok := l.(*netlink.Macvlan)
 	if !ok || have.Mode != macvlanModes[mode] || have.ParentIndex != p.below.index {
 		return false
 	}
 	if p.below.namespace >= 0 {
-		// The parent is itself a macvlan of a NIC in a third namespace, whose
-		// number is another one here: that it is not this one has to do.
+		// The parent is itself a macvlan of a NIC in a third namespace, which has
+		// another ID in the pod. Any other namespace than the pod's must suffice.
 		return have.NetNsID >= 0
 	}
 	return hostID >= 0 && have.NetNsID == hostID
 }
 
-// describe says what a link of the pod is; below is the name of the host's NIC
-// that it stands on, or empty.
+// describe describes a link of the pod; below is the name of the host's NIC below
+// it, or empty.
 func describe(l netlink.Link, below string) string {
 	m, ok := l.(*netlink.Macvlan)
 	switch {
@@ -317,10 +315,9 @@ func describe(l netlink.Link, below string) string {
 	return fmt.Sprintf("a macvlan of interface %d of a third network namespace in mode %s", m.ParentIndex, modeName(m.Mode))
 }
 
-// CreateMacvlan makes m from p in the namespace that podFd is a descriptor of.
-// k is the host's. One request does it: the interface is never in the host's
-// namespace, so nothing has to be removed there, and a name that is taken there
-// does not matter.
+// CreateMacvlan creates m from p in the namespace with the descriptor podFd. k is
+// the host's. A single request creates it inside the pod, so the host's namespace
+// never contains it, needs no cleanup, and may have an interface of the same name.
 func (k *Kernel) CreateMacvlan(m Macvlan, p Parent, podFd int) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.ParentIndex, attrs.MTU, attrs.Namespace = m.Interface, p.Index, p.MTU, netlink.NsFd(podFd)
@@ -331,8 +328,8 @@ func (k *Kernel) CreateMacvlan(m Macvlan, p Parent, podFd int) error {
 	return nil
 }
 
-// creationHint says what the kernel's refusal of a macvlan stands for
-// (drivers/net/macvlan.c), as far as it is known.
+// creationHint returns the probable cause of the kernel's refusal of a macvlan
+// (drivers/net/macvlan.c), if known.
 func creationHint(m Macvlan, p Parent, err error) string {
 	switch {
 	case errors.Is(err, unix.EBUSY) && p.master != "":
@@ -353,7 +350,7 @@ func creationHint(m Macvlan, p Parent, err error) string {
 
 const hostPrivilege = "creating a macvlan of a host NIC requires privilege on the host: securityContext.privileged: true, without a user namespace of the pod's own"
 
-// DeleteMacvlan takes CreateMacvlan back. k is the pod's namespace.
+// DeleteMacvlan reverts CreateMacvlan. k is the pod's namespace.
 func (k *Kernel) DeleteMacvlan(m Macvlan) error {
 	l, err := k.linkByName(m.Interface)
 	if err == nil {

@@ -61,7 +61,7 @@ func attrs(index int, name string) netlink.LinkAttrs {
 	return netlink.LinkAttrs{Index: index, Name: name, EncapType: "ether", NetNsID: -1}
 }
 
-// hostLinks are what a node can have.
+// hostLinks are possible links of a node.
 func hostLinks() []netlink.Link {
 	lo := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: 1, Name: "lo", EncapType: "loopback"}}
 	port := &netlink.Device{LinkAttrs: attrs(4, "ens4")}
@@ -118,7 +118,7 @@ func TestChooseParent(t *testing.T) {
 }
 
 func TestIsMacvlan(t *testing.T) {
-	const host = 3 // number of the host's namespace in the pod's
+	const host = 3 // ID of the host's namespace in the pod's
 	macvlan := func(index, namespace int, mode netlink.MacvlanMode) netlink.Link {
 		a := attrs(4, "macvlan0")
 		a.ParentIndex, a.NetNsID = index, namespace
@@ -167,7 +167,7 @@ func TestParentSuits(t *testing.T) {
 	}
 }
 
-// What the kernel refuses is said with what can be done about it.
+// Every refusal of the kernel has a hint.
 func TestCreationHint(t *testing.T) {
 	for _, test := range []struct {
 		mode   string
@@ -190,7 +190,7 @@ func TestCreationHint(t *testing.T) {
 	}
 }
 
-// Every mode has a name, and is named by it.
+// Every mode has a name that maps back to it.
 func TestModeNames(t *testing.T) {
 	for name, mode := range macvlanModes {
 		if got := modeName(mode); got != name {

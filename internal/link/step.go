@@ -14,30 +14,30 @@ const (
 	RemoveAddress
 	SetUp
 	SetDown
-	ReplaceRoute // Route takes the place of Old; of nothing where there is none
-	AppendRoute  // Route is added behind routes with the same destination and metric
+	ReplaceRoute // Route replaces Old; without Old it is added
+	AppendRoute  // Route is added after routes with the same destination and metric
 	DeleteRoute
 	WriteSysctl
 	AddRule
 	DeleteRule
 )
 
-// A Step is one change of the kernel's state, as a value.
+// A Step is one change of the kernel's state.
 type Step struct {
 	Op        Op
 	Interface string
 	Index     int // of Interface
 	Address   netip.Prefix
 	Route     Route
-	Old       *Route // that ReplaceRoute takes the place of
+	Old       *Route // route that ReplaceRoute replaces
 	Rule      Rule
 	Sysctl    string // in dotted form
 	Value     string
 	OldValue  string
-	Optional  bool // the router works without it, if less robustly
+	Optional  bool // the router works without it, less robustly
 }
 
-// Inverse returns the step that takes s back.
+// Inverse returns the step that reverts s.
 func (s Step) Inverse() Step {
 	switch s.Op {
 	case AddAddress:
@@ -69,7 +69,7 @@ func (s Step) Inverse() Step {
 	return s
 }
 
-// Found says what was found, for which the step is taken.
+// Found returns the state that made the step necessary.
 func (s Step) Found() string {
 	switch s.Op {
 	case AddAddress:
@@ -91,7 +91,7 @@ func (s Step) Found() string {
 		return fmt.Sprintf("routing rule %s", s.Rule)
 	case WriteSysctl:
 		return fmt.Sprintf("%s = %s", s.Sysctl, s.OldValue)
-	case RemoveAddress, SetDown: // taken on the way back only
+	case RemoveAddress, SetDown: // only for rollback
 	}
 	return s.String()
 }

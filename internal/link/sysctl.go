@@ -7,11 +7,11 @@ import (
 	"strings"
 )
 
-// ipForward is the sysctl that lets the kernel forward IPv4 packets between
+// ipForward is the sysctl that enables forwarding of IPv4 packets between
 // interfaces (ip-sysctl.rst). It belongs to the network namespace.
 const ipForward = "net.ipv4.ip_forward"
 
-// forwarding is the same for what one interface receives.
+// forwarding is the same for the input of one interface.
 func forwarding(name string) string { return "net/ipv4/conf/" + name + "/forwarding" }
 
 // conntrackCount is the number of connections that the kernel tracks in the
@@ -24,25 +24,25 @@ func promoteSecondaries(name string) string {
 	return "net/ipv4/conf/" + name + "/promote_secondaries"
 }
 
-// reversePathFilter is the sysctl by which the kernel drops packets that come in
-// by another interface than their source is reached by. The value for all
-// interfaces or that for the one, whichever is higher, holds (ip-sysctl.rst,
-// rp_filter: 0 off, 1 strict, 2 loose).
+// reversePathFilter is the sysctl by which the kernel drops packets that arrive by
+// another interface than the route to their source. The higher one of the values
+// for all interfaces and for this one counts (ip-sysctl.rst, rp_filter: 0 off,
+// 1 strict, 2 loose).
 func reversePathFilter(name string) string { return "net/ipv4/conf/" + name + "/rp_filter" }
 
 // addressesIPv6 lists the IPv6 addresses of the network namespace of the thread
-// that opens it (proc_pid_net(5)). A kernel without IPv6, or with it switched off
-// by ipv6.disable=1, does not have it.
+// that opens it (proc_pid_net(5)). It does not exist without IPv6 in the kernel,
+// or with ipv6.disable=1.
 const addressesIPv6 = "/proc/thread-self/net/if_inet6"
 
-// HasIPv6 reports whether the kernel does IPv6.
+// HasIPv6 reports whether the kernel has IPv6.
 func HasIPv6() bool {
 	_, err := os.Stat(addressesIPv6)
 	return !errors.Is(err, os.ErrNotExist)
 }
 
-// sysctlPath returns the file of a sysctl. As with sysctl(8), a name that is
-// written with slashes may have dots in its parts (interface names have).
+// sysctlPath returns the file of a sysctl. As with sysctl(8), a name with slashes
+// may have dots in its parts, as interface names have.
 func sysctlPath(name string) string {
 	if !strings.Contains(name, "/") {
 		name = strings.ReplaceAll(name, ".", "/")
@@ -65,20 +65,19 @@ func isOn(name string) (bool, error) {
 }
 
 func writeSysctl(name, value string) error {
-	// Without O_CREATE and O_TRUNC: the file is there or the kernel lacks it.
+	// Without O_CREATE and O_TRUNC, since a missing file is a missing sysctl.
 	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
 	if _, err := f.WriteString(value); err != nil {
-		_ = f.Close() // the first error is the telling one
+		_ = f.Close() // the first error is the cause
 		return err
 	}
 	return f.Close()
 }
 
-// A ForwardingError says that packets are not forwarded and that this cannot be
-// changed from here.
+// A ForwardingError reports that forwarding is off and cannot be enabled.
 type ForwardingError struct {
 	Sysctl string
 	Err    error
@@ -88,16 +87,16 @@ func (e *ForwardingError) Error() string {
 	return fmt.Sprintf("set sysctl %s = 1: found 0, %v", e.Sysctl, e.Err)
 }
 
-// Unwrap returns what the kernel said.
+// Unwrap returns the kernel's error.
 func (e *ForwardingError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns advice for the user.
 func (e *ForwardingError) Hint() string {
 	return "run the container privileged, or set the sysctl: " + ipForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + ipForward + "=1 with docker and podman"
 }
 
-// CanForward returns nil where packets are forwarded already or forwarding can
-// be turned on, else a *ForwardingError. It changes nothing.
+// CanForward returns nil if forwarding is enabled or can be enabled, otherwise a
+// *ForwardingError. It changes nothing.
 func CanForward(have State) error {
 	for _, s := range Forwarding(have) {
 		f, err := os.OpenFile(sysctlPath(s.Sysctl), os.O_WRONLY, 0)
