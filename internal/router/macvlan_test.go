@@ -16,13 +16,13 @@ import (
 	"github.com/egress-router/egress-router/internal/router"
 )
 
-// wanted is a macvlan of the lab's node.
-func wanted(l *lab.Lab) *link.Macvlan {
+// macvlanOf returns a macvlan of the lab's node.
+func macvlanOf(l *lab.Lab) *link.Macvlan {
 	return &link.Macvlan{Interface: "macvlan0", Mode: "private", HostNetns: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), l.Node.Fd())}
 }
 
-// links describes the links of a namespace; their numbers tell one that was
-// deleted and made again.
+// links describes the links of a namespace; their indexes distinguish a link from
+// one deleted and created again.
 func links(t *testing.T, l *lab.Lab, ns *netns.Namespace) string {
 	t.Helper()
 	h, err := l.Netlink(ns)
@@ -42,9 +42,9 @@ func links(t *testing.T, l *lab.Lab, ns *netns.Namespace) string {
 	return b.String()
 }
 
-// Each change after the making of the interface fails once. One that this run
-// made is gone each time, and the host is as it was; one that was there is the
-// same as before.
+// Each change after the creation of the interface fails once. An interface that the
+// run created is then deleted, and the host is as before; an existing one is
+// unchanged.
 func TestApplyDeletesItsMacvlan(t *testing.T) {
 	for _, there := range []bool{false, true} {
 		t.Run(fmt.Sprintf("there before: %v", there), func(t *testing.T) {
@@ -58,7 +58,7 @@ func TestApplyDeletesItsMacvlan(t *testing.T) {
 			for n := 1; ; n++ {
 				left, steps := n, []string(nil)
 				r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
-				r.Macvlan = wanted(l)
+				r.Macvlan = macvlanOf(l)
 				err := inRouter(t, l, func() error { return r.Apply(t.Context()) })
 				if err == nil {
 					break
@@ -80,7 +80,7 @@ func TestApplyDeletesItsMacvlan(t *testing.T) {
 			after := links(t, l, l.Router)
 			left, steps := 0, []string(nil)
 			r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
-			r.Macvlan = wanted(l)
+			r.Macvlan = macvlanOf(l)
 			if err := inRouter(t, l, func() error { return r.Apply(t.Context()) }); err != nil || len(steps) > 0 {
 				t.Errorf("again: error %v, changes %v; want none", err, steps)
 			}
@@ -91,8 +91,8 @@ func TestApplyDeletesItsMacvlan(t *testing.T) {
 	}
 }
 
-// Whoever stops the program finds no interface of its making: before it is
-// made, and in the middle of what comes after.
+// An interrupted run leaves no interface that it created: before the creation, and
+// in the middle of later changes.
 func TestApplyInterruptedWithMacvlan(t *testing.T) {
 	l, err := lab.New(lab.Options{NoMacvlan: true})
 	if err != nil {
@@ -103,7 +103,7 @@ func TestApplyInterruptedWithMacvlan(t *testing.T) {
 	for _, before := range []bool{true, false} {
 		left, steps := 0, []string(nil)
 		r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
-		r.Macvlan = wanted(l)
+		r.Macvlan = macvlanOf(l)
 		ctx, cancel := context.WithCancel(t.Context())
 		if before {
 			cancel()
@@ -131,8 +131,8 @@ func TestApplyInterruptedWithMacvlan(t *testing.T) {
 	}
 }
 
-// The interface is never in the host's namespace, not even for a moment: no
-// link appears there, and none goes.
+// The interface never appears in the host's namespace: its kernel notifies of no
+// new and no deleted link.
 func TestMacvlanIsNeverOnHost(t *testing.T) {
 	l, err := lab.New(lab.Options{NoMacvlan: true})
 	if err != nil {
@@ -146,11 +146,11 @@ func TestMacvlanIsNeverOnHost(t *testing.T) {
 	}
 	left, steps := 0, []string(nil)
 	r := newRouter(t, "203.0.113.27", &left, &steps)
-	r.Macvlan = wanted(l)
+	r.Macvlan = macvlanOf(l)
 	if err := inRouter(t, l, func() error { return r.Apply(t.Context()) }); err != nil {
 		t.Fatal(err)
 	}
-	// What is done next in the host is reported after what the router did.
+	// The host's next event comes after the router's.
 	h, err := l.Netlink(l.Node)
 	if err != nil {
 		t.Fatal(err)

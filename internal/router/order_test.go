@@ -18,8 +18,8 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A script records what a router does, in its order. It is the network and the
-// rules of a namespace in which every step takes effect.
+// A script records the actions of a router, in their order. It is the network and
+// the rules of a namespace in which every step takes effect.
 type script struct {
 	state     link.State
 	redirects bool
@@ -89,7 +89,7 @@ func (s *script) Apply(ctx context.Context, want rules.Plan) (func() error, erro
 
 func (s *script) next(context.Context, router.Rules, error) (router.Rules, error) { return nil, nil }
 
-// strays returns what another backend holds, once.
+// strays returns the rules of another backend, once.
 func (s *script) strays(context.Context, router.Rules) ([]router.Stray, error) {
 	if !s.stray {
 		return nil, nil
@@ -102,7 +102,7 @@ func (s *script) Remove(context.Context) (func() error, error) {
 	return nil, nil
 }
 
-// The order in which nothing can leave the wrong way, in each kind of pod.
+// At no step can a packet leave the wrong way, in any kind of pod.
 func TestOrder(t *testing.T) {
 	const (
 		guard    = "load rules without redirects"
@@ -173,7 +173,7 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// What can be refused before anything changes is.
+// A run that cannot succeed is refused before any change, as far as possible.
 func TestRefusesBeforehand(t *testing.T) {
 	for name, test := range map[string]struct {
 		state link.State

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// Each pause is twice as long as that before, up to the longest, and by chance up
-// to a quarter shorter, never longer.
+// Each pause is twice the one before, up to the longest, and shortened at random by
+// up to a quarter.
 func TestPause(t *testing.T) {
 	for n := range 40 {
 		want := longestPause
@@ -28,8 +28,7 @@ func TestPause(t *testing.T) {
 	}
 }
 
-// Failures are forgotten with the first comparison that finds all right, or
-// makes it so.
+// A comparison without failure resets the failures.
 func TestPaceFailed(t *testing.T) {
 	var p pace
 	now := time.Now()
@@ -46,8 +45,8 @@ func TestPaceFailed(t *testing.T) {
 	}
 }
 
-// The same repair, soon after the last, again and again, is undone by something
-// that means to. Another repair, or the same one later, is not.
+// The same repair, repeatedly and soon after the last one, is contested. Another
+// repair, or the same one later, is not.
 func TestPaceRepaired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		contest := func(p *pace, times int) (wait time.Duration, contested bool) {
@@ -75,7 +74,7 @@ func TestPaceRepaired(t *testing.T) {
 		if last < longestPause*3/4 {
 			t.Errorf("the wait does not get longer than %s", last)
 		}
-		// It has to hold for as long as the last wait may have put off the next one.
+		// It must last longer than the longest delay of the next repair.
 		time.Sleep(contestWithin + longestPause - 1)
 		if held(p.lastAt, time.Now()) {
 			t.Error("it holds already")
@@ -95,7 +94,7 @@ func TestPaceRepaired(t *testing.T) {
 	})
 }
 
-// What falls on one time is done at once, and what was missed is not made up for.
+// Intervals that end together fire once, and missed ones are skipped.
 func TestClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newClock(10*time.Second, 30*time.Second)
@@ -133,8 +132,8 @@ func TestClock(t *testing.T) {
 	})
 }
 
-// The first comparisons that find everything right follow each other at once, as
-// those after a repair do; without pause there is a rest between them.
+// The first comparisons without drift follow each other at once; then there is a
+// rest between them.
 func TestPaceRight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var p pace

@@ -23,18 +23,17 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// clusterSide is eth0's, with a destination that would not be reached by it.
+// clusterSide is the cluster side of eth0, with a destination outside of its routes.
 var clusterSide = link.ClusterSide{
 	Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")},
 }
 
 var errInjected = errors.New("injected failure")
 
-// A failingNetwork is the kernel's, of which one change fails, not counting
-// those that the router can do without.
+// A failingNetwork is the kernel's network in which one required change fails.
 type failingNetwork struct {
 	router.Network
-	left  *int // changes until the one that fails
+	left  *int // changes before the failing one
 	steps *[]string
 }
 
@@ -84,7 +83,7 @@ func inRouter(t *testing.T, l *lab.Lab, fn func() error) error {
 	return l.Router.Do(fn)
 }
 
-// state describes what the router changes.
+// state describes the state that the router changes.
 func state(t *testing.T, l *lab.Lab) string {
 	t.Helper()
 	var b strings.Builder
@@ -120,8 +119,8 @@ func state(t *testing.T, l *lab.Lab) string {
 	return b.String()
 }
 
-// Each change of the network fails once, in pods of several kinds; each time
-// everything is put back in its order, and the run after it succeeds.
+// Each change of the network fails once, in several kinds of pods; each time
+// everything is rolled back in its order, and the next run succeeds.
 func TestApplyPutsBack(t *testing.T) {
 	for name, prepare := range map[string]func(h *netlink.Handle, macvlan, eth netlink.Link) error{
 		"fresh": func(*netlink.Handle, netlink.Link, netlink.Link) error { return nil },
@@ -217,7 +216,7 @@ func parseAddr(s string) *netlink.Addr {
 	return a
 }
 
-// Whoever stops the program in the middle finds everything as it was.
+// An interrupted run restores the state before it.
 func TestApplyInterrupted(t *testing.T) {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
@@ -242,8 +241,8 @@ func TestApplyInterrupted(t *testing.T) {
 	}
 }
 
-// cancelAfter is the network of somebody who stops the program at the first
-// route that changes.
+// cancelAfter is a network whose run is interrupted at the first change of a
+// route.
 type cancelAfter struct {
 	router.Network
 	cancel func()

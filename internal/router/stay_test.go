@@ -26,30 +26,30 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A kept is a script that a keeper watches over, with its events. What is in it
-// belongs to the keeper while it runs and to the test while the keeper waits
+// A kept is a script with a keeper that watches it, and its events. Its state
+// belongs to the keeper while it runs, and to the test while the keeper waits
 // (synctest.Wait).
 type kept struct {
 	*testing.T
 	*script
 	keeper *router.Keeper
 	logged bytes.Buffer
-	turn   atomic.Int32 // orders test and keeper, which time that passes does not
+	turn   atomic.Int32 // orders test and keeper, which passing time does not
 
-	attempts []time.Time           // to compare
-	cost     time.Duration         // of each
-	refuse   func(link.Step) error // nil: nothing
+	attempts []time.Time           // starts of comparisons
+	cost     time.Duration         // duration of each
+	refuse   func(link.Step) error // nil: no step fails
 	around   neighbours
-	watches  int // of them
+	watches  int // number of watches
 
 	kind atomic.Uint32
 	wake chan struct{}
 }
 
-// Neighbours that say what they are told to.
+// Neighbours with a state that the test sets.
 type neighbours struct {
 	state arp.State
-	asked int // for the gateway
+	asked int // gateway probes
 }
 
 func (n *neighbours) Run(ctx context.Context) error { <-ctx.Done(); return nil }
@@ -63,7 +63,7 @@ type keptEvents struct{ *kept }
 func (e keptEvents) Changed() <-chan struct{} { return e.wake }
 func (e keptEvents) Take() events.Kind        { return events.Kind(e.kind.Swap(0)) }
 
-// tell tells the keeper that something has changed.
+// tell notifies the keeper of a change.
 func (k *kept) tell(kind events.Kind) {
 	k.kind.Or(uint32(kind))
 	select {
@@ -92,8 +92,8 @@ func planFor(t *testing.T, destinations string) rules.Plan {
 
 var wantedLink = link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}
 
-// keep runs a test, in a time of its own, with a keeper of a namespace that is as
-// wanted. It is started by start.
+// keep runs a test, with fake time and a keeper of a namespace without drift. Call
+// start to start the keeper.
 func keep(t *testing.T, test func(*kept)) {
 	synctest.Test(t, func(t *testing.T) {
 		k := &kept{T: t, wake: make(chan struct{}, 1), script: &script{state: link.State{
@@ -125,8 +125,8 @@ func keep(t *testing.T, test func(*kept)) {
 	})
 }
 
-// start starts the keeper, and waits until it waits. It is told to stop when the
-// test ends.
+// start starts the keeper, and waits until it is idle. The keeper is stopped when
+// the test ends.
 func (k *kept) start() {
 	k.Helper()
 	ctx, cancel := context.WithCancel(k.Context())
@@ -141,24 +141,24 @@ func (k *kept) start() {
 	synctest.Wait()
 }
 
-// pass lets time pass, and what is done in it.
+// pass lets time pass, and waits for its consequences.
 func (k *kept) pass(d time.Duration) {
 	k.turn.Add(1)
 	time.Sleep(d)
 	synctest.Wait()
 }
 
-// since returns the attempts since the last call.
+// since returns the comparisons since the last call.
 func (k *kept) since() []time.Time {
 	attempts := k.attempts
 	k.attempts = nil
 	return attempts
 }
 
-// said returns how often the log has a text.
+// said returns the number of occurrences of a text in the log.
 func (k *kept) said(text string) int { return strings.Count(k.logged.String(), text) }
 
-// withARP gives the namespace an interface that is announced on.
+// withARP adds an interface on which the router announces.
 func (k *kept) withARP() {
 	k.Helper()
 	lo, err := netlink.LinkByIndex(1)
@@ -171,8 +171,8 @@ func (k *kept) withARP() {
 	k.state.NoARP = false
 }
 
-// Where nothing is wrong, everything is compared once in each interval, and the
-// announcements need no comparisons of their own.
+// Without drift, there is one full comparison in each interval, and announcements
+// need no comparisons of their own.
 func TestKeeperIdle(t *testing.T) {
 	for _, test := range []struct {
 		interval, announce         time.Duration
@@ -181,7 +181,7 @@ func TestKeeperIdle(t *testing.T) {
 	}{
 		{10 * time.Second, time.Minute, 61, 10, 61},
 		{10 * time.Second, 0, 61, 0, 61},
-		{0, time.Minute, 11, 10, 11}, // asked when it is announced
+		{0, time.Minute, 11, 10, 11}, // probed with the announcement
 		{0, 0, 1, 0, 1},
 		{time.Minute, 10 * time.Second, 61, 60, 11},
 	} {
@@ -209,7 +209,7 @@ func TestKeeperIdle(t *testing.T) {
 	}
 }
 
-// However many events there are, most of the time is left to others.
+// Comparisons take a limited share of the time, however many events there are.
 func TestKeeperBurst(t *testing.T) {
 	for _, kind := range []events.Kind{events.Network, events.Rules} {
 		keep(t, func(k *kept) {
@@ -224,7 +224,7 @@ func TestKeeperBurst(t *testing.T) {
 			}
 			took := time.Since(begin)
 			k.pass(time.Second)
-			most := int(took/(5*k.cost)) + 10 // the first follow each other at once
+			most := int(took/(5*k.cost)) + 10 // the first ones follow each other at once
 			if n := len(k.since()); n > most || n < most/2 {
 				k.Errorf("%d comparisons in %s of events, want %d at most, and half of that", n, took, most)
 			}
@@ -232,7 +232,7 @@ func TestKeeperBurst(t *testing.T) {
 	}
 }
 
-// What is damaged is repaired as soon as an event tells of it, and told once.
+// A damage is repaired at once after its event, and logged once.
 func TestKeeperRepairs(t *testing.T) {
 	keep(t, func(k *kept) {
 		k.start()
@@ -249,7 +249,7 @@ func TestKeeperRepairs(t *testing.T) {
 		if s.Repairs[router.RepairLink] != 1 || s.RepairFailures != 0 || k.said("msg=repaired kind=link") != 1 {
 			k.Errorf("repairs %v, failures %d, log:\n%s", s.Repairs, s.RepairFailures, &k.logged)
 		}
-		// What no event tells of is found within the interval.
+		// A damage without an event is repaired within the interval.
 		k.state.Up = false
 		k.pass(k.keeper.Interval)
 		if s := k.keeper.Status(); !k.state.Up || s.Repairs[router.RepairLink] != 2 {
@@ -258,13 +258,13 @@ func TestKeeperRepairs(t *testing.T) {
 	})
 }
 
-// firstPause and longestPause are those of the keeper's pace.
+// firstPause and longestPause are the keeper's.
 const (
 	firstPause   = router.FirstPause
 	longestPause = router.LongestPause
 )
 
-// A repair that fails is tried again less and less often, is said once, and keeps
+// A repair that fails is repeated at growing intervals, is logged once, and keeps
 // the router from being ready until it succeeds.
 func TestKeeperBacksOff(t *testing.T) {
 	keep(t, func(k *kept) {
@@ -300,7 +300,7 @@ func TestKeeperBacksOff(t *testing.T) {
 		if s := k.keeper.Status(); !s.Right || s.Wrong != "" || len(s.NotReady) > 0 || !k.state.Up {
 			k.Errorf("right %v, wrong %q, not ready %q; want it repaired", s.Right, s.Wrong, s.NotReady)
 		}
-		// The next failure begins anew.
+		// The next failure starts with the first pause.
 		k.refuse = func(link.Step) error { return errInjected }
 		k.state.Up = false
 		k.since()
@@ -312,8 +312,8 @@ func TestKeeperBacksOff(t *testing.T) {
 	})
 }
 
-// An event brings the next try forward where the last one changed nothing, since
-// then the event is not of the keeper's own doing.
+// An event triggers the next try if the last one changed nothing, since the event
+// then has another cause.
 func TestKeeperEager(t *testing.T) {
 	forwarding := func(s link.Step) error {
 		if s.Op == link.WriteSysctl {
@@ -336,14 +336,14 @@ func TestKeeperEager(t *testing.T) {
 				k.keeper.Interval = 0
 				k.start()
 				k.refuse = test.refuse
-				for k.keeper.Status().RepairFailures < 12 { // slow by now
+				for k.keeper.Status().RepairFailures < 12 { // with long pauses by then
 					test.damage(k)
 					k.tell(events.Network | events.Rules)
 					k.pass(longestPause)
 				}
 				k.pass(longestPause)
 				test.damage(k)
-				for n := len(k.attempts); len(k.attempts) == n; { // just after one that failed
+				for n := len(k.attempts); len(k.attempts) == n; { // just after a failed try
 					k.pass(time.Millisecond)
 				}
 				k.since()
@@ -357,8 +357,8 @@ func TestKeeperEager(t *testing.T) {
 	}
 }
 
-// Something else that undoes each repair at once is reported, and not fought at
-// full speed. When it ends, so does that.
+// A program that reverts each repair at once is reported, and the repairs slow down
+// until it stops.
 func TestKeeperContested(t *testing.T) {
 	keep(t, func(k *kept) {
 		k.start()
@@ -376,8 +376,8 @@ func TestKeeperContested(t *testing.T) {
 			}
 			k.pass(10 * time.Millisecond)
 		}
-		// Five at full speed, some ten until the pause is the longest, and then
-		// one in each, which may be a quarter shorter.
+		// Five at full speed, some ten until the longest pause, and then one in
+		// each pause, which may be a quarter shorter.
 		if most := 5 + 12 + int(10*time.Minute/(longestPause*3/4)); undone > most || undone < 20 {
 			k.Errorf("repaired %d times in ten minutes, want %d at most", undone, most)
 		}
@@ -385,7 +385,7 @@ func TestKeeperContested(t *testing.T) {
 			k.Errorf("contested: %q", s.Contested)
 		}
 
-		k.pass(longestPause + 50*time.Second) // it holds
+		k.pass(longestPause + 50*time.Second) // the repair lasts
 		if s := k.keeper.Status(); s.Contested != "" || !s.Right {
 			k.Errorf("contested: %q, though nothing undoes it", s.Contested)
 		}
@@ -398,7 +398,7 @@ func TestKeeperContested(t *testing.T) {
 	})
 }
 
-// Other destinations hold at once, also where a repair that failed is waited for;
+// New destinations are loaded at once, even during the pause after a failed repair;
 // the same ones change nothing.
 func TestKeeperReplace(t *testing.T) {
 	keep(t, func(k *kept) {
@@ -426,7 +426,7 @@ func TestKeeperReplace(t *testing.T) {
 		k.refuse = func(link.Step) error { return errInjected }
 		k.state.Up = false
 		k.tell(events.Network)
-		k.pass(10 * time.Minute) // it tries slowly
+		k.pass(10 * time.Minute) // it retries slowly
 		k.refuse = nil
 		now = time.Now()
 		k.keeper.Replace(wantedLink, same)
@@ -437,7 +437,7 @@ func TestKeeperReplace(t *testing.T) {
 	})
 }
 
-// Destinations that are not right are shown, and keep nobody from being ready.
+// Invalid destinations are reported, and do not affect readiness.
 func TestKeeperRejected(t *testing.T) {
 	keep(t, func(k *kept) {
 		k.start()
@@ -455,8 +455,7 @@ func TestKeeperRejected(t *testing.T) {
 	})
 }
 
-// A failure that was logged before the keeper runs is not logged again; another
-// is.
+// A failure logged before Run is not logged again; another failure is.
 func TestKeeperFailed(t *testing.T) {
 	keep(t, func(k *kept) {
 		k.keeper.Interval = time.Second
@@ -480,7 +479,7 @@ func TestKeeperFailed(t *testing.T) {
 	})
 }
 
-// The reasons for which a router is not ready.
+// The reasons that keep a router from being ready.
 func TestKeeperNotReady(t *testing.T) {
 	const (
 		gateway     = "gateway 192.168.12.1 does not answer ARP"
