@@ -62,8 +62,8 @@ func beginTx(t *testing.T) *Tx {
 	return tx
 }
 
-// What the kernel lists is what was loaded, for every plan, from every plan; and
-// the way back leads to what was there.
+// The kernel lists what was loaded, for every plan and from every plan, and undo
+// restores the state before.
 func TestApply(t *testing.T) {
 	open := sides
 	open.Crossing = rules.CrossAll
@@ -172,14 +172,14 @@ func TestFormerGuardTableIsReplaced(t *testing.T) {
 	})
 }
 
-// A transaction that the kernel refuses changes nothing.
+// A refused transaction changes nothing.
 func TestRefused(t *testing.T) {
 	inNamespace(t, func() {
 		before, bad := parse(t, "80 tcp 203.0.113.25\n"), parse(t, lines(1500))
 		if _, err := beginTx(t).Apply(t.Context(), before); err != nil {
 			t.Fatal(err)
 		}
-		// A source translation where none can be, in the last chain.
+		// An SNAT rule in a chain that cannot have one, the last one.
 		last := &bad.Chains[len(bad.Chains)-1]
 		last.Rules = append(last.Rules, rules.Rule{Target: rules.SNAT, To: sides.Source})
 		_, err := beginTx(t).Apply(t.Context(), bad)
@@ -192,8 +192,8 @@ func TestRefused(t *testing.T) {
 	})
 }
 
-// Rules that somebody changes after they were read are read once more: neither
-// are those lost that a change leaves as they were, nor are any there twice.
+// After a concurrent change the tables are read again: no part of the plan is
+// missing or doubled.
 func TestChangedMeanwhile(t *testing.T) {
 	example := parse(t, "80 tcp 203.0.113.25\n203.0.113.27\n")
 	inNamespace(t, func() {
@@ -224,8 +224,8 @@ func TestChangedMeanwhile(t *testing.T) {
 	})
 }
 
-// Elements that stay are not touched: what the kernel counts in them, for whoever
-// asks it to, goes on.
+// Unchanged elements are not touched, so that the kernel's counters in them
+// continue.
 func TestOnlyWhatDiffersChanges(t *testing.T) {
 	have := render(parse(t, lines(3000)), tableName)[tableKey{tableName, rules.IPv4}]
 	want := render(parse(t, lines(2999)+"9 udp 203.0.113.25\n"), tableName)[tableKey{tableName, rules.IPv4}]
@@ -273,7 +273,7 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-// An answer of the kernel that is cut short is an error, and no panic.
+// A truncated answer of the kernel is an error, not a panic.
 func FuzzAttributes(f *testing.F) {
 	var b batch
 	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableKey{tableName, rules.IPv4}), newDestinations([]rules.Redirect{
@@ -291,7 +291,7 @@ func FuzzAttributes(f *testing.F) {
 	})
 }
 
-// An element is read as it was written.
+// An element is decoded as it was encoded.
 func TestElementRoundTrip(t *testing.T) {
 	want := newDestinations([]rules.Redirect{
 		{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("192.0.2.1")},
@@ -315,8 +315,8 @@ func TestElementRoundTrip(t *testing.T) {
 	}
 }
 
-// Our own tables and nothing else are removed, of nftables; of iptables, our
-// chains and what leads to them.
+// Only our own tables are removed from nftables, and only our chains and the jumps
+// to them from iptables' tables.
 func TestStrays(t *testing.T) {
 	both := []rules.Family{rules.IPv4, rules.IPv6}
 	inNamespace(t, func() {
@@ -330,7 +330,7 @@ func TestStrays(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// As iptables would have them; a rule of somebody else leads to one too.
+		// As iptables creates them; another program's rule leads to one too.
 		nat := conn.AddTable(&nftables.Table{Name: "nat", Family: nftables.TableFamilyIPv4})
 		base := conn.AddChain(&nftables.Chain{
 			Name: "PREROUTING", Table: nat, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest,
