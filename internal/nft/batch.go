@@ -11,26 +11,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A batch is a transaction: changes that the kernel takes as a whole or not at
-// all (linux/netfilter/nfnetlink.h, NFNL_MSG_BATCH_BEGIN).
+// A batch is a transaction, which the kernel accepts or refuses as a whole
+// (linux/netfilter/nfnetlink.h, NFNL_MSG_BATCH_BEGIN).
 //
-// The library has batches too. For thousands of elements they take about as
-// long as the kernel does with them, and a tenth of a megabyte for every
-// hundred; of the library's this uses the expressions.
+// The library's own batches take about as long as the kernel for thousands of
+// elements, and a tenth of a megabyte for every hundred; only the library's
+// expressions are used here.
 type batch struct {
 	messages []netlink.Message
-	// The number of the kernel's rule set that the changes are worked out for;
-	// zero: any. The kernel refuses a batch for another one with ERESTART.
+	// The generation ID for which the changes were computed; zero: any. The
+	// kernel refuses a batch for another generation with ERESTART.
 	generation uint32
-	err        error // of the first thing that could not be encoded
+	err        error // first encoding error
 }
 
-// writeBuffer is the room for a batch in bytes. The largest possible one, with a
-// redirect for every port, has 2.3 MiB; the kernel halves what it is asked for
-// to keep books on it (socket(7), SO_SNDBUF).
+// writeBuffer is the size of a batch's buffer in bytes. The largest batch, with a
+// redirect for every port, has 2.3 MiB; the kernel reserves half of the size for
+// its accounting (socket(7), SO_SNDBUF).
 const writeBuffer = 8 << 20
 
-// header returns the part of a message in front of its attributes
+// header returns the part of a message before its attributes
 // (linux/netfilter/nfnetlink.h, struct nfgenmsg).
 func header(family byte, resource uint16) []byte {
 	return append([]byte{family, unix.NFNETLINK_V0}, byte(resource>>8), byte(resource))
@@ -58,7 +58,7 @@ func (b *batch) append(kind int, flags netlink.HeaderFlags, family nftables.Tabl
 	})
 }
 
-// addTable adds a table, deleteTable deletes it with all that is in it.
+// addTable adds a table.
 func (b *batch) addTable(t *nftables.Table) {
 	b.add(unix.NFT_MSG_NEWTABLE, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_TABLE_NAME, t.Name)
@@ -66,6 +66,7 @@ func (b *batch) addTable(t *nftables.Table) {
 	})
 }
 
+// deleteTable deletes a table with its content.
 func (b *batch) deleteTable(t *nftables.Table) {
 	b.add(unix.NFT_MSG_DELTABLE, 0, t.Family, func(e *netlink.AttributeEncoder) { e.String(unix.NFTA_TABLE_NAME, t.Name) })
 }
@@ -80,7 +81,7 @@ func (b *batch) addChain(t *nftables.Table, name string, c *chain) {
 		}
 		e.Nested(unix.NFTA_CHAIN_HOOK, func(e *netlink.AttributeEncoder) error {
 			e.Uint32(unix.NFTA_HOOK_HOOKNUM, uint32(c.hook))
-			e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.priority)) //nolint:gosec // two's complement is what the kernel takes
+			e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.priority)) //nolint:gosec // the kernel reads two's complement
 			return nil
 		})
 		policy := uint32(nftables.ChainPolicyAccept)
@@ -92,7 +93,7 @@ func (b *batch) addChain(t *nftables.Table, name string, c *chain) {
 	})
 }
 
-// deleteChain deletes a chain that has no rules and to which none leads.
+// deleteChain deletes a chain that has neither rules nor references.
 func (b *batch) deleteChain(t *nftables.Table, name string) {
 	b.add(unix.NFT_MSG_DELCHAIN, 0, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_CHAIN_TABLE, t.Name)
@@ -118,8 +119,8 @@ func (b *batch) addRule(t *nftables.Table, chain string, rule []expr.Any) {
 	})
 }
 
-// deleteRules deletes the rule with the given handle, or, where it is zero, all
-// rules of the chain.
+// deleteRules deletes the rule with the given handle, or, if it is zero, all rules
+// of the chain.
 func (b *batch) deleteRules(t *nftables.Table, chain string, handle uint64) {
 	b.add(unix.NFT_MSG_DELRULE, 0, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_RULE_TABLE, t.Name)
@@ -156,7 +157,7 @@ func (b *batch) addMap(t *nftables.Table) {
 	})
 }
 
-// run hands the batch to the kernel, in the calling thread's network namespace.
+// run sends the batch to the kernel, in the calling thread's network namespace.
 func (b *batch) run() error {
 	if b.err != nil || len(b.messages) == 0 {
 		return b.err
@@ -166,9 +167,9 @@ func (b *batch) run() error {
 		return fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer conn.Close()
-	// Without privilege over the machine the system's limit holds
-	// (net.core.wmem_max), which by default is enough to load some 11,000
-	// redirects, or to replace half as many; sending says where it is not.
+	// Without privilege over the machine, net.core.wmem_max is the limit. Its
+	// default is enough to load some 11,000 redirects, or to replace half as
+	// many; beyond that sending fails with EMSGSIZE.
 	if err := conn.SetWriteBuffer(writeBuffer); err != nil {
 		return fmt.Errorf("set nfnetlink send buffer: %w", err)
 	}
@@ -186,7 +187,7 @@ func (b *batch) run() error {
 	}
 	messages := append([]netlink.Message{begin}, b.messages...)
 	// The kernel reports errors in the order of the messages: if the first
-	// report is that the last one went well, all of them have.
+	// report is the success of the last message, all have succeeded.
 	messages[len(messages)-1].Header.Flags |= netlink.Acknowledge
 	if _, err := conn.SendMessages(append(messages, edge(unix.NFNL_MSG_BATCH_END))); err != nil {
 		return reason(err)
@@ -195,8 +196,8 @@ func (b *batch) run() error {
 	return reason(err)
 }
 
-// ask asks the kernel for one thing and returns a number of its answer, if it is
-// in there, by the kind of its attribute.
+// ask sends a request and returns a number from its answer, by the type of its
+// attribute, and whether the answer has it.
 func ask(what int, family nftables.TableFamily, kind uint16, encode func(*netlink.AttributeEncoder)) (n uint32, there bool, err error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -226,14 +227,14 @@ func ask(what int, family nftables.TableFamily, kind uint16, encode func(*netlin
 	return n, there, nil
 }
 
-// generation returns the number of the kernel's rule set, which each change of
-// it by anybody makes another one (linux/netfilter/nf_tables.h, NFTA_GEN_ID).
+// generation returns the kernel's generation ID, which changes with each change of
+// the rules by any program (linux/netfilter/nf_tables.h, NFTA_GEN_ID).
 func generation() (uint32, error) {
 	n, _, err := ask(unix.NFT_MSG_GETGEN, unix.AF_UNSPEC, unix.NFTA_GEN_ID, func(*netlink.AttributeEncoder) {})
 	return n, err
 }
 
-// reason returns what the kernel said, without the library's words.
+// reason returns the kernel's error, without the library's text.
 func reason(err error) error {
 	if op, ok := errors.AsType[*netlink.OpError](err); ok {
 		return op.Err

@@ -17,12 +17,12 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// destinations is the content of the map of redirects, in the order of its keys.
+// destinations is the content of the map of redirects, sorted by key.
 type destinations []destination
 
 // A destination is an element of the map: the key is a protocol and a port, the
 // value an address and a port, each in a register of four bytes in network
-// order, as the kernel compares them.
+// byte order.
 type destination struct{ key, value [8]byte }
 
 // mapName is the name of the map of redirects.
@@ -50,14 +50,13 @@ func (d destinations) sort() {
 	slices.SortFunc(d, func(a, b destination) int { return bytes.Compare(a.key[:], b.key[:]) })
 }
 
-// steps returns what has to go from d, and then to be added, for it to be as
-// wanted.
+// steps returns the elements to delete from d and those to add to it to reach want.
 func (d destinations) steps(want destinations) (gone, more destinations) {
 	if len(d) == 0 {
 		return nil, want
 	}
 	for len(d) > 0 || len(want) > 0 {
-		order := -1 // that of the first keys
+		order := -1 // order of the first keys
 		switch {
 		case len(d) == 0:
 			order = 1
@@ -78,9 +77,9 @@ func (d destinations) steps(want destinations) (gone, more destinations) {
 	return gone, more
 }
 
-// An element as attributes of netlink(7) (linux/netfilter/nf_tables.h,
-// nft_set_elem_attributes): each of key and value is a value in a nest in a nest,
-// with a header of four bytes around each, the whole in one more.
+// An element as netlink(7) attributes (linux/netfilter/nf_tables.h,
+// nft_set_elem_attributes): key and value are each two levels of nested attributes
+// with a header of four bytes, in one more attribute.
 const (
 	headerLen   = unix.NLA_HDRLEN
 	valueLen    = 8
@@ -90,11 +89,11 @@ const (
 	valueOffset = keyOffset + partLen
 )
 
-// elementsInMessage is how many elements go into one message. Their list is one
+// elementsInMessage is the number of elements in a message. Their list is one
 // attribute, whose length has 16 bits.
 const elementsInMessage = 1000
 
-// changeElements adds elements to the map or, by NFT_MSG_DELSETELEM, deletes them.
+// changeElements adds elements to the map or deletes them (NFT_MSG_DELSETELEM).
 func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.Table, d destinations) {
 	element := make([]byte, elementLen)
 	attribute := func(at, length int, kind uint16) {
@@ -126,36 +125,37 @@ func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.
 	}
 }
 
-// countAttribute is where kernels since 6.16 say how many elements a set has
+// countAttribute contains a set's number of elements, on kernels since 6.16
 // (linux/netfilter/nf_tables.h, NFTA_SET_COUNT).
 const countAttribute = 20
 
-// countElements returns how many elements the map of redirects of a table has.
+// countElements returns the number of elements of the map of redirects of a table.
 func countElements(t *nftables.Table) (int, error) {
 	n, there, err := ask(unix.NFT_MSG_GETSET, t.Family, countAttribute, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_TABLE, t.Name)
 		e.String(unix.NFTA_SET_NAME, mapName)
 	})
-	if err == nil && !there { // an older kernel: listing them takes as long as loading them
+	if err == nil && !there { // an older kernel: a dump takes as long as the load
 		d, err := readElements(t)
 		return len(d), err
 	}
 	return int(n), err
 }
 
-// readTries is how often a listing is taken before its interruption is an error,
-// readPause what lies between: the kernel moves the largest map within some 10 ms.
+// readTries is the number of tries of a dump before its interruption is an error,
+// readPause the pause between two: the kernel moves the largest map within some
+// 10 ms.
 const (
 	readTries = 50
 	readPause = 5 * time.Millisecond
 )
 
-// errInterrupted says that the map changed while it was listed, so that the
-// listing may lack something (netlink(7), NLM_F_DUMP_INTR).
+// errInterrupted reports that the map changed during a dump, which may be
+// incomplete (netlink(7), NLM_F_DUMP_INTR).
 //
-// The kernel does not say so when it only moves elements to a larger table, which
-// it does in the background after a large load: a listing then has some twice
-// and lacks others, as many in all as there are.
+// The kernel does not set that flag when it moves elements to a larger table, in
+// the background after a large load: a dump then has some elements twice and
+// lacks as many others.
 var errInterrupted = errors.New("map changed during every listing")
 
 // readElements returns the elements of the map of redirects of a table.
@@ -210,17 +210,17 @@ func listElements(conn *netlink.Conn, t *nftables.Table) (destinations, error) {
 	return d, err
 }
 
-// receive calls fn for each message of a listing.
+// receive calls fn for each message of a dump.
 //
-// The library reads by the page, and the kernel answers in pieces of the size
-// that is read by (netlink_dump in net/netlink/af_netlink.c), looking for the
-// place to go on from the map's beginning each time.
+// The library reads a page at a time, and the kernel answers in pieces of the size
+// of the reads (netlink_dump in net/netlink/af_netlink.c). For each piece it
+// searches its position from the map's beginning.
 func receive(conn *netlink.Conn, fn func(syscall.NetlinkMessage) error) error {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return err
 	}
-	b := make([]byte, 64<<10) // twice what the kernel sends at a time
+	b := make([]byte, 64<<10) // twice the kernel's largest piece
 	for done := false; !done; {
 		n := 0
 		if readErr := raw.Read(func(fd uintptr) bool {
@@ -276,7 +276,7 @@ func parseElement(b []byte) (destination, error) {
 	return d, err
 }
 
-// attributes calls fn for each attribute in b, with its kind and content.
+// attributes calls fn for each attribute in b, with its type and content.
 func attributes(b []byte, fn func(kind uint16, data []byte) error) error {
 	const flags = unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER
 	for len(b) >= headerLen {

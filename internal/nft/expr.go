@@ -11,16 +11,15 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// register is the one in which rules compare: the kernel's first. Of its 16
-// bytes the second word has a number of its own, secondWord, which is where the
-// second part of a concatenation stands (linux/netfilter/nf_tables.h,
-// nft_registers).
+// register is the register of all comparisons, the kernel's first one. secondWord
+// is the number of the second word of its 16 bytes, which contains the second part
+// of a concatenation (linux/netfilter/nf_tables.h, nft_registers).
 const (
 	register   = unix.NFT_REG_1
 	secondWord = unix.NFT_REG32_01
 )
 
-// Of a connection's state and status (linux/netfilter/nf_conntrack_common.h,
+// Bits of a connection's status (linux/netfilter/nf_conntrack_common.h,
 // ip_conntrack_status).
 const (
 	statusConfirmed      = 1 << 3
@@ -30,24 +29,23 @@ const (
 // echoRequest is the ICMP type of a request (RFC 792).
 const echoRequest = 8
 
-// portUnreachable is the ICMP code of a refusal (RFC 792).
+// portUnreachable is the ICMP code of a rejection (RFC 792).
 const portUnreachable = 3
 
-// offsets in the headers.
+// Offsets in headers.
 const (
 	sourceAddress      = 12 // of the IPv4 header (RFC 791)
 	destinationAddress = 16
 	destinationPort    = 2 // of the TCP and UDP headers (RFC 9293, RFC 768)
 )
 
-// expressions returns a rule as the kernel's expressions. It gives them in the
-// form in which the kernel lists them, so that a rule that still is as it was
-// loaded can be told by comparing.
+// expressions returns a rule as the kernel's expressions, in the form in which the
+// kernel lists them, so that drift can be detected by comparison.
 func expressions(r rules.Rule) []expr.Any {
 	return append(matches(r), actions(r)...)
 }
 
-// matches returns what the rule matches.
+// matches returns the matches of the rule.
 func matches(r rules.Rule) []expr.Any {
 	var e []expr.Any
 	add := func(more ...expr.Any) { e = append(e, more...) }
@@ -77,8 +75,8 @@ func matches(r rules.Rule) []expr.Any {
 			compare(expr.CmpOpEq, []byte{echoRequest}))
 	}
 	add(connectionMatches(r)...)
-	// The addresses are last: nearly every packet has another source, until it is
-	// translated.
+	// The addresses are last, since most packets match them until their source
+	// is translated.
 	for _, a := range []struct {
 		addr   netip.Addr
 		offset uint32
@@ -96,8 +94,8 @@ func matches(r rules.Rule) []expr.Any {
 	return e
 }
 
-// connectionMatches returns what the rule matches of the packet's connection.
-// Where there is none the kernel takes these as not matched, but for the state.
+// connectionMatches returns the matches of the packet's connection. For a packet
+// without a connection the kernel matches only the state.
 func connectionMatches(r rules.Rule) []expr.Any {
 	var e []expr.Any
 	add := func(more ...expr.Any) { e = append(e, more...) }
@@ -135,13 +133,13 @@ func connectionMatches(r rules.Rule) []expr.Any {
 	return e
 }
 
-// actions returns what the rule does.
+// actions returns the actions of the rule.
 func actions(r rules.Rule) []expr.Any {
 	switch r.Target {
 	case rules.Redirected:
-		// The key is put together in the register: what a packet of another
-		// protocol has where TCP has its port does not matter, since the map
-		// has none of that protocol.
+		// The key is composed in the register. For other protocols than TCP and
+		// UDP its port is arbitrary, which does not matter: the map has no key
+		// with them.
 		return []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
 			&expr.Payload{DestRegister: secondWord, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
@@ -192,13 +190,13 @@ func protocol(p rules.Protocol) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register}, compare(expr.CmpOpEq, []byte{byte(p)})}
 }
 
-// interfaceName returns a name as the kernel compares it: whole (IFNAMSIZ in
-// linux/if.h).
+// interfaceName returns a name padded to the length that the kernel compares
+// (IFNAMSIZ in linux/if.h).
 func interfaceName(name string) []byte {
 	return append([]byte(name), bytes.Repeat([]byte{0}, unix.IFNAMSIZ-len(name))...)
 }
 
-// anyBit matches a number in the register of which one of the bits is set.
+// anyBit matches if the number in the register has one of the bits.
 func anyBit(mask uint32) []expr.Any {
 	return []expr.Any{bits(binaryutil.NativeEndian.PutUint32(mask), make([]byte, 4)), compare(expr.CmpOpNeq, make([]byte, 4))}
 }
@@ -208,7 +206,7 @@ func setBits(m rules.Mark) expr.Any {
 	return bits(binaryutil.NativeEndian.PutUint32(^uint32(m)), binaryutil.NativeEndian.PutUint32(uint32(m)))
 }
 
-// bits changes the register: and mask, exclusive or xor.
+// bits changes the register: AND mask, XOR xor.
 func bits(mask, xor []byte) expr.Any {
 	return &expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 4, Mask: mask, Xor: xor}
 }

@@ -1,10 +1,10 @@
-// Package nft puts a rule plan into the kernel with nftables, by netlink alone:
-// it needs no program and of privileges NET_ADMIN only.
+// Package nft loads a rule plan into the kernel with nftables, by netlink alone: it
+// needs no program, and no privilege besides NET_ADMIN.
 //
-// The plan becomes a table of our own for each family. Redirects are a map from
-// protocol and port to the server, so that finding the one for a connection takes
-// as long among thousands as among two. All changes go in as one transaction,
-// which the kernel takes as a whole or not at all (nft(8), -f).
+// The plan becomes one table for each family. Redirects are a map from protocol and
+// port to the server, so a look-up takes as long with thousands of redirects as
+// with two. All changes are one transaction, which the kernel accepts or refuses
+// as a whole (nft(8), -f).
 package nft
 
 import (
@@ -30,33 +30,33 @@ const (
 // deletes that table in the transaction that adds its own.
 const formerGuardName = "egress-router-last"
 
-// A Tx changes the tables of one network namespace. It knows what the kernel
-// held when it began and after each change of its own.
+// A Tx changes the tables of one network namespace. It keeps their content, as read
+// at its begin and after each of its changes.
 type Tx struct {
 	name       string   // of the tables that plans are rendered to
 	former     []string // names of tables of earlier versions, to delete
 	families   []rules.Family
 	now        state
-	generation uint32 // of the kernel's rules when now was read, or written
+	generation uint32 // generation ID of now
 }
 
-// A KernelError says that the kernel does not do nftables.
+// A KernelError reports that the kernel lacks nftables.
 type KernelError struct{ Err error }
 
 func (e *KernelError) Error() string {
 	return fmt.Sprintf("probe nf_tables: %v", e.Err)
 }
 
-// Unwrap returns what the kernel said.
+// Unwrap returns the kernel's error.
 func (e *KernelError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns advice for the user.
 func (e *KernelError) Hint() string {
 	return "the kernel lacks nf_tables, or the module is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 on the node, or EGRESS_ROUTER_BACKEND=iptables"
 }
 
-// Begin reads what the kernel holds, in the calling thread's network namespace,
-// and returns a Tx that changes it. Families are those whose rules it is for.
+// Begin reads our tables in the calling thread's network namespace, and returns a
+// Tx for the given families.
 func Begin(_ context.Context, families ...rules.Family) (*Tx, error) {
 	return begin(&Tx{name: tableName, families: families})
 }
@@ -88,17 +88,16 @@ func (tx *Tx) keys() []tableKey {
 // String names the backend.
 func (tx *Tx) String() string { return "nftables" }
 
-// Holds reports whether tables of ours are there.
+// Holds reports whether one of our tables exists.
 func (tx *Tx) Holds() bool { return len(tx.now) > 0 }
 
-// Watched says that the kernel tells of changes to nftables.
+// Watched returns true: the kernel notifies of changes of nftables.
 func (tx *Tx) Watched() bool { return true }
 
-// Notes returns nothing: whatever else is in the namespace is told by who it
-// belongs to.
+// Notes returns nothing: the other backend reports rules of other programs.
 func (tx *Tx) Notes() []string { return nil }
 
-// Redirects reports whether the kernel holds redirects of ours.
+// Redirects reports whether our tables contain redirects.
 func (tx *Tx) Redirects() bool {
 	for _, t := range tx.now {
 		if t.redirects() {
@@ -108,12 +107,11 @@ func (tx *Tx) Redirects() bool {
 	return false
 }
 
-// Differs says, one line each, where the kernel is not as plan wants it.
+// Differs returns the differences of the kernel from the plan, one line each.
 func (tx *Tx) Differs(plan rules.Plan) []string { return tx.differences(render(plan, tx.name)) }
 
-// Apply makes the kernel hold plan, and does nothing where it does already. It
-// returns the way back to what was there before this call; with an error, where
-// not all is as it was.
+// Apply loads the plan, and does nothing if there is no drift. It returns the
+// rollback to the state before; with an error only if that state has changed.
 func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	before := tx.now
 	if err := ctx.Err(); err != nil {
@@ -129,12 +127,12 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	return undo, nil
 }
 
-// missingErrors are what kernels say that lack nf_tables or a family of it
+// missingErrors are the errors of kernels without nf_tables or one of its families
 // (nfnetlink_rcv_msg in net/netfilter/nfnetlink.c, nf_tables_api.c).
 var missingErrors = []error{unix.EPROTONOSUPPORT, unix.EOPNOTSUPP, unix.EAFNOSUPPORT, unix.EINVAL}
 
-// missing reports whether an error says that the kernel lacks nf_tables, or a
-// family of it.
+// missing reports whether an error is one of a kernel without nf_tables or one of
+// its families.
 func missing(err error) bool {
 	return slices.ContainsFunc(missingErrors, func(e error) bool { return errors.Is(err, e) })
 }

@@ -26,37 +26,36 @@ type tableKey struct {
 // String returns the table as nft(8) lists it.
 func (k tableKey) String() string { return fmt.Sprintf("table %s %s", familyNames[k.family], k.name) }
 
-// A table is what one of our tables holds.
+// A table is the content of one of our tables.
 type table struct {
-	flags  nftables.TableFlags // such as dormant, which switches it off
+	flags  nftables.TableFlags // such as dormant, which disables it
 	chains map[string]*chain
 	to     destinations // nil: it has no map
-	others []string     // of other things in it, which are not ours
+	others []string     // names of other objects in it
 }
 
-// A chain is a base chain of ours or, where it has no hook, one that somebody
-// put into our table.
+// A chain is a base chain of ours or, without a hook, a chain of another program in
+// our table.
 type chain struct {
 	kind     nftables.ChainType
 	hook     nftables.ChainHook
 	priority nftables.ChainPriority
-	based    bool // it has the three above
-	drops    bool // by its policy
+	based    bool // kind, hook and priority are valid
+	drops    bool // its policy is drop
 	rules    [][]expr.Any
 }
 
-// A place is where a chain of a plan stands in nftables.
+// A place is the type, hook and priority of a plan's chain in nftables.
 type place struct {
 	kind     nftables.ChainType
 	hook     *nftables.ChainHook
 	priority nftables.ChainPriority
 }
 
-// places has the place of each chain. A base chain is walked in the order of
-// priorities; ours are one in front of those of iptables (linux/netfilter_ipv4.h,
-// nf_ip_hook_priorities) and of most others, since in a nat chain the first
-// verdict counts: a masquerading rule of somebody else would choose another
-// source address.
+// places are the places of the chains. The kernel walks base chains in the order of
+// their priorities; ours are one before those of iptables (linux/netfilter_ipv4.h,
+// nf_ip_hook_priorities) and most others, since in nat chains the first verdict
+// counts: another program's masquerading rule would choose another source.
 var places = map[rules.Table]map[rules.Hook]place{
 	rules.Mangle: {
 		rules.Prerouting:  {nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle - 1},
@@ -77,7 +76,7 @@ var places = map[rules.Table]map[rules.Hook]place{
 	},
 }
 
-// chainName returns the name that a chain of a plan has in its table.
+// chainName returns the nftables name of a plan's chain.
 func chainName(c rules.Chain) string { return strings.ToLower(fmt.Sprintf("%s-%s", c.Table, c.Hook)) }
 
 // render returns the part of a plan that belongs to the tables called name.
@@ -106,7 +105,7 @@ func render(plan rules.Plan, name string) state {
 	return want
 }
 
-// redirects reports whether the table redirects anything.
+// redirects reports whether the table contains redirects.
 func (t *table) redirects() bool {
 	if len(t.to) > 0 {
 		return true
@@ -128,17 +127,17 @@ func looksUp(rule []expr.Any) bool {
 	return slices.ContainsFunc(rule, func(e expr.Any) bool { _, lookup := e.(*expr.Lookup); return lookup })
 }
 
-// sameRules reports whether both chains hold the same rules.
+// sameRules reports whether both chains have the same rules.
 func (c *chain) sameRules(other *chain) bool {
 	return slices.EqualFunc(c.rules, other.rules, func(a, b []expr.Any) bool { return reflect.DeepEqual(a, b) })
 }
 
-// sameBase reports whether both chains stand at the same place.
+// sameBase reports whether both chains have the same place and policy.
 func (c *chain) sameBase(other *chain) bool {
 	return c.kind == other.kind && c.hook == other.hook && c.priority == other.priority && c.based == other.based && c.drops == other.drops
 }
 
-// differences says, one line each, where the kernel is not as wanted.
+// differences returns the differences of the kernel from want, one line each.
 func (tx *Tx) differences(want state) []string {
 	var found []string
 	s := tx.now
@@ -165,7 +164,7 @@ func (tx *Tx) differences(want state) []string {
 	return found
 }
 
-// differences says, one line each, where t is not as wanted.
+// differences returns the differences of t from want, one line each.
 func (t *table) differences(want *table) []string {
 	var found []string
 	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }

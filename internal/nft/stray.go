@@ -12,12 +12,12 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Stray is what an earlier run with another backend left in nf_tables: our
-// own tables, or chains that iptables of the nf_tables flavour has made for us.
-// Whatever the rules in use say, it would go on redirecting.
+// A Stray is the rules in nf_tables that an earlier run with another backend left:
+// our own tables, or our chains of iptables' nf_tables flavour. They would keep
+// redirecting, whatever the rules in use.
 type Stray struct {
 	batch batch
-	found []string // for a person
+	found []string // descriptions for the log
 }
 
 // FindStrays looks for our own tables, if ours is set, and for chains of ours in
@@ -55,7 +55,7 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 	return &s, nil
 }
 
-// addIPTables adds the chains that iptables has made for us in one family.
+// addIPTables adds our chains of iptables in one family.
 func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftables.Chain) error {
 	for _, name := range []rules.Table{rules.NAT, rules.Mangle, rules.Filter} {
 		t := &nftables.Table{Name: string(name), Family: tableFamilies[f]}
@@ -87,7 +87,7 @@ func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftab
 				if plain {
 					s.batch.deleteRules(t, chain, r.Handle)
 				} else {
-					referenced[to] = true // somebody else's rule: it stays, and leads to an empty chain
+					referenced[to] = true // another program's rule stays, and its chain becomes empty
 				}
 			}
 		}
@@ -103,8 +103,8 @@ func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftab
 	return nil
 }
 
-// leadsTo returns the chain that a rule leads to, and whether it leads every
-// packet there, as the jumps of ours do.
+// leadsTo returns the chain to which a rule jumps, and whether the rule matches
+// every packet, as our jumps do.
 func leadsTo(rule []expr.Any) (chain string, plain bool) {
 	plain = true
 	for _, e := range rule {
@@ -119,11 +119,11 @@ func leadsTo(rule []expr.Any) (chain string, plain bool) {
 	return chain, plain
 }
 
-// String says what was found.
+// String lists the rules.
 func (s *Stray) String() string { return strings.Join(s.found, ", ") }
 
-// Remove removes all of it, or, on an error, nothing. There is no way back:
-// rules of iptables have parts that only iptables understands.
+// Remove removes all of them, or, after an error, none. There is no rollback: only
+// iptables can restore all parts of its rules.
 func (s *Stray) Remove(context.Context) (undo func() error, err error) {
 	if err := s.batch.run(); err != nil {
 		return nil, fmt.Errorf("remove %s: %w", s, err)

@@ -15,8 +15,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// tableFamilies are the families as nftables numbers them, familyNames as it
-// names them.
+// The families by nftables' numbers and names.
 var (
 	tableFamilies = map[rules.Family]nftables.TableFamily{rules.IPv4: nftables.TableFamilyIPv4, rules.IPv6: nftables.TableFamilyIPv6}
 	familyNames   = map[rules.Family]string{rules.IPv4: "ip", rules.IPv6: "ip6"}
@@ -34,12 +33,11 @@ func tableOf(key tableKey) *nftables.Table {
 	return &nftables.Table{Name: key.name, Family: tableFamilies[key.family]}
 }
 
-// tries is how often a change is worked out anew because somebody changed the
-// kernel's rules between reading and writing them.
+// tries is the number of tries of a change, after concurrent changes of the
+// kernel's rules by other programs.
 const tries = 5
 
-// read takes the state from the kernel, with the number of the rule set that it
-// is part of.
+// read reads the tables and their generation ID.
 func (tx *Tx) read() error {
 	for try := 1; ; try++ {
 		before, err := generation()
@@ -52,7 +50,7 @@ func (tx *Tx) read() error {
 		now, err := readTables(tx.keys())
 		after, genErr := generation()
 		if genErr == nil && after != before && try < tries {
-			continue // several listings make the state, and it changed in between
+			continue // the rules changed between two of the dumps
 		}
 		if err := errors.Join(err, genErr); err != nil {
 			return err
@@ -64,7 +62,7 @@ func (tx *Tx) read() error {
 
 // readTables lists our tables.
 func readTables(keys []tableKey) (state, error) {
-	// One socket for all: the kernel takes its time to close one.
+	// One socket for all, since the kernel takes long to close one.
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
@@ -83,7 +81,7 @@ func readTables(keys []tableKey) (state, error) {
 	return s, nil
 }
 
-// readTable returns what table t holds, nil where it is not there.
+// readTable returns the content of table t, nil if it does not exist.
 func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, error) {
 	tables, err := conn.ListTablesOfFamily(tableFamilies[f])
 	if err != nil {
@@ -143,8 +141,8 @@ func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *ta
 	return nil
 }
 
-// become makes the kernel hold target, by one transaction, and sees that no
-// element got lost on the way.
+// become changes the tables to target in one transaction, and checks that the map
+// has all elements.
 func (tx *Tx) become(target state) error {
 	for try := 1; ; try++ {
 		if len(tx.differences(target)) == 0 {
@@ -179,16 +177,15 @@ func (tx *Tx) become(target state) error {
 			err = fmt.Errorf("expected %d elements, found %d", len(t.to), n)
 		}
 		if err != nil {
-			// The way back starts from what is there.
+			// Undo starts from the kernel's state.
 			return errors.Join(fmt.Errorf("check map %s: %w", mapName, err), tx.read())
 		}
 	}
 	return nil
 }
 
-// change adds to the batch what gets a table from have to want. Chains of which
-// only the rules differ keep their hooks, and elements of the map that stay as
-// they are are not touched.
+// change adds the changes from have to want to the batch. Chains with other rules
+// only keep their hooks, and unchanged elements of the map are not touched.
 func (b *batch) change(t *nftables.Table, have, want *table) {
 	if have != nil && (want == nil || !have.sameFrame(want)) {
 		b.deleteTable(t)
@@ -227,7 +224,7 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 }
 
 // sameFrame reports whether both tables have the same chains and maps, whatever
-// is in them.
+// their content.
 func (t *table) sameFrame(want *table) bool {
 	if t.flags != want.flags || len(t.others) > 0 || (t.to == nil) != (want.to == nil) || len(t.chains) != len(want.chains) {
 		return false
@@ -240,15 +237,15 @@ func (t *table) sameFrame(want *table) bool {
 	return true
 }
 
-// A LoadError says that the kernel refused the rules.
+// A LoadError reports that the kernel refused the rules.
 type LoadError struct{ Err error }
 
 func (e *LoadError) Error() string { return fmt.Sprintf("load nftables rules: %v", e.Err) }
 
-// Unwrap returns what the kernel said.
+// Unwrap returns the kernel's error.
 func (e *LoadError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns advice for the user.
 func (e *LoadError) Hint() string {
 	switch {
 	case errors.Is(e.Err, unix.EMSGSIZE):
