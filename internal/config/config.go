@@ -13,17 +13,17 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Mode is what one run of the router does.
+// A Mode selects what a run of the router does.
 type Mode string
 
 // The modes, by the values of EGRESS_ROUTER_MODE.
 const (
-	Legacy    Mode = "legacy"     // network and rules, then stay
-	Init      Mode = "init"       // network and rules, then exit
-	Monitor   Mode = "monitor"    // watch over what an init run configured
-	HTTPProxy Mode = "http-proxy" // network only
-	DNSProxy  Mode = "dns-proxy"  // network only
-	UnitTest  Mode = "unit-test"  // print the rules, touch nothing
+	Legacy    Mode = "legacy"     // configure network and rules, then repair drift
+	Init      Mode = "init"       // configure network and rules, then exit
+	Monitor   Mode = "monitor"    // repair drift of an init run
+	HTTPProxy Mode = "http-proxy" // configure the network only
+	DNSProxy  Mode = "dns-proxy"  // configure the network only
+	UnitTest  Mode = "unit-test"  // print the rules, change nothing
 )
 
 // Modes lists every mode.
@@ -32,56 +32,55 @@ var Modes = []Mode{Init, Legacy, Monitor, HTTPProxy, DNSProxy, UnitTest}
 // Redirects reports whether the mode reads destinations and redirects to them.
 func (m Mode) Redirects() bool { return m == Init || m == UnitTest || m.Stays() }
 
-// Stays reports whether the mode goes on, to watch over what is configured.
+// Stays reports whether the mode keeps running, to repair drift.
 func (m Mode) Stays() bool { return m == Legacy || m == Monitor }
 
-// The defaults of the two interface names, those of the original.
+// The defaults of the interface names are those of the original.
 const (
 	DefaultInterface        = "macvlan0"
 	DefaultClusterInterface = "eth0"
 )
 
 // The defaults of the reply path. Marks and tables belong to the pod's network
-// namespace, where CNI plugins and service meshes may have theirs. The mark is
+// namespace, which CNI plugins and service meshes may use too. The mark is
 // bit 12: kube-proxy has 14 and 15, the portmap plugin 13, Cilium 8 to 11, the
-// AWS plugin 7, Calico 16 to 31, Istio 0 to 10. The table is none of those that
-// plugins count up from (100, as source-based routing does) or fix (133 Istio,
-// 2004 and 2005 Cilium).
+// AWS plugin 7, Calico 16 to 31, Istio 0 to 10. No plugin counts up to the table
+// (from 100, as source-based routing does) or uses it (133 Istio, 2004 and 2005
+// Cilium).
 const (
 	DefaultReplyMark  rules.Mark = 0x1000
 	DefaultReplyTable int        = 4711
 )
 
-// A Config is everything a run needs, checked.
+// A Config is the complete and valid configuration of a run.
 type Config struct {
 	Mode    Mode
 	Source  netip.Prefix // reserved address and the length it is configured with
 	Gateway netip.Addr
-	Set     rules.Set // empty where the mode does not redirect
+	Set     rules.Set // empty if the mode does not redirect
 	Egress  string    // interface on the physical network
-	Cluster string    // interface that clients come in by
-	Macvlan *Macvlan  // nil: the egress interface is there before the router starts
+	Cluster string    // interface by which clients connect
+	Macvlan *Macvlan  // nil: another program creates the egress interface
 	Log     Log
 
-	Conflict Conflict // what to do where another host has the reserved address
-	Health   Health   // what a mode that stays does
+	Conflict Conflict // what to do if another host has the reserved address
+	Health   Health   // settings of a mode that stays
 
 	Backend  Backend
-	Crossing rules.Crossing // what crosses from the cluster side
+	Crossing rules.Crossing // connections that cross from the cluster side
 
-	ReplyMark           rules.Mark     // of connections that came in on the cluster side
+	ReplyMark           rules.Mark     // of connections from the cluster side
 	ReplyTable          int            // routing table of their replies
-	ClusterDestinations []netip.Prefix // what else is reached by the cluster side
+	ClusterDestinations []netip.Prefix // other networks to reach by the cluster side
 
-	// Warnings are about input that is accepted and yet probably not what
-	// its author meant. Each is one line.
+	// Warnings are about accepted but probably unintended input, one line each.
 	Warnings []string
 }
 
-// Sides returns the part of the configuration that a rule plan needs.
+// Sides returns the input of a rule plan.
 func (c Config) Sides() rules.Sides {
 	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark, Crossing: c.Crossing}
-	if c.Mode != UnitTest { // which prints what the original would load
+	if c.Mode != UnitTest { // it prints the rules of the original
 		sides.Health = rules.Port(c.Health.Listen.Port())
 	}
 	return sides
@@ -95,11 +94,11 @@ func (c Config) Plan() rules.Plan {
 	return rules.NewProxyPlan(c.Sides())
 }
 
-// An Error is a fault in one variable.
+// An Error is an invalid variable.
 type Error struct {
 	Variable string
-	Sentence string // what is wrong, in the original's words where it had any
-	Hint     string // where it is and what to do; may be empty; may have several lines
+	Sentence string // the original's sentence, if it had one
+	Hint     string // place and advice; may be empty; may have several lines
 }
 
 // Error returns the hint, if any, and the sentence below it.
@@ -110,12 +109,12 @@ func (e *Error) Error() string {
 	return e.Hint + "\n" + e.Sentence
 }
 
-// Errors are all the faults that were found, in the order in which the
-// original checks, then those of variables that the original does not have.
+// Errors are all errors of an environment, in the order of the original's checks,
+// followed by those of variables that the original does not have.
 type Errors []*Error
 
-// Error returns the faults in reverse order, because the last line is the one
-// that users of the original look at: it is what the original would have said.
+// Error returns the errors in reverse order, because users of the original look at
+// the last line, which is then the original's sentence.
 func (e Errors) Error() string {
 	lines := make([]string, 0, len(e))
 	for _, fault := range slices.Backward(e) {
@@ -124,14 +123,14 @@ func (e Errors) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// MaxDestinationFile is the largest file that EGRESS_DESTINATION_FILE may name,
-// in bytes. A ConfigMap holds 1 MiB (Kubernetes API, ConfigMap); the rest is
-// for files that come another way.
+// MaxDestinationFile is the largest size of a destination file, in bytes. A
+// ConfigMap has at most 1 MiB (Kubernetes API, ConfigMap); other sources may be
+// larger.
 const MaxDestinationFile = 16 << 20
 
-// Parse checks env and returns what it asks for. readFile returns the content
-// of EGRESS_DESTINATION_FILE; it is called at most once. The error is of type
-// Errors and holds every fault.
+// Parse validates env and returns its configuration. readFile returns the content
+// of EGRESS_DESTINATION_FILE; it is called at most once. The error is an Errors with
+// every invalid variable.
 func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config, error) {
 	c := Config{
 		Mode:    Mode(orDefault(env.Mode, string(Legacy))),
@@ -249,10 +248,9 @@ func last(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(a)
 }
 
-// unusable says what keeps an address from belonging to a host of a physical
-// network (RFC 6890), or nothing. The original let such addresses through and
-// failed half-way, or never sent a packet. What is only printed is not
-// checked, as in the original.
+// unusable returns the reason why no host of a physical network can have an address
+// (RFC 6890); empty: none. The original accepted such addresses and failed
+// half-way, or never sent a packet. Like the original, unit-test does not check.
 func unusable(a netip.Addr) string {
 	switch {
 	case a.IsUnspecified():
@@ -267,7 +265,7 @@ func unusable(a netip.Addr) string {
 	return ""
 }
 
-// addressHint says why value is not the IPv4 address that variable wants.
+// addressHint returns the reason why value is not the IPv4 address of variable.
 func addressHint(variable, value, wanted string) string {
 	found := fmt.Sprintf("%s is %q: ", variable, value)
 	switch {
@@ -307,10 +305,10 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 	return nil
 }
 
-// checkInterface accepts the names that the kernel accepts for an interface
-// (dev_valid_name in net/core/dev.c: 1 to 15 bytes, no slash, colon or white
-// space) and that are literal in a rule: iptables takes a name with + at its
-// end for a pattern, ! for a negation, and restore input has quotes of its own.
+// checkInterface accepts the kernel's interface names (dev_valid_name in
+// net/core/dev.c: 1 to 15 bytes, no slash, colon or white space) that are literal in
+// a rule: for iptables, + at the end of a name is a pattern and ! a negation, and
+// restore input has its own quoting.
 func checkInterface(variable, name string) *Error {
 	bad := func(why string) *Error {
 		return &Error{variable, fmt.Sprintf("%s %q is not an interface name: %s", variable, name, why), ""}

@@ -20,7 +20,7 @@ func noFile(name string) ([]byte, error) {
 	return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
 }
 
-// good is an environment without a fault.
+// good is a valid environment.
 func good() Environment {
 	return Environment{Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25"}
 }
@@ -126,8 +126,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// Every fault is found in one go, and what the original would have said is the
-// last line.
+// All faults are reported together, and the original's sentence is the last line.
 func TestParseFindsAll(t *testing.T) {
 	_, err := Parse(Environment{
 		Mode: "redirect", Source: "a", Gateway: "b", Interface: "a/b", ClusterInterface: strings.Repeat("x", 16),
@@ -237,7 +236,7 @@ options ndots:5
 	}
 }
 
-// A line of any length does not flood the log more than the original did.
+// A long line does not flood the log more than with the original.
 func TestLongLine(t *testing.T) {
 	env := good()
 	env.Destination = strings.Repeat("x", 100000)
@@ -247,8 +246,8 @@ func TestLongLine(t *testing.T) {
 	}
 }
 
-// A stray variable with the bare name is not taken for ours, and every variable
-// is read as it stands.
+// A stray variable with the bare name is ignored, and every variable is read
+// unchanged.
 func TestRead(t *testing.T) {
 	for _, v := range Variables() {
 		t.Setenv(v.Name, "")

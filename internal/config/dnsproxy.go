@@ -7,8 +7,8 @@ import (
 	"github.com/kelseyhightower/envconfig"
 )
 
-// A DNSProxyEnvironment holds the value of every variable of the DNS proxy, as
-// Environment does for the router.
+// A DNSProxyEnvironment contains the variables of the DNS proxy, as Environment
+// does those of the router.
 type DNSProxyEnvironment struct {
 	Destination     string `envconfig:"EGRESS_DNS_PROXY_DESTINATION" unset:"required" doc:"destinations, one a line: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name"`
 	DestinationFile string `envconfig:"EGRESS_DNS_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_DNS_PROXY_DESTINATION; reloaded when it changes"`
@@ -26,12 +26,11 @@ func ReadDNSProxy() (DNSProxyEnvironment, error) {
 	return env, err
 }
 
-// DNSProxyVariables lists every variable of the DNS proxy, in the order to show
-// them.
+// DNSProxyVariables lists every variable of the DNS proxy, in display order.
 func DNSProxyVariables() []Variable { return variables(reflect.TypeFor[DNSProxyEnvironment]()) }
 
-// A DNSProxyConfig is everything that the DNS proxy needs besides its
-// destinations, checked.
+// A DNSProxyConfig is the valid configuration of the DNS proxy, without its
+// destinations.
 type DNSProxyConfig struct {
 	ProxyConfig
 	Idle      time.Duration // 0: never
@@ -39,11 +38,10 @@ type DNSProxyConfig struct {
 	Debug     bool
 }
 
-// ParseDNSProxy checks env and returns what it asks for. readFile returns the
-// content of EGRESS_DNS_PROXY_DESTINATION_FILE. The grammar of destinations is
-// the proxy's own: grammar reads a list and says by a *rules.ParseError what is
-// wrong with it. Each is called at most once. The error is of type Errors and
-// holds every fault.
+// ParseDNSProxy validates env and returns its configuration. readFile returns the
+// content of EGRESS_DNS_PROXY_DESTINATION_FILE. grammar is the proxy's parser of
+// destinations, which returns a *rules.ParseError. Each is called at most once. The
+// error is an Errors with every invalid variable.
 func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, error), grammar func(list string) error) (DNSProxyConfig, error) {
 	c := DNSProxyConfig{Debug: env.Debug != ""}
 	var faults Errors
@@ -66,9 +64,8 @@ func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, 
 	return c, nil
 }
 
-// DNSProxyDestinations reads the destination list, from the variable or the
-// file, and returns what is wrong with it. A running proxy calls it again when
-// the file has changed.
+// DNSProxyDestinations reads the destination list, from the variable or the file,
+// and returns its error. A running proxy calls it again after the file has changed.
 func DNSProxyDestinations(env DNSProxyEnvironment, readFile func(name string) ([]byte, error), grammar func(list string) error) *Error {
 	_, fault := env.list().read(readFile, grammar)
 	return fault

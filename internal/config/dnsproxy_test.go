@@ -40,7 +40,7 @@ func TestParseDNSProxy(t *testing.T) {
 	}
 }
 
-// Each fault names its variable, and the place in the list.
+// Each fault names its variable, and the line of the list.
 func TestDNSProxyErrors(t *testing.T) {
 	bad := func(list string) error {
 		if list == "" {

@@ -1,9 +1,9 @@
-// Package config turns the environment of the process into a Config: complete,
-// typed and checked, before anything is touched.
+// Package config converts the environment of the process to a Config: complete,
+// typed and validated, before any change.
 //
-// It works in two steps. Read collects the variables as text, and is the only
-// place that knows envconfig. Parse is pure: it finds every fault at once and
-// says each in the words that users of the original search for.
+// It works in two steps. Read returns the variables as text, and is the only code
+// that uses envconfig. Parse is pure: it returns all errors at once, each with the
+// sentence that users of the original search for.
 package config
 
 import (
@@ -12,8 +12,8 @@ import (
 	"github.com/kelseyhightower/envconfig"
 )
 
-// An Environment holds the value of every variable as it was given; a variable
-// that is not set is empty, and an empty one counts as not set.
+// An Environment contains the value of every variable; an unset variable is empty,
+// and an empty one counts as unset.
 //
 // All fields are strings, because envconfig's own conversions differ from the
 // original's (it reads "010" as 8, and refuses any EGRESS_ROUTER_DEBUG that is
@@ -22,8 +22,7 @@ import (
 // prefix, envconfig falls back to the bare name and would take a stray SOURCE
 // or GATEWAY.
 //
-// The doc tag says what the variable is for, the unset tag what holds where it
-// is not set.
+// The doc tag describes the variable, the unset tag its default.
 type Environment struct {
 	Mode             string `envconfig:"EGRESS_ROUTER_MODE" unset:"legacy" doc:"what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test"`
 	Source           string `envconfig:"EGRESS_SOURCE" unset:"required" doc:"reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32"`
@@ -52,7 +51,7 @@ type Environment struct {
 	Debug string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and all rules"`
 }
 
-// A LogEnvironment holds the variables that every mode and both proxies have.
+// A LogEnvironment contains the variables of every mode and both proxies.
 type LogEnvironment struct {
 	LogFormat string `envconfig:"EGRESS_LOG_FORMAT" unset:"text" doc:"format of log lines: text or json"`
 	LogLevel  string `envconfig:"EGRESS_LOG_LEVEL" unset:"info" doc:"minimum level of log lines: debug, info, warn or error"`
@@ -68,17 +67,17 @@ func Read() (Environment, error) {
 // A Variable describes one variable for help texts.
 type Variable struct {
 	Name  string
-	Unset string // what holds where it is not set
+	Unset string // default
 	Doc   string
 }
 
-// Variables lists every variable that is read, in the order to show them.
+// Variables lists every variable of the router, in display order.
 func Variables() []Variable { return variables(reflect.TypeFor[Environment]()) }
 
 func variables(environment reflect.Type) []Variable {
 	var list []Variable
 	for field := range environment.Fields() {
-		if field.Anonymous { // what several have
+		if field.Anonymous { // shared variables
 			list = append(list, variables(field.Type)...)
 			continue
 		}

@@ -12,31 +12,31 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Conflict is what to do where another host has the reserved address.
+// A Conflict selects what to do if another host has the reserved address.
 type Conflict string
 
 // The values of EGRESS_CONFLICT.
 const (
-	ConflictWarn   Conflict = "warn"   // take it, as the original did, and say who has it
+	ConflictWarn   Conflict = "warn"   // take it, as the original did, and log the other host
 	ConflictRefuse Conflict = "refuse" // do not take it
-	ConflictDefend Conflict = "defend" // take it, and claim it again at once
+	ConflictDefend Conflict = "defend" // take it, and announce it again at once
 )
 
 // Conflicts lists every value.
 var Conflicts = []Conflict{ConflictWarn, ConflictRefuse, ConflictDefend}
 
-// A Health is how a router that stays looks after what it configured.
+// A Health is the settings of a router that stays.
 type Health struct {
-	Interval         time.Duration  // between full comparisons; 0: none but those that events cause
-	AnnounceInterval time.Duration  // 0: never again
-	Listen           netip.AddrPort // where /healthz is served, the zero Addr: at all addresses; port 0: nowhere
-	Probe            bool           // connect to each tcp destination
+	Interval         time.Duration  // between full comparisons; 0: only after events
+	AnnounceInterval time.Duration  // between announcements; 0: none
+	Listen           netip.AddrPort // address of /healthz; the zero Addr: all addresses; port 0: none
+	Probe            bool           // probe each tcp destination
 	ProbeInterval    time.Duration
 	ProbeFailsReady  bool
 	AuditLog         bool
 }
 
-// parseHealth reads what a router that stays does.
+// parseHealth reads the settings of a router that stays.
 func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	c.Conflict = Conflict(orDefault(env.Conflict, string(ConflictWarn)))
 	if !slices.Contains(Conflicts, c.Conflict) {
@@ -59,8 +59,7 @@ func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	report(c.checkHealthPort())
 }
 
-// checkHealthPort sees that the health endpoint and a destination do not have the
-// same port.
+// checkHealthPort checks that no destination has the port of the health endpoint.
 func (c *Config) checkHealthPort() *Error {
 	port := rules.Port(c.Health.Listen.Port())
 	taken := func(r rules.Redirect) bool { return r.Protocol == rules.TCP && r.Port == port }
@@ -70,8 +69,8 @@ func (c *Config) checkHealthPort() *Error {
 	return &Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, which is also a local port of the destinations: choose another port", port), ""}
 }
 
-// Reread returns c with the destinations that are in the variable or the file now.
-// A router that stays calls it when the file has changed.
+// Reread returns c with the current destinations of the variable or the file. A
+// router that stays calls it after the file has changed.
 func (c Config) Reread(env Environment, readFile func(name string) ([]byte, error)) (Config, *Error) {
 	c.Set, c.Warnings = rules.Set{}, nil
 	if fault := c.parseDestinations(env, readFile); fault != nil {
@@ -83,7 +82,7 @@ func (c Config) Reread(env Environment, readFile func(name string) ([]byte, erro
 	return c, nil
 }
 
-// parseHealthListen reads where a health endpoint listens; nowhere, if it is empty.
+// parseHealthListen parses the address of a health endpoint; empty: none.
 func parseHealthListen(s string, set *netip.AddrPort) *Error {
 	if s == "" {
 		return nil
@@ -91,7 +90,7 @@ func parseHealthListen(s string, set *netip.AddrPort) *Error {
 	return parseListen("EGRESS_HEALTH_LISTEN", ":9465", s, set)
 }
 
-// parseListen accepts what is listened at: an address and a port, or a port.
+// parseListen accepts a listen address: an address and a port, or a port.
 func parseListen(variable, example, s string, set *netip.AddrPort) *Error {
 	at, err := netip.ParseAddrPort(s)
 	if port, ok := strings.CutPrefix(s, ":"); ok {
@@ -106,7 +105,7 @@ func parseListen(variable, example, s string, set *netip.AddrPort) *Error {
 	return nil
 }
 
-// A Log is how log lines are written.
+// A Log is the format and level of log lines.
 type Log struct {
 	JSON  bool
 	Level slog.Level

@@ -10,7 +10,7 @@ import (
 	"github.com/kelseyhightower/envconfig"
 )
 
-// An HTTPProxyEnvironment holds the variables of the HTTP proxy, as Environment
+// An HTTPProxyEnvironment contains the variables of the HTTP proxy, as Environment
 // does those of the router.
 type HTTPProxyEnvironment struct {
 	Destination      string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION" unset:"required" doc:"the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest"`
@@ -33,26 +33,25 @@ func ReadHTTPProxy() (HTTPProxyEnvironment, error) {
 	return env, err
 }
 
-// HTTPProxyVariables lists every variable of the HTTP proxy, in the order to show
-// them.
+// HTTPProxyVariables lists every variable of the HTTP proxy, in display order.
 func HTTPProxyVariables() []Variable { return variables(reflect.TypeFor[HTTPProxyEnvironment]()) }
 
-// An HTTPProxyConfig is everything that the HTTP proxy needs, checked.
+// An HTTPProxyConfig is the valid configuration of the HTTP proxy.
 type HTTPProxyConfig struct {
 	ProxyConfig
 
-	Listen netip.AddrPort // the zero Addr: at all addresses
+	Listen netip.AddrPort // the zero Addr: all addresses
 
 	ConnectTimeout, HeaderTimeout, KeepAliveTimeout, IdleTimeout time.Duration
 
 	MaxHeader      int // bytes
-	MaxConnections int // 0: what the limit of open files leaves room for
+	MaxConnections int // 0: derived from the limit of open files
 }
 
-// ParseHTTPProxy checks env and returns what it asks for. readFile returns the
-// content of EGRESS_HTTP_PROXY_DESTINATION_FILE, grammar reads the rules, as with
-// ParseDNSProxy; each is called at most once. The error is of type Errors and
-// holds every fault.
+// ParseHTTPProxy validates env and returns its configuration. readFile returns the
+// content of EGRESS_HTTP_PROXY_DESTINATION_FILE, grammar parses the rules, as for
+// ParseDNSProxy; each is called at most once. The error is an Errors with every
+// invalid variable.
 func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte, error), grammar func(list string) error) (HTTPProxyConfig, error) {
 	var c HTTPProxyConfig
 	var faults Errors
@@ -89,8 +88,8 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 	return c, nil
 }
 
-// HTTPProxyRules reads the rules, from the variable or the file, as
-// DNSProxyDestinations does the destinations of the other proxy.
+// HTTPProxyRules reads the rules, from the variable or the file, and returns their
+// error, as DNSProxyDestinations does for the other proxy.
 func HTTPProxyRules(env HTTPProxyEnvironment, readFile func(name string) ([]byte, error), grammar func(list string) error) *Error {
 	_, fault := env.list().read(readFile, grammar)
 	return fault

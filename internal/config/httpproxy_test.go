@@ -12,7 +12,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// onlyA is a grammar of rules that knows one.
+// onlyA is a grammar with one rule.
 func onlyA(value string) error {
 	if value == "a" {
 		return nil
@@ -62,7 +62,7 @@ func TestParseHTTPProxy(t *testing.T) {
 	}
 }
 
-// Every fault is found in one go, and the original's sentence is the last line.
+// All faults are reported together, and the original's sentence is the last line.
 func TestParseHTTPProxyFindsAll(t *testing.T) {
 	_, err := ParseHTTPProxy(HTTPProxyEnvironment{
 		Destination: "b", Listen: "8080", ConnectTimeout: "10", HeaderTimeout: "-1s", KeepAliveTimeout: "0s", IdleTimeout: "x",

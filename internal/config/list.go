@@ -8,14 +8,14 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A list is a destination list, from a variable or from the file that another
-// variable names.
+// A list is a destination list, from a variable or from a file named by another
+// variable.
 type list struct {
-	variable    string // its name; that of the file is the same with _FILE
-	value, file string // of both variables
+	variable    string // name of the variable; with _FILE, of the file's variable
+	value, file string // values of both variables
 }
 
-// from returns the variable that the list comes from.
+// from returns the variable that provides the list.
 func (l list) from() string {
 	if l.file != "" {
 		return l.variable + "_FILE"
@@ -23,7 +23,7 @@ func (l list) from() string {
 	return l.variable
 }
 
-// place names a line of the list.
+// place returns the location of a line.
 func (l list) place(n int) string {
 	if l.file != "" {
 		return fmt.Sprintf("%s:%d", l.file, n)
@@ -31,9 +31,9 @@ func (l list) place(n int) string {
 	return fmt.Sprintf("%s line %d", l.variable, n)
 }
 
-// read hands the list to a grammar, which says by a *rules.ParseError what is
-// wrong with it; one without a line is about all of it. The warning, if any, is
-// about a list that is right, and yet not what its author meant.
+// read parses the list by a grammar, which returns a *rules.ParseError; an error
+// without a line is about the whole list. The warning, if any, is about a valid
+// list with probably unintended content.
 func (l list) read(readFile func(name string) ([]byte, error), grammar func(list string) error) (warning string, fault *Error) {
 	text := l.value
 	if l.file != "" {
@@ -59,7 +59,7 @@ func (l list) read(readFile func(name string) ([]byte, error), grammar func(list
 	return warning, nil
 }
 
-// hint says where the fault is, and what to do.
+// hint returns the location of the error, and advice.
 func (l list) hint(text string, fault *rules.ParseError) string {
 	where, what := "", fault.Hint
 	if fault.Line.Number > 0 {
@@ -77,7 +77,7 @@ func (l list) hint(text string, fault *rules.ParseError) string {
 	return where + "\nhint: " + what
 }
 
-// cause returns an error without the file name that the message has already.
+// cause returns an error without the file name, which the message has already.
 func cause(err error) error {
 	if path, ok := errors.AsType[*os.PathError](err); ok {
 		return path.Err
@@ -85,8 +85,8 @@ func cause(err error) error {
 	return err
 }
 
-// shorten cuts a line to a length that a log line can bear. The original's
-// sentence has the whole of it.
+// shorten limits a line to a length suitable for the log. The original's sentence
+// has the whole line.
 func shorten(s string) string {
 	const most = 120
 	if len(s) <= most {

@@ -6,40 +6,39 @@ import (
 	"strings"
 )
 
-// A MacvlanMode is who else a macvlan exchanges frames with on the host
-// (ip-link(8)).
+// A MacvlanMode selects the macvlans of the host that exchange frames with a
+// macvlan (ip-link(8)).
 type MacvlanMode string
 
-// The modes, by the values of EGRESS_MACVLAN_MODE. The original's cluster
-// network made private ones.
+// The modes, by the values of EGRESS_MACVLAN_MODE. The original's cluster network
+// used private.
 const (
-	Private  MacvlanMode = "private"  // with no other macvlan of the same NIC
-	Bridge   MacvlanMode = "bridge"   // with those in the same mode, inside the host
-	VEPA     MacvlanMode = "vepa"     // with those whose frames the switch sends back
-	Passthru MacvlanMode = "passthru" // there is no other, and the host loses the NIC
+	Private  MacvlanMode = "private"  // no other macvlan of the NIC
+	Bridge   MacvlanMode = "bridge"   // macvlans in the same mode, inside the host
+	VEPA     MacvlanMode = "vepa"     // macvlans whose frames the switch sends back
+	Passthru MacvlanMode = "passthru" // no other macvlan may exist, and the host loses the NIC
 )
 
 // MacvlanModes lists every mode.
 var MacvlanModes = []MacvlanMode{Private, Bridge, VEPA, Passthru}
 
-// DefaultHostNetns is the host's network namespace where the container shares
-// the host's process numbers: that of its first process. Elsewhere the first
-// process is the container's own, and so is its namespace.
+// DefaultHostNetns is the network namespace of process 1, which is the host's if the
+// container shares the host's PID namespace. Otherwise it is the container's own.
 const DefaultHostNetns = "/proc/1/ns/net"
 
-// macvlanDefaultRoute is the value of EGRESS_MACVLAN_PARENT that names no NIC.
-// It is that of the original's annotation assign-macvlan.
+// macvlanDefaultRoute is the value of EGRESS_MACVLAN_PARENT for the NIC of the
+// default route, as in the original's annotation assign-macvlan.
 const macvlanDefaultRoute = "true"
 
-// A Macvlan says how the router makes the egress interface itself.
+// A Macvlan configures the creation of the egress interface by the router.
 type Macvlan struct {
-	Parent    string // NIC of the host; empty: that of its IPv4 default route
+	Parent    string // NIC of the host; empty: the NIC of its IPv4 default route
 	Mode      MacvlanMode
 	HostNetns string // file of the host's network namespace
 }
 
-// parseMacvlan checks the variables of the macvlan, also where it is not
-// wanted: a typing error is told at once, not when it is.
+// parseMacvlan validates the variables of the macvlan, even without a macvlan, so
+// that a typing error is reported at once.
 func (c *Config) parseMacvlan(env Environment) Errors {
 	var faults Errors
 	mode := MacvlanMode(orDefault(env.MacvlanMode, string(Private)))

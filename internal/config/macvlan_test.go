@@ -58,7 +58,7 @@ func TestMacvlanFaults(t *testing.T) {
 			t.Errorf("no %q in:\n%v", want, err)
 		}
 	}
-	// The mode is checked also where no macvlan is wanted.
+	// The mode is checked even without a macvlan.
 	env.MacvlanParent = ""
 	if _, err := Parse(env, noFile); err == nil {
 		t.Error("a mode that is none is accepted without a parent")

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// A ProxyEnvironment holds the variables that both proxies have.
+// A ProxyEnvironment contains the variables of both proxies.
 type ProxyEnvironment struct {
 	ShutdownGrace string `envconfig:"EGRESS_SHUTDOWN_GRACE" unset:"20s" doc:"time that active requests and connections may take after SIGTERM"`
 	AccessLog     string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel"`
@@ -14,21 +14,21 @@ type ProxyEnvironment struct {
 	LogEnvironment
 }
 
-// A ProxyConfig is what both proxies need.
+// A ProxyConfig is the common configuration of both proxies.
 type ProxyConfig struct {
-	UnitTest  bool          // print, and do nothing
-	Grace     time.Duration // for what is under way when the proxy is told to stop
+	UnitTest  bool          // print the configuration, and exit
+	Grace     time.Duration // for active requests and connections after SIGTERM
 	AccessLog bool
-	Health    netip.AddrPort // where /healthz is served; port 0: nowhere
+	Health    netip.AddrPort // address of /healthz; port 0: none
 	Log       Log
 
-	Warnings []string // as in Config
+	Warnings []string // see Config
 }
 
-// parse reads the mode, by the name of its variable, and what both proxies have.
+// parse parses the mode, by the name of its variable, and the common variables.
 func (c *ProxyConfig) parse(variable, mode string, env ProxyEnvironment, report func(*Error)) {
 	c.UnitTest = mode == "unit-test"
-	if mode != "" && !c.UnitTest { // the original takes it for none
+	if mode != "" && !c.UnitTest { // the original ignores it
 		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %q has no effect: the only mode is unit-test", variable, mode))
 	}
 	report(parseTime("EGRESS_SHUTDOWN_GRACE", orDefault(env.ShutdownGrace, "20s"), orZero, &c.Grace))
@@ -37,13 +37,13 @@ func (c *ProxyConfig) parse(variable, mode string, env ProxyEnvironment, report 
 	c.Log.parse(env.LogEnvironment, report)
 }
 
-// What parseTime accepts besides a time.
+// Values of parseTime's parameter zero.
 const (
 	orZero  = true
 	notZero = false
 )
 
-// parseTime accepts a time with its unit, and 0 where that means something.
+// parseTime accepts a time with its unit, and 0 if zero is set.
 func parseTime(variable, s string, zero bool, set *time.Duration) *Error {
 	d, err := time.ParseDuration(s)
 	if err == nil && (d > 0 || d == 0 && zero) {

@@ -41,8 +41,8 @@ func TestProxyDocumentation(t *testing.T) {
 	}
 }
 
-// A stray variable with the bare name is not taken for ours, and every variable
-// is read as it stands.
+// A stray variable with the bare name is ignored, and every variable is read
+// unchanged.
 func TestReadProxies(t *testing.T) {
 	for _, list := range proxies {
 		for _, v := range list {

@@ -12,7 +12,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// parseReply reads the mark and the table of the reply path.
+// parseReply parses the mark and the table of the reply path.
 func (c *Config) parseReply(env Environment) Errors {
 	var faults Errors
 	c.ReplyMark, c.ReplyTable = DefaultReplyMark, DefaultReplyTable
@@ -36,8 +36,8 @@ func (c *Config) parseReply(env Environment) Errors {
 	return faults
 }
 
-// parseMark reads a decimal or a hexadecimal number, and does not take a
-// leading zero for octal.
+// parseMark parses a decimal or hexadecimal number. A leading zero does not mean
+// octal.
 func parseMark(s string) (uint64, error) {
 	if hex, ok := strings.CutPrefix(strings.ToLower(s), "0x"); ok {
 		return strconv.ParseUint(hex, 16, 32)
@@ -45,7 +45,7 @@ func parseMark(s string) (uint64, error) {
 	return strconv.ParseUint(s, 10, 32)
 }
 
-// parseClusterCIDRs reads the networks of the cluster side. One that holds the
+// parseClusterCIDRs parses the networks of the cluster side. One that contains the
 // gateway or a destination would send redirected connections back there.
 func (c *Config) parseClusterCIDRs(list string) Errors {
 	var faults Errors
@@ -60,7 +60,7 @@ func (c *Config) parseClusterCIDRs(list string) Errors {
 	return faults
 }
 
-// clusterCIDR reads one of them, or says why it cannot be one.
+// clusterCIDR parses one network, or returns the reason why it is invalid.
 func (c *Config) clusterCIDR(word string) (p netip.Prefix, why string) {
 	p, err := netip.ParsePrefix(word)
 	switch {
@@ -79,7 +79,7 @@ func (c *Config) clusterCIDR(word string) (p netip.Prefix, why string) {
 	return p, ""
 }
 
-// destinations returns where connections are redirected.
+// destinations returns the addresses of all destinations.
 func (c *Config) destinations() []netip.Addr {
 	var to []netip.Addr
 	for _, r := range c.Set.Redirects {
@@ -91,11 +91,11 @@ func (c *Config) destinations() []netip.Addr {
 	return to
 }
 
-// KeepNameServers adds the name servers of a resolv.conf(5) to what is reached
-// by the cluster side, where the pod had them so far: without that, a proxy in
-// the pod would ask them from the reserved address. Left out are those that no
-// route is needed for (loopback, where a container engine has its own), and
-// those that the physical network has: the gateway, its subnet, destinations.
+// KeepNameServers adds the name servers of a resolv.conf(5) to the destinations of
+// the cluster side, by which the pod reached them so far: otherwise a proxy in the
+// pod would use the reserved address for its look-ups. It leaves out addresses that
+// need no route (loopback, used by container engines), and those of the physical
+// network: the gateway, its subnet, destinations.
 func (c *Config) KeepNameServers(resolvConf []byte) {
 	for line := range strings.Lines(string(resolvConf)) {
 		words := strings.Fields(line)

@@ -8,12 +8,12 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Backend is the way in which rules get into the kernel.
+// A Backend selects how rules are loaded into the kernel.
 type Backend string
 
 // The backends, by the values of EGRESS_ROUTER_BACKEND.
 const (
-	Auto     Backend = "auto"     // iptables where it works, else nftables
+	Auto     Backend = "auto"     // iptables if it works, otherwise nftables
 	IPTables Backend = "iptables" // by the programs of iptables, of either flavour
 	NFTables Backend = "nftables" // by netlink, without a program
 )
@@ -21,7 +21,7 @@ const (
 // Backends lists every backend.
 var Backends = []Backend{Auto, IPTables, NFTables}
 
-// parseBackend reads the backend.
+// parseBackend parses the backend.
 func (c *Config) parseBackend(s string) *Error {
 	c.Backend = Backend(orDefault(s, string(Auto)))
 	if slices.Contains(Backends, c.Backend) {
@@ -41,7 +41,7 @@ const (
 	forwardOpen       = "open"
 )
 
-// parseForward reads what crosses from the cluster side.
+// parseForward parses the connections that cross from the cluster side.
 func (c *Config) parseForward(s string) *Error {
 	switch orDefault(s, forwardRedirected) {
 	case forwardRedirected:
