@@ -15,26 +15,25 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A backend brings the router together with the way in which its rules get into
-// the kernel.
+// A backend selects, and combines, the ways to load rules into the kernel.
 type backend struct {
 	choice   config.Backend
 	families []rules.Family
 	log      *slog.Logger
 
-	found *iptables.Backend // nil: not looked for yet, or not right
-	// What auto has become, so that a process goes on with what it began with.
-	settled config.Backend
+	found *iptables.Backend // nil: not searched yet, or failed
+	// The choice of auto, which a process keeps.
+	chosen  config.Backend
 	noGuard bool // the kernel does not support the source guard
 }
 
-// readPatience is how long the programs of iptables may take to read the rules.
-// The largest list takes a tenth of a second.
+// readPatience is the time for iptables' programs to read the rules. The largest
+// list takes a tenth of a second.
 const readPatience = 30 * time.Second
 
-// rules reads the kernel's rules by the backend of choice.
+// rules reads the kernel's rules by the chosen backend.
 func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, error) {
-	switch cmp.Or(b.settled, b.choice) {
+	switch cmp.Or(b.chosen, b.choice) {
 	case config.NFTables:
 		return b.nftables(ctx)
 	case config.IPTables:
@@ -42,7 +41,7 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 	}
 	first, err := b.iptables(ctx, plan)
 	if err == nil {
-		b.settled = config.IPTables
+		b.chosen = config.IPTables
 		return first, nil
 	}
 	if ctx.Err() != nil {
@@ -50,10 +49,10 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 	}
 	next, nextErr := b.nftables(ctx)
 	if nextErr != nil {
-		// Not wrapped as one: what to do about the first is what can be done.
+		// Joined, so that the hint of the first error is used.
 		return nil, errors.Join(err, nextErr)
 	}
-	b.settled = config.NFTables
+	b.chosen = config.NFTables
 	if _, missing := errors.AsType[*iptables.MissingError](err); missing {
 		b.log.Debug("iptables missing, using nftables", "error", err)
 	} else {
@@ -70,12 +69,12 @@ func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, 
 		}
 		b.found = found
 	}
-	// Programs that hang would keep everything waiting.
+	// A program that hangs must not block the router.
 	reading, cancel := context.WithTimeout(ctx, readPatience)
 	defer cancel()
 	tx, err := b.found.Begin(reading, plan)
 	if err != nil {
-		b.found = nil // the next attempt asks anew
+		b.found = nil // the next attempt searches again
 		return nil, err
 	}
 	return b.withGuard(ctx, tx)
@@ -104,7 +103,7 @@ func (b *backend) withGuard(ctx context.Context, first router.Rules) (router.Rul
 	return &guarded{b, first, guard}, nil
 }
 
-// isIPTables returns the rules as those of iptables, if they are.
+// isIPTables returns the rules as iptables', if they are.
 func isIPTables(r router.Rules) (*iptables.Tx, bool) {
 	g, ok := r.(*guarded)
 	if !ok {
@@ -163,8 +162,8 @@ func (b *backend) nftables(ctx context.Context) (router.Rules, error) {
 	return b.withGuard(ctx, tx)
 }
 
-// strays finds what earlier runs loaded with others than the backend in use. The
-// one without a way back is the last.
+// strays returns the rules of earlier runs with other backends than the one in use.
+// The last one may lack a rollback.
 func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray, error) {
 	var found []router.Stray
 	var flavour iptables.Flavour
@@ -190,14 +189,14 @@ func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stra
 	return found, nil
 }
 
-// next returns the backend that takes the place of one that could not load the
-// rules, nil where none does. A kernel may have the tables of iptables and lack
-// what its rules need, which is known only when it is asked to take them.
+// next returns the backend that replaces one that could not load the rules; nil:
+// none. A kernel may have the tables of iptables and lack the modules of its rules,
+// which only shows on loading.
 func (b *backend) next(ctx context.Context, failed router.Rules, why error) (router.Rules, error) {
 	if _, ok := isIPTables(failed); !ok || b.choice != config.Auto {
 		return nil, nil
 	}
-	b.settled = config.NFTables
+	b.chosen = config.NFTables
 	b.log.Warn("iptables load failed, using nftables", "backend", failed.String(), "error", why)
 	return b.nftables(ctx)
 }

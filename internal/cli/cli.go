@@ -1,5 +1,5 @@
-// Package cli is the boundary of the process: arguments, environment, signals,
-// exit codes, and what is printed where.
+// Package cli is the boundary of the process: arguments, environment, signals, exit
+// codes, and output.
 package cli
 
 import (
@@ -23,33 +23,33 @@ import (
 // The exit codes.
 const (
 	exitOK    = 0
-	exitError = 1 // what the original exits with on every error
-	exitUsage = 2 // the arguments are not understood
+	exitError = 1 // of every error, as in the original
+	exitUsage = 2 // of invalid arguments
 )
 
-// A Process is what the program has of its surroundings.
+// A Process is the environment of the program.
 type Process struct {
-	Name        string                             // by which the program was started, maybe with a path
+	Name        string                             // of the program, maybe with a path
 	Args        []string                           // without the program's name
 	Environment func() (config.Environment, error) // reads the variables
 	Stdout      io.Writer
 	Stderr      io.Writer
-	// TerminationLog is the file that is told, too, why a container ended; empty: none.
+	// TerminationLog is the file for a container's last error; empty: none.
 	TerminationLog string
 }
 
-// A command is what the program can be asked to do.
+// A command is one of the program's commands.
 type command struct {
 	run func(context.Context, Process) error
-	// mode returns what the mode's variable holds, of a command that a container
-	// exists for; nil: the command is none of these.
+	// mode returns the value of the mode's variable, for a command that is a
+	// container's main program; nil: the command is not.
 	mode func(Process) string
 }
 
 // The commands that have modes.
 var (
 	routerCommand = command{runMode, func(p Process) string {
-		env, _ := p.Environment() // has no mode if it cannot be read
+		env, _ := p.Environment() // the mode is empty after an error
 		return env.Mode
 	}}
 	httpProxyCommand = command{runHTTPProxy, func(Process) string {
@@ -62,8 +62,7 @@ var (
 	}}
 )
 
-// commands are the arguments that are understood, one at a time; health may have
-// more.
+// commands are the commands by their argument. Only health accepts another one.
 var commands = map[string]command{
 	"plan":       {run: runPlan},
 	"wait":       {run: runWait}, // has no error
@@ -82,7 +81,7 @@ func Run(ctx context.Context, p Process) int {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 
-	c, ok := asked(p)
+	c, ok := commandOf(p)
 	if !ok {
 		fmt.Fprintf(p.Stderr, "egress-router: invalid arguments: %q\n%s", p.Args, usage)
 		return exitUsage
@@ -91,19 +90,19 @@ func Run(ctx context.Context, p Process) int {
 	if err == nil {
 		return exitOK
 	}
-	if errors.Is(err, errNotReady) { // that is on stdout
+	if errors.Is(err, errNotReady) { // stdout has the reasons
 		return exitError
 	}
 	text := report(err)
 	_, _ = io.WriteString(p.Stderr, text)
 	if endsContainer(c, p, err) {
-		leave(p.TerminationLog, text)
+		writeTermination(p.TerminationLog, text)
 	}
 	return exitError
 }
 
-// asked returns what the arguments ask for, if they are understood.
-func asked(p Process) (c command, ok bool) {
+// commandOf returns the command for the arguments, if they are valid.
+func commandOf(p Process) (c command, ok bool) {
 	switch {
 	case len(p.Args) == 0:
 		return byName(p.Name), true
@@ -113,8 +112,8 @@ func asked(p Process) (c command, ok bool) {
 	return c, ok
 }
 
-// byName returns what the program does without an argument: under the name of a
-// proxy's image, it is that proxy.
+// byName returns the command without an argument: a proxy, by the name of its
+// image, otherwise the router.
 func byName(name string) command {
 	switch filepath.Base(name) {
 	case "egress-http-proxy":
@@ -125,10 +124,10 @@ func byName(name string) command {
 	return routerCommand
 }
 
-// resolvConf is where the pod's name servers stand (resolv.conf(5)).
+// resolvConf is the file with the pod's name servers (resolv.conf(5)).
 const resolvConf = "/etc/resolv.conf"
 
-// parse reads and checks the environment.
+// parse reads and validates the environment.
 func parse(p Process) (config.Config, error) {
 	env, err := p.Environment()
 	if err != nil {
@@ -137,8 +136,8 @@ func parse(p Process) (config.Config, error) {
 	return config.Parse(env, readFile)
 }
 
-// readFile reads a file, and no more of it than a destination file may have.
-// Something else than a file could keep it waiting for ever.
+// readFile reads a regular file, up to the size of a destination file. Reading other
+// files could block for ever.
 func readFile(name string) ([]byte, error) {
 	if info, err := os.Stat(name); err != nil {
 		return nil, err
@@ -157,9 +156,9 @@ func readFile(name string) ([]byte, error) {
 	return data, err
 }
 
-// runMode does what EGRESS_ROUTER_MODE says.
+// runMode runs the mode of EGRESS_ROUTER_MODE.
 func runMode(ctx context.Context, p Process) error {
-	settle := hurry()
+	restoreGC := tuneGC()
 	hangup, stop := hangups()
 	defer stop()
 	env, err := p.Environment()
@@ -183,15 +182,14 @@ func runMode(ctx context.Context, p Process) error {
 	}
 
 	if c.Mode.Stays() {
-		return stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, settle)
+		return stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC)
 	}
 	keepNameServers(&c, log)
 	return newRouter(c, log).Apply(ctx)
 }
 
-// runWait does nothing until the process is told to stop. It is the second
-// container of a pod whose first one was an init run, and keeps the pod's
-// namespace alive without any privilege.
+// runWait waits for a signal. It is the second container of a pod whose first one
+// was an init run, and keeps the pod's namespace alive without any privilege.
 func runWait(ctx context.Context, _ Process) error {
 	<-ctx.Done()
 	return nil
@@ -205,18 +203,18 @@ func logger(w io.Writer, l config.Log) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
-// stopped reports whether an error says that the program was told to stop, and
-// that nothing is left half-done.
+// stopped reports whether an error is an interruption by a signal with a complete
+// rollback.
 func stopped(err error) bool { return errors.Is(err, context.Canceled) && !partly(err) }
 
-// partly reports whether an error says that something is left half-done.
+// partly reports whether an error includes a failed rollback.
 func partly(err error) bool {
 	_, left := errors.AsType[*router.UndoError](err)
 	return left
 }
 
-// report returns what is printed of an error: hints first, since the last line
-// is the one that users of the original look at.
+// report returns the output for an error: hints first, since users of the original
+// look at the last line.
 func report(err error) string {
 	if faults, ok := errors.AsType[config.Errors](err); ok {
 		return faults.Error() + "\n"
@@ -231,7 +229,7 @@ func report(err error) string {
 	return text
 }
 
-// hint returns what an error, or one that it wraps, says to do.
+// hint returns the hint of an error, or of one that it wraps.
 func hint(err error) string {
 	var hinter interface{ Hint() string }
 	if errors.As(err, &hinter) && hinter.Hint() != "" {

@@ -48,7 +48,7 @@ func runDNSProxy(ctx context.Context, p Process) error {
 	}
 	d.log = logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
-		d.log.Warn(w)
+		d.log.Warn("configuration warning", "warning", w)
 	}
 	if len(d.list) == 0 {
 		d.log.Warn("no destinations, not listening")

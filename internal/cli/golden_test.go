@@ -18,8 +18,8 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the files in testdata/golden")
 
-// The environments of the golden files, by name. Each file holds what
-// unit-test prints, what goes into iptables-restore, and what plan prints.
+// The environments of the golden files, by name. Each file contains the output of
+// unit-test, the input of iptables-restore, and the output of plan.
 var environments = map[string]config.Environment{
 	"example": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1",
@@ -47,7 +47,7 @@ var environments = map[string]config.Environment{
 	"dns-proxy": {Mode: "dns-proxy", Source: "192.168.12.99/24", Gateway: "192.168.12.1"},
 }
 
-// manyLines returns more lines than a plain chain holds, of both protocols.
+// manyLines returns more lines than fit in a plain chain, of both protocols.
 func manyLines(n int) string {
 	var b strings.Builder
 	for i := range n {

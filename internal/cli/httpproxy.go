@@ -36,7 +36,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 	}
 	log := logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
-		log.Warn(w)
+		log.Warn("configuration warning", "warning", w)
 	}
 	if c.UnitTest {
 		_, err := io.WriteString(p.Stdout, list.Squid())

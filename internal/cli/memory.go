@@ -10,18 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// startMemory is how much a run may take before it collects garbage, in bytes.
-// The largest destination list that a ConfigMap holds needs less than half.
+// startMemory is the memory limit, in bytes, below which a starting run collects no
+// garbage. The largest destination list of a ConfigMap needs less than half.
 const startMemory = 64 << 20
 
-// idlePercent is how much of its memory a router that stays may fill anew before
-// it collects garbage. It does little, so that collecting costs nothing.
+// idlePercent is the GC percentage of a router that stays. It does little, so that
+// frequent collections cost nothing.
 const idlePercent = 25
 
-// hurry lets a run that ends in milliseconds do without a collection of garbage,
-// which would take as long again. What it returns is for one that stays instead:
-// it gives back the memory of the start.
-func hurry() (settle func()) {
+// tuneGC disables garbage collection for a run of some milliseconds, which a
+// collection would double. A router that stays calls restoreGC, which also returns
+// the start's memory to the system.
+func tuneGC() (restoreGC func()) {
 	debug.SetGCPercent(-1)
 	limit := debug.SetMemoryLimit(startMemory)
 	return func() {
@@ -32,10 +32,10 @@ func hurry() (settle func()) {
 	}
 }
 
-// giveBackProgram has the kernel take the pages of the program's file out of the
-// process's memory, most of which only the start needed, or came in around those
-// that it needed. They come back as they are used, from the page cache
-// (madvise(2), MADV_DONTNEED). Where this fails nothing is lost.
+// giveBackProgram drops the pages of the program's file from the process's memory:
+// most are needed, or were read ahead, only for the start. The kernel reads them from
+// the page cache when they are used again (madvise(2), MADV_DONTNEED). Errors do not
+// matter.
 func giveBackProgram() {
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {

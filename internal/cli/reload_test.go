@@ -18,7 +18,7 @@ import (
 	"github.com/egress-router/egress-router/internal/follow"
 )
 
-// output is a log that can be read while it is written.
+// output is a log that can be read while it is written to.
 type output struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -36,7 +36,7 @@ func (o *output) String() string {
 	return o.text.String()
 }
 
-// await waits until the log has a text so many times.
+// await waits until the log contains a text the given number of times.
 func (o *output) await(t *testing.T, text string, times int) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); strings.Count(o.String(), text) < times; time.Sleep(time.Millisecond) {
@@ -46,7 +46,7 @@ func (o *output) await(t *testing.T, text string, times int) {
 	}
 }
 
-// wantCount checks how often the log has a text.
+// wantCount checks the number of occurrences of a text in the log.
 func (o *output) wantCount(t *testing.T, text string, times int) {
 	t.Helper()
 	if n := strings.Count(o.String(), text); n != times {
@@ -54,8 +54,8 @@ func (o *output) wantCount(t *testing.T, text string, times int) {
 	}
 }
 
-// What is wrong is said once as long as it is the same, and tried again until it
-// works.
+// A failure is logged once while it stays the same, and the reload is repeated
+// until it succeeds.
 func TestReloaderComplains(t *testing.T) {
 	bad := &config.Error{Sentence: "Bad destination 'x'", Hint: "list:1"}
 	taken := errors.New("listening on port 80: address in use")
@@ -88,8 +88,7 @@ func TestReloaderComplains(t *testing.T) {
 	log.wantCount(t, "address in use", 1)
 }
 
-// swap has a directory contain a file, "list", as the kubelet does it
-// (AtomicWriter).
+// swap replaces the file "list" in a directory as the kubelet does (AtomicWriter).
 func swap(t *testing.T, dir, content string) {
 	t.Helper()
 	const name = "list"
@@ -115,7 +114,7 @@ func swap(t *testing.T, dir, content string) {
 	}
 }
 
-// Both proxies follow their file, and read it again when told to.
+// Both proxies reload their file when it changes, and after SIGHUP.
 func TestProxiesReload(t *testing.T) {
 	for command, test := range map[string]struct {
 		prefix, old, new, changed, bad, sentence string
@@ -169,7 +168,7 @@ func TestProxiesReload(t *testing.T) {
 	}
 }
 
-// Without a file SIGHUP does nothing, and says so.
+// Without a file, SIGHUP only logs a line.
 func TestHangUpWithoutFile(t *testing.T) {
 	t.Setenv("EGRESS_DNS_PROXY_DESTINATION", "#")
 	t.Setenv("EGRESS_HTTP_PROXY_DESTINATION", "*")
@@ -210,8 +209,7 @@ func hangUp(t *testing.T) {
 	}
 }
 
-// A proxy that starts while its file is being changed does not stay with what it
-// read first.
+// A proxy whose file changes during its start reloads it.
 func TestSinceIsBeforeReading(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	since := follow.At(file)

@@ -10,22 +10,22 @@ import (
 	"github.com/egress-router/egress-router/internal/metrics"
 )
 
-// A reporter is a program that says how it is, as long as it runs.
+// A reporter serves the health and metrics of a running program.
 type reporter struct {
-	program string // as in package health
+	program string // name in package health
 	mode    string
-	listen  netip.AddrPort // where it is asked by HTTP; port 0: nowhere
+	listen  netip.AddrPort // address for HTTP; port 0: none
 
-	// report fills in whether the program is ready, and its checks.
+	// report adds the program's checks, and the reasons why it is not ready.
 	report func(*health.Report)
-	alive  func() error // why it is stuck; nil: it is not as long as it answers
+	alive  func() error // returns an error if it is stuck; nil: it never is
 
 	table   []metrics.Metric
 	collect func(metrics.Emit, health.Report)
 }
 
-// start lets the program be asked until the function that it returns is called.
-// When ctx ends, the program has been told to stop, and is no longer ready.
+// start serves requests until the returned function is called. The program is not
+// ready after ctx ends.
 func (r reporter) start(ctx context.Context, log *slog.Logger) (stop func(), err error) {
 	started := time.Now()
 	report := func() health.Report {
@@ -53,7 +53,7 @@ func (r reporter) start(ctx context.Context, log *slog.Logger) (stop func(), err
 	}, nil
 }
 
-// serve lets the program be asked by HTTP.
+// serve serves HTTP requests.
 func (r reporter) serve(ctx context.Context, report func() health.Report, log *slog.Logger) (wait func(), err error) {
 	page, err := metrics.Handler(r.table, func(emit metrics.Emit) { r.collect(emit, report()) }, log)
 	if err != nil {
@@ -62,7 +62,7 @@ func (r reporter) serve(ctx context.Context, report func() health.Report, log *s
 	return health.Listen(ctx, r.listen, health.Handler(report, r.alive, page), log)
 }
 
-// oneIf returns what a metric has for yes and no.
+// oneIf returns the metric value of a condition.
 func oneIf(yes bool) float64 {
 	if yes {
 		return 1

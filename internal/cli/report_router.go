@@ -15,8 +15,8 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// stuckAfter is how long a comparison may be overdue until the process counts as
-// stuck: longer than it waits after repairs that fail.
+// stuckAfter is the delay of a comparison after which the process counts as stuck:
+// longer than its pause after failed repairs.
 const stuckAfter = 2 * time.Minute
 
 func (w *watch) reporter() reporter {
@@ -34,12 +34,12 @@ func (w *watch) reporter() reporter {
 	}
 }
 
-// alive says why the router is stuck.
+// alive returns an error if the router is stuck.
 func (w *watch) alive() error {
 	interval, s := w.config.Health.Interval, w.keeper.Status()
 	compared := s.Compared
 	if compared.IsZero() {
-		compared = s.Since // its beginning
+		compared = s.Since // the start of the process
 	}
 	if late := time.Since(compared); interval > 0 && late > 3*interval+stuckAfter {
 		return fmt.Errorf("no reconcile for %s", late.Round(time.Second))
@@ -47,7 +47,7 @@ func (w *watch) alive() error {
 	return nil
 }
 
-// reportRouter says how the router is.
+// reportRouter reports the router's state.
 func reportRouter(r *health.Report, s router.Status, probes bool) {
 	r.Reasons = append(r.Reasons, s.NotReady...)
 	add := func(name string, state health.State, since time.Time, format string, args ...any) {
@@ -142,8 +142,8 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	}
 }
 
-// mostPorts is of how many servers the ports in use are told, those with most: by
-// the fallback there can be any number.
+// mostPorts is the number of servers with metrics of ports in use, those with most
+// ports: with the fallback, any number of servers is possible.
 const mostPorts = 200
 
 func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Probe) {

@@ -19,7 +19,7 @@ import (
 	"github.com/egress-router/egress-router/internal/tcpproxy"
 )
 
-// newDNSProxy returns one with destinations that nobody listens for.
+// newDNSProxy returns a proxy with the given destinations.
 func newDNSProxy(t *testing.T, list string) *dnsProxy {
 	t.Helper()
 	d := &dnsProxy{log: slog.New(slog.DiscardHandler)}
@@ -34,7 +34,7 @@ func newDNSProxy(t *testing.T, list string) *dnsProxy {
 	return d
 }
 
-// Each proxy tells every metric of its table, and none that is not in it.
+// Each proxy emits exactly the metrics of its table.
 func TestMetrics(t *testing.T) {
 	d := newDNSProxy(t, "18091 203.0.113.25 80\n18092 203.0.113.26")
 	list, err := httpproxy.Parse("*")
@@ -91,7 +91,7 @@ func TestReportDNSProxy(t *testing.T) {
 	right := health.Check{Name: "destinations", Detail: "1 from EGRESS_DNS_PROXY_DESTINATION"}
 	check(right, connections, port)
 
-	// A list that is not right is a warning, counted once.
+	// An invalid list is a warning, counted once.
 	r := reloader{log: d.log, told: d.told}
 	for range 2 {
 		r.complain(errors.New("Bad destination '80'"))
@@ -156,7 +156,7 @@ func TestReportHTTPProxy(t *testing.T) {
 	}
 }
 
-// A program that was told to stop is not ready, and tells until its end.
+// A program is not ready after it was stopped, and reports until its end.
 func TestReporterStops(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

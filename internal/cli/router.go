@@ -16,13 +16,13 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	}
 	b := &backend{choice: c.Backend, families: families, log: log}
 	return &router.Router{
-		Link: wanted(c), Macvlan: macvlan(c), Plan: planOf(c), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict], Log: log,
+		Link: desired(c), Macvlan: macvlan(c), Plan: planOf(c), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict], Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
 		Rules:   b.rules, Next: b.next, Strays: b.strays,
 	}
 }
 
-func wanted(c config.Config) link.Want {
+func desired(c config.Config) link.Want {
 	return link.Want{
 		Interface: c.Egress, Address: c.Source, Gateway: c.Gateway,
 		Cluster: link.ClusterSide{
@@ -31,7 +31,7 @@ func wanted(c config.Config) link.Want {
 	}
 }
 
-// macvlan returns the egress interface to make, nil where it is there already.
+// macvlan returns the egress interface to create; nil: none.
 func macvlan(c config.Config) *link.Macvlan {
 	if c.Macvlan == nil {
 		return nil
@@ -39,8 +39,7 @@ func macvlan(c config.Config) *link.Macvlan {
 	return &link.Macvlan{Interface: c.Egress, Parent: c.Macvlan.Parent, Mode: string(c.Macvlan.Mode), HostNetns: c.Macvlan.HostNetns}
 }
 
-// planOf returns the rules that a configuration asks for, as far as the kernel
-// has their families.
+// planOf returns the rules of a configuration, for the kernel's families.
 func planOf(c config.Config) rules.Plan {
 	if !link.HasIPv6() {
 		return c.Plan().Without(rules.IPv6)
@@ -48,7 +47,7 @@ func planOf(c config.Config) rules.Plan {
 	return c.Plan()
 }
 
-// keepNameServers sees that the pod reaches its name servers as before.
+// keepNameServers keeps the pod's name servers on the cluster side.
 func keepNameServers(c *config.Config, log *slog.Logger) {
 	if resolvConf, err := readFile(resolvConf); err != nil {
 		log.Debug("name servers not read", "error", err)
@@ -57,8 +56,7 @@ func keepNameServers(c *config.Config, log *slog.Logger) {
 	}
 }
 
-// conflicts are the ways to deal with a conflict, by the name of the variable's
-// value.
+// conflicts maps the values of EGRESS_CONFLICT.
 var conflicts = map[config.Conflict]router.Conflict{
 	config.ConflictWarn: router.ConflictWarn, config.ConflictRefuse: router.ConflictRefuse, config.ConflictDefend: router.ConflictDefend,
 }

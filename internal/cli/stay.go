@@ -15,27 +15,26 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A watch is one run of a router that stays.
+// A watch is a run of a router that stays.
 type watch struct {
 	config  config.Config
 	log     *slog.Logger
 	keeper  *router.Keeper
-	tracker atomic.Pointer[conntrack.Tracker] // nil: nobody asks for connections, or not yet
-	set     atomic.Pointer[rules.Set]         // that was read last; nil: that of the start
+	tracker atomic.Pointer[conntrack.Tracker] // nil: not needed, or not started yet
+	set     atomic.Pointer[rules.Set]         // last destinations; nil: those of the start
 }
 
-// stay configures, unless an init run has, and watches over what is configured
-// until the program is told to stop. The function settle is called when
-// it has nothing to do any more but wait.
-func stay(ctx context.Context, p Process, c config.Config, env config.Environment, file reloader, settle func()) error {
-	log, written := file.log, c // without what is found out here
+// stay configures the namespace, in mode legacy, and repairs drift until ctx ends.
+// It calls restoreGC when the start is over.
+func stay(ctx context.Context, p Process, c config.Config, env config.Environment, file reloader, restoreGC func()) error {
+	log, written := file.log, c // without the additions below
 	keepNameServers(&c, log)
 	w := &watch{config: c, log: log}
 	r := newRouter(c, log)
 	w.keeper = newKeeper(r, c)
 	w.keeper.Replaced = w.count
 
-	// That the port is taken is known before anything changes.
+	// Listen first: an error comes before any change.
 	stop, err := w.reporter().start(ctx, log)
 	if err != nil {
 		return err
@@ -48,7 +47,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	switch {
 	case stopped(err):
 		return nil
-	case conflict && !partly(err): // the address may become free
+	case conflict && !partly(err): // another host may give the address up
 		log.Error("reserved address not taken", "error", err, "hint", hint(err))
 		w.keeper.Failed(err)
 	case err != nil:
@@ -59,7 +58,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	var background sync.WaitGroup
 	t := w.track(p)
 	if t != nil {
-		defer t.Close() // when nobody uses it any more
+		defer t.Close() // after its last use
 	}
 	defer background.Wait()
 	defer end()
@@ -78,11 +77,11 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		}
 	}
 	background.Go(func() { file.run(ctx) })
-	settle()
+	restoreGC()
 	return w.keeper.Run(ctx)
 }
 
-// newKeeper returns what watches over the router's namespace.
+// newKeeper returns a keeper for the router's namespace.
 func newKeeper(r *router.Router, c config.Config) *router.Keeper {
 	k := router.NewKeeper(r)
 	k.Interval, k.AnnounceInterval = c.Health.Interval, c.Health.AnnounceInterval
@@ -94,8 +93,7 @@ func newKeeper(r *router.Router, c config.Config) *router.Keeper {
 	return k
 }
 
-// reload reads the destinations again and has the router and the counters go by
-// them.
+// reload reads the destinations again and passes them to the router.
 func (w *watch) reload(written config.Config, env config.Environment) error {
 	c, fault := written.Reread(env, readFile)
 	if fault != nil {
@@ -106,11 +104,11 @@ func (w *watch) reload(written config.Config, env config.Environment) error {
 	}
 	keepNameServers(&c, w.log)
 	w.set.Store(&c.Set)
-	w.keeper.Replace(wanted(c), planOf(c))
+	w.keeper.Replace(desired(c), planOf(c))
 	return nil
 }
 
-// count has connections counted by the destinations that the kernel holds now.
+// count sets the destinations of the counters, after their rules are loaded.
 func (w *watch) count() {
 	t, set := w.tracker.Load(), w.set.Load()
 	if t == nil || set == nil {
@@ -121,13 +119,13 @@ func (w *watch) count() {
 	}
 }
 
-// track begins to count connections, for who reads metrics, and to log them, as
-// far as either is asked for. The router works without.
+// track starts the counters, for metrics, and the audit log, if enabled. The router
+// works without them.
 func (w *watch) track(p Process) *conntrack.Tracker {
 	c := w.config
 	o := conntrack.Options{Source: c.Source.Addr(), Mark: c.ReplyMark, Set: c.Set, Count: c.Health.Listen.Port() != 0, Log: w.log}
 	if c.Health.AuditLog {
-		// Whoever asks for these lines gets them, whatever else is logged.
+		// The audit log does not depend on the log level.
 		audit := logger(p.Stderr, config.Log{JSON: c.Log.JSON, Level: slog.LevelInfo})
 		o.Audit = func(e conntrack.Event) { logConnection(audit, e) }
 	}
@@ -142,7 +140,7 @@ func (w *watch) track(p Process) *conntrack.Tracker {
 	return t
 }
 
-// logConnection writes the line of the audit log for an event.
+// logConnection writes the audit log line of an event.
 func logConnection(log *slog.Logger, e conntrack.Event) {
 	attributes := []any{
 		"client", e.Client.String(), "protocol", e.Protocol.String(), "port", e.Port,
@@ -159,7 +157,7 @@ func logConnection(log *slog.Logger, e conntrack.Event) {
 		attributes = append(attributes, "seconds", e.Duration.Seconds())
 	}
 	if e.Lost {
-		attributes = append(attributes, "lost", true) // its end was not seen
+		attributes = append(attributes, "lost", true) // there was no event of its end
 	}
 	log.Info("connection ends", attributes...)
 }

@@ -8,29 +8,26 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 )
 
-// TerminationLog is where a container says why it ended (Kubernetes
-// documentation, "Customizing the termination message"; it is the default of
-// terminationMessagePath). The kubelet makes the file, which any user of the
-// container may write, anew for each start, and shows what it holds as the
-// container's message.
+// TerminationLog is the file for a container's last error (Kubernetes documentation,
+// "Customizing the termination message"; it is the default of
+// terminationMessagePath). The kubelet creates it for each start, writable for any
+// user of the container, and displays its content as the container's message.
 const TerminationLog = "/dev/termination-log"
 
-// maxTermination is how much the kubelet reads of it, in bytes
+// maxTermination is the number of bytes that the kubelet reads of it
 // (MaxContainerTerminationMessageLength in pkg/kubelet/container/runtime.go).
 const maxTermination = 4096
 
-// endsContainer reports whether an error of a command is why a container ended.
-// It is not where the command is one that others call, in a container that goes
-// on (health), or that touches nothing (plan, unit-test); and being told to stop
-// is no fault of the pod.
+// endsContainer reports whether an error of a command ends a container. It does not
+// for a command that others call in a running container (health), or that changes
+// nothing (plan, unit-test); and an interruption is not the pod's failure.
 func endsContainer(c command, p Process, err error) bool {
 	return c.mode != nil && c.mode(p) != string(config.UnitTest) && !stopped(err)
 }
 
-// leave writes why the program ends to a file. Outside of Kubernetes there is
-// none, and none is made; what stands there and is no file is left alone. What
-// goes wrong is not said: the text is on stderr already.
-func leave(file, text string) {
+// writeTermination writes text to a regular file, if it exists. Outside of Kubernetes
+// it does not, and is not created. Errors are ignored, since stderr has the text.
+func writeTermination(file, text string) {
 	if info, err := os.Lstat(file); err != nil || !info.Mode().IsRegular() {
 		return
 	}
@@ -42,9 +39,9 @@ func leave(file, text string) {
 	_, _ = f.WriteString(lastLines(text, maxTermination))
 }
 
-// lastLines returns the end of a text as the kubelet can take it: whole lines,
-// or the end of the last one if that alone is too long, and in UTF-8 throughout,
-// as a string of the Kubernetes API is.
+// lastLines returns the end of a text that the kubelet accepts: whole lines, or the
+// end of the last line if it alone is too long, and valid UTF-8 throughout, as a
+// string of the Kubernetes API must be.
 func lastLines(text string, limit int) string {
 	text = strings.ToValidUTF8(text, string(utf8.RuneError))
 	cut := len(text) - limit

@@ -25,7 +25,7 @@ func TestTerminationLog(t *testing.T) {
 		env        config.Environment
 		mode       string // of the proxies
 		last       string // on stderr
-		left       bool   // the same is in the file
+		left       bool   // the file contains the same
 	}{
 		"a mode, bad variables":         {last: "EGRESS_SOURCE unspecified or invalid", left: true},
 		"a mode, no interface":          {env: good, last: `egress-router: interface "macvlan0" not found`, left: true},
@@ -71,7 +71,7 @@ func TestTerminationLog(t *testing.T) {
 	}
 }
 
-// Being told to stop is no fault of the pod, unless something is left half-done.
+// An interruption is not a failure of the container, unless its rollback failed.
 func TestEndsContainer(t *testing.T) {
 	stop := fmt.Errorf("setting the address: %w", context.Canceled)
 	for _, test := range []struct {
@@ -88,24 +88,24 @@ func TestEndsContainer(t *testing.T) {
 	}
 }
 
-// Only a file that is there is written to, and what it held is gone.
-func TestLeave(t *testing.T) {
+// writeTermination overwrites an existing regular file, and nothing else.
+func TestWriteTermination(t *testing.T) {
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }
 	for _, err := range []error{
 		os.WriteFile(path("file"), []byte("what was there before, and is longer"), 0o600),
 		os.WriteFile(path("other"), []byte("another's"), 0o600),
 		os.Symlink("other", path("link")),
-		unix.Mkfifo(path("pipe"), 0o600), // without a reader: to open it would be to wait
+		unix.Mkfifo(path("pipe"), 0o600), // has no reader: opening it would block
 	} {
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
 	for _, name := range []string{"file", "link", "pipe", "missing", "no/directory", "."} {
-		leave(path(name), "why\n")
+		writeTermination(path(name), "why\n")
 	}
-	leave("", "why\n")
+	writeTermination("", "why\n")
 	for name, want := range map[string]string{"file": "why\n", "other": "another's"} {
 		if got, err := os.ReadFile(path(name)); string(got) != want || err != nil {
 			t.Errorf("%s holds %q, %v; want %q", name, got, err, want)
@@ -115,7 +115,7 @@ func TestLeave(t *testing.T) {
 		t.Errorf("a file was made: %v", err)
 	}
 
-	leave(path("file"), strings.Repeat("hint: too long\n", 1000)+"why\n")
+	writeTermination(path("file"), strings.Repeat("hint: too long\n", 1000)+"why\n")
 	got, err := os.ReadFile(path("file"))
 	if err != nil || len(got) > 4096 || len(got) < 4096-len("hint: too long\n") || !strings.HasSuffix(string(got), "long\nwhy\n") {
 		t.Errorf("of a long text %d bytes are left, %v: %q", len(got), err, got)

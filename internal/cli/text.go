@@ -26,7 +26,7 @@ const usage = `usage:
   egress-router version      print the version
 `
 
-// modeDocs says what each mode does, in one line.
+// modeDocs describes each mode in one line.
 var modeDocs = map[config.Mode]string{
 	config.Init:      "configure the network and the redirects, then exit",
 	config.Legacy:    "configure the network and the redirects, then repair drift until SIGTERM",
@@ -63,10 +63,10 @@ func runHelp(_ context.Context, p Process) error {
 	return err
 }
 
-// version is set by the linker, to what git describes the source as.
+// version is set by the linker, to the source's version by git describe.
 var version string
 
-// programVersion returns it, or else what the module was fetched as, by go install.
+// programVersion returns version, or the module version of a go install.
 func programVersion() string {
 	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
 		return info.Main.Version
@@ -79,8 +79,8 @@ func runVersion(_ context.Context, p Process) error {
 	return err
 }
 
-// runPlan prints what runMode would do in a namespace in which nothing is
-// configured yet, in its order. It looks at the variables only.
+// runPlan prints the steps of runMode in a fresh namespace, in their order. It reads
+// only the variables.
 func runPlan(_ context.Context, p Process) error {
 	c, err := parse(p)
 	if err != nil {
@@ -100,7 +100,7 @@ func planText(c config.Config) string {
 		b.Write(rules.UnitTest(c.Set, c.Sides()))
 		return b.String()
 	}
-	want, plan := wanted(c), c.Plan()
+	want, plan := desired(c), c.Plan()
 	fmt.Fprintf(&b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
 	fmt.Fprintf(&b, "address    %s, announced to the physical network\n", c.Source)
 	fmt.Fprintf(&b, "backend    %s\n\n", c.Backend)
@@ -143,7 +143,7 @@ func planText(c config.Config) string {
 	step(fmt.Sprintf("set the reverse-path filter of %s to loose, if it is strict", c.Cluster))
 	for _, s := range link.Diff(want, link.State{Promotes: true, Up: true, Addresses: []netip.Prefix{want.Address}}) {
 		if s.Op == link.AppendRoute {
-			continue // to the subnet: the kernel adds it with the address
+			continue // the subnet's route, which the kernel adds with the address
 		}
 		step(s.String())
 	}
@@ -176,7 +176,7 @@ func also(networks []netip.Prefix) string {
 	return b.String()
 }
 
-// effect says what a client gets.
+// effect describes the redirects for a client.
 func effect(set rules.Set, source netip.Addr) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "connections to the pod, with %s as their source:\n", source)
