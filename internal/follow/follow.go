@@ -70,7 +70,20 @@ type file struct {
 	latest  time.Time
 }
 
+// follow watches the file until ctx ends.
 func (f *file) follow(ctx context.Context) {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		f.run(ctx, nil, nil, err)
+		return
+	}
+	defer watcher.Close()
+	f.watcher = watcher
+	f.run(ctx, watcher.Events, watcher.Errors, nil)
+}
+
+// run handles the events of a watcher until ctx ends. blind is why there is none.
+func (f *file) run(ctx context.Context, events <-chan fsnotify.Event, failures <-chan error, blind error) {
 	f.settled = time.NewTimer(settle)
 	f.settled.Stop()
 	defer f.settled.Stop()
@@ -82,13 +95,8 @@ func (f *file) follow(ctx context.Context) {
 		f.look.Stop()
 	}
 
-	var events <-chan fsnotify.Event
-	var failures <-chan error
-	if watcher, err := fsnotify.NewWatcher(); err != nil {
-		f.goBlind(err)
-	} else {
-		defer watcher.Close()
-		f.watcher, events, failures = watcher, watcher.Events, watcher.Errors
+	if blind != nil {
+		f.goBlind(blind)
 	}
 	f.check()
 	for {
