@@ -94,6 +94,12 @@ func Listen(ctx context.Context, at netip.AddrPort, handler http.Handler, log *s
 	if err != nil {
 		return nil, &ListenError{address, err}
 	}
+	return serveHTTP(ctx, l, handler, log), nil
+}
+
+// serveHTTP serves the connections of a listener until ctx ends. The function that
+// it returns waits for the end.
+func serveHTTP(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) (wait func()) {
 	server := &http.Server{
 		Handler:                      handler,
 		DisableGeneralOptionsHandler: true, // OPTIONS * is no page either
@@ -110,10 +116,10 @@ func Listen(ctx context.Context, at netip.AddrPort, handler http.Handler, log *s
 		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 		few := &fewListener{Listener: l, slots: make(chan struct{}, connectionsAtOnce), closed: make(chan struct{})}
 		if err := server.Serve(few); !errors.Is(err, http.ErrServerClosed) {
-			log.Error("health server failed", "listen", address, "error", err)
+			log.Error("health server failed", "listen", l.Addr(), "error", err)
 		}
 	}()
-	return func() { <-done }, nil
+	return func() { <-done }
 }
 
 // A ListenError says that the address for health cannot be listened at.

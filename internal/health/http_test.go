@@ -12,8 +12,10 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -89,7 +91,7 @@ func get(t *testing.T, address string) (string, error) {
 		return "", err
 	}
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(patience))
 	fmt.Fprint(conn, "GET /readyz HTTP/1.1\r\nHost: pod\r\n\r\n")
 	answer, err := io.ReadAll(conn) // it ends, since no connection is kept
 	return string(answer), err
@@ -142,23 +144,64 @@ func TestListenErrors(t *testing.T) {
 	}
 }
 
-// Clients that say nothing take the slots for the time of a header at most.
+// A pipeListener accepts the ends of pipes, whose deadlines are on synctest's clock.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error {
+	close(l.closed)
+	return nil
+}
+
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "pipe", Net: "unix"} }
+
+// request returns a new connection on which a part of a request is sent.
+func (l *pipeListener) request(text string) net.Conn {
+	near, far := net.Pipe()
+	go func() {
+		l.conns <- far
+		_, _ = io.WriteString(near, text)
+	}()
+	return near
+}
+
+// inBubble serves the clients of a pipeListener on synctest's clock.
+func inBubble(t *testing.T, test func(t *testing.T, l *pipeListener, stop func())) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &pipeListener{make(chan net.Conn), make(chan struct{})}
+		ctx, cancel := context.WithCancel(t.Context())
+		wait := serveHTTP(ctx, l, Handler(func() Report { return Report{Ready: true} }, nil, nil), new(book).logger())
+		stop := sync.OnceFunc(func() { cancel(); wait() })
+		test(t, l, stop)
+		stop()
+	})
+}
+
+// Clients that send no complete header take the slots for the header timeout.
 func TestSlowClients(t *testing.T) {
-	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
-	listen(t, at)
-	for range connectionsAtOnce {
-		conn, err := net.Dial("tcp", at.String())
-		if err != nil {
-			t.Fatal(err)
+	inBubble(t, func(t *testing.T, l *pipeListener, _ func()) {
+		for range connectionsAtOnce {
+			defer l.request("GET /readyz HTTP/1.1\r\n").Close()
 		}
-		defer conn.Close()
-		fmt.Fprint(conn, "GET /readyz HTTP/1.1\r\n")
-	}
-	began := time.Now()
-	answer, err := get(t, at.String())
-	if took := time.Since(began); err != nil || !strings.HasPrefix(answer, "HTTP/1.1 200 ") || took < headerTimeout/2 || took > 2*headerTimeout {
-		t.Errorf("after %s: %q, %v", took, answer, err)
-	}
+		synctest.Wait()
+		began := time.Now()
+		conn := l.request("GET /readyz HTTP/1.1\r\nHost: pod\r\n\r\n")
+		answer, err := io.ReadAll(conn)
+		if took := time.Since(began); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200 ") || took != headerTimeout {
+			t.Errorf("after %s: %q, %v; want an answer after %s", took, answer, err, headerTimeout)
+		}
+	})
 }
 
 // Endless headers end.
@@ -183,18 +226,16 @@ func TestLargeHeader(t *testing.T) {
 	}
 }
 
-// The end does not wait for who is connected.
+// The end does not wait for clients that are connected.
 func TestListenEnd(t *testing.T) {
-	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
-	stop := listen(t, at)
-	conn, err := net.Dial("tcp", at.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	began := time.Now()
-	stop()
-	if took := time.Since(began); took > time.Second {
-		t.Errorf("the end took %s", took)
-	}
+	inBubble(t, func(t *testing.T, l *pipeListener, stop func()) {
+		defer l.request("").Close()
+		defer l.request("GET /readyz HTTP/1.1\r\n").Close()
+		synctest.Wait()
+		began := time.Now()
+		stop()
+		if took := time.Since(began); took > 0 {
+			t.Errorf("the end took %s", took)
+		}
+	})
 }

@@ -13,6 +13,9 @@ import (
 
 func TestMain(m *testing.M) { nstest.Main(m) }
 
+// patience is how long a test waits for an event, which a busy machine may delay.
+const patience = time.Minute
+
 // A book is a log.
 type book struct {
 	mu   sync.Mutex
@@ -38,7 +41,7 @@ func (b *book) logger() *slog.Logger {
 // newPlace returns a place that no other test uses.
 func newPlace(t *testing.T) place {
 	t.Helper()
-	return place{t.TempDir() + "/egress-router", "/proc/self/ns/net", fmt.Sprintf("@%s/", t.Name()), time.Minute, time.Minute}
+	return place{t.TempDir() + "/egress-router", "/proc/self/ns/net", fmt.Sprintf("@%s/", t.Name()), patience, patience}
 }
 
 // report is one to compare with: times of JSON have no monotonic part.
