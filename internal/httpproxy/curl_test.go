@@ -71,7 +71,7 @@ func TestCurl(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			args := append([]string{"--silent", "--show-error", "--include", "--max-time", "20", "--proxy", "http://" + p.addr, "--cacert", certificate}, strings.Fields(test.args)...)
+			args := append([]string{"--silent", "--show-error", "--include", "--max-time", "60", "--proxy", "http://" + p.addr, "--cacert", certificate}, strings.Fields(test.args)...)
 			curl := exec.Command("curl", args...)
 			curl.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}
 			var stdout, stderr bytes.Buffer

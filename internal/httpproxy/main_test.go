@@ -38,8 +38,18 @@ func (p prepared) Run() int {
 	return p.tests.Run()
 }
 
-// patience is how long a test waits for what has to come.
-const patience = 5 * time.Second
+// patience is how long a test waits for an event, which a busy machine may delay.
+const patience = time.Minute
+
+// await polls a condition until it holds, and reports whether it does.
+func await(condition func() bool) bool {
+	for end := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
 
 // zone is a resolver that knows a few names.
 type zone map[string][]string
@@ -113,8 +123,8 @@ func start(t *testing.T, rules string, names zone, change func(*Proxy)) *testPro
 	}
 	p := &testProxy{log: &output{}, done: make(chan error, 1)}
 	p.Proxy = New(Config{
-		Rules: list, ConnectTimeout: 2 * time.Second, HeaderTimeout: patience, KeepAliveTimeout: time.Minute,
-		IdleTimeout: time.Minute, ShutdownGrace: 50 * time.Millisecond, MaxHeaderBytes: 64 << 10,
+		Rules: list, ConnectTimeout: patience, HeaderTimeout: patience, KeepAliveTimeout: patience,
+		IdleTimeout: patience, ShutdownGrace: 50 * time.Millisecond, MaxHeaderBytes: 64 << 10,
 	}, newLogger(p.log), names)
 	p.own = func(netip.Addr) (bool, error) { return false, nil }
 	if change != nil {

@@ -150,7 +150,7 @@ func startSquid(t *testing.T, lists []Rules) int {
 	log := filepath.Join(dir, "log")
 	var b strings.Builder
 	fmt.Fprintf(&b, "pid_filename none\ncache deny all\naccess_log none\ncache_log %s\ncoredump_dir %s\nshutdown_lifetime 0\n"+
-		"dns_nameservers 127.0.0.1\nhosts_file none\ndns_timeout 2 seconds\nnetdb_filename none\npinger_enable off\nmax_filedescriptors 1024\n", log, dir)
+		"dns_nameservers 127.0.0.1\nhosts_file none\ndns_timeout 60 seconds\nnetdb_filename none\npinger_enable off\nmax_filedescriptors 1024\n", log, dir)
 	for i, list := range lists {
 		fmt.Fprintf(&b, "http_port 127.0.0.1:%d name=port%d\nacl at%[2]d myportname port%[2]d\n", first+i, i)
 		b.WriteString(strings.NewReplacer(
@@ -183,16 +183,16 @@ func startSquid(t *testing.T, lists []Rules) int {
 			t.Logf("squid says:\n%s\n%s", &output, text)
 		}
 	})
-	for deadline := time.Now().Add(4 * patience); ; time.Sleep(20 * time.Millisecond) {
+	if !await(func() bool {
 		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", first+len(lists)-1))
 		if err == nil {
 			conn.Close()
-			return first
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("squid does not listen: %v", err)
-		}
+		return err == nil
+	}) {
+		t.Fatalf("squid does not listen within %s", patience)
 	}
+	return first
 }
 
 // serveNames answers the questions of the DNS (RFC 1035) that a zone answers.

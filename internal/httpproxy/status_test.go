@@ -3,7 +3,6 @@ package httpproxy
 import (
 	"net"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -12,12 +11,20 @@ import (
 func (p *testProxy) wantCounts(t *testing.T, want Counts) {
 	t.Helper()
 	var diff string
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if diff = cmp.Diff(want, p.Status().Counts); diff == "" {
-			return
-		}
+	if !await(func() bool {
+		diff = cmp.Diff(want, p.Status().Counts)
+		return diff == ""
+	}) {
+		t.Errorf("counts (- want, + got):\n%s", diff)
 	}
-	t.Errorf("counts (- want, + got):\n%s", diff)
+}
+
+// wantRunning waits for a number of active requests and tunnels.
+func (p *testProxy) wantRunning(t *testing.T, want int) {
+	t.Helper()
+	if !await(func() bool { return p.Status().Running == want }) {
+		t.Errorf("%d requests and tunnels are active, want %d", p.Status().Running, want)
+	}
 }
 
 func TestStatus(t *testing.T) {
@@ -41,7 +48,8 @@ func TestStatus(t *testing.T) {
 	}
 	want.Requests[Request][2], want.Sent[Request], want.Lookups = 1, 5, 1
 	p.wantCounts(t, want)
-	if s := p.Status(); s.Listen != p.addr || s.ListenSince.IsZero() || s.Connections != 1 || s.Running != 0 {
+	p.wantRunning(t, 0)
+	if s := p.Status(); s.Listen != p.addr || s.ListenSince.IsZero() || s.Connections != 1 {
 		t.Errorf("status %+v", s)
 	}
 
@@ -74,9 +82,7 @@ func TestStatus(t *testing.T) {
 	p.wantCounts(t, want)
 
 	tunnel := p.tunnel(t, "a.example:"+port)
-	if s := p.Status(); s.Running != 1 {
-		t.Errorf("%d are under way, want 1", s.Running)
-	}
+	p.wantRunning(t, 1)
 	say(t, tunnel, "\r\n\r\n")
 	hearEnd(t, tunnel, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
 	tunnel.Close()
