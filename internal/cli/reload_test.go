@@ -36,12 +36,15 @@ func (o *output) String() string {
 	return o.text.String()
 }
 
+// patience is how long a test waits for an event, which a busy machine may delay.
+const patience = time.Minute
+
 // await waits until the log contains a text the given number of times.
 func (o *output) await(t *testing.T, text string, times int) {
 	t.Helper()
-	for end := time.Now().Add(5 * time.Second); strings.Count(o.String(), text) < times; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); strings.Count(o.String(), text) < times; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("waited in vain for %q, %d times:\n%s", text, times, o)
+			t.Fatalf("the log has %q %d times after %s, want %d:\n%s", text, strings.Count(o.String(), text), patience, times, o)
 		}
 	}
 }
@@ -78,8 +81,8 @@ func TestReloaderComplains(t *testing.T) {
 	go func() { r.run(ctx); close(done) }() // with no look, a change is told at the start
 	select {
 	case <-tried:
-	case <-time.After(5 * time.Second):
-		t.Errorf("tried in vain")
+	case <-time.After(patience):
+		t.Errorf("the reload was not repeated until it succeeded")
 	}
 	stop()
 	<-done
@@ -136,12 +139,8 @@ func TestProxiesReload(t *testing.T) {
 			go func() { code <- Run(ctx, Process{Args: []string{command}, Stdout: &log, Stderr: &log}) }()
 			log.await(t, "msg=ready", 1)
 
-			begin := time.Now()
 			swap(t, dir, strings.ReplaceAll(test.new, "$PORT", port))
 			log.await(t, test.changed, 1)
-			if d := time.Since(begin); d > time.Second {
-				t.Errorf("a change took %s", d)
-			}
 			swap(t, dir, test.bad)
 			log.await(t, test.sentence, 1)
 			swap(t, dir, "\n"+test.bad) // on another line: another hint
@@ -227,7 +226,7 @@ func TestSinceIsBeforeReading(t *testing.T) {
 	go r.run(ctx)
 	select {
 	case <-read:
-	case <-time.After(time.Second):
+	case <-time.After(patience):
 		t.Error("a change before the first reading is not seen")
 	}
 }
