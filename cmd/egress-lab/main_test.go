@@ -90,8 +90,8 @@ func labCommand(t *testing.T, args ...string) *exec.Cmd {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, path, args...)
-	// With go test -cover, a binary without GOCOVERDIR complains on stderr.
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + t.TempDir(), "GOCOVERDIR=" + t.TempDir()}
+	// With go test -cover, a binary without GOCOVERDIR prints a warning on stderr.
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + t.TempDir(), "GOCOVERDIR=" + t.TempDir()}, nstest.Coverage()...)
 	cmd.WaitDelay = time.Minute
 	return cmd
 }
