@@ -17,7 +17,8 @@ export GOFLAGS += -buildvcs=false
 
 # Tests wait more than they compute: more packages than processors run at a time.
 GOTEST   = $(GO) run ./.ci/gotest -p 4
-PACKAGES = ./... ./.ci ./.ci/gotest
+# The longest first.
+PACKAGES = ./internal/router ./internal/iptables ./... ./.ci ./.ci/gotest
 
 .PHONY: help demo test test-long race cover build lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
 

@@ -1,5 +1,6 @@
-// What make lint runs, pinned. The tools have a module of their own so that the
-// product's go.mod lists only what the product is built from. To change one:
+// The tools of make lint and make vulnerabilities, pinned. They have a module of their
+// own so that the product's go.mod lists only the modules that the product is built
+// from. To change a version:
 //
 //	go -C .ci/tools get -tool github.com/golangci/golangci-lint/v2/cmd/golangci-lint@VERSION
 //	go -C .ci/tools mod tidy
