@@ -17,10 +17,7 @@ import (
 // get asks a program by HTTP, as a kubelet does: from the cluster side.
 func get(p *labtest.Pod, path string) (status int, body string) {
 	p.Helper()
-	conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", labtest.HealthAddr)
-	if err != nil {
-		p.Fatal(err)
-	}
+	conn := p.Dial(p.Lab.Client, "tcp", labtest.HealthAddr)
 	defer conn.Close()
 	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: pod\r\n\r\n", path)
 	r, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -71,7 +68,7 @@ func TestProxyHealth(t *testing.T) {
 				t.Errorf("before: exit code %d\n%s", code, out)
 			}
 			p.Env = test.env
-			p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
+			p.Env["EGRESS_HEALTH_LISTEN"], p.Env["EGRESS_SHUTDOWN_GRACE"] = ":9465", "1h"
 			cmd := p.Command("without-privilege", program)
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
@@ -83,11 +80,7 @@ func TestProxyHealth(t *testing.T) {
 			wantGet(p, "/readyz", 200, "ok\n")
 			wantNoUseFromOutside(p, labtest.HealthAddr.Port())
 
-			conn, err := p.Lab.Dial(t.Context(), p.Lab.Client, "tcp", proxyAddr)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
+			conn := p.Dial(p.Lab.Client, "tcp", proxyAddr)
 			fmt.Fprint(conn, test.begin)
 			var text string
 			p.Until("the connection in the metrics", func() bool {

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,38 +29,26 @@ var proxyAddr = netip.AddrPortFrom(lab.RouterAddr, 8080)
 
 // httpProxy starts the HTTP proxy as the pod's second container, without any
 // privilege, and waits until it listens.
-func httpProxy(p *labtest.Pod, rules string) (*exec.Cmd, *bytes.Buffer) {
+func httpProxy(p *labtest.Pod, rules string, at netip.AddrPort) (*exec.Cmd, *bytes.Buffer) {
 	p.Helper()
 	p.Env["EGRESS_ROUTER_MODE"] = "http-proxy"
 	p.OK()
 	cmd := p.Command("without-privilege", "http-proxy")
-	cmd.Env = append(cmd.Env, "EGRESS_HTTP_PROXY_DESTINATION="+rules)
+	cmd.Env = append(cmd.Env, "EGRESS_HTTP_PROXY_DESTINATION="+rules, fmt.Sprintf("EGRESS_HTTP_PROXY_LISTEN=:%d", at.Port()))
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
 		p.Fatal(err)
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", proxyAddr)
-		if err == nil {
-			conn.Close()
-			return cmd, &stderr
-		}
-		if time.Now().After(deadline) {
-			p.Fatalf("the proxy does not listen: %v", err)
-		}
-	}
+	p.Until("the proxy listens", func() bool { return opens(p, p.Lab.Client, at.Addr(), at.Port(), labtest.Patience) })
+	return cmd, &stderr
 }
 
 // request sends a request to the proxy and returns what comes back.
-func request(p *labtest.Pod, from *netns.Namespace, text string) *bufio.Reader {
+func request(p *labtest.Pod, from *netns.Namespace, proxy netip.AddrPort, text string) *bufio.Reader {
 	p.Helper()
-	conn, err := p.Lab.Dial(p.Context(), from, "tcp", proxyAddr)
-	if err != nil {
-		p.Fatal(err)
-	}
-	p.Cleanup(func() { conn.Close() })
-	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	conn := p.Dial(from, "tcp", proxy)
+	if err := conn.SetDeadline(time.Now().Add(labtest.Patience)); err != nil {
 		p.Fatal(err)
 	}
 	if _, err := io.WriteString(conn, text); err != nil {
@@ -72,7 +61,7 @@ func request(p *labtest.Pod, from *netns.Namespace, text string) *bufio.Reader {
 // server saw.
 func wantTunnel(p *labtest.Pod, from *netns.Namespace, to, server string) {
 	p.Helper()
-	r := request(p, from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+	r := request(p, from, proxyAddr, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
 	for _, want := range []string{"HTTP/1.1 200 Connection established\r\n", "\r\n"} {
 		if line, err := r.ReadString('\n'); line != want {
 			p.Fatalf("%s: got %q, %v", to, line, err)
@@ -87,7 +76,7 @@ func wantTunnel(p *labtest.Pod, from *netns.Namespace, to, server string) {
 // says of it.
 func wantProxyError(p *labtest.Pod, host string, status int, text string) {
 	p.Helper()
-	response, err := http.ReadResponse(request(p, p.Lab.Client, "GET http://"+host+"/ HTTP/1.1\r\nHost: x\r\n\r\n"), nil)
+	response, err := http.ReadResponse(request(p, p.Lab.Client, proxyAddr, "GET http://"+host+"/ HTTP/1.1\r\nHost: x\r\n\r\n"), nil)
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -104,7 +93,7 @@ func wantNoUseFromOutside(p *labtest.Pod, port uint16) {
 	p.Helper()
 	wantClusterOnly(p, port)
 	p.Clear()
-	if !opens(p, p.Lab.Outside, lab.Source, port) {
+	if !opens(p, p.Lab.Outside, lab.Source, port, labtest.Patience) {
 		p.Errorf("port %d of %s is closed to the physical network also without the rules", port, lab.Source)
 	}
 }
@@ -114,19 +103,19 @@ func wantNoUseFromOutside(p *labtest.Pod, port uint16) {
 func wantClusterOnly(p *labtest.Pod, port uint16) {
 	p.Helper()
 	p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", lab.Source.String())
-	if !opens(p, p.Lab.Client, lab.RouterAddr, port) {
+	if !opens(p, p.Lab.Client, lab.RouterAddr, port, labtest.Patience) {
 		p.Errorf("port %d is closed to the cluster", port)
 	}
 	for _, a := range []netip.Addr{lab.Source, lab.RouterAddr} {
-		if opens(p, p.Lab.Outside, a, port) {
+		if opens(p, p.Lab.Outside, a, port, labtest.Silence) {
 			p.Errorf("port %d of %s is open to the physical network", port, a)
 		}
 	}
 }
 
-// opens reports whether a connection can be opened.
-func opens(p *labtest.Pod, from *netns.Namespace, a netip.Addr, port uint16) bool {
-	ctx, cancel := context.WithTimeout(p.Context(), time.Second)
+// opens reports whether a connection can be opened in time.
+func opens(p *labtest.Pod, from *netns.Namespace, a netip.Addr, port uint16, patience time.Duration) bool {
+	ctx, cancel := context.WithTimeout(p.Context(), patience)
 	defer cancel()
 	conn, err := p.Lab.Dial(ctx, from, "tcp", netip.AddrPortFrom(a, port))
 	if err == nil {
@@ -138,15 +127,19 @@ func opens(p *labtest.Pod, from *netns.Namespace, a netip.Addr, port uint16) boo
 // The documentation's pod: an init container with privilege, a proxy without, and
 // servers that see the reserved address.
 func TestHTTPProxy(t *testing.T) {
+	t.Parallel()
 	for _, b := range []labtest.Backend{labtest.IptablesNFT, labtest.Nftables} {
-		t.Run(b.Name, func(t *testing.T) { testHTTPProxy(labtest.New(t, lab.Options{}, b)) })
+		t.Run(b.Name, func(t *testing.T) {
+			t.Parallel()
+			testHTTPProxy(labtest.New(t, lab.Options{}, b))
+		})
 	}
 }
 
 func testHTTPProxy(p *labtest.Pod) {
 	t := p.T
 	p.Env["EGRESS_ACCESS_LOG"] = "true"
-	p.Env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "1s"
+	p.Env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "5s" // for a busy machine to look a name up
 	n := serveNames(p)
 	n.set("www.example.com.", "203.0.113.26", "203.0.113.25") // the first is denied
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -162,11 +155,11 @@ func testHTTPProxy(p *labtest.Pod) {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	cmd, stderr := httpProxy(p, "!203.0.113.26\n203.0.113.0/24\n192.168.12.80\n10.0.0.0/8\n*.example.com")
+	cmd, stderr := httpProxy(p, "!203.0.113.26\n203.0.113.0/24\n192.168.12.80\n10.0.0.0/8\n*.example.com", proxyAddr)
 	for name, from := range map[string]*netns.Namespace{"client": p.Lab.Client, "far": p.Lab.Far} {
 		t.Run(name, func(t *testing.T) {
 			p := p.For(t)
-			r := request(p, from, "GET http://203.0.113.25:8081/ HTTP/1.1\r\nHost: x\r\n\r\n")
+			r := request(p, from, proxyAddr, "GET http://203.0.113.25:8081/ HTTP/1.1\r\nHost: x\r\n\r\n")
 			response, err := http.ReadResponse(r, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -180,7 +173,7 @@ func testHTTPProxy(p *labtest.Pod) {
 			}
 			// Denied, and the proxy's own: the proxy itself, by either side.
 			for _, to := range []string{"203.0.113.26:80", "10.128.0.98:8080", "192.168.12.99:8080", "127.0.0.1:8080"} {
-				r := request(p, from, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
+				r := request(p, from, proxyAddr, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
 				if line, err := r.ReadString('\n'); line != "HTTP/1.1 403 Forbidden\r\n" {
 					t.Errorf("%s: got %q, %v", to, line, err)
 				}
@@ -222,19 +215,22 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	}
 	clients := int(min(10000, limit.Cur/2))
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
-	cmd, stderr := httpProxy(p, "203.0.113.25")
+	p.Env["EGRESS_HTTP_PROXY_HEADER_TIMEOUT"] = "1h"
+	cmd, stderr := httpProxy(p, "203.0.113.25", proxyAddr)
+	idle := netip.AddrPortFrom(lab.RouterAddr, 8081)
+	httpProxy(p, "203.0.113.25", idle) // with no other client, to compare with
 	begins := []string{"", "GET http://203.0.113.25/ HTTP/1.1\r\nHost:", "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n"}
 	var dialing sync.WaitGroup
-	// A connection that does not fit the queue of those to be accepted is tried
-	// again by the kernel, after a second (RFC 6298, section 2).
-	patient, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
 	conns := make([]net.Conn, clients)
 	const workers = 4
 	for w := range workers {
 		dialing.Go(func() {
 			for i := w; i < clients; i += workers {
+				// A connection that does not fit the queue of those to be accepted is
+				// tried again by the kernel, after a second (RFC 6298, section 2).
+				patient, cancel := context.WithTimeout(t.Context(), labtest.Patience)
 				conn, err := p.Lab.Dial(patient, p.Lab.Client, "tcp", proxyAddr)
+				cancel()
 				if err == nil {
 					_, err = io.WriteString(conn, begins[i%len(begins)])
 					conns[i] = conn
@@ -254,19 +250,29 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 			}
 		}
 	}()
-	var took time.Duration
-	for range 2 { // the first comes behind ten thousand that are still accepted
+	tunnel := func(proxy netip.AddrPort) time.Duration {
 		begin := time.Now()
-		r := request(p, p.Lab.Client, "CONNECT 203.0.113.25:80 HTTP/1.1\r\n\r\n")
+		r := request(p, p.Lab.Client, proxy, "CONNECT 203.0.113.25:80 HTTP/1.1\r\n\r\n")
 		if line, err := r.ReadString('\n'); line != "HTTP/1.1 200 Connection established\r\n" {
 			t.Errorf("got %q, %v", line, err)
 		}
-		took = time.Since(begin)
+		return time.Since(begin)
 	}
+	tunnel(proxyAddr) // comes behind ten thousand that are still accepted
+	const times = 31
+	var busy, free []time.Duration
+	for range times { // in turn, so that both meet the same load of the machine
+		busy, free = append(busy, tunnel(proxyAddr)), append(free, tunnel(idle))
+	}
+	slices.Sort(busy)
+	slices.Sort(free)
 	memory := residentMemory(t, cmd.Process.Pid)
-	t.Logf("%d idle clients: another is served in %s; the process has %d MB", clients, took, memory>>20)
-	if took > time.Second || memory > 300<<20 {
-		t.Error("that is too much")
+	t.Logf("%d idle clients: another is served in %s, without them in %s; the process has %d MB", clients, busy[times/2], free[times/2], memory>>20)
+	if busy[times/2] > 10*free[times/2] {
+		t.Errorf("with %d idle clients another is served in %s, without them in %s", clients, busy[times/2], free[times/2])
+	}
+	if memory > 300<<20 {
+		t.Errorf("with %d idle clients the process has %d MB", clients, memory>>20)
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()

@@ -1,9 +1,9 @@
 package main
 
 import (
+	"context"
 	"flag"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -17,6 +17,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/link"
 )
 
@@ -99,7 +100,8 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // startLab makes a lab for the script and sets ROUTER to the file of the
-// router's namespace.
+// router's namespace. Scripts run at the same time: one that serves, or asks what
+// serves, does it there.
 func startLab(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, "lab")
 	l, err := lab.New(lab.Options{})
@@ -159,11 +161,12 @@ func awaitIdle(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// awaitListener waits until somebody accepts connections.
+// awaitListener waits until a program in the router's namespace listens.
 func awaitListener(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, "await-listener ADDRESS")
+	l := *ts.Value(labKey{}).(**lab.Lab)
 	await(ts, "a listener at "+args[0], func() bool {
-		conn, err := net.Dial("tcp", args[0])
+		conn, err := l.Dial(context.Background(), l.Router, "tcp", netip.MustParseAddrPort(args[0]))
 		if err == nil {
 			ts.Check(conn.Close())
 		}
@@ -211,9 +214,9 @@ func signalAll(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func await(ts *testscript.TestScript, what string, is func() bool) {
-	for deadline := time.Now().Add(10 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			ts.Fatalf("waited in vain for %s", what)
+	for begin := time.Now(); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Since(begin) > labtest.Patience {
+			ts.Fatalf("not after %v: %s", labtest.Patience, what)
 		}
 	}
 }

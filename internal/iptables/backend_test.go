@@ -2,12 +2,14 @@ package iptables_test
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -39,6 +41,7 @@ func holders(p *labtest.Pod) (held []string) {
 // that does not: the rules of the old one are gone, those of others stay, open
 // connections go on, and no packet leaves with another source meanwhile.
 func TestBackendChanges(t *testing.T) {
+	t.Parallel()
 	held := map[string]string{
 		"iptables-nft":    "[iptables-nft ip6tables-save iptables-nft iptables-save nftables table ip egress-router-guard]",
 		"iptables-legacy": "[iptables-legacy ip6tables-save iptables-legacy iptables-save nftables table ip egress-router-guard]",
@@ -50,6 +53,7 @@ func TestBackendChanges(t *testing.T) {
 				continue
 			}
 			t.Run(from.Name+" to "+to.Name, func(t *testing.T) {
+				t.Parallel()
 				p := labtest.New(t, lab.Options{}, from)
 				// A list that makes a tree with iptables.
 				list := p.Env["EGRESS_DESTINATION"]
@@ -61,14 +65,11 @@ func TestBackendChanges(t *testing.T) {
 				p.Iptables("-t", "nat", "-A", "POSTROUTING", "-o", "lo", "-j", "ACCEPT")
 				p.OK()
 				p.WantExample()
-				conn, err := p.Lab.Dial(t.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer conn.Close()
+				conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 				w := p.Watch(p.Lab.Router, "macvlan0", "eth0")
-				stop := p.Traffic(conn)
+				traffic := p.Traffic(conn)
 
+				traffic.Await(5)
 				p.Use(to)
 				if r := p.OK(); !strings.Contains(r.Stderr, "stale rules removed") {
 					t.Errorf("the log does not say what was removed:\n%s", r.Stderr)
@@ -76,20 +77,9 @@ func TestBackendChanges(t *testing.T) {
 				p.WantUnchanged(p.OK())
 				p.WantExample()
 				p.WantAnswer("tcp", 20039, "203.0.113.26:443")
-				if n := stop(); n == 0 {
-					t.Error("no traffic meanwhile")
-				}
-				_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
-				_, err = conn.Write([]byte("still there\n"))
-				for r := bufio.NewReader(conn); err == nil; {
-					var line string // also those that the traffic left
-					if line, err = r.ReadString('\n'); line == "still there\n" {
-						break
-					}
-				}
-				if err != nil {
-					t.Errorf("the open connection: %v", err)
-				}
+				traffic.Await(5)
+				traffic.Stop()
+				p.WantEcho("the open connection", conn, bufio.NewReader(conn))
 				w.WantSource()
 				w.WantNothing("eth0", labtest.ToServers)
 				if got := fmt.Sprint(holders(p)); got != held[to.Name] {
@@ -106,6 +96,7 @@ func TestBackendChanges(t *testing.T) {
 
 // A failure after the backend has changed puts everything back.
 func TestBackendChangeFails(t *testing.T) {
+	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	p.OK()
 	before := p.State()
@@ -143,6 +134,7 @@ func TestBackendChangeFails(t *testing.T) {
 
 // What auto chooses.
 func TestAuto(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name    string
 		command string
@@ -179,6 +171,7 @@ func TestAuto(t *testing.T) {
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 			p.Env["EGRESS_ROUTER_BACKEND"] = "auto"
 			real := p.Path
@@ -214,8 +207,10 @@ func TestAuto(t *testing.T) {
 
 // Without a privilege over the network the reason is that, not another backend.
 func TestBackendWithoutPrivilege(t *testing.T) {
+	t.Parallel()
 	for _, b := range labtest.Backends {
 		t.Run(b.Name, func(t *testing.T) {
+			t.Parallel()
 			p := labtest.New(t, lab.Options{}, b)
 			p.WantRefusal("without-privilege", "operation not permitted", "NET_ADMIN")
 		})
@@ -225,33 +220,28 @@ func TestBackendWithoutPrivilege(t *testing.T) {
 // Lists that change while connections come in all the time: none is refused,
 // since the rules change from the one list to the other at once.
 func TestNoRefusalMeanwhile(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
-		done, failed := make(chan struct{}), make(chan error)
-		go func() {
-			var err error
-			for {
-				select {
-				case <-done:
-					failed <- err
-					return
-				default:
-				}
-				if _, askErr := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); askErr != nil {
-					err = askErr
+		done, stop := context.WithCancel(p.Context())
+		var asking sync.WaitGroup
+		var asked atomic.Int64
+		asking.Go(func() {
+			for ; done.Err() == nil; asked.Add(1) {
+				if _, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
+					p.Errorf("a connection that both lists redirect: %v", err)
 				}
 			}
-		}()
+		})
 		for range 5 {
 			p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n81 tcp 203.0.113.26 80\n"
 			p.OK()
 			p.Env = labtest.Example()
 			p.OK()
 		}
-		time.Sleep(20 * time.Millisecond)
-		close(done)
-		if err := <-failed; err != nil {
-			p.Errorf("a connection that both lists redirect: %v", err)
-		}
+		n := asked.Load() + 10
+		p.Until("clients connect", func() bool { return asked.Load() >= n })
+		stop()
+		asking.Wait()
 	})
 }

@@ -17,6 +17,7 @@ import (
 // put back, and the next run succeeds. A restore that fails and yet has changed
 // the rules is no failure: the kernel is asked.
 func TestIptablesFails(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name, does string
 		restores   int // of one family that can fail, at least
@@ -108,33 +109,38 @@ func testIptablesFails(p *labtest.Pod, does string, restores int) {
 	}
 }
 
-// A program that outlives the router that started it does not undo what the
-// next router does, which waits for it.
+// A program that outlives the router that started it does not undo what the next
+// router does, which waits for it.
 func TestKilledInTheMiddle(t *testing.T) {
+	t.Parallel()
 	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
-		started, real := filepath.Join(p.TempDir(), "started"), p.Path
-		p.Path = p.Programs("case $0 in *-restore) touch " + started + "; sleep 0.5; esac\nexec $real \"$@\"\n")
-		cmd := p.Command("egress-router")
+		dir, real := p.TempDir(), p.Path
+		file := func(name string) string { return filepath.Join(dir, name) }
+		there := func(name string) bool {
+			_, err := os.Stat(file(name))
+			return err == nil
+		}
+		// The program of the first router goes on when it may, and that of the
+		// next notes whether it did.
+		p.Path = p.Programs("case $0 in *-restore)\n" +
+			"touch " + file("begun") + "; until [ -e " + file("go") + " ]; do sleep 0.01; done\n" +
+			"\"$real\" \"$@\"; code=$?; touch " + file("done") + "; exit $code;; esac\nexec $real \"$@\"\n")
+		first := p.Command("egress-router")
 		p.Path = real
-		if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
+		p.Path = p.Programs("case $0 in *-restore) [ -e " + file("done") + " ] || touch " + file("early") + ";; esac\nexec $real \"$@\"\n")
+		if err := p.Lab.Start(p.Lab.Router, first); err != nil {
 			p.Fatal(err)
 		}
-		for {
-			if _, err := os.Stat(started); err == nil {
-				break
-			}
-			time.Sleep(time.Millisecond)
-		}
-		if err := cmd.Process.Kill(); err != nil {
+		p.Until("the rules are being loaded", func() bool { return there("begun") })
+		if err := first.Process.Kill(); err != nil {
 			p.Fatal(err)
 		}
-		_ = cmd.Wait()
-		begin := time.Now()
+		_ = first.Wait()
+		time.AfterFunc(labtest.Silence, func() { _ = os.WriteFile(file("go"), nil, 0o600) })
 		p.OK()
-		if took := time.Since(begin); took < 200*time.Millisecond {
-			p.Errorf("the next router was done after %v, before the program of the first", took)
+		if there("early") || !there("done") {
+			p.Error("the next router loads rules before the program of the first has ended")
 		}
-		time.Sleep(700 * time.Millisecond)
 		p.WantUnchanged(p.OK())
 		p.WantExample()
 	})

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -98,9 +97,11 @@ var macvlanModes = map[string]netlink.MacvlanMode{
 // makes itself, from the NIC of the default route and from one that is named; a
 // second run that changes nothing; and a host that is as it was.
 func TestMacvlan(t *testing.T) {
+	t.Parallel()
 	for mode, want := range macvlanModes {
 		for _, parent := range []string{"true", lab.NIC} {
 			t.Run(fmt.Sprintf("mode %q of %s", mode, parent), func(t *testing.T) {
+				t.Parallel()
 				p := labtest.NewWithoutMacvlan(t)
 				p.Env["EGRESS_MACVLAN_MODE"], p.Env["EGRESS_MACVLAN_PARENT"] = mode, parent
 				before := inventory(p, p.Lab.Node)
@@ -144,6 +145,7 @@ func modeName(mode netlink.MacvlanMode) string {
 
 // With the host's process numbers nothing but the parent has to be set.
 func TestMacvlanHostPID(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	delete(p.Env, "EGRESS_HOST_NETNS")
 	before := inventory(p, p.Lab.Node)
@@ -166,6 +168,7 @@ func TestMacvlanHostPID(t *testing.T) {
 
 // Without them the first process is the container's own.
 func TestMacvlanOwnNamespace(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	before := inventory(p, p.Lab.Router)
 	delete(p.Env, "EGRESS_HOST_NETNS")
@@ -190,6 +193,7 @@ func TestMacvlanOwnNamespace(t *testing.T) {
 
 // The MTU is the parent's.
 func TestMacvlanMTU(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	h := p.Handle(p.Lab.Node)
 	nic, err := h.LinkByName(lab.NIC)
@@ -209,6 +213,7 @@ func TestMacvlanMTU(t *testing.T) {
 // An interface that is as wanted stays, whoever made it, and with it what is
 // configured on it.
 func TestMacvlanKept(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
 	before := macvlan(p)
@@ -224,6 +229,7 @@ func TestMacvlanKept(t *testing.T) {
 
 // It also stays when a later step fails.
 func TestMacvlanKeptOnFailure(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
 	before := inventory(p, p.Lab.Router)
@@ -236,6 +242,7 @@ func TestMacvlanKeptOnFailure(t *testing.T) {
 
 // The host may have an interface of the same name.
 func TestMacvlanNameTakenOnHost(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Node, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
 	before := inventory(p, p.Lab.Node)
@@ -247,6 +254,7 @@ func TestMacvlanNameTakenOnHost(t *testing.T) {
 // Of a parent that is a macvlan the kernel takes the NIC below. What was made
 // by either name is kept by the other.
 func TestMacvlanOfMacvlan(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Node, "shim0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
 	p.Env["EGRESS_MACVLAN_PARENT"] = "shim0"
@@ -267,6 +275,7 @@ func TestMacvlanOfMacvlan(t *testing.T) {
 // A macvlan of a macvlan whose NIC is in a third namespace: a node that is
 // itself a container.
 func TestMacvlanOfMacvlanInContainer(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	// The client's namespace is the node here, and has no other NIC to choose.
 	p.AddMacvlan(p.Lab.Client, "net0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
@@ -287,6 +296,7 @@ func TestMacvlanOfMacvlanInContainer(t *testing.T) {
 // A parent that is down makes an interface without carrier, which is said, and
 // which works as soon as the parent is up.
 func TestMacvlanParentDown(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.Env["EGRESS_MACVLAN_PARENT"] = lab.NIC
 	h := p.Handle(p.Lab.Node)
@@ -305,19 +315,9 @@ func TestMacvlanParentDown(t *testing.T) {
 	}
 	// The kernel tells both ends of their carrier up to a second later.
 	outside := p.Handle(p.Lab.Outside)
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
-		lan, err := outside.LinkByName(lab.LANLink)
-		if err != nil {
-			t.Fatal(err)
-		}
-		macvlan := macvlan(p)
-		if macvlan.OperState == netlink.OperUp && lan.Attrs().OperState == netlink.OperUp {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("macvlan0 is still %s, its gateway's interface %s", macvlan.OperState, lan.Attrs().OperState)
-		}
-	}
+	p.Until("macvlan0 and its gateway's interface are up", func() bool {
+		return macvlan(p).OperState == netlink.OperUp && p.Link(outside, lab.LANLink).Attrs().OperState == netlink.OperUp
+	})
 	p.WantExample()
 	p.WantUnchanged(p.OK())
 }
@@ -325,6 +325,7 @@ func TestMacvlanParentDown(t *testing.T) {
 // Whatever is wrong: exit code 1, a reason, what to do, and both namespaces as
 // they were.
 func TestMacvlanRefusals(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name    string
 		prepare func(p *labtest.Pod)
@@ -472,6 +473,7 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			p := labtest.NewWithoutMacvlan(t)
 			if test.prepare != nil {
 				test.prepare(p)
@@ -487,10 +489,11 @@ func TestMacvlanRefusals(t *testing.T) {
 
 // A proxy's init container gets the interface too.
 func TestMacvlanProxyMode(t *testing.T) {
+	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_MACVLAN_MODE"] = "http-proxy", "bridge"
 	p.OK()
-	a, err := p.Lab.Ask(t.Context(), p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+	a, err := p.Ask(p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
 	if err != nil || a.Peer.Addr() != lab.Source {
 		t.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, lab.Source)
 	}

@@ -16,6 +16,7 @@ import (
 // Whatever goes wrong in its surroundings: exit code 1, a reason, what to do,
 // and the namespace as it was.
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name    string
 		options lab.Options
@@ -69,6 +70,7 @@ func TestRefusals(t *testing.T) {
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			p := labtest.New(t, test.options, labtest.IptablesNFT)
 			before := p.State()
 			maps.Copy(p.Env, test.env)
@@ -80,6 +82,7 @@ func TestRefusals(t *testing.T) {
 
 // With /proc/sys read-only, but forwarding on already, the router works.
 func TestReadOnlyProcSys(t *testing.T) {
+	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 		t.Fatal(err)
@@ -93,8 +96,10 @@ func TestReadOnlyProcSys(t *testing.T) {
 // A run that fails and cannot put back what it changed says so, also when it
 // was told to stop.
 func TestNotPutBack(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"init", "legacy"} {
 		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
 			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 			if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 				t.Fatal(err)
@@ -104,7 +109,7 @@ func TestNotPutBack(t *testing.T) {
 			// The first restore succeeds and has the router stopped, the others fail.
 			p.Path = p.Programs("case $0 in */iptables-restore)\n" +
 				"if [ -e " + once + " ]; then echo 'injected failure' >&2; exit 4; fi\n" +
-				"touch " + once + "; \"$real\" \"$@\"; kill -TERM $PPID; sleep 0.2; exit 0;; esac\nexec $real \"$@\"\n")
+				"touch " + once + "; \"$real\" \"$@\"; kill -TERM $PPID; sleep 1; exit 0;; esac\nexec $real \"$@\"\n")
 			r := p.Exec()
 			p.Path = real
 			if r.Code != 1 || !strings.Contains(r.Last(), "roll back changes: ") || !strings.Contains(r.Stderr, "hint: the pod is partly configured") {
@@ -120,10 +125,12 @@ func TestNotPutBack(t *testing.T) {
 // In legacy mode the program stays, repeats nothing, and ends at once with 0
 // when it is told to: also as the first process of a container.
 func TestLegacyStaysAndEnds(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"legacy", ""} {
 		for _, pid1 := range []bool{false, true} {
 			for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 				t.Run(fmt.Sprintf("mode %q, %v, pid 1 %v", mode, signal, pid1), func(t *testing.T) {
+					t.Parallel()
 					p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 					p.Env["EGRESS_ROUTER_MODE"] = mode
 					cmd := p.Command("egress-router")
@@ -147,14 +154,13 @@ func TestLegacyStaysAndEnds(t *testing.T) {
 					if err := cmd.Process.Signal(signal); err != nil {
 						t.Fatal(err)
 					}
-					begin := time.Now()
 					select {
 					case err := <-ended:
 						if err != nil {
 							t.Errorf("ended with %v, want exit code 0", err)
 						}
-					case <-time.After(5 * time.Second):
-						t.Errorf("still there %v after %v", time.Since(begin), signal)
+					case <-time.After(labtest.Patience):
+						t.Errorf("still there %v after %v", labtest.Patience, signal)
 					}
 					p.WantExample() // what is configured stays, as with the original
 				})

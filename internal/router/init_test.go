@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -20,6 +22,7 @@ import (
 
 // A fresh pod, the same again, and the state that the contract describes.
 func TestInit(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		p.WantExample()
@@ -48,6 +51,7 @@ func TestInit(t *testing.T) {
 
 // Whatever was damaged, the next run repairs it, and nothing else.
 func TestDamage(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Strict()
 		p.OK()
@@ -72,6 +76,7 @@ func TestDamage(t *testing.T) {
 // Rules of other programs stay, and do not come before ours: a masquerading
 // rule would choose another source address.
 func TestForeignRules(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Iptables("-t", "nat", "-N", "CNI-HOSTPORT")
 		p.Iptables("-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "CNI-HOSTPORT")
@@ -103,6 +108,7 @@ func TestForeignRules(t *testing.T) {
 
 // Changed destinations take effect, in one step.
 func TestChangedDestinations(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		p.Env["EGRESS_DESTINATION"] = "81 tcp 203.0.113.26 80\n"
@@ -115,6 +121,7 @@ func TestChangedDestinations(t *testing.T) {
 
 // Without a length the address is /32, and everything goes by the gateway.
 func TestSourceWithoutLength(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_SOURCE"] = "192.168.12.99"
 		p.OK()
@@ -128,8 +135,10 @@ func TestSourceWithoutLength(t *testing.T) {
 
 // The lengths at both ends of what is accepted.
 func TestSourceLengths(t *testing.T) {
+	t.Parallel()
 	for _, length := range []string{"/0", "/8", "/31"} {
 		t.Run(length, func(t *testing.T) {
+			t.Parallel()
 			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 			p.Env["EGRESS_SOURCE"] = "192.168.12.99" + length
 			p.OK()
@@ -140,6 +149,7 @@ func TestSourceLengths(t *testing.T) {
 }
 
 func TestNoFallback(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
 		p.OK()
@@ -152,6 +162,7 @@ func TestNoFallback(t *testing.T) {
 // The local port is one of the protocol written: the same port of the other
 // protocol goes to the fallback.
 func TestUDP(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "5353 udp 203.0.113.25 53\n203.0.113.27"
 		p.OK()
@@ -162,6 +173,7 @@ func TestUDP(t *testing.T) {
 
 // Only comments: nothing is redirected, whatever leaves has the address.
 func TestOnlyComments(t *testing.T) {
+	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	p.Env["EGRESS_DESTINATION"] = "# 80 tcp 203.0.113.25\n"
 	r := p.OK()
@@ -176,6 +188,7 @@ func TestOnlyComments(t *testing.T) {
 
 // A list from a file, larger than an environment variable can be.
 func TestDestinationFile(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		var list strings.Builder
 		for port := 10001; port <= 20000; port++ {
@@ -196,6 +209,7 @@ func TestDestinationFile(t *testing.T) {
 }
 
 func TestInterfaceNames(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{MacvlanName: "net1", ClusterName: "net0"}, func(p *labtest.Pod) {
 		p.Env["EGRESS_INTERFACE"], p.Env["EGRESS_CLUSTER_INTERFACE"] = "net1", "net0"
 		p.OK()
@@ -207,6 +221,7 @@ func TestInterfaceNames(t *testing.T) {
 // A CNI's own address in the same subnet neither breaks the reserved one nor is
 // it a source, for redirected traffic or for sockets of the pod.
 func TestOtherAddress(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name, address string
 		up            bool
@@ -217,6 +232,7 @@ func TestOtherAddress(t *testing.T) {
 		{"single address", "192.168.12.50/32", true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 			h := p.Handle(p.Lab.Router)
 			macvlan := p.Link(h, "macvlan0")
@@ -235,7 +251,7 @@ func TestOtherAddress(t *testing.T) {
 			p.OK()
 			p.WantExample()
 			for _, server := range []string{"192.168.12.80:80", "203.0.113.25:80"} {
-				a, err := p.Lab.Ask(context.Background(), p.Lab.Router, "tcp", netip.MustParseAddrPort(server))
+				a, err := p.Ask(p.Lab.Router, "tcp", netip.MustParseAddrPort(server))
 				if err != nil {
 					t.Error(err)
 				} else if a.Peer.Addr() != lab.Source {
@@ -259,6 +275,7 @@ func TestOtherAddress(t *testing.T) {
 // The network is told in both forms, reply first, and a neighbour that has the
 // address at another node's hardware address learns the new one.
 func TestAnnouncement(t *testing.T) {
+	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	old := net.HardwareAddr{2, 0, 0, 0, 0, 9}
 	if err := p.Lab.SetStaleNeighbour(p.Lab.Outside, lab.LANLink, lab.Source, old); err != nil {
@@ -270,7 +287,7 @@ func TestAnnouncement(t *testing.T) {
 	}
 	p.OK()
 	var forms []uint16
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), labtest.Patience)
 	defer cancel()
 	if _, err := capture.Wait(ctx, func(f lab.Frame) bool {
 		a, ok := f.ARP()
@@ -301,6 +318,7 @@ func TestAnnouncement(t *testing.T) {
 // A proxy's init container sets up the network and keeps the physical network
 // out: nothing is translated or forwarded, and the destinations are not read.
 func TestProxyModes(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"http-proxy", "dns-proxy"} {
 		t.Run(mode, func(t *testing.T) {
 			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
@@ -318,7 +336,7 @@ func TestProxyModes(t *testing.T) {
 						p.Errorf("the rules have %s:\n%s", never, p.Rules())
 					}
 				}
-				a, err := p.Lab.Ask(p.Context(), p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+				a, err := p.Ask(p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
 				if err != nil || a.Peer.Addr() != lab.Source {
 					p.Errorf("a socket of the pod: answer %v, error %v; want to be seen as %s", a, err, lab.Source)
 				}
@@ -332,6 +350,7 @@ func TestProxyModes(t *testing.T) {
 // leaves by another interface or with another source. Forwarding is on from the
 // start, so that nothing but the order of changes can hold one back.
 func TestNeverAnotherSource(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 			p.Fatal(err)
@@ -344,26 +363,24 @@ func TestNeverAnotherSource(t *testing.T) {
 		if err != nil {
 			p.Fatal(err)
 		}
-		stop := make(chan struct{})
-		asked := make(chan int)
-		go func() {
-			n := 0
-			for {
-				select {
-				case <-stop:
-					asked <- n
-					return
-				default:
-				}
-				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
-				for _, port := range []uint16{80, 8080, 9000} {
+		done, stop := context.WithCancel(p.Context())
+		var asking sync.WaitGroup
+		var asked atomic.Int64
+		for _, port := range []uint16{80, 8080, 9000} {
+			asking.Go(func() {
+				for ; done.Err() == nil; asked.Add(1) {
+					ctx, cancel := context.WithTimeout(done, 20*time.Millisecond)
 					_, _ = p.Lab.Ask(ctx, p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
-					n++
+					cancel()
 				}
-				cancel()
-			}
-		}()
-		time.Sleep(50 * time.Millisecond)
+			})
+		}
+		more := func() {
+			p.Helper()
+			n := asked.Load() + 10
+			p.Until("clients try", func() bool { return asked.Load() >= n })
+		}
+		more()
 		p.OK()
 		for range 3 { // and while destinations change
 			p.Env["EGRESS_DESTINATION"] = "9000 tcp 203.0.113.27\n80 tcp 203.0.113.26\n"
@@ -371,9 +388,9 @@ func TestNeverAnotherSource(t *testing.T) {
 			p.Env = labtest.Example()
 			p.OK()
 		}
-		time.Sleep(50 * time.Millisecond)
-		close(stop)
-		n := <-asked
+		more()
+		stop()
+		asking.Wait()
 		for _, c := range []*lab.Capture{outside, cluster} {
 			if err := c.Stop(); err != nil {
 				p.Fatal(err)
@@ -395,34 +412,23 @@ func TestNeverAnotherSource(t *testing.T) {
 			}
 		}
 		if seen == 0 {
-			p.Errorf("none of %d requests reached the physical network", n)
+			p.Errorf("none of %d requests reached the physical network", asked.Load())
 		}
 	})
 }
 
 // A connection that is open when the router runs again stays open.
 func TestOpenConnectionSurvives(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
-		conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
-		if err != nil {
-			p.Fatal(err)
-		}
-		defer conn.Close()
+		conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		r := bufio.NewReader(conn)
 		if _, err := lab.ReadAnswer(r); err != nil {
 			p.Fatal(err)
 		}
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8081 tcp 203.0.113.26 80\n"
 		p.OK()
-		if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
-			p.Fatal(err)
-		}
-		if _, err := conn.Write([]byte("still there\n")); err != nil {
-			p.Fatal(err)
-		}
-		if line, err := r.ReadString('\n'); err != nil || line != "still there\n" {
-			p.Errorf("echo %q, %v", line, err)
-		}
+		p.WantEcho("the open connection", conn, r)
 	})
 }

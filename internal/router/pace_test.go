@@ -94,6 +94,35 @@ func TestPaceRepaired(t *testing.T) {
 	})
 }
 
+// Two repairs that are undone in turn, without pause, are contested after
+// contestOften of each within contestWithin, and wait longer each time; less often
+// they are not.
+func TestPaceRepairedInTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const often = contestWithin / (2*contestOften + 2) // each contestOften+1 times
+		for _, every := range []time.Duration{often, 2 * often} {
+			var p pace
+			waits := 0
+			for n := range 8 * contestOften {
+				wait, contested := p.repaired([]string{"this", "that"}[n%2], time.Now())
+				if contested != (wait > 0) {
+					t.Errorf("repair %d: wait %s, contested %v", n+1, wait, contested)
+				}
+				if contested {
+					waits++
+				}
+				if want := every == often && n == 2*contestOften; contested && waits == 1 && !want {
+					t.Errorf("every %s: repair %d is contested", every, n+1)
+				}
+				time.Sleep(max(wait, every))
+			}
+			if (waits > 0) != (every == often) {
+				t.Errorf("every %s: %d repairs are contested", every, waits)
+			}
+		}
+	})
+}
+
 // Intervals that end together fire once, and missed ones are skipped.
 func TestClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

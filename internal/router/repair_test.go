@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -16,150 +18,187 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// TestRepair damages everything that the router configured, one thing after the
-// other, under traffic. Each is repaired, what is told of by events at once and
-// the rest within the interval, and no packet leaves with another source.
+// A damaged is a router that repairs one damage after the other under traffic.
+type damaged struct {
+	*labtest.Running
+	want     string // state before and after
+	watch    labtest.Watch
+	visitors *labtest.Visitors
+	flushes  []flush
+}
+
+// A flush is the time from a [labtest.RulesetFlushed] to its repair.
+type flush struct{ from, to time.Time }
+
+func startDamaged(p *labtest.Pod, interval time.Duration) *damaged {
+	p.Helper()
+	p.Env["EGRESS_HEALTH_INTERVAL"] = interval.String()
+	p.Strict()
+	r := p.Start("legacy")
+	r.AwaitLog(1, "msg=ready")
+	p.WantExample()
+	return &damaged{Running: r, want: p.State(), watch: p.Watch(p.Lab.Router, "macvlan0", "eth0"), visitors: p.Visit()}
+}
+
+// repair does a damage and waits until the state is as before. It reports false if
+// the router came between two steps of the damage.
+func (r *damaged) repair(d labtest.Damage) bool {
+	r.Helper()
+	begin := time.Now()
+	err := r.Damage(d)
+	if interrupted := errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ESRCH); err != nil && !interrupted {
+		r.Fatalf("damage %q: %v", d.Name, err)
+	}
+	if r.Settle(r.want); r.Failed() {
+		r.Fatalf("not repaired: %s", d.Name)
+	}
+	if d.Name == labtest.RulesetFlushed {
+		r.watch.Outgoing("macvlan0") // reads what has left, which sets its time
+		r.flushes = append(r.flushes, flush{begin, time.Now()})
+	}
+	return err == nil
+}
+
+// wantRight ends the traffic, and checks that no packet left with another source
+// or by another interface.
+//
+// A packet that is between two hooks of netfilter while all tables go has nothing
+// left that could stop it. There is one such packet on a processor at most.
+func (r *damaged) wantRight() {
+	r.Helper()
+	r.WantExample()
+	r.visitors.WantRight()
+	r.watch.WantNothing("eth0", labtest.ToServers)
+	between := make([]int, len(r.flushes))
+	for _, f := range r.watch.Outgoing("macvlan0") {
+		if ip, _ := f.IPv4(); ip.Src.Addr() == lab.Source {
+			continue
+		}
+		i := slices.IndexFunc(r.flushes, func(flush flush) bool { return f.At.After(flush.from) && f.At.Before(flush.to) })
+		if i < 0 {
+			r.Errorf("by macvlan0, not from %s: %s", lab.Source, f)
+		} else if between[i]++; between[i] > runtime.NumCPU() {
+			r.Errorf("by macvlan0, packet %d since the ruleset was flushed: %s", between[i], f)
+		}
+	}
+}
+
+// TestRepair does each damage under traffic.
 func TestRepair(t *testing.T) {
+	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
-		// Events alone, where there are events for everything.
+		// Events alone, if there are events for everything.
 		interval := time.Duration(0)
 		if p.Backend == labtest.IptablesLegacy {
 			interval = 300 * time.Millisecond
 		}
-		p.Env["EGRESS_HEALTH_INTERVAL"] = interval.String()
-		p.Strict()
-		r := p.Start("legacy")
-		r.AwaitLog(1, "msg=ready")
-		p.WantExample()
-		want := p.State()
-		watch := p.Watch(p.Lab.Router, "macvlan0", "eth0")
-		visitors := p.Visit()
-
+		r := startDamaged(p, interval)
+		// Only a router that was there before can repair these two.
+		damages := append(p.Damages(), labtest.Damage{Name: "reply table default route deleted", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: labtest.Everywhere(), Table: config.DefaultReplyTable, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+		}}, labtest.Damage{Name: "default route by another gateway on eth0", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
+			return h.RouteReplace(&netlink.Route{Dst: labtest.Everywhere(), Gw: netip.MustParseAddr("10.128.0.200").AsSlice(), LinkIndex: eth.Attrs().Index})
+		}})
 		var table strings.Builder
 		var times []time.Duration
-		// One that only a router can repair that was there before.
-		forgotten := labtest.Damage{Name: "no default route in the table of replies", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
-			return h.RouteDel(&netlink.Route{Dst: labtest.Everywhere(), Table: config.DefaultReplyTable, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
-		}}
-		// One that nobody would know for one who looks for the first time.
-		taken := labtest.Damage{Name: "a default route by a gateway that is none on eth0", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
-			return h.RouteReplace(&netlink.Route{Dst: labtest.Everywhere(), Gw: netip.MustParseAddr("10.128.0.200").AsSlice(), LinkIndex: eth.Attrs().Index})
-		}}
-		for _, d := range append(p.Damages(), forgotten, taken) {
-			before := r.Repaired()
-			visitors.Since(time.Now())
+		for _, d := range damages {
+			r.visitors.Since(time.Now())
 			begin := time.Now()
-			if err := p.Damage(d); errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ESRCH) {
-				r.Settle(want) // one of several steps, and the router came in between
+			if !r.repair(d) {
 				continue
-			} else if err != nil {
-				p.Fatalf("%s: doing it: %v", d.Name, err)
 			}
-			r.Until("repaired: "+d.Name, func() bool { return r.Repaired() > before })
 			took := time.Since(begin)
-			if r.Settle(want); p.Failed() {
-				p.Fatalf("not repaired: %s", d.Name)
-			}
-			good, failed, gap := visitors.Since(begin)
+			good, failed, gap := r.visitors.Since(begin)
 			fmt.Fprintf(&table, "%-46s %8.1f ms %5d %5d %8.1f ms\n", d.Name, ms(took), good, failed, ms(gap))
 			times = append(times, took)
 			p.WantExample()
 		}
 		slices.Sort(times)
 		p.Logf("\n%-46s %11s %5s %5s %11s\n%s%-46s %8.1f ms", "damage", "repaired in", "good", "lost", "none for", &table, "median", ms(times[len(times)/2]))
-		visitors.WantRight(p)
-		watch.WantSource()
-		watch.WantNothing("eth0", labtest.ToServers)
+		r.wantRight()
 	})
 }
 
-// TestRandomDamages does damages in a random order, the same in each run, one as
-// soon as the one before is repaired, under traffic. In the end all is as in the
-// beginning, and nothing is left over.
-func TestRandomDamages(t *testing.T) {
-	for b, n := range map[labtest.Backend]int{labtest.Nftables: 1000, labtest.IptablesNFT: 200, labtest.IptablesLegacy: 100} {
-		t.Run(b.Name, func(t *testing.T) {
-			p := labtest.New(t, lab.Options{}, b)
-			p.Env["EGRESS_HEALTH_INTERVAL"] = "0" // events alone, where there are any
-			if b == labtest.IptablesLegacy {
-				p.Env["EGRESS_HEALTH_INTERVAL"] = "100ms"
-			}
-			p.Strict()
-			r := p.Start("legacy")
-			r.AwaitLog(1, "msg=ready")
-			want := p.State()
-			watch := p.Watch(p.Lab.Router, "macvlan0", "eth0")
-			visitors := p.Visit()
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-			random := rand.New(rand.NewPCG(5, 227))
-			damages := p.Damages()
-			begin := time.Now()
-			var flushed []time.Time
-			for i := range n {
-				d := damages[random.IntN(len(damages))]
-				before := r.Repaired()
-				if d.Name == "everything flushed" {
-					flushed = append(flushed, time.Now())
-				}
-				if err := p.Damage(d); errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ESRCH) {
-					continue // one of several steps, and the router came in between
-				} else if err != nil {
-					p.Fatalf("%d: %s: doing it: %v", i, d.Name, err)
-				}
-				r.Until("repaired: "+d.Name, func() bool { return r.Repaired() > before })
-			}
-			took := time.Since(begin)
-			r.Settle(want)
-			good, failed, gap := visitors.Since(begin)
-			p.Logf("%d damages in %v; connections: %d good, %d failed, none for %.0f ms at most", n, took.Round(time.Millisecond), good, failed, ms(gap))
-			p.WantExample()
-			visitors.WantRight(p)
-			watch.WantNothing("eth0", labtest.ToServers)
-			for _, f := range watch.Outgoing("macvlan0") {
-				// A packet that is between two hooks when all rules of all tables go
-				// at once has nothing left that could stop it.
-				inBetween := func(at time.Time) bool { return f.At.After(at) && f.At.Sub(at) < 30*time.Millisecond }
-				if ip, _ := f.IPv4(); ip.Src.Addr() != lab.Source && !slices.ContainsFunc(flushed, inBetween) {
-					p.Errorf("by macvlan0: %s", f)
-				}
-			}
-		})
+// TestRandomDamages does damages in a random order, the same in each run, each as
+// soon as the one before is repaired.
+func TestRandomDamages(t *testing.T) {
+	t.Parallel()
+	rounds := map[labtest.Backend]int{labtest.Nftables: 60, labtest.IptablesNFT: 20, labtest.IptablesLegacy: 10}
+	if nstest.Long() {
+		rounds = map[labtest.Backend]int{labtest.Nftables: 1000, labtest.IptablesNFT: 200, labtest.IptablesLegacy: 100}
 	}
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		interval := time.Duration(0) // events alone, if there are any
+		if p.Backend == labtest.IptablesLegacy {
+			interval = 100 * time.Millisecond
+		}
+		r := startDamaged(p, interval)
+		random := rand.New(rand.NewPCG(5, 227))
+		damages := p.Damages()
+		begin := time.Now()
+		for range rounds[p.Backend] {
+			r.repair(damages[random.IntN(len(damages))])
+		}
+		took := time.Since(begin)
+		good, failed, gap := r.visitors.Since(begin)
+		p.Logf("%d damages in %v; connections: %d good, %d failed, none for %.0f ms at most", rounds[p.Backend], took.Round(time.Millisecond), good, failed, ms(gap))
+		r.wantRight()
+	})
 }
 
-// TestContested has two damages done in turn, each as soon as the other is
-// repaired: the router says so, and does not keep up.
-func TestContested(t *testing.T) {
+// logged matches a log line of a repair, or of one that is contested and the wait
+// that follows.
+var logged = regexp.MustCompile(`time=(\S+) level=\S+ (?:(` + labtest.RepairLogged + `)|msg="repair contested, backing off")(?:.* wait=(\S+))?`)
+
+// TestContestedRepairWaits does a damage again as soon as it is repaired. The router
+// logs that, reports it as its health, and waits longer each time.
+func TestContestedRepairWaits(t *testing.T) {
+	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	r := p.Start("legacy")
 	r.AwaitLog(1, "msg=ready")
 	h := p.Handle(p.Lab.Router)
 	macvlan := p.Link(h, "macvlan0")
-	const during = 5 * time.Second
-	for begin, n := time.Now(), 0; time.Since(begin) < during; n++ {
-		var err error
-		before := r.Repaired()
-		if n%2 == 0 {
-			err = h.LinkSetDown(macvlan)
-		} else {
-			err = p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "0")
+	// waits returns how long each repair after a contested one was to wait.
+	waits := func() (waits []time.Duration) {
+		var until, last time.Time
+		for _, m := range logged.FindAllStringSubmatch(r.Logged(), -1) {
+			at, err := time.Parse(time.RFC3339, m[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m[2] != "" {
+				if at.Before(until) {
+					t.Fatalf("repaired %v after the last, before %v", at.Sub(last), until)
+				}
+				last = at
+				continue
+			}
+			wait, err := time.ParseDuration(m[3])
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The log has milliseconds.
+			waits, until = append(waits, wait), at.Add(wait-2*time.Millisecond)
 		}
-		if err != nil {
+		return waits
+	}
+	for len(waits()) < 4 {
+		before := r.Repaired()
+		if err := h.LinkSetDown(macvlan); err != nil {
 			t.Fatal(err)
 		}
-		for r.Repaired() == before && time.Since(begin) < during {
-			time.Sleep(time.Millisecond)
-		}
+		r.Until("repaired", func() bool { return r.Repaired() > before })
 	}
-	r.AwaitLog(1, "repair contested, backing off")
-	if n := r.Repaired(); n < 20 || n > 80 {
-		t.Errorf("%d repairs in %v", n, during)
+	if waits := waits(); !slices.IsSorted(waits) {
+		t.Errorf("waits %v, want each longer than the one before", waits)
 	}
-	if code, out := p.Health(); !strings.Contains(out, "repair contested by another program") {
+	if code, out := p.Health(); code != 0 || !strings.Contains(out, "repair contested by another program") {
 		t.Errorf("health: exit code %d\n%s", code, out)
 	}
 }
-
-func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

@@ -2,8 +2,6 @@ package labtest
 
 import (
 	"bytes"
-	"net"
-	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -15,7 +13,10 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// A Damage is something that somebody does to a router.
+// RulesetFlushed is the damage that deletes all tables of nftables at once.
+const RulesetFlushed = "ruleset flushed"
+
+// A Damage is a change that another program makes to what the router configured.
 type Damage struct {
 	Name string
 	Do   func(h *netlink.Handle, macvlan, eth netlink.Link) error
@@ -31,29 +32,29 @@ func (p *Pod) damagedRules() []Damage {
 	add("source guard table deleted", func() { p.NFT("delete table ip egress-router-guard") })
 	if p.Backend == Nftables {
 		for name, lines := range map[string][]string{
-			"one redirect deleted":      {"delete element ip egress-router redirects { tcp . 8080 : 203.0.113.26 . 80 }"},
-			"one redirect elsewhere":    {"delete element ip egress-router redirects { tcp . 80 : 203.0.113.25 . 80 }", "add element ip egress-router redirects { tcp . 80 : 203.0.113.27 . 80 }"},
-			"one redirect too many":     {"add element ip egress-router redirects { tcp . 9000 : 203.0.113.25 . 80 }"},
+			"redirect deleted":          {"delete element ip egress-router redirects { tcp . 8080 : 203.0.113.26 . 80 }"},
+			"redirect changed":          {"delete element ip egress-router redirects { tcp . 80 : 203.0.113.25 . 80 }", "add element ip egress-router redirects { tcp . 80 : 203.0.113.27 . 80 }"},
+			"redirect added":            {"add element ip egress-router redirects { tcp . 9000 : 203.0.113.25 . 80 }"},
 			"redirects flushed":         {"flush map ip egress-router redirects"},
-			"redirect rule flushed":     {"flush chain ip egress-router nat-prerouting"},
-			"a rule too many":           {"insert rule ip egress-router nat-prerouting tcp dport 80 accept"},
-			"source rule deleted":       {"flush chain ip egress-router nat-postrouting"},
-			"a chain gone":              {"flush chain ip egress-router nat-postrouting", "delete chain ip egress-router nat-postrouting"},
-			"a chain too many":          {"add chain ip egress-router mine { type nat hook prerouting priority -190 ; }", "add rule ip egress-router mine tcp dport 80 accept"},
-			"a chain elsewhere":         {"flush chain ip egress-router nat-postrouting", "delete chain ip egress-router nat-postrouting", "add chain ip egress-router nat-postrouting { type nat hook postrouting priority 300 ; }"},
-			"a policy that drops":       {"add chain ip egress-router filter-input { type filter hook input priority filter - 1 ; policy drop ; }"},
-			"a set too many":            {"add set ip egress-router mine { type ipv4_addr ; }"},
-			"all rules flushed":         {"flush table ip egress-router"},
-			"the table gone":            {"delete table ip egress-router"},
-			"the table switched off":    {"add table ip egress-router { flags dormant ; }"},
-			"what lets cross flushed":   {"flush chain ip egress-router filter-forward"},
-			"the IPv6 table gone":       {"delete table ip6 egress-router"},
-			"the IPv6 rules flushed":    {"flush table ip6 egress-router"},
-			"everything flushed":        {"flush ruleset"},
-			"the marks flushed":         {"flush chain ip egress-router mangle-prerouting"},
-			"a rule of another kind in": {"add rule ip egress-router filter-input iifname macvlan0 limit rate 1/second accept"},
+			"prerouting chain flushed":  {"flush chain ip egress-router nat-prerouting"},
+			"rule added":                {"insert rule ip egress-router nat-prerouting tcp dport 80 accept"},
+			"postrouting chain flushed": {"flush chain ip egress-router nat-postrouting"},
+			"chain deleted":             {"flush chain ip egress-router nat-postrouting", "delete chain ip egress-router nat-postrouting"},
+			"chain added":               {"add chain ip egress-router mine { type nat hook prerouting priority -190 ; }", "add rule ip egress-router mine tcp dport 80 accept"},
+			"chain priority changed":    {"flush chain ip egress-router nat-postrouting", "delete chain ip egress-router nat-postrouting", "add chain ip egress-router nat-postrouting { type nat hook postrouting priority 300 ; }"},
+			"chain policy changed":      {"add chain ip egress-router filter-input { type filter hook input priority filter - 1 ; policy drop ; }"},
+			"set added":                 {"add set ip egress-router mine { type ipv4_addr ; }"},
+			"table flushed":             {"flush table ip egress-router"},
+			"table deleted":             {"delete table ip egress-router"},
+			"table dormant":             {"add table ip egress-router { flags dormant ; }"},
+			"forward chain flushed":     {"flush chain ip egress-router filter-forward"},
+			"IPv6 table deleted":        {"delete table ip6 egress-router"},
+			"IPv6 rules flushed":        {"flush table ip6 egress-router"},
+			RulesetFlushed:              {"flush ruleset"},
+			"mark chain flushed":        {"flush chain ip egress-router mangle-prerouting"},
+			"limit rule added":          {"add rule ip egress-router filter-input iifname macvlan0 limit rate 1/second accept"},
 		} {
-			// At once: a router that watches would be in between.
+			// In one transaction: a router that watches would repair the first.
 			add(name, func() { p.NFT(strings.Join(lines, "; ")) })
 		}
 		return damages
@@ -61,29 +62,29 @@ func (p *Pod) damagedRules() []Damage {
 	nat := func(name string, args ...string) {
 		add(name, func() { p.Iptables(append([]string{"-t", "nat"}, args...)...) })
 	}
-	nat("one redirect deleted", "-D", "EGRESS-PREROUTING", "2")
+	nat("redirect deleted", "-D", "EGRESS-PREROUTING", "2")
 	nat("redirects flushed", "-F", "EGRESS-PREROUTING")
-	nat("a rule too many", "-I", "EGRESS-PREROUTING", "-p", "tcp", "--dport", "80", "-j", "ACCEPT")
-	nat("source rule deleted", "-F", "EGRESS-POSTROUTING")
-	nat("a jump gone", "-D", "POSTROUTING", "-j", "EGRESS-POSTROUTING")
-	nat("a jump twice", "-A", "PREROUTING", "-j", "EGRESS-PREROUTING")
-	nat("all of the table flushed", "-F")
+	nat("rule added", "-I", "EGRESS-PREROUTING", "-p", "tcp", "--dport", "80", "-j", "ACCEPT")
+	nat("postrouting chain flushed", "-F", "EGRESS-POSTROUTING")
+	nat("jump deleted", "-D", "POSTROUTING", "-j", "EGRESS-POSTROUTING")
+	nat("jump duplicated", "-A", "PREROUTING", "-j", "EGRESS-PREROUTING")
+	nat("nat table flushed", "-F")
 	restore := func(name, lines string) {
 		add(name, func() { p.Restore("*nat\n" + lines + "COMMIT\n") })
 	}
-	restore("a chain of another version, in use", `:EGRESS-OUTPUT - [0:0]
+	restore("chain of another version used", `:EGRESS-OUTPUT - [0:0]
 -A EGRESS-OUTPUT -p tcp -j ACCEPT
 -A OUTPUT -j EGRESS-OUTPUT
 `)
-	restore("a tree that is not in use", `:EGRESS-TCP - [0:0]
+	restore("unused chain tree added", `:EGRESS-TCP - [0:0]
 :EGRESS-TCP-0-4095 - [0:0]
 -A EGRESS-TCP -p tcp --dport 0:4095 -g EGRESS-TCP-0-4095
 -I EGRESS-PREROUTING -p tcp -j EGRESS-TCP
 `)
-	add("what lets cross flushed", func() { p.Iptables("-F", "EGRESS-FORWARD") })
-	add("the marks flushed", func() { p.Iptables("-t", "mangle", "-F", "EGRESS-PREROUTING") })
-	add("the IPv6 rules flushed", func() { p.Tool(p.Program("ip6tables"), "-F") })
-	add("an IPv6 jump gone", func() { p.Tool(p.Program("ip6tables"), "-D", "INPUT", "-j", "EGRESS-INPUT") })
+	add("forward chain flushed", func() { p.Iptables("-F", "EGRESS-FORWARD") })
+	add("mark chain flushed", func() { p.Iptables("-t", "mangle", "-F", "EGRESS-PREROUTING") })
+	add("IPv6 rules flushed", func() { p.Tool(p.Program("ip6tables"), "-F") })
+	add("IPv6 jump deleted", func() { p.Tool(p.Program("ip6tables"), "-D", "INPUT", "-j", "EGRESS-INPUT") })
 	return damages
 }
 
@@ -98,12 +99,12 @@ func (p *Pod) Strict() {
 
 // Damages returns all damages, in a fixed order.
 func (p *Pod) Damages() []Damage {
-	damages := append(p.damagedRules(), damagedNetwork()...)
+	damages := append(p.damagedRules(), p.damagedNetwork()...)
 	slices.SortFunc(damages, func(a, b Damage) int { return strings.Compare(a.Name, b.Name) })
 	return damages
 }
 
-// Restore runs iptables-restore, which changes a table at once.
+// Restore runs iptables-restore, which changes a table in one transaction.
 func (p *Pod) Restore(input string) {
 	p.Helper()
 	cmd := exec.Command(p.Program("iptables-restore"), "--noflush", "-w")
@@ -115,79 +116,74 @@ func (p *Pod) Restore(input string) {
 	}
 }
 
-// Damage does one.
+// Damage does a damage. An EEXIST or ESRCH (errors.Is) is one of a damage in
+// several steps, between which a router repaired.
 func (p *Pod) Damage(d Damage) error {
-	return p.Lab.Router.Do(func() error {
-		h, err := p.Lab.Netlink(p.Lab.Router)
-		if err != nil {
-			return err
-		}
-		defer h.Close()
-		macvlan, err := h.LinkByName("macvlan0")
-		if err != nil {
-			return err
-		}
-		eth, err := h.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		return d.Do(h, macvlan, eth)
-	})
+	h, err := p.Lab.Netlink(p.Lab.Router)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	macvlan, err := h.LinkByName("macvlan0")
+	if err != nil {
+		return err
+	}
+	eth, err := h.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	return d.Do(h, macvlan, eth)
 }
 
 // damagedNetwork returns damages to the network, the same with every backend.
-func damagedNetwork() []Damage {
-	address := &netlink.Addr{IPNet: &net.IPNet{IP: lab.Source.AsSlice(), Mask: net.CIDRMask(24, 32)}}
-	everywhere := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+func (p *Pod) damagedNetwork() []Damage {
+	address := Addr("192.168.12.99/24")
+	everywhere := Everywhere()
 	return []Damage{
-		{"address gone", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.AddrDel(macvlan, address) }},
-		{"link down", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
-		{"default route back on eth0", func(h *netlink.Handle, _, eth netlink.Link) error {
+		{"address deleted", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.AddrDel(macvlan, address) }},
+		{"link set down", func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
+		{"default route moved to eth0", func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteReplace(&netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}},
-		{"a second default route", func(h *netlink.Handle, _, eth netlink.Link) error {
+		{"second default route added", func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteAdd(&netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index, Priority: 100})
 		}},
-		{"a default route that drops", func(h *netlink.Handle, _, _ netlink.Link) error {
+		{"default route blackholed", func(h *netlink.Handle, _, _ netlink.Link) error {
 			return h.RouteReplace(&netlink.Route{Dst: everywhere, Type: unix.RTN_BLACKHOLE})
 		}},
-		{"no default route", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+		{"default route deleted", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
 			return h.RouteDel(&netlink.Route{Dst: everywhere, LinkIndex: macvlan.Attrs().Index})
 		}},
-		{"no route to the gateway", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
-			return h.RouteDel(&netlink.Route{Dst: &net.IPNet{IP: lab.GatewayAddr.AsSlice(), Mask: net.CIDRMask(32, 32)}, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
+		{"gateway route deleted", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: IPNet("192.168.12.1/32"), LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
 		}},
-		{"no forwarding", func(*netlink.Handle, netlink.Link, netlink.Link) error {
-			return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0)
+		{"ip_forward turned off", func(*netlink.Handle, netlink.Link, netlink.Link) error {
+			return p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "0")
 		}},
-		{"another default route in front of ours", func(h *netlink.Handle, _, eth netlink.Link) error {
+		{"default route on eth0 prepended", func(h *netlink.Handle, _, eth netlink.Link) error {
 			return prepend(h, &netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}},
-		{"another route to the gateway in front of ours", func(h *netlink.Handle, _, eth netlink.Link) error {
-			gateway := &net.IPNet{IP: lab.GatewayAddr.AsSlice(), Mask: net.CIDRMask(32, 32)}
+		{"gateway route on eth0 prepended", func(h *netlink.Handle, _, eth netlink.Link) error {
+			gateway := IPNet("192.168.12.1/32")
 			return prepend(h, &netlink.Route{Dst: gateway, LinkIndex: eth.Attrs().Index, Scope: netlink.SCOPE_LINK})
 		}},
-		{"no route to the subnet", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
-			_, subnet, err := net.ParseCIDR("192.168.12.0/24")
-			if err != nil {
-				return err
-			}
-			return h.RouteDel(&netlink.Route{Dst: subnet, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
+		{"subnet route deleted", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: IPNet("192.168.12.0/24"), LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
 		}},
-		{"no forwarding by one interface", func(*netlink.Handle, netlink.Link, netlink.Link) error {
-			return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/forwarding", []byte("0"), 0)
+		{"forwarding of eth0 turned off", func(*netlink.Handle, netlink.Link, netlink.Link) error {
+			return p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/eth0/forwarding", "0")
 		}},
-		{"no rule that leads to the table of replies", func(h *netlink.Handle, _, _ netlink.Link) error {
+		{"reply rule deleted", func(h *netlink.Handle, _, _ netlink.Link) error {
 			mark := uint32(config.DefaultReplyMark)
 			rule := netlink.NewRule()
 			rule.Family, rule.Priority, rule.Table, rule.Mark, rule.Mask = netlink.FAMILY_V4, 20000, config.DefaultReplyTable, mark, &mark
 			return h.RuleDel(rule)
 		}},
-		{"a route too many in the table of replies", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
-			return h.RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: lab.FarAddr.AsSlice(), Mask: net.CIDRMask(32, 32)}, Table: config.DefaultReplyTable, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
+		{"reply table route added", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.RouteAdd(&netlink.Route{Dst: IPNet("10.129.0.71/32"), Table: config.DefaultReplyTable, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
 		}},
-		{"a strict reverse-path filter", func(*netlink.Handle, netlink.Link, netlink.Link) error {
-			return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/rp_filter", []byte("1"), 0)
+		{"rp_filter of eth0 tightened", func(*netlink.Handle, netlink.Link, netlink.Link) error {
+			return p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/eth0/rp_filter", "1")
 		}},
 	}
 }

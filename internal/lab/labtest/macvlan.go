@@ -5,9 +5,10 @@ import (
 	"os"
 	"testing"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/netns"
-	"github.com/vishvananda/netlink"
 )
 
 // File returns a file that stands for a namespace.

@@ -6,10 +6,12 @@ package labtest
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -25,6 +27,12 @@ import (
 // Main makes the test binary the program itself, under the names that it goes
 // by, and runs the tests in namespaces of their own: it is what a TestMain calls.
 func Main(m *testing.M) {
+	// Tests in labs wait more than they compute. The argument -parallel, which is
+	// read later, still counts.
+	if err := flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))); err != nil {
+		fmt.Fprintf(os.Stderr, "labtest: %v\n", err)
+		os.Exit(1)
+	}
 	testscript.Main(nstest.M{Tests: m}, map[string]func(){
 		"egress-router":        program,
 		"egress-http-proxy":    program,

@@ -1,10 +1,12 @@
 package labtest
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -15,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
 	"github.com/egress-router/egress-router/internal/config"
@@ -26,12 +29,12 @@ import (
 // A Backend is one way for rules to get into the kernel.
 type Backend struct {
 	Name     string // of subtests
-	Programs string // that is all programs of iptables in PATH
+	Programs string // file that is each program of iptables in PATH
 	Choice   string // EGRESS_ROUTER_BACKEND
 }
 
-// The backends: iptables of both kinds, and netlink. The first is chosen by
-// itself, as in most pods.
+// The backends: iptables of both kinds, and netlink. EGRESS_ROUTER_BACKEND is not
+// set for the first, as in most pods.
 var (
 	IptablesNFT    = Backend{"iptables-nft", "xtables-nft-multi", ""}
 	IptablesLegacy = Backend{"iptables-legacy", "xtables-legacy-multi", "iptables"}
@@ -49,7 +52,11 @@ type Pod struct {
 	Env     map[string]string
 }
 
-// The documentation's example.
+// Patience is how long a test waits for what comes, such as an answer. A busy
+// machine needs a part of it.
+const Patience = time.Minute
+
+// Example is the environment of the documentation's example.
 func Example() map[string]string {
 	return map[string]string{
 		"EGRESS_ROUTER_MODE": "init",
@@ -59,20 +66,25 @@ func Example() map[string]string {
 	}
 }
 
-// EachBackend runs a test in a fresh pod with each backend.
-func EachBackend(t *testing.T, o lab.Options, test func(*Pod)) {
-	for _, b := range Backends {
-		t.Run(b.Name, func(t *testing.T) { test(New(t, o, b)) })
-	}
-}
+// EachBackend runs a test in a fresh pod with each backend, in parallel.
+func EachBackend(t *testing.T, o lab.Options, test func(*Pod)) { each(t, o, test, Backends...) }
 
-// EachFlavour runs a test in a fresh pod with each kind of iptables.
+// EachFlavour runs a test in a fresh pod with each kind of iptables, in parallel.
 func EachFlavour(t *testing.T, o lab.Options, test func(*Pod)) {
-	for _, b := range []Backend{IptablesNFT, IptablesLegacy} {
-		t.Run(b.Name, func(t *testing.T) { test(New(t, o, b)) })
+	each(t, o, test, IptablesNFT, IptablesLegacy)
+}
+
+func each(t *testing.T, o lab.Options, test func(*Pod), backends ...Backend) {
+	for _, b := range backends {
+		t.Run(b.Name, func(t *testing.T) {
+			t.Parallel()
+			test(New(t, o, b))
+		})
 	}
 }
 
+// New returns a fresh pod, whose environment is the documentation's example. The
+// lab is closed when the test ends.
 func New(t *testing.T, o lab.Options, b Backend) *Pod {
 	t.Helper()
 	l, err := lab.New(o)
@@ -165,7 +177,7 @@ func (p *Pod) OK() Result {
 	p.Helper()
 	r := p.Exec()
 	if r.Code != 0 {
-		p.Fatalf("exit code %d:\n%s", r.Code, r.Stderr)
+		p.Fatalf("exit code %d, want 0; stderr:\n%s", r.Code, Tail(r.Stderr))
 	}
 	return r
 }
@@ -186,7 +198,7 @@ func (p *Pod) WantRefusal(command, last, hint string) {
 		p.Errorf("last line:\n got %s\nwant %s", r.Last(), last)
 	}
 	if !strings.Contains(r.Stderr, hint) {
-		p.Errorf("stderr lacks %q:\n%s", hint, r.Stderr)
+		p.Errorf("stderr lacks %q:\n%s", hint, Tail(r.Stderr))
 	}
 }
 
@@ -219,22 +231,70 @@ func (p *Pod) FlushSourceRule() {
 	}
 }
 
+// Tool runs a program in the router's namespace and returns what it prints.
 func (p *Pod) Tool(name string, args ...string) string {
 	p.Helper()
+	out, err := p.tool(name, args...)
+	if err != nil {
+		p.Fatal(err)
+	}
+	return out
+}
+
+func (p *Pod) tool(name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := p.Lab.Run(p.Lab.Router, cmd); err != nil {
-		p.Fatalf("%s: %v\n%s", cmd, err, &out)
+		return "", fmt.Errorf("%s: %w\n%s", cmd, err, &out)
 	}
-	return out.String()
+	return out.String(), nil
 }
 
-// Ask waits longer than an answer that comes can take on a busy machine.
+// Ask asks a server from a namespace, as [lab.Lab.Ask] does, with Patience.
 func (p *Pod) Ask(from *netns.Namespace, proto string, addr netip.AddrPort) (lab.Answer, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	return p.Lab.Ask(ctx, from, proto, addr)
+}
+
+// Dial opens a connection, which is closed when the test ends.
+func (p *Pod) Dial(from *netns.Namespace, proto string, addr netip.AddrPort) net.Conn {
+	p.Helper()
+	ctx, cancel := context.WithTimeout(p.Context(), Patience)
+	defer cancel()
+	conn, err := p.Lab.Dial(ctx, from, proto, addr)
+	if err != nil {
+		p.Fatal(err)
+	}
+	p.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// Until waits for a condition.
+func (p *Pod) Until(what string, holds func() bool) {
+	p.Helper()
+	for begin := time.Now(); !holds(); time.Sleep(2 * time.Millisecond) {
+		if time.Since(begin) > Patience {
+			p.Fatalf("not after %v: %s", Patience, what)
+		}
+	}
+}
+
+// Tail returns the last lines of a log, for a message that says before what was
+// expected and found.
+func Tail(log string) string {
+	const most = 100
+	lines := strings.SplitAfter(log, "\n")
+	if len(lines) <= most {
+		return log
+	}
+	return fmt.Sprintf("(%d lines before)\n", len(lines)-most) + strings.Join(lines[len(lines)-most:], "")
+}
+
+// diff shows lines that differ.
+func diff(want, got string) string {
+	return cmp.Diff(strings.Split(want, "\n"), strings.Split(got, "\n"))
 }
 
 // WantAnswer asks the pod from the client and checks who answered, and whom
@@ -259,11 +319,10 @@ func (p *Pod) WantExample() {
 	p.WantAnswer("udp", 53, "203.0.113.27:53")
 }
 
-// WantRefused checks that nothing answers at a port of the pod, and says so at
-// once.
+// WantRefused checks that a port of the pod refuses the client.
 func (p *Pod) WantRefused(proto string, port uint16) {
 	p.Helper()
-	a, err := p.Lab.Ask(context.Background(), p.Lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	a, err := p.Ask(p.Lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
 	if !errors.Is(err, syscall.ECONNREFUSED) {
 		p.Errorf("%s port %d: answer %v, error %v; want a refusal", proto, port, a, err)
 	}
@@ -274,6 +333,14 @@ func (p *Pod) WantRefused(proto string, port uint16) {
 // depends on when they were made; rules are not.
 func (p *Pod) State() string {
 	p.Helper()
+	s, err := p.state()
+	if err != nil {
+		p.Fatal(err)
+	}
+	return s
+}
+
+func (p *Pod) state() (string, error) {
 	var lines, routes []string
 	err := p.Lab.Router.Do(func() error {
 		kernel, err := link.Open()
@@ -302,10 +369,11 @@ func (p *Pod) State() string {
 		return nil
 	})
 	if err != nil {
-		p.Fatal(err)
+		return "", err
 	}
 	slices.Sort(routes)
-	return strings.Join(append(lines, routes...), "\n") + "\n" + p.Rules()
+	rules, err := p.rules()
+	return strings.Join(append(lines, routes...), "\n") + "\n" + rules, err
 }
 
 // Clear takes all rules and what else init did away again, but for what does
@@ -329,14 +397,26 @@ func (p *Pod) Clear() {
 // Rules describes the rules of every backend.
 func (p *Pod) Rules() string {
 	p.Helper()
+	rules, err := p.rules()
+	if err != nil {
+		p.Fatal(err)
+	}
+	return rules
+}
+
+func (p *Pod) rules() (string, error) {
 	var lines []string
 	for _, tables := range []struct {
 		save  string
 		names []string
 	}{{"iptables-save", []string{"nat", "filter", "mangle"}}, {"ip6tables-save", []string{"filter"}}} {
 		for _, table := range tables.names {
+			saved, err := p.tool(p.Program(tables.save), "-t", table)
+			if err != nil {
+				return "", err
+			}
 			var chains, rules []string
-			for line := range strings.Lines(p.Tool(p.Program(tables.save), "-t", table)) {
+			for line := range strings.Lines(saved) {
 				line = strings.TrimSpace(line)
 				switch line[0] {
 				case ':':
@@ -350,24 +430,32 @@ func (p *Pod) Rules() string {
 			lines = append(append(append(lines, tables.save+" table "+table), chains...), rules...)
 		}
 	}
-	tables := strings.Split(p.NFT("list tables"), "\n")
+	list, err := p.tool("nft", "list tables")
+	if err != nil {
+		return "", err
+	}
+	tables := strings.Split(list, "\n")
 	slices.Sort(tables)
 	for _, name := range tables {
 		if strings.Contains(name, " egress-router") {
+			listed, err := p.tool("nft", "list "+name)
+			if err != nil {
+				return "", err
+			}
 			// The order of chains is that in which they were made.
-			blocks := strings.Split(strings.TrimSuffix(strings.TrimSpace(p.NFT("list "+name)), "}"), "\n\n")
+			blocks := strings.Split(strings.TrimSuffix(strings.TrimSpace(listed), "}"), "\n\n")
 			slices.Sort(blocks[1:])
 			lines = append(lines, strings.Join(blocks, "\n"))
 		}
 	}
-	return strings.Join(lines, "\n") + "\n"
+	return strings.Join(lines, "\n") + "\n", nil
 }
 
 // WantState checks that the state is as it was.
 func (p *Pod) WantState(want string) {
 	p.Helper()
 	if got := p.State(); got != want {
-		p.Errorf("the namespace is not as it was.\n--- was\n%s--- is\n%s", want, got)
+		p.Errorf("state (-want +got):\n%s", diff(want, got))
 	}
 }
 
@@ -376,7 +464,7 @@ func (p *Pod) WantUnchanged(r Result) {
 	p.Helper()
 	for _, word := range []string{"network changed", "rules loaded"} {
 		if strings.Contains(r.Stderr, word) {
-			p.Errorf("a run with nothing to do says %q:\n%s", word, r.Stderr)
+			p.Errorf("a run that has nothing to change logs %q:\n%s", word, Tail(r.Stderr))
 		}
 	}
 }
@@ -423,4 +511,21 @@ func (p *Pod) Use(b Backend) {
 	p.Helper()
 	_, path, _ := strings.Cut(p.Path, ":")
 	p.Backend, p.Path = b, iptablesPath(p.T, b.Programs)+":"+path
+}
+
+// WantEcho checks that a connection to a server of the lab, read by r, carries data
+// both ways. Lines that come before are skipped.
+func (p *Pod) WantEcho(what string, conn net.Conn, r *bufio.Reader) {
+	p.Helper()
+	const line = "still there\n"
+	err := conn.SetDeadline(time.Now().Add(Patience))
+	if err == nil {
+		_, err = conn.Write([]byte(line))
+	}
+	for got := ""; err == nil && got != line; {
+		got, err = r.ReadString('\n')
+	}
+	if err != nil {
+		p.Errorf("%s: %v, want an echo", what, err)
+	}
 }

@@ -5,30 +5,25 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/netns"
-	"github.com/vishvananda/netlink"
 )
 
-// Remote are the servers beyond the gateway.
-var Remote = netip.MustParsePrefix("203.0.113.0/24")
+// Servers are the networks of the servers beyond the gateway.
+var Servers = netip.MustParsePrefix("203.0.113.0/24")
 
-// AddRoute leads to a network by a neighbour.
-func (p *Pod) AddRoute(ns *netns.Namespace, name, to, via string) {
-	p.Helper()
-	h := p.Handle(ns)
-	r := &netlink.Route{Dst: IPNet(to), Gw: netip.MustParseAddr(via).AsSlice(), LinkIndex: p.Link(h, name).Attrs().Index}
-	if err := h.RouteReplace(r); err != nil {
-		p.Fatal(err)
-	}
-}
+// ToServers picks packets to the servers beyond the gateway.
+func ToServers(ip lab.Packet) bool { return Servers.Contains(ip.Dst.Addr()) }
 
-// A Watch captures on several links, and says afterwards what they have seen.
+// A Watch captures on several links.
 type Watch struct {
 	p        *Pod
-	Captures map[string]*lab.Capture
+	Captures map[string]*lab.Capture // by link
 }
 
 // Watch begins to capture on links of a namespace.
@@ -59,7 +54,7 @@ func (w Watch) WantSource() {
 	w.p.Helper()
 	for _, f := range w.Outgoing("macvlan0") {
 		if ip, _ := f.IPv4(); ip.Src.Addr() != lab.Source {
-			w.p.Errorf("by macvlan0: %s", f)
+			w.p.Errorf("by macvlan0, not from %s: %s", lab.Source, f)
 		}
 	}
 }
@@ -74,32 +69,58 @@ func (w Watch) WantNothing(name string, match func(lab.Packet) bool) {
 	}
 }
 
-// Traffic sends by an open connection, by open flows and by new ones until it is
-// told to stop; that returns how many packets it sent.
-func (p *Pod) Traffic(conn net.Conn) (stop func() int) {
+// A Traffic sends without pause, by an open connection, an open flow and new
+// connections and flows.
+type Traffic struct {
+	p      *Pod
+	rounds atomic.Int64
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// Traffic begins to send.
+func (p *Pod) Traffic(conn net.Conn) *Traffic {
+	p.Helper()
 	flow := p.Flow(53)
-	done, sent := make(chan struct{}), make(chan int)
+	ctx, cancel := context.WithCancel(p.Context())
+	t := &Traffic{p: p, cancel: cancel, done: make(chan struct{})}
 	go func() {
-		n := 0
-		for ; ; n++ {
-			select {
-			case <-done:
-				sent <- n
-				return
-			default:
-			}
+		defer close(t.done)
+		for ; ctx.Err() == nil; t.rounds.Add(1) {
 			_ = conn.SetWriteDeadline(time.Now().Add(time.Millisecond))
 			_, _ = conn.Write([]byte("more\n"))
 			_, _ = flow.conn.Write([]byte("?\n"))
-			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Millisecond)
-			_, _ = p.Lab.Ask(ctx, p.Lab.Client, "udp", netip.AddrPortFrom(lab.RouterAddr, 54))
-			_, _ = p.Lab.Ask(ctx, p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
-			cancel()
+			// Their first packets count, not the answers.
+			once, done := context.WithTimeout(ctx, 2*time.Millisecond)
+			_, _ = p.Lab.Ask(once, p.Lab.Client, "udp", netip.AddrPortFrom(lab.RouterAddr, 54))
+			_, _ = p.Lab.Ask(once, p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
+			done()
 		}
 	}()
-	return func() int {
-		close(done)
-		return <-sent
+	p.Cleanup(t.Stop)
+	return t
+}
+
+// Await waits until each way has sent n more packets.
+func (t *Traffic) Await(n int64) {
+	t.p.Helper()
+	end := t.rounds.Load() + n + 1 // one may be under way
+	t.p.Until("traffic is sent", func() bool { return t.rounds.Load() >= end })
+}
+
+// Stop stops it.
+func (t *Traffic) Stop() {
+	t.cancel()
+	<-t.done
+}
+
+// AddRoute leads to a network by a neighbour.
+func (p *Pod) AddRoute(ns *netns.Namespace, name, to, via string) {
+	p.Helper()
+	h := p.Handle(ns)
+	r := &netlink.Route{Dst: IPNet(to), Gw: netip.MustParseAddr(via).AsSlice(), LinkIndex: p.Link(h, name).Attrs().Index}
+	if err := h.RouteReplace(r); err != nil {
+		p.Fatal(err)
 	}
 }
 
@@ -109,9 +130,8 @@ func IPNet(s string) *net.IPNet {
 	return &net.IPNet{IP: n.Addr().AsSlice(), Mask: net.CIDRMask(n.Bits(), n.Addr().BitLen())}
 }
 
-// ToServers picks packets to the servers beyond the gateway.
-func ToServers(ip lab.Packet) bool { return Remote.Contains(ip.Dst.Addr()) }
-
+// Addr returns an address with its length as netlink takes it.
 func Addr(s string) *netlink.Addr { return &netlink.Addr{IPNet: IPNet(s)} }
 
-func Everywhere() *net.IPNet { return &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)} }
+// Everywhere is the destination of an IPv4 default route.
+func Everywhere() *net.IPNet { return IPNet("0.0.0.0/0") }
