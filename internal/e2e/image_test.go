@@ -119,7 +119,7 @@ func TestImages(t *testing.T) {
 		"egress-router":     "[/usr/bin/egress-router]",
 		"egress-http-proxy": "[/usr/bin/egress-router http-proxy]",
 		"egress-dns-proxy":  "[/usr/bin/egress-router dns-proxy]",
-		alone:               "[/egress-router]",
+		alone:               "[/usr/bin/egress-router]",
 	} {
 		if got := strings.TrimSpace(run(t, "podman", "image", "inspect", "--format", "{{.Config.Entrypoint}}", "localhost/"+name)); got != want {
 			t.Errorf("%s starts %s, want %s", name, got, want)
@@ -137,10 +137,10 @@ func checkAlone(t *testing.T, all map[string]file, machine elf.Machine) {
 			names = append(names, name)
 		}
 	}
-	if len(names) != 1 || names[0] != "egress-router" {
+	if len(names) != 1 || names[0] != "usr/bin/egress-router" {
 		t.Fatalf("%s holds %v, want the program alone", alone, names)
 	}
-	e, err := elf.NewFile(bytes.NewReader(all["egress-router"].content))
+	e, err := elf.NewFile(bytes.NewReader(all["usr/bin/egress-router"].content))
 	if err != nil {
 		t.Fatal(err)
 	}
