@@ -60,9 +60,10 @@ fuzz: ## fuzz the grammars, the framing of HTTP requests and ARP, 30 s each
 	$(GO) test -fuzz FuzzFraming -fuzztime 30s ./internal/httpproxy
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/arp
 
-golden: ## rewrite testdata/golden and script after an intended change
+golden: ## rewrite testdata/golden, script and the READMEs' tables after an intended change
 	$(GO) test ./internal/cli -run Golden -update
 	$(GO) test ./cmd/egress-router -run Scripts -update
+	$(GO) test ./internal/config ./internal/metrics -run Documentation -update
 
 bench: build iptables nft ## measure the router, as ratios; PART=load, connections or throughput for one part
 	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)

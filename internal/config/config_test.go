@@ -1,6 +1,7 @@
 package config
 
 import (
+	"flag"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/egress-router/egress-router/internal/manual"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -274,35 +276,40 @@ func TestNamesAreNotOfServices(t *testing.T) {
 	}
 }
 
-// The struct, the command's comment and the README describe the same variables
-// in the same words.
+var update = flag.Bool("update", false, "rewrite the tables of cmd/egress-router/README.md")
+
+// The structs, the command's comment and the tables of its README describe the same
+// variables in the same words.
 func TestDocumentation(t *testing.T) {
 	comment, err := os.ReadFile("../../cmd/egress-router/main.go")
 	if err != nil {
 		t.Fatal(err)
 	}
-	readme, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
+	all := 0
+	for name, part := range map[string]struct {
+		variables []Variable
+		width     int // of the column of names in the comment
+	}{
+		"variables of the router":     {Variables(), 25},
+		"variables of the HTTP proxy": {HTTPProxyVariables(), 35},
+		"variables of the DNS proxy":  {DNSProxyVariables(), 35},
+	} {
+		table := "| variable | default | meaning |\n|---|---|---|\n"
+		for _, v := range part.variables {
+			if v.Unset == "" || v.Doc == "" {
+				t.Errorf("%s is not described", v.Name)
+			}
+			if line := fmt.Sprintf("//\t%-*s (%s) %s\n", part.width, v.Name, v.Unset, v.Doc); !strings.Contains(string(comment), line) {
+				t.Errorf("cmd/egress-router/main.go lacks\n%s", line)
+			}
+			table += fmt.Sprintf("| `%s` | %s | %s |\n", v.Name, v.Unset, v.Doc)
+		}
+		if err := manual.Generated("../../cmd/egress-router/README.md", name, table, *update); err != nil {
+			t.Error(err)
+		}
+		all += len(part.variables)
 	}
-	for _, v := range Variables() {
-		if v.Unset == "" || v.Doc == "" {
-			t.Errorf("%s is not described", v.Name)
-		}
-		if line := fmt.Sprintf("//\t%-25s (%s) %s\n", v.Name, v.Unset, v.Doc); !strings.Contains(string(comment), line) {
-			t.Errorf("cmd/egress-router/main.go lacks\n%s", line)
-		}
-		if row := fmt.Sprintf("| `%s` | %s | %s |\n", v.Name, v.Unset, v.Doc); !strings.Contains(string(readme), row) {
-			t.Errorf("README.md lacks\n%s", row)
-		}
-	}
-	all := len(Variables()) + len(HTTPProxyVariables()) + len(DNSProxyVariables())
 	if n := strings.Count(string(comment), "//\tEGRESS_"); n != all {
 		t.Errorf("cmd/egress-router/main.go has %d variables, want %d", n, all)
-	}
-	_, table, _ := strings.Cut(string(readme), "\n## Variables\n")
-	table, _, _ = strings.Cut(table, "\n#")
-	if n := strings.Count(table, "\n| `EGRESS_"); n != len(Variables()) {
-		t.Errorf("README.md has %d variables, want %d", n, len(Variables()))
 	}
 }

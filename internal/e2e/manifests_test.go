@@ -16,6 +16,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/egress-router/egress-router/internal/manual"
 )
 
 // A NetworkAttachmentDefinition is that of the Network Plumbing Working Group's
@@ -266,36 +268,34 @@ func checkProxy(t *testing.T, c corev1.Container, variables string) {
 	}
 }
 
-// The YAML in the README is in the manifests, which all of this tests: what begins
-// as an object is one of theirs, or several that follow each other, whole; the lines
-// of every other block stand in one of them, in the same order.
+// The YAML in the READMEs is in the manifests, which all of this tests: the lines of
+// each block stand in one of them, in the same order.
 func TestREADME(t *testing.T) {
-	text, err := os.ReadFile("../../README.md")
+	pages, err := manual.Pages("../..")
 	if err != nil {
 		t.Fatal(err)
 	}
-	blocks := regexp.MustCompile("(?ms)^```yaml\n(.*?)^```$").FindAllStringSubmatch(string(text), -1)
-	if len(blocks) == 0 {
-		t.Fatal("the README shows no manifest")
+	all, blocks := decode(t), 0
+	for _, page := range pages {
+		for _, block := range page.Blocks() {
+			if block.Language != "yaml" {
+				continue
+			}
+			blocks++
+			longest, where := 0, ""
+			lines := strings.Split(strings.TrimSuffix(block.Text, "\n"), "\n")
+			for _, m := range all {
+				if n := inOrder(lines, strings.Split(m.text, "\n")); n > longest {
+					longest, where = n, m.file
+				}
+			}
+			if longest < len(lines) {
+				t.Errorf("%s: a line is not in %s, which fits best:\n%s", page.Path, where, lines[longest])
+			}
+		}
 	}
-	all := decode(t)
-	for i, block := range blocks {
-		if strings.HasPrefix(block[1], "apiVersion:") {
-			if !slices.ContainsFunc(all, func(m manifest) bool { return strings.Contains(m.text+"---\n", block[1]+"---\n") }) {
-				t.Errorf("block %d is not in any manifest as it is:\n%s", i+1, block[1])
-			}
-			continue
-		}
-		longest, where := 0, ""
-		lines := strings.Split(strings.TrimSuffix(block[1], "\n"), "\n")
-		for _, m := range all {
-			if n := inOrder(lines, strings.Split(m.text, "\n")); n > longest {
-				longest, where = n, m.file
-			}
-		}
-		if longest < len(lines) {
-			t.Errorf("block %d, line %d is not in %s, which fits best:\n%s", i+1, longest+1, where, lines[longest])
-		}
+	if blocks == 0 {
+		t.Fatal("the READMEs contain no manifest")
 	}
 }
 

@@ -2,16 +2,18 @@ package metrics
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"log/slog"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+
+	"github.com/egress-router/egress-router/internal/manual"
 )
 
 // Every metric of the tables can be told, and has the name that Prometheus's
@@ -135,24 +137,19 @@ up 0.5
 	}
 }
 
+var update = flag.Bool("update", false, "rewrite the table of README.md")
+
 // The README describes the same metrics in the same words.
 func TestDocumentation(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(readme), "\n## Health and metrics\n")
-	section, _, _ = strings.Cut(section, "\n## ")
+	table := "| metric | type | labels | meaning |\n|---|---|---|---|\n"
 	for _, m := range All() {
 		labels := "`" + strings.Join(m.Labels, "`, `") + "`"
 		if len(m.Labels) == 0 {
 			labels = "none"
 		}
-		if row := fmt.Sprintf("| `%s` | %s | %s | %s |\n", m.Name, m.Type, labels, m.Help); !strings.Contains(section, row) {
-			t.Errorf("README.md lacks\n%s", row)
-		}
+		table += fmt.Sprintf("| `%s` | %s | %s | %s |\n", m.Name, m.Type, labels, m.Help)
 	}
-	if n := strings.Count(section, "\n| `egress_"); n != len(All()) {
-		t.Errorf("README.md has %d metrics, want %d", n, len(All()))
+	if err := manual.Generated("README.md", "metrics", table, *update); err != nil {
+		t.Error(err)
 	}
 }
