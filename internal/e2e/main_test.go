@@ -52,8 +52,8 @@ func TestMain(m *testing.M) {
 var programs = []struct{ program, pkg string }{
 	{"podman", "podman"}, {"runc", "runc"}, {"catatonit", "catatonit"},
 	{"/usr/lib/podman/netavark", "netavark"}, {"ip", "iproute2"}, {"nsenter", "util-linux"},
-	{"iptables", "iptables"}, {"curl", "curl"}, {"ping", "iputils-ping"}, {"arping", "iputils-arping"},
-	{"tcpdump", "tcpdump"},
+	{"iptables", "iptables"}, {"nft", "nftables:nft"}, {"curl", "curl"}, {"ping", "iputils-ping"}, {"arping", "iputils-arping"},
+	{"tcpdump", "tcpdump"}, {"unshare", "util-linux"}, {"/usr/sbin/dockerd", "docker.io"},
 }
 
 // prepare does what needs the machine: it installs programs and builds images. It
@@ -142,11 +142,13 @@ func prepare() (int, error) {
 	return 0, nil
 }
 
-// cgroups returns podman's control groups of the machine, the outer ones first.
+// cgroups returns the control groups of podman and docker, the outer ones first.
 // They are the one thing that has no namespace.
 func cgroups() []string {
 	var found []string
-	for _, pattern := range []string{"/sys/fs/cgroup/libpod_parent", "/sys/fs/cgroup/*/libpod_parent"} {
+	for _, pattern := range []string{
+		"/sys/fs/cgroup/libpod_parent", "/sys/fs/cgroup/*/libpod_parent", "/sys/fs/cgroup/docker", "/sys/fs/cgroup/*/docker",
+	} {
 		parents, _ := filepath.Glob(pattern) // the patterns are well-formed
 		for _, parent := range parents {
 			_ = filepath.WalkDir(parent, func(path string, d fs.DirEntry, err error) error {

@@ -32,7 +32,7 @@ const (
 //	containers                           servers in outside:
 //	 eth0 10.128.0.0/23                   203.0.113.25, .26, .27
 //	  |                                    |
-//	podman0 - node - eth0 192.168.12.10/24 - lan0 192.168.12.1/24
+//	podman0 - node - eth0 192.168.12.10/24 - lan0 192.168.12.1/24 - eth1 of each [host]
 //	               - eth1 192.168.123.10/24 - lan1 192.168.123.1/24 - web 192.168.123.91
 //
 // The second physical network is that of the documentation's walk-through. The
@@ -67,9 +67,10 @@ const (
 	walk      = "walk"      // eth1, without
 )
 
+// settle are sysctls of a new namespace, to which the kernel gives the machine's.
+const settle = "net.ipv4.ip_forward=0 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0"
+
 func newNode() (*node, error) {
-	// The kernel gives a new namespace the machine's IPv4 settings.
-	settle := "net.ipv4.ip_forward=0 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0"
 	for line := range strings.Lines(`
 		sysctl -q -w ` + settle + `
 		ip link set lo up
@@ -81,9 +82,11 @@ func newNode() (*node, error) {
 		ip -n outside link set lo up
 		ip -n web link set lo up
 
-		ip link add eth0 type veth peer name lan0 netns outside
+		ip -n outside link add lan0 address 02:00:00:00:12:01 type bridge
+		ip link add eth0 type veth peer name port0 netns outside
 		ip address add 192.168.12.10/24 dev eth0
 		ip link set eth0 up
+		ip -n outside link set port0 master lan0 up
 		ip -n outside address add 192.168.12.1/24 dev lan0
 		ip -n outside link set lan0 up
 		ip route add default via 192.168.12.1
@@ -380,7 +383,7 @@ func (c client) wantExample(t *testing.T, router netip.Addr) {
 // await waits until a condition holds.
 func await(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !is(); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("waited in vain for %s", what)
 		}

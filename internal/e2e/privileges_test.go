@@ -53,8 +53,13 @@ func TestRun(t *testing.T) {
 			if log := logs(id); !strings.Contains(log, backend) {
 				t.Errorf("the backend is not %s:\n%s", backend, log)
 			}
+			run(t, "podman", "exec", id, "/usr/bin/egress-router", "health")
+			pid := pidOf(t, id)
+			if backend == "backend=nftables" {
+				in(t, pid, "nft", "list", "table", "ip", "egress-router")
+			}
 			c := newClient(t)
-			c.wantExample(t, clusterAddress(t, pidOf(t, id)))
+			c.wantExample(t, clusterAddress(t, pid))
 		})
 	}
 }

@@ -12,8 +12,8 @@ import (
 var walkSource = netip.MustParseAddr("192.168.123.99")
 
 // The walk-through of the documentation, command by command, with the legacy pod
-// and then with the pod that has an init container. The README's troubleshooting
-// has the same commands.
+// and then with the pod that has an init container. The troubleshooting of
+// cmd/egress-router/README.md has the same commands.
 func TestWalkThrough(t *testing.T) {
 	for manifest, container := range map[string]string{
 		"legacy-pod.yaml": "egress-router",
@@ -60,6 +60,11 @@ func TestWalkThrough(t *testing.T) {
 			}
 			if strings.Count(routes, "default") != 1 || strings.Contains(routes, "192.168.123.0/24") {
 				t.Errorf("ip route: more than one default route, or one to the subnet:\n%s", routes)
+			}
+
+			// The rules.
+			if out := in(t, pid, "iptables-save"); !regexp.MustCompile(`(?m)^-A PREROUTING .*-j EGRESS-`).MatchString(out) {
+				t.Errorf("iptables-save: no jump to a chain EGRESS-...:\n%s", out)
 			}
 
 			// ARP requests to the server and the gateway.

@@ -1,0 +1,74 @@
+package manual_test
+
+// A command is either run by a test or not run for a reason.
+type command struct {
+	test   string // DIRECTORY TestName, or FILE: TEXT for a script
+	notRun string
+}
+
+// commands lists every command of the READMEs, as [manual.Page.Commands] returns it.
+var commands = map[string]command{
+	// Quick start: the text itself is run.
+	"kubectl apply -f testdata/manifests/namespace.yaml":                                                                         {test: "internal/e2e/kubernetes TestQuickStart"},
+	"kubectl apply -n egress -f testdata/manifests/multus.yaml":                                                                  {test: "internal/e2e/kubernetes TestQuickStart"},
+	"kubectl logs -n egress egress-1 -c egress-router":                                                                           {test: "internal/e2e/kubernetes TestQuickStart"},
+	"sed 's,localhost/egress-router$,REGISTRY/egress-router:TAG,' testdata/manifests/multus.yaml | kubectl apply -n egress -f -": {test: "internal/e2e/kubernetes TestQuickStart"},
+	"kubectl wait -n egress --for=condition=Ready pod/egress-1":                                                                  {test: "internal/e2e/kubernetes TestQuickStart"},
+	`kubectl annotate -n egress --overwrite pod egress-1 changed="$(date)"`:                                                      {test: "internal/e2e/kubernetes TestQuickStart"},
+	"podman network create -d macvlan -o parent=eth1 --ipam-driver none egress":                                                  {test: "internal/e2e TestQuickStartPodman"},
+	"podman run -d --name egress-1 --privileged --network podman --network egress:interface_name=macvlan0 -e EGRESS_SOURCE=192.168.12.99/24 -e EGRESS_GATEWAY=192.168.12.1 -e EGRESS_DESTINATION=203.0.113.27 localhost/egress-router": {test: "internal/e2e TestQuickStartPodman"},
+	"podman exec egress-1 /usr/bin/egress-router health": {test: "internal/e2e TestQuickStartPodman"},
+	"podman info --format '{{.Host.NetworkBackend}}'":    {test: "internal/e2e TestQuickStartPodman"},
+	`sed 's/^spec:$/spec:\n  restartPolicy: OnFailure/' testdata/manifests/redirect-pod.yaml | podman play kube --network podman --network egress:interface_name=macvlan0 -`: {test: "internal/e2e TestQuickStartPodman"},
+	"podman play kube": {test: "internal/e2e TestQuickStartPodman"},
+	"docker network create -d macvlan -o parent=eth1 --subnet 192.168.12.0/24 --ip-range 192.168.12.192/28 egress":                                                                                                                                            {test: "internal/e2e TestQuickStartDocker"},
+	"docker create --name egress-1 --cap-add NET_ADMIN --cap-add NET_RAW --sysctl net.ipv4.ip_forward=1 -e EGRESS_INTERFACE=eth1 -e EGRESS_SOURCE=192.168.12.99/24 -e EGRESS_GATEWAY=192.168.12.1 -e EGRESS_DESTINATION=203.0.113.27 localhost/egress-router": {test: "internal/e2e TestQuickStartDocker"},
+	"docker network connect egress egress-1 && docker start egress-1":                                                                                                                          {test: "internal/e2e TestQuickStartDocker"},
+	"docker inspect --format '{{.State.Pid}}' CONTAINER":                                                                                                                                       {test: "internal/e2e TestQuickStartDocker"},
+	"ip netns add egress && ip link add egress-1 type veth peer name eth0 netns egress && ip -n egress link set lo up":                                                                         {test: "internal/e2e TestQuickStartNamespace"},
+	"ip address add 10.128.0.1/24 dev egress-1 && ip link set egress-1 up && ip -n egress address add 10.128.0.98/24 dev eth0 && ip -n egress link set eth0 up":                                {test: "internal/e2e TestQuickStartNamespace"},
+	"ip netns exec egress env EGRESS_ROUTER_MODE=init EGRESS_MACVLAN_PARENT=eth1 EGRESS_SOURCE=192.168.12.99/24 EGRESS_GATEWAY=192.168.12.1 EGRESS_DESTINATION=203.0.113.27 bin/egress-router": {test: "internal/e2e TestQuickStartNamespace"},
+
+	// The same commands, with other names and options that are a test's own.
+	"kubectl exec -n egress CLIENT -- curl http://egress-1:8080/": {test: "internal/e2e/kubernetes TestQuickStart"},
+	"kubectl describe pod":                               {test: "internal/e2e/kubernetes TestWrongManifests"},
+	"kubectl rollout restart":                            {test: "internal/e2e/kubernetes TestDeployment"},
+	"kubectl delete pod":                                 {test: "internal/e2e/kubernetes TestDeployment"},
+	"nsenter -n -t PID ip a":                             {test: "internal/e2e TestWalkThrough"},
+	"nsenter -n -t PID ip route":                         {test: "internal/e2e TestWalkThrough"},
+	"nsenter -n -t PID iptables-save":                    {test: "internal/e2e TestWalkThrough"},
+	"nsenter -n -t PID arping -I macvlan0 -c 2 GATEWAY":  {test: "internal/e2e TestWalkThrough"},
+	"nsenter -n -t PID ping -c 3 GATEWAY":                {test: "internal/e2e TestWalkThrough"},
+	"nsenter -n -t PID curl http://SERVER":               {test: "internal/e2e TestWalkThrough"},
+	"ip neigh show dev NIC":                              {test: "internal/e2e TestWalkThrough"},
+	"tcpdump -i NIC -e -n tcp port 80":                   {test: "internal/e2e TestWalkThrough"},
+	"curl http://SERVICE":                                {test: "internal/e2e TestWalkThrough"},
+	"podman inspect --format '{{.State.Pid}}' CONTAINER": {test: "internal/e2e TestWalkThrough"},
+	"nsenter -n -t PID nft list table ip egress-router":  {test: "internal/e2e TestRun"},
+	"egress-router help":                                 {test: "testdata/script/commands.txt: egress-router help"},
+	"egress-router version":                              {test: "testdata/script/commands.txt: egress-router version"},
+	"egress-router plan":                                 {test: "testdata/script/commands.txt: egress-router plan"},
+	"egress-router wait":                                 {test: "internal/e2e TestWait"},
+	"egress-router health":                               {test: "cmd/egress-router TestRouterHealth"},
+	"egress-router health -o json":                       {test: "cmd/egress-router TestRouterHealth"},
+	"egress-router http-proxy":                           {test: "cmd/egress-router TestHTTPProxy"},
+	"egress-router dns-proxy":                            {test: "cmd/egress-router TestDNSProxy"},
+
+	// Targets.
+	"make demo":           {test: ".ci/run: make demo"},
+	"make test":           {test: ".ci/run: make test"},
+	"make lint":           {test: ".ci/run: make lint"},
+	"make e2e":            {test: ".ci/run: make e2e"},
+	"make e2e-kubernetes": {test: ".ci/kubernetes: make e2e-kubernetes"},
+	"make image":          {test: "internal/e2e TestImages"},
+	"make bench":          {test: "cmd/egress-lab TestMeasure"},
+	"make bench-proxies":  {test: "cmd/egress-lab TestMeasureProxies"},
+
+	// Not run.
+	".ci/run":             {notRun: "it runs these tests"},
+	".ci/image list":      {notRun: "TestImages reads the files of the images itself"},
+	"podman system reset": {notRun: "it deletes the containers and images of the machine"},
+	"podman push localhost/egress-router REGISTRY/egress-router:TAG":                     {notRun: "it needs a registry"},
+	"openstack port set --allowed-address ip-address=192.168.12.99,mac-address=MAC PORT": {notRun: "it needs OpenStack"},
+	"crictl inspect": {notRun: "it needs a node with crictl"},
+}
