@@ -74,7 +74,7 @@ bench-proxies: build squid haproxy ## measure the proxies and squid or haproxy; 
 image: ## build the container images and print their sizes
 	.ci/image
 
-e2e: ## run the images as pods and containers with podman (as root)
+e2e: ## run the images as pods and containers with podman and docker (as root)
 	cd internal/e2e && $(GO) test -count=1 -v -timeout 30m .
 
 e2e-kubernetes: ## run the images on the cluster of KUBECONFIG, with E2E_LOAD to load images (as root)

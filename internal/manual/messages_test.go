@@ -60,7 +60,7 @@ func source(t *testing.T) string {
 // table returns the rows of the tables of errors.
 func table(text string) string {
 	var rows strings.Builder
-	for _, m := range regexp.MustCompile(`(?m)^\| (?:last line|the eight commonest faults) \|.*\n\|.*\n((?:\|.*\n)*)`).FindAllStringSubmatch(text, -1) {
+	for _, m := range regexp.MustCompile(`(?m)^\| (?:last line|log message|the eight commonest faults) \|.*\n\|.*\n((?:\|.*\n)*)`).FindAllStringSubmatch(text, -1) {
 		rows.WriteString(m[1])
 	}
 	return rows.String()
