@@ -129,7 +129,7 @@ func claim(mac net.HardwareAddr) []byte {
 }
 
 // soon returns a time later than any event of a test.
-func soon() time.Time { return time.Now().Add(10 * time.Second) }
+func soon() time.Time { return time.Now().Add(time.Minute) }
 
 // The socket receives exactly the frames that the filter accepts, out of all on the
 // physical network, and the kernel counts no others for it. The receiver is a
@@ -297,9 +297,15 @@ func TestKernelAsk(t *testing.T) {
 	}
 	t.Logf("answered after %s", time.Since(start))
 
-	// Read long after the deadline, the answer is still there.
+	// Read long after the deadline, the answer is still there. The kernel passes a
+	// frame to the newest socket first (dev_add_pack in net/core/dev.c), so the
+	// question has each frame that an older socket has.
+	witness := router.listen()
 	q := router.ask()
 	outside.say(claim(outside.mac))
+	if _, err := witness.receive(soon()); err != nil {
+		t.Fatal(err)
+	}
 	if holder, err := q.Answer(t.Context(), start); !bytes.Equal(holder, outside.mac) || err != nil {
 		t.Errorf("late: holder %v, %v; want %v", holder, err, outside.mac)
 	}
@@ -338,12 +344,9 @@ func TestKernelAcquire(t *testing.T) {
 		t.Parallel()
 		_, router, outside := network(t)
 		outside.take(lab.Source)
-		start := time.Now()
+		// TestAcquireConflict has the time that it takes.
 		if holder, err := router.acquire(t.Context()); !bytes.Equal(holder, outside.mac) || err != nil {
 			t.Errorf("holder %v, %v; want %v", holder, err, outside.mac)
-		}
-		if took := time.Since(start); took > 3*time.Second {
-			t.Errorf("took %s, want the time of the first probe", took)
 		}
 	})
 	// The host with the later probe has received the other's.
