@@ -55,8 +55,8 @@ func reportRouter(r *health.Report, s router.Status, probes bool) {
 	}
 
 	switch repairs := total(s.Repairs); {
-	case !s.Right:
-		add("kernel", health.Failed, s.Since, "%s", s.Wrong)
+	case !s.InSync:
+		add("kernel", health.Failed, s.Since, "%s", s.Failure)
 	case s.Contested != "":
 		add("kernel", health.Warning, s.Since, "repair contested by another program: %s", s.Contested)
 	default:

@@ -45,7 +45,7 @@ type book struct {
 	start time.Time
 	open  map[key]*flow
 	most  int    // largest size of open since it was made
-	looks uint32 // number of dumps
+	dumps uint32 // number of dumps
 	first bool   // the current dump is the first one
 }
 
@@ -171,7 +171,7 @@ func (b *book) began(r *record, now time.Time) {
 		f.line.add(1, f.counted)
 	}
 	f.began, f.known = now.Sub(b.start), true
-	b.tell(Event{Began: true}, r.key, f)
+	b.emit(Event{Began: true}, r.key, f)
 }
 
 // ended processes an end event.
@@ -189,13 +189,13 @@ func (b *book) ended(r *record, now time.Time) {
 		f.update(r)
 		b.remove(r.key)
 	}
-	b.tell(f.end(b.start, now), r.key, f)
+	b.emit(f.end(b.start, now), r.key, f)
 }
 
-// look begins a dump, after all pending events were processed.
-func (b *book) look(now time.Time) {
-	b.first = b.looks == 0
-	b.looks++
+// beginDump begins a dump, after all pending events were processed.
+func (b *book) beginDump(now time.Time) {
+	b.first = b.dumps == 0
+	b.dumps++
 	for k, f := range b.open {
 		if f.lost {
 			b.lose(k, f, now)
@@ -218,13 +218,13 @@ func (b *book) listed(r *record) {
 	default:
 		f.update(r)
 	}
-	f.seen, f.closed = b.looks, r.closed
+	f.seen, f.closed = b.dumps, r.closed
 }
 
-// looked ends a complete dump.
-func (b *book) looked(now time.Time) {
+// endDump ends a complete dump.
+func (b *book) endDump(now time.Time) {
 	for k, f := range b.open {
-		if f.seen+1 < b.looks {
+		if f.seen+1 < b.dumps {
 			b.lose(k, f, now)
 		}
 	}
@@ -238,7 +238,7 @@ func newFlow(l *line, r *record) *flow {
 // add begins to keep a connection, and counts its traffic so far.
 func (b *book) add(r *record) *flow {
 	f := newFlow(b.lineOf(r.key, r.server), r)
-	f.seen, f.before = b.looks, b.first
+	f.seen, f.before = b.dumps, b.first
 	if !f.before {
 		f.line.add(1, r.Traffic)
 	}
@@ -259,7 +259,7 @@ func (b *book) lose(k key, f *flow, now time.Time) {
 	if f.known { // the audit log has its begin, so it gets its end
 		e := f.end(b.start, now)
 		e.Lost = true
-		b.tell(e, k, f)
+		b.emit(e, k, f)
 	}
 }
 
@@ -284,8 +284,8 @@ func (f *flow) end(start, now time.Time) Event {
 	return e
 }
 
-// tell passes an event to the audit function.
-func (b *book) tell(e Event, k key, f *flow) {
+// emit passes an event to the audit function.
+func (b *book) emit(e Event, k key, f *flow) {
 	if b.audit == nil {
 		return
 	}
@@ -302,7 +302,7 @@ func (b *book) report() Report {
 	open := make(map[*line]int)
 	ports := make(map[Ports]int)
 	for k, f := range b.open {
-		if f.seen != b.looks {
+		if f.seen != b.dumps {
 			continue // maybe it ended without an event
 		}
 		if !f.closed {

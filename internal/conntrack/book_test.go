@@ -34,11 +34,11 @@ func newTable(t *testing.T, entries ...record) *table {
 }
 
 func (tb *table) list(entries ...record) {
-	tb.look(tb.now)
+	tb.beginDump(tb.now)
 	for _, r := range entries {
 		tb.listed(&r)
 	}
-	tb.looked(tb.now)
+	tb.endDump(tb.now)
 }
 
 func (tb *table) begin(r record) { tb.began(&r, tb.now) }

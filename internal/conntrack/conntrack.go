@@ -183,7 +183,7 @@ func (t *Tracker) open(o Options) error {
 	if o.Count {
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		return t.look() // existing connections
+		return t.dump() // existing connections
 	}
 	return nil
 }
@@ -356,22 +356,22 @@ func (t *Tracker) repair() {
 	}
 	t.lost, t.repaired = false, time.Now()
 	for range 2 { // a single dump may lack an entry
-		if err := t.look(); err != nil {
+		if err := t.dump(); err != nil {
 			t.log.Warn("conntrack listing failed", "error", err)
 			return
 		}
 	}
 }
 
-// look processes a dump of the open connections. It processes all pending events
+// dump processes a dump of the open connections. It processes all pending events
 // before, and the end events of expired connections after it: the kernel leaves
 // these out of the dump and ends them during it (ctnetlink_dump_table in
 // net/netfilter/nf_conntrack_netlink.c).
-func (t *Tracker) look() error {
+func (t *Tracker) dump() error {
 	if err := t.takeAll(); err != nil {
 		return err
 	}
-	t.book.look(time.Now())
+	t.book.beginDump(time.Now())
 	// The kernel filters by mark, which excludes most of a node's entries.
 	filter := [][2]uint32{{ctaMark, t.mark}, {ctaMarkMask, t.mark}}
 	err := t.table.ask(messageGet, unix.NLM_F_DUMP, filter, func(m message) {
@@ -382,7 +382,7 @@ func (t *Tracker) look() error {
 	if err != nil {
 		return &KernelError{"list conntrack entries", err}
 	}
-	t.book.looked(time.Now())
+	t.book.endDump(time.Now())
 	return t.takeAll()
 }
 
@@ -394,7 +394,7 @@ func (t *Tracker) Replace(set rules.Set) error {
 	var err error
 	if t.book.count {
 		// Traffic up to now belongs to the old destinations.
-		err = t.look()
+		err = t.dump()
 	}
 	t.book.replace(set)
 	return err
@@ -404,7 +404,7 @@ func (t *Tracker) Replace(set rules.Set) error {
 func (t *Tracker) Counts() (Report, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if err := t.look(); err != nil {
+	if err := t.dump(); err != nil {
 		return Report{}, err
 	}
 	r := t.book.report()

@@ -431,7 +431,7 @@ func TestOverrun(t *testing.T) {
 
 // Connections that began before a subscription end without an event
 // (nf_conntrack_events=2).
-func TestBegunUnheard(t *testing.T) {
+func TestBegunBeforeSubscription(t *testing.T) {
 	redirect(t)
 	setSysctl(t, accountingSysctl, "1")
 	serve(t, "127.0.0.25:8080", "127.0.0.25:5353")

@@ -174,7 +174,7 @@ func TestOrder(t *testing.T) {
 }
 
 // A run that cannot succeed is refused before any change, as far as possible.
-func TestRefusesBeforehand(t *testing.T) {
+func TestRefusedBeforeChange(t *testing.T) {
 	for name, test := range map[string]struct {
 		state link.State
 		want  string

@@ -39,8 +39,8 @@ const (
 type pace struct {
 	failures int
 
-	rights     int // comparisons without drift
-	rightSince time.Time
+	syncs      int // comparisons without drift
+	syncsSince time.Time
 
 	last   string       // the last repair
 	lastAt time.Time    // its time
@@ -60,13 +60,13 @@ func (p *pace) failed() time.Duration {
 	return pause(p.failures - 1)
 }
 
-// right returns the pause after a comparison without drift that took some time.
-func (p *pace) right(took time.Duration, now time.Time) (rest time.Duration) {
+// inSync returns the pause after a comparison without drift that took some time.
+func (p *pace) inSync(took time.Duration, now time.Time) (rest time.Duration) {
 	p.failures = 0
-	if now.Sub(p.rightSince) > restWithin {
-		p.rightSince, p.rights = now, 0
+	if now.Sub(p.syncsSince) > restWithin {
+		p.syncsSince, p.syncs = now, 0
 	}
-	if p.rights++; p.rights <= restAfter {
+	if p.syncs++; p.syncs <= restAfter {
 		return 0
 	}
 	return restFactor * took

@@ -32,13 +32,13 @@ func TestPause(t *testing.T) {
 func TestPaceFailed(t *testing.T) {
 	var p pace
 	now := time.Now()
-	for name, right := range map[string]func(){"right": func() { p.right(time.Millisecond, time.Now()) }, "repaired": func() { p.repaired("this", now) }} {
+	for name, succeed := range map[string]func(){"in sync": func() { p.inSync(time.Millisecond, time.Now()) }, "repaired": func() { p.repaired("this", now) }} {
 		for n := range 3 {
 			if d := p.failed(); d > firstPause<<n || d < firstPause<<n*3/4 {
 				t.Errorf("%s: after failure %d: %s", name, n+1, d)
 			}
 		}
-		right()
+		succeed()
 	}
 	if d := p.failed(); d > firstPause {
 		t.Errorf("%s after the first failure", d)
@@ -168,7 +168,7 @@ func TestPaceRight(t *testing.T) {
 		var p pace
 		for range 2 {
 			for n := range 2 * restAfter {
-				if rest := p.right(time.Millisecond, time.Now()); (rest > 0) != (n >= restAfter) || rest > restFactor*time.Millisecond {
+				if rest := p.inSync(time.Millisecond, time.Now()); (rest > 0) != (n >= restAfter) || rest > restFactor*time.Millisecond {
 					t.Errorf("comparison %d: a rest of %s", n+1, rest)
 				}
 			}

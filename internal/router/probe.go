@@ -53,9 +53,9 @@ func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 
 func (k *Keeper) probeAll(ctx context.Context) {
 	k.mu.Lock()
-	right, source, targets := k.status.Right, k.Router.Link.Address.Addr(), targets(k.Router.Plan)
+	inSync, source, targets := k.status.InSync, k.Router.Link.Address.Addr(), targets(k.Router.Plan)
 	k.mu.Unlock()
-	if !right { // there may be no source address
+	if !inSync { // there may be no source address
 		return
 	}
 	before := make(map[netip.AddrPort]string)

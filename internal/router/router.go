@@ -183,7 +183,7 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 		r.Log.Warn("egress interface without carrier", "interface", r.Link.Interface, "hint", "the parent NIC is down or unplugged")
 	}
 	if r.Forward {
-		r.warnOfOtherWays(have)
+		r.warnOfOtherRoutes(have)
 	}
 	for _, a := range have.Addresses {
 		if a != r.Link.Address {
@@ -197,9 +197,9 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 	r.Log.Info("ready", append(attrs, "backend", current.String(), "took", time.Since(begin).Round(100*time.Microsecond).String())...)
 }
 
-// warnOfOtherWays logs the destinations that a route leads to another interface,
+// warnOfOtherRoutes logs the destinations that a route leads to another interface,
 // by which redirected packets are dropped.
-func (r *Router) warnOfOtherWays(have link.State) {
+func (r *Router) warnOfOtherRoutes(have link.State) {
 	if _, known := have.ClusterDefault(); !known && have.Cluster.Index != 0 {
 		r.Log.Warn("no default route on cluster interface", "interface", r.Link.Cluster.Interface, "effect", "clients in other subnets get no replies")
 	}

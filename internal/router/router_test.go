@@ -121,7 +121,7 @@ func state(t *testing.T, l *lab.Lab) string {
 
 // Each change of the network fails once, in several kinds of pods; each time
 // everything is rolled back in its order, and the next run succeeds.
-func TestApplyPutsBack(t *testing.T) {
+func TestApplyRollsBack(t *testing.T) {
 	for name, prepare := range map[string]func(h *netlink.Handle, macvlan, eth netlink.Link) error{
 		"fresh": func(*netlink.Handle, netlink.Link, netlink.Link) error { return nil },
 		"another address, down": func(h *netlink.Handle, macvlan, _ netlink.Link) error {

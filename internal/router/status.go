@@ -69,9 +69,9 @@ type Status struct {
 	Backend string // name; empty before the first comparison
 
 	// The last comparison with the kernel.
-	Right bool      // there is no drift
-	Wrong string    // error of the reconcile; empty: none
-	Since time.Time // time of the last change of Right
+	InSync  bool      // there is no drift
+	Failure string    // error of the reconcile; empty: none
+	Since   time.Time // time of the last change of InSync
 	// Contested is a repair that another program reverts repeatedly; empty: none.
 	Contested   string
 	contestedAt time.Time // time of its last repair
@@ -96,8 +96,8 @@ type Status struct {
 
 // reasons sets NotReady: a ready router forwards new connections.
 func (s *Status) reasons(gateway netip.Addr, probes bool) {
-	if !s.Right {
-		s.NotReady = append(s.NotReady, s.Wrong)
+	if !s.InSync {
+		s.NotReady = append(s.NotReady, s.Failure)
 	}
 	if s.Gateway.Known && !s.Gateway.Reachable {
 		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", gateway))

@@ -70,7 +70,7 @@ type Keeper struct {
 // NewKeeper returns a Keeper for the configuration of r.
 func NewKeeper(r *Router) *Keeper {
 	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), status: Status{
-		Repairs: make(map[RepairKind]uint64), Since: time.Now(), Wrong: "not reconciled yet",
+		Repairs: make(map[RepairKind]uint64), Since: time.Now(), Failure: "not reconciled yet",
 		Destinations: len(r.Plan.Destinations()),
 	}}
 }
@@ -211,7 +211,7 @@ func (k *Keeper) Rejected(why string) {
 // and logs only another error.
 func (k *Keeper) Failed(err error) {
 	k.logged = strings.ReplaceAll(err.Error(), "\n", "; ")
-	k.update(func(s *Status) { s.Wrong = k.logged })
+	k.update(func(s *Status) { s.Failure = k.logged })
 }
 
 // compare reconciles the parts that may have changed. It reports whether it
@@ -239,12 +239,12 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 		if !c.changed && len(c.repairs) == 0 && !conflict {
 			k.eager = now.Add(eagerPause)
 		}
-		k.complain(err)
+		k.logFailure(err)
 		return false
 	}
 	k.logged = ""
 	if len(c.repairs) == 0 {
-		k.notBefore = now.Add(k.pace.right(now.Sub(begin), now))
+		k.notBefore = now.Add(k.pace.inSync(now.Sub(begin), now))
 		return true
 	}
 	k.Router.Log.Info("reconciled", "repairs", len(c.repairs), "took", now.Sub(begin).Round(100*time.Microsecond).String())
@@ -268,9 +268,9 @@ func doneBy(repairs []Repair) string {
 	return strings.Join(done, "\n")
 }
 
-// complain logs a failure, once while it stays the same. The first one is logged
+// logFailure logs a failure, once while it stays the same. The first one is logged
 // at level debug, since another program may be in the middle of a change.
-func (k *Keeper) complain(err error) {
+func (k *Keeper) logFailure(err error) {
 	text := strings.ReplaceAll(err.Error(), "\n", "; ")
 	if text == k.logged || k.pace.failures == 1 {
 		k.Router.Log.Debug("reconcile still failing", "error", text)
@@ -304,15 +304,15 @@ func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 		if err != nil {
 			s.RepairFailures++
 		}
-		wrong := ""
+		failure := ""
 		if err != nil {
-			wrong = strings.ReplaceAll(err.Error(), "\n", "; ")
+			failure = strings.ReplaceAll(err.Error(), "\n", "; ")
 		}
-		if right := err == nil; right != s.Right || wrong != s.Wrong {
-			if right != s.Right {
+		if inSync := err == nil; inSync != s.InSync || failure != s.Failure {
+			if inSync != s.InSync {
 				s.Since = now
 			}
-			s.Right, s.Wrong = right, wrong
+			s.InSync, s.Failure = inSync, failure
 		}
 		select {
 		case <-k.settled:
@@ -347,7 +347,7 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	defer c.network.Close()
 	defer c.close()
 	if what == events.Network && k.plan.Equal(r.Plan) {
-		if !announces && k.networkRight(c) {
+		if !announces && k.networkInSync(c) {
 			return c, nil
 		}
 		c.want, c.known = r.Link, k.rules
@@ -421,9 +421,9 @@ func (c *change) remember(before link.Want) {
 	}
 }
 
-// networkRight reports whether the network has no drift and needs no announcement.
+// networkInSync reports whether the network has no drift and needs no announcement.
 // Then the rules are not read, which can start processes.
-func (k *Keeper) networkRight(c *change) bool {
+func (k *Keeper) networkInSync(c *change) bool {
 	c.want = k.want
 	have, err := c.router.observe(c.network, c.want)
 	if err != nil {

@@ -135,7 +135,7 @@ func (k *kept) start() {
 	k.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
-			k.Errorf("told to stop: %v", err)
+			k.Errorf("Run: %v", err)
 		}
 	})
 	synctest.Wait()
@@ -155,8 +155,8 @@ func (k *kept) since() []time.Time {
 	return attempts
 }
 
-// said returns the number of occurrences of a text in the log.
-func (k *kept) said(text string) int { return strings.Count(k.logged.String(), text) }
+// logCount returns the number of occurrences of a text in the log.
+func (k *kept) logCount(text string) int { return strings.Count(k.logged.String(), text) }
 
 // withARP adds an interface on which the router announces.
 func (k *kept) withARP() {
@@ -201,7 +201,7 @@ func TestKeeperIdle(t *testing.T) {
 				if k.around.asked != test.asked || k.watches != 1 {
 					k.Errorf("the gateway was asked for %d times in %d watches, want %d in 1", k.around.asked, k.watches, test.asked)
 				}
-				if len(k.done) > 0 || len(s.NotReady) > 0 || !s.Right || k.logged.Len() > 0 {
+				if len(k.done) > 0 || len(s.NotReady) > 0 || !s.InSync || k.logged.Len() > 0 {
 					k.Errorf("done %v, not ready %v, log:\n%s", k.done, s.NotReady, &k.logged)
 				}
 			})
@@ -246,7 +246,7 @@ func TestKeeperRepairs(t *testing.T) {
 			k.Error("not repaired at once")
 		}
 		s := k.keeper.Status()
-		if s.Repairs[router.RepairLink] != 1 || s.RepairFailures != 0 || k.said("msg=repaired kind=link") != 1 {
+		if s.Repairs[router.RepairLink] != 1 || s.RepairFailures != 0 || k.logCount("msg=repaired kind=link") != 1 {
 			k.Errorf("repairs %v, failures %d, log:\n%s", s.Repairs, s.RepairFailures, &k.logged)
 		}
 		// A damage without an event is repaired within the interval.
@@ -288,17 +288,17 @@ func TestKeeperBacksOff(t *testing.T) {
 			k.Errorf("only %d attempts", len(attempts))
 		}
 		s := k.keeper.Status()
-		if s.Right || !strings.Contains(s.Wrong, errInjected.Error()) || !slices.Equal(s.NotReady, []string{s.Wrong}) {
-			k.Errorf("right %v, wrong %q, not ready %q", s.Right, s.Wrong, s.NotReady)
+		if s.InSync || !strings.Contains(s.Failure, errInjected.Error()) || !slices.Equal(s.NotReady, []string{s.Failure}) {
+			k.Errorf("in sync %v, failure %q, not ready %q", s.InSync, s.Failure, s.NotReady)
 		}
-		if s.RepairFailures != uint64(len(attempts)) || k.said(errInjected.Error()) != 1 {
+		if s.RepairFailures != uint64(len(attempts)) || k.logCount(errInjected.Error()) != 1 {
 			k.Errorf("%d failures of %d attempts, log:\n%s", s.RepairFailures, len(attempts), &k.logged)
 		}
 
 		k.refuse = nil
 		k.pass(longestPause)
-		if s := k.keeper.Status(); !s.Right || s.Wrong != "" || len(s.NotReady) > 0 || !k.state.Up {
-			k.Errorf("right %v, wrong %q, not ready %q; want it repaired", s.Right, s.Wrong, s.NotReady)
+		if s := k.keeper.Status(); !s.InSync || s.Failure != "" || len(s.NotReady) > 0 || !k.state.Up {
+			k.Errorf("in sync %v, failure %q, not ready %q; want it repaired", s.InSync, s.Failure, s.NotReady)
 		}
 		// The next failure starts with the first pause.
 		k.refuse = func(link.Step) error { return errInjected }
@@ -367,8 +367,8 @@ func TestKeeperContested(t *testing.T) {
 		begin, undone := time.Now(), 0
 		for time.Since(begin) < 10*time.Minute {
 			if k.state.Up {
-				if reported := k.keeper.Status().Contested != ""; reported != (k.said(contested) > 0) {
-					k.Fatalf("undone %d times: reported: %v, logged %d times", undone, reported, k.said(contested))
+				if reported := k.keeper.Status().Contested != ""; reported != (k.logCount(contested) > 0) {
+					k.Fatalf("undone %d times: reported: %v, logged %d times", undone, reported, k.logCount(contested))
 				}
 				k.state.Up = false
 				undone++
@@ -386,7 +386,7 @@ func TestKeeperContested(t *testing.T) {
 		}
 
 		k.pass(longestPause + 50*time.Second) // the repair lasts
-		if s := k.keeper.Status(); s.Contested != "" || !s.Right {
+		if s := k.keeper.Status(); s.Contested != "" || !s.InSync {
 			k.Errorf("contested: %q, though nothing undoes it", s.Contested)
 		}
 		k.state.Up = false
@@ -463,17 +463,17 @@ func TestKeeperFailed(t *testing.T) {
 		k.refuse = func(link.Step) error { return why }
 		k.state.Up = false
 		k.keeper.Failed(why)
-		if s := k.keeper.Status(); s.Wrong != why.Error() || !slices.Equal(s.NotReady, []string{why.Error()}) {
-			k.Errorf("wrong %q, not ready %q", s.Wrong, s.NotReady)
+		if s := k.keeper.Status(); s.Failure != why.Error() || !slices.Equal(s.NotReady, []string{why.Error()}) {
+			k.Errorf("failure %q, not ready %q", s.Failure, s.NotReady)
 		}
 		k.start()
 		k.pass(time.Minute)
-		if n := k.said(why.Error()); n > 0 {
-			k.Errorf("said %d times what was said already", n)
+		if n := k.logCount(why.Error()); n > 0 {
+			k.Errorf("logged %d times a failure that was logged already", n)
 		}
 		why = errors.New("another reason")
 		k.pass(10 * time.Minute)
-		if n := k.said(why.Error()); n != 1 {
+		if n := k.logCount(why.Error()); n != 1 {
 			k.Errorf("said %d times, want once:\n%s", n, &k.logged)
 		}
 	})

@@ -28,11 +28,11 @@ type surroundings struct {
 	watch   func(arp.Options) (Neighbours, error)
 	options arp.Options // of the current watch
 
-	mu      sync.Mutex
-	now     Neighbours // nil: no watch
-	before  arp.State
-	trouble string // error of the last start, logged once
-	running sync.WaitGroup
+	mu         sync.Mutex
+	now        Neighbours // nil: no watch
+	before     arp.State
+	startError string // error of the last start, logged once
+	running    sync.WaitGroup
 }
 
 // follow starts the ARP watch, again if the interface has changed.
@@ -52,16 +52,16 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 	if s.now != nil && o.Index == s.options.Index && slices.Equal(o.MAC, s.options.MAC) {
 		return
 	}
-	s.leave()
+	s.stop()
 	watch, err := s.watch(o)
 	if err != nil {
-		if s.trouble != err.Error() {
+		if s.startError != err.Error() {
 			k.Router.Log.Warn("ARP watch not started", "error", err)
 		}
-		s.trouble = err.Error()
+		s.startError = err.Error()
 		return
 	}
-	s.now, s.options, s.trouble = watch, o, ""
+	s.now, s.options, s.startError = watch, o, ""
 	s.running.Go(func() {
 		err := watch.Run(ctx)
 		if err != nil && !errors.Is(err, arp.ErrGone) {
@@ -70,14 +70,14 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.now == watch { // the next comparison starts another one
-			s.leave()
+			s.stop()
 		}
 	})
 	_ = watch.ProbeGateway() // an error: the next probe is at the next interval
 }
 
-// leave closes the current watch. The caller holds the lock.
-func (s *surroundings) leave() {
+// stop closes the current watch. The caller holds the lock.
+func (s *surroundings) stop() {
 	if s.now == nil {
 		return
 	}
@@ -108,7 +108,7 @@ func (s *surroundings) sum() arp.State {
 func (s *surroundings) state() (state arp.State, unwatched string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sum(), s.trouble
+	return s.sum(), s.startError
 }
 
 // note adds a holder of the address that a probe found.
