@@ -1,9 +1,9 @@
 // Egress-router gives a pod a reserved source address on the physical network
-// and redirects the connections that reach it to servers out there, so that a
+// and redirects the connections that reach it to external servers, so that a
 // firewall can allow that one address.
 //
-// It is configured by the environment. A variable that is empty counts as not
-// set; in parentheses, what holds then:
+// The environment configures it. An empty variable counts as unset; the default
+// is in parentheses:
 //
 //	EGRESS_ROUTER_MODE        (legacy) what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test
 //	EGRESS_SOURCE             (required) reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32
@@ -32,9 +32,9 @@
 //	EGRESS_LOG_LEVEL          (info) minimum level of log lines: debug, info, warn or error
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and all rules
 //
-// Without an argument it does what the mode says. The arguments plan, help and
-// version print what they are called after and change nothing; wait does
-// nothing until SIGTERM, which is what a pod's second container is for.
+// Without an argument it runs the mode. The arguments plan, help and version
+// print these and change nothing; wait waits for SIGTERM, as the second container
+// of a pod.
 //
 // http-proxy, or no argument under the name egress-http-proxy, is the HTTP proxy of
 // the pod, with variables of its own:

@@ -90,7 +90,7 @@ func (c *change) loadAlone(ctx context.Context) error {
 	if err := c.load(ctx, c.router.Plan); err != nil || why == "" {
 		return err
 	}
-	c.note(RepairRules, why, "loaded them by "+c.rules.String(), func() {})
+	c.note(RepairRules, why, "loaded by "+c.rules.String(), func() {})
 	return nil
 }
 
@@ -203,7 +203,7 @@ func (c *change) apply(ctx context.Context) error {
 		return err
 	}
 	if why := strings.Join(c.differs, "; "); why != "" {
-		c.note(RepairRules, why, "loaded them by "+c.rules.String(), func() {
+		c.note(RepairRules, why, "loaded by "+c.rules.String(), func() {
 			c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", why)
 		})
 	}
@@ -235,7 +235,7 @@ func (c *change) removeStrays(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		c.note(RepairStrays, s.String(), "removed it", func() {
+		c.note(RepairStrays, s.String(), "removed", func() {
 			c.router.Log.Info("stale rules removed", "backend", c.rules.String(), "removed", s.String())
 		})
 	}
