@@ -37,7 +37,7 @@ test-long: programs ## run all tests, with 1,300 random damages and whole measur
 race: programs gcc ## run the tests with the race detector, in a random order
 	CGO_ENABLED=1 $(GOTEST) -timeout 30m -race -shuffle=on $(PACKAGES)
 
-cover: programs ## run the tests and print the coverage of each package, that of processes included
+cover: programs ## run the tests and print the coverage of each package
 	.ci/cover $(GOTEST) -timeout 60m $(PACKAGES)
 
 build: ## build bin/egress-router, static

@@ -24,6 +24,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
 // A Backend is one way for rules to get into the kernel.
@@ -135,7 +136,7 @@ func (p *Pod) Command(name string, args ...string) *exec.Cmd {
 		p.Fatal(err)
 	}
 	cmd := exec.Command(path, args...)
-	cmd.Env = []string{"PATH=" + p.Path, "EGRESS_ROUTER_BACKEND=" + p.Backend.Choice}
+	cmd.Env = append(nstest.Coverage(), "PATH="+p.Path, "EGRESS_ROUTER_BACKEND="+p.Backend.Choice)
 	for name, value := range p.Env {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
