@@ -13,7 +13,7 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// build is New without the cleaning up.
+// build is New without the clean-up after an error.
 func (l *Lab) build() error {
 	handles := map[**netns.Namespace]*netlink.Handle{}
 	defer func() {
@@ -26,7 +26,7 @@ func (l *Lab) build() error {
 		if *n, err = netns.New(); err != nil {
 			return err
 		}
-		if err := (*n).Do(settle); err != nil {
+		if err := (*n).Do(kernelDefaults); err != nil {
 			return err
 		}
 		if handles[n], err = l.Netlink(*n); err != nil {
@@ -41,10 +41,10 @@ func (l *Lab) build() error {
 		return err
 	}
 
-	// The kernel numbers links from 1 in every namespace, and takes a link whose
-	// number equals its peer's for one without a peer: it then reports the
-	// peer's carrier up to a second late (net/core/link_watch.c,
-	// linkwatch_urgent_event). Numbers that no peer has avoid that.
+	// The kernel numbers links from 1 in every namespace, and treats a link whose index
+	// equals its peer's index as a link without a peer: it then reports the peer's
+	// carrier up to a second late (net/core/link_watch.c, linkwatch_urgent_event).
+	// Indexes from 101 differ from those of all peers.
 	index := 100
 	attrs := func(name string) netlink.LinkAttrs {
 		a := netlink.NewLinkAttrs()
@@ -100,8 +100,8 @@ func (l *Lab) build() error {
 		a.ParentIndex = parent.Attrs().Index
 		a.MTU = parent.Attrs().MTU
 		a.Namespace = netlink.NsFd(l.Router.Fd())
-		// Private, as the original's documentation has it: macvlans of one
-		// parent do not see each other.
+		// Private, as in the original's documentation: macvlans of one parent cannot
+		// reach each other.
 		if err := node.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PRIVATE}); err != nil {
 			return fmt.Errorf("creating macvlan %q on %q: %w", l.MacvlanName, NIC, err)
 		}
@@ -157,11 +157,11 @@ func (l *Lab) build() error {
 	return nil
 }
 
-// settle gives the current namespace the kernel's own defaults. A new one starts
-// with the machine's IPv4 settings (net.core.devconf_inherit_init_net), and a
-// machine that runs containers forwards. IPv6 is off: its neighbour discovery
-// would only fill captures.
-func settle() error {
+// kernelDefaults sets the kernel's own defaults in the current namespace. A new namespace
+// starts with the machine's IPv4 settings (net.core.devconf_inherit_init_net), and a
+// machine that runs containers forwards. IPv6 is off: captures would contain neighbour
+// discovery.
+func kernelDefaults() error {
 	if err := setSysctl("net/ipv4/ip_forward", "0"); err != nil {
 		return err
 	}
@@ -183,7 +183,7 @@ func settle() error {
 }
 
 func setSysctl(key, value string) error {
-	// Not os.WriteFile, which would try to create a file that does not exist.
+	// os.WriteFile would try to create a file that does not exist.
 	f, err := os.OpenFile("/proc/sys/"+key, os.O_WRONLY, 0)
 	if err != nil {
 		return fmt.Errorf("setting sysctl %q: %w", key, err)

@@ -16,9 +16,8 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// Capture collects the frames that pass one link, both ways (packet(7)). Frames
-// that leave are seen after all rules of netfilter, so a capture shows what a
-// neighbour would get.
+// Capture collects the frames of one link, in both directions (packet(7)). Outgoing frames
+// are captured after all netfilter rules: a capture shows what a neighbour receives.
 type Capture struct {
 	link   string
 	socket *os.File
@@ -33,13 +32,12 @@ type Capture struct {
 	stopped bool
 }
 
-// maxFrame is above the largest frame a link hands over: segmentation is left to
-// the last link, so a TCP frame here can be as large as an IPv4 packet.
+// maxFrame is larger than any frame: the last link does the segmentation, so a captured
+// TCP frame can be as large as an IPv4 packet.
 const maxFrame = 64<<10 + 64
 
-// Capture starts to collect the frames of a link in ns. The link may be down;
-// frames come when it is up. Once Capture has returned none is missed. It ends
-// with the lab, or before with Stop.
+// Capture starts to collect the frames of a link in ns. The link may be down at first. No
+// frame after the return is missed. The capture ends with the lab or with Stop.
 func (l *Lab) Capture(ns *netns.Namespace, link string) (*Capture, error) {
 	c, err := capture(ns, link)
 	if err != nil {
@@ -58,15 +56,15 @@ func capture(ns *netns.Namespace, link string) (*Capture, error) {
 		if err != nil {
 			return err
 		}
-		// Protocol 0 receives nothing. Bind sets the real one together with the
-		// link, so no frame of another link gets in.
+		// A socket with protocol 0 receives no frames. Bind sets protocol and link in one
+		// step, so no frame of another link is received.
 		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 		if err != nil {
 			return err
 		}
-		// A benchmark fills the usual 208 KiB in no time. Only root of the machine
-		// may go beyond net.core.rmem_max; others get that much, and Stop says if
-		// it was too little.
+		// A benchmark fills the default 208 KiB. Only root of the machine may exceed
+		// net.core.rmem_max; for other users that is the size, and Stop returns an error
+		// if it was too small.
 		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
 		if errors.Is(err, unix.EPERM) {
 			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 8<<20)
@@ -107,7 +105,7 @@ func capture(ns *netns.Namespace, link string) (*Capture, error) {
 	return c, nil
 }
 
-// drain takes what the kernel holds. The caller has the lock.
+// drain reads all frames that the kernel has queued. The caller holds the lock.
 func (c *Capture) drain(fd int) {
 	for had := len(c.frames); ; {
 		n, from, err := unix.Recvfrom(fd, c.buf, unix.MSG_DONTWAIT)
@@ -130,8 +128,8 @@ func (c *Capture) drain(fd int) {
 	}
 }
 
-// Frames returns the frames so far, in order, those included that the kernel has
-// seen but the reader has not: a frame that was sent before the call is there.
+// Frames returns the frames so far, in order, including those that are still queued in the
+// kernel: a frame that was sent before the call is in the result.
 func (c *Capture) Frames() []Frame {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -161,8 +159,8 @@ func (c *Capture) Wait(ctx context.Context, match func(Frame) bool) (Frame, erro
 	}
 }
 
-// Stop ends the capture; its frames can still be read. It is an error if the
-// kernel had to drop frames, because then their absence proves nothing.
+// Stop ends the capture; Frames still returns its frames. The error says that the kernel
+// dropped frames: the absence of a frame then proves nothing.
 func (c *Capture) Stop() error {
 	c.mu.Lock()
 	if !c.stopped {

@@ -11,12 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Frame is an Ethernet frame as a [Capture] saw it. Its methods decode only what
-// tests ask about, and of a frame too short for that nothing.
+// Frame is an Ethernet frame of a [Capture]. Its methods decode only what tests use, and
+// report frames that are too short as not decoded.
 type Frame struct {
-	At       time.Time // when it was read, a little after it passed
-	Outgoing bool      // sent by the captured namespace, not received
-	Data     []byte    // from the destination address on
+	At       time.Time // time of reading, shortly after it passed
+	Outgoing bool      // sent, not received, by the captured namespace
+	Data     []byte    // the frame, which begins with the destination address
 }
 
 // The length of an Ethernet header, and offsets in it.
@@ -26,8 +26,8 @@ const (
 	headerLen       = 14
 )
 
-// EtherType is the protocol above, unix.ETH_P_IP for example; 0 if the frame is
-// too short to say.
+// EtherType returns the protocol of the payload, unix.ETH_P_IP for example; 0 if the frame
+// is too short.
 func (f Frame) EtherType() uint16 {
 	if len(f.Data) < headerLen {
 		return 0
@@ -35,7 +35,7 @@ func (f Frame) EtherType() uint16 {
 	return binary.BigEndian.Uint16(f.Data[etherTypeOffset:])
 }
 
-// Source is the hardware address of the sender.
+// Source returns the hardware address of the sender.
 func (f Frame) Source() net.HardwareAddr {
 	if len(f.Data) < headerLen {
 		return nil
@@ -43,7 +43,7 @@ func (f Frame) Source() net.HardwareAddr {
 	return net.HardwareAddr(bytes.Clone(f.Data[sourceOffset:etherTypeOffset]))
 }
 
-// Destination is the hardware address it is sent to.
+// Destination returns the hardware address of the receiver.
 func (f Frame) Destination() net.HardwareAddr {
 	if len(f.Data) < headerLen {
 		return nil
@@ -51,9 +51,8 @@ func (f Frame) Destination() net.HardwareAddr {
 	return net.HardwareAddr(bytes.Clone(f.Data[:sourceOffset]))
 }
 
-// Packet is an IPv4 packet (RFC 791). The ports are 0 where a packet has none:
-// another protocol than TCP, UDP, UDP-Lite and SCTP, or a fragment that is not
-// the first.
+// Packet is an IPv4 packet (RFC 791). The ports are 0 if the packet has none: for protocols
+// other than TCP, UDP, UDP-Lite and SCTP, and for fragments after the first.
 type Packet struct {
 	Protocol uint8 // unix.IPPROTO_TCP for example
 	Src, Dst netip.AddrPort
@@ -94,8 +93,8 @@ type ARP struct {
 	TargetMAC          net.HardwareAddr
 }
 
-// Announces says whether the message tells others about the sender's own address
-// (RFC 5227, section 3) instead of asking or answering.
+// Announces reports whether the message is an announcement of the sender's own address
+// (RFC 5227, section 3), not a request or a reply.
 func (a ARP) Announces() bool { return a.SenderIP == a.TargetIP }
 
 // ARP decodes an ARP message.
@@ -117,7 +116,7 @@ func (f Frame) ARP() (ARP, bool) {
 	}, true
 }
 
-// String is one line for the message of a test that fails.
+// String returns the frame as one line, for the messages of tests.
 func (f Frame) String() string {
 	way := "in "
 	if f.Outgoing {

@@ -1,5 +1,5 @@
-// Package lab makes the network that an egress router lives in, out of five
-// network namespaces on one kernel, for tests, the demonstration and benchmarks:
+// Package lab creates the network around an egress router from five network namespaces on
+// one kernel, for tests, the demonstration and benchmarks:
 //
 //	client            router
 //	eth0              eth0        macvlan0 (down, no address)
@@ -17,16 +17,16 @@
 // (10.129.0.71/24), which node routes: the router reaches it by its default route
 // only.
 //
-// The router is as a CNI plugin leaves it before the product starts: the default
-// route goes to the cluster, forwarding is off. Outside has no route to the
-// cluster, so a connection whose source was not translated is never answered.
+// The router is in the state in which a CNI plugin leaves a pod: the default route goes to
+// the cluster, forwarding is off. Outside has no route to the cluster: a connection whose
+// source was not translated gets no answer.
 //
-// All of it is made with netlink and held by file descriptors alone: no name
-// under /run/netns, no link in the caller's namespace. The kernel removes it when
-// the process ends, however it ends.
+// The namespaces are created by netlink and held only by file descriptors: no name under
+// /run/netns, no link in the caller's namespace. The kernel removes them when the process
+// ends, even if it is killed.
 //
-// The kernel needs veth, bridge and macvlan; the process CAP_SYS_ADMIN and
-// CAP_NET_ADMIN, which package nstest gives to tests.
+// The kernel needs veth, bridge and macvlan; the process needs CAP_SYS_ADMIN and
+// CAP_NET_ADMIN, which tests have by package nstest.
 package lab
 
 import (
@@ -43,7 +43,7 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// The two networks. An address of the lab has the length of the one it is in.
+// The networks. An address of the lab has the prefix length of its network.
 var (
 	Cluster = netip.MustParsePrefix("10.128.0.0/23")   // pods, behind tun0
 	LAN     = netip.MustParsePrefix("192.168.12.0/24") // the physical network, behind nic0
@@ -51,22 +51,22 @@ var (
 	FarCluster = netip.MustParsePrefix("10.129.0.0/24") // pods of another subnet, routed by node
 )
 
-// The addresses in use. Source alone belongs to no link at first: it is the
-// reserved address that the product sets on macvlan0.
+// The addresses. Source is on no link at first: it is the reserved address that the
+// program sets on macvlan0.
 var (
 	NodeAddr    = netip.MustParseAddr("10.128.0.1") // tun0, the default gateway of the pods
 	ClientAddr  = netip.MustParseAddr("10.128.0.71")
 	FarAddr     = netip.MustParseAddr("10.129.0.71")
 	FarGateway  = netip.MustParseAddr("10.129.0.1") // node's address on far's network
 	RouterAddr  = netip.MustParseAddr("10.128.0.98")
-	NICAddr     = netip.MustParseAddr("192.168.12.10") // nic0, which macvlan0 can never reach
+	NICAddr     = netip.MustParseAddr("192.168.12.10") // nic0; macvlan0 cannot reach its parent
 	GatewayAddr = netip.MustParseAddr("192.168.12.1")  // lan0, the router's gateway
 	LANServer   = netip.MustParseAddr("192.168.12.80") // lan0, reached without a gateway
 	Source      = netip.MustParseAddr("192.168.12.99")
 )
 
-// Remote are the servers beyond the gateway, on lo of outside (RFC 5737 has the
-// range for documentation).
+// Remote is the list of servers behind the gateway, on lo of outside (RFC 5737 reserves
+// the range for documentation).
 var Remote = [3]netip.Addr{
 	netip.MustParseAddr("203.0.113.25"),
 	netip.MustParseAddr("203.0.113.26"),
@@ -75,25 +75,25 @@ var Remote = [3]netip.Addr{
 
 // The names of links that [Options] does not change.
 const (
-	Bridge     = "tun0"        // node, where OpenShift's SDN has its bridge
+	Bridge     = "tun0"        // node; the name of the bridge in OpenShift's SDN
 	NIC        = "nic0"        // node, the parent of macvlan0
 	LANLink    = "lan0"        // outside
 	ClientLink = "eth0"        // client and far
-	ClientPort = "port-client" // node, the port of Bridge that leads to client
-	FarPort    = "port-far"    // node, a network of its own that leads to far
-	RouterPort = "port-router" // node, the port of Bridge that leads to router
+	ClientPort = "port-client" // node, the port of Bridge to client
+	FarPort    = "port-far"    // node, the link to far, a network of its own
+	RouterPort = "port-router" // node, the port of Bridge to router
 )
 
-// Options change the router, to show what the product does in a pod that is not
-// as it should be. The zero value is a good pod.
+// Options change the router's namespace, for tests of faulty pods. The zero value is a pod
+// without faults.
 type Options struct {
-	NoMacvlan   bool   // leave macvlan0 out, as without the pod's annotation
+	NoMacvlan   bool   // no macvlan0, as without the pod's annotation
 	MacvlanName string // instead of macvlan0
 	ClusterName string // instead of eth0 in router
 }
 
-// Lab is one such network. Any number can exist at once. Its methods may be
-// called from several goroutines, except Close.
+// Lab is one such network. Any number can exist at once. Several goroutines may call its
+// methods, except Close.
 type Lab struct {
 	Options // as given, with the names filled in
 
@@ -105,8 +105,8 @@ type Lab struct {
 	processes []*os.Process
 }
 
-// New makes a lab and returns once frames pass on every link. On an error nothing
-// of it is left.
+// New creates a lab and returns when frames pass on every link. On an error it removes
+// what it created.
 func New(o Options) (*Lab, error) {
 	if o.MacvlanName == "" {
 		o.MacvlanName = "macvlan0"
@@ -117,13 +117,13 @@ func New(o Options) (*Lab, error) {
 	l := &Lab{Options: o}
 	if err := l.build(); err != nil {
 		l.Close()
-		return nil, fmt.Errorf("making lab: %w", err)
+		return nil, fmt.Errorf("creating the lab: %w", err)
 	}
 	return l, nil
 }
 
-// Close ends servers, captures and processes and lets go of the namespaces. The
-// kernel removes them, with their links, shortly after.
+// Close ends servers, captures and processes and closes the namespaces. The kernel removes
+// them, with their links, shortly after.
 func (l *Lab) Close() {
 	l.mu.Lock()
 	servers, captures, processes := l.servers, l.captures, l.processes
@@ -137,7 +137,7 @@ func (l *Lab) Close() {
 		s.Close()
 	}
 	for _, c := range captures {
-		_ = c.Stop() // whoever cares about lost frames has stopped it before
+		_ = c.Stop() // a test that needs the error calls Stop before
 	}
 	for _, n := range []*netns.Namespace{l.Client, l.Far, l.Router, l.Node, l.Outside} {
 		if n != nil {
@@ -146,11 +146,11 @@ func (l *Lab) Close() {
 	}
 }
 
-// Netlink opens a route netlink handle that works in ns from any goroutine. The
-// caller closes it.
+// Netlink opens a route netlink handle in ns, for use in any goroutine. The caller closes
+// it.
 //
-// netlink.NewHandleAt would do the same, but gives its thread back even if that
-// could not return to its namespace.
+// netlink.NewHandleAt unlocks its thread even if the thread could not return to its
+// namespace.
 func (l *Lab) Netlink(ns *netns.Namespace) (*netlink.Handle, error) {
 	var h *netlink.Handle
 	err := ns.Do(func() (err error) {
@@ -163,8 +163,8 @@ func (l *Lab) Netlink(ns *netns.Namespace) (*netlink.Handle, error) {
 	return h, nil
 }
 
-// SetSysctl sets a sysctl of a namespace, such as "net/ipv4/conf/eth0/rp_filter",
-// written as a path because link names may hold dots.
+// SetSysctl sets a sysctl of a namespace, such as "net/ipv4/conf/eth0/rp_filter": a path,
+// because link names may contain dots.
 func (l *Lab) SetSysctl(ns *netns.Namespace, key, value string) error {
 	return ns.Do(func() error { return setSysctl(key, value) })
 }
@@ -185,21 +185,21 @@ func (l *Lab) Sysctl(ns *netns.Namespace, key string) (string, error) {
 	return string(text), nil
 }
 
-// ForgetConnections empties the table of the connections that the kernel tracks
-// for ns, those included that have ended and would wait there for their timeout.
+// ForgetConnections flushes the conntrack table of ns, including entries of ended
+// connections, which would stay until their timeout.
 func (l *Lab) ForgetConnections(ns *netns.Namespace) error {
 	if err := ns.Do(func() error { return netlink.ConntrackTableFlush(netlink.ConntrackTable) }); err != nil {
-		return fmt.Errorf("emptying the connection table: %w", err)
+		return fmt.Errorf("flushing the conntrack table: %w", err)
 	}
 	return nil
 }
 
-// Start starts cmd in ns; the caller waits for it as usual. The process is killed
-// when the lab is closed or this process ends, so that it cannot keep the
-// namespace alive (cmd.SysProcAttr.Pdeathsig, unless set already).
+// Start starts cmd in ns; the caller calls cmd.Wait. The process is killed when the lab is
+// closed or this process ends, so that it cannot keep the namespace alive
+// (cmd.SysProcAttr.Pdeathsig, unless set already).
 //
-// It shares all but the network with the caller: files, and with them iptables'
-// lock.
+// The process shares the other namespaces with the caller: files, and with them the lock
+// of iptables.
 func (l *Lab) Start(ns *netns.Namespace, cmd *exec.Cmd) error {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
@@ -207,7 +207,7 @@ func (l *Lab) Start(ns *netns.Namespace, cmd *exec.Cmd) error {
 	if cmd.SysProcAttr.Pdeathsig == 0 {
 		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
-	// A child gets the namespaces of the thread that forks (clone(2)).
+	// A child is in the namespaces of the thread that forks (clone(2)).
 	if err := ns.Do(cmd.Start); err != nil {
 		return fmt.Errorf("starting %q in %q: %w", cmd.Path, ns, err)
 	}
@@ -217,8 +217,8 @@ func (l *Lab) Start(ns *netns.Namespace, cmd *exec.Cmd) error {
 	return nil
 }
 
-// Run starts cmd in ns, like [Lab.Start], and waits for it. A process that fails
-// gives an *exec.ExitError, as with exec.Cmd.Run.
+// Run starts cmd in ns, like [Lab.Start], and waits for it. The error of a process that
+// fails is an *exec.ExitError, as with exec.Cmd.Run.
 func (l *Lab) Run(ns *netns.Namespace, cmd *exec.Cmd) error {
 	if err := l.Start(ns, cmd); err != nil {
 		return err

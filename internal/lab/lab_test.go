@@ -27,8 +27,8 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// hold is set for a second copy of this binary that makes a lab and waits to be
-// killed. It holds the number of the process whose namespace is the witness.
+// hold is the environment variable of a second copy of this binary, which creates a lab and
+// waits to be killed. Its value is the ID of the process whose namespace has the witness.
 const hold = "LAB_TEST_HOLD"
 
 func TestMain(m *testing.M) {
@@ -125,7 +125,7 @@ func TestNewManyAtOnce(t *testing.T) {
 	all.Wait()
 }
 
-// describe says what a namespace looks like: links with flags, addresses, routes.
+// describe returns links with flags and addresses, routes and forwarding of a namespace.
 func describe(t *testing.T, l *lab.Lab, ns *netns.Namespace) string {
 	t.Helper()
 	h, err := l.Netlink(ns)
@@ -239,9 +239,9 @@ forward 0
 	}
 }
 
-// A name that the kernel refuses stands for whatever goes wrong half way.
-func TestNewAllOrNothing(t *testing.T) {
-	// Others come and go: the handles of processes, closed by the collector.
+// The kernel refuses a link name in the middle of build.
+func TestNewFailsAndLeavesNothing(t *testing.T) {
+	// Only namespaces count: the garbage collector closes the handles of processes.
 	held := func() (namespaces int) {
 		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
@@ -287,9 +287,8 @@ func TestCloseLeavesNothing(t *testing.T) {
 	l.Close() // twice is harmless
 }
 
-// witness puts one end of a veth into the namespace of a process, "self" or a
-// number, and the other into the lab. It vanishes when the kernel removes the
-// lab's namespace, and only then.
+// witness creates a veth with one end in the namespace of a process, "self" or a number,
+// and the other in the lab. It disappears when the kernel removes the lab's namespace.
 func witness(t testing.TB, l *lab.Lab, pid string) {
 	t.Helper()
 	ns, err := netns.Open("/proc/" + pid + "/ns/net")
@@ -325,7 +324,7 @@ func awaitNoWitness(t *testing.T) {
 	}
 }
 
-// holdLab is the process that TestKillLeavesNothing kills.
+// holdLab is the main function of the process that TestKillLeavesNothing kills.
 func holdLab(pid string) {
 	l, err := lab.New(lab.Options{})
 	if err == nil {
@@ -335,7 +334,7 @@ func holdLab(pid string) {
 		}
 	}
 	if err == nil {
-		// A child that outlived this process would hold its namespace.
+		// If the child outlived this process, it would hold its namespace.
 		err = l.Start(l.Outside, exec.Command("sleep", "600"))
 	}
 	if err != nil {
@@ -366,7 +365,7 @@ func TestKillLeavesNothing(t *testing.T) {
 	}
 	line, err := bufio.NewReader(stdout).ReadString('\n')
 	if line != "ready\n" {
-		t.Fatalf("process with a lab says %q, %v", line, err)
+		t.Fatalf("output of the process with a lab = %q, %v, want \"ready\\n\"", line, err)
 	}
 	if _, err := net.InterfaceByName("witness"); err != nil {
 		t.Errorf("finding witness: %v", err)
@@ -412,7 +411,7 @@ func TestAsk(t *testing.T) {
 	}
 }
 
-// The whole point of outside: what the product does not translate gets nothing.
+// Outside has no route to the cluster.
 func TestUntranslatedGetsNoAnswer(t *testing.T) {
 	l := newLab(t, lab.Options{})
 	c, err := l.Capture(l.Outside, lab.LANLink)
@@ -425,7 +424,7 @@ func TestUntranslatedGetsNoAnswer(t *testing.T) {
 	if a, err := l.Ask(ctx, l.Client, "tcp", s.Addr); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("Ask = %v, %v, want a deadline exceeded", a, err)
 	}
-	// It did get there.
+	// The request did arrive.
 	_, err = c.Wait(t.Context(), func(f lab.Frame) bool {
 		p, ok := f.IPv4()
 		return ok && p.Src.Addr() == lab.ClientAddr && p.Dst == s.Addr
@@ -485,7 +484,7 @@ func TestAskErrors(t *testing.T) {
 	})
 	t.Run("protocol", func(t *testing.T) {
 		if _, err := l.Ask(t.Context(), l.Client, "sctp", netip.AddrPortFrom(lab.NodeAddr, 9)); err == nil {
-			t.Error("asking over sctp worked")
+			t.Error("Ask over sctp: no error")
 		}
 	})
 }
@@ -522,11 +521,11 @@ func TestServeErrors(t *testing.T) {
 		t.Errorf("Serve at another's address = %v, want EADDRNOTAVAIL", err)
 	}
 	if _, err := l.Serve(l.Node, "udp", netip.MustParseAddrPort("0.0.0.0:53")); err == nil {
-		t.Error("Serve at 0.0.0.0 worked")
+		t.Error("Serve at 0.0.0.0: no error")
 	}
 }
 
-func TestDialKeeps(t *testing.T) {
+func TestDialKeepsConnection(t *testing.T) {
 	l := newLab(t, lab.Options{})
 	s := serve(t, l, l.Node, "tcp", lab.NodeAddr, 80)
 	conn, err := l.Dial(t.Context(), l.Client, "tcp", s.Addr)
@@ -551,7 +550,7 @@ func TestDialKeeps(t *testing.T) {
 		}
 	}
 
-	// A server that closes ends its connections and refuses new ones.
+	// Close ends connections; new ones are refused.
 	s.Close()
 	_ = conn.SetReadDeadline(time.Now().Add(lab.Patience))
 	if _, err := r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
@@ -622,7 +621,7 @@ func TestRoutePlainly(t *testing.T) {
 
 func TestForgetConnections(t *testing.T) {
 	l := newLab(t, lab.Options{})
-	// The kernel tracks connections where a rule asks about them.
+	// The kernel tracks connections if a rule matches their state.
 	if err := l.Run(l.Router, exec.Command("iptables", "-A", "INPUT", "-m", "conntrack", "--ctstate", "NEW")); err != nil {
 		t.Fatal(err)
 	}
@@ -655,7 +654,7 @@ func TestNeighbour(t *testing.T) {
 	if mac, err := l.Neighbour(l.Node, lab.NIC, lab.GatewayAddr); err != nil || mac.String() != wrong.String() {
 		t.Errorf("Neighbour = %s, %v, want %s", mac, err, wrong)
 	}
-	// The wrong entry is really used.
+	// The kernel uses the wrong entry.
 	s := serve(t, l, l.Outside, "tcp", lab.GatewayAddr, 80)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
@@ -707,9 +706,9 @@ func TestCapture(t *testing.T) {
 	}
 }
 
-// macvlan0 is down when the product starts, and goes down again when its parent
-// does; a capture of it has to last through that.
-func TestCaptureLinkDown(t *testing.T) {
+// macvlan0 is down when the program starts, and when its parent goes down: a capture has to
+// continue.
+func TestCaptureContinuesAfterLinkDown(t *testing.T) {
 	l := newLab(t, lab.Options{})
 	c, err := l.Capture(l.Router, "macvlan0")
 	if err != nil {
@@ -759,7 +758,8 @@ func TestCaptureAnnouncement(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The kernel announces a link's addresses when it comes up, if told to.
+	// With arp_notify the kernel announces a link's addresses when its hardware address
+	// changes.
 	if err := l.SetSysctl(l.Node, "net/ipv4/conf/nic0/arp_notify", "1"); err != nil {
 		t.Fatal(err)
 	}

@@ -12,8 +12,8 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// Neighbour returns the hardware address that ns has for an address on a link,
-// whatever the state of the entry. Without one the error is an os.ErrNotExist.
+// Neighbour returns the hardware address of the neighbour entry of ns for an address on a
+// link, in any state. Without an entry the error is an os.ErrNotExist.
 func (l *Lab) Neighbour(ns *netns.Namespace, link string, addr netip.Addr) (net.HardwareAddr, error) {
 	h, err := l.Netlink(ns)
 	if err != nil {
@@ -29,7 +29,7 @@ func (l *Lab) Neighbour(ns *netns.Namespace, link string, addr netip.Addr) (net.
 		return nil, fmt.Errorf("listing neighbours of %q: %w", link, err)
 	}
 	for _, n := range list {
-		// An entry still unresolved has no hardware address.
+		// An unresolved entry has no hardware address.
 		if ip, ok := netip.AddrFromSlice(n.IP); ok && ip.Unmap() == addr && len(n.HardwareAddr) > 0 {
 			return n.HardwareAddr, nil
 		}
@@ -37,8 +37,8 @@ func (l *Lab) Neighbour(ns *netns.Namespace, link string, addr netip.Addr) (net.
 	return nil, fmt.Errorf("finding neighbour %q on %q: %w", addr, link, os.ErrNotExist)
 }
 
-// neighbours lists a link's entries of one family, and again if the table changed
-// meanwhile: the kernel marks such an answer as incomplete.
+// neighbours lists a link's entries of one family, and again if the table changed during
+// the list call: the kernel marks such a list as incomplete.
 func neighbours(h *netlink.Handle, index int, addr netip.Addr) (list []netlink.Neigh, err error) {
 	family := netlink.FAMILY_V6
 	if addr.Is4() {
@@ -53,9 +53,9 @@ func neighbours(h *netlink.Handle, index int, addr netip.Addr) (list []netlink.N
 	return list, err
 }
 
-// SetStaleNeighbour gives ns an entry of the state STALE: one it believed some
-// time ago, uses at once, and drops for any better news. This is what a gateway
-// has when a reserved address moves to another pod.
+// SetStaleNeighbour adds an entry of the state STALE to ns: the kernel uses it at once and
+// replaces it when it receives another hardware address. A gateway has such an entry when
+// a reserved address moves to another pod.
 func (l *Lab) SetStaleNeighbour(ns *netns.Namespace, link string, addr netip.Addr, mac net.HardwareAddr) error {
 	h, err := l.Netlink(ns)
 	if err != nil {

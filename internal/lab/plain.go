@@ -10,10 +10,9 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// RoutePlainly makes the router's namespace a plain router between client and
-// Remote, without any rule, so that what the product costs can be measured
-// against it: a client reaches a server by its own address, and the server sees
-// the client's.
+// RoutePlainly makes the router's namespace a plain router between client and Remote,
+// without rules, as the reference of benchmarks: a client connects to the address of a
+// server, and the server sees the address of the client.
 func (l *Lab) RoutePlainly() error {
 	h, err := l.Netlink(l.Router)
 	if err != nil {

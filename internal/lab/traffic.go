@@ -22,12 +22,11 @@ import (
 // answer passes a context with a deadline of its own.
 const Patience = time.Minute
 
-// Server answers every connection or datagram with one line: the address it was
-// reached at and the one it was asked from, which is how a test sees both
-// translations. It then echoes a connection until its end, so that one can be
-// kept and used.
+// Server answers every connection or datagram with one line: its own address and the
+// client's address, as the server sees them, which shows a test both translations. It then
+// echoes a connection until its end, for tests that keep a connection.
 type Server struct {
-	// Addr is where it listens. The port is the kernel's choice if 0 was asked for.
+	// Addr is the address that it listens on. For port 0 the kernel has chosen the port.
 	Addr netip.AddrPort
 
 	socket  io.Closer
@@ -38,10 +37,9 @@ type Server struct {
 	conns  map[net.Conn]struct{}
 }
 
-// Serve starts a server in ns for proto, "tcp" or "udp". The address must be one
-// of ns and not the unspecified one: with that a UDP server would not know where
-// it was reached, and might answer from elsewhere. It ends with the lab, or
-// before if closed.
+// Serve starts a server in ns for proto, "tcp" or "udp". The address must be an address
+// of ns, not the unspecified one: a UDP server would not know its own address of a
+// datagram, and could answer from another one. The server ends with the lab or with Close.
 func (l *Lab) Serve(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, error) {
 	s, err := listen(ns, proto, addr)
 	if err != nil {
@@ -59,7 +57,7 @@ func listen(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, er
 		return nil, err
 	}
 	if addr.Addr().IsUnspecified() {
-		return nil, errors.New("not one address")
+		return nil, errors.New("the unspecified address")
 	}
 	s := &Server{conns: map[net.Conn]struct{}{}}
 	err = ns.Do(func() error {
@@ -72,8 +70,8 @@ func listen(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, er
 			s.serving.Go(func() { s.answerDatagrams(conn) })
 			return nil
 		}
-		// Go listens with Multipath TCP since 1.24; what goes over the wire here
-		// is to be what the tests' reader expects.
+		// Go listens with Multipath TCP since 1.24, whose options tests do not expect in
+		// captured frames.
 		var config net.ListenConfig
 		config.SetMultipathTCP(false)
 		listener, err := config.Listen(context.Background(), network, addr.String())
@@ -90,8 +88,8 @@ func listen(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, er
 	return s, nil
 }
 
-// Close stops the server: new connections are refused, those there are end. It
-// returns when nothing of it runs any more.
+// Close stops the server: new connections are refused, existing ones end. It returns when
+// all of the server's goroutines have ended.
 func (s *Server) Close() {
 	s.mu.Lock()
 	s.closed = true
@@ -120,7 +118,7 @@ func (s *Server) accept(listener net.Listener) {
 	}
 }
 
-// answer serves one connection. Its errors are the client's to notice.
+// answer serves one connection. Its client notices errors.
 func (s *Server) answer(conn net.Conn) {
 	defer func() {
 		_ = conn.Close()
@@ -148,16 +146,15 @@ func (s *Server) answerDatagrams(conn *net.UDPConn) {
 	}
 }
 
-// Answer is what a [Server] says.
+// Answer is the answer of a [Server].
 type Answer struct {
-	Server netip.AddrPort // that answered
-	Peer   netip.AddrPort // that the server saw
+	Server netip.AddrPort // address of the server
+	Peer   netip.AddrPort // address of the client, as the server saw it
 }
 
-// Ask sends one request from ns and returns the answer. It waits until the
-// context's deadline, or [Patience] without one. An error is a
-// syscall.ECONNREFUSED if something refused and an os.ErrDeadlineExceeded if
-// nothing answered (errors.Is).
+// Ask sends one request from ns and returns the answer. It waits until the context's
+// deadline, or [Patience] without one. The error is a syscall.ECONNREFUSED if the request
+// was refused and an os.ErrDeadlineExceeded if there was no answer (errors.Is).
 func (l *Lab) Ask(ctx context.Context, ns *netns.Namespace, proto string, addr netip.AddrPort) (Answer, error) {
 	ctx, cancel := patient(ctx)
 	defer cancel()
@@ -184,9 +181,8 @@ func ask(ctx context.Context, ns *netns.Namespace, proto string, addr netip.Addr
 	return ReadAnswer(bufio.NewReader(conn))
 }
 
-// Dial opens a connection from ns, for tests that keep it. It waits as
-// [Lab.Ask] does and has the same errors. The answer of a [Server] is the first
-// line to read ([ReadAnswer]).
+// Dial opens a connection from ns, for tests that keep it. It waits like [Lab.Ask] and has
+// the same errors. The answer of a [Server] is the first line ([ReadAnswer]).
 func (l *Lab) Dial(ctx context.Context, ns *netns.Namespace, proto string, addr netip.AddrPort) (net.Conn, error) {
 	ctx, cancel := patient(ctx)
 	defer cancel()
@@ -204,8 +200,8 @@ func dial(ctx context.Context, ns *netns.Namespace, proto string, addr netip.Add
 	}
 	var conn net.Conn
 	err = ns.Do(func() (err error) {
-		// For a single address, not a name, Dialer makes the socket on the
-		// calling goroutine, and so in ns.
+		// For an address, not a name, Dialer creates the socket on the calling goroutine,
+		// and so in ns.
 		var d net.Dialer
 		conn, err = d.DialContext(ctx, network, addr.String())
 		return err
@@ -213,7 +209,7 @@ func dial(ctx context.Context, ns *netns.Namespace, proto string, addr netip.Add
 	return conn, err
 }
 
-// ReadAnswer reads the line that a [Server] answers with.
+// ReadAnswer reads the answer of a [Server].
 func ReadAnswer(r *bufio.Reader) (Answer, error) {
 	line, err := r.ReadString('\n')
 	if err != nil {
@@ -230,8 +226,8 @@ func ReadAnswer(r *bufio.Reader) (Answer, error) {
 	return a, nil
 }
 
-// network is net's word for a protocol and the family of an address. Naming the
-// family keeps IPv4 addresses from turning into IPv6 ones.
+// network returns package net's name for a protocol and the family of an address. Without
+// the family, net would use IPv6 sockets for IPv4 addresses.
 func network(proto string, addr netip.AddrPort) (string, error) {
 	if proto != "tcp" && proto != "udp" {
 		return "", net.UnknownNetworkError(proto)
@@ -249,9 +245,9 @@ func patient(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, Patience)
 }
 
-// plain makes all of net's ways to say "too late" one: which it is depends on
-// whether the context or the connection's deadline comes first. Being cancelled
-// is not being late.
+// plain makes every timeout of package net an os.ErrDeadlineExceeded: whether the context
+// or the connection's deadline comes first decides which error net returns. A cancelled
+// context is not a timeout.
 func plain(ctx context.Context, err error) error {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return fmt.Errorf("%w: %w", context.Canceled, err)

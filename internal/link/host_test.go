@@ -442,7 +442,7 @@ func TestMacvlanRefusals(t *testing.T) {
 		},
 		{
 			name: "not a namespace", env: map[string]string{"EGRESS_HOST_NETNS": "/dev/null"},
-			last: `opening network namespace "/dev/null": it is not a network namespace`,
+			last: `opening network namespace "/dev/null": not a network namespace`,
 			hint: "hostPID: true",
 		},
 		{

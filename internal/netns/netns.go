@@ -1,19 +1,17 @@
 // Package netns runs functions in other network namespaces.
 //
-// A network namespace is a property of a thread, not of a process (setns(2)),
-// and the Go scheduler moves goroutines between threads as it likes. Code that
-// changes namespaces must therefore hold its thread (runtime.LockOSThread), and
-// must not give back a thread that is still in the wrong place: the scheduler
-// would run unrelated goroutines there. This package is the one place that
-// knows both rules.
+// A network namespace is a property of a thread, not of a process (setns(2)), and the
+// Go scheduler moves goroutines between threads. Code that changes namespaces must
+// therefore lock its thread (runtime.LockOSThread), and must not unlock a thread that
+// is still in another namespace: the scheduler would run unrelated goroutines there.
+// Only this package implements both rules.
 //
-// A socket belongs to the namespace it was made in for its whole life, so a
-// function given to [Namespace.Do] need only make it; using it needs no care.
-// The same holds for a process started inside.
+// A socket belongs to the namespace in which it was created for its whole life, so only
+// its creation has to be in [Namespace.Do]. The same is true for a process.
 //
-// Files below /proc/sys/net are those of the thread that opens them, but
-// /proc/net is a link to /proc/self/net, which is the namespace of the
-// process's first thread: inside Do read /proc/thread-self/net instead.
+// Files below /proc/sys/net belong to the namespace of the thread that opens them, but
+// /proc/net is a link to /proc/self/net, in the namespace of the process's first thread:
+// functions in Do read /proc/thread-self/net instead.
 package netns
 
 import (
@@ -26,24 +24,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Namespace is a network namespace, held by a file descriptor. The kernel frees
-// a namespace when its last thread, socket and descriptor are gone, so one made
-// by [New] ends with Close or with the process, even when that is killed.
+// Namespace is a network namespace, held by a file descriptor. The kernel frees a
+// namespace when its last thread, socket and descriptor are gone: a namespace created by
+// [New] ends with Close or with the process, even if the process is killed.
 //
-// Its methods may be called from any goroutine, but Close only once no other
-// call is under way: the kernel reuses descriptor numbers.
+// Several goroutines may call its methods, but Close only after all other calls have
+// returned: the kernel reuses descriptor numbers.
 type Namespace struct {
 	handle netns.NsHandle
 }
 
-// ErrNoNamespace says that a file stands for no network namespace.
-var ErrNoNamespace = errors.New("it is not a network namespace")
+// ErrNoNamespace is returned by [Open] for a file that is not a network namespace.
+var ErrNoNamespace = errors.New("not a network namespace")
 
-// New makes an empty namespace: one loopback link, down. The namespace of the
-// caller stays as it is, although unshare(2) moves the thread that calls it.
+// New creates a namespace with one link, the loopback link, down. The caller's namespace
+// does not change, although unshare(2) moves the calling thread.
 func New() (*Namespace, error) {
 	var n *Namespace
-	err := apart(func() (err error) {
+	err := onOwnThread(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}
@@ -56,24 +54,24 @@ func New() (*Namespace, error) {
 	return n, nil
 }
 
-// Open opens the namespace that a file stands for, such as /proc/1/ns/net or the
-// path that a container runtime hands to a plugin.
+// Open opens a namespace by its file, such as /proc/1/ns/net or the path that a container
+// runtime passes to a plugin. The error of another file is an ErrNoNamespace.
 func Open(path string) (*Namespace, error) {
 	handle, err := netns.GetFromPath(path)
 	if err != nil {
 		return nil, fmt.Errorf("opening network namespace %q: %w", path, err)
 	}
-	// Any file can be opened; one that is no namespace would fail at Do, with
-	// no more than "invalid argument" (ioctl_ns(2)).
+	// Any file can be opened: without this check, Do would fail with "invalid argument"
+	// (ioctl_ns(2)).
 	if kind, err := unix.IoctlRetInt(int(handle), unix.NS_GET_NSTYPE); err != nil || kind != unix.CLONE_NEWNET {
-		_ = handle.Close() // there is a better error to report
+		_ = handle.Close() // the other error is reported
 		return nil, fmt.Errorf("opening network namespace %q: %w", path, ErrNoNamespace)
 	}
 	return &Namespace{handle: handle}, nil
 }
 
-// Current opens the namespace of the calling thread. Inside [Namespace.Do] that
-// is the namespace entered, elsewhere the one the process was started in.
+// Current opens the namespace of the calling thread: in [Namespace.Do] the namespace of
+// Do, elsewhere the namespace in which the process was started.
 func Current() (*Namespace, error) {
 	handle, err := netns.Get()
 	if err != nil {
@@ -82,17 +80,16 @@ func Current() (*Namespace, error) {
 	return &Namespace{handle: handle}, nil
 }
 
-// Do runs fn in the namespace and returns its error once fn has ended.
+// Do runs fn in the namespace and returns fn's error.
 //
-// fn runs on a goroutine of its own, on a thread that nothing else uses in the
-// meantime. Goroutines that fn starts are not in the namespace. If the thread
-// cannot be brought back, that is an error too, and the thread is destroyed
-// instead of going back to the scheduler.
+// fn runs on a goroutine and a thread of its own. Goroutines that fn starts are not in
+// the namespace. If the thread cannot return to its namespace, Do returns an error, and
+// the thread is destroyed instead of being reused by the scheduler.
 //
-// A panic in fn goes on in the caller, with fn's stack in its text, and so does
+// A panic in fn continues in the caller, with fn's stack in its text, and so does
 // runtime.Goexit: fn may call t.Fatal.
 func (n *Namespace) Do(fn func() error) error {
-	return apart(func() error {
+	return onOwnThread(func() error {
 		if err := netns.Set(n.handle); err != nil {
 			return fmt.Errorf("entering network namespace %q: %w", n, err)
 		}
@@ -100,12 +97,12 @@ func (n *Namespace) Do(fn func() error) error {
 	})
 }
 
-// Fd is the descriptor that holds the namespace, for calls that want one, such
-// as netlink's IFLA_NET_NS_FD. It stays the property of the Namespace.
+// Fd returns the descriptor of the namespace, for calls that take one, such as netlink's
+// IFLA_NET_NS_FD. The caller must not close it.
 func (n *Namespace) Fd() int { return int(n.handle) }
 
-// Equal says whether both are the same namespace. Descriptors cannot tell: every
-// one opened is another number.
+// Equal reports whether both are the same namespace. Descriptors of the same namespace
+// have different numbers.
 func (n *Namespace) Equal(other *Namespace) bool { return n.handle.Equal(other.handle) }
 
 // String is the kernel's name of the namespace, "net:[4026531840]", as the links
@@ -135,7 +132,7 @@ func (n *Namespace) Close() error {
 // locked takes its thread along (runtime.LockOSThread). New uses this too rather
 // than let its thread die, because the first thread of a process cannot die and
 // stands for the process in /proc/self/ns/net.
-func apart(fn func() error) error {
+func onOwnThread(fn func() error) error {
 	var (
 		err      error
 		returned bool // neither panic nor Goexit

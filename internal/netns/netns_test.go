@@ -44,8 +44,8 @@ func current(t *testing.T) *netns.Namespace {
 	return n
 }
 
-// everyThread fails the test if any thread of this process is in a namespace
-// other than home: one that is would be given to an unrelated goroutine.
+// everyThread fails the test if a thread of this process is in a namespace other than
+// home: the scheduler would run an unrelated goroutine on it.
 func everyThread(t *testing.T, home *netns.Namespace) {
 	t.Helper()
 	tasks, err := os.ReadDir("/proc/self/task")
@@ -66,7 +66,7 @@ func everyThread(t *testing.T, home *netns.Namespace) {
 	}
 }
 
-func TestNewLeavesCallerAlone(t *testing.T) {
+func TestNewKeepsNamespaceOfCaller(t *testing.T) {
 	home := current(t)
 	made := newNamespace(t)
 	if made.Equal(home) {
@@ -94,8 +94,8 @@ func TestNewIsEmpty(t *testing.T) {
 	}
 }
 
-// Two hundred goroutines use four namespaces at once and yield to the scheduler
-// inside, which is when one without a locked thread lands elsewhere.
+// Two hundred goroutines use four namespaces at once and yield to the scheduler in Do: a
+// goroutine without a locked thread would continue in another namespace.
 func TestDoConcurrent(t *testing.T) {
 	home := current(t)
 	var namespaces [4]*netns.Namespace
@@ -203,14 +203,14 @@ func TestDoGoexit(t *testing.T) {
 	everyThread(t, home)
 }
 
-// A thread that has lost CAP_SYS_ADMIN cannot go back. It must not be used again.
-func TestDoCannotReturn(t *testing.T) {
+// A thread that has lost CAP_SYS_ADMIN cannot return. It must not be used again.
+func TestDoDestroysThreadThatCannotReturn(t *testing.T) {
 	home, n := current(t), newNamespace(t)
 	var tid int
 	var lose func() error
 	lose = func() error {
-		// The first thread cannot die, only rest, and its end could not be seen.
-		// While it is held here, another Do gets another.
+		// The first thread of a process does not end before the process. While it is
+		// locked here, another Do gets another thread.
 		if tid = unix.Gettid(); tid == os.Getpid() {
 			return n.Do(lose)
 		}
@@ -254,7 +254,7 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-func TestClosed(t *testing.T) {
+func TestDoAfterClose(t *testing.T) {
 	n, err := netns.New()
 	if err != nil {
 		t.Fatal(err)

@@ -1,20 +1,19 @@
-// Package nstest gives a test binary namespaces of its own, so that tests can
-// use the real kernel without touching the machine and, where the kernel allows
-// user namespaces, without being root:
+// Package nstest runs a test binary in namespaces of its own, so that tests use the real
+// kernel without changing the machine and, if the kernel allows user namespaces, without
+// root:
 //
 //	func TestMain(m *testing.M) { nstest.Main(m) }
 //
-// The binary starts itself a second time in a new network namespace with only a
-// loopback link, and a new mount namespace with an empty /run: iptables keeps its
-// lock in /run/xtables.lock, and another package's tests would wait for it. If it
-// is not run by root, a user namespace that maps it to root comes with them.
+// The binary starts itself a second time in a new network namespace with only a loopback
+// link, and a new mount namespace with an empty /run: the lock of iptables is
+// /run/xtables.lock, and the tests of other packages would wait for it. For a user other
+// than root there is also a user namespace that maps the user to root.
 //
-// A fresh process is the only way to get there: a user namespace cannot be
-// entered by a process with several threads (unshare(2)), and a Go program has
-// several before its first line runs. No cgo is needed.
+// A process with several threads cannot enter a user namespace (unshare(2)), and a Go
+// program has several threads before main: only a new process can. No cgo is needed.
 //
-// Whatever is missing fails the tests and is named. Nothing is skipped, since a
-// skipped test looks like one that passed.
+// A missing precondition fails the tests and is named. No test is skipped: a skipped test
+// looks like one that passed.
 package nstest
 
 import (
@@ -32,22 +31,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// marker is the environment variable that tells the second process from the
-// first. A test that wants the first again must take it out of the environment.
+// marker is the environment variable of the second process. A test that starts a first
+// process again must remove it from the environment.
 const marker = "EGRESS_ROUTER_NSTEST"
 
-// Main runs the tests in namespaces of their own and ends the process with their
-// exit code. Arguments, standard streams and signals reach them unchanged.
+// Main runs the tests in namespaces of their own and ends the process with their exit
+// code. Arguments, standard streams and signals are passed on unchanged.
 func Main(m *testing.M) { os.Exit(M{m}.Run()) }
 
-// M wraps tests so that running them runs them in namespaces of their own. It is
-// for a TestMain that already hands m to something, such as testscript.Main,
-// whose commands must not be started in yet other namespaces.
+// M runs tests in namespaces of their own. It is for a TestMain that passes m to another
+// function, such as testscript.Main, whose commands must not be started in further
+// namespaces.
 type M struct {
 	Tests interface{ Run() int } // a *testing.M
 }
 
-// Run starts the tests' process and returns its exit code; in that process it
+// Run starts the second process and returns its exit code; in the second process it
 // prepares the namespaces and runs the tests.
 func (m M) Run() int {
 	if os.Getenv(marker) == "" {
@@ -60,8 +59,8 @@ func (m M) Run() int {
 	return m.Tests.Run()
 }
 
-// again runs this binary a second time in new namespaces and returns its exit
-// code, or 1 with an explanation if that cannot be done.
+// again runs this binary a second time in new namespaces and returns its exit code, or 1
+// with a message on stderr if it cannot be started.
 func again(stderr io.Writer) int {
 	self, err := os.Executable()
 	if err != nil {
@@ -76,9 +75,9 @@ func again(stderr io.Writer) int {
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS,
 		Pdeathsig:  syscall.SIGKILL,
 	}
-	wanted := "network and mount namespaces"
+	spaces := "network and mount namespaces"
 	if os.Geteuid() != 0 {
-		wanted = "user, network and mount namespaces"
+		spaces = "user, network and mount namespaces"
 		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
@@ -89,12 +88,12 @@ func again(stderr io.Writer) int {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
-		fmt.Fprintf(stderr, "nstest: creating %s: %v\n%s", wanted, err, hint(err))
+		fmt.Fprintf(stderr, "nstest: creating %s: %v\n%s", spaces, err, hint(err))
 		return 1
 	}
 
-	// go test ends a test that hangs with SIGQUIT, whose answer, the stacks of
-	// all goroutines, only the child can give.
+	// go test sends SIGQUIT to a test that hangs: the child prints the stacks of its
+	// goroutines.
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM)
 	go func() {
@@ -117,7 +116,7 @@ func again(stderr io.Writer) int {
 	return 1
 }
 
-// hint says what to change when the kernel refuses new namespaces.
+// hint returns a remedy for the kernel's refusal of new namespaces.
 func hint(err error) string {
 	switch {
 	case errors.Is(err, syscall.EPERM) && os.Geteuid() == 0:
@@ -135,25 +134,25 @@ func hint(err error) string {
 // resolvConf is the file of the resolver's name servers (resolv.conf(5)).
 const resolvConf = "/etc/resolv.conf"
 
-// nameServer puts a resolv.conf in place of the machine's, whose name servers
-// would otherwise decide which routes a router under test adds.
+// nameServer replaces the machine's resolv.conf: a router under test adds routes for its
+// name servers.
 func nameServer() error {
 	const text = "nameserver 10.96.0.10\n"
-	if err := os.WriteFile("/run/resolv.conf", []byte(text), 0o644); err != nil { //nolint:gosec // it is for everybody to read
+	if err := os.WriteFile("/run/resolv.conf", []byte(text), 0o644); err != nil { //nolint:gosec // every user reads it
 		return fmt.Errorf("writing a resolv.conf: %w", err)
 	}
-	defer func() { _ = os.Remove("/run/resolv.conf") }() // the mount keeps it
+	defer func() { _ = os.Remove("/run/resolv.conf") }() // the mount holds the file
 	err := unix.Mount("/run/resolv.conf", resolvConf, "", unix.MS_BIND, "")
-	if err != nil && !errors.Is(err, unix.ENOENT) { // a machine without one is fine
+	if err != nil && !errors.Is(err, unix.ENOENT) { // a machine may have none
 		return fmt.Errorf("mounting a file on %q: %w", resolvConf, err)
 	}
 	return nil
 }
 
-// prepare makes fresh namespaces fit for tests.
+// prepare sets up the new namespaces for tests.
 func prepare() error {
-	// Without this the mount below would spread to the machine wherever systemd
-	// has made / shared (mount_namespaces(7)).
+	// If / is shared, as with systemd, the mounts below would propagate to the machine
+	// (mount_namespaces(7)).
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %w", err)
 	}

@@ -16,8 +16,8 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// inner is set for a test binary that a test here starts. Those tests are told
-// apart from the outer ones by what it holds.
+// inner is the environment variable of a test binary that a test of this file starts. Its
+// value is the task of that binary.
 const inner = "NSTEST_TEST_INNER"
 
 func TestMain(m *testing.M) { nstest.Main(m) }
@@ -38,7 +38,7 @@ func TestFreshNamespaces(t *testing.T) {
 		t.Fatal(err)
 	}
 	if len(entries) != 0 {
-		t.Errorf("/run holds %v, want nothing", entries)
+		t.Errorf("/run contains %v, want no entries", entries)
 	}
 	if err := os.WriteFile("/run/xtables.lock", nil, 0o600); err != nil {
 		t.Error(err)
@@ -54,11 +54,11 @@ func TestFreshNamespaces(t *testing.T) {
 	}
 }
 
-// TestInner does in the inner binary what its environment asks for.
+// TestInner performs the task of the inner binary.
 func TestInner(t *testing.T) {
 	switch os.Getenv(inner) {
 	case "":
-		return // this is the outer one
+		return // the outer binary
 	case "fail":
 		fmt.Fprintln(os.Stderr, "on stderr")
 		t.Error("failing as asked")
@@ -77,7 +77,7 @@ func TestInner(t *testing.T) {
 	}
 }
 
-// innerCommand is this binary as the first process: not marked.
+// innerCommand returns this binary as a first process, without the marker.
 func innerCommand(t *testing.T, task, test string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
@@ -85,7 +85,7 @@ func innerCommand(t *testing.T, task, test string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self, "-test.v", "-test.run=^"+test+"$")
-	// With go test -cover, a binary without GOCOVERDIR complains on stderr.
+	// With go test -cover, a binary without GOCOVERDIR prints a warning on stderr.
 	cmd.Env = []string{inner + "=" + task, "GOCOVERDIR=" + t.TempDir()}
 	return cmd
 }
@@ -102,7 +102,7 @@ func exitCode(t *testing.T, err error) int {
 	return exit.ExitCode()
 }
 
-func TestPassesThrough(t *testing.T) {
+func TestArgumentsStreamsAndExitCodePassed(t *testing.T) {
 	if os.Getenv(inner) != "" {
 		return
 	}
@@ -134,9 +134,8 @@ func TestPassesThrough(t *testing.T) {
 	}
 }
 
-// rootOfMachine says whether user ids other than 0 exist here. Where they do
-// not, an ordinary user started the tests, and all of them show what
-// TestWithoutRoot is for.
+// rootOfMachine reports whether user ids other than 0 exist. If not, an ordinary user
+// started the tests, and every test shows that root is not needed.
 func rootOfMachine(t *testing.T) bool {
 	t.Helper()
 	uids, err := os.ReadFile("/proc/self/uid_map")
@@ -146,8 +145,8 @@ func rootOfMachine(t *testing.T) bool {
 	return strings.Join(strings.Fields(string(uids)), " ") == "0 0 4294967295"
 }
 
-// asNobody makes cmd a process of an ordinary user, which needs a copy of the
-// binary where that user can read it.
+// asNobody makes cmd a process of an ordinary user. It copies the binary into a directory
+// that this user can read.
 func asNobody(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	text, err := os.ReadFile(cmd.Path)
@@ -181,9 +180,8 @@ func TestWithoutRoot(t *testing.T) {
 	}
 }
 
-// A limit of zero network namespaces, set in a user namespace of its own, stands
-// for every way in which the kernel can refuse.
-func TestRefusedIsLoud(t *testing.T) {
+// A limit of zero network namespaces, set in a user namespace, makes the kernel refuse.
+func TestRefusedNamespacesFail(t *testing.T) {
 	if os.Getenv(inner) != "" {
 		return
 	}
