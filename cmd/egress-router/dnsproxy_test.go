@@ -32,7 +32,7 @@ type nameServer struct {
 	mu     sync.Mutex
 	addrs  map[string][]string // by name; nil: no such name
 	silent bool
-	asked  []netip.Addr // who asked
+	asked  []netip.Addr // sources of the questions
 	missed int          // questions that were not answered
 }
 
@@ -60,11 +60,11 @@ func (n *nameServer) wantAskedBy(t *testing.T, want netip.Addr) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if len(n.asked) == 0 {
-		t.Error("the name server was never asked")
+		t.Error("the name server got no question")
 	}
 	for _, a := range n.asked {
 		if a != want {
-			t.Errorf("the name server was asked from %s", a)
+			t.Errorf("a question from %s, want %s", a, want)
 		}
 	}
 }
@@ -191,16 +191,16 @@ func (x *proxy) wantServers(port uint16, servers ...string) {
 	}
 	for _, s := range servers {
 		if !seen[s] {
-			x.Errorf("port %d: %s never answered, but %v", port, s, seen)
+			x.Errorf("port %d: no answer from %s", port, s)
 		}
 		delete(seen, s)
 	}
 	if len(seen) > 0 {
-		x.Errorf("port %d: %v answered", port, seen)
+		x.Errorf("port %d: answers from %v, want only %v", port, seen, servers)
 	}
 }
 
-// stop tells the proxy to stop and returns its log.
+// stop stops the proxy and returns its log.
 func (x *proxy) stop() string {
 	x.Helper()
 	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -217,9 +217,9 @@ func (x *proxy) wait() string {
 	return x.log.String()
 }
 
-// The pod of the documentation: clients reach servers by name, servers see the
-// reserved address, name servers the pod's own.
-func TestDNSProxy(t *testing.T) {
+// Clients of the DNS proxy reach servers by name. Servers see the reserved address,
+// name servers the pod's own.
+func TestDNSProxyByName(t *testing.T) {
 	t.Parallel()
 	for _, b := range []labtest.Backend{labtest.IptablesNFT, labtest.Nftables} {
 		t.Run(b.Name, func(t *testing.T) {
@@ -246,8 +246,8 @@ func testDNSProxy(p *labtest.Pod) {
 		t.Errorf("from another subnet: %v, %v", a, err)
 	}
 
-	// The name's addresses change; one that was missing is there; a connection
-	// stays where it is.
+	// The addresses of a name change, and another name gets its first. An open
+	// connection stays.
 	conn := x.Dial(x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 	r := bufio.NewReader(conn)
 	if a, err := lab.ReadAnswer(r); err != nil || a.Peer.Addr() != lab.Source {
@@ -256,7 +256,7 @@ func testDNSProxy(p *labtest.Pod) {
 	n.set("www.example.com.", "203.0.113.26")
 	n.set("late.example.com.", "203.0.113.26")
 	x.await(8443, "203.0.113.26:443")
-	x.Until("the name leads to its new address alone", func() bool {
+	x.Until("only the new address of the name answers", func() bool {
 		for range 4 {
 			a, err := x.Ask(x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 			if err != nil || a.Server.String() != "203.0.113.26:80" {
@@ -266,14 +266,14 @@ func testDNSProxy(p *labtest.Pod) {
 		return true
 	})
 
-	// The name servers fall silent, and no client waits for their answers: the
-	// resolver would, for 5 s (resolv.conf(5)).
+	// The name server does not answer any more. No client waits for the timeout of a
+	// question, which is 5 s (resolv.conf(5)).
 	n.setSilent(true)
 	x.Until("the silent name server is asked", func() bool {
 		begin := time.Now()
 		x.wantServers(8080, "203.0.113.26:80")
 		if d := time.Since(begin) / 4; d >= 5*time.Second {
-			t.Errorf("old addresses took %s", d)
+			t.Errorf("a connection to the known address took %s, want less than the timeout", d)
 		}
 		return n.unanswered() > 0
 	})
@@ -289,7 +289,7 @@ func testDNSProxy(p *labtest.Pod) {
 
 	wantNoUseFromOutside(x.Pod, 8080)
 
-	// The connection from before outlives the order to stop.
+	// The open connection goes on after SIGTERM.
 	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -305,9 +305,9 @@ func testDNSProxy(p *labtest.Pod) {
 	}
 }
 
-// Destinations from a mounted ConfigMap, whose files are links to links that the
-// kubelet swaps.
-func TestDNSProxyFile(t *testing.T) {
+// The DNS proxy follows its file in a mounted ConfigMap, whose links the kubelet
+// swaps.
+func TestDNSProxyFollowsFile(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	dir := t.TempDir()
@@ -370,13 +370,12 @@ func TestDNSProxyFile(t *testing.T) {
 	}
 }
 
-// Data does not pass through the proxy's memory (splice(2)).
+// Data does not pass through the memory of the DNS proxy (splice(2)).
 func TestDNSProxySplices(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	trace := filepath.Join(t.TempDir(), "trace")
-	// -D: strace is not the process that is started, so that this one can be
-	// told to stop.
+	// With -D the started process is the proxy, which gets the SIGTERM, not strace.
 	x := startDNSProxy(p, map[string]string{"EGRESS_DNS_PROXY_DESTINATION": "8080 203.0.113.25 80"},
 		"strace", "-D", "-f", "-qq", "-o", trace, "-e", "trace=splice,read,write,sendto,recvfrom,sendmsg,recvmsg")
 	x.await(8080, "203.0.113.25:80")
@@ -405,8 +404,8 @@ func TestDNSProxySplices(t *testing.T) {
 			}
 			moved[m[1]] += n
 		}
-		// To the server and back, each into a pipe and out of it, but for the
-		// pieces at the beginning, and any that is no longer than those.
+		// Data goes to the server and back, each way into a pipe and out of it. The
+		// first pieces, and later ones of their size, need not.
 		if moved["splice"] >= 4*(size-short) {
 			break
 		}
@@ -417,7 +416,7 @@ func TestDNSProxySplices(t *testing.T) {
 	delete(moved, "splice")
 	for call, n := range moved {
 		if n > 2*short {
-			t.Errorf("%d bytes by %s", n, call)
+			t.Errorf("%d bytes by %s, want at most %d", n, call, 2*short)
 		}
 	}
 }

@@ -39,13 +39,13 @@ func wantGet(p *labtest.Pod, path string, status int, body string) {
 	}
 }
 
-// A proxy is ready from when it listens to when it is told to stop, also while
-// connections still go on. Nobody on the physical network can ask it.
-func TestProxyHealth(t *testing.T) {
+// A proxy is ready from the time it listens to SIGTERM, and reports that it shuts
+// down while connections go on. The physical network cannot ask it.
+func TestProxyHealthUntilShutdown(t *testing.T) {
 	t.Parallel()
 	for program, test := range map[string]struct {
 		env     map[string]string
-		begin   string // what a client says first
+		begin   string // first line of a client
 		metrics []string
 	}{
 		"http-proxy": {
@@ -65,7 +65,7 @@ func TestProxyHealth(t *testing.T) {
 			p.Env = map[string]string{"EGRESS_ROUTER_MODE": program, "EGRESS_SOURCE": "192.168.12.99/24", "EGRESS_GATEWAY": "192.168.12.1"}
 			p.OK()
 			if code, out := p.Health(); code != 1 || out != "" {
-				t.Errorf("before: exit code %d\n%s", code, out)
+				t.Errorf("before the proxy: exit code %d, want 1 and nothing; stdout:\n%s", code, out)
 			}
 			p.Env = test.env
 			p.Env["EGRESS_HEALTH_LISTEN"], p.Env["EGRESS_SHUTDOWN_GRACE"] = ":9465", "1h"
@@ -75,7 +75,7 @@ func TestProxyHealth(t *testing.T) {
 			if err := p.Lab.Start(p.Lab.Router, cmd); err != nil {
 				t.Fatal(err)
 			}
-			p.Until("a proxy that is ready", func() bool { code, _ := p.Health(); return code == 0 })
+			p.Until("the proxy is ready", func() bool { code, _ := p.Health(); return code == 0 })
 			wantGet(p, "/healthz", 200, "ok\n")
 			wantGet(p, "/readyz", 200, "ok\n")
 			wantNoUseFromOutside(p, labtest.HealthAddr.Port())
@@ -83,7 +83,7 @@ func TestProxyHealth(t *testing.T) {
 			conn := p.Dial(p.Lab.Client, "tcp", proxyAddr)
 			fmt.Fprint(conn, test.begin)
 			var text string
-			p.Until("the connection in the metrics", func() bool {
+			p.Until("the metrics have the connection", func() bool {
 				_, text = get(p, "/metrics")
 				return strings.Contains(text, test.metrics[0]+"\n")
 			})
@@ -96,18 +96,18 @@ func TestProxyHealth(t *testing.T) {
 			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
-			p.Until("a proxy that is not ready", func() bool { status, _ := get(p, "/readyz"); return status != 200 })
+			p.Until("the proxy is not ready", func() bool { status, _ := get(p, "/readyz"); return status != 200 })
 			wantGet(p, "/readyz", 503, "shutting down\n")
 			wantGet(p, "/healthz", 200, "ok\n")
 			if code, out := p.Health(); code != 1 || !strings.Contains(out, "\n  not ready: shutting down\n") {
-				t.Errorf("told to stop: exit code %d\n%s", code, out)
+				t.Errorf("after SIGTERM: exit code %d, want 1; stdout:\n%s", code, out)
 			}
 			_ = conn.Close()
 			if err := cmd.Wait(); err != nil {
 				t.Errorf("%v\n%s", err, &stderr)
 			}
 			if code, out := p.Health(); code != 1 || out != "" {
-				t.Errorf("after its end: exit code %d\n%s", code, out)
+				t.Errorf("after the proxy: exit code %d, want 1 and nothing; stdout:\n%s", code, out)
 			}
 		})
 	}

@@ -94,7 +94,7 @@ func wantNoUseFromOutside(p *labtest.Pod, port uint16) {
 	wantClusterOnly(p, port)
 	p.Clear()
 	if !opens(p, p.Lab.Outside, lab.Source, port, labtest.Patience) {
-		p.Errorf("port %d of %s is closed to the physical network also without the rules", port, lab.Source)
+		p.Errorf("port %d of %s is closed to the physical network without the rules, too", port, lab.Source)
 	}
 }
 
@@ -124,9 +124,9 @@ func opens(p *labtest.Pod, from *netns.Namespace, a netip.Addr, port uint16, pat
 	return err == nil
 }
 
-// The documentation's pod: an init container with privilege, a proxy without, and
-// servers that see the reserved address.
-func TestHTTPProxy(t *testing.T) {
+// The HTTP proxy runs without privilege, after an init container with it, and
+// servers see the reserved address.
+func TestHTTPProxyInPod(t *testing.T) {
 	t.Parallel()
 	for _, b := range []labtest.Backend{labtest.IptablesNFT, labtest.Nftables} {
 		t.Run(b.Name, func(t *testing.T) {
@@ -171,7 +171,7 @@ func testHTTPProxy(p *labtest.Pod) {
 			for _, to := range []string{"203.0.113.25:80", "203.0.113.27:9000", "192.168.12.80:80"} {
 				wantTunnel(p, from, to, to)
 			}
-			// Denied, and the proxy's own: the proxy itself, by either side.
+			// The rules deny the first, the proxy its own addresses.
 			for _, to := range []string{"203.0.113.26:80", "10.128.0.98:8080", "192.168.12.99:8080", "127.0.0.1:8080"} {
 				r := request(p, from, proxyAddr, "CONNECT "+to+" HTTP/1.1\r\n\r\n")
 				if line, err := r.ReadString('\n'); line != "HTTP/1.1 403 Forbidden\r\n" {
@@ -194,21 +194,20 @@ func testHTTPProxy(p *labtest.Pod) {
 		t.Fatal(err)
 	}
 	if err := cmd.Wait(); err != nil {
-		t.Errorf("told to stop: %v", err)
+		t.Errorf("after SIGTERM: %v, want exit code 0", err)
 	}
 	for _, want := range []string{
 		"msg=ready", "msg=access client=10.128.0.71:", "destination=203.0.113.25:8081 address=203.0.113.25:8081 rule=203.0.113.0/24 status=200",
 		"destination=203.0.113.26:80 rule=!203.0.113.26 status=403", "msg=stopping",
 	} {
 		if !strings.Contains(stderr.String(), want) {
-			t.Errorf("stderr lacks %q:\n%s", want, stderr)
+			t.Errorf("stderr lacks %q:\n%s", want, labtest.Tail(stderr.String()))
 		}
 	}
 }
 
-// Ten thousand clients that do nothing, or not enough, do not keep another one
-// waiting.
-func TestHTTPProxyIdleClients(t *testing.T) {
+// Ten thousand clients that send nothing, or too little, do not delay another one.
+func TestHTTPProxyWithIdleClients(t *testing.T) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
@@ -218,7 +217,7 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	p.Env["EGRESS_HTTP_PROXY_HEADER_TIMEOUT"] = "1h"
 	cmd, stderr := httpProxy(p, "203.0.113.25", proxyAddr)
 	idle := netip.AddrPortFrom(lab.RouterAddr, 8081)
-	httpProxy(p, "203.0.113.25", idle) // with no other client, to compare with
+	httpProxy(p, "203.0.113.25", idle) // without other clients, for comparison
 	begins := []string{"", "GET http://203.0.113.25/ HTTP/1.1\r\nHost:", "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n"}
 	var dialing sync.WaitGroup
 	conns := make([]net.Conn, clients)
@@ -226,8 +225,8 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	for w := range workers {
 		dialing.Go(func() {
 			for i := w; i < clients; i += workers {
-				// A connection that does not fit the queue of those to be accepted is
-				// tried again by the kernel, after a second (RFC 6298, section 2).
+				// The kernel tries a connection again after a second if the accept
+				// queue is full (RFC 6298, section 2).
 				patient, cancel := context.WithTimeout(t.Context(), labtest.Patience)
 				conn, err := p.Lab.Dial(patient, p.Lab.Client, "tcp", proxyAddr)
 				cancel()
@@ -258,10 +257,10 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 		}
 		return time.Since(begin)
 	}
-	tunnel(proxyAddr) // comes behind ten thousand that are still accepted
+	tunnel(proxyAddr) // waits behind all that the proxy still accepts
 	const times = 31
 	var busy, free []time.Duration
-	for range times { // in turn, so that both meet the same load of the machine
+	for range times { // in turn, so that both have the same load of the machine
 		busy, free = append(busy, tunnel(proxyAddr)), append(free, tunnel(idle))
 	}
 	slices.Sort(busy)
@@ -269,15 +268,15 @@ func TestHTTPProxyIdleClients(t *testing.T) {
 	memory := residentMemory(t, cmd.Process.Pid)
 	t.Logf("%d idle clients: another is served in %s, without them in %s; the process has %d MB", clients, busy[times/2], free[times/2], memory>>20)
 	if busy[times/2] > 10*free[times/2] {
-		t.Errorf("with %d idle clients another is served in %s, without them in %s", clients, busy[times/2], free[times/2])
+		t.Errorf("with %d idle clients a tunnel takes %s, without them %s; want at most ten times that", clients, busy[times/2], free[times/2])
 	}
 	if memory > 300<<20 {
-		t.Errorf("with %d idle clients the process has %d MB", clients, memory>>20)
+		t.Errorf("with %d idle clients the process has %d MB, want at most 300", clients, memory>>20)
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 	if strings.Contains(stderr.String(), "level=WARN") {
-		t.Errorf("the proxy complains:\n%s", stderr)
+		t.Errorf("stderr has a warning, want none:\n%s", labtest.Tail(stderr.String()))
 	}
 }
 

@@ -23,8 +23,8 @@ import (
 
 var update = flag.Bool("update", false, "rewrite what testdata/script expects to be printed")
 
-// TestScripts runs testdata/script: what the program prints, exactly, and its
-// exit codes.
+// TestScripts runs testdata/script, which has the exact output and exit codes of
+// the program.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "../../testdata/script",
@@ -75,10 +75,10 @@ func matchLast(ts *testscript.TestScript, stderr, want string) {
 func refused(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, "refused SENTENCE HINT")
 	if err := ts.Exec("egress-router"); err == nil {
-		ts.Fatalf("the program succeeded, want %q", args[0])
+		ts.Fatalf("exit code 0, want 1 and %q", args[0])
 	}
 	if out := ts.ReadFile("stdout"); out != "" {
-		ts.Fatalf("on stdout: %q", out)
+		ts.Fatalf("stdout %q, want nothing", out)
 	}
 	stderr := ts.ReadFile("stderr")
 	matchLast(ts, stderr, regexp.QuoteMeta(args[0]))

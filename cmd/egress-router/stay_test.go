@@ -18,23 +18,23 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// A router that stays says how it is: by the exec probe without privilege, by
-// HTTP from the cluster side, which the fallback leaves alone, and to nobody on
-// the physical network.
-func TestRouterHealth(t *testing.T) {
+// A router that stays reports its health and metrics: to the exec probe without
+// privilege, and by HTTP to the cluster side, not to the physical network. The
+// fallback does not redirect that port.
+func TestRouterHealthAndMetrics(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
 		p.Env["EGRESS_HEALTH_INTERVAL"] = "300ms"
 		r := p.Start("legacy")
-		p.Until("a router that is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 		wantGet(p, "/healthz", 200, "ok\n")
 		wantGet(p, "/readyz", 200, "ok\n")
 		wantClusterOnly(p, labtest.HealthAddr.Port())
 		p.WantAnswer("tcp", 9000, "203.0.113.27:9000") // by the fallback
 		r.AwaitLog(1, "gateway answers ARP")
 
-		// What it counts is what goes through.
+		// The metrics count the connections.
 		for range 5 {
 			p.WantAnswer("tcp", 80, "203.0.113.25:80")
 		}
@@ -65,17 +65,17 @@ func TestRouterHealth(t *testing.T) {
 			}
 		}
 
-		// Without its interface it is not ready, works on, and says why.
+		// Without its interface the router runs on, not ready.
 		h := p.Handle(p.Lab.Router)
 		if err := h.LinkDel(p.Link(h, "macvlan0")); err != nil {
 			p.Fatal(err)
 		}
-		p.Until("a router that is not ready", func() bool { code, _ := p.Health(); return code == 1 })
+		p.Until("the router is not ready", func() bool { code, _ := p.Health(); return code == 1 })
 		if _, out := p.Health(); !strings.Contains(out, `interface "macvlan0" not found`) || !strings.Contains(out, "router") {
-			p.Errorf("health says\n%s", out)
+			p.Errorf("health lacks the missing interface:\n%s", out)
 		}
 		if status, body := get(p, "/readyz"); status != 503 || !strings.Contains(body, `interface "macvlan0" not found`) {
-			p.Errorf("/readyz: %d %s", status, body)
+			p.Errorf("/readyz: %d %s, want 503 and the missing interface", status, body)
 		}
 		wantGet(p, "/healthz", 200, "ok\n")
 		wantMetrics(p, "egress_router_ready 0")
@@ -100,28 +100,25 @@ func wantMetrics(p *labtest.Pod, lines ...string) {
 	}
 }
 
-// A port of the health endpoint that is taken is an error before anything is
-// touched.
-func TestRouterHealthPortTaken(t *testing.T) {
+// A health port in use is an error before anything changes.
+func TestHealthPortTakenIsRefused(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
-	if _, err := p.Lab.Serve(p.Lab.Router, "tcp", labtest.HealthAddr); err != nil {
-		t.Fatal(err)
-	}
+	p.Serve(p.Lab.Router, "tcp", labtest.HealthAddr.String())
 	before := p.State()
 	p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_HEALTH_LISTEN"] = "legacy", ":9465"
 	p.WantRefusal("", "address already in use", "EGRESS_HEALTH_LISTEN")
 	p.WantState(before)
 }
 
-// The audit log has a line for the begin and one for the end of each redirected
-// connection, whatever else is logged.
-func TestAuditLog(t *testing.T) {
+// The audit log has a line for the start and one for the end of each redirected
+// connection, at any log level.
+func TestAuditLogHasConnections(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_AUDIT_LOG"], p.Env["EGRESS_LOG_FORMAT"], p.Env["EGRESS_LOG_LEVEL"] = "true", "json", "error"
 	r := p.Start("legacy")
-	p.Until("a router that is ready", func() bool { code, _ := p.Health(); return code == 0 })
+	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 	conn := p.Dial(p.Lab.Far, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 	a, err := lab.ReadAnswer(bufio.NewReader(conn))
 	if err != nil {
@@ -129,7 +126,7 @@ func TestAuditLog(t *testing.T) {
 	}
 	client := conn.LocalAddr().String()
 	_ = conn.Close()
-	// The kernel keeps what has ended for a while: its entry is deleted here.
+	// The kernel keeps the entry of an ended connection for a while: delete it.
 	r.AwaitLog(1, "connection begins")
 	if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
 		t.Fatal(err)
@@ -152,7 +149,7 @@ func TestAuditLog(t *testing.T) {
 			}
 		}
 		if got["msg"] == "connection ends" && (got["packets_sent"].(float64) < 3 || got["bytes_received"].(float64) < 100 || got["seconds"].(float64) <= 0) {
-			t.Errorf("how much it carried: %s", line)
+			t.Errorf("counters of the connection: %s", line)
 		}
 	}
 }
@@ -191,19 +188,20 @@ func (m *mount) set(content string) {
 
 func (m *mount) file() string { return filepath.Join(m.dir, "destinations") }
 
-// A list that changes in its mount is in force within a second, without touching
-// connections whose line stays; one that is not right leaves the one before.
-func TestReload(t *testing.T) {
+// A changed list in a mount takes effect when the kernel notifies of it, and
+// connections of lines that stay go on. An invalid list leaves the previous one in
+// force.
+func TestReloadKeepsConnections(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		m := newMount(p)
 		m.set("80 tcp 203.0.113.25\n8443 tcp 203.0.113.26 443\n")
 		delete(p.Env, "EGRESS_DESTINATION")
 		p.Env["EGRESS_DESTINATION_FILE"], p.Env["EGRESS_HEALTH_LISTEN"] = m.file(), ":9465"
-		// The kernel notifies of changes, long before the router looks.
+		// The kernel notifies the router of changes. It does not look by itself so soon.
 		p.Env["EGRESS_HEALTH_INTERVAL"] = "1h"
 		r := p.Start("legacy")
-		p.Until("a router that is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 
 		const open = 200
 		var conns []net.Conn
@@ -214,7 +212,7 @@ func TestReload(t *testing.T) {
 
 		m.set("80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n")
 		r.AwaitLog(1, "destinations changed")
-		r.Until("the new line", func() bool {
+		r.Until("the new line redirects", func() bool {
 			_, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 			return err == nil
 		})
@@ -229,25 +227,25 @@ func TestReload(t *testing.T) {
 			`egress_router_connections_total{destination="203.0.113.26:80",port="8080",protocol="tcp"} 2`,
 		)
 
-		// What is not right is said, and changes neither the rules nor readiness.
+		// An invalid list is logged, and changes neither the rules nor readiness.
 		before := p.State()
 		m.set("80 tcp 203.0.113.25\n8080 tcp nowhere\n")
 		r.AwaitLog(1, "invalid destination file")
 		p.WantState(before)
 		code, out := p.Health()
 		if code != 0 || !strings.Contains(out, "EGRESS_DESTINATION value '8080 tcp nowhere' is invalid") {
-			p.Errorf("exit code %d:\n%s", code, out)
+			p.Errorf("health: exit code %d, want 0 and the invalid line:\n%s", code, out)
 		}
 		wantMetrics(p, `egress_router_reload_failures_total 1`, `egress_router_ready 1`)
 
-		// SIGHUP has it read again, and answered again.
+		// After SIGHUP the router reads the file, and logs the fault, again.
 		if err := r.Cmd.Process.Signal(syscall.SIGHUP); err != nil {
 			p.Fatal(err)
 		}
 		r.AwaitLog(2, "invalid destination file")
 		m.set("8443 tcp 203.0.113.26 443\n")
 		r.AwaitLog(2, "destinations changed")
-		p.Until("the new line", func() bool {
+		p.Until("the new line redirects", func() bool {
 			a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8443))
 			return err == nil && a.Server.String() == "203.0.113.26:443"
 		})

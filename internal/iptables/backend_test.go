@@ -17,7 +17,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// holders returns the backends of which the namespace holds rules of ours.
+// holders returns the backends in which the namespace has rules of the router.
 func holders(p *labtest.Pod) (held []string) {
 	p.Helper()
 	for _, b := range []labtest.Backend{labtest.IptablesNFT, labtest.IptablesLegacy} {
@@ -37,10 +37,9 @@ func holders(p *labtest.Pod) (held []string) {
 	return held
 }
 
-// The backend changes, from each to each, with a list that changes too and one
-// that does not: the rules of the old one are gone, those of others stay, open
-// connections go on, and no packet leaves with another source meanwhile.
-func TestBackendChanges(t *testing.T) {
+// A run with another backend removes the rules of the former one and keeps those of
+// other programs. Open connections go on, and no packet leaves with another source.
+func TestBackendChangeRemovesOldRules(t *testing.T) {
 	t.Parallel()
 	held := map[string]string{
 		"iptables-nft":    "[iptables-nft ip6tables-save iptables-nft iptables-save nftables table ip egress-router-guard]",
@@ -55,7 +54,7 @@ func TestBackendChanges(t *testing.T) {
 			t.Run(from.Name+" to "+to.Name, func(t *testing.T) {
 				t.Parallel()
 				p := labtest.New(t, lab.Options{}, from)
-				// A list that makes a tree with iptables.
+				// The list is long enough for a tree of chains.
 				list := p.Env["EGRESS_DESTINATION"]
 				var more strings.Builder
 				for port := range 40 {
@@ -72,7 +71,7 @@ func TestBackendChanges(t *testing.T) {
 				traffic.Await(5)
 				p.Use(to)
 				if r := p.OK(); !strings.Contains(r.Stderr, "stale rules removed") {
-					t.Errorf("the log does not say what was removed:\n%s", r.Stderr)
+					t.Errorf("stderr lacks the removal of stale rules:\n%s", r.Stderr)
 				}
 				p.WantUnchanged(p.OK())
 				p.WantExample()
@@ -83,19 +82,19 @@ func TestBackendChanges(t *testing.T) {
 				w.WantSource()
 				w.WantNothing("eth0", labtest.ToServers)
 				if got := fmt.Sprint(holders(p)); got != held[to.Name] {
-					t.Errorf("rules of ours are in %s, want %s", got, held[to.Name])
+					t.Errorf("backends with rules: %s, want %s", got, held[to.Name])
 				}
 				p.Use(from)
 				if rules := p.Tool(p.Program("iptables-save")); !strings.Contains(rules, "-A POSTROUTING -o lo -j ACCEPT") {
-					t.Errorf("another program's rule is gone:\n%s", rules)
+					t.Errorf("rule of another program deleted:\n%s", rules)
 				}
 			})
 		}
 	}
 }
 
-// A failure after the backend has changed puts everything back.
-func TestBackendChangeFails(t *testing.T) {
+// A failure after the backend has changed restores the rules of the former one.
+func TestFailedBackendChangeRollsBack(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	p.OK()
@@ -132,20 +131,20 @@ func TestBackendChangeFails(t *testing.T) {
 	p.WantState(before)
 }
 
-// What auto chooses.
-func TestAuto(t *testing.T) {
+// EGRESS_ROUTER_BACKEND=auto uses nftables if iptables is missing or does not work.
+func TestAutoChoosesBackend(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name    string
 		command string
 		prepare func(p *labtest.Pod)
-		backend string // as the log names it
+		backend string // part of the log
 		log     string
 	}{
-		{name: "iptables is there", backend: `backend="iptables v`},
+		{name: "iptables works", backend: `backend="iptables v`},
 		{name: "no iptables", command: "without-iptables", backend: "backend=nftables"},
 		{
-			name: "iptables without the programs for IPv6", backend: "backend=nftables",
+			name: "no ip6tables-save", backend: "backend=nftables",
 			prepare: func(p *labtest.Pod) {
 				p.Path = p.Programs("exec $real \"$@\"\n")
 				p.Tool("rm", p.Program("ip6tables-save"))
@@ -184,7 +183,7 @@ func TestAuto(t *testing.T) {
 			}
 			r := p.Exec(command)
 			if r.Code != 0 || !strings.Contains(r.Stderr, test.log) {
-				t.Errorf("exit code %d, want the log to have %q:\n%s", r.Code, test.log, r.Stderr)
+				t.Errorf("exit code %d, want 0, and %q in stderr:\n%s", r.Code, test.log, r.Stderr)
 			}
 			for line := range strings.Lines(r.Stderr) {
 				if strings.Contains(line, "msg=ready") && !strings.Contains(line, test.backend) {
@@ -199,14 +198,14 @@ func TestAuto(t *testing.T) {
 			p.WantUnchanged(again)
 			p.Path = real
 			if held := holders(p); len(held) != 3 {
-				t.Errorf("rules of ours are in %v", held)
+				t.Errorf("backends with rules: %v, want one with three tables", held)
 			}
 		})
 	}
 }
 
-// Without a privilege over the network the reason is that, not another backend.
-func TestBackendWithoutPrivilege(t *testing.T) {
+// Without the privilege the error names that, whatever the backend.
+func TestMissingPrivilegeIsNoBackendFault(t *testing.T) {
 	t.Parallel()
 	for _, b := range labtest.Backends {
 		t.Run(b.Name, func(t *testing.T) {
@@ -217,9 +216,8 @@ func TestBackendWithoutPrivilege(t *testing.T) {
 	}
 }
 
-// Lists that change while connections come in all the time: none is refused,
-// since the rules change from the one list to the other at once.
-func TestNoRefusalMeanwhile(t *testing.T) {
+// No connection is refused while lists change: the rules change in one transaction.
+func TestReloadRefusesNoConnection(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()

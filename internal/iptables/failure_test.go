@@ -12,11 +12,11 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// Every call of an iptables program fails once, before or after it has done its
-// work, in a fresh pod and in one that is half damaged; each time everything is
-// put back, and the next run succeeds. A restore that fails and yet has changed
-// the rules is no failure: the kernel is asked.
-func TestIptablesFails(t *testing.T) {
+// Each call of an iptables program fails once, before or after it has done its
+// work, in a fresh pod and in a damaged one. Each time the run restores what was
+// there, and the next run succeeds. A restore that fails after it has changed the
+// rules is no failure: the run reads the rules again.
+func TestFailingIptablesRollsBack(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name, does string
@@ -32,10 +32,10 @@ func TestIptablesFails(t *testing.T) {
 }
 
 func testIptablesFails(p *labtest.Pod, does string, restores int) {
-	// A backend that takes the place of the failing one is another test.
+	// With auto, nftables would replace the failing iptables.
 	p.Env["EGRESS_ROUTER_BACKEND"] = "iptables"
-	// Each program counts its calls, and the one whose turn it is fails: those
-	// of the two families run at the same time.
+	// Each program counts its calls, since those of the two families run at the
+	// same time. The call in turn fails.
 	calls, turn := p.TempDir(), filepath.Join(p.TempDir(), "turn")
 	real, broken := p.Path, p.Programs(fmt.Sprintf("name=${0##*/}; echo call >>%[1]s/$name\n"+
 		"if [ $name.$(wc -l <%[1]s/$name) = $(cat %[2]s) ]; then %[3]s echo 'injected failure' >&2; exit 4; fi\n"+
@@ -85,13 +85,13 @@ func testIptablesFails(p *labtest.Pod, does string, restores int) {
 					break
 				}
 				if call > 50 {
-					p.Fatalf("%s, %s: it never succeeds:\n%s", start.name, program, r.Stderr)
+					p.Fatalf("%s, %s: run %d fails, want success by now:\n%s", start.name, program, call, labtest.Tail(r.Stderr))
 				}
 				if r.Code != 1 || !strings.Contains(r.Last(), "injected failure") {
 					p.Errorf("%s, %s %d: exit code %d:\n%s", start.name, program, call, r.Code, r.Stderr)
 				}
-				if got := p.State(); got != before {
-					p.Fatalf("%s, %s %d: not put back.\n--- was\n%s--- is\n%s\nstderr:\n%s", start.name, program, call, before, got, r.Stderr)
+				if p.WantState(before); p.Failed() {
+					p.Fatalf("%s, %s %d: not rolled back:\n%s", start.name, program, call, labtest.Tail(r.Stderr))
 				}
 			}
 			want := 1
@@ -111,7 +111,7 @@ func testIptablesFails(p *labtest.Pod, does string, restores int) {
 
 // A program that outlives the router that started it does not undo what the next
 // router does, which waits for it.
-func TestKilledInTheMiddle(t *testing.T) {
+func TestNextRunWaitsForOrphanedIptables(t *testing.T) {
 	t.Parallel()
 	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
 		dir, real := p.TempDir(), p.Path
@@ -120,8 +120,8 @@ func TestKilledInTheMiddle(t *testing.T) {
 			_, err := os.Stat(file(name))
 			return err == nil
 		}
-		// The program of the first router goes on when it may, and that of the
-		// next notes whether it did.
+		// The program of the first router waits for a file. That of the next one
+		// makes another file if it runs before.
 		p.Path = p.Programs("case $0 in *-restore)\n" +
 			"touch " + file("begun") + "; until [ -e " + file("go") + " ]; do sleep 0.01; done\n" +
 			"\"$real\" \"$@\"; code=$?; touch " + file("done") + "; exit $code;; esac\nexec $real \"$@\"\n")

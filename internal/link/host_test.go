@@ -12,62 +12,25 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
-	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// inventory describes the links, addresses and routes of a namespace.
-func inventory(p *labtest.Pod, ns *netns.Namespace) string {
-	p.Helper()
-	h := p.Handle(ns)
-	links, err := h.LinkList()
-	if err != nil {
-		p.Fatal(err)
-	}
-	var lines []string
-	for _, l := range links {
-		a := l.Attrs()
-		lines = append(lines, fmt.Sprintf("%d %s %s %s mtu %d %s master %d parent %d promisc %d", a.Index, a.Name, l.Type(), a.Flags, a.MTU, a.HardwareAddr, a.MasterIndex, a.ParentIndex, a.Promisc))
-		addresses, err := h.AddrList(l, netlink.FAMILY_ALL)
-		if err != nil {
-			p.Fatal(err)
-		}
-		for _, a := range addresses {
-			lines = append(lines, "  "+a.String())
-		}
-	}
-	routes, err := h.RouteList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		p.Fatal(err)
-	}
-	for _, r := range routes {
-		lines = append(lines, r.String())
-	}
-	return strings.Join(lines, "\n") + "\n"
-}
-
-// promiscuity is how many want all frames of a link. The kernel counts a macvlan
-// that is up on a parent that cannot filter by address (macvlan_open), such as
-// a veth.
+// promiscuity is the kernel's count of users that need all frames of a link. A
+// macvlan that is up counts on a parent that cannot filter by address
+// (macvlan_open), such as a veth.
 var promiscuity = regexp.MustCompile(` promisc \d+`)
 
-// wantSameHost checks that the host is as it was, but for what goes with any
-// macvlan of its NIC.
+// wantSameHost checks that the host has not changed, except for the count of users
+// of its NIC.
 func wantSameHost(p *labtest.Pod, want string) {
 	p.Helper()
-	if got := inventory(p, p.Lab.Node); promiscuity.ReplaceAllString(got, "") != promiscuity.ReplaceAllString(want, "") {
-		p.Errorf("the host is not as it was.\n--- was\n%s--- is\n%s", want, got)
-	}
-}
-
-// wantInventory checks that a namespace is as it was.
-func wantInventory(p *labtest.Pod, ns *netns.Namespace, name, want string) {
-	p.Helper()
-	if got := inventory(p, ns); got != want {
-		p.Errorf("%s is not as it was.\n--- was\n%s--- is\n%s", name, want, got)
+	same := func(inventory string) string { return promiscuity.ReplaceAllString(inventory, "") }
+	if diff := cmp.Diff(same(want), same(p.Inventory(p.Lab.Node))); diff != "" {
+		p.Errorf("the host (-want +got):\n%s", diff)
 	}
 }
 
@@ -80,7 +43,7 @@ func macvlan(p *labtest.Pod) *netlink.Macvlan {
 	}
 	m, ok := l.(*netlink.Macvlan)
 	if !ok {
-		p.Fatalf("macvlan0 is of type %s", l.Type())
+		p.Fatalf("macvlan0 is of type %s, want macvlan", l.Type())
 	}
 	return m
 }
@@ -93,10 +56,9 @@ var macvlanModes = map[string]netlink.MacvlanMode{
 	"passthru": netlink.MACVLAN_MODE_PASSTHRU,
 }
 
-// The documentation's example, with an interface of each mode that the router
-// makes itself, from the NIC of the default route and from one that is named; a
-// second run that changes nothing; and a host that is as it was.
-func TestMacvlan(t *testing.T) {
+// The router creates an interface of each mode, of the NIC of the default route and
+// of a named one. A second run changes nothing, and the host stays as it was.
+func TestMacvlanOfEachMode(t *testing.T) {
 	t.Parallel()
 	for mode, want := range macvlanModes {
 		for _, parent := range []string{"true", lab.NIC} {
@@ -104,30 +66,30 @@ func TestMacvlan(t *testing.T) {
 				t.Parallel()
 				p := labtest.NewWithoutMacvlan(t)
 				p.Env["EGRESS_MACVLAN_MODE"], p.Env["EGRESS_MACVLAN_PARENT"] = mode, parent
-				before := inventory(p, p.Lab.Node)
+				before := p.Inventory(p.Lab.Node)
 				r := p.OK()
 				if step := "create macvlan0, a macvlan of the host's nic0 in mode " + modeName(want); !strings.Contains(r.Stderr, step) {
 					t.Errorf("stderr lacks %q:\n%s", step, r.Stderr)
 				}
 				if warned := strings.Contains(r.Stderr, "passthru cuts off host addresses"); warned != (mode == "passthru") {
-					t.Errorf("a warning that the host is cut off: %v", warned)
+					t.Errorf("warning that host addresses are cut off: %v, want %v", warned, mode == "passthru")
 				}
 				p.WantExample()
 				if m := macvlan(p); m.Mode != want || m.MTU != 1500 {
 					t.Errorf("mode %d, MTU %d; want %d, 1500", m.Mode, m.MTU, want)
 				}
 				wantSameHost(p, before)
-				state, inventory := p.State(), inventory(p, p.Lab.Router)
+				state, inventory := p.State(), p.Inventory(p.Lab.Router)
 				p.WantUnchanged(p.OK())
 				p.WantState(state)
-				wantInventory(p, p.Lab.Router, "the pod", inventory)
+				p.WantInventory(p.Lab.Router, "the pod", inventory)
 				p.WantExample()
 
 				if err := p.Handle(p.Lab.Router).LinkDel(macvlan(p)); err != nil {
 					t.Fatal(err)
 				}
-				wantInventory(p, p.Lab.Node, "the host", before)
-				p.OK() // it is made again
+				p.WantInventory(p.Lab.Node, "the host", before)
+				p.OK() // creates it again
 				p.WantExample()
 			})
 		}
@@ -143,12 +105,12 @@ func modeName(mode netlink.MacvlanMode) string {
 	return ""
 }
 
-// With the host's process numbers nothing but the parent has to be set.
-func TestMacvlanHostPID(t *testing.T) {
+// With the host's process numbers only the parent has to be set.
+func TestMacvlanWithHostPID(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	delete(p.Env, "EGRESS_HOST_NETNS")
-	before := inventory(p, p.Lab.Node)
+	before := p.Inventory(p.Lab.Node)
 	cmd := p.Command("as-host-process")
 	pod, err := os.Open(labtest.File(p.Lab.Router))
 	if err != nil {
@@ -166,18 +128,18 @@ func TestMacvlanHostPID(t *testing.T) {
 	wantSameHost(p, before)
 }
 
-// Without them the first process is the container's own.
-func TestMacvlanOwnNamespace(t *testing.T) {
+// Without the host's process numbers the first process is the container's own.
+func TestMacvlanWithoutHostPIDIsRefused(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
-	before := inventory(p, p.Lab.Router)
+	before := p.Inventory(p.Lab.Router)
 	delete(p.Env, "EGRESS_HOST_NETNS")
 	cmd := p.Command("as-first-process")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	if err := p.Lab.Run(p.Lab.Router, cmd); err == nil {
-		t.Error("the program succeeded")
+		t.Error("exit code 0, want 1")
 	}
 	r := labtest.Result{Stderr: stderr.String()}
 	if want := `egress-router: open host network namespace: "/proc/1/ns/net" is the pod's own`; r.Last() != want {
@@ -188,11 +150,11 @@ func TestMacvlanOwnNamespace(t *testing.T) {
 			t.Errorf("stderr lacks %q:\n%s", want, r.Stderr)
 		}
 	}
-	wantInventory(p, p.Lab.Router, "the pod", before)
+	p.WantInventory(p.Lab.Router, "the pod", before)
 }
 
-// The MTU is the parent's.
-func TestMacvlanMTU(t *testing.T) {
+// The interface has the MTU of its parent.
+func TestMacvlanHasMTUOfParent(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	h := p.Handle(p.Lab.Node)
@@ -210,34 +172,34 @@ func TestMacvlanMTU(t *testing.T) {
 	}
 }
 
-// An interface that is as wanted stays, whoever made it, and with it what is
-// configured on it.
-func TestMacvlanKept(t *testing.T) {
+// An interface that matches stays, with its configuration, whichever program
+// created it.
+func TestMatchingMacvlanIsKept(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
 	before := macvlan(p)
 	r := p.OK()
 	if strings.Contains(r.Stderr, "create macvlan0") {
-		t.Errorf("it was made again:\n%s", r.Stderr)
+		t.Errorf("stderr has the creation of macvlan0, want none:\n%s", r.Stderr)
 	}
 	p.WantExample()
 	if m := macvlan(p); m.Index != before.Index || m.HardwareAddr.String() != before.HardwareAddr.String() {
-		t.Errorf("it is another one: %d %s, was %d %s", m.Index, m.HardwareAddr, before.Index, before.HardwareAddr)
+		t.Errorf("interface %d with %s, want %d with %s", m.Index, m.HardwareAddr, before.Index, before.HardwareAddr)
 	}
 }
 
-// It also stays when a later step fails.
-func TestMacvlanKeptOnFailure(t *testing.T) {
+// It stays also if a later step fails.
+func TestMatchingMacvlanIsKeptOnFailure(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
-	before := inventory(p, p.Lab.Router)
+	before := p.Inventory(p.Lab.Router)
 	p.Env["EGRESS_ROUTER_BACKEND"] = "iptables"
 	if r := p.Exec("without-iptables"); r.Code != 1 {
 		t.Errorf("exit code %d, want 1:\n%s", r.Code, r.Stderr)
 	}
-	wantInventory(p, p.Lab.Router, "the pod", before)
+	p.WantInventory(p.Lab.Router, "the pod", before)
 }
 
 // The host may have an interface of the same name.
@@ -245,15 +207,15 @@ func TestMacvlanNameTakenOnHost(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Node, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
-	before := inventory(p, p.Lab.Node)
+	before := p.Inventory(p.Lab.Node)
 	p.OK()
 	p.WantExample()
 	wantSameHost(p, before)
 }
 
-// Of a parent that is a macvlan the kernel takes the NIC below. What was made
-// by either name is kept by the other.
-func TestMacvlanOfMacvlan(t *testing.T) {
+// If the parent is a macvlan, the kernel takes the NIC below. An interface that was
+// created by either name is kept for the other.
+func TestMacvlanOfMacvlanUsesNICBelow(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.AddMacvlan(p.Lab.Node, "shim0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
@@ -265,19 +227,18 @@ func TestMacvlanOfMacvlan(t *testing.T) {
 	p.WantUnchanged(p.OK())
 	p.WantExample()
 
-	// The addresses of the NIC below are out of reach as well.
+	// A macvlan cannot reach the addresses of the NIC below, either.
 	p.Env["EGRESS_MACVLAN_PARENT"], p.Env["EGRESS_GATEWAY"] = "shim0", lab.NICAddr.String()
 	if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Last(), "check EGRESS_GATEWAY: 192.168.12.10 is an address of the host's") {
 		t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 	}
 }
 
-// A macvlan of a macvlan whose NIC is in a third namespace: a node that is
-// itself a container.
+// The NIC below may be in a third namespace, on a node that is itself a container.
 func TestMacvlanOfMacvlanInContainer(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
-	// The client's namespace is the node here, and has no other NIC to choose.
+	// The client's namespace stands for the node.
 	p.AddMacvlan(p.Lab.Client, "net0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE)
 	h := p.Handle(p.Lab.Client)
 	net0, err := h.LinkByName("net0")
@@ -293,9 +254,9 @@ func TestMacvlanOfMacvlanInContainer(t *testing.T) {
 	p.WantUnchanged(p.OK())
 }
 
-// A parent that is down makes an interface without carrier, which is said, and
-// which works as soon as the parent is up.
-func TestMacvlanParentDown(t *testing.T) {
+// A parent that is down gives an interface without carrier. The router logs that,
+// and the interface works as soon as the parent is up.
+func TestMacvlanOfParentThatIsDown(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.Env["EGRESS_MACVLAN_PARENT"] = lab.NIC
@@ -308,12 +269,12 @@ func TestMacvlanParentDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r := p.OK(); !strings.Contains(r.Stderr, "egress interface without carrier") {
-		t.Errorf("no warning:\n%s", r.Stderr)
+		t.Errorf("stderr lacks a warning:\n%s", r.Stderr)
 	}
 	if err := h.LinkSetUp(nic); err != nil {
 		t.Fatal(err)
 	}
-	// The kernel tells both ends of their carrier up to a second later.
+	// The kernel updates the carrier of both ends up to a second later.
 	outside := p.Handle(p.Lab.Outside)
 	p.Until("macvlan0 and its gateway's interface are up", func() bool {
 		return macvlan(p).OperState == netlink.OperUp && p.Link(outside, lab.LANLink).Attrs().OperState == netlink.OperUp
@@ -322,17 +283,17 @@ func TestMacvlanParentDown(t *testing.T) {
 	p.WantUnchanged(p.OK())
 }
 
-// Whatever is wrong: exit code 1, a reason, what to do, and both namespaces as
-// they were.
-func TestMacvlanRefusals(t *testing.T) {
+// The router refuses each fault with exit code 1, a reason and a hint, and leaves
+// both namespaces as they were.
+func TestMacvlanFaultsAreRefused(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name    string
 		prepare func(p *labtest.Pod)
 		env     map[string]string
 		command string
-		last    string // of the last line
-		hint    string // part of what stands before
+		last    string // part of the last line
+		hint    string // part of the lines before
 	}{
 		{
 			name: "no such NIC", env: map[string]string{"EGRESS_MACVLAN_PARENT": "ens9"},
@@ -345,7 +306,7 @@ func TestMacvlanRefusals(t *testing.T) {
 			hint: "EGRESS_MACVLAN_PARENT",
 		},
 		{
-			name: "a port of a bridge", env: map[string]string{"EGRESS_MACVLAN_PARENT": lab.ClientPort},
+			name: "bridge port", env: map[string]string{"EGRESS_MACVLAN_PARENT": lab.ClientPort},
 			last: `create "macvlan0", a macvlan of the host's "port-client" in mode private: device or resource busy`,
 			hint: "port-client is a port of tun0",
 		},
@@ -365,7 +326,7 @@ func TestMacvlanRefusals(t *testing.T) {
 			hint: "set EGRESS_MACVLAN_PARENT to a NIC of the host",
 		},
 		{
-			name: "a default route of two paths",
+			name: "multipath default route",
 			prepare: func(p *labtest.Pod) {
 				h := p.Handle(p.Lab.Node)
 				var paths []*netlink.NexthopInfo
@@ -385,19 +346,19 @@ func TestMacvlanRefusals(t *testing.T) {
 			hint: "set EGRESS_MACVLAN_PARENT to the NIC on the network of EGRESS_GATEWAY",
 		},
 		{
-			name:    "of another NIC",
+			name:    "macvlan of another NIC",
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Router, "macvlan0", lab.Bridge, netlink.MACVLAN_MODE_PRIVATE) },
 			last:    `create "macvlan0": expected a macvlan of the host's "nic0" in mode private, found a macvlan of the host's "tun0" in mode private`,
 			hint:    "unset EGRESS_MACVLAN_PARENT",
 		},
 		{
-			name:    "in another mode",
+			name:    "macvlan in another mode",
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_BRIDGE) },
 			last:    `expected a macvlan of the host's "nic0" in mode private, found a macvlan of the host's "nic0" in mode bridge`,
 			hint:    "ip link delete macvlan0",
 		},
 		{
-			name: "something else",
+			name: "interface of another type",
 			prepare: func(p *labtest.Pod) {
 				a := netlink.NewLinkAttrs()
 				a.Name = "macvlan0"
@@ -409,29 +370,29 @@ func TestMacvlanRefusals(t *testing.T) {
 			hint: "EGRESS_INTERFACE",
 		},
 		{
-			name: "passthru beside another", env: map[string]string{"EGRESS_MACVLAN_MODE": "passthru"},
+			name: "passthru beside another macvlan", env: map[string]string{"EGRESS_MACVLAN_MODE": "passthru"},
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE) },
 			last:    `create "macvlan0", a macvlan of the host's "nic0" in mode passthru: invalid argument`,
 			hint:    "nic0 has another",
 		},
 		{
-			name:    "beside a passthru",
+			name:    "another macvlan in passthru",
 			prepare: func(p *labtest.Pod) { p.AddMacvlan(p.Lab.Outside, "other0", lab.NIC, netlink.MACVLAN_MODE_PASSTHRU) },
 			last:    `create "macvlan0", a macvlan of the host's "nic0" in mode private: invalid argument`,
 			hint:    "nic0 may have one",
 		},
 		{
-			name: "the host is the gateway", env: map[string]string{"EGRESS_GATEWAY": lab.NICAddr.String()},
+			name: "gateway is the host", env: map[string]string{"EGRESS_GATEWAY": lab.NICAddr.String()},
 			last: `check EGRESS_GATEWAY: 192.168.12.10 is an address of the host's "nic0", which its macvlan cannot reach`,
 			hint: "EGRESS_GATEWAY",
 		},
 		{
-			name: "the host has the address", env: map[string]string{"EGRESS_SOURCE": lab.NICAddr.String() + "/24"},
+			name: "source is the host's", env: map[string]string{"EGRESS_SOURCE": lab.NICAddr.String() + "/24"},
 			last: `check EGRESS_SOURCE: 192.168.12.10 is an address of the host's "nic0"`,
 			hint: "EGRESS_SOURCE",
 		},
 		{
-			name: "the pod's own namespace", env: map[string]string{"EGRESS_HOST_NETNS": "/proc/thread-self/ns/net"},
+			name: "namespace of the pod", env: map[string]string{"EGRESS_HOST_NETNS": "/proc/thread-self/ns/net"},
 			last: `open host network namespace: "/proc/thread-self/ns/net" is the pod's own`,
 			hint: "hostPID: true",
 		},
@@ -455,7 +416,7 @@ func TestMacvlanRefusals(t *testing.T) {
 			last: "operation not permitted",
 			hint: "entering the host's network namespace requires privilege",
 		},
-		// What is found only after the interface is made.
+		// These faults are found after the interface is created.
 		{
 			name: "no iptables", command: "without-iptables", env: map[string]string{"EGRESS_ROUTER_BACKEND": "iptables"},
 			last: "looking for iptables",
@@ -479,16 +440,16 @@ func TestMacvlanRefusals(t *testing.T) {
 				test.prepare(p)
 			}
 			maps.Copy(p.Env, test.env)
-			pod, host := inventory(p, p.Lab.Router), inventory(p, p.Lab.Node)
+			pod, host := p.Inventory(p.Lab.Router), p.Inventory(p.Lab.Node)
 			p.WantRefusal(test.command, test.last, test.hint)
-			wantInventory(p, p.Lab.Router, "the pod", pod)
-			wantInventory(p, p.Lab.Node, "the host", host)
+			p.WantInventory(p.Lab.Router, "the pod", pod)
+			p.WantInventory(p.Lab.Node, "the host", host)
 		})
 	}
 }
 
-// A proxy's init container gets the interface too.
-func TestMacvlanProxyMode(t *testing.T) {
+// The init container of a proxy creates the interface, too.
+func TestMacvlanInProxyMode(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_MACVLAN_MODE"] = "http-proxy", "bridge"

@@ -12,9 +12,8 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// What the kernel decided for a connection before a run does not outlive the
-// run where it is not what is planned.
-func TestConnectionsFromBefore(t *testing.T) {
+// A run drops conntrack entries whose destination or source the plan no longer has.
+func TestExistingConnectionsFollowNewRules(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		const was, is = "203.0.113.25:53", "203.0.113.27:53"
@@ -23,10 +22,10 @@ func TestConnectionsFromBefore(t *testing.T) {
 		p.Env["EGRESS_DESTINATION"] = "53 udp 203.0.113.25\n"
 		f := p.Flow(53)
 		if a, err := f.Try(); err == nil {
-			p.Errorf("%v answers before the router is there", a)
+			p.Errorf("answer %v without a router, want none", a)
 		}
 		p.OK()
-		f.WantAnswer("there before the router", was, "192.168.12.99")
+		f.WantAnswer("a flow from before the router", was, "192.168.12.99")
 
 		p.Env["EGRESS_DESTINATION"] = "53 udp 203.0.113.27\n"
 		p.OK()
@@ -42,25 +41,25 @@ func TestConnectionsFromBefore(t *testing.T) {
 		}
 		begin := time.Now()
 		p.FlushSourceRule()
-		during := p.Flow(53) // begun without a source rule
+		during := p.Flow(53) // that starts without a source rule
 		_, _ = during.Try()
 		p.OK()
 		for _, f := range []*labtest.Flow{f, during} {
-			f.WantAnswer("begun without a source rule", is, "192.168.12.98")
+			f.WantAnswer("after a flow without a source rule", is, "192.168.12.98")
 		}
 		_ = capture.Stop()
 		for _, frame := range capture.Frames() {
 			if ip, ok := frame.IPv4(); ok && !frame.Outgoing && ip.Src.Addr() != netip.MustParseAddr("192.168.12.98") && frame.At.After(begin) && ip.Dst.Port() == 53 {
-				p.Errorf("with another source: %s", frame)
+				p.Errorf("not from 192.168.12.98: %s", frame)
 			}
 		}
-		during.WantAnswer("begun without a source rule, again", is, "192.168.12.98")
+		during.WantAnswer("the flow that started without a source rule", is, "192.168.12.98")
 	})
 }
 
-// A connection that the NAT rules have not seen cannot leave with its own
-// source, whatever happened to it before: the kernel drops its packets.
-func TestNoOtherSourceGetsOut(t *testing.T) {
+// The kernel drops the packets of a connection that the NAT rules have not seen,
+// whatever happened to it before.
+func TestUntranslatedConnectionIsDropped(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "53 udp 203.0.113.27\n"
@@ -74,7 +73,7 @@ func TestNoOtherSourceGetsOut(t *testing.T) {
 		}
 		for range 3 {
 			if a, err := f.Try(); err == nil {
-				p.Errorf("%v answers a datagram with the client's source", a)
+				p.Errorf("answer %v to a datagram with the client's source, want none", a)
 			}
 		}
 		if err := capture.Stop(); err != nil {
@@ -90,9 +89,9 @@ func TestNoOtherSourceGetsOut(t *testing.T) {
 	})
 }
 
-// Two routers that start at the same time do it one after the other, and both
-// succeed.
-func TestTwoAtOnce(t *testing.T) {
+// Routers that start at the same time configure the pod one after the other, and
+// all succeed.
+func TestConcurrentRunsTakeTurns(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	results := make(chan labtest.Result)
@@ -108,8 +107,8 @@ func TestTwoAtOnce(t *testing.T) {
 	p.WantUnchanged(p.OK())
 }
 
-// An interface's alternative name is no name for a rule to match.
-func TestAlternativeName(t *testing.T) {
+// An alternative name of an interface is refused: rules do not match it.
+func TestAlternativeNameIsRefused(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	h := p.Handle(p.Lab.Router)
@@ -125,9 +124,9 @@ func TestAlternativeName(t *testing.T) {
 	p.WantState(before)
 }
 
-// Whatever happens to the egress side afterwards, redirected packets do not
-// leave by another interface: they stop.
-func TestNoOtherWayOut(t *testing.T) {
+// Redirected packets do not leave by another interface when the egress side loses
+// its default route or its interface.
+func TestEgressLostStopsTraffic(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(h *netlink.Handle, macvlan, eth netlink.Link) error{
 		"default route back on eth0": func(h *netlink.Handle, _, eth netlink.Link) error {
@@ -159,7 +158,7 @@ func TestNoOtherWayOut(t *testing.T) {
 				}
 				for _, f := range []*labtest.Flow{open, p.Flow(53), p.Flow(54)} {
 					if a, err := f.Try(); err == nil {
-						p.Errorf("%v answers", a)
+						p.Errorf("answer %v, want none", a)
 					}
 				}
 				if err := capture.Stop(); err != nil {
@@ -173,11 +172,11 @@ func TestNoOtherWayOut(t *testing.T) {
 					case !frame.Outgoing:
 						asked++
 					case netip.MustParsePrefix("203.0.113.0/24").Contains(ip.Dst.Addr()):
-						p.Errorf("back on the cluster network: %s", frame)
+						p.Errorf("sent back to the cluster network: %s", frame)
 					}
 				}
 				if asked < 3 {
-					p.Errorf("the pod received %d datagrams, want 3", asked)
+					p.Errorf("the pod received %d datagrams, want at least 3", asked)
 				}
 			})
 		})

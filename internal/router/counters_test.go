@@ -67,8 +67,8 @@ func counts(p *labtest.Pod, t *conntrack.Tracker) conntrack.Report {
 	return r
 }
 
-// wantConnections checks how many there were to each destination, in the order
-// of the list.
+// wantConnections checks the number of connections to each destination, in the
+// order of the list.
 func wantConnections(p *labtest.Pod, r conntrack.Report, want ...uint64) {
 	p.Helper()
 	for i, l := range r.Lines {
@@ -78,15 +78,15 @@ func wantConnections(p *labtest.Pod, r conntrack.Report, want ...uint64) {
 	}
 }
 
-// Every connection and every byte is counted, for each destination, also when
-// the rules are loaded again.
-func TestCounters(t *testing.T) {
+// The tracker counts each connection and byte, by destination, also when the rules
+// are loaded again.
+func TestCountersMatchTraffic(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		tracker := track(p, nil)
-		// A datagram has 28 bytes of headers (RFC 791 and 768), the question 2
-		// and the answer as many as the two addresses.
+		// A datagram has 28 bytes of headers (RFC 791 and 768). The question has 2
+		// more, the answer as many as the two addresses.
 		const flows, questions = 4, 3
 		var sent, received uint64
 		for range flows {
@@ -110,7 +110,7 @@ func TestCounters(t *testing.T) {
 			p.Errorf("ports in use: %+v", r.Ports)
 		}
 
-		// A connection whose packets a capture counts, too, as they come in.
+		// A capture counts the packets of a connection, too, as they come in.
 		const load = 100_000
 		watch := p.Watch(p.Lab.Router, "eth0", "macvlan0")
 		conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
@@ -135,7 +135,7 @@ func TestCounters(t *testing.T) {
 		}
 		wantConnections(p, r, 1, 0, 0, flows)
 
-		// The same list again, and another one.
+		// The same list is loaded again, then another one.
 		p.OK()
 		p.Env["EGRESS_DESTINATION"] = "8443 tcp 203.0.113.26 443\n80 tcp 203.0.113.25\n203.0.113.27\n"
 		p.OK()
@@ -145,7 +145,7 @@ func TestCounters(t *testing.T) {
 		echo(p, conn, reader, load)
 		p.WantAnswer("tcp", 8443, "203.0.113.26:443")
 		p.WantAnswer("tcp", 9000, "203.0.113.27:9000")
-		// A late segment is to begin nothing (nf_conntrack-sysctl.rst).
+		// A late segment must not start a connection (nf_conntrack-sysctl.rst).
 		if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
 			p.Fatal(err)
 		}
@@ -171,7 +171,7 @@ func arrived(w labtest.Watch, link string, match func(lab.Packet) bool) (packets
 	return packets, bytes
 }
 
-// echo has the server send back what it is sent.
+// echo sends n bytes, which the server sends back.
 func echo(p *labtest.Pod, conn net.Conn, r *bufio.Reader, n int) {
 	p.Helper()
 	_ = conn.SetDeadline(time.Now().Add(labtest.Patience))
@@ -188,13 +188,14 @@ func echo(p *labtest.Pod, conn net.Conn, r *bufio.Reader, n int) {
 	}
 }
 
-// Many short connections at once, read meanwhile.
-func TestCountersUnderLoad(t *testing.T) {
+// Counters that are read while many short connections come and go only grow, and
+// are complete in the end.
+func TestCountersUnderLoadNeverDecrease(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
-		// Connections leave the table when they are over, and a late segment does
-		// not begin one.
+		// Connections leave the table when they end, and a late segment does not
+		// start one.
 		for _, sysctl := range []string{"tcp_timeout_time_wait", "tcp_loose"} {
 			if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_"+sysctl, "0"); err != nil {
 				p.Fatal(err)
@@ -229,7 +230,7 @@ func TestCountersUnderLoad(t *testing.T) {
 			r := counts(p, tracker)
 			for i := range before.Lines {
 				if was, is := before.Lines[i], r.Lines[i]; is.Connections < was.Connections || is.BytesOut < was.BytesOut || is.BytesIn < was.BytesIn {
-					p.Fatalf("counters went back, from %+v to %+v", was, is)
+					p.Fatalf("counters decreased from %+v to %+v", was, is)
 				}
 			}
 			before = r
@@ -243,9 +244,9 @@ func TestCountersUnderLoad(t *testing.T) {
 	})
 }
 
-// The audit log hears of each connection twice, with both sides of it, whatever
-// the client; not of the pod's own.
-func TestAuditedConnections(t *testing.T) {
+// The audit has an event for the start and one for the end of each redirected
+// connection, and none for connections of the pod.
+func TestAuditHasStartAndEndOfConnections(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()

@@ -34,7 +34,7 @@ func routeThroughPod(p *labtest.Pod) {
 	p.AddRoute(p.Lab.Node, lab.Bridge, "203.0.113.0/24", "10.128.0.98") // for far
 }
 
-// refused checks that a question is refused, and at once.
+// wantRefusedFrom checks that a request is refused.
 func wantRefusedFrom(p *labtest.Pod, ns *netns.Namespace, proto, addr string) {
 	p.Helper()
 	if a, err := p.Ask(ns, proto, netip.MustParseAddrPort(addr)); !errors.Is(err, syscall.ECONNREFUSED) {
@@ -42,7 +42,7 @@ func wantRefusedFrom(p *labtest.Pod, ns *netns.Namespace, proto, addr string) {
 	}
 }
 
-// wantNoAnswer checks that a question meets silence.
+// wantNoAnswer checks that a request gets no answer and no refusal.
 func wantNoAnswer(p *labtest.Pod, ns *netns.Namespace, proto, addr string) {
 	p.Helper()
 	ctx, cancel := context.WithTimeout(p.Context(), labtest.Silence)
@@ -53,10 +53,9 @@ func wantNoAnswer(p *labtest.Pod, ns *netns.Namespace, proto, addr string) {
 	}
 }
 
-// Whoever sends packets through the pod that no redirect is for is refused, as
-// by a port that nobody listens on, wherever it is; nothing of it leaves by the
-// egress side.
-func TestOnlyRedirectedCrosses(t *testing.T) {
+// The pod refuses a packet that is routed through it and that no redirect matches.
+// Nothing of it leaves by the egress side.
+func TestUnredirectedTrafficIsRefused(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n"
@@ -66,28 +65,28 @@ func TestOnlyRedirectedCrosses(t *testing.T) {
 		for _, client := range []*netns.Namespace{p.Lab.Client, p.Lab.Far} {
 			for _, proto := range []string{"tcp", "udp"} {
 				wantRefusedFrom(p, client, proto, "203.0.113.25:53")
-				wantRefusedFrom(p, client, proto, "10.128.0.98:53") // the pod itself, as ever
+				wantRefusedFrom(p, client, proto, "10.128.0.98:53") // the pod itself
 			}
 		}
 		wantRefusedFrom(p, p.Lab.Client, "tcp", "192.168.12.80:80")
 		if ping(p, p.Lab.Client, netip.MustParseAddr("203.0.113.25"), labtest.Silence) {
-			p.Error("a ping went through")
+			p.Error("a ping crosses, want none")
 		}
 		w.WantNothing("macvlan0", func(lab.Packet) bool { return true })
 
-		// What a redirect is for crosses, also if it is sent through the pod.
+		// A redirect also matches a packet that is routed through the pod.
 		p.WantAnswer("tcp", 8080, "203.0.113.26:80")
 		a, err := p.Ask(p.Lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:8080"))
 		if err != nil || a.Server.String() != "203.0.113.26:80" || a.Peer.Addr() != lab.Source {
-			p.Errorf("answer %v, error %v; want that of the redirect", a, err)
+			p.Errorf("answer %v, error %v; want 203.0.113.26:80", a, err)
 		}
 		w.WantSource()
 	})
 }
 
-// A packet that belongs to no connection is not translated. It does not leave,
-// neither on the way out nor on the way back.
-func TestStrayPackets(t *testing.T) {
+// A packet that belongs to no connection is not translated. It does not leave, in
+// either direction.
+func TestStrayPacketsAreDropped(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		for name, crossing := range map[string]string{"redirected": "redirected", "open": "open"} {
@@ -95,7 +94,7 @@ func TestStrayPackets(t *testing.T) {
 			p.OK()
 			routeThroughPod(p)
 			p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
-			// The kernel makes no connection of a segment in the middle of one.
+			// The kernel does not track a segment in the middle of a connection.
 			if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
 				p.Fatal(err)
 			}
@@ -103,7 +102,7 @@ func TestStrayPackets(t *testing.T) {
 			sendACK(p, p.Lab.Client, "10.128.0.71", "203.0.113.25")
 			sendACK(p, p.Lab.Outside, "203.0.113.25", "10.128.0.71")
 			sendACK(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99")
-			// They are there when what was sent after them is.
+			// They have arrived when a later packet has.
 			p.WantAnswer("tcp", 80, "203.0.113.25:80")
 			w.WantSource()
 			if !slices.ContainsFunc(w.Captures["eth0"].Frames(), func(f lab.Frame) bool {
@@ -115,23 +114,22 @@ func TestStrayPackets(t *testing.T) {
 			for _, link := range []string{"macvlan0", "eth0"} {
 				w.WantNothing(link, func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort || ip.Src.Port() == strayPort })
 			}
-			// The pod's own, from an address that the routes do not keep away.
+			// The pod's own segment, from an address of lo.
 			lo := p.Handle(p.Lab.Router)
 			if err := lo.AddrReplace(p.Link(lo, "lo"), labtest.Addr("198.51.100.98/32")); err != nil {
 				p.Fatal(err)
 			}
-			if err := trySendACK(p, p.Lab.Router, "198.51.100.98", "203.0.113.25"); !errors.Is(err, unix.EPERM) {
-				p.Errorf("a segment of the pod's own: %v, want it to be dropped", err)
+			if err := trySendACK(p.Lab.Router, "198.51.100.98", "203.0.113.25"); !errors.Is(err, unix.EPERM) {
+				p.Errorf("a segment of the pod's own: error %v, want EPERM", err)
 			}
 			w.WantNothing("macvlan0", func(ip lab.Packet) bool { return ip.Dst.Port() == strayPort })
 		}
 	})
 }
 
-// Who forges the source of an echo request on the physical network does not
-// bring an answer into the cluster, and other addresses of the pod than the
-// reserved one give none.
-func TestForgedEcho(t *testing.T) {
+// An echo request of the physical network with a source of the cluster gets no
+// answer into the cluster. Only the reserved address answers.
+func TestForgedEchoIsNotAnswered(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
@@ -145,25 +143,25 @@ func TestForgedEcho(t *testing.T) {
 		sendICMP(p, p.Lab.Outside, "10.128.0.71", "192.168.12.99", request)
 		sendICMP(p, p.Lab.Outside, "203.0.113.25", "10.128.0.98", request)
 		if !ping(p, p.Lab.Outside, lab.Source, labtest.Patience) {
-			p.Error("the reserved address does not answer to a ping")
+			p.Error("the reserved address does not answer a ping")
 		}
 		w.WantNothing("eth0", func(ip lab.Packet) bool { return ip.Protocol == unix.IPPROTO_ICMP })
 		w.WantSource()
 	})
 }
 
-// strayPort is the destination port of segments in the middle of nothing.
+// strayPort is the destination port of stray segments.
 const strayPort = 4242
 
-// sendACK sends a TCP segment that acknowledges something and opens nothing.
+// sendACK sends a TCP segment with ACK alone, which opens no connection.
 func sendACK(p *labtest.Pod, ns *netns.Namespace, from, to string) {
 	p.Helper()
-	if err := trySendACK(p, ns, from, to); err != nil {
+	if err := trySendACK(ns, from, to); err != nil {
 		p.Fatal(err)
 	}
 }
 
-func trySendACK(p *labtest.Pod, ns *netns.Namespace, from, to string) error {
+func trySendACK(ns *netns.Namespace, from, to string) error {
 	segment := make([]byte, 20) // RFC 9293, section 3.1
 	binary.BigEndian.PutUint16(segment[0:], 40000)
 	binary.BigEndian.PutUint16(segment[2:], strayPort)
@@ -199,7 +197,7 @@ func sendIP(ns *netns.Namespace, network, from, to string, content []byte) error
 	})
 }
 
-// checksum is that of the Internet protocols (RFC 1071).
+// checksum returns the checksum of the Internet protocols (RFC 1071).
 func checksum(b []byte) uint16 {
 	var sum uint32
 	for i := 0; i+1 < len(b); i += 2 {
@@ -240,9 +238,9 @@ func ping(p *labtest.Pod, ns *netns.Namespace, addr netip.Addr, patience time.Du
 	}
 }
 
-// With EGRESS_FORWARD=open every connection from the cluster side crosses, with
-// the reserved address. Nothing comes from the other side.
-func TestForwardOpen(t *testing.T) {
+// With EGRESS_FORWARD=open every connection of the cluster side crosses, with the
+// reserved address, and none of the other side.
+func TestForwardOpenCrosses(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"], p.Env["EGRESS_FORWARD"] = "8080 tcp 203.0.113.26 80\n", "open"
@@ -261,14 +259,14 @@ func TestForwardOpen(t *testing.T) {
 			p.Errorf("from another subnet: answer %v, error %v", a, err)
 		}
 		if !ping(p, p.Lab.Client, netip.MustParseAddr("203.0.113.25"), labtest.Patience) {
-			p.Error("a ping did not go through")
+			p.Error("a ping does not cross")
 		}
 		p.WantAnswer("tcp", 8080, "203.0.113.26:80")
 		w.WantSource()
 		p.WantUnchanged(p.OK())
 		wantClosedToPhysicalNetwork(p)
 
-		// And closed again, also for a connection that is open.
+		// The next run closes it again, also for an open connection.
 		conn := p.Dial(p.Lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
 		delete(p.Env, "EGRESS_FORWARD")
 		p.OK()
@@ -278,7 +276,7 @@ func TestForwardOpen(t *testing.T) {
 		r := bufio.NewReader(conn)
 		_, _ = lab.ReadAnswer(r)
 		if _, err := r.ReadString('\n'); !errors.Is(err, syscall.ECONNRESET) {
-			p.Errorf("the connection from before: %v, want a reset", err)
+			p.Errorf("the open connection: %v, want a reset", err)
 		}
 	})
 }
@@ -288,7 +286,7 @@ func TestForwardOpen(t *testing.T) {
 // requests and ARP do.
 func wantClosedToPhysicalNetwork(p *labtest.Pod) {
 	p.Helper()
-	// Whoever is there only has to send its packets to the pod.
+	// A host there has a route to the cluster by the pod.
 	p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
 	defer func() {
 		h := p.Handle(p.Lab.Outside)
@@ -301,10 +299,7 @@ func wantClosedToPhysicalNetwork(p *labtest.Pod) {
 		}{
 			{p.Lab.Router, "192.168.12.99:7070"}, {p.Lab.Router, "10.128.0.98:7070"}, {p.Lab.Client, "10.128.0.71:7070"},
 		} {
-			s, err := p.Lab.Serve(at.ns, proto, netip.MustParseAddrPort(at.addr))
-			if err != nil {
-				p.Fatal(err)
-			}
+			s := p.Serve(at.ns, proto, at.addr)
 			defer s.Close()
 		}
 	}
@@ -321,20 +316,20 @@ func wantClosedToPhysicalNetwork(p *labtest.Pod) {
 	}
 	w.WantNothing("eth0", func(ip lab.Packet) bool { return fromOutside(ip) && ip.Dst.Port() == 7070 })
 	if ping(p, p.Lab.Outside, lab.ClientAddr, labtest.Silence) {
-		p.Error("a ping from the physical network reaches the cluster")
+		p.Error("a ping from the physical network reaches the cluster, want no answer")
 	}
 	if !ping(p, p.Lab.Outside, lab.Source, labtest.Patience) {
-		p.Error("the reserved address does not answer to a ping")
+		p.Error("the reserved address does not answer a ping")
 	}
 	h := p.Handle(p.Lab.Router)
 	mac, err := p.Lab.Neighbour(p.Lab.Outside, lab.LANLink, lab.Source)
 	if err != nil || mac.String() != p.Link(h, "macvlan0").Attrs().HardwareAddr.String() {
-		p.Errorf("the reserved address is at %s (%v)", mac, err)
+		p.Errorf("the reserved address is at %s (%v), want macvlan0", mac, err)
 	}
 }
 
-// From the physical network only replies come in, whatever the mode.
-func TestClosedToPhysicalNetwork(t *testing.T) {
+// In each mode only replies come in from the physical network.
+func TestPhysicalNetworkReachesNothing(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"init", "http-proxy"} {
 		t.Run(mode, func(t *testing.T) {
@@ -343,7 +338,7 @@ func TestClosedToPhysicalNetwork(t *testing.T) {
 					p.Fatal(err)
 				}
 				p.Env["EGRESS_ROUTER_MODE"] = mode
-				// A listener answers on the physical network before.
+				// Before the router, a listener answers the physical network.
 				h := p.Handle(p.Lab.Router)
 				macvlan := p.Link(h, "macvlan0")
 				if err := h.LinkSetUp(macvlan); err != nil {
@@ -352,23 +347,20 @@ func TestClosedToPhysicalNetwork(t *testing.T) {
 				if err := h.AddrAdd(macvlan, labtest.Addr("192.168.12.99/24")); err != nil {
 					p.Fatal(err)
 				}
-				s, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:7070"))
-				if err != nil {
-					p.Fatal(err)
-				}
+				s := p.Serve(p.Lab.Router, "tcp", "192.168.12.99:7070")
 				conn := p.Dial(p.Lab.Outside, "tcp", s.Addr) // before the router
 				p.OK()
-				// Not even this connection goes on.
+				// The open connection stops.
 				r := bufio.NewReader(conn)
 				_, _ = lab.ReadAnswer(r)
 				_, _ = conn.Write([]byte("still there?\n"))
 				_ = conn.SetDeadline(time.Now().Add(labtest.Silence))
 				if line, err := r.ReadString('\n'); !errors.Is(err, os.ErrDeadlineExceeded) {
-					p.Errorf("a connection from before: %q, %v; want silence", line, err)
+					p.Errorf("the open connection: %q, %v; want silence", line, err)
 				}
 				s.Close()
 				wantClosedToPhysicalNetwork(p)
-				// The pod's own connections work.
+				// Connections of the pod work.
 				a, err := p.Ask(p.Lab.Router, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
 				if err != nil || a.Peer.Addr() != lab.Source {
 					p.Errorf("a socket of the pod: answer %v, error %v", a, err)
@@ -380,17 +372,15 @@ func TestClosedToPhysicalNetwork(t *testing.T) {
 
 // The physical network does not reach the pod while the first run loads its rules,
 // which may take long.
-func TestClosedFromTheStart(t *testing.T) {
+func TestPhysicalNetworkReachesNothingDuringStart(t *testing.T) {
 	t.Parallel()
 	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
 		if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
 			p.Fatal(err)
 		}
 		p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
-		if _, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:7070")); err != nil {
-			p.Fatal(err)
-		}
-		// The rules are loaded when the file is there.
+		p.Serve(p.Lab.Router, "tcp", "10.128.0.98:7070")
+		// The rules are loaded once the file exists.
 		hold, real := filepath.Join(p.TempDir(), "go"), p.Path
 		p.Path = p.Programs("case $0 in */iptables-restore) until [ -e " + hold + " ]; do sleep 0.01; done; esac\nexec $real \"$@\"\n")
 		cmd := p.Command("egress-router")
@@ -428,9 +418,9 @@ func TestClosedFromTheStart(t *testing.T) {
 	})
 }
 
-// A router on the way that has a smaller MTU says so to the reserved address;
-// the client learns of it.
-func TestPathMTU(t *testing.T) {
+// The client learns the smaller MTU that a router of the physical network reports
+// to the reserved address.
+func TestPathMTUReachesClient(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
@@ -441,7 +431,9 @@ func TestPathMTU(t *testing.T) {
 			if _, err := conn.Write(make([]byte, 1400)); err != nil {
 				p.Fatal(err)
 			}
-			sent, err := w.Captures["macvlan0"].Wait(p.Context(), func(f lab.Frame) bool {
+			ctx, cancel := context.WithTimeout(p.Context(), labtest.Patience)
+			defer cancel()
+			sent, err := w.Captures["macvlan0"].Wait(ctx, func(f lab.Frame) bool {
 				ip, ok := f.IPv4()
 				return ok && f.Outgoing && labtest.ToServers(ip)
 			})
@@ -461,7 +453,7 @@ func TestPathMTU(t *testing.T) {
 	})
 }
 
-// dontFragment makes a socket refuse what is too long for its path.
+// dontFragment makes a socket refuse datagrams that are too long for its path.
 func dontFragment(p *labtest.Pod, conn net.Conn) {
 	p.Helper()
 	raw, err := conn.(*net.UDPConn).SyscallConn()
@@ -475,10 +467,9 @@ func dontFragment(p *labtest.Pod, conn net.Conn) {
 	}
 }
 
-// IPv6 is there, and the pod forwards it: nothing crosses unless asked for, and
-// what listens in the pod is not reached from the physical network, by whatever
-// address; neighbours are found.
-func TestIPv6(t *testing.T) {
+// If the pod forwards IPv6, nothing crosses unless EGRESS_FORWARD is open, and the
+// physical network reaches no listener of the pod. Neighbour discovery works.
+func TestIPv6IsNotForwarded(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		enableIPv6(p)
@@ -486,12 +477,10 @@ func TestIPv6(t *testing.T) {
 			ns   *netns.Namespace
 			addr string
 		}{{p.Lab.Outside, "[fd00:12::1]:80"}, {p.Lab.Router, "[fd00:12::99]:7070"}, {p.Lab.Router, "[fd00:10::98]:7070"}} {
-			if _, err := p.Lab.Serve(at.ns, "tcp", netip.MustParseAddrPort(at.addr)); err != nil {
-				p.Fatal(err)
-			}
+			p.Serve(at.ns, "tcp", at.addr)
 		}
 		through, inside := "[fd00:12::1]:80", "[fd00:12::99]:7070"
-		// Without a router both are reached, as soon as neighbours hear each other.
+		// Without a router both are reached, once neighbours are found.
 		awaitConnection(p, p.Lab.Client, through)
 		awaitConnection(p, p.Lab.Outside, inside)
 
@@ -503,9 +492,7 @@ func TestIPv6(t *testing.T) {
 			wantConnection(p, p.Lab.Client, "[fd00:10::98]:7070") // by the cluster side
 			wantConnection(p, p.Lab.Router, through)              // the pod's own
 		}
-		if _, err := p.Lab.Serve(p.Lab.Client, "tcp", netip.MustParseAddrPort("[fd00:10::71]:7070")); err != nil {
-			p.Fatal(err)
-		}
+		p.Serve(p.Lab.Client, "tcp", "[fd00:10::71]:7070")
 		p.Env["EGRESS_FORWARD"] = "open"
 		p.OK()
 		wantConnection(p, p.Lab.Client, through)
@@ -555,8 +542,9 @@ func wantConnection(p *labtest.Pod, ns *netns.Namespace, addr string) {
 	}
 }
 
-// awaitConnection waits until a server answers. What asks for neighbours of IPv6 is
-// lost while a link is not in their group yet, and is not asked again for seconds.
+// awaitConnection waits until a server answers. A neighbour solicitation is lost
+// while the link of the neighbour has not joined its group, and the kernel sends the
+// next one seconds later.
 func awaitConnection(p *labtest.Pod, ns *netns.Namespace, addr string) {
 	p.Helper()
 	p.Until("tcp "+addr+" answers", func() bool {
@@ -567,30 +555,30 @@ func awaitConnection(p *labtest.Pod, ns *netns.Namespace, addr string) {
 	})
 }
 
-// The egress side is taken away under traffic, in several ways. Redirected
-// packets stop; none leaves by another interface of the pod, although one has a
-// default route then, and none with another source.
-func TestEgressSideTakenAway(t *testing.T) {
+// Redirected packets stop when the egress side is lost under traffic. None leaves
+// by another interface of the pod that has a default route, and none with another
+// source.
+func TestEgressLostUnderTraffic(t *testing.T) {
 	t.Parallel()
 	const extra = "extra0"
 	everywhere := labtest.IPNet("0.0.0.0/0")
 	for _, damage := range []labtest.Damage{
 		{Name: "macvlan0 deleted", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkDel(macvlan) }},
 		{Name: "macvlan0 down", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
-		{Name: "no default route", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+		{Name: "default route deleted", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
 			return h.RouteDel(&netlink.Route{Dst: everywhere, LinkIndex: macvlan.Attrs().Index})
 		}},
-		{Name: "default route to the cluster", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
+		{Name: "default route moved to eth0", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteReplace(&netlink.Route{Dst: everywhere, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}},
-		{Name: "the address gone", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+		{Name: "address deleted", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
 			return h.AddrDel(macvlan, labtest.Addr("192.168.12.99/24"))
 		}},
 	} {
 		t.Run(damage.Name, func(t *testing.T) {
 			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 				h := p.Handle(p.Lab.Router)
-				// Another network, whose gateway takes whatever it is sent.
+				// Another network, whose gateway accepts all packets.
 				veth := netlink.NewVeth(netlink.LinkAttrs{Name: extra, Index: 301})
 				veth.PeerName, veth.PeerNamespace = extra, netlink.NsFd(p.Lab.Node.Fd())
 				if err := h.LinkAdd(veth); err != nil {
@@ -630,12 +618,12 @@ func TestEgressSideTakenAway(t *testing.T) {
 				}
 				w.WantSource()
 				if a, err := p.Flow(53).Try(); err == nil {
-					p.Errorf("%v answers", a)
+					p.Errorf("answer %v, want none", a)
 				}
 				if _, err := h.LinkByName("macvlan0"); err != nil {
-					return // whoever made it makes it again
+					return // the program that created it does that again
 				}
-				// When it is back, so is the connection: it was not refused.
+				// After the next run the open connection works: it was not refused.
 				p.OK()
 				p.WantEcho("the open connection", conn, bufio.NewReader(conn))
 			})
@@ -643,9 +631,8 @@ func TestEgressSideTakenAway(t *testing.T) {
 	}
 }
 
-// An open connection ends when its destination is removed from the list, and
-// goes on when others are.
-func TestRemovedDestination(t *testing.T) {
+// Open connections end if their line is removed or changed, and go on otherwise.
+func TestRemovedDestinationEndsConnections(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n"
@@ -659,7 +646,7 @@ func TestRemovedDestination(t *testing.T) {
 				p.Fatal(err)
 			}
 		}
-		// 8080 is gone, 8443 leads elsewhere, 81 is new.
+		// 8080 is removed, 8443 has another server, 81 is new.
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8443 tcp 203.0.113.25 80\n81 tcp 203.0.113.26 80\n"
 		p.OK()
 		for port, want := range map[uint16]error{80: nil, 8080: syscall.ECONNRESET, 8443: syscall.ECONNRESET} {
@@ -677,9 +664,9 @@ func TestRemovedDestination(t *testing.T) {
 	})
 }
 
-// From a list that is a plain chain to one that is a tree and back, with every
-// step found unchanged by the next run.
-func TestSmallAndLarge(t *testing.T) {
+// A list grows from a plain chain to a tree of chains and shrinks again. The run
+// after each finds nothing to change.
+func TestListSizeChanges(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()

@@ -13,9 +13,9 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// Whatever goes wrong in its surroundings: exit code 1, a reason, what to do,
-// and the namespace as it was.
-func TestRefusals(t *testing.T) {
+// The router refuses each fault of its environment with exit code 1, a reason and a
+// hint, and leaves the namespace as it was.
+func TestFaultsAreRefused(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name    string
@@ -23,7 +23,7 @@ func TestRefusals(t *testing.T) {
 		env     map[string]string
 		command string
 		last    string // part of the last line
-		hint    string // part of what stands before
+		hint    string // part of the lines before
 	}{
 		{
 			name: "no macvlan0", options: lab.Options{MacvlanName: "net1"},
@@ -36,11 +36,11 @@ func TestRefusals(t *testing.T) {
 			hint: "EGRESS_CLUSTER_INTERFACE",
 		},
 		{
-			name: "the source is the pod's", env: map[string]string{"EGRESS_SOURCE": "10.128.0.98/24"},
+			name: "source of the pod", env: map[string]string{"EGRESS_SOURCE": "10.128.0.98/24"},
 			last: "EGRESS_SOURCE is 10.128.0.98: expected an unused address of the physical network, found the pod's cluster address",
 		},
 		{
-			name: "the gateway is the pod's", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.98"},
+			name: "gateway of the pod", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.98"},
 			last: "EGRESS_GATEWAY is 10.128.0.98: expected the router of the physical network, found an address of the pod",
 		},
 		{
@@ -59,12 +59,12 @@ func TestRefusals(t *testing.T) {
 			hint: "net.ipv4.ip_forward=1",
 		},
 		{
-			name: "a bad last line", env: map[string]string{"EGRESS_DESTINATION": "80 tcp 203.0.113.25\n81 tcp 203.0.113.25\n82 tpc 203.0.113.25\n"},
+			name: "invalid last line", env: map[string]string{"EGRESS_DESTINATION": "80 tcp 203.0.113.25\n81 tcp 203.0.113.25\n82 tpc 203.0.113.25\n"},
 			last: "EGRESS_DESTINATION value '82 tpc 203.0.113.25' is invalid",
 			hint: "EGRESS_DESTINATION line 3",
 		},
 		{
-			name: "the gateway is the source", env: map[string]string{"EGRESS_GATEWAY": "192.168.12.99"},
+			name: "gateway is source", env: map[string]string{"EGRESS_GATEWAY": "192.168.12.99"},
 			last: "EGRESS_GATEWAY unspecified or invalid",
 			hint: "the same as EGRESS_SOURCE",
 		},
@@ -80,8 +80,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// With /proc/sys read-only, but forwarding on already, the router works.
-func TestReadOnlyProcSys(t *testing.T) {
+// The router works with a read-only /proc/sys if forwarding is on already.
+func TestReadOnlyProcSysWithForwarding(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
@@ -93,9 +93,9 @@ func TestReadOnlyProcSys(t *testing.T) {
 	p.WantExample()
 }
 
-// A run that fails and cannot put back what it changed says so, also when it
-// was told to stop.
-func TestNotPutBack(t *testing.T) {
+// A run that fails and cannot roll back its changes reports that, also after
+// SIGTERM.
+func TestFailedRollbackIsReported(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"init", "legacy"} {
 		t.Run(mode, func(t *testing.T) {
@@ -106,7 +106,7 @@ func TestNotPutBack(t *testing.T) {
 			}
 			p.Env["EGRESS_ROUTER_MODE"] = mode
 			once, real := filepath.Join(p.TempDir(), "once"), p.Path
-			// The first restore succeeds and has the router stopped, the others fail.
+			// The first restore succeeds and stops the router, the others fail.
 			p.Path = p.Programs("case $0 in */iptables-restore)\n" +
 				"if [ -e " + once + " ]; then echo 'injected failure' >&2; exit 4; fi\n" +
 				"touch " + once + "; \"$real\" \"$@\"; kill -TERM $PPID; sleep 1; exit 0;; esac\nexec $real \"$@\"\n")
@@ -122,9 +122,9 @@ func TestNotPutBack(t *testing.T) {
 	}
 }
 
-// In legacy mode the program stays, repeats nothing, and ends at once with 0
-// when it is told to: also as the first process of a container.
-func TestLegacyStaysAndEnds(t *testing.T) {
+// In legacy mode the program stays until a signal, and ends with exit code 0, also
+// as the first process of a container.
+func TestLegacyStaysUntilSignal(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"legacy", ""} {
 		for _, pid1 := range []bool{false, true} {
@@ -148,7 +148,7 @@ func TestLegacyStaysAndEnds(t *testing.T) {
 					select {
 					case <-log.seen:
 					case err := <-ended:
-						t.Fatalf("it did not stay: %v", err)
+						t.Fatalf("the router ended: %v, want it to stay", err)
 					}
 					p.WantExample()
 					if err := cmd.Process.Signal(signal); err != nil {
@@ -160,16 +160,16 @@ func TestLegacyStaysAndEnds(t *testing.T) {
 							t.Errorf("ended with %v, want exit code 0", err)
 						}
 					case <-time.After(labtest.Patience):
-						t.Errorf("still there %v after %v", labtest.Patience, signal)
+						t.Errorf("still running %v after %v", labtest.Patience, signal)
 					}
-					p.WantExample() // what is configured stays, as with the original
+					p.WantExample() // the configuration stays, as with the original
 				})
 			}
 		}
 	}
 }
 
-// ready watches a log for the line that says that the router is.
+// A ready watches a log for the line of a router that is ready.
 type ready struct {
 	text strings.Builder
 	seen chan struct{}

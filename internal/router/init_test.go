@@ -20,8 +20,9 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-// A fresh pod, the same again, and the state that the contract describes.
-func TestInit(t *testing.T) {
+// A run configures a fresh pod as the contract describes. The next run changes
+// nothing.
+func TestInitConfiguresPod(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
@@ -49,8 +50,8 @@ func TestInit(t *testing.T) {
 	})
 }
 
-// Whatever was damaged, the next run repairs it, and nothing else.
-func TestDamage(t *testing.T) {
+// The next run repairs each damage and changes nothing else.
+func TestInitRepairsDamage(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Strict()
@@ -58,31 +59,31 @@ func TestDamage(t *testing.T) {
 		state := p.State()
 		for _, damage := range p.Damages() {
 			if err := p.Damage(damage); err != nil {
-				p.Errorf("%s: doing it: %v", damage.Name, err)
+				p.Errorf("damage %q: %v", damage.Name, err)
 				continue
 			}
 			if p.State() == state {
-				p.Errorf("%s: the damage changed nothing", damage.Name)
+				p.Errorf("damage %q changes nothing", damage.Name)
 			}
 			p.OK()
-			if got := p.State(); got != state {
-				p.Errorf("%s: not repaired.\n--- want\n%s--- is\n%s", damage.Name, state, got)
+			if p.WantState(state); p.Failed() {
+				p.Fatalf("not repaired: %s", damage.Name)
 			}
 			p.WantExample()
 		}
 	})
 }
 
-// Rules of other programs stay, and do not come before ours: a masquerading
-// rule would choose another source address.
-func TestForeignRules(t *testing.T) {
+// Rules of other programs stay, behind ours: a masquerading rule in front would
+// choose another source address.
+func TestForeignRulesStay(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Iptables("-t", "nat", "-N", "CNI-HOSTPORT")
 		p.Iptables("-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "CNI-HOSTPORT")
 		p.Iptables("-t", "nat", "-A", "CNI-HOSTPORT", "-p", "tcp", "-j", "DNAT", "--to-destination", "203.0.113.27:9000")
 		p.Iptables("-t", "nat", "-A", "POSTROUTING", "-o", "macvlan0", "-j", "SNAT", "--to-source", "192.168.12.77")
-		p.Iptables("-t", "nat", "-N", "EGRESS-MYLOG") // not a name of ours
+		p.Iptables("-t", "nat", "-N", "EGRESS-MYLOG") // no chain of the router
 		foreign := []string{
 			":EGRESS-MYLOG -\n",
 			"-A PREROUTING -p tcp -m tcp --dport 80 -j CNI-HOSTPORT\n",
@@ -92,7 +93,7 @@ func TestForeignRules(t *testing.T) {
 		p.OK()
 		p.WantExample()
 
-		// And again when they get in front afterwards.
+		// The next run repairs the order.
 		p.Iptables("-t", "nat", "-I", "POSTROUTING", "-o", "macvlan0", "-j", "SNAT", "--to-source", "192.168.12.77")
 		p.OK()
 		p.WantExample()
@@ -100,14 +101,14 @@ func TestForeignRules(t *testing.T) {
 		state := p.State()
 		for _, rule := range foreign {
 			if !strings.Contains(state, rule) {
-				p.Errorf("a foreign rule is gone: %s", rule)
+				p.Errorf("rule of another program deleted: %s", rule)
 			}
 		}
 	})
 }
 
-// Changed destinations take effect, in one step.
-func TestChangedDestinations(t *testing.T) {
+// The next run replaces the redirects by those of a changed list.
+func TestChangedDestinationsTakeEffect(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
@@ -119,22 +120,23 @@ func TestChangedDestinations(t *testing.T) {
 	})
 }
 
-// Without a length the address is /32, and everything goes by the gateway.
-func TestSourceWithoutLength(t *testing.T) {
+// EGRESS_SOURCE without a length gives the interface a /32, and all traffic uses
+// the gateway.
+func TestSourceWithoutLengthIsSlash32(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_SOURCE"] = "192.168.12.99"
 		p.OK()
 		p.WantExample()
 		if state := p.State(); !strings.Contains(state, "address 192.168.12.99/32\n") {
-			p.Errorf("the address is not /32:\n%s", state)
+			p.Errorf("state lacks the address with /32:\n%s", state)
 		}
 		p.WantUnchanged(p.OK())
 	})
 }
 
-// The lengths at both ends of what is accepted.
-func TestSourceLengths(t *testing.T) {
+// The shortest and longest lengths of EGRESS_SOURCE work.
+func TestSourceLengthsAtLimits(t *testing.T) {
 	t.Parallel()
 	for _, length := range []string{"/0", "/8", "/31"} {
 		t.Run(length, func(t *testing.T) {
@@ -148,7 +150,8 @@ func TestSourceLengths(t *testing.T) {
 	}
 }
 
-func TestNoFallback(t *testing.T) {
+// Without a fallback line the pod refuses ports that no line names.
+func TestNoFallbackRefusesOtherPorts(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
@@ -159,9 +162,9 @@ func TestNoFallback(t *testing.T) {
 	})
 }
 
-// The local port is one of the protocol written: the same port of the other
-// protocol goes to the fallback.
-func TestUDP(t *testing.T) {
+// A line redirects the port of its protocol. The same port of the other protocol
+// uses the fallback.
+func TestUDPPortIsNotTCPPort(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "5353 udp 203.0.113.25 53\n203.0.113.27"
@@ -171,23 +174,24 @@ func TestUDP(t *testing.T) {
 	})
 }
 
-// Only comments: nothing is redirected, whatever leaves has the address.
-func TestOnlyComments(t *testing.T) {
+// A list of comments redirects nothing, and traffic still leaves with the reserved
+// address.
+func TestOnlyCommentsRedirectsNothing(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	p.Env["EGRESS_DESTINATION"] = "# 80 tcp 203.0.113.25\n"
 	r := p.OK()
 	if !strings.Contains(r.Stderr, "nothing is redirected") {
-		t.Errorf("no warning:\n%s", r.Stderr)
+		t.Errorf("stderr lacks a warning:\n%s", r.Stderr)
 	}
 	p.WantRefused("tcp", 80)
 	if !strings.Contains(p.State(), "-A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99\n") {
-		t.Errorf("no source rule:\n%s", p.State())
+		t.Errorf("state lacks the source rule:\n%s", p.State())
 	}
 }
 
-// A list from a file, larger than an environment variable can be.
-func TestDestinationFile(t *testing.T) {
+// A file can hold a list that is too large for an environment variable.
+func TestDestinationFileOf10000Lines(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		var list strings.Builder
@@ -208,7 +212,8 @@ func TestDestinationFile(t *testing.T) {
 	})
 }
 
-func TestInterfaceNames(t *testing.T) {
+// The two interfaces can have other names.
+func TestInterfacesWithOtherNames(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{MacvlanName: "net1", ClusterName: "net0"}, func(p *labtest.Pod) {
 		p.Env["EGRESS_INTERFACE"], p.Env["EGRESS_CLUSTER_INTERFACE"] = "net1", "net0"
@@ -218,9 +223,9 @@ func TestInterfaceNames(t *testing.T) {
 	})
 }
 
-// A CNI's own address in the same subnet neither breaks the reserved one nor is
-// it a source, for redirected traffic or for sockets of the pod.
-func TestOtherAddress(t *testing.T) {
+// A CNI plugin's own address in the same subnet does not break the reserved one.
+// Neither redirected traffic nor sockets of the pod use it as their source.
+func TestOtherAddressIsNoSource(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name, address string
@@ -255,16 +260,16 @@ func TestOtherAddress(t *testing.T) {
 				if err != nil {
 					t.Error(err)
 				} else if a.Peer.Addr() != lab.Source {
-					t.Errorf("%s saw a socket of the pod as %s", server, a.Peer)
+					t.Errorf("%s saw a socket of the pod as %s, want %s", server, a.Peer, lab.Source)
 				}
 			}
 			p.WantUnchanged(p.OK())
-			// The reserved address outlives the other one.
+			// The reserved address stays when the other one is deleted.
 			if err := h.AddrDel(macvlan, other); err != nil {
 				t.Fatal(err)
 			}
 			if state := p.State(); !strings.Contains(state, "address 192.168.12.99/24\n") {
-				t.Errorf("the reserved address went with the other one:\n%s", state)
+				t.Errorf("state lacks the reserved address, after the other one was deleted:\n%s", state)
 			}
 			p.OK()
 			p.WantExample()
@@ -272,9 +277,9 @@ func TestOtherAddress(t *testing.T) {
 	}
 }
 
-// The network is told in both forms, reply first, and a neighbour that has the
-// address at another node's hardware address learns the new one.
-func TestAnnouncement(t *testing.T) {
+// The router announces the address in both forms, reply first. A neighbour that has
+// another node's hardware address for it learns the new one.
+func TestAnnouncementUpdatesNeighbour(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	old := net.HardwareAddr{2, 0, 0, 0, 0, 9}
@@ -315,9 +320,10 @@ func TestAnnouncement(t *testing.T) {
 	}
 }
 
-// A proxy's init container sets up the network and keeps the physical network
-// out: nothing is translated or forwarded, and the destinations are not read.
-func TestProxyModes(t *testing.T) {
+// The init container of a proxy configures the network and drops what comes from
+// the physical network. It translates and forwards nothing, and does not read the
+// destinations.
+func TestProxyModesOnlyConfigureNetwork(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"http-proxy", "dns-proxy"} {
 		t.Run(mode, func(t *testing.T) {
@@ -346,10 +352,10 @@ func TestProxyModes(t *testing.T) {
 	}
 }
 
-// While the router starts, and clients try all the time, no packet for a server
-// leaves by another interface or with another source. Forwarding is on from the
-// start, so that nothing but the order of changes can hold one back.
-func TestNeverAnotherSource(t *testing.T) {
+// While the router starts, and clients connect without pause, no packet for a
+// server leaves by another interface or with another source. Forwarding is on from
+// the start, so only the order of changes prevents it.
+func TestStartNeverLeaksOtherSource(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
@@ -382,7 +388,7 @@ func TestNeverAnotherSource(t *testing.T) {
 		}
 		more()
 		p.OK()
-		for range 3 { // and while destinations change
+		for range 3 { // destinations change
 			p.Env["EGRESS_DESTINATION"] = "9000 tcp 203.0.113.27\n80 tcp 203.0.113.26\n"
 			p.OK()
 			p.Env = labtest.Example()
@@ -402,23 +408,23 @@ func TestNeverAnotherSource(t *testing.T) {
 			if ip, ok := f.IPv4(); ok && !f.Outgoing && remote.Contains(ip.Dst.Addr()) {
 				seen++
 				if ip.Src.Addr() != lab.Source {
-					p.Errorf("on the physical network: %s", f)
+					p.Errorf("on the physical network, not from %s: %s", lab.Source, f)
 				}
 			}
 		}
 		for _, f := range cluster.Frames() {
 			if ip, ok := f.IPv4(); ok && f.Outgoing && remote.Contains(ip.Dst.Addr()) {
-				p.Errorf("back on the cluster network: %s", f)
+				p.Errorf("sent back to the cluster network: %s", f)
 			}
 		}
 		if seen == 0 {
-			p.Errorf("none of %d requests reached the physical network", asked.Load())
+			p.Errorf("%d requests, none of which reached the physical network", asked.Load())
 		}
 	})
 }
 
-// A connection that is open when the router runs again stays open.
-func TestOpenConnectionSurvives(t *testing.T) {
+// A connection stays open when the router runs again.
+func TestOpenConnectionSurvivesNextRun(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()

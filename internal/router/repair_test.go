@@ -86,7 +86,8 @@ func (r *damaged) wantRight() {
 	}
 }
 
-// TestRepair does each damage under traffic.
+// A router that stays repairs each damage under traffic, and no packet leaves with
+// another source.
 func TestRepair(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
@@ -124,8 +125,8 @@ func TestRepair(t *testing.T) {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// TestRandomDamages does damages in a random order, the same in each run, each as
-// soon as the one before is repaired.
+// The router repairs damages in a random order, the same in each run, each as soon
+// as the one before is repaired.
 func TestRandomDamages(t *testing.T) {
 	t.Parallel()
 	rounds := map[labtest.Backend]int{labtest.Nftables: 60, labtest.IptablesNFT: 20, labtest.IptablesLegacy: 10}
@@ -155,8 +156,8 @@ func TestRandomDamages(t *testing.T) {
 // that follows.
 var logged = regexp.MustCompile(`time=(\S+) level=\S+ (?:(` + labtest.RepairLogged + `)|msg="repair contested, backing off")(?:.* wait=(\S+))?`)
 
-// TestContestedRepairWaits does a damage again as soon as it is repaired. The router
-// logs that, reports it as its health, and waits longer each time.
+// A repair that is undone again and again waits longer each time. The log and the
+// health report say so.
 func TestContestedRepairWaits(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)

@@ -27,10 +27,9 @@ func wantFarAnswer(p *labtest.Pod, proto string, port uint16, server string) {
 	}
 }
 
-// Replies to clients that only the pod's original default route reaches go back
-// by it: of redirected connections, and of sockets of the pod. The reverse-path
-// filter is loosened where it is strict.
-func TestReplyPath(t *testing.T) {
+// Replies to clients that only the pod's original default route reaches go back by
+// that route. The router loosens a strict reverse-path filter.
+func TestReplyPathIsClusterSide(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		for _, filter := range []string{"0", "1", "2"} {
@@ -48,6 +47,7 @@ func TestReplyPath(t *testing.T) {
 	})
 }
 
+// Replies of the pod's own sockets go back by it as well.
 func TestReplyPathOfLocalSockets(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"http-proxy", "init"} {
@@ -56,9 +56,7 @@ func TestReplyPathOfLocalSockets(t *testing.T) {
 			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 			p.Env["EGRESS_ROUTER_MODE"] = mode
 			p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25"
-			if _, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("10.128.0.98:8080")); err != nil {
-				t.Fatal(err)
-			}
+			p.Serve(p.Lab.Router, "tcp", "10.128.0.98:8080")
 			for range 2 {
 				p.OK()
 				for _, client := range []struct {
@@ -81,8 +79,8 @@ func TestReplyPathOfLocalSockets(t *testing.T) {
 	}
 }
 
-// The original default route is gone from the main table when the container
-// starts again; the replies' table has it.
+// The next run restores the routing rules and marks of replies. By then only the
+// reply table has the original default route.
 func TestReplyPathSurvivesDamage(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
@@ -103,7 +101,7 @@ func TestReplyPathSurvivesDamage(t *testing.T) {
 		}
 	}
 	if deleted != 2 {
-		t.Errorf("%d routing rules, want 2: one by mark, one by address", deleted)
+		t.Errorf("%d routing rules lead to the reply table, want 2: one by mark, one by address", deleted)
 	}
 	p.Iptables("-t", "mangle", "-F")
 	stray := netlink.NewRule()
@@ -126,13 +124,11 @@ func TestReplyPathSurvivesDamage(t *testing.T) {
 
 // Name servers and the networks of EGRESS_CLUSTER_CIDRS stay reachable by the
 // cluster side, with the pod's own address.
-func TestClusterDestinations(t *testing.T) {
+func TestClusterCIDRsUseClusterSide(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	p.Env["EGRESS_CLUSTER_CIDRS"] = "10.129.0.0/24"
-	if _, err := p.Lab.Serve(p.Lab.Far, "tcp", netip.AddrPortFrom(lab.FarAddr, 80)); err != nil {
-		t.Fatal(err)
-	}
+	p.Serve(p.Lab.Far, "tcp", netip.AddrPortFrom(lab.FarAddr, 80).String())
 	p.OK()
 	a, err := p.Ask(p.Lab.Router, "tcp", netip.AddrPortFrom(lab.FarAddr, 80))
 	if err != nil || a.Peer.Addr() != lab.RouterAddr {
@@ -140,15 +136,14 @@ func TestClusterDestinations(t *testing.T) {
 	}
 	// The tests' resolv.conf has this name server.
 	if state := p.State(); !strings.Contains(state, "route 10.96.0.10 via 10.128.0.1 dev eth0\n") {
-		t.Errorf("no route to the name server:\n%s", state)
+		t.Errorf("state lacks a route to the name server:\n%s", state)
 	}
 	p.WantUnchanged(p.OK())
 	p.WantExample()
 }
 
-// Where the cluster side has no default route, a reply that it cannot deliver
-// goes nowhere; it does not leave on the physical network with the pod's
-// address.
+// If the cluster side has no default route, a reply that it cannot deliver is
+// dropped. It does not leave on the physical network with the pod's address.
 func TestReplyNeverLeavesByEgressSide(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
@@ -170,18 +165,18 @@ func TestReplyNeverLeavesByEgressSide(t *testing.T) {
 		if ip, ok := f.IPv4(); ok && !f.Outgoing {
 			sent++
 			if ip.Src.Addr() != lab.Source {
-				t.Errorf("on the physical network: %s", f)
+				t.Errorf("on the physical network, not from %s: %s", lab.Source, f)
 			}
 		}
 	}
 	if sent == 0 {
-		t.Error("the request did not reach the physical network: nothing is shown")
+		t.Error("the request did not reach the physical network, so the test proves nothing")
 	}
 	p.WantExample()
 }
 
-// Another program's mark, table and rules are left alone when ours are moved.
-func TestOtherMarkAndTable(t *testing.T) {
+// EGRESS_REPLY_MARK and EGRESS_REPLY_TABLE can be set.
+func TestOtherMarkAndTableWork(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_REPLY_MARK"], p.Env["EGRESS_REPLY_TABLE"] = "0x80000000", "77"
@@ -192,9 +187,9 @@ func TestOtherMarkAndTable(t *testing.T) {
 	})
 }
 
-// A client learns of the smaller MTU of the egress side, wherever it is: the
-// pod's ICMP error goes back by the cluster side.
-func TestICMPErrors(t *testing.T) {
+// A client of any subnet learns the smaller MTU of the egress side: the pod's ICMP
+// error goes back by the cluster side.
+func TestEgressMTUReachesClient(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
@@ -221,15 +216,13 @@ func TestICMPErrors(t *testing.T) {
 	})
 }
 
-// Redirects to the pod itself, which some use to move a port.
-func TestRedirectToThePod(t *testing.T) {
+// A line can redirect to the pod itself, to change a port.
+func TestRedirectToPodItself(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	p.Env["EGRESS_DESTINATION"] = "80 tcp 192.168.12.99 8080"
 	p.OK()
-	if _, err := p.Lab.Serve(p.Lab.Router, "tcp", netip.MustParseAddrPort("192.168.12.99:8080")); err != nil {
-		t.Fatal(err)
-	}
+	p.Serve(p.Lab.Router, "tcp", "192.168.12.99:8080")
 	for name, client := range map[string]*netns.Namespace{"client": p.Lab.Client, "far": p.Lab.Far} {
 		if _, err := p.Ask(client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -237,8 +230,9 @@ func TestRedirectToThePod(t *testing.T) {
 	}
 }
 
-// What a CNI may have given the cluster interface.
-func TestClusterLayouts(t *testing.T) {
+// The router works with each layout that a CNI plugin may give the cluster
+// interface.
+func TestClusterInterfaceLayouts(t *testing.T) {
 	t.Parallel()
 	network := func(s string) *net.IPNet {
 		_, n, err := net.ParseCIDR(s)
@@ -251,18 +245,18 @@ func TestClusterLayouts(t *testing.T) {
 		name    string
 		prepare func(h *netlink.Handle, eth netlink.Link) error
 		env     map[string]string
-		state   []string // lines of it afterwards
+		state   []string // lines of the state after the run
 		log     string
 	}{
 		{
-			name: "an address with two lengths",
+			name: "address with two lengths",
 			prepare: func(h *netlink.Handle, eth netlink.Link) error {
 				return h.AddrAdd(eth, &netlink.Addr{IPNet: network("10.128.0.98/32")})
 			},
 			state: []string{"rule priority 20000 from 10.128.0.98/32 table 4711"},
 		},
 		{
-			name: "a route that is to be kept, from the CNI",
+			name: "route of EGRESS_CLUSTER_CIDRS",
 			prepare: func(h *netlink.Handle, eth netlink.Link) error {
 				return h.RouteAdd(&netlink.Route{Dst: network("172.30.0.0/16"), Gw: lab.ClientAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 			},
@@ -273,7 +267,7 @@ func TestClusterLayouts(t *testing.T) {
 			},
 		},
 		{
-			name: "a link-local gateway, as Calico has it",
+			name: "link-local gateway of Calico",
 			prepare: func(h *netlink.Handle, eth netlink.Link) error {
 				if err := h.RouteAdd(&netlink.Route{Dst: network("169.254.1.1/32"), LinkIndex: eth.Attrs().Index, Scope: netlink.SCOPE_LINK}); err != nil {
 					return err
@@ -286,7 +280,7 @@ func TestClusterLayouts(t *testing.T) {
 			},
 		},
 		{
-			name: "a default route of two paths",
+			name: "multipath default route",
 			prepare: func(h *netlink.Handle, eth netlink.Link) error {
 				return h.RouteReplace(&netlink.Route{Dst: network("0.0.0.0/0"), MultiPath: []*netlink.NexthopInfo{
 					{LinkIndex: eth.Attrs().Index, Gw: lab.NodeAddr.AsSlice()}, {LinkIndex: eth.Attrs().Index, Gw: lab.ClientAddr.AsSlice()},
@@ -303,7 +297,7 @@ func TestClusterLayouts(t *testing.T) {
 			log:   "no default route on cluster interface",
 		},
 		{
-			name: "a route to a destination",
+			name: "route to a destination",
 			prepare: func(h *netlink.Handle, eth netlink.Link) error {
 				return h.RouteAdd(&netlink.Route{Dst: network("198.51.100.0/24"), Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 			},
@@ -321,7 +315,7 @@ func TestClusterLayouts(t *testing.T) {
 			}
 			maps.Copy(p.Env, test.env)
 			if r := p.OK(); !strings.Contains(r.Stderr, test.log) {
-				t.Errorf("the log lacks %q:\n%s", test.log, r.Stderr)
+				t.Errorf("stderr lacks %q:\n%s", test.log, r.Stderr)
 			}
 			state := p.State()
 			for _, line := range test.state {
@@ -335,8 +329,8 @@ func TestClusterLayouts(t *testing.T) {
 	}
 }
 
-// What an earlier run kept on the cluster side may be a destination now.
-func TestKeptNoLonger(t *testing.T) {
+// A network that an earlier run kept on the cluster side can become a destination.
+func TestClusterCIDRBecomesDestination(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 	p.Env["EGRESS_DESTINATION"], p.Env["EGRESS_CLUSTER_CIDRS"] = "80 tcp 192.168.12.80", "203.0.113.0/24"

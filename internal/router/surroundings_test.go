@@ -211,7 +211,7 @@ func deleteMacvlan(p *labtest.Pod) {
 
 // If no other host has the address, the only probe is the first frame that leaves
 // the pod, and nothing is logged about it.
-func TestConflictNone(t *testing.T) {
+func TestConflictProbeUnanswered(t *testing.T) {
 	t.Parallel()
 	for _, up := range []bool{true, false} {
 		t.Run(fmt.Sprintf("up before: %v", up), func(t *testing.T) {
@@ -223,7 +223,7 @@ func TestConflictNone(t *testing.T) {
 			capture, mac := captureMacvlan(p), macOf(p)
 			r := p.OK()
 			if strings.Contains(r.Stderr, "another host") {
-				t.Errorf("a conflict that there is not:\n%s", r.Stderr)
+				t.Errorf("stderr has a conflict, want none:\n%s", r.Stderr)
 			}
 			if got, want := fmt.Sprint(sent(capture, mac)), "[probe announcement announcement]"; got != want {
 				t.Errorf("sent %s, want %s", got, want)
@@ -231,7 +231,7 @@ func TestConflictNone(t *testing.T) {
 			for _, f := range capture.Frames() {
 				if f.Outgoing {
 					if a, ok := f.ARP(); !ok || kind(a) != arpProbe {
-						t.Errorf("the first frame that left is %s", f)
+						t.Errorf("the first frame that left is %s, want a probe", f)
 					}
 					break
 				}
@@ -241,10 +241,10 @@ func TestConflictNone(t *testing.T) {
 	}
 }
 
-// By default the address is taken though another host has it, as the original
-// did, and the log says who. With defend it is announced once more after the
+// By default the router takes an address that another host has, as the original
+// did, and logs that host. With defend it announces the address again after the
 // answer.
-func TestConflictTaken(t *testing.T) {
+func TestConflictWarnTakesAddress(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		choice        string
@@ -262,17 +262,17 @@ func TestConflictTaken(t *testing.T) {
 				capture, mac := captureMacvlan(p), macOf(p)
 				r := p.OK()
 				if n := strings.Count(r.Stderr, holds); n != 1 || strings.Count(r.Stderr, "mac="+other.mac) != 1 {
-					t.Errorf("said %d times, of %s:\n%s", n, other.mac, r.Stderr)
+					t.Errorf("%d warnings, want 1 with mac=%s:\n%s", n, other.mac, r.Stderr)
 				}
 				if !hasSource(p) {
-					t.Error("the address is not taken")
+					t.Error("macvlan0 lacks the reserved address")
 				}
 				kinds := sent(capture, mac)
 				if len(kinds) == 0 || kinds[0] != arpProbe || count(capture, mac, arpProbe) != 1 {
-					t.Errorf("sent %v: want one probe first", kinds)
+					t.Errorf("sent %v, want one probe first", kinds)
 				}
 				if n := count(capture, mac, arpAnnounced); n != test.announcements*arpPair {
-					t.Errorf("sent %v: want %d announcements of %d frames", kinds, test.announcements, arpPair)
+					t.Errorf("sent %v, want %d announcements of %d frames", kinds, test.announcements, arpPair)
 				}
 				answered := false // before the last announcement
 				for _, f := range capture.Frames() {
@@ -284,16 +284,16 @@ func TestConflictTaken(t *testing.T) {
 					}
 				}
 				if test.choice == "defend" {
-					t.Error("not announced after the answer")
+					t.Error("no announcement after the answer of the other host")
 				}
 			})
 		}
 	}
 }
 
-// An address that another host has is not taken, and the namespace is as before,
-// with the rules of each backend, which were loaded by then.
-func TestConflictRefused(t *testing.T) {
+// With refuse the router does not take an address that another host has. It removes
+// the rules that it has loaded by then.
+func TestConflictRefuseChangesNothing(t *testing.T) {
 	t.Parallel()
 	for _, up := range []bool{true, false} {
 		t.Run(fmt.Sprintf("up before: %v", up), func(t *testing.T) {
@@ -307,18 +307,19 @@ func TestConflictRefused(t *testing.T) {
 				p.WantRefusal("", "take reserved address 192.168.12.99: already in use by "+other.mac, "hint: stop the host with that hardware address")
 				p.WantState(before)
 				if n := count(capture, mac, arpAnnounced); n > 0 {
-					p.Errorf("%d announcements of an address that was not taken", n)
+					p.Errorf("%d announcements of an address that is in use, want none", n)
 				}
 				if n := count(capture, mac, arpProbe); n != 1 {
-					p.Errorf("%d probes, want 1, which is answered", n)
+					p.Errorf("%d probes, want 1", n)
 				}
 			})
 		})
 	}
 }
 
-// An address that nobody has is asked for three times (RFC 5227, section 2.1.1).
-func TestConflictRefuseFree(t *testing.T) {
+// With refuse the router probes three times for an address that no host has (RFC
+// 5227, section 2.1.1).
+func TestConflictRefuseProbesThreeTimes(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_CONFLICT"] = "refuse"
@@ -335,9 +336,9 @@ func TestConflictRefuseFree(t *testing.T) {
 	}
 }
 
-// A router that stays waits until the other host gives the address up. It says
-// once that it does.
-func TestConflictWaits(t *testing.T) {
+// A router that stays waits until the other host gives up the address, and logs the
+// conflict once.
+func TestConflictRefuseWaitsUntilFree(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_CONFLICT"] = "refuse"
@@ -345,21 +346,21 @@ func TestConflictWaits(t *testing.T) {
 	capture, mac := captureLAN(p), macOf(p)
 	r := p.Start("legacy")
 	r.AwaitLog(1, other.mac)
-	p.Until("it asked four times", func() bool { return count(capture, mac, arpProbe) >= 4 })
+	p.Until("four probes are sent", func() bool { return count(capture, mac, arpProbe) >= 4 })
 	if n := strings.Count(r.Logged(), other.mac); n != 1 {
-		t.Errorf("said %d times, want once", n)
+		t.Errorf("%d lines with mac=%s, want 1", n, other.mac)
 	}
 	if hasSource(p) {
-		t.Error("the address is taken")
+		t.Error("macvlan0 has the reserved address, which is in use")
 	}
 	if n := count(capture, mac, arpAnnounced); n > 0 {
-		t.Errorf("%d announcements of an address that is not taken", n)
+		t.Errorf("%d announcements of an address that is in use, want none", n)
 	}
 	begin := time.Now()
 	other.leave()
-	p.Until("the address is taken", func() bool { return hasSource(p) })
+	p.Until("macvlan0 has the reserved address", func() bool { return hasSource(p) })
 	t.Logf("taken %s after the other had left", time.Since(begin).Round(time.Millisecond))
-	p.Until("it is announced", func() bool { return count(capture, mac, arpAnnounced) >= arpPair })
+	p.Until("the address is announced", func() bool { return count(capture, mac, arpAnnounced) >= arpPair })
 	p.Until("the example works", func() bool {
 		_, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		return err == nil
@@ -367,20 +368,20 @@ func TestConflictWaits(t *testing.T) {
 	p.WantExample()
 }
 
-// Whoever stops the router while it asks finds everything as before.
-func TestConflictStopped(t *testing.T) {
+// A router that is stopped while it probes leaves the namespace as it was.
+func TestConflictProbeStopped(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_CONFLICT"] = "refuse"
 	before, capture, mac := p.State(), captureMacvlan(p), macOf(p)
 	p.Cleanup(func() { p.WantState(before) }) // after the router has ended
 	p.Start("legacy")
-	p.Until("it asks", func() bool { return count(capture, mac, arpProbe) > 0 })
+	p.Until("a probe is sent", func() bool { return count(capture, mac, arpProbe) > 0 })
 }
 
-// Who claims the address while the router has it is named, and answered by an
-// announcement, but not each time.
-func TestConflictDefended(t *testing.T) {
+// The router logs a host that claims the address, and answers by an announcement,
+// but not each time.
+func TestClaimIsAnsweredOnce(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	r := p.Start("legacy")
@@ -390,19 +391,18 @@ func TestConflictDefended(t *testing.T) {
 		claim(p, anotherMAC)
 	}
 	claim(p, yetAnotherMAC)
-	r.AwaitLog(1, "mac="+yetAnotherMAC) // which comes after the others
+	r.AwaitLog(1, "mac="+yetAnotherMAC) // the last claim
 	if n := strings.Count(r.Logged(), "mac="+anotherMAC); n != 1 || strings.Count(r.Logged(), claimed) != 2 {
-		t.Errorf("%s is named %d times, want once", anotherMAC, n)
+		t.Errorf("%d lines with mac=%s, want 1", n, anotherMAC)
 	}
 	if n := count(capture, mac, arpAnnounced); n != arpPair {
-		t.Errorf("%d frames that announce, want %d: one announcement", n, arpPair)
+		t.Errorf("%d announcement frames, want %d", n, arpPair)
 	}
 	p.WantExample()
 }
 
-// A gateway that does not answer is missed after three requests; that it is back
-// is noticed.
-func TestGatewayLost(t *testing.T) {
+// The router logs a gateway that misses three requests, and one that answers again.
+func TestGatewayLostAndFound(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_HEALTH_INTERVAL"] = "200ms"
@@ -418,17 +418,17 @@ func TestGatewayLost(t *testing.T) {
 	silent("8")
 	before := count(capture, mac, arpGateway)
 	r.AwaitLog(1, lost)
-	// The first of them may have been answered still.
+	// The first request may have been answered.
 	if n := count(capture, mac, arpGateway) - before; n < 3 {
-		t.Errorf("missed after %d requests", n)
+		t.Errorf("logged as lost after %d requests, want at least 3", n)
 	}
 	asked := count(capture, mac, arpGateway)
-	p.Until("it is asked for again", func() bool { return count(capture, mac, arpGateway) >= asked+4 })
+	p.Until("four more requests are sent", func() bool { return count(capture, mac, arpGateway) >= asked+4 })
 	if n := strings.Count(r.Logged(), lost); n != 1 {
-		t.Errorf("said %d times, want once", n)
+		t.Errorf("%d lines %q, want 1", n, lost)
 	}
 	if n := strings.Count(r.Logged(), gatewayAnswers); n != 1 {
-		t.Errorf("it answered %d times, want once", n)
+		t.Errorf("%d lines %q, want 1", n, gatewayAnswers)
 	}
 	silent("0")
 	r.AwaitLog(2, gatewayAnswers)
@@ -446,7 +446,7 @@ func syns(p *labtest.Pod, c *lab.Capture, from, to uint16) (tries, ports int) {
 			continue
 		}
 		if ip.Src.Addr() != lab.Source {
-			p.Errorf("a connection from elsewhere: %s", f)
+			p.Errorf("a probe not from %s: %s", lab.Source, f)
 		}
 		tries++
 		seen[ip.Dst.Port()] = true
@@ -454,8 +454,9 @@ func syns(p *labtest.Pod, c *lab.Capture, from, to uint16) (tries, ports int) {
 	return tries, len(seen)
 }
 
-// A destination that refuses is named once, and again when it accepts.
-func TestProbe(t *testing.T) {
+// The router logs a destination that refuses connections once, and again when it
+// accepts them.
+func TestDestinationProbeLogsChanges(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_DESTINATION"] = "9999 tcp 203.0.113.25\n9998 udp 203.0.113.25\n" + p.Env["EGRESS_DESTINATION"]
@@ -466,30 +467,27 @@ func TestProbe(t *testing.T) {
 	const destination = "destination=203.0.113.25:9999"
 	r.AwaitLog(1, refused)
 	tried := func(n int) {
-		p.Until("it tries again", func() bool { tries, _ := syns(p, capture, 9999, 9999); return tries >= n })
+		p.Until("the destination is probed again", func() bool { tries, _ := syns(p, capture, 9999, 9999); return tries >= n })
 	}
 	tried(4)
 	if n := strings.Count(r.Logged(), refused); n != 1 || !strings.Contains(r.Logged(), destination) {
-		t.Errorf("said %d times, want once, of %s", n, destination)
+		t.Errorf("%d lines %q, want 1 with %s", n, refused, destination)
 	}
-	server, err := p.Lab.Serve(p.Lab.Outside, "tcp", netip.MustParseAddrPort("203.0.113.25:9999"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	server := p.Serve(p.Lab.Outside, "tcp", "203.0.113.25:9999")
 	r.AwaitLog(1, again)
 	server.Close()
 	r.AwaitLog(2, refused)
 	if n := strings.Count(r.Logged(), again); n != 1 {
-		t.Errorf("it could be connected to again %d times, want once", n)
+		t.Errorf("%d lines %q, want 1", n, again)
 	}
 	if n, _ := syns(p, capture, 80, 80); n == 0 {
-		t.Error("no connection to the destination that accepts")
+		t.Error("no probe of the destination that accepts connections")
 	}
 }
 
-// However many destinations there are, and though none answers, few are tried at
-// a time; and the router ends at once when it is told to.
-func TestProbeMany(t *testing.T) {
+// The router probes few destinations at a time if none of many answers, and ends
+// while it does.
+func TestDestinationProbesAreLimited(t *testing.T) {
 	t.Parallel()
 	const many, atOnce = 2000, 16
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
@@ -507,25 +505,25 @@ func TestProbeMany(t *testing.T) {
 	}
 	capture := captureLAN(p)
 	p.Start("legacy")
-	// TCP tries again after a second, and each of those tries is still under way.
-	p.Until("all that are tried are tried again", func() bool {
+	// TCP sends the SYN again after a second, when all first probes still wait.
+	p.Until("each SYN is sent twice", func() bool {
 		tries, _ := syns(p, capture, 10001, 10000+many)
 		return tries >= 2*atOnce
 	})
 	if _, ports := syns(p, capture, 10001, 10000+many); ports != atOnce {
-		t.Errorf("%d are tried at a time, want %d", ports, atOnce)
+		t.Errorf("%d destinations are probed at a time, want %d", ports, atOnce)
 	}
 }
 
-// The address is announced again and again, in both forms.
-func TestAnnouncedAgain(t *testing.T) {
+// The router announces the address at each interval, in both forms.
+func TestAnnouncementsRepeat(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_ANNOUNCE_INTERVAL"] = "300ms"
 	capture := captureLAN(p)
 	p.Start("legacy")
 	var forms []uint16
-	p.Until("it is announced four times", func() bool {
+	p.Until("four announcements are sent", func() bool {
 		forms = nil
 		for _, f := range capture.Frames() {
 			if a, ok := f.ARP(); ok && kind(a) == arpAnnounced {
@@ -539,26 +537,26 @@ func TestAnnouncedAgain(t *testing.T) {
 	}
 }
 
-// With an interval of 0 it is announced again where neighbours have to learn
-// something, and not otherwise.
-func TestAnnouncedAfterRepair(t *testing.T) {
+// With an interval of 0 the router announces the address again only if neighbours
+// have to learn something.
+func TestRepairAnnouncesIfNeighboursMustLearn(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_ANNOUNCE_INTERVAL"], p.Env["EGRESS_HEALTH_INTERVAL"] = "0", "100ms"
 	capture, mac := captureLAN(p), macOf(p)
 	r := p.Start("legacy")
 	r.AwaitLog(1, gatewayAnswers)
-	compared := func() { // five more times
+	compared := func() { // waits for five more comparisons
 		p.Helper()
 		n := count(capture, macOf(p), arpGateway) + 5
-		p.Until("it compares", func() bool { return count(capture, macOf(p), arpGateway) >= n })
+		p.Until("five more comparisons are made", func() bool { return count(capture, macOf(p), arpGateway) >= n })
 	}
 	announced := func(what, mac string, n int) {
 		p.Helper()
 		p.Until(what, func() bool { return count(capture, mac, arpAnnounced) >= n*arpPair })
 		compared()
 		if got := count(capture, mac, arpAnnounced); got != n*arpPair {
-			t.Errorf("%s: %d frames that announce, want %d", what, got, n*arpPair)
+			t.Errorf("%s: %d announcement frames, want %d", what, got, n*arpPair)
 		}
 	}
 	announced("announced at the start", mac, 1)
@@ -578,24 +576,24 @@ func TestAnnouncedAfterRepair(t *testing.T) {
 	}
 	announced("announced with another hardware address", anotherMAC, 1)
 	if strings.Contains(r.Logged(), claimed) {
-		t.Error("its own hardware address of before or now is taken for another host's")
+		t.Error("the log has a conflict with a hardware address of the router")
 	}
 	p.WantExample()
 }
 
-// A macvlan0 that the router is to make is made again when it is gone.
-func TestMacvlanDeleted(t *testing.T) {
+// The router creates its macvlan0 again when it is deleted.
+func TestDeletedMacvlanIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	p := labtest.NewWithoutMacvlan(t)
 	capture := captureLAN(p)
 	r := p.Start("legacy")
 	for n := 1; n <= 2; n++ {
-		r.AwaitLog(n, gatewayAnswers) // those that are asked on the interface of now
+		r.AwaitLog(n, gatewayAnswers) // on the new interface
 		p.WantExample()
 		before := macOf(p)
 		deleteMacvlan(p)
 		r.AwaitLog(n, "msg=repaired kind=interface")
-		p.Until("it is announced", func() bool {
+		p.Until("the new interface is announced", func() bool {
 			for _, f := range capture.Frames() {
 				if a, ok := f.ARP(); ok && kind(a) == arpAnnounced && a.SenderMAC.String() != before && a.SenderMAC.String() == macOf(p) {
 					return true
@@ -637,9 +635,9 @@ func attempts(r *labtest.Running) (times []time.Time) {
 
 var notFound = regexp.MustCompile(`time=(\S+) .*` + regexp.QuoteMeta(missing))
 
-// A macvlan0 that somebody else makes is missed, once, and used as soon as it is
-// there again: sooner than the next try would be.
-func TestMacvlanGone(t *testing.T) {
+// The router logs once that a macvlan0 of another program is missing, and uses it
+// as soon as it is back: the event comes before the next attempt.
+func TestMissingInterfaceIsUsedOnceBack(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_LOG_LEVEL"] = "debug"
@@ -649,7 +647,7 @@ func TestMacvlanGone(t *testing.T) {
 	deleteMacvlan(p)
 	var last time.Time
 	var pause time.Duration
-	p.Until("the router pauses for longer than a busy machine repairs", func() bool {
+	p.Until("the pause between attempts is longer than a repair on a busy machine", func() bool {
 		if times := attempts(r); len(times) > 1 {
 			last = times[len(times)-1]
 			pause = last.Sub(times[len(times)-2])
@@ -657,24 +655,23 @@ func TestMacvlanGone(t *testing.T) {
 		return pause > 3500*time.Millisecond
 	})
 	if n := strings.Count(r.Logged(), `reconcile failed" error="`+missing); n != 1 {
-		t.Errorf("said %d times, want once", n)
+		t.Errorf("%d lines \"reconcile failed\", want 1", n)
 	}
 	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
 	r.AwaitLog(1, labtest.RepairLogged)
-	// The next pause is twice as long, or by chance a quarter less.
+	// The next pause is twice as long, less a random part of up to a quarter.
 	if took := time.Since(last); took > pause*3/2 {
-		t.Errorf("repaired %s after the last attempt, which the next one may have done; the pause before was %s", took, pause)
+		t.Errorf("repaired %s after the last attempt, want before the next one; the last pause was %s", took, pause)
 	}
 	p.Until("the example works", func() bool { return answers(p) })
 	p.WantExample()
-	r.AwaitLog(2, gatewayAnswers) // asked on the new interface
+	r.AwaitLog(2, gatewayAnswers) // on the new interface
 	claim(p, anotherMAC)
 	r.AwaitLog(1, "mac="+anotherMAC)
 }
 
-// Beside an init run, monitor finds nothing to do, and repairs what is damaged
-// afterwards.
-func TestMonitor(t *testing.T) {
+// After an init run monitor changes nothing, and repairs later damage.
+func TestMonitorRepairs(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.OK()
@@ -683,10 +680,10 @@ func TestMonitor(t *testing.T) {
 	r.AwaitLog(1, gatewayAnswers)
 	p.WantState(before)
 	if n := count(capture, mac, arpAnnounced) + count(capture, mac, arpProbe); n > 0 {
-		t.Errorf("%d frames about the address, of which nothing is new", n)
+		t.Errorf("%d probes and announcements, want none", n)
 	}
 	if strings.Contains(r.Logged(), "repaired") {
-		t.Error("it repairs what is right")
+		t.Error("the log has a repair, want none")
 	}
 	h := p.Handle(p.Lab.Router)
 	if err := h.AddrDel(p.Link(h, "macvlan0"), reserved()); err != nil {
@@ -697,12 +694,12 @@ func TestMonitor(t *testing.T) {
 	p.WantExample()
 	p.WantState(before)
 	if n := count(capture, mac, arpAnnounced); n != arpPair {
-		t.Errorf("%d frames that announce, want %d", n, arpPair)
+		t.Errorf("%d announcement frames, want %d", n, arpPair)
 	}
 }
 
-// Started before anything is there, monitor waits for it.
-func TestMonitorFirst(t *testing.T) {
+// Monitor waits for the interface if it starts first.
+func TestMonitorWaitsForInterface(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{NoMacvlan: true}, labtest.Nftables)
 	r := p.Start("monitor")
@@ -711,6 +708,6 @@ func TestMonitorFirst(t *testing.T) {
 	p.Until("the example works", func() bool { return answers(p) })
 	p.WantExample()
 	if err := r.Cmd.Process.Signal(syscall.Signal(0)); err != nil {
-		t.Errorf("the router is gone: %v", err)
+		t.Errorf("the router has ended: %v", err)
 	}
 }

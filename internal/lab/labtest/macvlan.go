@@ -3,6 +3,7 @@ package labtest
 import (
 	"fmt"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -40,4 +41,42 @@ func NewWithoutMacvlan(t *testing.T) *Pod {
 	p.Env["EGRESS_MACVLAN_PARENT"] = "true"
 	p.Env["EGRESS_HOST_NETNS"] = File(p.Lab.Node)
 	return p
+}
+
+// Inventory describes the links, addresses and routes of a namespace.
+func (p *Pod) Inventory(ns *netns.Namespace) string {
+	p.Helper()
+	h := p.Handle(ns)
+	links, err := h.LinkList()
+	if err != nil {
+		p.Fatal(err)
+	}
+	var lines []string
+	for _, l := range links {
+		a := l.Attrs()
+		lines = append(lines, fmt.Sprintf("%d %s %s %s mtu %d %s master %d parent %d promisc %d", a.Index, a.Name, l.Type(), a.Flags, a.MTU, a.HardwareAddr, a.MasterIndex, a.ParentIndex, a.Promisc))
+		addresses, err := h.AddrList(l, netlink.FAMILY_ALL)
+		if err != nil {
+			p.Fatal(err)
+		}
+		for _, a := range addresses {
+			lines = append(lines, "  "+a.String())
+		}
+	}
+	routes, err := h.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		p.Fatal(err)
+	}
+	for _, r := range routes {
+		lines = append(lines, r.String())
+	}
+	return strings.Join(lines, "\n") + "\n"
+}
+
+// WantInventory checks that a namespace has not changed.
+func (p *Pod) WantInventory(ns *netns.Namespace, name, want string) {
+	p.Helper()
+	if got := p.Inventory(ns); got != want {
+		p.Errorf("%s (-want +got):\n%s", name, diff(want, got))
+	}
 }

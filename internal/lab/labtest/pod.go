@@ -272,6 +272,23 @@ func (p *Pod) Dial(from *netns.Namespace, proto string, addr netip.AddrPort) net
 	return conn
 }
 
+// Serve starts a server of the lab. If the address was in use before, the former
+// listener may last a little longer: a process that another test starts has a copy
+// until execve(2).
+func (p *Pod) Serve(ns *netns.Namespace, proto, addr string) *lab.Server {
+	p.Helper()
+	var s *lab.Server
+	p.Until("serving at "+addr, func() bool {
+		var err error
+		s, err = p.Lab.Serve(ns, proto, netip.MustParseAddrPort(addr))
+		if err != nil && !errors.Is(err, syscall.EADDRINUSE) {
+			p.Fatal(err)
+		}
+		return err == nil
+	})
+	return s
+}
+
 // Until waits for a condition.
 func (p *Pod) Until(what string, holds func() bool) {
 	p.Helper()
