@@ -135,8 +135,11 @@ func (x *exchange) refuse(r *refusal) {
 // WriteHeader passes on a status and the header.
 func (x *exchange) WriteHeader(status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols {
-		// HTTP/1.0 has no such thing (RFC 9110 section 15.2).
-		if x.request.ProtoAtLeast(1, 1) {
+		// HTTP/1.0 has no interim responses (RFC 9110 section 15.2). A 100 that the
+		// client expects is sent by net/http when the body is read for the server,
+		// which may be before the server's own comes here.
+		expected := status == http.StatusContinue && x.body != nil && x.request.Header.Get("Expect") != ""
+		if x.request.ProtoAtLeast(1, 1) && !expected {
 			x.ResponseWriter.WriteHeader(status)
 		}
 		return

@@ -132,7 +132,7 @@ func TestStreams(t *testing.T) {
 			if got := header(conn); !strings.Contains(got, "Expect: 100-continue\r\n") {
 				t.Errorf("the server got %q", got)
 			}
-			say(t, conn, "HTTP/1.1 100 Continue\r\n\r\n")
+			say(t, conn, "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n") // the client gets one
 			hear(t, conn, "hello")
 			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 		})
