@@ -60,8 +60,12 @@ func serve(t *testing.T, addr string) {
 	go func() {
 		for {
 			conn, err := l.Accept()
-			if err != nil {
+			if errors.Is(err, net.ErrClosed) {
 				return
+			}
+			if err != nil { // without a descriptor, see limit
+				time.Sleep(time.Millisecond)
+				continue
 			}
 			go func() {
 				defer conn.Close()
