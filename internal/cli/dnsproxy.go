@@ -21,17 +21,17 @@ type dnsProxy struct {
 	env   config.DNSProxyEnvironment
 	log   *slog.Logger
 	proxy *tcpproxy.Proxy
-	list  []tcpproxy.Destination // in force
+	list  []tcpproxy.Destination // in effect
 
-	listening        atomic.Bool // as it was told to at the start
+	listening        atomic.Bool // on the ports of the first list
 	board            health.Board
-	reloads, refused atomic.Int64 // files that brought a change, and files that were not right
+	reloads, refused atomic.Int64 // destination files that changed the list, and invalid ones
 }
 
-// runDNSProxy relays connections until the program is told to stop.
+// runDNSProxy relays connections until ctx ends.
 func runDNSProxy(ctx context.Context, p Process) error {
-	hangup, deaf := hangups()
-	defer deaf()
+	hangup, stopHangups := hangups()
+	defer stopHangups()
 	d := &dnsProxy{}
 	var err error
 	if d.env, err = config.ReadDNSProxy(); err != nil {
@@ -67,9 +67,9 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		return err
 	}
 	d.listening.Store(true)
-	d.right()
+	d.setListOK()
 	d.log.Info("ready", "destinations", len(d.list), "idle", c.Idle)
-	file := reloader{file: d.env.DestinationFile, since: since, every: lookEvery, hangup: hangup, log: d.log, reload: d.reload, told: d.told}
+	file := reloader{file: d.env.DestinationFile, since: since, every: lookEvery, hangup: hangup, log: d.log, reload: d.reload, result: d.result}
 	file.run(ctx)
 	d.log.Info("stopping, draining connections", "grace", c.Grace)
 	d.proxy.Shutdown(c.Grace)
@@ -85,8 +85,7 @@ func (d *dnsProxy) parse(text string) error {
 	return err
 }
 
-// reload reads the destination file again and has the proxy do what it says.
-// Connections go on.
+// reload reads the destination file and applies it. Open connections continue.
 func (d *dnsProxy) reload() error {
 	before := d.list
 	if fault := config.DNSProxyDestinations(d.env, readFile, d.parse); fault != nil {
@@ -99,21 +98,21 @@ func (d *dnsProxy) reload() error {
 	return d.proxy.Apply(d.list)
 }
 
-// told notes whether the list is in force.
-func (d *dnsProxy) told(trouble string) {
+// result records the outcome of a reload. trouble is empty after a success.
+func (d *dnsProxy) result(trouble string) {
 	if trouble == "" {
-		d.right()
+		d.setListOK()
 		return
 	}
 	d.refused.Add(1)
 	d.board.Set(listCheck, health.Warning, trouble)
 }
 
-// names is the resolver as the DNS proxy wants it.
+// names adapts the resolver to the interface of the DNS proxy.
 type names struct{ *resolver.Resolver }
 
-// Lookup returns addresses that are known to be good; the proxy keeps old ones
-// itself.
+// Lookup returns the addresses of a host and when they expire. After an error the
+// proxy keeps the previous addresses itself.
 func (n names) Lookup(ctx context.Context, host string) ([]netip.Addr, time.Time, error) {
 	answer, err := n.Resolver.Lookup(ctx, host)
 	return answer.Addrs, answer.Expires, err

@@ -9,16 +9,16 @@ import (
 	"github.com/egress-router/egress-router/internal/health"
 )
 
-// errNotReady is why health exits with 1 although it has said everything.
+// errNotReady makes health exit with 1 after it has printed the reports.
 var errNotReady = errors.New("not ready")
 
-// asksHealthJSON reports whether health is to print JSON. It is the one command
-// with an option.
+// asksHealthJSON reports whether the arguments are those for JSON: health -o json. No
+// other command has an option.
 func asksHealthJSON(args []string) bool { return slices.Equal(args, []string{"health", "-o", "json"}) }
 
-// runHealth asks the programs that run here how they are, for a person or an
-// exec probe. It is an error if none answers, or one that is there does not, or
-// one is not ready.
+// runHealth prints the health of the programs that run in this container or network
+// namespace, for a person or an exec probe. It returns an error if none runs, if one
+// that runs does not answer, or if one is not ready.
 func runHealth(ctx context.Context, p Process) error {
 	reports, err := health.Ask(ctx)
 	var written error

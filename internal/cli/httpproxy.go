@@ -16,10 +16,10 @@ import (
 	"github.com/egress-router/egress-router/internal/resolver"
 )
 
-// runHTTPProxy serves clients until the program is told to stop.
+// runHTTPProxy serves clients until ctx ends.
 func runHTTPProxy(ctx context.Context, p Process) error {
-	hangup, deaf := hangups()
-	defer deaf()
+	hangup, stopHangups := hangups()
+	defer stopHangups()
 	env, err := config.ReadHTTPProxy()
 	if err != nil {
 		return fmt.Errorf("reading the environment: %w", err)
@@ -42,7 +42,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		_, err := io.WriteString(p.Stdout, list.Squid())
 		return err
 	}
-	defer runtime.KeepAlive(garbageFloor()) // it is made now
+	defer runtime.KeepAlive(garbageFloor()) // allocated here
 	proxy := httpproxy.New(httpproxy.Config{
 		Listen:           c.Listen,
 		Rules:            list,
@@ -72,7 +72,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		}
 		proxy.SetRules(list)
 		return nil
-	}, told: func(trouble string) {
+	}, result: func(trouble string) {
 		if trouble != "" {
 			proxy.Rejected(errors.New(trouble))
 		}

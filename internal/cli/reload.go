@@ -14,35 +14,36 @@ import (
 	"github.com/egress-router/egress-router/internal/follow"
 )
 
-// lookEvery is how often a proxy looks at its file besides what the kernel tells
-// of it, and tries again what did not work. It is what EGRESS_HEALTH_INTERVAL is
-// for the router if not set.
+// lookEvery is the interval at which a proxy polls its file beside the kernel's
+// events, and retries a reload that failed. It equals the router's default of
+// EGRESS_HEALTH_INTERVAL.
 const lookEvery = 10 * time.Second
 
-// hangups returns a channel of SIGHUP, which from now on until stop does not end
-// the program: it says to read the file again, where there is one.
+// hangups returns a channel of SIGHUP, which requests a reload of the destination
+// file. Until stop is called SIGHUP does not end the program.
 func hangups() (hangup <-chan os.Signal, stop func()) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGHUP)
 	return c, func() { signal.Stop(c) }
 }
 
-// A reloader has a destination file read again whenever it has changed.
+// A reloader reads a destination file again when it changes.
 type reloader struct {
 	file   string      // empty: the list is in the environment
-	since  follow.Look // had before the file was read for the first time
+	since  follow.Look // taken before the file was first read
 	every  time.Duration
 	hangup <-chan os.Signal
 	log    *slog.Logger
 
-	// reload reads the file and has it hold. On an error what held before still
-	// does; a *config.Error is about the file, another about what it asks for.
+	// reload reads the file and applies it. After a *config.Error, which is about
+	// the file's content, the previous list stays in effect; any other error is
+	// about applying it.
 	reload func() error
-	// told is called when reloading went well, with nothing, and with what is
-	// wrong, once as long as it is the same.
-	told func(trouble string)
+	// result is called after a reload: with an empty text after a success, and with
+	// the error's text if it differs from the previous one.
+	result func(trouble string)
 
-	trouble string // what was wrong the last time, said once
+	trouble string // the last error, logged once
 }
 
 // run reloads until ctx ends.
@@ -54,7 +55,7 @@ func (r *reloader) run(ctx context.Context) {
 	for {
 		var again <-chan time.Time
 		if r.trouble != "" && r.every > 0 {
-			again = time.After(r.every) // such as a port that is not free yet
+			again = time.After(r.every) // a port may be free by then
 		}
 		select {
 		case <-ctx.Done():
@@ -65,7 +66,7 @@ func (r *reloader) run(ctx context.Context) {
 				continue
 			}
 			r.log.Info("SIGHUP received, reloading destinations", "file", r.file)
-			r.trouble = "" // who asks gets an answer
+			r.trouble = "" // the operator expects an answer
 		case <-changes:
 		case <-again:
 		}
@@ -73,11 +74,11 @@ func (r *reloader) run(ctx context.Context) {
 	}
 }
 
-// complain logs an error, once as long as it is the same.
+// complain logs an error unless it is the same as the last time.
 func (r *reloader) complain(err error) {
 	if err == nil {
 		r.trouble = ""
-		r.told("")
+		r.result("")
 		return
 	}
 	trouble := strings.ReplaceAll(err.Error(), "\n", "; ")
@@ -85,7 +86,7 @@ func (r *reloader) complain(err error) {
 		return
 	}
 	r.trouble = trouble
-	r.told(trouble)
+	r.result(trouble)
 	if fault, ok := errors.AsType[*config.Error](err); ok {
 		r.log.Error("invalid destination file, keeping previous destinations", "file", r.file, "error", fault.Sentence, "hint", fault.Hint)
 		return

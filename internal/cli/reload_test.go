@@ -68,7 +68,7 @@ func TestReloaderComplains(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	r := reloader{
 		file: file, every: 10 * time.Millisecond, log: slog.New(slog.NewTextHandler(&log, nil)),
-		told: func(string) {}, reload: func() (err error) {
+		result: func(string) {}, reload: func() (err error) {
 			err, results = results[0], results[1:]
 			if err == nil {
 				close(tried)
@@ -78,7 +78,7 @@ func TestReloaderComplains(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan struct{})
-	go func() { r.run(ctx); close(done) }() // with no look, a change is told at the start
+	go func() { r.run(ctx); close(done) }() // without Since, a change is sent at the start
 	select {
 	case <-tried:
 	case <-time.After(patience):
@@ -153,7 +153,7 @@ func TestProxiesReload(t *testing.T) {
 
 			hangUp(t)
 			log.await(t, "SIGHUP received, reloading destinations", 1)
-			log.await(t, "cannot be read: no such file or directory", 2) // who asks gets an answer
+			log.await(t, "cannot be read: no such file or directory", 2) // SIGHUP is answered
 			if err := os.Symlink("..data/list", file); err != nil {
 				t.Fatal(err)
 			}
@@ -217,7 +217,7 @@ func TestSinceIsBeforeReading(t *testing.T) {
 	}
 	read := make(chan struct{})
 	var once sync.Once
-	r := reloader{file: file, since: since, log: slog.New(slog.DiscardHandler), told: func(string) {}, reload: func() error {
+	r := reloader{file: file, since: since, log: slog.New(slog.DiscardHandler), result: func(string) {}, reload: func() error {
 		once.Do(func() { close(read) })
 		return nil
 	}}
@@ -227,6 +227,6 @@ func TestSinceIsBeforeReading(t *testing.T) {
 	select {
 	case <-read:
 	case <-time.After(patience):
-		t.Error("a change before the first reading is not seen")
+		t.Error("a change before the first read is not noticed")
 	}
 }

@@ -10,11 +10,11 @@ import (
 	"github.com/egress-router/egress-router/internal/tcpproxy"
 )
 
-// listCheck is the name of the check of the list.
+// listCheck is the name of the destination list's check.
 const listCheck = "destinations"
 
-// right notes that the list is in force.
-func (d *dnsProxy) right() {
+// setListOK sets the check of the list to OK: the list is in effect.
+func (d *dnsProxy) setListOK() {
 	from := "EGRESS_DNS_PROXY_DESTINATION"
 	if d.env.DestinationFile != "" {
 		from = d.env.DestinationFile
@@ -31,9 +31,9 @@ func (d *dnsProxy) reporter(c config.DNSProxyConfig) reporter {
 	}
 }
 
-// report says how the proxy is: ready when it listens on the ports of the list
-// with which it started. What a later list brings, or name servers, makes a check
-// bad, not the whole proxy: the others work.
+// report adds the proxy's checks to a report. The proxy is ready when it listens on
+// the ports of the list with which it started. A fault of a later list or of a name
+// server affects only its check, since the other destinations work.
 func (d *dnsProxy) report(r *health.Report) {
 	if !d.listening.Load() {
 		r.Reasons = append(r.Reasons, "not listening yet")
@@ -45,7 +45,7 @@ func (d *dnsProxy) report(r *health.Report) {
 	}
 }
 
-// portCheck says how one destination is.
+// portCheck returns the check of one destination.
 func portCheck(s tcpproxy.Status) health.Check {
 	c := health.Check{
 		Name: fmt.Sprintf("port %d", s.Destination.Port), Since: s.Since,

@@ -9,7 +9,8 @@ import (
 	"github.com/egress-router/egress-router/internal/metrics"
 )
 
-// reportHTTPProxy says how the proxy is: ready as soon as it listens.
+// reportHTTPProxy adds the proxy's checks to a report. The proxy is ready as soon as
+// it listens.
 func reportHTTPProxy(r *health.Report, s httpproxy.Status, file string) {
 	listener := health.Check{Name: "listener", State: health.OK, Detail: s.Listen, Since: s.ListenSince}
 	if s.Listen == "" {
@@ -28,12 +29,12 @@ func reportHTTPProxy(r *health.Report, s httpproxy.Status, file string) {
 	connections := health.Check{Name: "connections", State: health.OK, Since: r.Started,
 		Detail: fmt.Sprintf("%d of at most %d, %d active requests and tunnels", s.Connections, s.MaxConnections, s.Running)}
 	if s.Connections >= s.MaxConnections {
-		connections.State, connections.Since = health.Warning, time.Time{} // not known
+		connections.State, connections.Since = health.Warning, time.Time{} // unknown
 	}
 	r.Checks = []health.Check{listener, list, connections}
 }
 
-// httpClasses are the classes of a status in metrics.
+// httpClasses are the values of the label code, by status class.
 var httpClasses = [...]string{"none", "1xx", "2xx", "3xx", "4xx", "5xx"}
 
 func collectHTTPProxy(emit metrics.Emit, r health.Report, s httpproxy.Status) {

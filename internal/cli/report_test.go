@@ -87,12 +87,12 @@ func TestReportDNSProxy(t *testing.T) {
 	port := health.Check{Name: "port 18093", Detail: "203.0.113.25:80: 1 address"}
 	check(connections, port)
 	d.listening.Store(true)
-	d.right()
+	d.setListOK()
 	right := health.Check{Name: "destinations", Detail: "1 from EGRESS_DNS_PROXY_DESTINATION"}
 	check(right, connections, port)
 
 	// An invalid list is a warning, counted once.
-	r := reloader{log: d.log, told: d.told}
+	r := reloader{log: d.log, result: d.result}
 	for range 2 {
 		r.complain(errors.New("Bad destination '80'"))
 	}
@@ -101,7 +101,7 @@ func TestReportDNSProxy(t *testing.T) {
 		t.Errorf("counted %d times", n)
 	}
 	d.env.DestinationFile = "/etc/egress/destinations"
-	d.right()
+	d.setListOK()
 	right.Detail = "1 from /etc/egress/destinations"
 	check(right, connections, port)
 }

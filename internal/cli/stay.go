@@ -71,7 +71,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		})
 	}
 	file.reload = func() error { return w.reload(written, env) }
-	file.told = func(trouble string) {
+	file.result = func(trouble string) {
 		if trouble != "" {
 			w.keeper.Rejected(trouble)
 		}
