@@ -57,7 +57,7 @@ var commands = map[string]command{
 
 	// Targets.
 	"make demo":           {test: ".ci/run: make demo"},
-	"make test":           {test: ".ci/run: make test"},
+	"make test":           {test: ".ci/run: make cover"},
 	"make lint":           {test: ".ci/run: make lint"},
 	"make e2e":            {test: ".ci/run: make e2e"},
 	"make e2e-kubernetes": {test: ".ci/kubernetes: make e2e-kubernetes"},
