@@ -76,8 +76,8 @@ func resolve(in map[string]file, name string) string {
 	return ""
 }
 
-// The images of both platforms hold what they need and nothing that could not
-// run.
+// The images of both platforms contain the files that they need and no binary of
+// another platform.
 func TestImages(t *testing.T) {
 	foreign := map[string]string{"amd64": "arm64", "arm64": "amd64"}[runtime.GOARCH]
 	machines := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}
@@ -95,7 +95,7 @@ func TestImages(t *testing.T) {
 					first = all
 					checkFiles(t, all, machines[arch])
 				case !slices.Equal(slices.Sorted(maps.Keys(first)), slices.Sorted(maps.Keys(all))):
-					t.Errorf("%s holds other files than the first image", name)
+					t.Errorf("%s contains other files than the first image", name)
 				}
 				inspect := func(format string) string {
 					return strings.TrimSpace(run(t, "podman", "image", "inspect", "--format", format, name))
@@ -127,8 +127,8 @@ func TestImages(t *testing.T) {
 	}
 }
 
-// checkAlone checks an image that holds the program and nothing else. What podman
-// adds to each container is not of the image.
+// checkAlone checks an image that contains the program only. Empty files are podman's:
+// it adds them to each container.
 func checkAlone(t *testing.T, all map[string]file, machine elf.Machine) {
 	t.Helper()
 	var names []string
@@ -138,7 +138,7 @@ func checkAlone(t *testing.T, all map[string]file, machine elf.Machine) {
 		}
 	}
 	if len(names) != 1 || names[0] != "usr/bin/egress-router" {
-		t.Fatalf("%s holds %v, want the program alone", alone, names)
+		t.Fatalf("%s contains %v, want the program alone", alone, names)
 	}
 	e, err := elf.NewFile(bytes.NewReader(all["usr/bin/egress-router"].content))
 	if err != nil {
@@ -170,14 +170,14 @@ func checkFiles(t *testing.T, all map[string]file, machine elf.Machine) {
 	if !x509.NewCertPool().AppendCertsFromPEM(all["etc/ssl/certs/ca-certificates.crt"].content) {
 		t.Error("no certificates")
 	}
-	libraries := map[string]string{} // by the name that others need them under
+	libraries := map[string]string{} // by soname
 	for name := range all {
 		if strings.HasPrefix(name, "usr/lib/") && strings.Contains(path.Base(name), ".so") && !strings.Contains(name, "/xtables/") {
 			libraries[path.Base(name)] = name
 		}
 	}
 	for name, f := range all {
-		// In the second any user may put the socket of health.
+		// The second is for the socket of health, of any user.
 		if open := name == "tmp" || name == "run/egress-router"; open != (f.Mode&0o7777 == 0o1777) || !open && f.Mode&0o7000 != 0 {
 			t.Errorf("%s has mode %o", name, f.Mode)
 		}
@@ -222,8 +222,8 @@ func checkFiles(t *testing.T, all map[string]file, machine elf.Machine) {
 	}
 }
 
-// Both flavours of iptables in the image know every match and target that the
-// router or somebody who looks for a fault may use.
+// Both flavours of iptables in the image have every match and target of the router,
+// and those for troubleshooting.
 func TestExtensions(t *testing.T) {
 	const text = `*mangle
 :PREROUTING ACCEPT [0:0]

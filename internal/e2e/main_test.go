@@ -17,17 +17,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The test binary is three processes, told apart by this variable: the one that
-// go test starts prepares images and starts the second, which is process 1 of the
-// new namespaces and starts the third, which runs the tests.
+// The test binary runs as three processes, which this variable distinguishes. The
+// first, from go test, prepares images and starts the second. The second is process 1
+// of the new namespaces and starts the third. The third runs the tests.
 const stage = "EGRESS_ROUTER_E2E"
 
-// The files that the first process makes for the others, in its temporary
-// directory.
+// Files of the first process for the others, in its temporary directory.
 const (
 	directory     = "EGRESS_ROUTER_E2E_DIR"
-	nativeImages  = "native.tar"  // of the machine's platform, to be run
-	foreignImages = "foreign.tar" // of the other one, to be looked at
+	nativeImages  = "native.tar"  // of the machine's platform, to run
+	foreignImages = "foreign.tar" // of the other platform, to inspect
 )
 
 func TestMain(m *testing.M) {
@@ -48,7 +47,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// programs are what the tests run, and the packages they are in.
+// programs are the programs that the tests run, and their packages.
 var programs = []struct{ program, pkg string }{
 	{"podman", "podman"}, {"runc", "runc"}, {"catatonit", "catatonit"},
 	{"/usr/lib/podman/netavark", "netavark"}, {"ip", "iproute2"}, {"nsenter", "util-linux"},
@@ -56,8 +55,8 @@ var programs = []struct{ program, pkg string }{
 	{"tcpdump", "tcpdump"}, {"unshare", "util-linux"}, {"/usr/sbin/dockerd", "docker.io"},
 }
 
-// prepare does what needs the machine: it installs programs and builds images. It
-// then starts the second process and returns its exit code.
+// prepare installs programs and builds images on the machine itself. It then starts
+// the second process and returns its exit code.
 func prepare() (int, error) {
 	if os.Geteuid() != 0 {
 		return 1, errors.New("running as an ordinary user: these tests need root, since podman is to make macvlans")
@@ -143,7 +142,7 @@ func prepare() (int, error) {
 }
 
 // cgroups returns the control groups of podman and docker, the outer ones first.
-// They are the one thing that has no namespace.
+// Control groups of version 1 have no namespace of their own.
 func cgroups() []string {
 	var found []string
 	for _, pattern := range []string{
@@ -155,16 +154,15 @@ func cgroups() []string {
 				if err == nil && d.IsDir() {
 					found = append(found, path)
 				}
-				return nil // one that has just gone
+				return nil // removed meanwhile
 			})
 		}
 	}
 	return found
 }
 
-// removeCgroups removes those that were not there before, where containers were
-// killed instead of removed. One that is in use, by containers that somebody else
-// has started since, cannot be removed.
+// removeCgroups removes new control groups, which remain if containers were killed
+// instead of removed. A control group in use, by another user's containers, stays.
 func removeCgroups(before []string) {
 	for _, path := range slices.Backward(cgroups()) {
 		if !slices.Contains(before, path) {
@@ -173,8 +171,7 @@ func removeCgroups(before []string) {
 	}
 }
 
-// forward hands the signals on that end a test run, until the function that it
-// returns is called.
+// forward passes signals that end a test run to send, until stop is called.
 func forward(send func(syscall.Signal)) (stop func()) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM)
@@ -186,9 +183,9 @@ func forward(send func(syscall.Signal)) (stop func()) {
 	return func() { signal.Stop(signals); close(signals) }
 }
 
-// initProcess is process 1 of the new PID namespace. It gives the namespaces
-// their file systems, runs the tests, and buries the processes that podman leaves
-// to it (conmon). When it ends the kernel kills whatever still runs.
+// initProcess is process 1 of the new PID namespace. It mounts file systems, runs the
+// tests, and waits for orphans such as podman's conmon. At its end the kernel kills all
+// processes of the namespace.
 func initProcess() (int, error) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return 1, fmt.Errorf("making mounts private: %w", err)
@@ -198,7 +195,7 @@ func initProcess() (int, error) {
 		{"tmpfs", "/run"},                // podman's state, network namespaces, locks
 		{"tmpfs", "/dev/shm"},            // podman's locks
 		{"tmpfs", "/var/lib/containers"}, // images and containers
-		{"tmpfs", "/var/tmp"},            // what podman unpacks
+		{"tmpfs", "/var/tmp"},            // podman's unpacked layers
 	} {
 		if err := os.MkdirAll(m.on, 0o755); err != nil { // podman has never run
 			return 1, err
@@ -207,7 +204,7 @@ func initProcess() (int, error) {
 			return 1, fmt.Errorf("mounting %s on %q: %w", m.kind, m.on, err)
 		}
 	}
-	// Temporary directories go with the namespaces, however the tests end.
+	// Temporary directories vanish with the namespaces, however the tests end.
 	if err := os.Mkdir("/run/tmp", 0o700); err != nil {
 		return 1, err
 	}
@@ -242,8 +239,8 @@ func initProcess() (int, error) {
 	}
 }
 
-// nameServer gives the namespaces a resolv.conf of their own, which containers
-// get a copy of. On many machines it is a link into /run, which is empty now.
+// nameServer mounts a resolv.conf, which podman copies to containers. On many machines
+// the file is a link into /run, which is empty now.
 func nameServer() error {
 	const file, own = "/etc/resolv.conf", "/run/e2e/resolv.conf"
 	if err := os.Mkdir(filepath.Dir(own), 0o755); err != nil {

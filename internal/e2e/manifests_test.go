@@ -20,8 +20,8 @@ import (
 	"github.com/egress-router/egress-router/internal/manual"
 )
 
-// A NetworkAttachmentDefinition is that of the Network Plumbing Working Group's
-// specification, in which config is text.
+// A NetworkAttachmentDefinition follows the specification of the Network Plumbing
+// Working Group, which defines config as text.
 type NetworkAttachmentDefinition struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata"`
@@ -30,8 +30,7 @@ type NetworkAttachmentDefinition struct {
 	} `json:"spec"`
 }
 
-// A macvlanConfig is the configuration of the CNI plugin macvlan, as far as the
-// manifests use it.
+// A macvlanConfig has the fields of the CNI plugin macvlan that the manifests use.
 type macvlanConfig struct {
 	CNIVersion string `json:"cniVersion"`
 	Name       string `json:"name"`
@@ -40,7 +39,7 @@ type macvlanConfig struct {
 	Mode       string `json:"mode"`
 }
 
-// kinds are the types of what may stand in a manifest.
+// kinds are the types of the objects in manifests.
 var kinds = map[string]func() any{
 	"v1 ConfigMap":       func() any { return new(corev1.ConfigMap) },
 	"v1 Namespace":       func() any { return new(corev1.Namespace) },
@@ -58,8 +57,7 @@ type manifest struct {
 	objects []any
 }
 
-// decode reads all manifests. A field that the API does not have, or that is
-// there twice, is an error.
+// decode reads all manifests. An unknown or duplicate field is an error.
 func decode(t *testing.T) []manifest {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(manifests, "*.yaml"))
@@ -93,7 +91,7 @@ func decode(t *testing.T) []manifest {
 	return all
 }
 
-// pods returns the pods of a manifest, also those that a Deployment makes.
+// pods returns the pods of a manifest, including the templates of Deployments.
 func (m manifest) pods() []corev1.PodTemplateSpec {
 	var found []corev1.PodTemplateSpec
 	for _, o := range m.objects {
@@ -107,8 +105,8 @@ func (m manifest) pods() []corev1.PodTemplateSpec {
 	return found
 }
 
-// Every manifest is one that a cluster would take, as far as that can be said
-// without one, and says what the router understands.
+// Every manifest matches the Kubernetes API types, and the router accepts its
+// variables.
 func TestManifests(t *testing.T) {
 	variables := run(t, "podman", "run", "--rm", "--network", "none", image, "help")
 	all := decode(t)
@@ -172,7 +170,7 @@ func selects(selector, labels map[string]string) bool {
 	return len(selector) > 0
 }
 
-// checkDeployment sees that the reserved address is never in two places.
+// checkDeployment checks that one pod at a time has the reserved address.
 func checkDeployment(t *testing.T, d *appsv1.Deployment) {
 	t.Helper()
 	if d.Spec.Replicas == nil || *d.Spec.Replicas != 1 || d.Spec.Strategy.Type != appsv1.RecreateDeploymentStrategyType {
@@ -196,8 +194,8 @@ func checkAttachment(t *testing.T, a *NetworkAttachmentDefinition) {
 	}
 }
 
-// checkRouter checks a container that runs the router: its variables are known,
-// its plan can be made, and it may do what it has to.
+// checkRouter checks a container that runs the router: its variables are known, plan
+// accepts them, and it has the privilege that the router needs.
 func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMaps map[string]*corev1.ConfigMap, variables string) {
 	t.Helper()
 	mounts := map[string]map[string]string{} // directory -> file -> text
@@ -214,7 +212,7 @@ func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMap
 	args := []string{"podman", "run", "--rm", "--network", "none", "--cap-drop", "all"}
 	for _, e := range c.Env {
 		if !strings.Contains(variables, "\n  "+e.Name+" ") {
-			t.Errorf("container %s sets %s, which is no variable of the router", c.Name, e.Name)
+			t.Errorf("container %s sets the unknown variable %s of the router", c.Name, e.Name)
 		}
 		value := e.Value
 		if e.ValueFrom != nil {
@@ -249,16 +247,16 @@ func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMap
 }
 
 // checkProxy checks a container that runs a proxy: its variables are known, its
-// destinations are right, and it has no privilege.
+// destinations are valid, and it has no privilege.
 func checkProxy(t *testing.T, c corev1.Container, variables string) {
 	t.Helper()
 	if s := c.SecurityContext; s != nil && (s.Privileged != nil || s.Capabilities == nil || len(s.Capabilities.Add) != 0) {
-		t.Errorf("container %s has more than every container: %v", c.Name, s)
+		t.Errorf("container %s has more privilege than the default: %v", c.Name, s)
 	}
 	args := []string{"podman", "run", "--rm", "--network", "none", "--cap-drop", "all"}
 	for _, e := range c.Env {
 		if !strings.Contains(variables, "\n  "+e.Name+" ") {
-			t.Errorf("container %s sets %s, which is no variable of the proxy", c.Name, e.Name)
+			t.Errorf("container %s sets the unknown variable %s of the proxy", c.Name, e.Name)
 		}
 		args = append(args, "--env", e.Name+"="+e.Value)
 	}
@@ -268,8 +266,8 @@ func checkProxy(t *testing.T, c corev1.Container, variables string) {
 	}
 }
 
-// The YAML in the READMEs is in the manifests, which all of this tests: the lines of
-// each block stand in one of them, in the same order.
+// The YAML in the READMEs is in the manifests: one of them contains the lines of each
+// block, in the same order.
 func TestREADME(t *testing.T) {
 	pages, err := manual.Pages("../..")
 	if err != nil {
@@ -299,8 +297,7 @@ func TestREADME(t *testing.T) {
 	}
 }
 
-// inOrder returns how many of the lines, from the first on, are in text in this
-// order.
+// inOrder returns how many lines, counted from the first, text contains in this order.
 func inOrder(lines, text []string) int {
 	n := 0
 	for _, line := range text {
@@ -311,7 +308,7 @@ func inOrder(lines, text []string) int {
 	return n
 }
 
-// Every manifest is run by some test, here or on a cluster.
+// Every manifest is run by a test, here or on a cluster.
 func TestManifestsAreRun(t *testing.T) {
 	code := map[string]bool{}
 	tests, err := filepath.Glob("*_test.go")

@@ -17,11 +17,11 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// images are what .ci/image builds, by their name behind localhost/.
+// images are the images of .ci/image, without localhost/.
 var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy", alone}
 
 const (
-	// alone is the image that holds the program and nothing else.
+	// alone is the image that contains the program only.
 	alone = "egress-router-nftables"
 	// image is the router's.
 	image = "localhost/egress-router"
@@ -35,16 +35,15 @@ const (
 //	podman0 - node - eth0 192.168.12.10/24 - lan0 192.168.12.1/24 - eth1 of each [host]
 //	               - eth1 192.168.123.10/24 - lan1 192.168.123.1/24 - web 192.168.123.91
 //
-// The second physical network is that of the documentation's walk-through. The
-// node's default route goes by eth0. Outside has no route to the containers, and
-// the node translates the source of what they send by it to its own: a server sees
-// a reserved address only behind a router that works.
+// The second physical network is from the documentation's walk-through. The node's
+// default route is by eth0. Outside has no route to the containers, and the node
+// masquerades them: a server sees the reserved address only if the router works.
 type node struct{}
 
-// theNode is what the tests share.
+// theNode is shared by all tests.
 var theNode *node
 
-// The addresses of the servers, as the tests write them.
+// The addresses of the servers.
 var (
 	web     = "192.168.123.91"
 	servers = []string{
@@ -52,19 +51,19 @@ var (
 	}
 )
 
-// Where the namespaces of [node] are.
+// Files of the namespaces of [node].
 const (
 	outside = "/run/netns/outside"
 	webNS   = "/run/netns/web"
 )
 
-// The networks that podman has. Those of macvlans differ in their NIC and in
-// whether they give macvlan0 an address of their own.
+// Networks of podman. The macvlan networks differ in their NIC and in the address
+// that they add to macvlan0.
 const (
 	cluster   = "podman"
-	bare      = "bare"      // eth0, without an address
-	addressed = "addressed" // eth0, with one
-	walk      = "walk"      // eth1, without
+	bare      = "bare"      // eth0, no address
+	addressed = "addressed" // eth0, an address
+	walk      = "walk"      // eth1, no address
 )
 
 // settle are sysctls of a new namespace, to which the kernel gives the machine's.
@@ -152,12 +151,12 @@ func serve() error {
 	return who.ServeDatagrams(opened[2], nameServerAddr+":53", names.Answer)
 }
 
-// configurePodman makes podman work with what every machine has, whatever its own
-// configuration says, and gives it images and networks.
+// configurePodman configures podman independently of the machine's configuration, and
+// loads images and creates networks.
 func configurePodman() error {
 	for name, text := range map[string]string{
-		// Without CAP_SYS_RESOURCE, which a machine in a container lacks,
-		// podman's own limits would be above what may be set.
+		// podman's default limits exceed the hard limits of a machine in a
+		// container, which lacks CAP_SYS_RESOURCE.
 		"CONTAINERS_CONF": `
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
@@ -176,7 +175,7 @@ driver = "overlay"
 graphroot = "/var/lib/containers/storage"
 runroot = "/run/containers/storage"
 `,
-		// Nothing is ever fetched.
+		// No image is pulled.
 		"CONTAINERS_REGISTRIES_CONF": "unqualified-search-registries = []\n",
 	} {
 		path := "/run/e2e/" + strings.ToLower(name)
@@ -202,17 +201,17 @@ runroot = "/run/containers/storage"
 			return fmt.Errorf("preparing podman: %w", err)
 		}
 	}
-	// Already now: the first process cannot, if it is killed.
+	// The first process cannot do so if it is killed.
 	return os.RemoveAll(dir)
 }
 
-// A process is a program to run to its end, and then what it printed.
+// A process is a program and its output.
 type process struct {
 	cmd            *exec.Cmd
 	stdout, stderr bytes.Buffer
 }
 
-// command returns a process, not started yet.
+// command returns a process that is not started.
 func command(args ...string) *process {
 	p := &process{cmd: exec.Command(args[0], args[1:]...)}
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
@@ -220,7 +219,7 @@ func command(args ...string) *process {
 	return p
 }
 
-// run starts the process and waits for it, a minute at most.
+// run starts the process and waits for its end, a minute at most.
 func (p *process) run() error {
 	if err := p.cmd.Start(); err != nil {
 		return fmt.Errorf("starting %q: %w", strings.Join(p.cmd.Args, " "), err)
@@ -233,7 +232,7 @@ func (p *process) run() error {
 	return nil
 }
 
-// run runs a program that has to succeed and returns what it printed to stdout.
+// run runs a program, which has to succeed, and returns its stdout.
 func run(t *testing.T, args ...string) string {
 	t.Helper()
 	p := command(args...)
@@ -243,8 +242,8 @@ func run(t *testing.T, args ...string) string {
 	return p.stdout.String()
 }
 
-// in runs a program in the network namespace of a process, as the walk-through of
-// the documentation does, and returns what it printed to stdout.
+// in runs a program in the network namespace of a process, as the documentation's
+// walk-through does, and returns its stdout.
 func in(t *testing.T, pid string, args ...string) string {
 	t.Helper()
 	return run(t, append([]string{"nsenter", "-n", "-t", pid}, args...)...)
@@ -260,7 +259,7 @@ func pidOf(t *testing.T, container string) string {
 	return pid
 }
 
-// logs returns what a container printed.
+// logs returns the output of a container.
 func logs(container string) string {
 	p := command("podman", "logs", container)
 	if err := p.run(); err != nil {
@@ -269,14 +268,14 @@ func logs(container string) string {
 	return p.stdout.String() + p.stderr.String()
 }
 
-// start starts a container that stays and returns its name; args are the options
-// of podman run, and what follows "--" are the arguments of the image's program.
+// start starts a container that stays and returns its ID. args are options of podman
+// run, then after "--" the arguments of the image's program.
 func start(t *testing.T, args ...string) string {
 	t.Helper()
 	return startImage(t, image, args...)
 }
 
-// startImage does so with another image.
+// startImage is start with another image.
 func startImage(t *testing.T, image string, args ...string) string {
 	t.Helper()
 	options, arguments := args, []string(nil)
@@ -299,8 +298,8 @@ func startImage(t *testing.T, image string, args ...string) string {
 	return id
 }
 
-// A client is a namespace that asks.
-type client string // its file
+// A client is the file of a network namespace from which a test connects.
+type client string
 
 // newClient starts a container on the cluster network.
 func newClient(t *testing.T) client {
@@ -322,8 +321,8 @@ func clusterAddress(t *testing.T, pid string) netip.Addr {
 // reserved is the source of the documentation's redirect pod.
 var reserved = netip.MustParseAddr("192.168.12.99")
 
-// patience is how long one answer may take. Nothing here takes longer, except the
-// first packets to a link that has just come up.
+// patience is the timeout of one request, which first packets to a link that has just
+// come up can exceed.
 const patience = 3 * time.Second
 
 // ask sends one request and returns the answer.
@@ -355,7 +354,7 @@ func (c client) dial(proto, addr string) (net.Conn, error) {
 	return conn, err
 }
 
-// want checks who answers at an address of a router, and whom that server saw.
+// want checks which server answers at an address, and which source it sees.
 func (c client) want(t *testing.T, proto, addr, server string, peer netip.Addr) {
 	t.Helper()
 	a, err := c.ask(proto, addr)
@@ -366,7 +365,7 @@ func (c client) want(t *testing.T, proto, addr, server string, peer netip.Addr) 
 	}
 }
 
-// wantExample checks everything that the documentation's example promises.
+// wantExample checks all redirects of the documentation's example.
 func (c client) wantExample(t *testing.T, router netip.Addr) {
 	t.Helper()
 	for _, w := range []struct{ proto, port, server string }{
@@ -380,7 +379,7 @@ func (c client) wantExample(t *testing.T, router netip.Addr) {
 	}
 }
 
-// await waits until a condition holds.
+// await waits until a condition is true.
 func await(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// withoutMacvlan returns the options of podman run for a router that makes
+// withoutMacvlan returns the options of podman run for a router that creates
 // macvlan0 itself.
 func withoutMacvlan(network string, more ...string) []string {
 	return append([]string{
@@ -19,8 +19,8 @@ func withoutMacvlan(network string, more ...string) []string {
 	}, more...)
 }
 
-// links describes the links, addresses and routes of the node but those that
-// podman makes and removes with each container.
+// links describes the links, addresses and routes of the node, without podman's, which
+// come and go with each container.
 func (n *node) links(t *testing.T) string {
 	t.Helper()
 	var b strings.Builder
@@ -34,8 +34,7 @@ func (n *node) links(t *testing.T) string {
 	return b.String()
 }
 
-// macvlanOf returns the mode of macvlan0 and the number of the link that it is cut
-// from.
+// macvlanOf returns the mode of macvlan0, the index of its parent and its MTU.
 func macvlanOf(t *testing.T, pid string) (mode string, parent, mtu int) {
 	t.Helper()
 	var links []struct {
@@ -55,7 +54,7 @@ func macvlanOf(t *testing.T, pid string) (mode string, parent, mtu int) {
 	return links[0].Info.Data.Mode, links[0].Parent, links[0].MTU
 }
 
-// indexOf returns the number of a link of the node.
+// indexOf returns the index of a link of the node.
 func indexOf(t *testing.T, name string) int {
 	t.Helper()
 	var links []struct {
@@ -68,12 +67,11 @@ func indexOf(t *testing.T, name string) int {
 	return links[0].Index
 }
 
-// The router cuts macvlan0 from a NIC of the node itself, and leaves the node as
-// it was. These tests have a PID namespace of their own, whose process 1 has the
-// node's network: what --pid host gives a container is that one, never the
-// machine's.
+// The router creates macvlan0 on a NIC of the node and leaves the node unchanged. The
+// tests have a PID namespace of their own, whose process 1 is in the node's network:
+// with --pid host a container reaches that network, not the machine's.
 func TestMacvlanParent(t *testing.T) {
-	// The bridge of the cluster network is there from here on.
+	// From here on the cluster network has its bridge.
 	c := newClient(t)
 	run(t, "mkdir", "-p", "/run/e2e")
 	run(t, "touch", "/run/e2e/host-netns")
@@ -83,7 +81,7 @@ func TestMacvlanParent(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	// An MTU of its own shows whether macvlan0 gets it.
+	// An unusual MTU, which macvlan0 inherits.
 	run(t, "ip", "link", "set", "eth0", "mtu", "1480")
 	t.Cleanup(func() { _ = command("ip", "link", "set", "eth0", "mtu", "1500").run() })
 
@@ -106,8 +104,7 @@ func TestMacvlanParent(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			id := start(t, withoutMacvlan(cluster, test.options...)...)
 			await(t, "a ready router", func() bool { return strings.Contains(logs(id), "msg=ready") })
-			// Links of containers come and go; those of the node's own are
-			// compared while this container is there and after a second run.
+			// The node's links with this container, to compare after a second run.
 			before := theNode.links(t)
 			pid := pidOf(t, id)
 			if mode, parent, mtu := macvlanOf(t, pid); mode != test.mode || parent != indexOf(t, "eth0") || mtu != 1480 {
@@ -118,22 +115,22 @@ func TestMacvlanParent(t *testing.T) {
 			}
 			c.wantExample(t, clusterAddress(t, pid))
 
-			// A second run keeps what is there.
+			// A second run changes nothing.
 			was := state(t, pid)
 			again := append([]string{"podman", "run", "--rm", "--env", "EGRESS_ROUTER_MODE=init"}, withoutMacvlan("container:"+id, test.options...)...)
 			run(t, append(again, image)...)
 			if is := state(t, pid); is != was {
-				t.Errorf("after a second run the namespace is another.\n--- was\n%s--- is\n%s", was, is)
+				t.Errorf("a second run changed the namespace.\n--- was\n%s--- is\n%s", was, is)
 			}
 			if after := theNode.links(t); after != before {
-				t.Errorf("the node is another.\n--- was\n%s--- is\n%s", before, after)
+				t.Errorf("the second run changed the node.\n--- was\n%s--- is\n%s", before, after)
 			}
 			c.wantExample(t, clusterAddress(t, pid))
 		})
 	}
 
-	// podman 4.3 does not know hostPID, which the manifest says; the rest of it is
-	// run as it is, but for the NIC.
+	// podman 4.3 ignores hostPID. The rest of the manifest runs as written, on
+	// another NIC.
 	t.Run("macvlan-parent-pod", func(t *testing.T) {
 		all := decode(t)
 		at := slices.IndexFunc(all, func(m manifest) bool { return m.file == "macvlan-parent-pod.yaml" })
@@ -145,7 +142,7 @@ func TestMacvlanParent(t *testing.T) {
 		args := []string{"podman", "run", "--rm", "--privileged", "--pid", "host", "--network", "container:" + id}
 		for _, e := range pod.InitContainers[0].Env {
 			if e.Name == "EGRESS_MACVLAN_PARENT" && e.Value == "eth1" {
-				e.Value = "eth0" // which that network is on here
+				e.Value = "eth0" // the NIC on that network here
 			}
 			args = append(args, "--env", e.Name+"="+e.Value)
 		}
@@ -156,27 +153,27 @@ func TestMacvlanParent(t *testing.T) {
 	})
 }
 
-// A macvlan cannot reach its own NIC, so the pod goes to the node's addresses on
-// it by the cluster network.
+// A macvlan cannot reach its own NIC: the pod reaches the node's addresses on it by
+// the cluster network.
 func TestNodeAddress(t *testing.T) {
 	id := start(t, withoutMacvlan(cluster, "--pid", "host", "--env", "EGRESS_MACVLAN_PARENT=true")...)
 	await(t, "a ready router", func() bool { return strings.Contains(logs(id), "msg=ready") })
 	pid := pidOf(t, id)
 	if out := in(t, pid, "ip", "route", "get", "192.168.12.10"); !strings.Contains(out, " dev eth0 ") {
-		t.Errorf("the node's own address goes another way than the cluster's: %s", out)
+		t.Errorf("the route to the node's address is not on eth0: %s", out)
 	}
 	in(t, pid, "ping", "-c", "1", "-W", "2", "192.168.12.10")
 
-	// The route is to this one address: its neighbours are on the physical network.
+	// The route covers this address only.
 	client("/proc/"+pid+"/ns/net").want(t, "tcp", "203.0.113.25:80", "203.0.113.25:80", reserved)
 	if out := in(t, pid, "ip", "route", "get", "192.168.12.11"); !strings.Contains(out, " dev macvlan0 ") {
-		t.Errorf("a neighbour of the node goes another way than the physical network: %s", out)
+		t.Errorf("the route to a neighbour of the node is not on macvlan0: %s", out)
 	}
 	newClient(t).wantExample(t, clusterAddress(t, pid))
 }
 
-// Where the host's namespace is out of reach, or the NIC is not there, nothing is
-// made, and the error says why.
+// If the host's namespace is out of reach or the NIC does not exist, the router
+// changes nothing, and the error states the cause.
 func TestMacvlanParentRefused(t *testing.T) {
 	for name, test := range map[string]struct {
 		options []string

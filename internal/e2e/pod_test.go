@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// manifests is where the manifests are that users start from.
+// manifests is the directory of the manifests.
 const manifests = "../../testdata/manifests"
 
 // A pod is one that podman plays from a manifest.
@@ -19,16 +19,16 @@ type pod struct {
 	address netip.Addr // on the cluster network
 }
 
-// play runs the manifest with the given macvlan network, or none, and returns its
-// pod, when its init containers have ended well.
+// play runs the manifest with the given macvlan network, or none. It returns the pod
+// once its init containers have succeeded.
 func play(t *testing.T, manifest, macvlan string) pod {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(manifests, manifest))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// podman 4.3 gives an init container the restart policy of its pod, and so
-	// would start it again and again. This line is all that is changed.
+	// podman 4.3 gives an init container the restart policy of its pod, and would
+	// restart it for ever. This line is the only change.
 	changed := strings.Replace(string(text), "\nspec:\n", "\nspec:\n  restartPolicy: OnFailure\n", 1)
 	file := filepath.Join(t.TempDir(), manifest)
 	if err := os.WriteFile(file, []byte(changed), 0o644); err != nil {
@@ -49,8 +49,7 @@ func play(t *testing.T, manifest, macvlan string) pod {
 				t.Logf("log of %s:\n%s", name, logs(name))
 			}
 		}
-		// Nothing in these pods has a reason to wait for SIGKILL, which comes
-		// after 8 s.
+		// All processes of these pods end on SIGTERM; SIGKILL follows after 8 s.
 		begin := time.Now()
 		if err := command("podman", "pod", "stop", "--all", "--time", "8").run(); err != nil {
 			t.Error(err)
@@ -71,8 +70,8 @@ func play(t *testing.T, manifest, macvlan string) pod {
 	return p
 }
 
-// forwardFromTheStart gives every container what a pod's sysctl is for: podman 4.3
-// leaves a pod's sysctls out, and its containers start with the machine's setting.
+// forwardFromTheStart turns forwarding on for every container: podman 4.3 ignores a
+// pod's sysctls, and its containers start with the machine's setting.
 func forwardFromTheStart(t *testing.T) {
 	t.Helper()
 	const variable, section = "CONTAINERS_CONF", "[containers]\n"
@@ -88,16 +87,15 @@ func forwardFromTheStart(t *testing.T) {
 	t.Setenv(variable, file)
 }
 
-// awaitReady waits for a router that does not end when it is ready.
+// awaitReady waits for msg=ready in the log of a container that stays.
 func (p pod) awaitReady(t *testing.T, container string) {
 	t.Helper()
 	await(t, "a ready router in "+container, func() bool { return strings.Contains(logs(container), "msg=ready") })
 }
 
-// state describes everything in a namespace that a router changes, for comparing:
-// addresses, routes and routing rules of all tables, and packet rules without
-// their counters. Chains and routes are in the kernel's order, so that whatever is
-// there twice, or in another place, differs.
+// state describes everything in a namespace that a router changes, for comparison:
+// addresses, routes and routing rules of all tables, and packet rules without their
+// counters, all in the kernel's order.
 func state(t *testing.T, pid string) string {
 	t.Helper()
 	var b strings.Builder

@@ -19,11 +19,9 @@ func router(more ...string) []string {
 	}, more...)
 }
 
-// What docker run and podman run do, with all privileges and with as few as
-// possible.
+// podman run with all privileges, and with the smallest set.
 func TestRun(t *testing.T) {
-	// A container starts with the machine's setting, so that forwarding is
-	// turned off here wherever it is not to be on.
+	// A container starts with the machine's setting: it is set explicitly.
 	const off, on = "net.ipv4.ip_forward=0", "net.ipv4.ip_forward=1"
 	few := []string{"--cap-drop", "all", "--cap-add", "net_admin,net_raw", "--security-opt", "no-new-privileges", "--read-only", "--sysctl", on}
 	for name, options := range map[string][]string{
@@ -64,8 +62,7 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// Where forwarding is off and cannot be turned on, nothing changes, and the error
-// says what to set.
+// If forwarding is off and read-only, nothing changes and a hint names the sysctl.
 func TestNoForwarding(t *testing.T) {
 	options := router("--cap-drop", "all", "--cap-add", "net_admin,net_raw", "--read-only", "--sysctl", "net.ipv4.ip_forward=0")
 	p := command(append(append([]string{"podman", "run", "--rm"}, options...), image)...)
@@ -78,15 +75,14 @@ func TestNoForwarding(t *testing.T) {
 		t.Errorf("last line %q", last)
 	}
 	if !strings.Contains(p.stderr.String(), "hint: ") || !strings.Contains(p.stderr.String(), "--sysctl net.ipv4.ip_forward=1") {
-		t.Errorf("no hint what to set:\n%s", &p.stderr)
+		t.Errorf("no hint that names the sysctl:\n%s", &p.stderr)
 	}
 	if strings.Contains(p.stderr.String(), "network changed") {
 		t.Errorf("something was changed:\n%s", &p.stderr)
 	}
 }
 
-// The second container of a pod needs nothing at all, and ends at once when told
-// to.
+// The second container of a pod needs no privilege and ends at once on SIGTERM.
 func TestWait(t *testing.T) {
 	for _, user := range []string{"nonroot", "65532", "1000650000", "0"} {
 		id := start(t, "--network", "none", "--user", user, "--cap-drop", "all", "--security-opt", "no-new-privileges",
@@ -103,7 +99,7 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// A router in legacy mode ends at once, too, and leaves what it configured.
+// A router in legacy mode ends at once on SIGTERM, with exit code 0.
 func TestStop(t *testing.T) {
 	id := start(t, router("--privileged")...)
 	await(t, "a ready router", func() bool { return strings.Contains(logs(id), "msg=ready") })

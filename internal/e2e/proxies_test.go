@@ -9,20 +9,18 @@ import (
 	"github.com/egress-router/egress-router/internal/e2e/who"
 )
 
-// nameServerAddr is the node's name server, which containers have in their
-// resolv.conf as they have a cluster's: it is beyond the node.
+// nameServerAddr is the node's name server. It is in the resolv.conf of containers.
 const nameServerAddr = "192.0.2.53"
 
-// names are what it knows.
+// names are its records.
 var names = who.Names{
 	"example.com.":        "203.0.113.27",
 	"foobar.example.com.": "203.0.113.26",
 	"www.example.org.":    "203.0.113.25",
 }
 
-// proxy plays a pod with a proxy and returns it when that is ready. The proxy's
-// container has what podman gives to every one, no privilege, and serves nobody on
-// the physical network.
+// proxy plays a pod with a proxy and returns it once the proxy is ready. The proxy has
+// the default privilege of a container and is closed to the physical network.
 func proxy(t *testing.T, manifest, port string) pod {
 	t.Helper()
 	p := play(t, manifest, bare)
@@ -30,7 +28,7 @@ func proxy(t *testing.T, manifest, port string) pod {
 	p.awaitReady(t, container)
 	if got := run(t, "podman", "inspect", "--format", "{{.HostConfig.Privileged}} {{.EffectiveCaps}}", container); !strings.HasPrefix(got, "false [") ||
 		strings.Contains(got, "_ADMIN") {
-		t.Errorf("the proxy has more than every container: %s", got)
+		t.Errorf("the proxy has more privilege than the default: %s", got)
 	}
 	if a, err := client(outside).ask("tcp", reserved.String()+":"+port); err == nil {
 		t.Errorf("the proxy serves the physical network: %v", a)
@@ -38,8 +36,7 @@ func proxy(t *testing.T, manifest, port string) pod {
 	return p
 }
 
-// The documentation's pod with the HTTP proxy, and curl as its client, by the
-// variables that the documentation names.
+// The documentation's pod with the HTTP proxy, with curl as its client.
 func TestHTTPProxyPod(t *testing.T) {
 	p := proxy(t, "http-proxy-pod.yaml", "8080")
 	c := newClient(t)

@@ -53,26 +53,26 @@ func newHost(t *testing.T) host {
 	return h
 }
 
-// enter returns the command line that runs a shell command as on the host: with the
-// programs of the distribution, which a package installs in the first of these.
+// enter returns the command line that runs a shell command on the host, with the
+// distribution's programs first in PATH.
 func (h host) enter(command string) []string {
 	return []string{"nsenter", "-t", h.pid, "-n", "-m", "-p", "env", "PATH=/usr/bin:/usr/sbin:/bin:/sbin", "sh", "-ec", command}
 }
 
-// do runs a shell command on the host and returns what it printed to stdout.
+// do runs a shell command on the host and returns its stdout.
 func (h host) do(t *testing.T, dir, command string) string {
 	t.Helper()
 	return run(t, h.enter("cd "+dir+"; "+command)...)
 }
 
-// inNetwork runs a shell command with the host's links, but with the files and
-// processes of the node, which podman's images and containers are among.
+// inNetwork runs a shell command in the host's network namespace, with the node's files
+// and processes: podman's images and containers are there.
 func (h host) inNetwork(t *testing.T, command string) string {
 	t.Helper()
 	return run(t, "nsenter", "-t", h.pid, "-n", "sh", "-ec", "cd ../..; "+command)
 }
 
-// readme returns the commands of the block with this text, each as it stands there.
+// readme returns the commands of the block that contains a text.
 func readme(t *testing.T, page, text string) []string {
 	t.Helper()
 	block, err := manual.Find("../..", page, text)
@@ -82,7 +82,7 @@ func readme(t *testing.T, page, text string) []string {
 	return block.Commands()
 }
 
-// The commands for podman, as they stand in the README, and those for a pod.
+// The README's commands for podman, and the commands for a pod, as written.
 func TestQuickStartPodman(t *testing.T) {
 	h := newHost(t)
 	if got := h.inNetwork(t, `podman info --format '{{.Host.NetworkBackend}}'`); got != "netavark\n" {
@@ -121,7 +121,7 @@ func TestQuickStartPodman(t *testing.T) {
 	})
 }
 
-// The commands for docker, as they stand in the README, with a docker of its own.
+// The README's commands for docker, as written, with a dockerd of its own.
 func TestQuickStartDocker(t *testing.T) {
 	h := newHost(t)
 	h.do(t, "/", "for d in /var/lib/docker /var/lib/containerd /run/docker; do mkdir -p $d; mount -t tmpfs tmpfs $d; done")
@@ -141,7 +141,7 @@ func TestQuickStartDocker(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		// SIGTERM has it remove its containers' links and control groups.
+		// On SIGTERM it removes links and control groups.
 		if err := daemon.cmd.Process.Signal(unix.SIGTERM); err != nil {
 			t.Error(err)
 		}
@@ -162,7 +162,7 @@ func TestQuickStartDocker(t *testing.T) {
 	inspect := func(container, format string) string {
 		return strings.TrimSpace(h.do(t, "/", "docker inspect --format '"+format+"' "+container))
 	}
-	// The processes' numbers are those of the host's own PID namespace.
+	// Process numbers are from the host's PID namespace.
 	namespace := func(container string) string {
 		return "/proc/" + h.pid + "/root/proc/" + inspect(container, "{{.State.Pid}}") + "/ns/net"
 	}
@@ -174,7 +174,7 @@ func TestQuickStartDocker(t *testing.T) {
 		t.Error(out)
 	}
 
-	// docker's own address of the interface is there, from the range, and unused.
+	// docker's address is in the range, and the router does not use it.
 	links := run(t, "nsenter", "--net="+namespace("egress-1"), "ip", "-4", "-oneline", "address", "show", "dev", "eth1")
 	own := regexp.MustCompile(`inet (192\.168\.12\.\d+)/24`).FindAllStringSubmatch(links, -1)
 	between := netip.MustParsePrefix("192.168.12.192/28")
@@ -189,7 +189,7 @@ func TestQuickStartDocker(t *testing.T) {
 	client(namespace("egress-1")).want(t, "tcp", "203.0.113.27:9000", "203.0.113.27:9000", reserved)
 }
 
-// The commands for a bare namespace, as they stand in the README.
+// The README's commands for a bare namespace, as written.
 func TestQuickStartNamespace(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Join(dir, "bin"), 0o755); err != nil {

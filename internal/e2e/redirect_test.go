@@ -11,8 +11,8 @@ import (
 	"github.com/egress-router/egress-router/internal/e2e/who"
 )
 
-// The documentation's redirect pod, and the other manifests that hold the same
-// destinations, do what the documentation says, with the reserved address.
+// The documentation's redirect pod, and the other manifests with its destinations,
+// redirect as documented, with the reserved address.
 func TestRedirectPods(t *testing.T) {
 	for _, test := range []struct{ manifest, macvlan string }{
 		{"redirect-pod.yaml", bare},
@@ -23,8 +23,8 @@ func TestRedirectPods(t *testing.T) {
 	} {
 		t.Run(strings.TrimSuffix(test.manifest, ".yaml")+"/"+test.macvlan, func(t *testing.T) {
 			c := newClient(t)
-			// The server sees the node's address without a router: the rest of
-			// the test would not prove anything if it were another way.
+			// Without a router the server sees the node's address, so that the
+			// reserved address proves that the router works.
 			c.want(t, "tcp", "203.0.113.25:80", "203.0.113.25:80", netip.MustParseAddr("192.168.12.10"))
 
 			p := play(t, test.manifest, test.macvlan)
@@ -36,8 +36,8 @@ func TestRedirectPods(t *testing.T) {
 	}
 }
 
-// A container that is killed and starts again in its pod finds everything there:
-// connections go on, and nothing is there twice.
+// A container that is killed and restarted in its pod changes nothing: connections
+// continue, and nothing is configured twice.
 func TestRestart(t *testing.T) {
 	p := play(t, "legacy-pod.yaml", walk)
 	// podman ends a pod with its last container; a kubelet does not.
@@ -47,7 +47,7 @@ func TestRestart(t *testing.T) {
 	c := newClient(t)
 	c.want(t, "tcp", p.address.String()+":80", web+":80", walkSource)
 
-	// A connection that stays open, to be used again and again.
+	// A connection that stays open.
 	conn, err := c.dial("tcp", p.address.String()+":80")
 	if err != nil {
 		t.Fatal(err)
@@ -80,7 +80,7 @@ func TestRestart(t *testing.T) {
 		}
 		c.want(t, "tcp", p.address.String()+":80", web+":80", walkSource)
 
-		// Where podman has not yet done so by the pod's restart policy.
+		// Unless podman did, by the pod's restart policy.
 		_ = command("podman", "start", router).run()
 		await(t, "a router that is ready again", func() bool {
 			return strings.Count(logs(router), "msg=ready") > 1 && strings.TrimSpace(run(t, "podman", "inspect", "--format", "{{.State.Pid}}", router)) != "0"
@@ -90,7 +90,7 @@ func TestRestart(t *testing.T) {
 		}
 		c.want(t, "tcp", p.address.String()+":80", web+":80", walkSource)
 		if after := state(t, p.pid); after != before {
-			t.Errorf("after a restart the namespace is another.\n--- was\n%s--- is\n%s", before, after)
+			t.Errorf("the restart changed the namespace.\n--- was\n%s--- is\n%s", before, after)
 		}
 	}
 }

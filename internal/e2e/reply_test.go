@@ -12,13 +12,13 @@ import (
 // farAddr is the address of a client in another subnet.
 var farAddr = netip.MustParseAddr("10.130.0.71")
 
-// newFarClient makes a client behind a router of the cluster network, as on another
+// newFarClient creates a client behind a router of the cluster network, as on another
 // node:
 //
 //	podman0 10.128.0.1/23 - hop 10.128.1.250, 10.130.0.1/24 - far 10.130.0.71
 //
-// The pods' way to it is their default gateway, the node, which knows the hop. The
-// bridge podman0 is there as long as a container hangs on it.
+// Pods reach it by their default gateway, the node, which has a route by the hop. The
+// bridge podman0 exists while a container is attached to it.
 func newFarClient(t *testing.T) client {
 	t.Helper()
 	t.Cleanup(func() {
@@ -27,7 +27,7 @@ func newFarClient(t *testing.T) client {
 				t.Error(err)
 			}
 		}
-		// The kernel removes the port with its peer, shortly after.
+		// The kernel removes the port shortly after its peer.
 		_ = command("ip", "link", "delete", "port-hop").run()
 		_ = command("ip", "route", "delete", "10.130.0.0/24").run()
 	})
@@ -56,8 +56,8 @@ func newFarClient(t *testing.T) client {
 }
 
 // networkOfPod starts a container that waits, with both interfaces and the given
-// filter for packets that come in where their source is not, and returns its
-// process and the options for others that share its network.
+// reverse-path filter. It returns its process and the options for containers that share
+// its network.
 func networkOfPod(t *testing.T, rpFilter string) (pid, id string) {
 	t.Helper()
 	id = start(t, "--network", cluster, "--network", bare+":interface_name=macvlan0", "--", "wait")
@@ -79,9 +79,8 @@ func configure(t *testing.T, id string, env ...string) {
 	run(t, append(args, image)...)
 }
 
-// A client behind a router of the cluster network gets its replies, as one in the
-// pod's own subnet does, whether the kernel is strict about where packets come in
-// or not.
+// A client behind a router of the cluster network gets its replies, with a strict and
+// with a loose reverse-path filter.
 func TestFarClient(t *testing.T) {
 	t.Run("redirect-pod", func(t *testing.T) {
 		p := play(t, "redirect-pod.yaml", bare)
@@ -107,7 +106,7 @@ func TestFarClient(t *testing.T) {
 				}
 			}
 		})
-		// What listens in the pod itself, as a proxy does.
+		// A listener in the pod itself, as of a proxy.
 		t.Run("listener, "+name, func(t *testing.T) {
 			pid, id := networkOfPod(t, filter)
 			address := clusterAddress(t, pid)
@@ -132,7 +131,7 @@ func TestFarClient(t *testing.T) {
 					t.Errorf("the listener sees %s, want %s", a.Peer, farAddr)
 				}
 			}
-			// What it sends out itself has the reserved address.
+			// Connections of the pod itself have the reserved address.
 			client(path).want(t, "tcp", "203.0.113.25:80", "203.0.113.25:80", reserved)
 		})
 	}

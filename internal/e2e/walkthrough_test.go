@@ -26,7 +26,7 @@ func TestWalkThrough(t *testing.T) {
 			}
 			c := newClient(t)
 			service := expose(t, p.address, "80")
-			// What the documentation takes from docker inspect.
+			// The documentation gets it from docker inspect.
 			pid := pidOf(t, p.name+"-"+container)
 
 			// The interfaces.
@@ -46,8 +46,8 @@ func TestWalkThrough(t *testing.T) {
 				t.Errorf("ip a: %d IPv4 addresses, want 3:\n%s", n, links)
 			}
 
-			// The routes: without a length in EGRESS_SOURCE there is none to the
-			// subnet, and the gateway has one of its own.
+			// The routes: none to the subnet, since EGRESS_SOURCE has no length, and
+			// one to the gateway.
 			routes := in(t, pid, "ip", "route")
 			for _, want := range []string{
 				`(?m)^default via 192\.168\.123\.1 dev macvlan0 `,
@@ -80,8 +80,8 @@ func TestWalkThrough(t *testing.T) {
 				}
 			}
 
-			// The node's ARP table: it reaches the server, but never the router,
-			// which hangs on the same NIC.
+			// The node's ARP table: the node reaches the server, but not the router,
+			// since macvlan0 shares the NIC.
 			run(t, "ping", "-c", "1", "-W", "2", web)
 			if err := command("ping", "-c", "1", "-W", "1", "192.168.123.99").run(); err == nil {
 				t.Error("the node reaches the router by the NIC that macvlan0 is cut from")
@@ -94,8 +94,8 @@ func TestWalkThrough(t *testing.T) {
 			// The gateway answers the router.
 			in(t, pid, "ping", "-c", "3", "-i", "0.2", "-W", "2", "192.168.123.1")
 
-			// From the pod itself, by the Service's address from another one, and
-			// as frames on the node's NIC.
+			// From the pod itself, from another pod by the Service, and as frames on
+			// the node's NIC.
 			want := web + ":80 192.168.123.99\n"
 			if out := in(t, pid, "curl", "-sS", "--max-time", "3", "http://"+web); out != want {
 				t.Errorf("curl from the pod: %q, want %q", out, want)
@@ -123,15 +123,14 @@ func TestWalkThrough(t *testing.T) {
 			if out := dump.stdout.String(); !regexp.MustCompile(frame).MatchString(out) {
 				t.Errorf("tcpdump: no line matches %s:\n%s", frame, out)
 			}
-			// A client that does not go through the router has another source.
+			// A client that bypasses the router has another source.
 			c.want(t, "tcp", web+":80", web+":80", netip.MustParseAddr("192.168.123.10"))
 		})
 	}
 }
 
-// expose gives a pod an address of a Service for one port, and returns it. It is
-// what kube-proxy does, with the masquerading that it does where bridged packets
-// do not pass iptables.
+// expose adds the rules of a Service with one port, as kube-proxy does, including
+// masquerading for bridged packets that bypass iptables. It returns the address.
 func expose(t *testing.T, to netip.Addr, port string) string {
 	t.Helper()
 	const service = "172.30.137.86"
@@ -163,7 +162,7 @@ func macOf(t *testing.T, pid, link string) string {
 	return ""
 }
 
-// A watch looks for a text in what is written to it.
+// A watch is a writer that waits for a text.
 type watch struct {
 	text    string
 	written bytes.Buffer

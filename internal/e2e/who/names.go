@@ -7,10 +7,10 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// Names are host names, each with the dot at its end, and their IPv4 addresses.
+// Names are host names with a final dot, and their IPv4 addresses.
 type Names map[string]string
 
-// Answer answers one question of DNS (RFC 1035), as [ServeDatagrams] wants it.
+// Answer answers one DNS query (RFC 1035), for [ServeDatagrams].
 func (n Names) Answer(question []byte, _ netip.AddrPort) ([]byte, error) {
 	var q dnsmessage.Message
 	if err := q.Unpack(question); err != nil || len(q.Questions) != 1 {

@@ -12,8 +12,8 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// ServeHTTP starts a server at an address of a namespace. It ends with the
-// process, as the other servers do.
+// ServeHTTP starts a server at an address of a namespace. Like the other servers it
+// runs until the process ends.
 func ServeHTTP(ns *netns.Namespace, addr string) error {
 	listener, err := listenTCP(ns, addr)
 	if err != nil {
@@ -23,7 +23,7 @@ func ServeHTTP(ns *netns.Namespace, addr string) error {
 	return nil
 }
 
-// ServeHTTPS does so with TLS. The certificate is one for tests.
+// ServeHTTPS is ServeHTTP with TLS and a test certificate.
 func ServeHTTPS(ns *netns.Namespace, addr string) error {
 	listener, err := listenTCP(ns, addr)
 	if err != nil {
@@ -41,7 +41,7 @@ func answer(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintln(w, Answer{netip.MustParseAddrPort(local.String()), netip.MustParseAddrPort(r.RemoteAddr).Addr()})
 }
 
-// ServeUDP starts one for datagrams.
+// ServeUDP starts a server for datagrams.
 func ServeUDP(ns *netns.Namespace, addr string) error {
 	at, err := netip.ParseAddrPort(addr)
 	if err != nil {
@@ -52,8 +52,8 @@ func ServeUDP(ns *netns.Namespace, addr string) error {
 	})
 }
 
-// ServeDatagrams starts a server that answers each datagram with one; it leaves
-// those alone for which there is an error instead.
+// ServeDatagrams starts a server that answers each datagram with one. If answer returns
+// an error there is none.
 func ServeDatagrams(ns *netns.Namespace, addr string, answer func(question []byte, peer netip.AddrPort) ([]byte, error)) error {
 	conn, err := listen(ns, func() (net.PacketConn, error) { return net.ListenPacket("udp4", addr) })
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package who has servers that answer with where they were reached and by whom,
-// and asks them. That is how a test sees both translations of a router, whatever
-// stands between: a proxy passes the answer on.
+// Package who contains servers that answer with their own address and the client's,
+// and their client. The answer shows both translations of a router, also through a
+// proxy.
 package who
 
 import (
@@ -13,16 +13,16 @@ import (
 	"strings"
 )
 
-// An Answer is what a server says.
+// An Answer is a server's answer.
 type Answer struct {
-	Server netip.AddrPort // where it was reached
-	Peer   netip.Addr     // by whom
+	Server netip.AddrPort // destination that the server sees
+	Peer   netip.Addr     // source that the server sees
 }
 
-// String is the line that a server answers with, without its end.
+// String returns the line of the answer without its end.
 func (a Answer) String() string { return fmt.Sprintf("%s %s", a.Server, a.Peer) }
 
-// Parse reads such a line.
+// Parse parses such a line.
 func Parse(line string) (Answer, error) {
 	server, peer, _ := strings.Cut(strings.TrimSpace(line), " ")
 	s, err := netip.ParseAddrPort(server)
@@ -36,8 +36,8 @@ func Parse(line string) (Answer, error) {
 	return Answer{s, p}, nil
 }
 
-// Ask sends one request by a connection and returns the answer. Over TCP it is
-// one of HTTP, after which the connection can be used again.
+// Ask sends one request and returns the answer. Over TCP the request is HTTP, and the
+// connection stays usable.
 func Ask(conn net.Conn, replies *bufio.Reader) (Answer, error) {
 	_, datagrams := conn.RemoteAddr().(*net.UDPAddr)
 	request := "GET / HTTP/1.1\r\nHost: who\r\n\r\n"
