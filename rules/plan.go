@@ -128,8 +128,28 @@ func (c Chain) Name() string { return ChainPrefix + string(c.Hook) }
 // ChainPrefix is the prefix of all our chains. Other programs may use it too.
 const ChainPrefix = "EGRESS-"
 
+// ScratchPrefix is the prefix of scratch chains: a backend loads rules into them
+// to read back the form in which iptables prints them. The longest name has 26
+// characters; iptables takes 28 (linux/netfilter/x_tables.h,
+// XT_EXTENSION_MAXNAMELEN).
+const ScratchPrefix = ChainPrefix + "TMP-"
+
+// ScratchJumps is the scratch chain for a jump as in built-in chains.
+const ScratchJumps = ScratchPrefix + "JUMPS"
+
+// ScratchName returns the name of the scratch chain for a chain of ours.
+func ScratchName(chain string) string {
+	return ScratchPrefix + strings.TrimPrefix(chain, ChainPrefix)
+}
+
 // OwnsChain reports whether an iptables chain has one of our names.
 func OwnsChain(name string) bool {
+	if rest, scratch := strings.CutPrefix(name, ScratchPrefix); scratch {
+		if name == ScratchJumps {
+			return true
+		}
+		name = ChainPrefix + rest
+	}
 	hook, ok := strings.CutPrefix(name, ChainPrefix)
 	return ok && slices.Contains(Hooks, Hook(hook)) || IsTreeChain(name)
 }

@@ -132,3 +132,15 @@ func TestGuard(t *testing.T) {
 		t.Error("plans with and without redirects are equal")
 	}
 }
+
+func TestOwnsChain(t *testing.T) {
+	for name, want := range map[string]bool{
+		"EGRESS-PREROUTING": true, "EGRESS-TCP": true, "EGRESS-UDP-0-4095": true, "EGRESS-MYLOG": false, "PREROUTING": false, "EGRESS-": false,
+		"EGRESS-TMP-PREROUTING": true, "EGRESS-TMP-TCP": true, "EGRESS-TMP-TCP-65520-65535": true, "EGRESS-TMP-JUMPS": true,
+		"EGRESS-TMP": false, "EGRESS-TMP-": false, "EGRESS-TMP-MYLOG": false, "EGRESS-TMP-TMP-TCP": false, "EGRESS-JUMPS": false,
+	} {
+		if got := OwnsChain(name); got != want {
+			t.Errorf("OwnsChain(%q) = %v, want %v", name, got, want)
+		}
+	}
+}
