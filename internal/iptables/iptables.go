@@ -1,10 +1,26 @@
 // Package iptables puts a rule plan into the kernel with the iptables programs,
 // of either flavour (nf_tables or legacy).
 //
-// What is there is read by one iptables-save. Chains, and the jumps into them
-// from chains that we share with others, are changed by one iptables-restore
-// --noflush, which the kernel takes table by table, each as a whole or not at
-// all, and which leaves the chains and rules of other programs alone.
+// One iptables-save reads the rules. One iptables-restore --noflush changes the
+// router's chains, and the jumps to them from chains that it shares with other
+// programs. The kernel takes each table as a whole or not at all; chains and
+// rules of other programs stay (iptables-restore(8)).
+//
+// # Other versions
+//
+// Rules are compared as text, and iptables-save need not print a rule in the form
+// that iptables-restore was given: neither iptables-save(8) nor iptables(8)
+// promises one, and forms have changed (1.8.9 prints protocol numbers by name
+// from a list of its own, "-p icmpv6" without /etc/protocols). A plan is rendered
+// in the form of Debian's 1.8.9, which 1.8.7, 1.8.11 and 1.8.13 print too. With
+// these the comparison needs nothing else.
+//
+// If a chain has another text, it may be damaged, or planned and in another form.
+// A canary decides: the same rules are loaded into scratch chains, EGRESS-TMP-…,
+// which nothing leads to, read back, and removed. The process keeps the forms
+// found, so that the next comparison is one iptables-save again. No chain that
+// packets meet changes for it. A canary that fails is an error of reading: rules
+// that could not be compared do not count as planned.
 package iptables
 
 import (
@@ -26,21 +42,21 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// lockSeconds is how long to wait for the xtables lock, which the legacy
-// flavour takes (iptables(8), --wait). Other programs hold it for as long as a
-// large restore takes, well under a second.
+// lockSeconds is the longest wait, in seconds, for the xtables lock, which the
+// legacy flavour takes (iptables(8), --wait). Other programs hold it during a
+// restore, well under a second.
 const lockSeconds = 5
 
-// directories are where distributions put iptables; they are looked into where
-// PATH, as set for a container or a user, does not have them.
+// directories contain iptables in most distributions. They are searched after
+// PATH, which may lack them in a container or for a user.
 var directories = []string{"/usr/sbin", "/sbin", "/usr/local/sbin"}
 
-// oldest is the first version whose iptables-restore takes -w.
+// oldest is the first version whose iptables-restore has -w.
 var oldest = [3]int{1, 6, 2}
 
 // A Flavour is one of the two kinds of iptables, which keep their rules in
-// different places of the kernel, as iptables prints it with its version. Older
-// ones, which print none, are of the legacy flavour.
+// different places of the kernel. iptables prints it after its version; a version
+// without one is of the legacy flavour (iptables 1.8.0 was the first to print it).
 type Flavour string
 
 // The flavours.
@@ -54,30 +70,31 @@ type Backend struct {
 	directory string         // of its programs
 	variant   string         // in the programs' names, such as "-legacy"
 	families  []rules.Family // to change, IPv4 first
-	asked     func() error   // waits for what follows to be known
+	versioned func() error   // waits until version is set
 	version   string         // with the flavour, as iptables prints it
 
-	// The plan in hand as text: rendering thousands of rules takes about as
-	// long as everything else here.
-	plan   rules.Plan
-	chains []rules.TextChain
+	// The plan of the last Tx as text: rendering thousands of rules takes about
+	// as long as loading them.
+	plan      rules.Plan
+	chains    []rules.TextChain
+	spellings map[rules.Family]*spelling
 }
 
-// A MissingError says that there is no usable iptables on this machine.
+// A MissingError means that this machine has no usable iptables.
 type MissingError struct{ Err error }
 
 func (e *MissingError) Error() string { return fmt.Sprintf("looking for iptables: %v", e.Err) }
 
-// Unwrap returns what went wrong.
+// Unwrap returns the cause.
 func (e *MissingError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns the remedy.
 func (e *MissingError) Hint() string {
-	return `install the package "iptables", which has iptables, iptables-save, iptables-restore and the same for IPv6; or use the router's container image, or EGRESS_ROUTER_BACKEND=nftables, which needs no program`
+	return `install the package "iptables", which contains iptables, iptables-save, iptables-restore and the same for IPv6; or use the router's container image, or EGRESS_ROUTER_BACKEND=nftables, which needs no program`
 }
 
-// program returns the name of a program: that of the family itself, or one with
-// a suffix, such as iptables-save.
+// program returns the name of a family's program, with a suffix such as "save",
+// or without one.
 func (b *Backend) program(f rules.Family, suffix string) string {
 	name := "iptables"
 	if f == rules.IPv6 {
@@ -90,17 +107,16 @@ func (b *Backend) program(f rules.Family, suffix string) string {
 	return name
 }
 
-// Find returns the iptables that PATH names first, or one in the usual
-// directories. All its programs are taken from one directory, so that they are
-// of one flavour. Where one of them is not there, the error is a *MissingError.
-// Families are those whose rules it is for.
+// Find returns the first iptables in PATH, or else in the usual directories, for
+// the rules of the given families. All programs come from one directory, so that
+// they are of one flavour. If one is missing, the error is a *MissingError.
 func Find(ctx context.Context, families ...rules.Family) (*Backend, error) {
 	return find(ctx, "", directories, families)
 }
 
-// find looks for the programs with variant in their names.
+// find is Find for programs with variant in their names.
 func find(ctx context.Context, variant string, directories []string, families []rules.Family) (*Backend, error) {
-	b := &Backend{variant: variant, families: families}
+	b := &Backend{variant: variant, families: families, spellings: make(map[rules.Family]*spelling)}
 	main := b.program(rules.IPv4, "")
 	path, err := exec.LookPath(main)
 	for _, d := range directories {
@@ -116,28 +132,29 @@ func find(ctx context.Context, variant string, directories []string, families []
 	}
 	b.directory = filepath.Dir(path)
 	for _, f := range families {
+		b.spellings[f] = new(spelling)
 		for _, suffix := range []string{"save", "restore"} {
 			if _, err := exec.LookPath(filepath.Join(b.directory, b.program(f, suffix))); err != nil {
 				return nil, &MissingError{err}
 			}
 		}
 	}
-	b.asked = sync.OnceValue(func() error { return b.ask(ctx, path) })
-	go func() { _ = b.asked() }() // Begin waits for it, and has the error
+	b.versioned = sync.OnceValue(func() error { return b.setVersion(ctx, path) })
+	go func() { _ = b.versioned() }() // Begin waits for it, and returns the error
 	return b, nil
 }
 
-// ask asks iptables for its version and flavour. The answer does not depend on
-// the network namespace, so any thread may ask.
-func (b *Backend) ask(ctx context.Context, path string) error {
-	// go-iptables knows versions, and keeps the flavour to itself. Each asks
-	// by a process of its own, so they ask at the same time.
+// setVersion runs iptables --version. The output does not depend on the network
+// namespace, so any thread may run it.
+func (b *Backend) setVersion(ctx context.Context, path string) error {
+	// go-iptables parses the version, and does not export the flavour. Each
+	// needs a process, so both run at the same time.
 	numbers := make(chan [3]int, 1)
 	failed := make(chan error, 1)
 	go func() {
 		ipt, err := goiptables.New(goiptables.Path(path), goiptables.IPFamily(goiptables.ProtocolIPv4))
 		if err != nil {
-			failed <- fmt.Errorf("asking %s for its version: %w", path, err)
+			failed <- fmt.Errorf("reading the version of %s: %w", path, err)
 			return
 		}
 		major, minor, patch := ipt.GetIptablesVersion()
@@ -150,17 +167,16 @@ func (b *Backend) ask(ctx context.Context, path string) error {
 		return errors.Join(err, again)
 	case number := <-numbers:
 		if err == nil && slices.Compare(number[:], oldest[:]) < 0 {
-			err = fmt.Errorf("%s is too old: 1.6.2 is the first that waits for the lock when it restores", b.version)
+			err = fmt.Errorf("%s is too old: expected at least 1.6.2, whose iptables-restore has -w", b.version)
 		}
 		return err
 	}
 }
 
-// start executes one of the programs. What it returns waits for its end and
-// returns what it printed. Where it fails, what it printed as the reason becomes
-// part of the error.
+// start starts one of the programs. The returned function waits for its end and
+// returns its output. If the program fails, its messages become part of the error.
 //
-// The program runs in the network namespace of the thread that starts it.
+// The program runs in the network namespace of the calling thread.
 func (b *Backend) start(ctx context.Context, input []byte, program string, args ...string) (finish func() (stdout, stderr []byte, err error)) {
 	fail := func(err error) func() ([]byte, []byte, error) {
 		return func() ([]byte, []byte, error) { return nil, nil, err }
@@ -171,14 +187,14 @@ func (b *Backend) start(ctx context.Context, input []byte, program string, args 
 		if err != nil {
 			return fail(err)
 		}
-		// The program has one of its own.
+		// The program has a descriptor of its own.
 		defer file.Close()
 		cmd.Stdin = file
 	}
 	var out, printed bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &printed
-	// Of a process group of its own, so that who interrupts the router from a
-	// terminal does not interrupt a change of rules.
+	// A process group of its own: Ctrl-C in a terminal ends the router, and does
+	// not interrupt a change of rules.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return fail(fmt.Errorf("running %s: %w", program, err))
@@ -194,8 +210,8 @@ func (b *Backend) start(ctx context.Context, input []byte, program string, args 
 	}
 }
 
-// inMemory returns a file in memory that holds data (memfd_create(2)). A large
-// restore reads it faster than a pipe, which holds 64 KiB at a time.
+// inMemory returns a file in memory with the given content (memfd_create(2)). A
+// large restore reads it faster than a pipe of 64 KiB.
 func inMemory(name string, data []byte) (*os.File, error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
 	if err != nil {
@@ -208,12 +224,12 @@ func inMemory(name string, data []byte) (*os.File, error) {
 	return file, nil
 }
 
-// runError folds what a program printed into its error. A refusal by the kernel
-// becomes os.ErrPermission, for whoever asks with errors.Is.
+// runError returns the error of a program with its messages. errors.Is finds
+// os.ErrPermission in it if the kernel refused the call.
 func runError(program string, err error, printed string) error {
 	var lines []string
 	for line := range strings.Lines(printed) {
-		// "iptables-restore v1.8.9 (nf_tables): " may stand alone on a line.
+		// "iptables-restore v1.8.9 (nf_tables): " may be a line of its own.
 		if line = strings.TrimSpace(line); line != "" && !strings.HasSuffix(line, ":") && !strings.HasPrefix(line, "#") {
 			lines = append(lines, line)
 		}
@@ -228,7 +244,7 @@ func runError(program string, err error, printed string) error {
 	return &printedError{program, printed, err}
 }
 
-// A printedError is the failure of a program that said why.
+// A printedError is the failure of a program that printed a reason.
 type printedError struct {
 	program, printed string
 	err              error
@@ -237,40 +253,49 @@ type printedError struct {
 func (e *printedError) Error() string { return fmt.Sprintf("running %s: %s", e.program, e.printed) }
 func (e *printedError) Unwrap() error { return e.err }
 
-// Hint says what to do about the xtables lock, which is the one thing that can
-// fail although rules and privileges are right.
+// Hint returns the remedy for a failure of the xtables lock, the only one that
+// rules and privileges do not explain.
 func (e *printedError) Hint() string {
 	switch {
 	case strings.Contains(e.printed, "holding the xtables lock"):
-		return "another program holds the lock of iptables for long: see which (it has /run/xtables.lock open), and start the router again"
+		return "another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again"
 	case strings.Contains(e.printed, "lock file"):
-		return "the legacy flavour of iptables needs a writable /run for its lock, or XTABLES_LOCKFILE naming a file that is writable"
+		return "iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file"
 	}
 	return ""
 }
 
-// Begin reads what the kernel holds and returns a Tx that changes it. Plan is what
-// the kernel is to hold in the end: its text is made while the programs run.
+// Begin reads the rules and returns a Tx to change them into plan, whose text is
+// rendered while the programs run. An error is one of a program, of a version that
+// is too old, or of ctx.
 func (b *Backend) Begin(ctx context.Context, plan rules.Plan) (*Tx, error) {
 	tx := &Tx{backend: b}
 	var waits []func() error
 	for _, family := range b.families {
-		f := &familyTx{backend: b, family: family}
+		f := &familyTx{backend: b, family: family, spelling: b.spellings[family]}
 		tx.families = append(tx.families, f)
 		waits = append(waits, f.read(ctx))
 	}
-	b.text(plan)
+	before := b.chains
+	if !plan.Equal(b.plan) {
+		b.plan, b.chains = plan, plan.IPTables()
+	}
 	var failed []error
 	for _, wait := range waits {
 		failed = append(failed, wait())
 	}
-	if err := errors.Join(append(failed, b.asked())...); err != nil {
+	if err := errors.Join(append(failed, b.versioned())...); err != nil {
 		return nil, err
+	}
+	for _, f := range tx.families {
+		if err := f.recognise(ctx, plan, b.chains, before); err != nil {
+			return nil, err
+		}
 	}
 	return tx, nil
 }
 
-// Flavour returns which kind of iptables it is.
+// Flavour returns the flavour of the programs.
 func (tx *Tx) Flavour() Flavour {
 	if strings.Contains(tx.backend.version, string(NFTables)) {
 		return NFTables
@@ -278,11 +303,11 @@ func (tx *Tx) Flavour() Flavour {
 	return Legacy
 }
 
-// Watched reports whether the kernel tells of changes to the rules: it does for
-// those that are nftables' in truth.
+// Watched reports whether the kernel notifies of changes of the rules. It does for
+// the nf_tables flavour, by NFNLGRP_NFTABLES (linux/netfilter/nfnetlink.h).
 func (tx *Tx) Watched() bool { return tx.Flavour() == NFTables }
 
-// Holds reports whether chains of ours are there.
+// Holds reports whether the kernel has chains of the router.
 func (tx *Tx) Holds() bool {
-	return slices.ContainsFunc(tx.families, func(f *familyTx) bool { return f.now.holdsAny() })
+	return slices.ContainsFunc(tx.families, func(f *familyTx) bool { return f.now.hasChains() })
 }

@@ -16,34 +16,34 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Stray is what an earlier run with iptables of the legacy flavour left.
-// Whatever the rules in use say, it would go on redirecting.
+// A Stray is the rules of an earlier run with iptables of the legacy flavour. They
+// redirect beside the rules of the backend in use.
 type Stray struct{ tx *Tx }
 
-// A HeldError says that rules of an earlier run cannot be removed.
+// A HeldError means that rules of an earlier run cannot be removed.
 type HeldError struct{ Err error }
 
 func (e *HeldError) Error() string {
-	return fmt.Sprintf("removing what an earlier run loaded with the legacy flavour of iptables: %v", e.Err)
+	return fmt.Sprintf("removing rules of an earlier run with iptables (legacy): %v", e.Err)
 }
 
-// Unwrap returns what is missing.
+// Unwrap returns the cause.
 func (e *HeldError) Unwrap() error { return e.Err }
 
-// Hint says what to do.
+// Hint returns the remedy.
 func (e *HeldError) Hint() string {
 	return "delete the pod, so that the next one has a fresh network namespace; or use an image that has iptables-legacy-save and iptables-legacy-restore"
 }
 
-// FindStray looks for chains of ours in the tables of the legacy flavour, and
-// returns nil where there are none. Where there are and no program of that
-// flavour is here to remove them, the error is a *HeldError.
+// FindStray returns the router's chains in the tables of the legacy flavour, nil if
+// there are none. If there are, and this machine has no program of that flavour to
+// remove them, the error is a *HeldError.
 func FindStray(ctx context.Context, families []rules.Family) (*Stray, error) {
 	var held []rules.Family
 	for _, f := range families {
 		found, err := legacyHolds(f)
 		if err != nil {
-			return nil, fmt.Errorf("looking for rules of the legacy flavour of iptables: %w", err)
+			return nil, fmt.Errorf("looking for rules of iptables (legacy): %w", err)
 		}
 		if found {
 			held = append(held, f)
@@ -63,11 +63,11 @@ func FindStray(ctx context.Context, families []rules.Family) (*Stray, error) {
 	return &Stray{tx}, nil
 }
 
-// String says what was found.
+// String describes the rules found.
 func (s *Stray) String() string { return "chains of iptables (legacy)" }
 
-// Remove removes all of it and returns the way back; with an error, where not all
-// is as it was.
+// Remove removes all of it and returns the rollback. With an error the rollback is
+// nil if the rules are as before.
 func (s *Stray) Remove(ctx context.Context) (undo func() error, err error) {
 	if undo, err = s.tx.Apply(ctx, rules.Plan{}); err != nil {
 		err = fmt.Errorf("removing %s: %w", s, err)
@@ -75,19 +75,20 @@ func (s *Stray) Remove(ctx context.Context) (undo func() error, err error) {
 	return undo, err
 }
 
-// What the kernel tells about a table of the legacy flavour
-// (linux/netfilter_ipv4/ip_tables.h and ip6_tables.h, which number alike).
+// The socket options that return a table of the legacy flavour, and their
+// structures (linux/netfilter_ipv4/ip_tables.h and ip6_tables.h, with the same
+// numbers). Lengths and offsets are in bytes.
 const (
 	getInfo    = 64 // struct ipt_getinfo
 	getEntries = 65 // struct ipt_get_entries
-	tableLen   = 32 // of a table's name, at the front of both
-	infoLen    = 84
-	sizeAt     = 80 // in the first: how long the entries are
-	entriesAt  = 40 // in the second: where they begin, aligned to 8 bytes
+	tableLen   = 32 // length of a table's name, the first field of both
+	infoLen    = 84 // length of the first
+	sizeAt     = 80 // in the first, offset of the length of the entries
+	entriesAt  = 40 // in the second, offset of the entries, aligned to 8 bytes
 )
 
-// legacyHolds reports whether the tables of one family hold chains of ours. It
-// asks for tables that are there only: asking makes the kernel add others.
+// legacyHolds reports whether the tables of one family have chains of the router.
+// It reads existing tables only: the kernel would create others.
 func legacyHolds(f rules.Family) (bool, error) {
 	file, domain, level := "/proc/thread-self/net/ip_tables_names", unix.AF_INET, unix.SOL_IP
 	if f == rules.IPv6 {
@@ -114,7 +115,7 @@ func legacyHolds(f rules.Family) (bool, error) {
 			return false, fmt.Errorf("reading table %s: %w", name, err)
 		}
 		for _, hook := range rules.Hooks {
-			// The name of a chain stands in the entry that begins it.
+			// A chain's first entry contains its name.
 			if bytes.Contains(entries, append([]byte(rules.ChainPrefix+string(hook)), 0)) {
 				return true, nil
 			}
@@ -123,7 +124,7 @@ func legacyHolds(f rules.Family) (bool, error) {
 	return false, nil
 }
 
-// legacyEntries returns the entries of a table as the kernel has them.
+// legacyEntries returns the entries of a table in the kernel's format.
 func legacyEntries(fd, level int, table string) ([]byte, error) {
 	info := make([]byte, infoLen)
 	copy(info[:tableLen-1], table)
@@ -140,12 +141,12 @@ func legacyEntries(fd, level int, table string) ([]byte, error) {
 	return entries[entriesAt:], nil
 }
 
-// getsockopt reads a socket option that is a structure of any length, which is
-// also the question.
+// getsockopt reads a socket option, a structure of any length whose first fields
+// are input.
 func getsockopt(fd, level, option int, data []byte) error {
 	length := uint32(len(data))                                                                     //nolint:gosec // a table's length has 32 bits
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option), //nolint:gosec // file descriptors and constants
-		uintptr(unsafe.Pointer(&data[0])), uintptr(unsafe.Pointer(&length)), 0) //nolint:gosec // as the system call wants them
+		uintptr(unsafe.Pointer(&data[0])), uintptr(unsafe.Pointer(&length)), 0) //nolint:gosec // the arguments of the system call
 	if errno != 0 {
 		return os.NewSyscallError("getsockopt", errno)
 	}

@@ -10,17 +10,17 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A state is what the kernel holds, or shall hold, of ours in one family: table
-// by table.
+// A state is the router's part of the rules of one family, by table, as the kernel
+// has it or as it is planned.
 type state map[rules.Table]*contents
 
-// contents is what matters to us of one table.
+// contents is the router's part of one table.
 type contents struct {
-	// Our chains, with their rules as iptables-save prints them.
+	// Chains of the router with their rules as text, a line each.
 	chains map[string][]byte
 	// By chain, the positions, from 1, of the jumps to it in its hook.
 	jumps map[string][]int
-	// Chains of ours that rules of others lead to, other than by those jumps.
+	// Chains of the router that other rules of other chains lead to.
 	referenced map[string]bool
 }
 
@@ -28,7 +28,7 @@ func newContents() *contents {
 	return &contents{chains: make(map[string][]byte), jumps: make(map[string][]int), referenced: make(map[string]bool)}
 }
 
-// of returns what a table holds; nothing where it is not there.
+// of returns the contents of a table, empty if the state has none.
 func (s state) of(table rules.Table) *contents {
 	if c := s[table]; c != nil {
 		return c
@@ -36,55 +36,55 @@ func (s state) of(table rules.Table) *contents {
 	return newContents()
 }
 
-// chainOf returns the name of our chain that stands at a hook.
+// chainOf returns the name of the router's chain at a hook.
 func chainOf(hook rules.Hook) string { return rules.ChainPrefix + string(hook) }
 
-// hookOf returns the hook that a chain of ours is named after.
+// hookOf returns the hook that a chain of the router is named after.
 func hookOf(chain string) rules.Hook {
 	return rules.Hook(strings.TrimPrefix(chain, rules.ChainPrefix))
 }
 
-// ICMPv6 by the name that iptables has for it where /etc/protocols is missing,
-// and by the one that it prints elsewhere and that a plan has.
+// ICMPv6 as iptables prints it without /etc/protocols, from a list of its own, and
+// as it prints it with that file and a plan renders it.
 var (
 	protocolWithoutFile = []byte(" -p icmpv6 ")
 	protocolByFile      = []byte(" -p ipv6-icmp ")
 )
 
-// parse takes from the text of iptables-save our chains and what leads to them.
-func parse(saved []byte) state {
+// parse returns the state in the text of iptables-save. Jumps are rules that jump
+// to a chain and match every packet, in the form that they are loaded in or in the
+// given one.
+func parse(saved []byte, jump jumpForm) state {
 	s := make(state)
 	var c *contents
-	var position map[string]int
+	var position map[rules.Hook]int
 	for line := range bytes.Lines(saved) {
-		if len(line) < 2 {
+		if line = withoutColumns(line); len(line) < 2 {
 			continue
 		}
 		switch line[0] {
 		case '*':
-			c, position = newContents(), make(map[string]int)
+			c, position = newContents(), make(map[rules.Hook]int)
 			s[rules.Table(bytes.TrimSpace(line[1:]))] = c
 		case ':':
 			chain, _, _ := bytes.Cut(line[1:], []byte(" "))
 			if rules.OwnsChain(string(chain)) {
 				c.chains[string(chain)] = nil
 			}
-		case '-': // -A CHAIN RULE
-			name, rule, _ := bytes.Cut(bytes.TrimPrefix(line, []byte("-A ")), []byte(" "))
-			if text, ours := c.chains[string(name)]; ours {
-				c.chains[string(name)] = append(text, bytes.Replace(line, protocolWithoutFile, protocolByFile, 1)...)
+		case '-':
+			name, rule := cutChain(line)
+			if text, own := c.chains[name]; own {
+				c.chains[name] = append(text, bytes.Replace(line, protocolWithoutFile, protocolByFile, 1)...)
 				continue
 			}
-			chain := string(name)
-			position[chain]++
-			at := bytes.LastIndex(rule, []byte(" "+rules.ChainPrefix))
-			if at < 0 {
-				continue
-			}
-			to := string(bytes.TrimSpace(rule[at+1:]))
-			if to == chainOf(rules.Hook(chain)) && string(rule[:at]) == "-j" {
-				c.jumps[to] = append(c.jumps[to], position[chain])
-			} else {
+			hook := rules.Hook(name)
+			position[hook]++
+			to := target(rule)
+			switch {
+			case to == "":
+			case to == chainOf(hook) && (string(rule) == loadedJump.to(to) || string(rule) == jump.to(to)):
+				c.jumps[to] = append(c.jumps[to], position[hook])
+			default:
 				c.referenced[to] = true
 			}
 		}
@@ -92,8 +92,40 @@ func parse(saved []byte) state {
 	return s
 }
 
-// holdsRules reports whether any chain of ours has a rule.
-func (c *contents) holdsRules() bool {
+// withoutColumns returns a line of iptables-save without the parts that change with
+// time, or that iptables-restore does not take: counters in front ("[12:345] -A …",
+// iptables-save(8), --counters) and a remark at the end ("… # handle 7").
+func withoutColumns(line []byte) []byte {
+	if len(line) > 0 && line[0] == '[' {
+		_, line, _ = bytes.Cut(line, []byte("] "))
+	}
+	if at := bytes.LastIndexByte(line, '#'); at > 0 && line[at-1] == ' ' && !bytes.ContainsRune(line[at:], '"') {
+		line = append(bytes.TrimRight(line[:at:at], " "), '\n')
+	}
+	return line
+}
+
+// cutChain returns the chain and the rule of a line "-A CHAIN RULE".
+func cutChain(line []byte) (chain string, rule []byte) {
+	name, rule, _ := bytes.Cut(bytes.TrimPrefix(line, []byte("-A ")), []byte(" "))
+	return string(name), bytes.TrimSpace(rule)
+}
+
+// target returns the chain of the router that a rule of another chain names, empty
+// if there is none.
+func target(rule []byte) string {
+	if bytes.Contains(rule, []byte(rules.ChainPrefix)) {
+		for field := range strings.FieldsSeq(string(rule)) {
+			if rules.OwnsChain(field) {
+				return field
+			}
+		}
+	}
+	return ""
+}
+
+// hasRules reports whether any chain of the router has a rule.
+func (c *contents) hasRules() bool {
 	for _, text := range c.chains {
 		if len(text) > 0 {
 			return true
@@ -102,8 +134,8 @@ func (c *contents) holdsRules() bool {
 	return false
 }
 
-// holdsAny reports whether any chain of ours is there.
-func (s state) holdsAny() bool {
+// hasChains reports whether there is any chain of the router.
+func (s state) hasChains() bool {
 	for _, c := range s {
 		if len(c.chains) > 0 {
 			return true
@@ -112,65 +144,71 @@ func (s state) holdsAny() bool {
 	return false
 }
 
-// differences says, one line for each chain or jump, where s is not as wanted.
+// differences returns the differences between s and the planned state, a line for
+// each chain or jump.
 //
-// Text that is equal is proof that a chain is as it was loaded. Where a version
-// of iptables prints another form than it was given, a run loads the same rules
-// once more, which costs one restore and changes nothing else.
+// Text is comparable because recognise has replaced the forms of other versions of
+// iptables: equal text proves that a chain is as it was loaded.
 func (s state) differences(want state) []string {
-	if len(want) > 0 && !s.holdsAny() {
-		return []string{"none of its chains is there yet"}
+	if len(want) > 0 && !s.hasChains() {
+		return []string{"no chain of the router exists"}
 	}
 	var found []string
-	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
+	add := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
 	for _, table := range tablesOf(s, want) {
 		have, want := s.of(table), want.of(table)
-		inTree := 0
-		sayOf := func(chain, what string) {
-			if rules.IsTreeChain(chain) {
-				inTree++ // there may be thousands
-				return
+		inTree, scratch := 0, 0
+		addChain := func(chain, difference string) {
+			switch { // of the first two there may be thousands
+			case strings.HasPrefix(chain, rules.ScratchPrefix):
+				scratch++
+			case rules.IsTreeChain(chain):
+				inTree++
+			default:
+				add("chain %s of table %s %s", chain, table, difference)
 			}
-			say("chain %s of table %s %s", chain, table, what)
 		}
 		for _, chain := range slices.Sorted(maps.Keys(want.chains)) {
-			if text, there := have.chains[chain]; !there {
-				sayOf(chain, "is missing")
+			if text, exists := have.chains[chain]; !exists {
+				addChain(chain, "is missing")
 			} else if !bytes.Equal(text, want.chains[chain]) {
-				sayOf(chain, "holds other rules")
+				addChain(chain, "has other rules")
 			}
 		}
 		for _, chain := range slices.Sorted(maps.Keys(have.chains)) {
-			if _, wanted := want.chains[chain]; !wanted {
-				sayOf(chain, "is not in use")
+			if _, planned := want.chains[chain]; !planned {
+				addChain(chain, "is not in the plan")
 			}
 		}
 		if inTree > 0 {
-			say("of the chains %sTCP… and %[1]sUDP… of table %s, %d are not as wanted", rules.ChainPrefix, table, inTree)
+			add("%d chains %sTCP… and %[2]sUDP… of table %s differ", inTree, rules.ChainPrefix, table)
+		}
+		if scratch > 0 {
+			add("%d scratch chains %s… of table %s remain", scratch, rules.ScratchPrefix, table)
 		}
 		for _, chain := range chainsOf(have, want) {
 			hook := hookOf(chain)
 			switch {
 			case slices.Equal(have.jumps[chain], want.jumps[chain]):
 			case len(have.jumps[chain]) == 0:
-				say("the jump from %s to %s of table %s is missing", hook, chain, table)
+				add("the jump from %s to %s of table %s is missing", hook, chain, table)
 			case len(want.jumps[chain]) == 0:
-				say("the jump from %s to %s of table %s is not in use", hook, chain, table)
+				add("the jump from %s to %s of table %s is not in the plan", hook, chain, table)
 			default:
-				say("the jump from %s to %s of table %s is not the first rule, or not the only jump", hook, chain, table)
+				add("the jump from %s to %s of table %s is not the first rule, or not the only jump", hook, chain, table)
 			}
 		}
 	}
 	return found
 }
 
-// script returns the iptables-restore input that gets from s to want; nothing
-// where they are the same. The kernel takes it table by table, each as a whole.
+// script returns the iptables-restore input that changes s into want, empty if
+// they are equal. The kernel takes each table as a whole.
 func (s state) script(want state) []byte {
 	var b []byte
 	tables := tablesOf(s, want)
-	if !want.of(rules.NAT).holdsRules() {
-		// Redirects go before the rules that guard them.
+	if !want.of(rules.NAT).hasRules() {
+		// Redirects are removed before the rules that guard them.
 		slices.Reverse(tables)
 	}
 	for _, table := range tables {
@@ -182,21 +220,21 @@ func (s state) script(want state) []byte {
 		var gone []string
 		size := 0
 		for _, chain := range chains {
-			text, wanted := want.chains[chain]
-			old, there := have.chains[chain]
+			text, planned := want.chains[chain]
+			old, exists := have.chains[chain]
 			switch {
-			case !wanted && there:
+			case !planned && exists:
 				gone = append(gone, chain)
 				b = fmt.Appendf(b, "-F %s\n", chain)
-			case wanted && (!there || !bytes.Equal(old, text)):
-				// Makes the chain, or empties it.
+			case planned && (!exists || !bytes.Equal(old, text)):
+				// Creates the chain, or empties it.
 				b = fmt.Appendf(b, ":%s - [0:0]\n", chain)
 				size += len(text)
 			}
 		}
 		b = slices.Grow(b, size)
 		for _, chain := range chains {
-			if text, wanted := want.chains[chain]; wanted && !bytes.Equal(have.chains[chain], text) {
+			if text, planned := want.chains[chain]; planned && !bytes.Equal(have.chains[chain], text) {
 				b = append(b, text...)
 			}
 		}
@@ -224,8 +262,8 @@ func (s state) script(want state) []byte {
 	return b
 }
 
-// tablesOf returns the tables of both states, filter and mangle before nat: rules
-// that guard stand before those that redirect.
+// tablesOf returns the tables of both states, filter and mangle before nat: guards
+// before redirects.
 func tablesOf(a, b state) []rules.Table {
 	tables := make(map[rules.Table]bool)
 	for table := range a {
@@ -237,7 +275,7 @@ func tablesOf(a, b state) []rules.Table {
 	return slices.Sorted(maps.Keys(tables))
 }
 
-// chainsOf returns the chains and the jumped-to chains of both, sorted.
+// chainsOf returns the chains of both, and those that they have jumps to, sorted.
 func chainsOf(a, b *contents) []string {
 	chains := make(map[string]bool)
 	for _, c := range []*contents{a, b} {

@@ -10,35 +10,36 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Tx changes the rules of one network namespace. It knows what the kernel
-// held when it began and after each change of its own.
+// A Tx changes the rules of one network namespace. Its state is that of the kernel
+// when it began, and after each change of its own.
 type Tx struct {
 	backend  *Backend
 	families []*familyTx // that the kernel has, IPv4 first
 }
 
-// A familyTx is the part of a Tx that is about one family, which has programs
-// and tables of its own.
+// A familyTx is the part of a Tx for one family, which has its own programs and
+// tables.
 type familyTx struct {
-	backend *Backend
-	family  rules.Family
-	now     state
-	notes   []string
+	backend  *Backend
+	family   rules.Family
+	spelling *spelling // of the backend
+	now      state
+	notes    []string
 }
 
 // text returns the chains of a plan as text.
 func (b *Backend) text(plan rules.Plan) []rules.TextChain {
-	if !plan.Equal(b.plan) {
-		b.plan, b.chains = plan, plan.IPTables()
+	if plan.Equal(b.plan) {
+		return b.chains
 	}
-	return b.chains
+	return plan.IPTables()
 }
 
-// wanted returns the state in which the kernel holds the chains of one family
-// that are in chains: each as planned, the jump to it once and in front, since
-// in the nat table the first rule that matches decides and a masquerading rule
-// in front of ours would choose another source address. Other chains of ours
-// are gone, or empty where a rule of somebody else leads to them.
+// wanted returns the planned state of one family: each chain with its rules, and
+// one jump to it, the first rule of its hook. In the nat table the first rule that
+// matches decides: a masquerading rule in front would choose another source
+// address. Other chains of the router are removed, or emptied if a rule of another
+// program leads to them.
 func (f *familyTx) wanted(chains []rules.TextChain) state {
 	want := make(state)
 	for _, chain := range chains {
@@ -66,17 +67,17 @@ func (f *familyTx) wanted(chains []rules.TextChain) state {
 	return want
 }
 
-// RestoreInput returns the iptables-restore input for plan in a namespace that
-// has nothing of ours yet, or that of ip6tables-restore.
+// RestoreInput returns the input of iptables-restore, or of ip6tables-restore, for
+// plan in a namespace without rules of the router.
 func RestoreInput(plan rules.Plan, family rules.Family) []byte {
 	nothing := familyTx{family: family}
 	return nothing.now.script(nothing.wanted(plan.IPTables()))
 }
 
-// String names the program that the rules go in by: its version and flavour.
+// String returns the version and flavour of the programs.
 func (tx *Tx) String() string { return tx.backend.version }
 
-// Differs says, one line each, where the kernel is not as plan wants it.
+// Differs returns the differences between the kernel and plan, a line each.
 func (tx *Tx) Differs(plan rules.Plan) []string {
 	var found []string
 	for _, f := range tx.families {
@@ -90,37 +91,36 @@ func (tx *Tx) Differs(plan rules.Plan) []string {
 	return found
 }
 
-// Redirects reports whether the kernel holds redirects of ours.
+// Redirects reports whether the kernel has redirects of the router, whatever form
+// they are printed in.
 func (tx *Tx) Redirects() bool {
 	for _, f := range tx.families {
-		for _, c := range f.now {
-			for _, text := range c.chains {
-				if bytes.Contains(text, []byte(" -j "+rules.DNAT+" ")) {
-					return true
-				}
+		for _, text := range f.now.of(rules.NAT).chains {
+			if bytes.Contains(text, []byte(" "+rules.DNAT+" ")) {
+				return true
 			}
 		}
 	}
 	return false
 }
 
-// tries is how often a change is worked out anew because another program
-// changed the same tables between reading and writing them.
+// tries is the number of attempts at a change that fails because another program
+// changes the same tables at the same time.
 const tries = 3
 
-// Apply makes the kernel hold plan, and does nothing where it does already. It
-// returns the way back to what was there before this call; with an error, where
-// not all is as it was.
+// Apply changes the kernel's rules into those of plan; equal rules stay. It returns
+// the rollback to the rules before this call. With an error the rollback is nil if
+// the rules are as before.
 //
-// Chains and jumps go in together, by one restore for each family: go-iptables,
-// whose calls change one rule each, would leave moments in which a chain is
-// reached and not complete, and takes a process for every jump.
+// One restore for each family loads chains and jumps together. go-iptables changes
+// one rule a call: a chain would be reached before it is complete, and every jump
+// would take a process.
 func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	before := make(map[*familyTx]state)
 	for _, f := range tx.families {
 		before[f] = f.now
 	}
-	// The way back is taken also when ctx has ended.
+	// The rollback runs also after the end of ctx.
 	undo = func() error {
 		return become(context.WithoutCancel(ctx), tx.families, func(f *familyTx) state { return before[f] }, 1)
 	}
@@ -136,8 +136,8 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	return undo, nil
 }
 
-// become makes the kernel hold what want returns for each family, at the same
-// time.
+// become changes the rules of each family into the state that want returns, all
+// families at the same time.
 func become(ctx context.Context, families []*familyTx, want func(*familyTx) state, try int) error {
 	var waits []func() error
 	for _, f := range families {
@@ -149,8 +149,7 @@ func become(ctx context.Context, families []*familyTx, want func(*familyTx) stat
 		if err == nil {
 			continue
 		}
-		// The kernel says what holds now: some tables may have been changed,
-		// by the restore or by somebody else.
+		// The restore, or another program, may have changed some tables.
 		known := f.now
 		if again := f.read(context.WithoutCancel(ctx))(); again != nil {
 			err = errors.Join(err, again)
@@ -162,7 +161,8 @@ func become(ctx context.Context, families []*familyTx, want func(*familyTx) stat
 	return errors.Join(failed...)
 }
 
-// load begins to make the kernel hold target. What it returns waits for that.
+// load starts to change the rules into target. The returned function waits for
+// the end.
 func (f *familyTx) load(ctx context.Context, target state) (wait func() error) {
 	input := f.now.script(target)
 	if len(input) == 0 {
@@ -171,22 +171,33 @@ func (f *familyTx) load(ctx context.Context, target state) (wait func() error) {
 	if err := ctx.Err(); err != nil {
 		return func() error { return err }
 	}
-	// Once started it is not interrupted: killed, it would leave open whether
-	// the kernel has taken its input.
-	finish := f.backend.start(context.WithoutCancel(ctx), input, f.program("restore"), "--noflush", "-w", fmt.Sprint(lockSeconds))
+	finish := f.restore(ctx, input)
 	return func() error {
-		if _, _, err := finish(); err != nil {
+		if err := finish(); err != nil {
 			return fmt.Errorf("loading rules: %w", err)
 		}
 		f.now = target
+		f.spelling.loads++
 		return nil
+	}
+}
+
+// restore starts iptables-restore with the given input. The returned function
+// waits for its end. The end of ctx does not interrupt it: whether the kernel has
+// taken the input of a killed program is unknown.
+func (f *familyTx) restore(ctx context.Context, input []byte) (wait func() error) {
+	finish := f.backend.start(context.WithoutCancel(ctx), input, f.program("restore"), "--noflush", "-w", fmt.Sprint(lockSeconds))
+	return func() error {
+		_, _, err := finish()
+		return err
 	}
 }
 
 // program returns the name of one of the family's programs.
 func (f *familyTx) program(what string) string { return f.backend.program(f.family, what) }
 
-// read begins to take the state from the kernel. What it returns waits for that.
+// read starts to read the state from the kernel. The returned function waits for
+// the end.
 func (f *familyTx) read(ctx context.Context) (wait func() error) {
 	finish := f.backend.start(ctx, nil, f.program("save"))
 	return func() error {
@@ -194,12 +205,12 @@ func (f *familyTx) read(ctx context.Context) (wait func() error) {
 		if err != nil {
 			return fmt.Errorf("reading the rules: %w", err)
 		}
-		f.now, f.notes = parse(saved), notes(printed)
+		f.now, f.notes = f.spelling.parse(saved), notes(printed)
 		return nil
 	}
 }
 
-// notes returns what iptables-save warns of.
+// notes returns the warnings of iptables-save.
 func notes(printed []byte) []string {
 	var found []string
 	for line := range strings.Lines(string(printed)) {
@@ -210,7 +221,7 @@ func notes(printed []byte) []string {
 	return found
 }
 
-// Notes returns what iptables said about the rules that it read.
+// Notes returns the warnings of iptables-save about the rules that it read.
 func (tx *Tx) Notes() []string {
 	var all []string
 	for _, f := range tx.families {

@@ -50,7 +50,7 @@ func TestParse(t *testing.T) {
 		},
 		rules.Mangle: newContents(),
 	}
-	if diff := cmp.Diff(want, parse([]byte(saved189)), cmp.AllowUnexported(contents{})); diff != "" {
+	if diff := cmp.Diff(want, parse([]byte(saved189), jumpForm{}), cmp.AllowUnexported(contents{})); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)
 	}
 }
@@ -65,7 +65,7 @@ func plan(t *testing.T, source string) rules.Plan {
 }
 
 func TestDiffers(t *testing.T) {
-	tx := &Tx{backend: &Backend{}, families: []*familyTx{{family: rules.IPv4, now: parse([]byte(saved189))}, {family: rules.IPv6}}}
+	tx := &Tx{backend: &Backend{}, families: []*familyTx{{family: rules.IPv4, now: parse([]byte(saved189), jumpForm{})}, {family: rules.IPv6}}}
 	got := tx.Differs(plan(t, "192.168.12.98"))
 	want := []string{
 		"chain EGRESS-FORWARD of table filter is missing",
@@ -78,10 +78,10 @@ func TestDiffers(t *testing.T) {
 		"the jump from OUTPUT to EGRESS-OUTPUT of table mangle is missing",
 		"the jump from POSTROUTING to EGRESS-POSTROUTING of table mangle is missing",
 		"the jump from PREROUTING to EGRESS-PREROUTING of table mangle is missing",
-		"chain EGRESS-POSTROUTING of table nat holds other rules",
-		"chain EGRESS-OUTPUT of table nat is not in use",
+		"chain EGRESS-POSTROUTING of table nat has other rules",
+		"chain EGRESS-OUTPUT of table nat is not in the plan",
 		"the jump from PREROUTING to EGRESS-PREROUTING of table nat is not the first rule, or not the only jump",
-		"IPv6: none of its chains is there yet",
+		"IPv6: no chain of the router exists",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("- wanted, + got:\n%s", diff)
@@ -91,7 +91,7 @@ func TestDiffers(t *testing.T) {
 // The way there and the way back, each one restore, with nothing in it of what
 // is not ours or does not change.
 func TestScript(t *testing.T) {
-	f := familyTx{family: rules.IPv4, now: parse([]byte(saved189))}
+	f := familyTx{family: rules.IPv4, now: parse([]byte(saved189), jumpForm{})}
 	have, want := f.now, f.wanted(plan(t, "192.168.12.99").IPTables())
 	const there = `*filter
 :EGRESS-FORWARD - [0:0]
