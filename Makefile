@@ -20,7 +20,7 @@ GOTEST   = $(GO) run ./.ci/gotest -p 4
 # The longest first.
 PACKAGES = ./internal/router ./internal/iptables ./... ./.ci ./.ci/gotest
 
-.PHONY: help demo test test-long race cover build lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
+.PHONY: help demo test test-long test-iptables race cover build lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -33,6 +33,10 @@ test: programs ## run all tests on the real kernel, in the short variant
 
 test-long: programs ## run all tests, with 1,300 random damages and whole measurements
 	EGRESS_TEST_LONG=1 $(GOTEST) -timeout 60m $(PACKAGES)
+
+test-iptables: programs ## test with iptables of two other Debian releases, downloaded to bin/iptables
+	.ci/iptables-versions bin/iptables bullseye trixie
+	EGRESS_TEST_IPTABLES=$(CURDIR)/bin/iptables $(GO) test -count=1 -v -timeout 30m -run Version ./internal/iptables
 
 race: programs gcc ## run the tests with the race detector, in a random order
 	CGO_ENABLED=1 $(GOTEST) -timeout 30m -race -shuffle=on $(PACKAGES)
