@@ -53,7 +53,7 @@ func TestParse(t *testing.T) {
 				t.Fatalf("Parse(%q): %v", test.value, err)
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
-				t.Errorf("Parse(%q), - wanted, + got:\n%s", test.value, diff)
+				t.Errorf("Parse(%q), - want, + got:\n%s", test.value, diff)
 			}
 		})
 	}

@@ -38,7 +38,7 @@ func TestLines(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if diff := cmp.Diff(test.want, Lines(test.value)); diff != "" {
-				t.Errorf("Lines(%q), - wanted, + got:\n%s", test.value, diff)
+				t.Errorf("Lines(%q), - want, + got:\n%s", test.value, diff)
 			}
 		})
 	}

@@ -30,7 +30,7 @@ func TestUnitTest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if diff := cmp.Diff(test.want, string(UnitTest(test.set, sides))); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("- want, + got:\n%s", diff)
 			}
 		})
 	}
@@ -113,7 +113,7 @@ func TestIPTables(t *testing.T) {
 				got = append(got, fmt.Sprintf("%s %s %s\n%s", c.Family, c.Table, c.Name, c.Saved))
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("- want, + got:\n%s", diff)
 			}
 		})
 	}

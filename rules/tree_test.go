@@ -169,7 +169,7 @@ func TestTreeIsStable(t *testing.T) {
 		}
 	}
 	if diff := cmp.Diff([]string{"EGRESS-TCP-10000-10015"}, changed); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
 

@@ -266,21 +266,21 @@ func unusable(a netip.Addr) string {
 }
 
 // addressHint returns the reason why value is not the IPv4 address of variable.
-func addressHint(variable, value, wanted string) string {
+func addressHint(variable, value, expected string) string {
 	found := fmt.Sprintf("%s is %q: ", variable, value)
 	switch {
 	case value == "":
-		return fmt.Sprintf("%s is not set: give it %s", variable, wanted)
+		return fmt.Sprintf("%s is not set: give it %s", variable, expected)
 	case strings.ContainsFunc(value, unicode.IsSpace):
 		return found + "white space is not allowed in it"
 	case strings.Contains(value, ":"):
-		return found + "IPv6 is not supported, give " + wanted
+		return found + "IPv6 is not supported, give " + expected
 	case variable == "EGRESS_GATEWAY" && strings.Contains(value, "/"):
 		return found + "the gateway is one address, without a length"
 	case strings.Trim(value, "0123456789./") == "":
 		return found + "an IPv4 address is four numbers from 0 to 255, without leading zeros"
 	}
-	return found + "expected " + wanted
+	return found + "expected " + expected
 }
 
 // parseDestinations reads the destination list from the variable or the file.

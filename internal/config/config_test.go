@@ -122,7 +122,7 @@ func TestParse(t *testing.T) {
 			}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 				cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }), cmpopts.EquateEmpty()); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("- want, + got:\n%s", diff)
 			}
 		})
 	}
@@ -141,7 +141,7 @@ func TestParseFindsAll(t *testing.T) {
 	want := []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_ROUTER_MODE",
 		"EGRESS_REPLY_MARK", "EGRESS_REPLY_TABLE", "EGRESS_CLUSTER_CIDRS", "EGRESS_CLUSTER_CIDRS", "EGRESS_INTERFACE", "EGRESS_CLUSTER_INTERFACE"}
 	if diff := cmp.Diff(want, variables); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 	lines := strings.Split(err.Error(), "\n")
 	if last := lines[len(lines)-1]; last != "EGRESS_SOURCE unspecified or invalid" {
@@ -234,7 +234,7 @@ options ndots:5
 `))
 	want := []netip.Prefix{netip.MustParsePrefix("10.0.0.53/32"), netip.MustParsePrefix("10.96.0.10/32")}
 	if diff := cmp.Diff(want, c.ClusterDestinations, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
 

@@ -34,7 +34,7 @@ func TestParseDNSProxy(t *testing.T) {
 			var list string
 			got, err := ParseDNSProxy(test.env, noFile, func(l string) error { list = l; return nil })
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" || err != nil || list != "80 a.example" {
-				t.Errorf("%v, list %q, - wanted, + got:\n%s", err, list, diff)
+				t.Errorf("%v, list %q, - want, + got:\n%s", err, list, diff)
 			}
 		})
 	}

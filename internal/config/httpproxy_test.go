@@ -56,7 +56,7 @@ func TestParseHTTPProxy(t *testing.T) {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("- want, + got:\n%s", diff)
 			}
 		})
 	}
@@ -77,7 +77,7 @@ func TestParseHTTPProxyFindsAll(t *testing.T) {
 		"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT", "EGRESS_HTTP_PROXY_IDLE_TIMEOUT",
 		"EGRESS_HTTP_PROXY_MAX_HEADER", "EGRESS_HTTP_PROXY_MAX_CONNECTIONS", "EGRESS_SHUTDOWN_GRACE", "EGRESS_ACCESS_LOG"}
 	if diff := cmp.Diff(want, variables); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 	if text := err.Error(); !strings.HasSuffix(text, "\nEGRESS_HTTP_PROXY_DESTINATION line 1: \"b\"\nhint: write a\nBad destination 'b'") {
 		t.Errorf("the last lines are not the rule's:\n%s", text)

@@ -13,7 +13,7 @@ func TestMacvlan(t *testing.T) {
 		want                *Macvlan
 		warnings            []string
 	}{
-		"not wanted":          {},
+		"no macvlan":          {},
 		"the default route's": {parent: "true", want: &Macvlan{Mode: Private, HostNetns: "/proc/1/ns/net"}},
 		"by name":             {parent: "ens3", want: &Macvlan{Parent: "ens3", Mode: Private, HostNetns: "/proc/1/ns/net"}},
 		"true is spelt so":    {parent: "True", want: &Macvlan{Parent: "True", Mode: Private, HostNetns: "/proc/1/ns/net"}},
@@ -33,10 +33,10 @@ func TestMacvlan(t *testing.T) {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(test.want, c.Macvlan); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("- want, + got:\n%s", diff)
 			}
 			if diff := cmp.Diff(test.warnings, c.Warnings); diff != "" {
-				t.Errorf("warnings: - wanted, + got:\n%s", diff)
+				t.Errorf("warnings: - want, + got:\n%s", diff)
 			}
 		})
 	}

@@ -144,7 +144,7 @@ func TestDiff(t *testing.T) {
 				got = append(got, s.String())
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("- want, + got:\n%s", diff)
 			}
 		})
 	}

@@ -51,7 +51,7 @@ func TestDefaultNICs(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if diff := cmp.Diff(test.want, defaultNICs(test.routes)); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("- want, + got:\n%s", diff)
 			}
 		})
 	}
@@ -132,7 +132,7 @@ func TestIsMacvlan(t *testing.T) {
 		want   bool
 		is     string
 	}{
-		"as wanted":                {macvlan(7, host, netlink.MACVLAN_MODE_PRIVATE), plain, host, true, `a macvlan of interface 7 of a third network namespace in mode private`},
+		"no drift":                 {macvlan(7, host, netlink.MACVLAN_MODE_PRIVATE), plain, host, true, `a macvlan of interface 7 of a third network namespace in mode private`},
 		"of another NIC":           {macvlan(8, host, netlink.MACVLAN_MODE_PRIVATE), plain, host, false, ""},
 		"in another mode":          {macvlan(7, host, netlink.MACVLAN_MODE_SOURCE), plain, host, false, "a macvlan of interface 7 of a third network namespace in mode source"},
 		"same number, other space": {macvlan(7, host+1, netlink.MACVLAN_MODE_PRIVATE), plain, host, false, ""},

@@ -236,7 +236,7 @@ func TestOnlyWhatDiffersChanges(t *testing.T) {
 		kinds = append(kinds, int(m.Header.Type)&0xff)
 	}
 	if diff := cmp.Diff([]int{unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM}, kinds); diff != "" {
-		t.Errorf("messages: - wanted, + got:\n%s", diff)
+		t.Errorf("messages: - want, + got:\n%s", diff)
 	}
 	for _, m := range b.messages {
 		if len(m.Data) > 200 {
@@ -372,7 +372,7 @@ func TestStrays(t *testing.T) {
 		}
 		// The other program's rule still leads to a chain, which is empty.
 		if diff := cmp.Diff([]string{"nat PREROUTING 2", "nat EGRESS-PREROUTING 0", "nat EGRESS-MYLOG 1"}, left); diff != "" {
-			t.Errorf("left: - wanted, + got:\n%s", diff)
+			t.Errorf("left: - want, + got:\n%s", diff)
 		}
 	})
 }

@@ -188,7 +188,7 @@ func (t *table) differences(want *table) []string {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.chains)) {
-		if _, wanted := want.chains[name]; !wanted {
+		if _, planned := want.chains[name]; !planned {
 			say("chain %s not in the plan", name)
 		}
 	}

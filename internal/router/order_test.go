@@ -135,14 +135,14 @@ func TestOrder(t *testing.T) {
 	}{
 		"fresh":                     {func(*script) {}, plan, []string{all, up, address, gateway, standard, forward, forget}},
 		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{guard, up, address, gateway, standard, all, forget}},
-		"redirects already, others wanted": {
+		"redirects already, other plan": {
 			func(s *script) { s.state.Forwards, s.redirects = true, true }, plan,
 			[]string{guard, up, address, gateway, standard, all, forget},
 		},
-		"only other rules wanted":   {ready, plan, []string{all, forget}},
-		"another backend's rules":   {func(s *script) { ready(s); s.stray = true }, plan, []string{all, stray, forget}},
-		"nothing but such rules":    {func(s *script) { ready(s); s.loaded, s.stray = plan, true }, plan, []string{stray, forget}},
-		"a proxy's rules are first": {func(*script) {}, proxy, []string{guard, up, address, gateway, standard}},
+		"only other rules in the plan": {ready, plan, []string{all, forget}},
+		"another backend's rules":      {func(s *script) { ready(s); s.stray = true }, plan, []string{all, stray, forget}},
+		"nothing but such rules":       {func(s *script) { ready(s); s.loaded, s.stray = plan, true }, plan, []string{stray, forget}},
+		"a proxy's rules are first":    {func(*script) {}, proxy, []string{guard, up, address, gateway, standard}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &script{state: link.State{
@@ -163,7 +163,7 @@ func TestOrder(t *testing.T) {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(test.want, s.done); diff != "" {
-				t.Errorf("- wanted, + done:\n%s", diff)
+				t.Errorf("- want, + done:\n%s", diff)
 			}
 			s.done = nil
 			if err := r.Apply(t.Context()); err != nil || len(s.done) > 0 {

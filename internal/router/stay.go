@@ -41,7 +41,7 @@ type Keeper struct {
 	// Neighbours watches the physical network.
 	Neighbours func(arp.Options) (Neighbours, error)
 
-	mu       sync.Mutex // guards the fields below, and Router.Link and Router.Plan
+	mu       sync.Mutex // guards status and reloading, and Router.Link and Router.Plan
 	status   Status
 	replaced chan struct{} // receives a value after Replace
 	// The kernel does not yet have the destinations of Replace.
@@ -98,13 +98,13 @@ const eagerPause = 50 * time.Millisecond
 // Status returns the current status. It may be called at any time.
 func (k *Keeper) Status() Status {
 	k.mu.Lock()
-	s, gateway, wanted := k.status.clone(), k.Router.Link.Gateway, targets(k.Router.Plan)
+	s, gateway, servers := k.status.clone(), k.Router.Link.Gateway, targets(k.Router.Plan)
 	k.mu.Unlock()
 	if held(s.contestedAt, time.Now()) {
 		s.Contested = ""
 	}
 	s.State, s.Unwatched = k.surroundings.state()
-	s.Probes = k.probes.of(wanted)
+	s.Probes = k.probes.of(servers)
 	s.reasons(gateway, k.ProbeFailsReady)
 	return s
 }

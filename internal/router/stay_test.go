@@ -520,7 +520,7 @@ func TestKeeperNotReady(t *testing.T) {
 				}
 				s := k.keeper.Status()
 				if diff := cmp.Diff(test.want, s.NotReady); diff != "" {
-					k.Errorf("- wanted, + is:\n%s", diff)
+					k.Errorf("- want, + is:\n%s", diff)
 				}
 				if probed := k.keeper.ProbeInterval > 0; probed != (len(s.Probes) == 1 && s.Probes[0].Err != "") {
 					k.Errorf("probes: %v", s.Probes)
