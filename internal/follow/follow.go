@@ -1,8 +1,9 @@
-// Package follow tells when the content of a file may have changed: written in
-// place, replaced, swapped by a link on the way to it, removed, back again.
+// Package follow reports that the content of a file may have changed: the file was
+// written in place, replaced, swapped by a symbolic link on its path, removed, or
+// created.
 //
-// It is told so by the kernel (inotify(7)), and costs nothing while nothing
-// happens. Where the kernel cannot tell, it looks at the file now and then.
+// The kernel notifies it (inotify(7)), so it uses no time while nothing happens. If
+// the kernel cannot notify it of every change, it polls the file.
 package follow
 
 import (
@@ -17,55 +18,55 @@ import (
 )
 
 const (
-	// settle is for how long nothing may happen before a change is told: editors
-	// write a file piece by piece.
+	// settle is the time without an event after which a change is sent, since
+	// editors write a file piece by piece.
 	settle = 100 * time.Millisecond
-	// atLatest is when it is told though it never settles.
+	// atLatest is the time after which a change is sent even if events go on.
 	atLatest = 500 * time.Millisecond
-	// lookEvery is how often a file is looked at of which the kernel does not
-	// tell, unless the options say.
+	// lookEvery is the default interval of polling a file of which the kernel does
+	// not report every change.
 	lookEvery = 10 * time.Second
 )
 
-// Options say how a file is followed.
+// Options are the options of Changes.
 type Options struct {
-	// Since is the look that was had before the file was read, so that what
-	// changed meanwhile is told too. With none, one change is told at the start.
+	// Since is a look taken before the file was read, so that a change in between
+	// is sent too. With the zero Look, one change is sent at the start.
 	Since Look
-	// Every is how often the file is looked at whatever the kernel tells, which
-	// hears nothing of some changes: a mount over a directory, another machine's
-	// writing. 0: never, unless the kernel does not tell at all.
+	// Every is the interval at which the file is polled in any case, since inotify
+	// misses some changes: a mount over a directory, a write by another machine.
+	// 0: no polling, unless the kernel does not report every change.
 	Every time.Duration
 	Log   *slog.Logger
 }
 
-// Changes returns a channel that is sent to whenever the content of the named
-// file may have become another one, a settled one if possible, within a second.
-// It holds one change, so that none is lost on a reader who is busy, and is never
+// Changes returns a channel that receives a value within a second after the content
+// of the named file may have changed, once it has settled if it does by then. The
+// channel holds one value, so that a busy reader loses no change, and is never
 // closed. Following ends with ctx.
 func Changes(ctx context.Context, name string, o Options) <-chan struct{} {
-	f := &file{name: name, o: o, told: o.Since, changes: make(chan struct{}, 1)}
+	f := &file{name: name, o: o, sent: o.Since, changes: make(chan struct{}, 1)}
 	go f.follow(ctx)
 	return f.changes
 }
 
-// A file is one that is followed.
+// A file is a file that is followed.
 type file struct {
 	name    string
 	o       Options
 	changes chan struct{}
 
-	watcher *fsnotify.Watcher // nil: inotify cannot be had
+	watcher *fsnotify.Watcher // nil: inotify is unavailable
 	way     way
 	look    *time.Ticker
-	blind   bool // that the kernel does not tell of everything is logged
+	blind   bool // the kernel does not report every change, which is logged
 
-	told Look // what it was like at the last change that was told
+	sent Look // at the last change that was sent
 
-	// A change that is not told yet.
+	// A change that is not sent yet.
 	pending bool
-	certain bool // an event said so: it is told however the file looks
-	seen    Look // what it was like when looked at last
+	certain bool // from an event: it is sent even if the file looks the same
+	seen    Look // the last look at the file
 	settled *time.Timer
 	latest  time.Time
 }
@@ -104,10 +105,10 @@ func (f *file) run(ctx context.Context, events <-chan fsnotify.Event, failures <
 		case <-ctx.Done():
 			return
 		case e := <-events:
-			f.hear(e)
+			f.handle(e)
 		case err := <-failures:
-			// Of events that did not fit in the queue, any may have been about
-			// the file.
+			// The queue has overflowed: any of the lost events may have been
+			// about the file.
 			f.change(true)
 			if !errors.Is(err, fsnotify.ErrEventOverflow) {
 				f.goBlind(err)
@@ -117,36 +118,36 @@ func (f *file) run(ctx context.Context, events <-chan fsnotify.Event, failures <
 		case <-f.look.C:
 			f.check()
 		case <-f.settled.C:
-			f.tell()
+			f.send()
 		}
 	}
 }
 
-// hear decides what an event means. Of a directory, they are about all that is in
-// it, mostly other files.
-func (f *file) hear(e fsnotify.Event) {
-	place := filepath.Clean(e.Name) // what is in / has two slashes
+// handle evaluates an event. The events of a directory are about all its entries,
+// most of which are other files.
+func (f *file) handle(e fsnotify.Event) {
+	place := filepath.Clean(e.Name) // names in / have two slashes
 	switch {
 	case !f.way.places[place]:
 	case place == f.way.end || e.Op != fsnotify.Chmod:
 		f.change(true)
 	default:
-		f.check() // the attributes of a directory: it may be open only now
+		f.check() // the mode of a directory: the file may be accessible only now
 	}
 }
 
-// check looks whether there is a change that was not told.
+// check polls the file for a change that was not sent.
 func (f *file) check() {
 	if f.pending {
-		return // it will be looked at
+		return // send looks at the file
 	}
 	f.walk()
-	if !At(f.name).same(f.told) {
+	if !At(f.name).same(f.sent) {
 		f.change(false)
 	}
 }
 
-// change has a change told as soon as the file has settled.
+// change schedules a change to be sent when the file has settled.
 func (f *file) change(certain bool) {
 	f.certain = f.certain || certain
 	if !f.pending {
@@ -158,9 +159,9 @@ func (f *file) change(certain bool) {
 	f.settled.Reset(min(settle, time.Until(f.latest)))
 }
 
-// tell tells a change, or waits on if the file is still being written, of which
-// there are no events where a directory on the way is new.
-func (f *file) tell() {
+// send sends a change, or waits longer if the file is still being written, of which
+// there are no events if a directory on its path is new.
+func (f *file) send() {
 	f.walk()
 	now := At(f.name)
 	if wait := min(settle, time.Until(f.latest)); wait > 0 && !now.like(f.seen) {
@@ -168,19 +169,19 @@ func (f *file) tell() {
 		f.settled.Reset(wait)
 		return
 	}
-	if f.certain || !now.same(f.told) {
+	if f.certain || !now.same(f.sent) {
 		select {
 		case f.changes <- struct{}{}:
-		default: // the one before is not taken yet
+		default: // the reader has not received the previous one
 		}
 	}
-	f.pending, f.certain, f.told = false, false, now
+	f.pending, f.certain, f.sent = false, false, now
 }
 
-// walk watches the way to the file as it is now, and has to be done before the
-// file is looked at: what happens after that look is then told.
+// walk watches the current path to the file. It comes before a look at the file, so
+// that every change after the look has an event.
 func (f *file) walk() {
-	if err := unseen(f.name); err != nil {
+	if err := unreported(f.name); err != nil {
 		f.goBlind(err)
 	}
 	if f.watcher == nil {
@@ -193,13 +194,12 @@ func (f *file) walk() {
 	}
 	for path := range before.watched {
 		if !f.way.watched[path] {
-			_ = f.watcher.Remove(path) // mostly gone with what it watched
+			_ = f.watcher.Remove(path) // fails if the watched file is gone
 		}
 	}
 }
 
-// goBlind has the file looked at regularly, since the kernel does not tell of
-// everything.
+// goBlind starts polling the file, since the kernel does not report every change.
 func (f *file) goBlind(reason error) {
 	if f.blind {
 		return
@@ -216,7 +216,7 @@ func (f *file) goBlind(reason error) {
 	}
 }
 
-// missing reports whether an error says that something is not there (any more).
+// missing reports whether an error means that a file does not exist (any more).
 func missing(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNotDirectory)
 }

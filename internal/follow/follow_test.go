@@ -21,13 +21,13 @@ import (
 // patience is how long a test waits for an event, which a busy machine may delay.
 const patience = time.Minute
 
-// A reader reads a file whenever it is told to.
+// A reader reads a file after every change.
 type reader struct {
 	*testing.T
 	file    string
 	log     output
 	mu      sync.Mutex
-	content string // when read last
+	content string // of the last read
 	reads   int
 }
 
@@ -36,7 +36,7 @@ func read(t *testing.T, file string, every time.Duration) *reader {
 	t.Helper()
 	r := &reader{T: t, file: file}
 	o := Options{Since: At(file), Every: every, Log: slog.New(slog.NewTextHandler(&r.log, nil))}
-	if !o.Since.certain { // written just now: not as a test wants to begin
+	if !o.Since.certain { // just written; a test begins with an older file
 		o.Since.certain = true
 	}
 	r.again()
@@ -75,7 +75,7 @@ func (r *reader) state() (content string, reads int) {
 	return r.content, r.reads
 }
 
-// want waits for a content to have been read, and no other since.
+// want waits until the last read has returned a content.
 func (r *reader) want(content string) {
 	r.Helper()
 	begin := time.Now()
@@ -127,7 +127,7 @@ func write(t testing.TB, name, content string) {
 	check(t, os.WriteFile(name, []byte(content), 0o600))
 }
 
-// A mount is a volume as the kubelet has it (AtomicWriter).
+// A mount is a volume in the layout of the kubelet (AtomicWriter).
 type mount struct {
 	t        testing.TB
 	dir      string
@@ -136,7 +136,7 @@ type mount struct {
 
 func newMount(t testing.TB) *mount { return &mount{t: t, dir: t.TempDir()} }
 
-// set has the volume contain a key, in the kubelet's order.
+// set sets the content of the volume's key, in the order of the kubelet.
 func (m *mount) set(content string) {
 	m.t.Helper()
 	before := fmt.Sprintf("..2026_01_02_%d", m.versions)
@@ -165,12 +165,12 @@ func TestKubelet(t *testing.T) {
 	r.want("version 199")
 	m.set("again")
 	r.want("again")
-	// The key goes and comes back, as with a ConfigMap that is edited.
+	// The key is removed and added again, as in a ConfigMap that is edited.
 	check(t, os.Remove(filepath.Join(m.dir, "list")))
 	r.want("missing")
 	check(t, os.Symlink("..data/list", filepath.Join(m.dir, "list")))
 	r.want("again")
-	// Only the directory that the links lead to hears of this.
+	// Only the directory of the links' target has an event of this.
 	write(t, filepath.Join(m.dir, "list"), "in place")
 	r.want("in place")
 }
@@ -238,7 +238,7 @@ func TestWrite(t *testing.T) {
 			file := filepath.Join(dir, "list")
 			write(t, file, "old")
 			r := read(t, file, 0)
-			time.Sleep(20 * time.Millisecond) // let it look at the old one
+			time.Sleep(20 * time.Millisecond) // in which the old one is looked at
 			change(t, file)
 			r.want("new")
 		})
@@ -252,7 +252,7 @@ func inBubble(t *testing.T, test func(t *testing.T, write func(content string), 
 		name := filepath.Join(t.TempDir(), "list")
 		write(t, name, "old")
 		f := &file{
-			name: name, told: At(name), changes: make(chan struct{}, 1),
+			name: name, sent: At(name), changes: make(chan struct{}, 1),
 			way: way{places: map[string]bool{name: true}, end: name},
 		}
 		ctx, stop := context.WithCancel(t.Context())
@@ -309,7 +309,7 @@ func TestPermanentWrites(t *testing.T) {
 	})
 }
 
-// Each directory on the way may be a link that is swapped, not only the kubelet's.
+// Any directory on the path may be a link that is swapped, not only the kubelet's.
 func TestLinkedDirectory(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -330,8 +330,8 @@ func TestLinkedDirectory(t *testing.T) {
 	r.want("release 1")
 }
 
-// A relative name, of a file that comes later than the reader.
-func TestLate(t *testing.T) {
+// A file with a relative name is created after following has begun.
+func TestCreatedLater(t *testing.T) {
 	t.Chdir(t.TempDir())
 	r := read(t, "a/b/list", 0)
 	check(t, os.MkdirAll("a/b", 0o755))
@@ -340,13 +340,13 @@ func TestLate(t *testing.T) {
 	r.want("late")
 }
 
-// What happens to other files is nothing to a reader.
-func TestUnrelated(t *testing.T) {
+// Changes of other files cause no read.
+func TestOtherFiles(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
 	m.set("old")
 	r := read(t, filepath.Join(m.dir, "list"), 20*time.Millisecond)
-	time.Sleep(2 * clockStep) // from when on the file's time is proof
+	time.Sleep(2 * clockStep) // after which an equal file time means an equal content
 	r.wantNoRead()
 	for n := range 100 {
 		file := filepath.Join(m.dir, "other")
@@ -360,24 +360,24 @@ func TestUnrelated(t *testing.T) {
 	r.wantNoRead()
 }
 
-// Without a look from before, a change is told at the start.
-func TestNoLook(t *testing.T) {
+// Without Since, one change is sent at the start.
+func TestWithoutSince(t *testing.T) {
 	t.Parallel()
 	changes := Changes(t.Context(), filepath.Join(t.TempDir(), "list"), Options{})
 	select {
 	case <-changes:
 	case <-time.After(patience):
-		t.Error("nothing is told")
+		t.Error("no change is sent")
 	}
 	select {
 	case <-changes:
-		t.Error("a change is told twice")
+		t.Error("a second change is sent")
 	case <-time.After(3 * settle):
 	}
 }
 
-// What is written after a look is told, and also within the same tick of the
-// clock, when it looks the same.
+// A write after the look is sent, even within the same tick of the clock, when the
+// file looks the same.
 func TestSince(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "list")
@@ -387,11 +387,11 @@ func TestSince(t *testing.T) {
 	select {
 	case <-Changes(t.Context(), file, Options{Since: since}):
 	case <-time.After(patience):
-		t.Error("nothing is told")
+		t.Error("no change is sent")
 	}
 }
 
-// Where there are no more inotify instances or open files, the file is looked at.
+// If no inotify instance or file can be opened, the file is polled.
 func TestNoInotify(t *testing.T) {
 	for _, test := range []struct{ option, every time.Duration }{{time.Minute, time.Minute}, {0, lookEvery}} {
 		synctest.Test(t, func(t *testing.T) {
@@ -410,7 +410,7 @@ func TestNoInotify(t *testing.T) {
 				time.Sleep(test.every + atLatest)
 				synctest.Wait()
 				if got, _ := r.state(); got != content {
-					t.Errorf("read last: %q, want %q", got, content)
+					t.Errorf("the last content is %q, want %q", got, content)
 				}
 			}
 			m.set("new")
@@ -433,7 +433,7 @@ func TestNoInotify(t *testing.T) {
 	}
 }
 
-// When following ends, so do its goroutines, and its files are closed.
+// The end of following ends its goroutines and closes its files.
 func TestNothingIsLeft(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	count := func() (goroutines, files int) {

@@ -6,20 +6,20 @@ import (
 	"time"
 )
 
-// clockStep is more than the kernel's clock for files moves at a time: it ticks
-// with CONFIG_HZ, so at most 10 ms. What is written twice within one tick looks
-// the same, if it is as long.
+// clockStep is longer than one step of the kernel's clock for file times, which
+// ticks with CONFIG_HZ, at most every 10 ms. Two contents of the same length that
+// are written within one tick look the same.
 const clockStep = 50 * time.Millisecond
 
-// A Look is what can be told of a file without reading it. The zero Look is none,
-// which is like no other.
+// A Look is the state of a file without its content: its inode, size, times and mode.
+// The zero Look differs from any other.
 type Look struct {
-	certain bool        // another content would look different
-	info    fs.FileInfo // of what the links lead to; nil: there is no file
+	certain bool        // any other content would look different
+	info    fs.FileInfo // of the target of the links; nil: there is no file
 }
 
-// At looks at the named file. Whoever looks before reading can have changes told
-// since then.
+// At looks at the named file. A look taken before the file is read makes Changes send
+// the changes since then.
 func At(name string) Look {
 	info, err := os.Stat(name)
 	if err != nil {
@@ -28,15 +28,15 @@ func At(name string) Look {
 	return Look{time.Since(info.ModTime()).Abs() > clockStep, info}
 }
 
-// same reports whether the content is certainly still the one of before.
+// same reports whether the content is certainly the same as at the look before.
 func (l Look) same(before Look) bool { return before.certain && l.like(before) }
 
-// like reports whether nothing looks different.
+// like reports whether both looks are equal.
 func (l Look) like(before Look) bool {
 	if l.info == nil || before.info == nil {
 		return l.info == nil && before.info == nil
 	}
-	// The mode, since a file that could not be read may be one that can be.
+	// The mode counts, since a file may have become readable.
 	return os.SameFile(l.info, before.info) && l.info.Size() == before.info.Size() &&
 		l.info.ModTime().Equal(before.info.ModTime()) && l.info.Mode() == before.info.Mode()
 }

@@ -13,23 +13,23 @@ import (
 // maxLinks is how many symbolic links the kernel follows (path_resolution(7)).
 const maxLinks = 40
 
-// errNotDirectory is what the kernel says of a way that leads through a file.
+// errNotDirectory is the error of a path that leads through a file.
 var errNotDirectory error = unix.ENOTDIR
 
-// A way is how the kernel comes to a file (path_resolution(7)). Whatever makes
-// the name lead elsewhere happens at one of its places: the kubelet mounts a
-// ConfigMap as key -> ..data/key, ..data -> ..2026_01_02, and swaps the second
-// link (AtomicWriter, pkg/volume/util/atomic_writer.go of Kubernetes).
+// A way is the resolution of a path to a file (path_resolution(7)). Every change of
+// the file that the path resolves to is a change at one of its places: the kubelet
+// mounts a ConfigMap as key -> ..data/key, ..data -> ..2026_01_02, and swaps the
+// second link (AtomicWriter, pkg/volume/util/atomic_writer.go of Kubernetes).
 type way struct {
-	places  map[string]bool // each name that is looked up, under the directory that has it
+	places  map[string]bool // each name that is looked up, with its directory
 	watched map[string]bool // these directories, and the file
-	end     string          // where the file is; empty: nowhere
+	end     string          // the file's path without links; empty: there is no file
 }
 
-// walk goes the way to a file as far as there is one, and watches each directory
-// before a name is looked up in it, so that nothing is missed in between. The file
-// is watched too: of one that is mounted by itself, its directory hears nothing.
-// The error is that of the first watch that failed.
+// walk resolves the path to a file as far as it exists, and watches each directory
+// before it looks up a name in it, so that no change in between is missed. It
+// watches the file too, since the directory of a file that is a mount point has no
+// events of it. The error is that of the first watch that failed.
 func walk(name string, watch func(path string) error) (way, error) {
 	w := way{places: map[string]bool{}, watched: map[string]bool{}}
 	if !filepath.IsAbs(name) {
@@ -37,7 +37,7 @@ func walk(name string, watch func(path string) error) (way, error) {
 		if err != nil {
 			return w, fmt.Errorf("resolving %q: %w", name, err)
 		}
-		name = dir + "/" + name // not Join, which takes a link and .. for nothing
+		name = dir + "/" + name // not Join, which removes a link followed by ..
 	}
 	var failed error
 	add := func(path string) {
@@ -84,7 +84,7 @@ func walk(name string, watch func(path string) error) (way, error) {
 	return w, failed
 }
 
-// split returns the names of a path.
+// split returns the names in a path.
 func split(path string) []string {
 	var names []string
 	for name := range strings.SplitSeq(path, "/") {
@@ -95,8 +95,8 @@ func split(path string) []string {
 	return names
 }
 
-// remote are file systems on which others than this kernel write, which inotify
-// does not hear of (inotify(7)), by their magic numbers (statfs(2)).
+// remote are the file systems to which other machines write, of which inotify has no
+// events (inotify(7)), by their magic numbers (statfs(2)).
 var remote = map[uint32]string{
 	unix.AFS_SUPER_MAGIC:  "AFS",
 	unix.CEPH_SUPER_MAGIC: "Ceph",
@@ -110,11 +110,11 @@ var remote = map[uint32]string{
 
 var errRemote = errors.New("remote file system without events")
 
-// unseen returns why the kernel may not know of changes of a file, nil if it does.
-func unseen(name string) error {
+// unreported returns why the kernel may not report changes of a file, or nil.
+func unreported(name string) error {
 	var s unix.Statfs_t
 	if err := unix.Statfs(name, &s); err != nil {
-		return nil // not there, which is seen
+		return nil // it does not exist; its creation has an event
 	}
 	if kind := remote[uint32(s.Type)]; kind != "" {
 		return fmt.Errorf("%w: %s", errRemote, kind)

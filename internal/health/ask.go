@@ -15,27 +15,27 @@ import (
 	"syscall"
 )
 
-// maxReport is the largest report that is read, in bytes: one of a DNS proxy with
+// maxReport is the size limit of a report, in bytes. The report of a DNS proxy with
 // all ports has some 10 MB.
 const maxReport = 32 << 20
 
-// A NobodyError says that no program could be asked.
+// A NobodyError is returned if no program runs in the container or network namespace.
 type NobodyError struct{}
 
-// Error says so.
+// Error returns the message.
 func (*NobodyError) Error() string { return "querying health: no running egress-router found" }
 
-// Hint says who would.
+// Hint lists the programs that serve health.
 func (*NobodyError) Hint() string {
 	return "the modes legacy and monitor and the HTTP and DNS proxies serve health while they run:\n" +
 		"run this command in the same container or network namespace"
 }
 
-// Ask asks every program of this network namespace, and returns what they say by
-// the order of their names. Sockets in the file system come first: they are those
-// of this container. If there is none, the abstract ones are asked: those of the
-// pod. A program that is there and does not answer is an error, which comes with
-// the reports of the others.
+// Ask returns the reports of all programs of this container, sorted by the names of
+// the programs. It connects to the sockets in the file system, or, if there is none,
+// to the abstract ones, which are those of the pod. For a program that runs and does
+// not answer it returns an *AskError beside the reports of the others, and if no
+// program runs a *NobodyError.
 func Ask(ctx context.Context) ([]Report, error) { return here.askAll(ctx) }
 
 func (p place) askAll(ctx context.Context) ([]Report, error) {
@@ -59,8 +59,8 @@ func (p place) askAll(ctx context.Context) ([]Report, error) {
 	return reports, err
 }
 
-// askEach asks all sockets at once: one that does not answer takes the time of
-// none of the others.
+// askEach reads from all sockets concurrently, so that one that hangs delays no
+// other.
 func (p place) askEach(ctx context.Context, sockets []string) ([]Report, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.ask)
 	defer cancel()
@@ -81,8 +81,8 @@ func (p place) askEach(ctx context.Context, sockets []string) ([]Report, error) 
 	return reports, errors.Join(failed...)
 }
 
-// askOne returns no report, and no error, if there is no program: a process that
-// was killed leaves its socket behind.
+// askOne reads one report. It returns neither a report nor an error if no program
+// listens: a process that was killed leaves its socket behind.
 func (p place) askOne(ctx context.Context, socket string) (*Report, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", socket)
@@ -105,13 +105,13 @@ func (p place) askOne(ctx context.Context, socket string) (*Report, error) {
 	return r, nil
 }
 
-// An AskError says why a program that is there cannot be asked.
+// An AskError is returned for a program that runs and does not answer.
 type AskError struct {
 	Socket string
 	Err    error
 }
 
-// Error names the socket, which holds the program's name.
+// Error names the socket, whose name contains that of the program.
 func (e *AskError) Error() string {
 	return fmt.Sprintf("querying health socket %q: %v", e.Socket, e.Err)
 }
@@ -119,7 +119,7 @@ func (e *AskError) Error() string {
 // Unwrap returns the cause.
 func (e *AskError) Unwrap() error { return e.Err }
 
-// Hint says what to do about it.
+// Hint returns what to do.
 func (e *AskError) Hint() string {
 	if errors.Is(e.Err, os.ErrPermission) {
 		return "the socket is open to every user: another program changed its mode or that of its directory"

@@ -1,10 +1,8 @@
-// Package health is what a running program says about itself, and how it is
-// asked.
+// Package health serves and reads the health of a running program.
 //
-// A program makes a Report whenever somebody asks. Serve hands it out on a unix
-// socket, which needs no port and no privilege: that is for exec probes (Ask) and
-// for people (WriteTable). Handler and Listen do it by HTTP, for those who come
-// by the network.
+// A program makes a Report for each request. Serve serves it on a unix socket, which
+// needs no port and no privilege, for exec probes (Ask) and people (WriteTable).
+// Handler and Listen serve it by HTTP.
 package health
 
 import (
@@ -14,7 +12,7 @@ import (
 	"time"
 )
 
-// The programs that can be asked.
+// The programs that serve health.
 const (
 	Router    = "router"
 	HTTPProxy = "http-proxy"
@@ -23,19 +21,19 @@ const (
 
 var programs = []string{Router, HTTPProxy, DNSProxy}
 
-// A State is how good a thing is.
+// A State is the state of a check.
 type State int
 
 // The states, from good to bad.
 const (
 	OK      State = iota
-	Warning       // not as it should be, and the program does its job all the same
+	Warning       // a fault that does not keep the program from its work
 	Failed
 )
 
 var states = []string{"ok", "warning", "failed"}
 
-// String returns the state's word.
+// String returns the name of the state.
 func (s State) String() string {
 	if s < 0 || int(s) >= len(states) {
 		return fmt.Sprintf("State(%d)", int(s))
@@ -43,10 +41,10 @@ func (s State) String() string {
 	return states[s]
 }
 
-// MarshalText returns the state's word, for JSON.
+// MarshalText returns the name of the state, for JSON.
 func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
-// UnmarshalText reads the state's word.
+// UnmarshalText parses the name of a state.
 func (s *State) UnmarshalText(text []byte) error {
 	i := slices.Index(states, string(text))
 	if i < 0 {
@@ -56,15 +54,15 @@ func (s *State) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// A Check is one thing that is right or not.
+// A Check is the state of one part of a program.
 type Check struct {
 	Name   string    `json:"name"`
 	State  State     `json:"state"`
 	Detail string    `json:"detail,omitempty"`
-	Since  time.Time `json:"since,omitzero"` // when it came into this state
+	Since  time.Time `json:"since,omitzero"` // of the state
 }
 
-// A Report is what a program says about itself.
+// A Report is the health of a program.
 type Report struct {
 	Program string    `json:"program"` // Router, HTTPProxy or DNSProxy
 	Version string    `json:"version"`
@@ -75,14 +73,14 @@ type Report struct {
 	Checks  []Check   `json:"checks"`
 }
 
-// A Board keeps the checks of a program and since when each is in its state. Its
-// methods may be called from any goroutine; the zero value is an empty one.
+// A Board holds the checks of a program and the time of their last change of state.
+// Its methods may be called from any goroutine; the zero value is an empty Board.
 type Board struct {
 	mu     sync.Mutex
-	checks []Check // in the order in which they came
+	checks []Check // in the order of their first Set
 }
 
-// Set says how a thing is.
+// Set sets the state and the detail of a check.
 func (b *Board) Set(name string, state State, detail string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -96,14 +94,14 @@ func (b *Board) Set(name string, state State, detail string) {
 	b.checks[i].State, b.checks[i].Detail = state, detail
 }
 
-// Remove takes a thing off that is no longer there.
+// Remove removes a check.
 func (b *Board) Remove(name string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.checks = slices.DeleteFunc(b.checks, func(c Check) bool { return c.Name == name })
 }
 
-// Checks returns all of them.
+// Checks returns a copy of all checks.
 func (b *Board) Checks() []Check {
 	b.mu.Lock()
 	defer b.mu.Unlock()

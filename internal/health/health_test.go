@@ -17,7 +17,7 @@ func TestBoard(t *testing.T) {
 		b.Set("rules", OK, "3 of them")
 		time.Sleep(time.Minute)
 		b.Set("gateway", Failed, "no answer")
-		b.Set("rules", OK, "4 of them") // the same state: since then
+		b.Set("rules", OK, "4 of them") // the same state keeps its time
 		time.Sleep(time.Minute)
 		b.Set("gateway", OK, "")
 		want := []Check{{"rules", OK, "4 of them", start}, {"gateway", OK, "", start.Add(2 * time.Minute)}}
@@ -81,7 +81,7 @@ func TestWriteJSON(t *testing.T) {
 			t.Errorf("%d reports: %v\n%s", len(reports), err, &text)
 		}
 	}
-	// The names are for others to rely on.
+	// Other programs rely on the names.
 	var text strings.Builder
 	if err := WriteJSON(&text, []Report{report(Router)}); err != nil {
 		t.Fatal(err)

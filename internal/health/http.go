@@ -15,29 +15,30 @@ import (
 	"time"
 )
 
-// Handler answers /healthz with 200 while the program works, /readyz while it is
-// ready, and /metrics. alive returns why the program is stuck; nil stands for
-// one that is not as long as it answers. Without metrics there are none.
+// Handler serves /healthz, with status 200 while alive returns nil, /readyz, with
+// status 200 while the report is ready, and /metrics; the status is 503 otherwise.
+// alive returns why the program is stuck; a nil alive is always healthy. A nil
+// metrics serves no /metrics.
 func Handler(report func() Report, alive func() error, metrics http.Handler) http.Handler {
 	pages := map[string]http.HandlerFunc{
 		"/healthz": func(w http.ResponseWriter, _ *http.Request) {
 			if alive != nil {
 				if err := alive(); err != nil {
-					say(w, http.StatusServiceUnavailable, err.Error())
+					write(w, http.StatusServiceUnavailable, err.Error())
 					return
 				}
 			}
-			say(w, http.StatusOK, "ok")
+			write(w, http.StatusOK, "ok")
 		},
 		"/readyz": func(w http.ResponseWriter, _ *http.Request) {
 			r := report()
 			switch {
 			case r.Ready:
-				say(w, http.StatusOK, "ok")
+				write(w, http.StatusOK, "ok")
 			case len(r.Reasons) == 0:
-				say(w, http.StatusServiceUnavailable, "not ready")
+				write(w, http.StatusServiceUnavailable, "not ready")
 			default:
-				say(w, http.StatusServiceUnavailable, r.Reasons...)
+				write(w, http.StatusServiceUnavailable, r.Reasons...)
 			}
 		},
 	}
@@ -48,41 +49,40 @@ func Handler(report func() Report, alive func() error, metrics http.Handler) htt
 		page, known := pages[r.URL.Path]
 		switch {
 		case !known:
-			say(w, http.StatusNotFound, "not found: the paths are /healthz, /readyz and /metrics")
+			write(w, http.StatusNotFound, "not found: the paths are /healthz, /readyz and /metrics")
 		case r.Method != http.MethodGet && r.Method != http.MethodHead:
 			w.Header().Set("Allow", "GET, HEAD")
-			say(w, http.StatusMethodNotAllowed, "method not allowed: use GET or HEAD")
+			write(w, http.StatusMethodNotAllowed, "method not allowed: use GET or HEAD")
 		default:
 			page(w, r)
 		}
 	})
 }
 
-// say answers with one line for each text.
-func say(w http.ResponseWriter, status int, texts ...string) {
+// write writes a response with one line for each text.
+func write(w http.ResponseWriter, status int, texts ...string) {
 	h := w.Header()
 	h.Set("Content-Type", "text/plain; charset=utf-8")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	for _, text := range texts {
-		_, _ = io.WriteString(w, oneLine(text)+"\n") // a client that is gone needs none
+		_, _ = io.WriteString(w, oneLine(text)+"\n") // the client may be gone
 	}
 }
 
-// What one who asks by HTTP may take. There are few of them: a kubelet, which
-// takes a new connection for each probe, and somebody who collects metrics.
-// Connections are not kept, so that idle ones cannot keep a probe waiting.
+// The limits of a client. There are few clients: a kubelet, which opens a new
+// connection for each probe, and Prometheus. A connection serves one request, so that
+// idle connections do not delay a probe.
 const (
-	headerTimeout     = 5 * time.Second // of the request
-	answerTimeout     = 10 * time.Second
-	maxHeader         = 8 << 10 // bytes
-	connectionsAtOnce = 32
+	headerTimeout   = 5 * time.Second // of the request
+	responseTimeout = 10 * time.Second
+	maxHeader       = 8 << 10 // bytes
+	maxConnections  = 32
 )
 
-// Listen serves at an address, at all addresses if it is the zero Addr, until
-// ctx ends. The function that is returned waits for the end. An error says that
-// the address cannot be had.
+// Listen serves on an address and port, on all addresses if the address is the zero
+// Addr, until ctx ends. wait waits for the end. The error is a *ListenError.
 func Listen(ctx context.Context, at netip.AddrPort, handler http.Handler, log *slog.Logger) (wait func(), err error) {
 	address := fmt.Sprintf(":%d", at.Port())
 	if at.Addr().IsValid() {
@@ -97,15 +97,15 @@ func Listen(ctx context.Context, at netip.AddrPort, handler http.Handler, log *s
 	return serveHTTP(ctx, l, handler, log), nil
 }
 
-// serveHTTP serves the connections of a listener until ctx ends. The function that
-// it returns waits for the end.
+// serveHTTP serves the connections of a listener until ctx ends. wait waits for the
+// end.
 func serveHTTP(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) (wait func()) {
 	server := &http.Server{
 		Handler:                      handler,
-		DisableGeneralOptionsHandler: true, // OPTIONS * is no page either
+		DisableGeneralOptionsHandler: true, // for OPTIONS *
 		ReadTimeout:                  headerTimeout,
 		ReadHeaderTimeout:            headerTimeout,
-		WriteTimeout:                 answerTimeout,
+		WriteTimeout:                 responseTimeout,
 		MaxHeaderBytes:               maxHeader,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
@@ -114,15 +114,15 @@ func serveHTTP(ctx context.Context, l net.Listener, handler http.Handler, log *s
 	go func() {
 		defer close(done)
 		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
-		few := &fewListener{Listener: l, slots: make(chan struct{}, connectionsAtOnce), closed: make(chan struct{})}
-		if err := server.Serve(few); !errors.Is(err, http.ErrServerClosed) {
+		limited := &limitListener{Listener: l, slots: make(chan struct{}, maxConnections), closed: make(chan struct{})}
+		if err := server.Serve(limited); !errors.Is(err, http.ErrServerClosed) {
 			log.Error("health server failed", "listen", l.Addr(), "error", err)
 		}
 	}()
 	return func() { <-done }
 }
 
-// A ListenError says that the address for health cannot be listened at.
+// A ListenError is the error of listening on the health address.
 type ListenError struct {
 	Address string
 	Err     error
@@ -132,7 +132,7 @@ type ListenError struct {
 func (e *ListenError) Error() string {
 	err := e.Err
 	if op, ok := errors.AsType[*net.OpError](err); ok {
-		err = op.Err // the address is said
+		err = op.Err // without the address
 	}
 	return fmt.Sprintf("listening on health address %s: %v", e.Address, err)
 }
@@ -140,7 +140,7 @@ func (e *ListenError) Error() string {
 // Unwrap returns the cause.
 func (e *ListenError) Unwrap() error { return e.Err }
 
-// Hint says what to do about it.
+// Hint returns what to do.
 func (e *ListenError) Hint() string {
 	switch {
 	case errors.Is(e.Err, syscall.EADDRINUSE):
@@ -153,9 +153,9 @@ func (e *ListenError) Hint() string {
 	return ""
 }
 
-// A fewListener hands out no more connections at a time than it has slots; more
-// wait in the kernel's queue (listen(2)).
-type fewListener struct {
+// A limitListener has at most as many open connections as slots; more wait in the
+// kernel's queue (listen(2)).
+type limitListener struct {
 	net.Listener
 	slots  chan struct{}
 	closed chan struct{}
@@ -163,7 +163,7 @@ type fewListener struct {
 }
 
 // Accept waits for a slot, and then for a connection.
-func (l *fewListener) Accept() (net.Conn, error) {
+func (l *limitListener) Accept() (net.Conn, error) {
 	select {
 	case l.slots <- struct{}{}:
 	case <-l.closed:
@@ -174,22 +174,22 @@ func (l *fewListener) Accept() (net.Conn, error) {
 		<-l.slots
 		return nil, err
 	}
-	return &fewConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
+	return &limitConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
 }
 
-// Close ends an Accept that waits for a slot, too.
-func (l *fewListener) Close() error {
+// Close also ends an Accept that waits for a slot.
+func (l *limitListener) Close() error {
 	l.once.Do(func() { close(l.closed) })
 	return l.Listener.Close()
 }
 
-type fewConn struct {
+type limitConn struct {
 	net.Conn
 	release func()
 }
 
-// Close gives the slot back.
-func (c *fewConn) Close() error {
+// Close releases the slot.
+func (c *limitConn) Close() error {
 	c.release()
 	return c.Conn.Close()
 }

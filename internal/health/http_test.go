@@ -33,7 +33,7 @@ func TestHandler(t *testing.T) {
 		body    string
 	}{
 		{"alive", "GET /healthz", notReady, func() error { return nil }, nil, 200, "ok\n"},
-		{"alive as it answers", "GET /healthz", notReady, nil, nil, 200, "ok\n"},
+		{"alive without a check", "GET /healthz", notReady, nil, nil, 200, "ok\n"},
 		{"stuck", "GET /healthz", ready, stuck, nil, 503, "no comparison for 1m0s\n"},
 		{"ready", "GET /readyz", ready, stuck, nil, 200, "ok\n"},
 		{"not ready", "GET /readyz", notReady, nil, nil, 503, "told to stop\ntwo; lines\n"},
@@ -61,7 +61,7 @@ func TestHandler(t *testing.T) {
 	}
 }
 
-// freePort returns one that nobody listens on.
+// freePort returns a port on which no process listens.
 func freePort(t *testing.T) uint16 {
 	t.Helper()
 	l, err := net.Listen("tcp", ":0")
@@ -93,7 +93,7 @@ func get(t *testing.T, address string) (string, error) {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(patience))
 	fmt.Fprint(conn, "GET /readyz HTTP/1.1\r\nHost: pod\r\n\r\n")
-	answer, err := io.ReadAll(conn) // it ends, since no connection is kept
+	answer, err := io.ReadAll(conn) // it ends, since a connection serves one request
 	return string(answer), err
 }
 
@@ -110,13 +110,13 @@ func TestListen(t *testing.T) {
 		stop := listen(t, netip.AddrPortFrom(test.at, port))
 		for _, host := range test.yes {
 			if answer, err := get(t, fmt.Sprintf("%s:%d", host, port)); err != nil || !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\n") || !strings.HasSuffix(answer, "\r\n\r\nok\n") {
-				t.Errorf("listening at %v, asked at %s: %v\n%s", test.at, host, err, answer)
+				t.Errorf("listening on %v, request to %s: %v\n%s", test.at, host, err, answer)
 			}
 		}
 		stop()
 		for _, host := range append(test.yes, test.not...) {
 			if _, err := get(t, fmt.Sprintf("%s:%d", host, port)); err == nil {
-				t.Errorf("listened at %v, asked at %s after the end: an answer", test.at, host)
+				t.Errorf("listening on %v, request to %s after the end: a response", test.at, host)
 			}
 		}
 	}
@@ -191,7 +191,7 @@ func inBubble(t *testing.T, test func(t *testing.T, l *pipeListener, stop func()
 // Clients that send no complete header take the slots for the header timeout.
 func TestSlowClients(t *testing.T) {
 	inBubble(t, func(t *testing.T, l *pipeListener, _ func()) {
-		for range connectionsAtOnce {
+		for range maxConnections {
 			defer l.request("GET /readyz HTTP/1.1\r\n").Close()
 		}
 		synctest.Wait()
@@ -204,7 +204,7 @@ func TestSlowClients(t *testing.T) {
 	})
 }
 
-// Endless headers end.
+// A header above the limit is refused.
 func TestLargeHeader(t *testing.T) {
 	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
 	listen(t, at)

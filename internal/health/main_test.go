@@ -38,13 +38,13 @@ func (b *book) logger() *slog.Logger {
 	return slog.New(slog.NewTextHandler(b, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-// newPlace returns a place that no other test uses.
+// newPlace returns a place of its own for a test.
 func newPlace(t *testing.T) place {
 	t.Helper()
 	return place{t.TempDir() + "/egress-router", "/proc/self/ns/net", fmt.Sprintf("@%s/", t.Name()), patience, patience}
 }
 
-// report is one to compare with: times of JSON have no monotonic part.
+// report returns a report to compare with: times from JSON have no monotonic clock.
 func report(program string) Report {
 	at := time.Date(2026, 7, 1, 12, 0, 0, 0, time.UTC)
 	return Report{

@@ -15,29 +15,28 @@ import (
 	"time"
 )
 
-// A place is where programs put their sockets.
+// A place is the location of the programs' sockets.
 //
-// The name of a socket holds the number of the network namespace, so that
-// routers in several namespaces of one machine, which share its /run, do not
-// collide. Where no socket can be put there (a read-only root file system, a
-// user that may not), it is an abstract one (unix(7)), which belongs to the
-// network namespace.
+// The name of a socket contains the ID of the network namespace, so that routers in
+// several namespaces of one machine, which share its /run, do not collide. If the
+// socket cannot be created (a read-only root file system, no permission), an abstract
+// one (unix(7)) is used, which belongs to the network namespace.
 type place struct {
 	dir      string
-	netns    string        // file of the program's network namespace
-	abstract string        // what abstract names begin with
-	write    time.Duration // how long one who asks may take to read the answer
-	ask      time.Duration // how long a program may take to answer
+	netns    string        // file of the program's network namespace, whose inode number is the ID
+	abstract string        // prefix of abstract names
+	write    time.Duration // limit for a client to read the report
+	ask      time.Duration // limit for a program to answer
 }
 
 // here is the place of this process. /proc/self is its first thread, which never
 // stays in another namespace.
 //
-// An exec probe has a second by default (timeoutSeconds of a Kubernetes Probe),
-// which includes the start of the one who asks.
+// An exec probe has a timeout of a second by default (timeoutSeconds of a Kubernetes
+// Probe), which includes the start of the program that asks.
 var here = place{"/run/egress-router", "/proc/self/ns/net", "@egress-router-health/", time.Second, 900 * time.Millisecond}
 
-// number returns the number of the network namespace.
+// number returns the ID of the network namespace.
 func (p place) number() (uint64, error) {
 	info, err := os.Stat(p.netns)
 	if err != nil {
@@ -51,18 +50,17 @@ func (p place) number() (uint64, error) {
 }
 
 const (
-	// answersAtOnce bounds the goroutines of those who take their time to read.
-	answersAtOnce = 16
-	// acceptPause is how long accepting waits after an error: descriptors are
-	// short, and connections that end give some back.
+	// maxAnswers limits the goroutines for clients that read slowly.
+	maxAnswers = 16
+	// acceptPause is the pause after a failed accept: descriptors are exhausted, and
+	// connections that end release some.
 	acceptPause = 100 * time.Millisecond
 )
 
-// Serve answers whoever asks a program how it is: with one report as JSON, and
-// the end of the stream. It can be asked when Serve returns, and until ctx ends;
-// the function that is returned waits until all of that is over and the socket
-// is gone. Where there is no way to be asked, the log says so, and the program
-// goes on without.
+// Serve sends a report as JSON to each client of the program's health socket, until
+// ctx ends. The socket exists when Serve returns. wait waits until all clients are
+// served and the socket is removed. If no socket can be created, Serve logs a warning
+// and the program continues without one.
 func Serve(ctx context.Context, program string, report func() Report, log *slog.Logger) (wait func()) {
 	return here.serve(ctx, program, report, log)
 }
@@ -86,10 +84,10 @@ func (p place) serve(ctx context.Context, program string, report func() Report, 
 	return func() { <-done }
 }
 
-// listenFile makes the socket of a program in the directory, in place of the one
-// of another process, dead or alive: it is made under another name and then
-// renamed, so that at no time there is none. remove takes it away again, unless
-// another process has replaced it.
+// listenFile creates the socket of a program in the directory and replaces that of
+// another process, dead or alive: it is created with another name and then renamed,
+// so that there is one at any time. remove removes it, unless another process has
+// replaced it.
 func (p place) listenFile(program string) (l *net.UnixListener, remove func(), err error) {
 	number, err := p.number()
 	if err != nil {
@@ -104,8 +102,8 @@ func (p place) listenFile(program string) (l *net.UnixListener, remove func(), e
 	if l, err = listenUnix(made); err != nil {
 		return nil, nil, err
 	}
-	// Whoever is in the container may ask, which takes the right to write.
-	err = os.Chmod(made, 0o666) //nolint:gosec // that is meant
+	// Every user of the container may connect, which requires write permission.
+	err = os.Chmod(made, 0o666) //nolint:gosec // as intended
 	var ours fs.FileInfo
 	if err == nil {
 		ours, err = os.Lstat(made)
@@ -125,14 +123,14 @@ func (p place) listenFile(program string) (l *net.UnixListener, remove func(), e
 	}, nil
 }
 
-// makeDirectory makes a directory that others may look into, whatever the umask,
-// if it is not there.
+// makeDirectory creates a directory that is readable for all users, whatever the
+// umask, if it does not exist.
 func makeDirectory(name string) error {
 	if _, err := os.Stat(name); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	const mode = 0o755
-	if err := os.MkdirAll(name, mode); err != nil { //nolint:gosec // others may ask too
+	if err := os.MkdirAll(name, mode); err != nil { //nolint:gosec // for other users
 		return err
 	}
 	return os.Chmod(name, mode) //nolint:gosec // as above
@@ -147,12 +145,12 @@ func listenUnix(name string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// answer answers until ctx ends.
+// answer serves the clients of a listener until ctx ends.
 func (p place) answer(ctx context.Context, l *net.UnixListener, report func() Report) {
 	var answering sync.WaitGroup
 	defer answering.Wait()
 	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
-	slots := make(chan struct{}, answersAtOnce)
+	slots := make(chan struct{}, maxAnswers)
 	for {
 		conn, err := l.AcceptUnix()
 		if ctx.Err() != nil {
@@ -165,12 +163,12 @@ func (p place) answer(ctx context.Context, l *net.UnixListener, report func() Re
 			pause(ctx, acceptPause)
 			continue
 		}
-		slots <- struct{}{} // free again when the oldest has read, or its time is over
+		slots <- struct{}{} // free when the oldest client has read, or its time is over
 		answering.Go(func() {
 			defer func() { <-slots }()
 			defer conn.Close()
 			_ = conn.SetWriteDeadline(time.Now().Add(p.write))
-			_ = json.NewEncoder(conn).Encode(report()) // whoever went away needs none
+			_ = json.NewEncoder(conn).Encode(report()) // the client may be gone
 		})
 	}
 }

@@ -51,12 +51,12 @@ func TestServe(t *testing.T) {
 	p := newPlace(t)
 	var nobody *NobodyError
 	if _, err := p.askAll(t.Context()); !errors.As(err, &nobody) {
-		t.Errorf("nothing serves: %v", err)
+		t.Errorf("without a program: %v", err)
 	}
 	_, stop := serve(t, p, report(Router))
 	wantReports(t, p, report(Router))
 
-	// Several programs answer by the order of their names.
+	// The reports of several programs are sorted by name.
 	_, stopDNS := serve(t, p, report(DNSProxy))
 	wantReports(t, p, report(DNSProxy), report(Router))
 	stop()
@@ -67,7 +67,7 @@ func TestServe(t *testing.T) {
 	}
 }
 
-// Everybody may ask, whatever the umask of the program.
+// Every user may connect, whatever the umask of the program.
 func TestModes(t *testing.T) {
 	p := newPlace(t)
 	old := unix.Umask(0o077)
@@ -80,8 +80,7 @@ func TestModes(t *testing.T) {
 	}
 }
 
-// The name holds the number of the network namespace: others of a machine that
-// have the same /run are not asked.
+// Programs in another network namespace with the same /run are not asked.
 func TestOtherNamespace(t *testing.T) {
 	p := newPlace(t)
 	serve(t, p, report(Router))
@@ -96,7 +95,7 @@ func TestOtherNamespace(t *testing.T) {
 	wantReports(t, other, report(HTTPProxy))
 }
 
-// A process that was killed leaves its socket, which nobody takes for a program.
+// The socket of a process that was killed counts as no program.
 func TestStaleSocket(t *testing.T) {
 	p := newPlace(t)
 	_, stop := serve(t, p, report(Router))
@@ -117,8 +116,7 @@ func TestStaleSocket(t *testing.T) {
 	}
 }
 
-// Of two processes of one program the last answers, also when the first ends
-// after that.
+// The last process of a program answers, also after the end of a previous one.
 func TestReplaced(t *testing.T) {
 	p := newPlace(t)
 	_, stop := serve(t, p, report(Router))
@@ -130,9 +128,9 @@ func TestReplaced(t *testing.T) {
 	wantReports(t, p, second)
 }
 
-// Those that ask and do not read keep nobody else waiting, and hold nothing for
-// longer than their time.
-func TestStuckAsker(t *testing.T) {
+// Clients that do not read do not delay others, and lose their connection at the
+// time limit.
+func TestStuckClients(t *testing.T) {
 	big := report(Router)
 	for range 5 {
 		big.Checks = append(big.Checks, Check{Name: "big", Detail: strings.Repeat("x", 100_000)}) // more than a socket holds
@@ -150,16 +148,16 @@ func TestStuckAsker(t *testing.T) {
 	t.Run("few", func(t *testing.T) {
 		p := newPlace(t)
 		serve(t, p, big)
-		stuck(t, p, answersAtOnce-1)
+		stuck(t, p, maxAnswers-1)
 		wantReports(t, p, big)
 	})
 	t.Run("many", func(t *testing.T) {
 		p := newPlace(t)
 		p.write = 50 * time.Millisecond
 		_, stop := serve(t, p, big)
-		stuck(t, p, 3*answersAtOnce)
+		stuck(t, p, 3*maxAnswers)
 		for {
-			// Its own time may be too short, too, on a busy machine.
+			// Its own time may be too short too on a busy machine.
 			if got, err := p.askAll(t.Context()); err == nil && len(got) == 1 {
 				break
 			}
@@ -168,7 +166,7 @@ func TestStuckAsker(t *testing.T) {
 	})
 }
 
-// A program that is there and does not answer is not taken for one that is not.
+// A program that hangs is an error, and the others answer.
 func TestStuckProgram(t *testing.T) {
 	p := newPlace(t)
 	stuck := make(chan struct{})
@@ -193,7 +191,7 @@ func TestStuckProgram(t *testing.T) {
 	}
 }
 
-// Without a directory to write to, sockets are abstract.
+// If the directory cannot be created, the sockets are abstract.
 func TestAbstract(t *testing.T) {
 	p := newPlace(t)
 	p.dir = "/proc/egress-router"
@@ -206,7 +204,7 @@ func TestAbstract(t *testing.T) {
 	stop()
 	wantReports(t, p, report(HTTPProxy))
 
-	// A second process of the same program goes on without.
+	// A second process of the same program continues without a socket.
 	log, stop = serve(t, p, report(HTTPProxy))
 	if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), "address already in use") {
 		t.Errorf("log: %s", log)
@@ -214,14 +212,14 @@ func TestAbstract(t *testing.T) {
 	stop()
 	wantReports(t, p, report(HTTPProxy))
 
-	// Sockets of files come first.
+	// Sockets in the file system come first.
 	inFile := p
 	inFile.dir = newPlace(t).dir
 	serve(t, inFile, report(DNSProxy))
 	wantReports(t, inFile, report(DNSProxy))
 }
 
-// Without /proc there is no number of a namespace.
+// Without /proc the socket is abstract, since the namespace has no ID.
 func TestNoProc(t *testing.T) {
 	p := newPlace(t)
 	p.netns = "/nowhere"
@@ -232,7 +230,7 @@ func TestNoProc(t *testing.T) {
 	wantReports(t, p, report(Router))
 }
 
-// An abstract socket is seen in its network namespace only.
+// An abstract socket is reachable only in its network namespace.
 func TestAbstractOtherNamespace(t *testing.T) {
 	p := newPlace(t)
 	p.dir = "/proc/egress-router"
@@ -260,8 +258,8 @@ func TestAskedElsewhere(t *testing.T) {
 	}
 }
 
-// What is not a report is an error.
-func TestNoReport(t *testing.T) {
+// An answer that is no report is an error.
+func TestInvalidReport(t *testing.T) {
 	p := newPlace(t)
 	_, stop := serve(t, p, report(Router))
 	name := sockets(t, p)[0]

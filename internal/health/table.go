@@ -10,8 +10,7 @@ import (
 	"unicode"
 )
 
-// WriteTable writes reports for a person to read. now is what ages are counted
-// to.
+// WriteTable writes reports as a table for people. Ages are relative to now.
 func WriteTable(w io.Writer, reports []Report, now time.Time) error {
 	var b strings.Builder
 	for _, r := range reports {
@@ -38,15 +37,14 @@ func WriteTable(w io.Writer, reports []Report, now time.Time) error {
 		}
 		table.Flush()
 		for line := range strings.Lines(checks.String()) {
-			b.WriteString(strings.TrimRight(line, " \n") + "\n") // of those without a detail
+			b.WriteString(strings.TrimRight(line, " \n") + "\n") // trailing blanks of rows without a detail
 		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }
 
-// WriteJSON writes reports for a program to read: always as a list, also if there
-// is only one.
+// WriteJSON writes reports as a JSON list, also if there is only one or none.
 func WriteJSON(w io.Writer, reports []Report) error {
 	if reports == nil {
 		reports = []Report{}
@@ -57,8 +55,8 @@ func WriteJSON(w io.Writer, reports []Report) error {
 	return e.Encode(reports)
 }
 
-// oneLine returns text that cannot end a line or a column: details may hold what
-// stands in a file.
+// oneLine replaces line ends and control characters, since details may contain the
+// text of a file.
 func oneLine(s string) string {
 	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
 	return strings.Map(func(r rune) rune {
@@ -69,7 +67,7 @@ func oneLine(s string) string {
 	}, s)
 }
 
-// age returns how long ago something was, by its two largest units.
+// age returns the time since a moment in its two largest units.
 func age(since, now time.Time) string {
 	if since.IsZero() {
 		return "-"

@@ -1,8 +1,8 @@
-// Package metrics shows the counters of a program to Prometheus.
+// Package metrics exports the counters of the programs to Prometheus.
 //
-// What a program counts it keeps itself, as plain numbers. Here is what they are
-// called and what they mean, one table for each program, and a collector that
-// asks for the numbers when somebody comes for them.
+// A program keeps its counters itself, as plain numbers. This package has a table of
+// the metrics of each program, with their names and help, and a collector that reads
+// the numbers when Prometheus scrapes them.
 package metrics
 
 import (
@@ -16,16 +16,16 @@ import (
 	"github.com/prometheus/common/expfmt"
 )
 
-// A Type is how a metric moves.
+// A Type is the type of a metric.
 type Type string
 
 // The types.
 const (
-	Counter Type = "counter" // it only grows, and begins again at 0 with the process
+	Counter Type = "counter" // it only grows, and starts at 0 with the process
 	Gauge   Type = "gauge"
 )
 
-// A Metric describes one metric, in the words of the README.
+// A Metric describes one metric. Help is one sentence, which the manual repeats.
 type Metric struct {
 	Name   string
 	Type   Type
@@ -33,10 +33,10 @@ type Metric struct {
 	Help   string
 }
 
-// Emit tells the value of a metric, with its labels in the order of the table.
+// Emit exports the value of a metric, with its labels in the order of the table.
 type Emit func(name string, value float64, labels ...string)
 
-// A collector is a program's metrics as Prometheus wants them.
+// A collector is the prometheus.Collector of a table.
 type collector struct {
 	metrics map[string]described
 	collect func(Emit)
@@ -59,15 +59,15 @@ func newCollector(table []Metric, collect func(Emit)) *collector {
 	return c
 }
 
-// Describe sends every metric that there can be.
+// Describe sends the descriptions of all metrics of the table.
 func (c *collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, m := range c.metrics {
 		descs <- m.desc
 	}
 }
 
-// Collect sends every metric that there is. One that is not in the table, or has
-// other labels, is sent as an error.
+// Collect sends the current values. A metric that is not in the table, or has other
+// labels, is sent as an error.
 func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 	c.collect(func(name string, value float64, labels ...string) {
 		m, known := c.metrics[name]
@@ -84,13 +84,13 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 	})
 }
 
-// Handler serves the metrics of a table, and those of the process, in the text
-// format 0.0.4, which everything that collects metrics reads. collect tells the
-// values; it is called for each request, from several goroutines if several come
-// at once. What cannot be told is logged and left out.
+// Handler serves the metrics of a table, and those of the process, in Prometheus's
+// text format 0.0.4. It calls collect for each request, concurrently for concurrent
+// requests. Metrics with an error are logged and left out. The error is that of a
+// table with invalid names or labels.
 //
-// It is not promhttp, whose compression, negotiation and metrics of its own would
-// add 400 KB to the program.
+// promhttp would add 400 KB to the program for compression, negotiation and metrics
+// of its own.
 func Handler(table []Metric, collect func(Emit), log *slog.Logger) (http.Handler, error) {
 	registry := prometheus.NewRegistry()
 	for _, c := range []prometheus.Collector{
@@ -108,11 +108,11 @@ func Handler(table []Metric, collect func(Emit), log *slog.Logger) (http.Handler
 		}
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
-		_, _ = w.Write(text) // a client that is gone needs none
+		_, _ = w.Write(text) // the client may be gone
 	}), nil
 }
 
-// write returns the text of what there is, also with an error.
+// write returns the text of all valid metrics, also with an error.
 func write(g prometheus.Gatherer) ([]byte, error) {
 	families, err := g.Gather()
 	var text bytes.Buffer

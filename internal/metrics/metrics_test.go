@@ -16,8 +16,8 @@ import (
 	"github.com/egress-router/egress-router/internal/manual"
 )
 
-// Every metric of the tables can be told, and has the name that Prometheus's
-// conventions want.
+// Every metric of the tables can be exported, and its name follows the conventions of
+// Prometheus.
 func TestTables(t *testing.T) {
 	for program, table := range map[string][]Metric{"egress_router_": Router, "egress_http_proxy_": HTTPProxy, "egress_dns_proxy_": DNSProxy} {
 		registry := prometheus.NewPedanticRegistry()
@@ -42,7 +42,7 @@ func TestTables(t *testing.T) {
 			t.Error(err)
 		}
 		if len(families) != len(table) {
-			t.Errorf("%d metrics are told, %d are in the table", len(families), len(table))
+			t.Errorf("%d metrics are exported, %d are in the table", len(families), len(table))
 		}
 		problems, err := promlint.NewWithMetricFamilies(families).Lint()
 		if err != nil {
@@ -59,9 +59,9 @@ func TestTables(t *testing.T) {
 	}
 }
 
-// What is not in the table is an error, and the rest is told.
+// A metric that is not in the table is an error; the others are exported.
 func TestCollectErrors(t *testing.T) {
-	table := []Metric{{"up", Gauge, nil, "whether it is"}, {"seen_total", Counter, []string{"what"}, "what was seen"}}
+	table := []Metric{{"up", Gauge, nil, "Whether it is up."}, {"seen_total", Counter, []string{"what"}, "what was seen"}}
 	for name, test := range map[string]struct {
 		emit func(Emit)
 		want string
@@ -91,7 +91,7 @@ func TestCollectErrors(t *testing.T) {
 }
 
 func TestHandler(t *testing.T) {
-	table := []Metric{{"up", Gauge, nil, "whether it is"}, {"seen_total", Counter, []string{"what", "where"}, `what was "seen"`}}
+	table := []Metric{{"up", Gauge, nil, "Whether it is up."}, {"seen_total", Counter, []string{"what", "where"}, `what was "seen"`}}
 	var log bytes.Buffer
 	n := 0
 	h, err := Handler(table, func(e Emit) {
@@ -121,7 +121,7 @@ func TestHandler(t *testing.T) {
 # TYPE seen_total counter
 seen_total{what="a cat",where="on\nthe \"roof\""} %d
 seen_total{what="a dog",where=""} 1e+09
-# HELP up whether it is
+# HELP up Whether it is up.
 # TYPE up gauge
 up 0.5
 `, i+1)

@@ -2,11 +2,11 @@ package metrics
 
 import "slices"
 
-// The labels of a destination: the protocol and local port by which connections
-// come, or "any" and "fallback", and where they go.
+// redirect are the labels of a destination of the router: the protocol and local port
+// of its connections, or "any" and "fallback", and its address and port.
 var redirect = []string{"protocol", "port", "destination"}
 
-// Router is what the router tells in the modes in which it stays.
+// Router are the metrics of the router in the modes in which it stays.
 var Router = []Metric{
 	{"egress_router_info", Gauge, []string{"version", "mode", "backend", "source", "gateway"}, "Version, mode, backend, source and gateway of the router, always 1."},
 	{"egress_router_ready", Gauge, nil, "1 while the router is ready, otherwise 0."},
@@ -32,10 +32,10 @@ var Router = []Metric{
 	{"egress_router_event_overruns_total", Counter, nil, "Overruns of the conntrack event buffer, after which some connections are missing from the counters."},
 }
 
-// kind tells requests that are forwarded from tunnels.
+// kind is the label that distinguishes forwarded requests from tunnels.
 var kind = []string{"kind"}
 
-// HTTPProxy is what the HTTP proxy tells.
+// HTTPProxy are the metrics of the HTTP proxy.
 var HTTPProxy = []Metric{
 	{"egress_http_proxy_info", Gauge, []string{"version"}, "Version of the HTTP proxy, always 1."},
 	{"egress_http_proxy_ready", Gauge, nil, "1 while the proxy is ready, otherwise 0."},
@@ -54,10 +54,11 @@ var HTTPProxy = []Metric{
 	{"egress_http_proxy_reload_failures_total", Counter, nil, "Rule files that were invalid, so that the previous rules stayed in effect."},
 }
 
-// destination is a local port and the host and port that it is for.
+// destination are the labels of a destination of the DNS proxy: the local port, and
+// the host and port of the destination.
 var destination = []string{"port", "destination"}
 
-// DNSProxy is what the DNS proxy tells.
+// DNSProxy are the metrics of the DNS proxy.
 var DNSProxy = []Metric{
 	{"egress_dns_proxy_info", Gauge, []string{"version"}, "Version of the DNS proxy, always 1."},
 	{"egress_dns_proxy_ready", Gauge, nil, "1 while the proxy is ready, otherwise 0."},
@@ -75,5 +76,5 @@ var DNSProxy = []Metric{
 	{"egress_dns_proxy_reload_failures_total", Counter, nil, "Destination files that were invalid or contained a port on which the proxy could not listen."},
 }
 
-// All are the metrics of all programs, in the order to show them.
+// All returns the metrics of all programs, in the order of the manual.
 func All() []Metric { return slices.Concat(Router, HTTPProxy, DNSProxy) }
