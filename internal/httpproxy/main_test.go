@@ -270,5 +270,18 @@ func addresses() error {
 	if err != nil {
 		return err
 	}
-	return netlink.AddrAdd(void, addr)
+	if err := netlink.AddrAdd(void, addr); err != nil {
+		return err
+	}
+	// With ARP the kernel would report after three seconds that there is no host.
+	for _, host := range []string{"198.51.100.7", "198.51.100.8", "198.51.100.9"} {
+		neighbour := &netlink.Neigh{
+			LinkIndex: void.Attrs().Index, State: netlink.NUD_PERMANENT,
+			IP: net.ParseIP(host), HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 1},
+		}
+		if err := netlink.NeighSet(neighbour); err != nil {
+			return fmt.Errorf("adding the neighbour %s: %w", host, err)
+		}
+	}
+	return nil
 }
