@@ -7,20 +7,20 @@ import (
 	"time"
 )
 
-// A cache keeps what look-ups brought, good or bad, and lets those who want the
-// same share one look-up. It is bounded: names come from clients too.
+// A cache keeps the results of look-ups, also the failed ones, and concurrent callers
+// share one look-up of a key. Its size is bounded, since names come from clients too.
 type cache[K comparable, V any] struct {
 	max     int
 	mu      sync.Mutex
 	entries map[K]*entry[V]
 }
 
-// An entry is what is known of one name. The cache's lock guards it.
+// An entry is the result for one key. The cache's lock guards it.
 type entry[V any] struct {
-	value   V         // the last there was, which may be old
-	expires time.Time // of value; zero: there is none
+	value   V         // the last valid one, which may be old
+	expires time.Time // of value; zero: there is no value
 	err     error     // of the last look-up
-	until   time.Time // when to look up again
+	until   time.Time // the time of the next look-up
 	done    chan struct{}
 }
 
@@ -28,12 +28,12 @@ func newCache[K comparable, V any](limit int) *cache[K, V] {
 	return &cache[K, V]{max: limit, entries: map[K]*entry[V]{}}
 }
 
-// get returns what is kept for a key and when it expires, and calls lookUp if
-// that is no longer good. With an error of ErrNoAnswer, or of the context, comes
-// the old value, if there is one that is not too old.
+// get returns the value of a key and when it expires. It calls lookUp if the entry has
+// expired. Beside an ErrNoAnswer, or an error of the context, it returns the old
+// value, if there is one that is not older than MaxStale.
 //
-// lookUp runs under a context of its own, since others may wait for it too. It
-// returns the value and for how long that, or its absence, is to be kept.
+// lookUp runs with a context that does not end with ctx, since other callers may wait
+// for it too. It returns the value and how long the value or the error is kept.
 func (c *cache[K, V]) get(ctx context.Context, key K, lookUp func(context.Context) (V, time.Duration, error)) (V, time.Time, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -65,7 +65,7 @@ func (c *cache[K, V]) get(ctx context.Context, key K, lookUp func(context.Contex
 	return e.value, e.expires, err
 }
 
-// fill looks up what an entry is for.
+// fill looks up the value of an entry.
 func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], lookUp func(context.Context) (V, time.Duration, error)) {
 	value, ttl, err := lookUp(ctx)
 	c.mu.Lock()
@@ -83,7 +83,7 @@ func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], lookUp func(context
 	e.done = nil
 }
 
-// expire makes everything old.
+// expire makes all entries expire.
 func (c *cache[K, V]) expire() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -92,10 +92,9 @@ func (c *cache[K, V]) expire() {
 	}
 }
 
-// makeRoom removes an entry if there is no room for one more: of a few, which
-// the map picks at random, the one that is to be looked up soonest. Looking
-// through all of them each time would let a client that asks for ever new names
-// slow down all others.
+// makeRoom removes an entry if the cache is full: the one that expires first of a few
+// that the map's random order yields. A search through all entries would let a client
+// that always requests new names slow down all others.
 func (c *cache[K, V]) makeRoom() {
 	if len(c.entries) < c.max {
 		return

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// What is kept, for how long, and what comes with an error.
+// Values and errors are kept for their time, and an old value comes with an error.
 func TestCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCache[string, int](10)
@@ -35,7 +35,7 @@ func TestCache(t *testing.T) {
 		err = ErrNoAnswer
 		time.Sleep(time.Minute)
 		get(2, 3, ErrNoAnswer)
-		get(2, 3, ErrNoAnswer) // a failure is kept too
+		get(2, 3, ErrNoAnswer) // a failed look-up is kept too
 		time.Sleep(MaxStale - 5*time.Minute)
 		get(2, 4, ErrNoAnswer)
 		time.Sleep(10 * time.Minute)
@@ -46,15 +46,15 @@ func TestCache(t *testing.T) {
 		get(6, 6, nil)
 		err = ErrNoName
 		time.Sleep(time.Minute)
-		get(0, 7, ErrNoName) // an answer too
+		get(0, 7, ErrNoName) // it replaces the value
 		err = ErrNoAnswer
 		time.Sleep(time.Minute)
 		get(0, 8, ErrNoAnswer)
 	})
 }
 
-// The cache does not grow beyond its bound, keeps what is longest good, and
-// never lets go of a look-up that is waited for.
+// The cache does not grow beyond its bound, keeps the entry that expires last, and
+// never removes an entry with a look-up in progress.
 func TestCacheIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCache[string, int](8)

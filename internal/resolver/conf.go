@@ -10,22 +10,22 @@ import (
 	"github.com/miekg/dns"
 )
 
-// A conf is what a resolv.conf(5) says.
+// A conf is the content of a resolv.conf(5).
 type conf struct {
 	servers  []string // address:port, at least one
 	search   []string // domains, absolute
-	ndots    int      // dots that make a name one to try as it is first
+	ndots    int      // number of dots from which a name is first tried as it is
 	timeout  time.Duration
 	attempts int // rounds through all servers
 	rotate   bool
 }
 
-// maxServers is how many name servers are used, MAXNS of resolv.h.
+// maxServers is the number of name servers that are used, MAXNS of resolv.h.
 const maxServers = 3
 
-// parseConf reads a resolv.conf(5). As in the system's resolver what is not
-// understood is left out, values have their bounds, the last search list holds,
-// and a server of this host is asked where none is named.
+// parseConf parses a resolv.conf(5). As in the system's resolver, invalid lines are
+// ignored, values are bounded, the last search list wins, and the default server is
+// 127.0.0.1.
 func parseConf(text []byte) *conf {
 	c := &conf{ndots: 1, timeout: 5 * time.Second, attempts: 2}
 	for line := range strings.Lines(string(text)) {
@@ -60,8 +60,8 @@ func parseConf(text []byte) *conf {
 	return c
 }
 
-// option reads one option; RES_MAXNDOTS, RES_MAXRETRANS and RES_MAXRETRY of
-// resolv.h are the bounds.
+// option parses one option. The bounds are RES_MAXNDOTS, RES_MAXRETRANS and
+// RES_MAXRETRY of resolv.h.
 func (c *conf) option(s string) {
 	name, value, _ := strings.Cut(s, ":")
 	n, err := strconv.Atoi(value)
@@ -79,14 +79,14 @@ func (c *conf) option(s string) {
 	}
 }
 
-// A candidate is an absolute name that a name may stand for.
+// A candidate is an absolute name to try for a name.
 type candidate struct {
 	name string
 	asIs bool
 }
 
-// candidates returns what a name may stand for, in the order to try. One with a
-// final dot stands for itself alone.
+// candidates returns the absolute names to try for a name, in their order. A name with
+// a final dot is its only candidate.
 func (c *conf) candidates(name string) []candidate {
 	asIs := candidate{dns.Fqdn(name), true}
 	if dns.IsFqdn(name) {
@@ -104,6 +104,6 @@ func (c *conf) candidates(name string) []candidate {
 	return append(list, asIs)
 }
 
-// maxName is the length of the longest name, with its final dot: 255 octets in
-// messages (RFC 1035 section 2.3.4), where it takes one more.
+// maxName is the length of the longest name with its final dot, which takes 255 octets
+// in a message (RFC 1035 section 2.3.4).
 const maxName = 254

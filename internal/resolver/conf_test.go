@@ -23,7 +23,7 @@ func TestParseConf(t *testing.T) {
 		"servers": {"nameserver 10.0.0.1\nnameserver fe80::1%eth0\nnameserver x\nnameserver 10.0.0.3\nnameserver 10.0.0.4", func(c *conf) {
 			c.servers = []string{"10.0.0.1:53", "[fe80::1%eth0]:53", "10.0.0.3:53"}
 		}},
-		"the last list holds": {"search a.b c\ndomain d.e f\nsearch G.h. i\n", func(c *conf) { c.search = []string{"g.h.", "i."} }},
+		"the last list wins": {"search a.b c\ndomain d.e f\nsearch G.h. i\n", func(c *conf) { c.search = []string{"g.h.", "i."} }},
 		"domain":              {"domain d.e f\n", func(c *conf) { c.search = []string{"d.e."} }},
 		"options": {"options ndots:5 timeout:2\noptions attempts:3 rotate edns0 x:y\n", func(c *conf) {
 			c.ndots, c.timeout, c.attempts, c.rotate = 5, 2*time.Second, 3, true

@@ -7,28 +7,27 @@ import (
 	"time"
 )
 
-// checkEvery is how often a file is looked at, at most.
+// checkEvery is the shortest interval between two checks of a file.
 const checkEvery = time.Second
 
-// maxFile is how much of a file is read, in bytes.
+// maxFile is the size limit of a file, in bytes; the rest is ignored.
 const maxFile = 4 << 20
 
-// A file is one that is read anew when it has changed. A container engine or the
-// kubelet may write it at any time.
+// A file is a parsed file that is read again when it has changed. A container engine
+// or the kubelet may write it at any time.
 type file[T any] struct {
 	name  string
 	parse func([]byte) T
 
 	mu      sync.Mutex
 	checked time.Time
-	info    os.FileInfo // of what was read; nil: there was no file
-	settled bool        // info would show a change
+	info    os.FileInfo // at the last read; nil: there was no file
+	settled bool        // any later change changes info
 	read    bool
 	value   T
 }
 
-// get returns what the file says. One that is not there says what an empty one
-// does.
+// get returns the parsed content. A file that does not exist counts as empty.
 func (f *file[T]) get() T {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -44,16 +43,16 @@ func (f *file[T]) get() T {
 	if f.read && f.settled && same(f.info, info) {
 		return f.value
 	}
-	// One that cannot be read, perhaps because it is being replaced, is looked
-	// at again the next time.
+	// A file that cannot be read, perhaps because it is being replaced, is checked
+	// again the next time.
 	text, err := read(f.name)
 	if err != nil && f.read && info != nil {
 		return f.value
 	}
 	changed := !f.read || !f.settled || !same(f.info, info)
 	f.info, f.read = info, true
-	// The kernel's clock for files ticks in steps of up to 10 ms: what was
-	// written just now may be written to again without a sign of it.
+	// The kernel's clock for file times ticks in steps of up to 10 ms: a second
+	// write within one step does not change the time.
 	f.settled = info == nil || now.Sub(info.ModTime()) > 100*time.Millisecond
 	if changed {
 		f.value = f.parse(text)

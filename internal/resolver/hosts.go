@@ -7,15 +7,15 @@ import (
 	"strings"
 )
 
-// hosts is what a hosts(5) file says, both ways.
+// hosts is the content of a hosts(5) file, by name and by address.
 type hosts struct {
 	addrs map[string][]netip.Addr // by name, in lower case; IPv4 first
 	names map[netip.Addr][]string // as written
 }
 
-// parseHosts reads a hosts(5) file: lines of an address and its names, comments
-// after #. What is no address is left out, as by the system's resolver. A name
-// on several lines has all their addresses.
+// parseHosts parses a hosts(5) file: lines of an address and its names, comments after
+// #. As in the system's resolver, lines without an address are ignored. A name on
+// several lines has all their addresses.
 func parseHosts(text []byte) hosts {
 	h := hosts{map[string][]netip.Addr{}, map[netip.Addr][]string{}}
 	for line := range strings.Lines(string(text)) {

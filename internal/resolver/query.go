@@ -11,30 +11,29 @@ import (
 	"github.com/miekg/dns"
 )
 
-// ednsSize is the size of UDP answers that is asked for (RFC 6891): what fits
-// into one packet on any link (RFC 9715 section 3.1, 1232 being the value of
-// the DNS flag day 2020).
+// ednsSize is the size of UDP answers that queries request (RFC 6891), in bytes: an
+// answer of that size fits into one packet on any link (RFC 9715 section 3.1; 1232 is
+// the value of the DNS flag day 2020).
 const ednsSize = 1232
 
-// maxChain is how many aliases are followed; most resolvers stop there.
+// maxChain is the length limit of a chain of aliases, as in most resolvers.
 const maxChain = 16
 
-// A result is what came of asking for one type of records of one name.
+// A result is the outcome of a look-up of one record type of one name.
 type result struct {
 	records []dns.RR
 	ttl     time.Duration // within its bounds
 	err     error         // ErrNoName, ErrNoAddress or ErrNoAnswer
 	cause   error         // of ErrNoAnswer
 
-	// answered says of ErrNoAnswer that the servers are there, and refused or
-	// failed: others than them may know the name.
+	// answered is set with ErrNoAnswer if the servers answered with a failure: the
+	// name may exist below another search domain.
 	answered bool
 }
 
-// chase asks for records of one type and follows aliases (CNAME, RFC 1034
-// section 3.6.2) to them. A recursive server follows them itself; one that does
-// not is asked again for the alias's target. The result holds for as long as
-// every record on the way does.
+// chase queries the records of one type and follows aliases (CNAME, RFC 1034 section
+// 3.6.2). A recursive server follows them itself; another one is queried again for
+// the alias's target. The TTL is the smallest of all records of the chain.
 func (r *Resolver) chase(ctx context.Context, c *conf, name string, qtype uint16) result {
 	least := MaxTTL
 	for range maxChain {
@@ -64,9 +63,9 @@ func tooMany(name string) result {
 	return result{err: ErrNoAnswer, cause: fmt.Errorf("CNAME chain at %q longer than %d", name, maxChain), ttl: FailureTTL, answered: true}
 }
 
-// walk follows the aliases of name that are in an answer. It returns the name at
-// their end, none if there are too many, its records of the type, and the
-// smallest TTL on the way.
+// walk follows the aliases of a name within an answer. It returns the last name, or
+// none if the chain is too long, its records of the type, and the smallest TTL of the
+// chain.
 func walk(m *dns.Msg, name string, qtype uint16) (end string, records []dns.RR, ttl time.Duration) {
 	ttl = MaxTTL
 	for range maxChain {
@@ -95,8 +94,8 @@ func walk(m *dns.Msg, name string, qtype uint16) (end string, records []dns.RR, 
 	return "", nil, ttl
 }
 
-// seconds returns a TTL as a duration. One with the highest bit set counts as
-// zero (RFC 2181 section 8).
+// seconds returns a TTL as a duration. A TTL with the highest bit set counts as zero
+// (RFC 2181 section 8).
 func seconds(ttl uint32) time.Duration {
 	if ttl > 1<<31-1 {
 		return 0
@@ -104,8 +103,8 @@ func seconds(ttl uint32) time.Duration {
 	return time.Duration(ttl) * time.Second
 }
 
-// negativeTTL returns how long the absence of something is kept: as the zone
-// says by its SOA record (RFC 2308 section 5), within bounds.
+// negativeTTL returns how long a negative answer is kept: the value of the zone's SOA
+// record (RFC 2308 section 5), at most MaxNegativeTTL.
 func negativeTTL(m *dns.Msg) time.Duration {
 	for _, rr := range m.Ns {
 		if soa, ok := rr.(*dns.SOA); ok {
@@ -124,13 +123,13 @@ func hasSOA(m *dns.Msg) bool {
 	return false
 }
 
-// A refusal is an answer that tells nothing about the name.
+// A refusal is the error of an answer without information about the name.
 type refusal struct{ server, why string }
 
 func (e *refusal) Error() string { return fmt.Sprintf("name server %s: %s", e.server, e.why) }
 
-// ask sends one question to the name servers, in turn, until one answers it. The
-// error is that of the last.
+// ask sends one query to the name servers, one after the other, until one answers. The
+// error is that of the last server.
 func (r *Resolver) ask(ctx context.Context, c *conf, name string, qtype uint16) (*dns.Msg, error) {
 	select {
 	case r.queries <- struct{}{}:
@@ -158,7 +157,7 @@ func (r *Resolver) ask(ctx context.Context, c *conf, name string, qtype uint16) 
 	return nil, last
 }
 
-// exchange asks one server: by UDP, and by TCP if the answer did not fit
+// exchange queries one server by UDP, and again by TCP if the answer is truncated
 // (RFC 7766).
 func exchange(ctx context.Context, c *conf, server, name string, qtype uint16) (*dns.Msg, error) {
 	q := new(dns.Msg)
@@ -182,16 +181,14 @@ func exchange(ctx context.Context, c *conf, server, name string, qtype uint16) (
 	case m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError:
 		return nil, &refusal{server, cmp.Or(dns.RcodeToString[m.Rcode], fmt.Sprintf("RCODE %d", m.Rcode))}
 	case m.Rcode == dns.RcodeSuccess && len(m.Answer) == 0 && !hasSOA(m) && !m.Authoritative && !m.RecursionAvailable:
-		// It knows nothing and names others to ask, which is not for us
-		// (RFC 8499, lame delegation).
+		// A lame delegation (RFC 8499). Only a recursive resolver follows a referral.
 		return nil, &refusal{server, "referral to other servers"}
 	}
 	return m, nil
 }
 
-// send sends a question over a socket of its own, whose port the kernel chooses
-// anew each time: with the random number of the question, it is what a forger
-// has to guess (RFC 5452).
+// send sends a query over a socket of its own. A forger of an answer has to guess the
+// port, which the kernel chooses for each socket, and the random ID (RFC 5452).
 func send(ctx context.Context, c *conf, network, server string, q *dns.Msg) (*dns.Msg, error) {
 	q.Id = dns.Id()
 	client := &dns.Client{Net: network, Timeout: c.timeout, UDPSize: ednsSize}
@@ -200,7 +197,7 @@ func send(ctx context.Context, c *conf, network, server string, q *dns.Msg) (*dn
 		return nil, fmt.Errorf("querying name server %s: %w", server, err)
 	}
 	defer conn.Close()
-	// The client looks at the context before it waits, not while it does.
+	// The client does not watch the context while it waits.
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	m, _, err := client.ExchangeWithConnContext(ctx, q, conn)
 	if err != nil {

@@ -1,10 +1,10 @@
-// Package resolver looks names up as the system's resolver does (hosts(5),
-// resolv.conf(5)), and tells what that one keeps to itself: how long an answer
-// holds (RFC 1035 section 3.2.1, TTL).
+// Package resolver looks up names like the system's resolver (hosts(5),
+// resolv.conf(5)), and also returns how long an answer is valid (RFC 1035 section
+// 3.2.1, TTL).
 //
-// The standard library's resolver has no TTLs, so a program that has to follow
-// the changes of a name could only ask again and again. Here an answer is kept
-// for as long as its owner allows, and is asked for once however many want it.
+// The standard library's resolver returns no TTL, so a program that follows the
+// changes of a name would have to poll it. This resolver caches an answer for its TTL,
+// and concurrent callers share one query.
 package resolver
 
 import (
@@ -22,50 +22,49 @@ import (
 	"github.com/miekg/dns"
 )
 
-// For how long what was learned is kept.
+// How long results are kept.
 const (
-	// MinTTL is the shortest time that an answer is kept, also one with TTL 0.
+	// MinTTL is the shortest time, also for a TTL of 0.
 	MinTTL = time.Second
-	// MaxTTL is the longest.
+	// MaxTTL is the longest time.
 	MaxTTL = 5 * time.Minute
-	// MaxNegativeTTL bounds what RFC 2308 section 5 allows for the answer that
-	// there is no such name or no such record: one that was just made should
-	// be found soon.
+	// MaxNegativeTTL is the longest time for the answer that a name or a record
+	// does not exist (RFC 2308 section 5), so that a new one is found soon.
 	MaxNegativeTTL = 5 * time.Second
-	// FailureTTL is how long name servers that did not answer for a name are
-	// left alone with it (RFC 2308 section 7, RFC 9520).
+	// FailureTTL is the time for a look-up without an answer, in which it is not
+	// repeated (RFC 2308 section 7, RFC 9520).
 	FailureTTL = time.Second
-	// MaxStale is how long after its end an answer may still be given while the
-	// name servers do not answer (RFC 8767 section 4: one to three days).
+	// MaxStale is the time after its expiry in which an answer is still returned
+	// if the name servers do not answer (RFC 8767 section 4: one to three days).
 	MaxStale = 24 * time.Hour
 )
 
 const (
-	// maxEntries is how many names are remembered, and how many addresses.
+	// maxEntries is the maximum number of cached names, and of cached addresses.
 	maxEntries = 8192
-	// maxQueries is how many queries are under way at once, each with a socket
-	// of its own. A container may have no more than 1024 descriptors.
+	// maxQueries is the maximum number of concurrent queries, each of which has a
+	// socket. A container may be limited to 1024 descriptors.
 	maxQueries = 256
 )
 
-// What a look-up can fail with, for errors.Is.
+// The errors of a look-up, for errors.Is.
 var (
-	// ErrNoName says that there is no such name, or that an address has none.
+	// ErrNoName means that a name does not exist, or that an address has no name.
 	ErrNoName = errors.New("no such name")
-	// ErrNoAddress says that the name is there, and has no address.
+	// ErrNoAddress means that a name exists and has no address.
 	ErrNoAddress = errors.New("no address records")
-	// ErrNoAnswer says that no name server gave an answer to rely on.
+	// ErrNoAnswer means that no name server gave a usable answer.
 	ErrNoAnswer = errors.New("no answer from the name servers")
 )
 
-// An Error says why a look-up has no result.
+// An Error is the error of a look-up.
 type Error struct {
 	Name  string // that was looked up
 	Err   error  // ErrNoName, ErrNoAddress or ErrNoAnswer
-	Cause error  // of ErrNoAnswer: what happened to the last query; may be nil
+	Cause error  // of ErrNoAnswer: the error of the last query; may be nil
 }
 
-// Error names what was looked up, and what came of it.
+// Error returns the name and the reason.
 func (e *Error) Error() string {
 	if e.Cause != nil {
 		return fmt.Sprintf("looking up %q: %v: %v", e.Name, e.Err, e.Cause)
@@ -73,11 +72,11 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("looking up %q: %v", e.Name, e.Err)
 }
 
-// Unwrap returns what the error is, and its cause.
+// Unwrap returns the kind of the error and its cause.
 func (e *Error) Unwrap() []error { return []error{e.Err, e.Cause} }
 
-// As makes the error a *net.DNSError for those who know the standard library's
-// resolver: its Err says what came of the look-up, without the name.
+// As converts the error to a *net.DNSError, the error of the standard library's
+// resolver. Its Err is the reason without the name.
 func (e *Error) As(target any) bool {
 	to, ok := target.(**net.DNSError)
 	if !ok {
@@ -95,29 +94,29 @@ func (e *Error) As(target any) bool {
 	return true
 }
 
-// NotFound reports whether the answer is that there is nothing, other than that
-// nobody answered.
+// NotFound reports whether the name servers answered that the name or its addresses do
+// not exist.
 func (e *Error) NotFound() bool { return !errors.Is(e.Err, ErrNoAnswer) }
 
-// Options are the files to read, for tests. The zero value is the system's.
+// Options are the files to read, for tests. The zero value means the system's files.
 type Options struct {
 	Hosts      string // in place of /etc/hosts
 	ResolvConf string // in place of /etc/resolv.conf
 }
 
-// A Resolver looks names up. Its methods may be called from any goroutine. It
-// needs no closing.
+// A Resolver looks up names. Its methods may be called from any goroutine. It need not
+// be closed.
 type Resolver struct {
 	hosts   *file[hosts]
 	conf    *file[*conf]
 	addrs   *cache[string, []netip.Addr]
 	names   *cache[netip.Addr, []string]
-	queries chan struct{}        // one element for each query under way
-	used    atomic.Pointer[conf] // what the cached answers were asked with
-	turn    atomic.Uint32        // server to begin with, under the option rotate
+	queries chan struct{}        // one element for each query in progress
+	used    atomic.Pointer[conf] // the configuration of the cached answers
+	turn    atomic.Uint32        // index of the first server, with the option rotate
 }
 
-// New returns a Resolver. The files are read when they are needed.
+// New returns a Resolver. It reads the files when they are first needed.
 func New(o Options) *Resolver {
 	return &Resolver{
 		hosts:   &file[hosts]{name: cmp.Or(o.Hosts, "/etc/hosts"), parse: parseHosts},
@@ -128,14 +127,14 @@ func New(o Options) *Resolver {
 	}
 }
 
-// An Answer is what a name stands for.
+// An Answer is the result of a look-up.
 type Answer struct {
 	Addrs   []netip.Addr // IPv4 first, otherwise in the order of the answer
-	Expires time.Time    // when to ask again; past for an old answer
+	Expires time.Time    // in the past for an old answer
 }
 
-// LookupAddr returns the addresses of a host, IPv4 first. It never returns old
-// ones.
+// LookupAddr returns the addresses of a host, IPv4 first. It never returns an old
+// answer.
 func (r *Resolver) LookupAddr(ctx context.Context, host string) ([]netip.Addr, error) {
 	a, err := r.Lookup(ctx, host)
 	if err != nil {
@@ -144,13 +143,13 @@ func (r *Resolver) LookupAddr(ctx context.Context, host string) ([]netip.Addr, e
 	return a.Addrs, nil
 }
 
-// Lookup returns the addresses of a host and how long they hold. An address is
-// its own answer.
+// Lookup returns the addresses of a host and when they expire. The answer for an
+// address is that address.
 //
-// Where the name servers do not answer (ErrNoAnswer), or the context ends before
-// they do, an answer of before comes with the error if there is one (RFC 8767):
-// the caller decides whether an old address is better than none. The look-up
-// itself goes on when the context ends, for those who ask next.
+// If the name servers do not answer (ErrNoAnswer), or the context ends before, Lookup
+// returns the previous answer, if there is one, beside the error (RFC 8767): the
+// caller decides whether to use it. The end of the context does not end the look-up,
+// whose result is cached.
 func (r *Resolver) Lookup(ctx context.Context, host string) (Answer, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return Answer{[]netip.Addr{a.Unmap()}, time.Now().Add(MaxTTL)}, nil
@@ -169,8 +168,8 @@ func (r *Resolver) Lookup(ctx context.Context, host string) (Answer, error) {
 	return Answer{slices.Clone(addrs), expires}, err
 }
 
-// LookupNames returns the names of an address, without their final dots. Names
-// of the hosts file come before those of the DNS (PTR, RFC 1035 section 3.5).
+// LookupNames returns the names of an address, without their final dots: those in the
+// hosts file, or else those in the DNS (PTR, RFC 1035 section 3.5).
 func (r *Resolver) LookupNames(ctx context.Context, a netip.Addr) ([]string, error) {
 	a = a.Unmap().WithZone("")
 	if found := r.hosts.get().names[a]; len(found) > 0 {
@@ -203,8 +202,7 @@ func (r *Resolver) LookupNames(ctx context.Context, a netip.Addr) ([]string, err
 	return slices.Clone(names), nil
 }
 
-// current returns the configuration. Answers that were asked for with another
-// one are to be asked for again.
+// current returns the configuration. After a change all cached answers expire.
 func (r *Resolver) current() *conf {
 	c := r.conf.get()
 	if was := r.used.Swap(c); was != nil && was != c {
@@ -214,20 +212,20 @@ func (r *Resolver) current() *conf {
 	return c
 }
 
-// normal returns a name in lower case, since letter case does not count
-// (RFC 4343), or false for what cannot be a name.
+// normal returns a name in lower case, since names are case-insensitive (RFC 4343), or
+// false for an invalid name.
 func normal(host string) (string, bool) {
 	for i := range len(host) {
 		if c := host[i]; c <= ' ' || c >= 0x7f || c == '\\' {
-			return "", false // no presentation form of DNS either (RFC 1035 section 5.1)
+			return "", false // also no escapes (RFC 1035 section 5.1)
 		}
 	}
 	_, ok := dns.IsDomainName(host)
 	return strings.ToLower(host), ok && host != "" && host != "."
 }
 
-// search tries a name as it is and below the domains of the search list, in the
-// order of resolv.conf(5), and returns the first addresses found.
+// search tries a name as it is and below the domains of the search list, in the order
+// of resolv.conf(5), and returns the addresses of the first that has any.
 func (r *Resolver) search(ctx context.Context, c *conf, name string) ([]netip.Addr, time.Duration, error) {
 	failed := result{err: ErrNoName, ttl: MaxNegativeTTL}
 	for i, candidate := range c.candidates(name) {
@@ -235,8 +233,8 @@ func (r *Resolver) search(ctx context.Context, c *conf, name string) ([]netip.Ad
 		if found.err == nil {
 			return addresses(found.records), found.ttl, nil
 		}
-		// A fully given name is not looked for below other domains unless it is
-		// known not to be there (RFC 1535): that may be another host.
+		// A full name is searched below other domains only if it is known not to
+		// exist (RFC 1535): it could be another host there.
 		if errors.Is(found.err, ErrNoAnswer) && (candidate.asIs || !found.answered) {
 			return nil, found.ttl, &Error{name, found.err, found.cause}
 		}
@@ -245,8 +243,8 @@ func (r *Resolver) search(ctx context.Context, c *conf, name string) ([]netip.Ad
 	return nil, failed.ttl, &Error{name, failed.err, failed.cause}
 }
 
-// worse returns what to say of two failures: that there was no answer, or else
-// that there was no address, or else that there is no such name.
+// worse combines two failures into one: ErrNoAnswer before ErrNoAddress before
+// ErrNoName, with the smaller TTL.
 func worse(a, b result, first bool) result {
 	if first {
 		return b
@@ -260,11 +258,11 @@ func worse(a, b result, first bool) result {
 	return a
 }
 
-// patience is how long AAAA records are waited for once there are A records:
-// some firewalls and balancers answer the former never, or wrongly (RFC 4074).
+// patience is how long a look-up with A records waits for the AAAA records: some
+// firewalls and load balancers never answer such queries, or wrongly (RFC 4074).
 const patience = time.Second
 
-// address asks for both kinds of addresses at once.
+// address queries the A and AAAA records of a name concurrently.
 func (r *Resolver) address(ctx context.Context, c *conf, name string) result {
 	six := make(chan result, 1)
 	ctx, cancel := context.WithCancel(ctx)
@@ -272,9 +270,9 @@ func (r *Resolver) address(ctx context.Context, c *conf, name string) result {
 	go func() { six <- r.chase(ctx, c, name, dns.TypeAAAA) }()
 	v4 := r.chase(ctx, c, name, dns.TypeA)
 	if errors.Is(v4.err, ErrNoAnswer) || errors.Is(v4.err, ErrNoName) {
-		// What leaves by the egress side is IPv4: other addresses alone would
-		// hide that these are not known. And a name that is not there has
-		// records of no type (RFC 8020).
+		// The egress side is IPv4: IPv6 addresses alone would hide that the IPv4
+		// ones are unknown. And a name that does not exist has no records of any
+		// type (RFC 8020).
 		return v4
 	}
 	var late <-chan time.Time
@@ -299,7 +297,8 @@ func (r *Resolver) address(ctx context.Context, c *conf, name string) result {
 	}
 }
 
-// addresses returns those of A and AAAA records, each once.
+// addresses returns the addresses of A and AAAA records without duplicates, IPv4
+// first.
 func addresses(records []dns.RR) []netip.Addr {
 	var addrs []netip.Addr
 	for _, rr := range records {

@@ -16,7 +16,7 @@ import (
 	"github.com/miekg/dns"
 )
 
-// Answers hold for their TTL, within bounds, and the smallest of a chain counts.
+// Answers are valid for their TTL, within bounds, and the smallest TTL of a chain counts.
 func TestAnswers(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -74,7 +74,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// The answer is the one of now: other addresses, fewer, none, no name.
+// An answer follows each change: other addresses, fewer, none, no name.
 func TestChanges(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -97,7 +97,7 @@ func TestChanges(t *testing.T) {
 			t.Errorf("a name that is gone has the addresses %v", a.Addrs)
 		}
 	}
-	// The clock does it too.
+	// Also after the TTL.
 	s.set("a.example. 0 IN A 192.0.2.1")
 	r.addrs.expire()
 	want(t, r, "a.example", "192.0.2.1")
@@ -106,8 +106,7 @@ func TestChanges(t *testing.T) {
 	want(t, r, "a.example", "192.0.2.2")
 }
 
-// While the name servers do not answer, the caller gets the old answer with the
-// error, and may take it.
+// If the name servers do not answer, Lookup returns the old answer beside the error.
 func TestStale(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -151,7 +150,7 @@ func TestStale(t *testing.T) {
 	}
 }
 
-// An answer that does not fit into UDP is asked for by TCP.
+// A truncated answer is queried again by TCP.
 func TestTruncated(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -175,8 +174,7 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
-// A server from before EDNS, one that follows no aliases, one that mixes up
-// questions.
+// Servers without EDNS, without recursion, and with answers to other questions.
 func TestOddServers(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -217,8 +215,8 @@ func TestOddServers(t *testing.T) {
 	want(t, r, "referral.example", ErrNoAnswer)
 }
 
-// One kind of address is not held up by the other's absence; IPv6 addresses
-// alone do not stand in for IPv4 ones that are not known.
+// A failure of one record type does not delay the other; IPv6 addresses alone are no
+// answer if the IPv4 ones are unknown.
 func TestOneKindFails(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -236,7 +234,7 @@ func TestOneKindFails(t *testing.T) {
 	want(t, r, "d.example", ErrNoName)
 }
 
-// The next server is asked where one does not answer or does not want to.
+// If a server does not answer or fails, the next one is queried.
 func TestServers(t *testing.T) {
 	t.Parallel()
 	first, second := serve(t), serve(t)
@@ -249,10 +247,10 @@ func TestServers(t *testing.T) {
 	want(t, r, "a.example", "192.0.2.1")
 	want(t, r, "b.example", "192.0.2.2")
 	if q := queriesOf(t, second, r, func() { want(t, r, "c.example", "192.0.2.3") }); len(q) > 0 {
-		t.Errorf("the second server was asked without need: %v", q)
+		t.Errorf("needless queries to the second server: %v", q)
 	}
 
-	// A server that is not there.
+	// A server that does not exist.
 	absent := &server{addr: "127.9.9.9"}
 	r, _ = newResolver(t, "", absent, second)
 	want(t, r, "a.example", "192.0.2.1")
@@ -312,17 +310,17 @@ func TestSearchList(t *testing.T) {
 	want(t, r, "single", "192.0.2.7")
 	want(t, r, "web.", ErrNoName)
 	want(t, r, "www.example.com", "192.0.2.4")
-	want(t, r, "deep.sub", "192.0.2.6") // nothing found as it is
+	want(t, r, "deep.sub", "192.0.2.6") // the name as it is does not exist
 	want(t, r, "nodata", ErrNoAddress)
 	want(t, r, "absent", ErrNoName)
 	want(t, r, "failing", "192.0.2.8")
 	s.queries()
 	want(t, r, "down.example.com", ErrNoAnswer)
 	if q := s.queries(); slices.ContainsFunc(q, func(s string) bool { return strings.Contains(s, "cluster") }) {
-		t.Errorf("a name whose servers fail was looked for below other domains: %v", q)
+		t.Errorf("queries below other domains for a name whose servers fail: %v", q)
 	}
 
-	// As Kubernetes has it.
+	// The option of Kubernetes.
 	r, _ = newResolver(t, list+"options ndots:5\n", s)
 	want(t, r, "www.example.com", "192.0.2.5")
 	want(t, r, "www.example.com.", "192.0.2.4")
@@ -335,8 +333,7 @@ func TestSearchList(t *testing.T) {
 	}
 }
 
-// However many want a name, it is asked for once; also when the first of them
-// gives up.
+// Concurrent look-ups of a name share one query, also if the first of them ends early.
 func TestShared(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -365,7 +362,7 @@ func TestShared(t *testing.T) {
 	}
 }
 
-// Both files are followed.
+// Changes of both files are followed.
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	s, other := serve(t), serve(t)
@@ -432,8 +429,8 @@ func TestLookupNames(t *testing.T) {
 	}
 }
 
-// Errors serve those who know the standard library's: what it is, in words
-// without the name, and whether it is for lack of time.
+// Errors convert to the standard library's, with the reason without the name, and
+// whether it is a timeout.
 func TestDNSError(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
@@ -455,7 +452,7 @@ func TestDNSError(t *testing.T) {
 		}
 		var timeout net.Error
 		if is := errors.As(err, &timeout) && timeout.Timeout(); is != want.IsTimeout {
-			t.Errorf("%s: for lack of time %v, want %v", host, is, want.IsTimeout)
+			t.Errorf("%s: timeout %v, want %v", host, is, want.IsTimeout)
 		}
 	}
 }

@@ -62,7 +62,7 @@ func serve(t *testing.T) *server {
 	return s
 }
 
-// set replaces all records, given as lines of a zone file.
+// set replaces all records by the lines of a zone file.
 func (s *server) set(lines ...string) {
 	s.t.Helper()
 	var records []dns.RR
@@ -78,14 +78,15 @@ func (s *server) set(lines ...string) {
 	s.records = records
 }
 
-// answer says how a name is answered in place of its records; nil ends that.
+// answer sets the handler of a name, or "name TYPE", in place of its records; nil
+// removes it.
 func (s *server) answer(name string, how func(dns.ResponseWriter, *dns.Msg)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.broken[name] = how
 }
 
-// Ways to answer that are no help.
+// Handlers without an answer.
 func silence(dns.ResponseWriter, *dns.Msg) {}
 
 func code(rcode int) func(dns.ResponseWriter, *dns.Msg) {
@@ -151,7 +152,7 @@ func (s *server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	_ = w.WriteMsg(m)
 }
 
-// queries returns what was asked since the last call, sorted.
+// queries returns the queries since the last call, sorted.
 func (s *server) queries() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -161,13 +162,13 @@ func (s *server) queries() []string {
 	return asked
 }
 
-// files is where a resolver under test reads its files.
+// files is the directory of a resolver's files.
 type files struct {
 	t   *testing.T
 	dir string
 }
 
-// newResolver returns a resolver that asks the servers, and its files.
+// newResolver returns a resolver that queries the servers, and its files.
 func newResolver(t *testing.T, options string, servers ...*server) (*Resolver, files) {
 	t.Helper()
 	f := files{t, t.TempDir()}
@@ -180,7 +181,7 @@ func newResolver(t *testing.T, options string, servers ...*server) (*Resolver, f
 	return New(Options{Hosts: filepath.Join(f.dir, "hosts"), ResolvConf: filepath.Join(f.dir, "resolv.conf")}), f
 }
 
-// write replaces a file at once, as the kubelet does.
+// write replaces a file atomically, as the kubelet does.
 func (f files) write(name, text string) {
 	f.t.Helper()
 	path := filepath.Join(f.dir, name)
