@@ -24,7 +24,7 @@ func TestParseConf(t *testing.T) {
 			c.servers = []string{"10.0.0.1:53", "[fe80::1%eth0]:53", "10.0.0.3:53"}
 		}},
 		"the last list wins": {"search a.b c\ndomain d.e f\nsearch G.h. i\n", func(c *conf) { c.search = []string{"g.h.", "i."} }},
-		"domain":              {"domain d.e f\n", func(c *conf) { c.search = []string{"d.e."} }},
+		"domain":             {"domain d.e f\n", func(c *conf) { c.search = []string{"d.e."} }},
 		"options": {"options ndots:5 timeout:2\noptions attempts:3 rotate edns0 x:y\n", func(c *conf) {
 			c.ndots, c.timeout, c.attempts, c.rotate = 5, 2*time.Second, 3, true
 		}},
