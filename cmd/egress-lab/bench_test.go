@@ -17,8 +17,8 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// known returns the variants that a router has: one without backends to choose
-// from takes all for iptables.
+// known returns the variants that a router supports: a router without
+// EGRESS_ROUTER_BACKEND supports iptables only.
 func known(t *testing.T, program string) []variant {
 	t.Helper()
 	found, err := variants()
@@ -35,7 +35,7 @@ func known(t *testing.T, program string) []variant {
 	return found
 }
 
-// Two rounds with each variant: that it can measure, not what.
+// Two rounds with each variant show that it measures; the figures do not matter.
 func TestMeasure(t *testing.T) {
 	program := router(t)
 	found := known(t, program)
@@ -64,7 +64,7 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
-// brief is an effort that shows whether something can be measured.
+// brief is the effort of tests, which check that there are figures.
 var brief = effort{rounds: 1, each: 5 * time.Millisecond, sizes: []int{1, 20}}
 
 func TestMeasureConnections(t *testing.T) {
@@ -85,7 +85,7 @@ func TestMeasureThroughput(t *testing.T) {
 	checkRows(t, rows, brief.rounds)
 }
 
-// checkRows checks that there are figures, in all rows.
+// checkRows checks that all rows have figures above 0.
 func checkRows(t *testing.T, rows []row, rounds int) {
 	t.Helper()
 	if len(rows) == 0 {
@@ -98,8 +98,8 @@ func checkRows(t *testing.T, rows []row, rounds int) {
 	}
 }
 
-// A router that loads less than it was asked to, or elsewhere, is not measured.
-func TestMeasureRefuses(t *testing.T) {
+// A router that loads other rules, or into another table, is not measured.
+func TestMeasureRefusesWrongRules(t *testing.T) {
 	found, err := variants()
 	if err != nil {
 		t.Fatal(err)
@@ -110,8 +110,8 @@ func TestMeasureRefuses(t *testing.T) {
 		variant variant
 		want    string
 	}{
-		{"/bin/true", found[0], "there are 0 redirects, want 4"},
-		{"/bin/true", found[1], "there are 0 redirects, want 4"},
+		{"/bin/true", found[0], ": 0 redirects, want 4"},
+		{"/bin/true", found[1], ": 0 redirects, want 4"},
 		{"/bin/true", found[2], `there is no "table ip egress-router"`},
 		{"/bin/false", found[0], "exit status 1"},
 	} {
@@ -119,16 +119,16 @@ func TestMeasureRefuses(t *testing.T) {
 			t.Errorf("%s, %s: error %v, want %q", test.program, test.variant.name, err, test.want)
 		}
 		if _, err := measureConnections(t.Context(), test.program, []variant{test.variant}, brief); err == nil {
-			t.Errorf("%s, %s: there are connections", test.program, test.variant.name)
+			t.Errorf("%s, %s: measuring connections: no error", test.program, test.variant.name)
 		}
 	}
 	if _, _, _, err := measureIdle(t.Context(), "/bin/true", found[0], l, 1); err == nil {
-		t.Error("/bin/true is ready")
+		t.Error("measuring /bin/true at rest: no error")
 	}
 }
 
-// A figure of a path that leads to another place, or nowhere, would be false.
-func TestPathRefuses(t *testing.T) {
+// A path to another server, or to none, is not measured.
+func TestPathRefusesWrongServer(t *testing.T) {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func TestPathRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := p.check(t.Context(), "tcp", lab.Source); err == nil {
-		t.Error("plain routing translates the source")
+		t.Error("check of a source that plain routing does not set: no error")
 	}
 	p.to = netip.AddrPortFrom(fallback.Addr(), fallback.Port()+1)
 	for what, measure := range map[string]func(time.Duration) (float64, error){"connections": p.connections, "datagrams": p.datagrams} {
@@ -160,7 +160,7 @@ func TestMissingTool(t *testing.T) {
 	}
 }
 
-// What nft lists of a router's tables loads again as the same.
+// The output of nft list of a router's tables can be loaded, and is the same again.
 func TestNftRules(t *testing.T) {
 	const tables = `table ip egress-router {
 	map redirects {
@@ -258,7 +258,7 @@ COMMIT
 COMMIT
 `
 	if diff := cmp.Diff(want, restoreInput(saved)); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
 
@@ -335,7 +335,7 @@ init, example                            iptables-legacy           2.00       20
 init, example                            iptables-legacy          20000       19000    0.95    0.95 to 0.95
 `
 	if diff := cmp.Diff(want[1:], got.String()); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
 
@@ -352,7 +352,7 @@ func TestCompare(t *testing.T) {
 		{"10,000 destinations, to 1", linear, []pair{{100, 10}, {200, 20}}, goal{}},
 	}
 	if diff := cmp.Diff(want, rows, cmp.AllowUnexported(row{}, pair{}, goal{})); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
 
@@ -375,7 +375,7 @@ COMMIT
 COMMIT
 `
 	if diff := cmp.Diff(three, lengthen(one, 3)); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
 
@@ -387,6 +387,6 @@ func TestMemory(t *testing.T) {
 		}
 	}
 	if _, err := memory(status, "VmSwap"); err == nil {
-		t.Error("a figure that is not there has a value")
+		t.Error("memory of a missing field: no error")
 	}
 }

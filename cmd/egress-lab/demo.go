@@ -11,20 +11,20 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
+	"time"
 
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// A question is a port of the pod that the client asks at, and the server that
-// has to answer.
+// A question is a request of the client to a port of the pod.
 type question struct {
 	proto string
 	port  uint16
-	want  netip.AddrPort
+	want  netip.AddrPort // server that has to answer
 }
 
-// questions has one for each line of the example; its last line, the fallback,
-// is asked twice, since it is for all ports of all protocols.
+// questions has one entry for each line of the example, and two for the last line, the
+// fallback for all ports of all protocols.
 var questions = []question{
 	{"tcp", 80, netip.MustParseAddrPort("203.0.113.25:80")},
 	{"tcp", 8080, netip.MustParseAddrPort("203.0.113.26:80")},
@@ -34,7 +34,7 @@ var questions = []question{
 }
 
 const demoPlace = `A client, the pod of a router, their node and the outside, each a network
-namespace on this machine that is gone when this program ends:
+namespace on this machine, which ends with this program:
 
   client               pod                             outside
   10.128.0.71 -- eth0  10.128.0.98 | macvlan0 -------- 192.168.12.1   gateway
@@ -45,21 +45,20 @@ namespace on this machine that is gone when this program ends:
 `
 
 const demoTable = `
-The client asks the pod once more. Each line of EGRESS_DESTINATION names the
-server for one port, the last line the one for all others, and every server has
-to see the pod's reserved address, 192.168.12.99:
+The client connects to the pod again. Each line of EGRESS_DESTINATION names the
+server for one port, the last line the server for all other ports, and every
+server has to see the reserved address of the pod, 192.168.12.99:
 
 `
 
 const demoAgain = `
-The router starts a second time, as when its container restarts, and shall find
-nothing to change. It logs:
+The router starts a second time, as after a restart of its container, and must
+change nothing. It logs:
 
 `
 
-// demo shows what the router is for: a client that knows only the pod reaches
-// servers outside, which see the reserved address. The error says what was not
-// as expected.
+// demo shows the main job of the router: a client that connects to the pod reaches servers
+// outside, which see the reserved address. The error lists what was not as expected.
 func demo(ctx context.Context, program string, stdout io.Writer) error {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
@@ -75,7 +74,7 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 
 	var wrong []string
 	before, refused := askBefore(ctx, l)
-	fmt.Fprintf(stdout, "Before the router starts, the client asks the pod at tcp port 80: %s.\n", before)
+	fmt.Fprintf(stdout, "Before the router starts, the client connects to tcp port 80 of the pod: %s.\n", before)
 	if !refused {
 		wrong = append(wrong, "the client was not refused before the router started")
 	}
@@ -107,7 +106,7 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 		fmt.Fprintf(stdout, "\nWRONG: %s.\n", found)
 		wrong = append(wrong, found)
 	} else {
-		fmt.Fprint(stdout, "\nok: nothing had to be changed.\n")
+		fmt.Fprint(stdout, "\nok: no change.\n")
 	}
 	if len(wrong) > 0 {
 		return errors.New(strings.Join(wrong, "; "))
@@ -116,10 +115,10 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 	return nil
 }
 
-// askBefore asks the pod before a router has run in it. The pod itself has to
-// refuse: a client that waits in vain would mean that the lab is broken.
+// askBefore asks the pod before a router has run in it. The pod has to refuse: a timeout
+// would mean that the lab is broken.
 func askBefore(ctx context.Context, l *lab.Lab) (got string, refused bool) {
-	answer, err := l.Ask(ctx, l.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	answer, err := ask(ctx, l, "tcp", 80)
 	if err == nil {
 		return fmt.Sprintf("answered by %s", answer.Server), false
 	}
@@ -131,7 +130,7 @@ func startRouter(ctx context.Context, l *lab.Lab, program string, env []string, 
 	o, err := execute(ctx, l, l.Router, env, nil, program)
 	for line := range strings.Lines(o.stderr) {
 		if rest, ok := strings.CutPrefix(line, "time="); ok {
-			_, line, _ = strings.Cut(rest, " ") // all of it happens now
+			_, line, _ = strings.Cut(rest, " ") // without the time
 		}
 		printIndented(stdout, line)
 	}
@@ -139,16 +138,27 @@ func startRouter(ctx context.Context, l *lab.Lab, program string, env []string, 
 		printIndented(stdout, "(nothing)")
 	}
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.Exited() {
-		err = fmt.Errorf("the router failed with exit code %d; what it logged, above, says why", exit.ExitCode())
+		err = fmt.Errorf("the router failed with exit code %d; its log is above", exit.ExitCode())
 	}
 	return o.stderr, err
 }
 
-// printIndented prints lines of what is not the demonstration's own text.
+// printIndented prints the lines of a text that is not the demo's own.
 func printIndented(w io.Writer, text string) {
 	for line := range strings.Lines(text) {
 		fmt.Fprintf(w, "  %s\n", strings.TrimSuffix(line, "\n"))
 	}
+}
+
+// demoPatience is how long the demo waits for one answer. It is far above the time of an
+// answer on a busy machine; a router that drops requests takes all of it.
+const demoPatience = 5 * time.Second
+
+// ask asks the pod from the client.
+func ask(ctx context.Context, l *lab.Lab, proto string, port uint16) (lab.Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, demoPatience)
+	defer cancel()
+	return l.Ask(ctx, l.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
 }
 
 // askAll asks every question, prints a table of the answers, and returns how
@@ -158,7 +168,7 @@ func askAll(ctx context.Context, l *lab.Lab, stdout io.Writer) (bad int) {
 	fmt.Fprintln(table, "  PORT\tEXPECTED SERVER\tANSWERED BY\tSERVER SAW\tRESULT")
 	for _, q := range questions {
 		by, saw, verdict := "", "-", "ok"
-		answer, err := l.Ask(ctx, l.Client, q.proto, netip.AddrPortFrom(lab.RouterAddr, q.port))
+		answer, err := ask(ctx, l, q.proto, q.port)
 		if err == nil {
 			by, saw = answer.Server.String(), answer.Peer.Addr().String()
 		} else {
@@ -174,13 +184,13 @@ func askAll(ctx context.Context, l *lab.Lab, stdout io.Writer) (bad int) {
 	return bad
 }
 
-// reason says in a word or two why there is no answer.
+// reason returns the cause of a missing answer in a few words.
 func reason(err error) string {
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "refused"
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Sprintf("no answer within %s", lab.Patience)
+		return fmt.Sprintf("no answer within %s", demoPatience)
 	}
 	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		return errno.Error()
@@ -188,8 +198,8 @@ func reason(err error) string {
 	return err.Error()
 }
 
-// changes says what the log of a second run has that shows a change, or lacks
-// although it must end so; it is empty if all is well.
+// changes returns the fault in the log of a second run: a line that shows a change, or no
+// line "ready". It is empty if there is none.
 func changes(log string) string {
 	for _, word := range []string{"network changed", "rules loaded"} {
 		if strings.Contains(log, word) {

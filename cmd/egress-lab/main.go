@@ -1,27 +1,27 @@
 // Egress-lab runs a built egress-router in a network of its own, made of
 // namespaces on this machine (see package lab):
 //
-//	egress-lab demo PROGRAM                   shows what a client of the router gets
+//	egress-lab demo PROGRAM                   shows the answers that a client of the router gets
 //	egress-lab bench PROGRAM [PART]           measures the router, as ratios
-//	egress-lab bench-proxies PROGRAM [PART]   measures the proxies, beside others
+//	egress-lab bench-proxies PROGRAM [PART]   measures the proxies, as ratios to other proxies
 //
 // The parts of bench, without PART all of them, are
 //
-//	load          start to exit, against the bare tool with the same rules; sizes
-//	connections   new connections with long lists, against those with one destination
-//	throughput    bytes and datagrams, against plain routing
+//	load          start to exit, to the bare tool with the same rules; sizes
+//	connections   new connections with long lists, to those with one destination
+//	throughput    bytes and datagrams, to plain routing
 //
 // and those of bench-proxies
 //
-//	http          the HTTP proxy, beside squid
-//	dns           the DNS proxy, beside haproxy
+//	http          the HTTP proxy, to squid
+//	dns           the DNS proxy, to haproxy
 //
-// PROGRAM is the egress-router to run, bin/egress-router after make build. It
-// cannot be below /run, of which egress-lab has one of its own.
+// PROGRAM is the egress-router to run, bin/egress-router after make build. It cannot be
+// below /run: egress-lab has a /run of its own.
 //
-// Nothing outside that network is touched, and nothing is left when the program
-// ends, killed or not: namespaces, files and processes all hang on it. It needs
-// root or, where the kernel allows user namespaces, no privilege at all.
+// The program changes nothing outside that network and leaves nothing behind, even if it is
+// killed: the kernel removes namespaces, files and processes with it. It needs root or, if
+// the kernel allows user namespaces, no privilege.
 package main
 
 import (
@@ -42,19 +42,18 @@ import (
 const (
 	exitOK    = 0
 	exitError = 1
-	exitUsage = 2 // the arguments are not understood
+	exitUsage = 2 // invalid arguments
 )
 
-const usage = `usage: egress-lab demo PROGRAM                   show what a client of the router gets
+const usage = `usage: egress-lab demo PROGRAM                   show the answers that a client of the router gets
        egress-lab bench PROGRAM [PART]           measure the router, as ratios
-       egress-lab bench-proxies PROGRAM [PART]   measure the proxies, beside others
-PROGRAM is an egress-router: make build makes bin/egress-router
-PART is load, connections or throughput, of the proxies http or dns; without it all are
-measured
+       egress-lab bench-proxies PROGRAM [PART]   measure the proxies, as ratios to other proxies
+PROGRAM is an egress-router: make build creates bin/egress-router
+PART is load, connections or throughput for bench, http or dns for bench-proxies; without
+it all parts are measured
 `
 
-// peers are the processes that measure the proxies with bench-proxies, which
-// starts them. They run where they are started.
+// peers are the processes that bench-proxies starts, in the namespaces of the lab.
 var peers = map[string]func(args []string, stdin io.Reader, stdout io.Writer) error{
 	"origin": runOrigin,
 	"drive":  runDrive,
@@ -62,8 +61,8 @@ var peers = map[string]func(args []string, stdin io.Reader, stdout io.Writer) er
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
-// run does what the arguments say and returns the exit code. It does so in a
-// second process, which has namespaces of its own; the first one only waits.
+// run runs the command in args and returns the exit code. The command runs in a second
+// process, in namespaces of its own; the first process only waits.
 func run(args []string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && peers[args[0]] != nil {
 		if err := peers[args[0]](args[1:], os.Stdin, stdout); err != nil {
@@ -85,18 +84,18 @@ func run(args []string, stdout, stderr io.Writer) int {
 	case len(args) == 3 && args[0] == "bench-proxies" && slices.Contains(proxyParts, args[2]):
 		c.run = benchProxies(args[2:])
 	default:
-		fmt.Fprintf(stderr, "egress-lab: arguments not understood: %q\n%s", args, usage)
+		fmt.Fprintf(stderr, "egress-lab: invalid arguments: %q\n%s", args, usage)
 		return exitUsage
 	}
 	c.name, c.program = args[0], args[1]
 	return nstest.M{Tests: c}.Run()
 }
 
-// A command is what the second process runs.
+// A command is the work of the second process.
 type command struct {
 	name           string
 	run            func(ctx context.Context, program string, stdout io.Writer) error
-	program        string // as the user named it
+	program        string // path of the router, as in the arguments
 	stdout, stderr io.Writer
 }
 
@@ -122,7 +121,7 @@ func (c command) Run() int {
 	return exitError
 }
 
-// A hintedError is an error of which it is known what to do about it.
+// A hintedError is an error with a known remedy.
 type hintedError struct {
 	error
 	hint string
@@ -131,7 +130,7 @@ type hintedError struct {
 // Unwrap returns the error without the hint.
 func (e *hintedError) Unwrap() error { return e.error }
 
-// hint says what to do about an error, if that is known.
+// hint returns the remedy of an error, "" if none is known.
 func hint(err error) string {
 	if hinted, ok := errors.AsType[*hintedError](err); ok {
 		return hinted.hint
@@ -140,13 +139,13 @@ func hint(err error) string {
 	case errors.Is(err, syscall.EOPNOTSUPP):
 		return "the lab needs a kernel with veth, bridge and macvlan: as root, modprobe -a veth bridge macvlan"
 	case errors.Is(err, os.ErrPermission):
-		return "the lab needs CAP_SYS_ADMIN and CAP_NET_ADMIN in its namespaces and a writable /proc/sys/net: run it outside of a container, or in a privileged one"
+		return "the lab needs CAP_SYS_ADMIN and CAP_NET_ADMIN in its namespaces and a writable /proc/sys/net: run it outside a container, or in a privileged one"
 	}
 	return ""
 }
 
-// executable returns the absolute path of the router to run: the processes of a
-// lab are started by path.
+// executable returns the absolute path of the router. Processes of a lab are started by
+// path.
 func executable(name string) (string, error) {
 	path, err := filepath.Abs(name)
 	if err != nil {
@@ -154,10 +153,10 @@ func executable(name string) (string, error) {
 	}
 	info, err := os.Stat(path)
 	if err != nil {
-		return "", &hintedError{fmt.Errorf("finding the router: %w", err), "make build makes bin/egress-router"}
+		return "", &hintedError{fmt.Errorf("finding the router: %w", err), "make build creates bin/egress-router"}
 	}
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o111 == 0 {
-		return "", &hintedError{fmt.Errorf("finding the router: %q is not a program", path), "make build makes bin/egress-router"}
+		return "", &hintedError{fmt.Errorf("finding the router: %q is not an executable file", path), "make build creates bin/egress-router"}
 	}
 	return path, nil
 }

@@ -22,14 +22,14 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// TestMain makes the test binary the program itself, under the name egress-lab,
-// and runs the tests in namespaces of their own.
+// TestMain makes the test binary the program, under the name egress-lab, and runs the tests
+// in namespaces of their own.
 func TestMain(m *testing.M) {
 	testscript.Main(nstest.M{Tests: m}, map[string]func(){"egress-lab": main})
 }
 
-// router returns the path of an egress-router built from this tree: a copy for
-// this test, where every user can execute it.
+// router returns the path of an egress-router built from this tree: a copy for this test,
+// which every user can execute.
 func router(t *testing.T) string {
 	t.Helper()
 	path, err := buildRouter()
@@ -40,7 +40,7 @@ func router(t *testing.T) string {
 }
 
 var buildRouter = sync.OnceValues(func() (string, error) {
-	// The tests' own /run goes with them, but egress-lab has yet another.
+	// The tests' own /run ends with them. egress-lab has a /run of its own.
 	directory, err := os.MkdirTemp("/run", "egress-router-")
 	if err != nil {
 		return "", err
@@ -54,7 +54,7 @@ var buildRouter = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// copyProgram copies a program into a directory that everybody may enter.
+// copyProgram copies a program into a directory that every user may enter.
 func copyProgram(t *testing.T, path, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(path)
@@ -78,8 +78,8 @@ func writeProgram(t *testing.T, text []byte, name string) string {
 	return path
 }
 
-// labCommand is this program as a user starts it: without the mark of the
-// namespaces that the tests have.
+// labCommand returns this program as a user starts it: without the marker of the tests'
+// namespaces.
 func labCommand(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	path, err := exec.LookPath("egress-lab")
@@ -113,7 +113,7 @@ func TestDemo(t *testing.T) {
 		t.Errorf("exit code %d, stderr %q, stdout:\n%s", code, stderr, stdout)
 	}
 	for _, want := range []string{
-		"at tcp port 80: refused.\n",
+		"to tcp port 80 of the pod: refused.\n",
 		"\n  tcp 8443   203.0.113.26:443    203.0.113.26:443    192.168.12.99   ok\n",
 		"\n  udp 53     203.0.113.27:53     203.0.113.27:53     192.168.12.99   ok\n",
 	} {
@@ -126,8 +126,8 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// Everything that can be wrong is said, and makes the exit code 1.
-func TestDemoWrong(t *testing.T) {
+// Every fault is printed, and makes the exit code 1.
+func TestDemoFindsFaults(t *testing.T) {
 	script := func(text string) string { return writeProgram(t, []byte("#!/bin/sh\n"+text), "router") }
 	for _, test := range []struct {
 		name, program, stdout, stderr string
@@ -137,8 +137,8 @@ func TestDemoWrong(t *testing.T) {
 		{"changes something each time", script("echo 'msg=\"rules loaded\"' >&2\nexec " + router(t)), "WRONG: the second run logged \"rules loaded\".\n", `demo: the second run logged "rules loaded"`},
 		{"other server", script(`EGRESS_DESTINATION="${EGRESS_DESTINATION%27}26" exec ` + router(t)), "nobody: refused", "demo: 2 of 5 answers are wrong\n"},
 		{"other source", script("EGRESS_SOURCE=192.168.12.98/24 exec " + router(t)), "   192.168.12.98   WRONG\n", "demo: 5 of 5 answers are wrong\n"},
-		{"is not there", "/nowhere/egress-router", "", "hint: make build makes bin/egress-router\ndemo: finding the router: stat /nowhere/egress-router: no such file or directory\n"},
-		{"is not a program", "/etc/passwd", "", "demo: finding the router: \"/etc/passwd\" is not a program\n"},
+		{"is not there", "/nowhere/egress-router", "", "hint: make build creates bin/egress-router\ndemo: finding the router: stat /nowhere/egress-router: no such file or directory\n"},
+		{"is not a program", "/etc/passwd", "", "demo: finding the router: \"/etc/passwd\" is not an executable file\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			code, stdout, stderr := finish(t, labCommand(t, "demo", test.program))
@@ -155,7 +155,7 @@ func TestDemoWrong(t *testing.T) {
 	}
 }
 
-func TestArguments(t *testing.T) {
+func TestInvalidArgumentsPrintUsage(t *testing.T) {
 	for _, args := range [][]string{nil, {"demo"}, {"show", "/bin/true"}, {"demo", "/bin/true", "load"}, {"bench"}, {"bench", "/bin/true", "all"}, {"bench", "/bin/true", "load", "more"}} {
 		code, stdout, stderr := finish(t, labCommand(t, args...))
 		if code != 2 || stdout != "" || !strings.HasSuffix(stderr, usage) {
@@ -164,8 +164,8 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-// An ordinary user needs no more than user namespaces. Where this test itself
-// is run by one there are no other users to become, and TestDemo has shown it.
+// An ordinary user needs only user namespaces. If an ordinary user runs this test, there is
+// no other user to become, and TestDemo has shown the same.
 func TestDemoWithoutRoot(t *testing.T) {
 	uids, err := os.ReadFile("/proc/self/uid_map")
 	if err != nil {
@@ -183,9 +183,8 @@ func TestDemoWithoutRoot(t *testing.T) {
 	}
 }
 
-// Whatever ends the program in the middle, and whatever it does then, leaves no
-// process, no namespace, no link and no file.
-func TestInterrupted(t *testing.T) {
+// After a signal at any time there is no process, namespace, link or file of the program.
+func TestInterruptedLeavesNothing(t *testing.T) {
 	for _, name := range []string{"demo", "bench"} {
 		for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
 			t.Run(name+"/"+s.String(), func(t *testing.T) { interrupt(t, name, s) })
@@ -195,7 +194,7 @@ func TestInterrupted(t *testing.T) {
 
 func interrupt(t *testing.T, name string, s syscall.Signal) {
 	started := filepath.Join(t.TempDir(), "started")
-	// A router that hangs, and has started a process that does so too.
+	// A router that hangs, and has a child process that hangs.
 	cmd := labCommand(t, name, writeProgram(t, fmt.Appendf(nil, "#!/bin/sh\nsleep 600 &\n>%s\nwait\n", started), "router"))
 	tmp := t.TempDir()
 	cmd.Env = append(cmd.Env, "TMPDIR="+tmp)
@@ -216,7 +215,7 @@ func interrupt(t *testing.T, name string, s syscall.Signal) {
 	if err := cmd.Process.Signal(s); err != nil {
 		t.Fatal(err)
 	}
-	_ = cmd.Wait() // the state says it
+	_ = cmd.Wait() // cmd.ProcessState has the result
 	if s == syscall.SIGKILL {
 		if cmd.ProcessState.Exited() {
 			t.Errorf("%s, want killed", cmd.ProcessState)
@@ -237,23 +236,23 @@ func interrupt(t *testing.T, name string, s syscall.Signal) {
 	}
 	for _, directory := range []string{"/run/netns", tmp} {
 		if files, err := os.ReadDir(directory); len(files) > 0 || err != nil && !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s holds %v (%v), want nothing", directory, files, err)
+			t.Errorf("%s contains %v (%v), want no files", directory, files, err)
 		}
 	}
 }
 
-// eventually waits for what the kernel does in the background.
+// eventually waits for a condition that the kernel establishes in the background.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("waiting in vain until %s", what)
+			t.Fatalf("waiting until %s: not so after a minute", what)
 		}
 	}
 }
 
-// A process is one that runs or ran; its start tells it from a later one that
-// has the same number.
+// A process is a running or ended process; its start time distinguishes it from a later
+// process with the same number.
 type process struct {
 	pid, parent int
 	state       string
@@ -281,7 +280,7 @@ func readProcess(file string) (process, bool) {
 	if err != nil {
 		return process{}, false // it has ended
 	}
-	// The name, in parentheses, may hold anything.
+	// The name, in parentheses, may contain any character.
 	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 	pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 	if err != nil || len(fields) < 20 {
@@ -291,14 +290,13 @@ func readProcess(file string) (process, bool) {
 	return process{pid: pid, parent: parent, state: fields[0], start: fields[19]}, err == nil
 }
 
-// alive says whether the process is there and not merely waiting for its parent
-// to take notice of its end.
+// alive reports whether the process runs: a zombie does not.
 func (p process) alive() bool {
 	now, ok := readProcess(fmt.Sprintf("/proc/%d/stat", p.pid))
 	return ok && now.start == p.start && now.state != "Z" && now.state != "X"
 }
 
-// descendants lists the children of a process, theirs, and so on.
+// descendants lists the children of a process, their children, and so on.
 func descendants(t *testing.T, pid int) []process {
 	t.Helper()
 	all := everyProcess(t)
@@ -326,7 +324,7 @@ func namespaces(t *testing.T, processes []process) []string {
 	for _, p := range processes {
 		links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.pid)) // the pattern is a good one
 		for _, link := range append(links, fmt.Sprintf("/proc/%d/ns/net", p.pid)) {
-			// An error means that it has ended meanwhile.
+			// An error means that the process has ended.
 			if to, err := os.Readlink(link); err == nil && strings.HasPrefix(to, "net:[") && to != own && !slices.Contains(found, to) {
 				found = append(found, to)
 			}

@@ -16,7 +16,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// briefProxies is an effort that shows whether something can be measured.
+// briefProxies is the effort of tests, which check that there are figures.
 var briefProxies = proxyEffort{rounds: 1, each: 50 * time.Millisecond, idle: 20}
 
 func TestMeasureProxies(t *testing.T) {
@@ -45,7 +45,7 @@ func TestMeasureProxies(t *testing.T) {
 	}
 }
 
-// One line is printed for each measure, and what is wrong is said.
+// Each reading is compared to the better of the other proxies.
 func TestCompareProxies(t *testing.T) {
 	c := contest{trials: []trial{{driveDirect, 8, []reading{
 		{"rate", rate, false, goalShort},
@@ -62,12 +62,12 @@ func TestCompareProxies(t *testing.T) {
 		{"p99", "one", []pair{{2, 4}, {2, 5}}, goalTail},
 	}
 	if diff := cmp.Diff(want, rows, cmp.AllowUnexported(row{}, pair{}, goal{})); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
 
-// A load that does not get what it asked for is an error, not a lower figure.
-func TestDriveRefuses(t *testing.T) {
+// A wrong answer is an error, not a lower figure.
+func TestDriveRefusesWrongAnswers(t *testing.T) {
 	small := "HTTP/1.1 200 OK\r\nContent-Length: 1024\r\n\r\n" + strings.Repeat("x", answerSize)
 	for name, test := range map[string]struct {
 		answer string
@@ -123,7 +123,7 @@ func TestDriveRefuses(t *testing.T) {
 	}
 }
 
-func TestPeersRefuse(t *testing.T) {
+func TestPeersRefuseInvalidArguments(t *testing.T) {
 	for _, args := range [][]string{{"origin"}, {"origin", "here"}, {"drive", "{"}, {"drive", `{"Kind":"http-new","Clients":1,"To":"127.0.0.1:9"}`}} {
 		code, stdout, stderr := finish(t, labCommand(t, args...))
 		if code != exitError || stdout != "" || !strings.HasPrefix(stderr, args[0]+": ") {
@@ -144,7 +144,7 @@ func TestProcessor(t *testing.T) {
 			break
 		}
 		if time.Now().After(end) {
-			t.Fatal("no processor time goes by")
+			t.Fatal("processor time: no increase within a minute")
 		}
 	}
 }
@@ -155,7 +155,7 @@ func TestMissingPeer(t *testing.T) {
 	}
 }
 
-// No process of a measurement is left when it has ended.
+// A measurement leaves no process behind.
 func TestProxiesLeaveNothing(t *testing.T) {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
@@ -165,17 +165,17 @@ func TestProxiesLeaveNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := children(t); n == 0 {
-		t.Error("no origin runs")
+		t.Error("no origin process")
 	}
 	l.Close()
 	for end := time.Now().Add(time.Minute); children(t) > 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("an origin still runs")
+			t.Fatal("the origin process runs a minute after the lab's end")
 		}
 	}
 }
 
-// children counts the processes of this one that run.
+// children counts the running child processes of this process.
 func children(t *testing.T) (n int) {
 	t.Helper()
 	tasks, err := os.ReadDir("/proc/self/task")
