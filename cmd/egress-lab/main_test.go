@@ -91,7 +91,7 @@ func labCommand(t *testing.T, args ...string) *exec.Cmd {
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, path, args...)
 	// With go test -cover, a binary without GOCOVERDIR prints a warning on stderr.
-	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + t.TempDir(), "GOCOVERDIR=" + t.TempDir()}, nstest.Coverage()...)
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + t.TempDir(), "GOCOVERDIR=" + t.TempDir()}, nstest.Environment()...)
 	cmd.WaitDelay = time.Minute
 	return cmd
 }

@@ -136,7 +136,7 @@ func (p *Pod) Command(name string, args ...string) *exec.Cmd {
 		p.Fatal(err)
 	}
 	cmd := exec.Command(path, args...)
-	cmd.Env = append(nstest.Coverage(), "PATH="+p.Path, "EGRESS_ROUTER_BACKEND="+p.Backend.Choice)
+	cmd.Env = append(nstest.Environment(), "PATH="+p.Path, "EGRESS_ROUTER_BACKEND="+p.Backend.Choice)
 	for name, value := range p.Env {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
