@@ -16,16 +16,17 @@ const Silence = 300 * time.Millisecond
 
 // A Flow is a UDP client with one local port, and so one connection of the kernel.
 type Flow struct {
-	p    *Pod
-	conn net.Conn
-	r    *bufio.Reader
+	p       *Pod
+	conn    net.Conn
+	r       *bufio.Reader
+	waiting int // questions without an answer so far
 }
 
 // Flow opens a flow from the client to a port of the pod.
 func (p *Pod) Flow(port uint16) *Flow {
 	p.Helper()
 	conn := p.Dial(p.Lab.Client, "udp", netip.AddrPortFrom(lab.RouterAddr, port))
-	return &Flow{p, conn, bufio.NewReader(conn)}
+	return &Flow{p: p, conn: conn, r: bufio.NewReader(conn)}
 }
 
 // Ask sends one datagram and returns the answer to it.
@@ -43,25 +44,41 @@ func (f *Flow) Ask() lab.Answer {
 func (f *Flow) Try() (lab.Answer, error) { return f.ask(Silence) }
 
 func (f *Flow) ask(patience time.Duration) (lab.Answer, error) {
-	if err := f.conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		return lab.Answer{}, err
-	}
 	if _, err := f.conn.Write([]byte("?\n")); err != nil {
 		return lab.Answer{}, err
 	}
-	return lab.ReadAnswer(f.r)
+	f.waiting++
+	return f.read(patience)
+}
+
+func (f *Flow) read(patience time.Duration) (lab.Answer, error) {
+	if err := f.conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return lab.Answer{}, err
+	}
+	a, err := lab.ReadAnswer(f.r)
+	if err == nil {
+		f.waiting--
+	}
+	return a, err
 }
 
 // WantAnswer asks until the answer is the wanted one: datagrams that were on
-// their way when the router changed something may be answered late.
+// their way when the router changed something may be answered late. The answers to
+// all of them are read, so that the next one is not taken for an answer to a later
+// question.
 func (f *Flow) WantAnswer(what, server, saw string) {
 	f.p.Helper()
 	var a lab.Answer
 	var err error
-	for begin := time.Now(); time.Since(begin) < Patience; {
-		if a, err = f.Try(); err == nil && a.Server.String() == server && a.Peer.Addr().String() == saw {
+	right := func() bool { return err == nil && a.Server.String() == server && a.Peer.Addr().String() == saw }
+	for begin := time.Now(); !right(); a, err = f.Try() {
+		if time.Since(begin) > Patience {
+			f.p.Errorf("%s: answer %v, error %v; want %s, which sees %s", what, a, err, server, saw)
 			return
 		}
 	}
-	f.p.Errorf("%s: answer %v, error %v; want %s, which sees %s", what, a, err, server, saw)
+	for late := error(nil); late == nil && f.waiting > 0; {
+		_, late = f.read(5 * Silence) // the router has dropped the others
+	}
+	f.waiting = 0
 }
