@@ -111,7 +111,12 @@ func TestRepair(t *testing.T) {
 			if !r.repair(d) {
 				continue
 			}
-			took := time.Since(begin)
+			reconciled := logged.FindAllStringSubmatch(r.Logged(), -1)
+			last, err := time.Parse(time.RFC3339, reconciled[len(reconciled)-1][1])
+			if err != nil {
+				p.Fatal(err)
+			}
+			took := last.Sub(begin)
 			good, failed, gap := r.visitors.Since(begin)
 			fmt.Fprintf(&table, "%-46s %8.1f ms %5d %5d %8.1f ms\n", d.Name, ms(took), good, failed, ms(gap))
 			times = append(times, took)
