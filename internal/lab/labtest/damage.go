@@ -2,6 +2,7 @@ package labtest
 
 import (
 	"bytes"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -108,6 +109,7 @@ func (p *Pod) Damages() []Damage {
 func (p *Pod) Restore(input string) {
 	p.Helper()
 	cmd := exec.Command(p.Program("iptables-restore"), "--noflush", "-w")
+	cmd.Env = append(os.Environ(), lockVariable+p.lock)
 	cmd.Stdin = strings.NewReader(input)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

@@ -51,6 +51,8 @@ type Pod struct {
 	Backend Backend
 	Path    string // PATH of the router
 	Env     map[string]string
+
+	lock string // file of the xtables lock, which pods of parallel tests must not share
 }
 
 // Patience is how long a test waits for what comes, such as an answer. A busy
@@ -101,7 +103,10 @@ func New(t *testing.T, o lab.Options, b Backend) *Pod {
 			t.Fatal(err)
 		}
 	}
-	return &Pod{t, l, b, iptablesPath(t, b.Programs) + ":" + os.Getenv("PATH"), Example()}
+	return &Pod{
+		T: t, Lab: l, Backend: b, Path: iptablesPath(t, b.Programs) + ":" + os.Getenv("PATH"), Env: Example(),
+		lock: filepath.Join(t.TempDir(), "xtables.lock"),
+	}
 }
 
 // For returns the pod for a subtest.
@@ -127,6 +132,9 @@ func iptablesPath(t *testing.T, programs string) string {
 	return dir
 }
 
+// lockVariable sets the file of the xtables lock (iptables(8)).
+const lockVariable = "XTABLES_LOCKFILE="
+
 // Command returns the program, or another under whose name it runs, ready to
 // start in the router's namespace.
 func (p *Pod) Command(name string, args ...string) *exec.Cmd {
@@ -136,7 +144,7 @@ func (p *Pod) Command(name string, args ...string) *exec.Cmd {
 		p.Fatal(err)
 	}
 	cmd := exec.Command(path, args...)
-	cmd.Env = append(nstest.Environment(), "PATH="+p.Path, "EGRESS_ROUTER_BACKEND="+p.Backend.Choice)
+	cmd.Env = append(nstest.Environment(), "PATH="+p.Path, "EGRESS_ROUTER_BACKEND="+p.Backend.Choice, lockVariable+p.lock)
 	for name, value := range p.Env {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
@@ -244,6 +252,7 @@ func (p *Pod) Tool(name string, args ...string) string {
 
 func (p *Pod) tool(name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), lockVariable+p.lock)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := p.Lab.Run(p.Lab.Router, cmd); err != nil {
