@@ -162,7 +162,7 @@ func TestNodeAddress(t *testing.T) {
 	if out := in(t, pid, "ip", "route", "get", "192.168.12.10"); !strings.Contains(out, " dev eth0 ") {
 		t.Errorf("the route to the node's address is not on eth0: %s", out)
 	}
-	in(t, pid, "ping", "-c", "1", "-W", "2", "192.168.12.10")
+	in(t, pid, "ping", "-c", "1", "-W", "30", "192.168.12.10")
 
 	// The route covers this address only.
 	client("/proc/"+pid+"/ns/net").want(t, "tcp", "203.0.113.25:80", "203.0.113.25:80", reserved)

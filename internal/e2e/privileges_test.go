@@ -2,11 +2,9 @@ package e2e
 
 import (
 	"errors"
-	"fmt"
 	"os/exec"
 	"strings"
 	"testing"
-	"time"
 )
 
 // router returns the options of podman run for the documentation's example, in
@@ -82,31 +80,25 @@ func TestNoForwarding(t *testing.T) {
 	}
 }
 
-// The second container of a pod needs no privilege and ends at once on SIGTERM.
+// The second container of a pod needs no privilege and ends on SIGTERM.
 func TestWait(t *testing.T) {
 	for _, user := range []string{"nonroot", "65532", "1000650000", "0"} {
 		id := start(t, "--network", "none", "--user", user, "--cap-drop", "all", "--security-opt", "no-new-privileges",
 			"--read-only", "--read-only-tmpfs=false", "--", "wait")
 		pidOf(t, id)
-		begin := time.Now()
-		run(t, "podman", "stop", "--time", "8", id)
-		if took := time.Since(begin); took > 2*time.Second {
-			t.Errorf("as user %s: %s from SIGTERM to the end", user, took)
-		}
+		run(t, "podman", "stop", "--time", "60", id) // then SIGKILL, and exit code 137
 		if code := strings.TrimSpace(run(t, "podman", "inspect", "--format", "{{.State.ExitCode}}", id)); code != "0" {
 			t.Errorf("as user %s: exit code %s, want 0", user, code)
 		}
 	}
 }
 
-// A router in legacy mode ends at once on SIGTERM, with exit code 0.
+// A router in mode legacy ends on SIGTERM with exit code 0.
 func TestStop(t *testing.T) {
 	id := start(t, router("--privileged")...)
 	await(t, "a ready router", func() bool { return strings.Contains(logs(id), "msg=ready") })
-	begin := time.Now()
-	run(t, "podman", "stop", "--time", "8", id)
-	got := fmt.Sprintf("exit code %s", strings.TrimSpace(run(t, "podman", "inspect", "--format", "{{.State.ExitCode}}", id)))
-	if took := time.Since(begin); got != "exit code 0" || took > 2*time.Second {
-		t.Errorf("%s after %s, want exit code 0 at once", got, took)
+	run(t, "podman", "stop", "--time", "60", id) // then SIGKILL, and exit code 137
+	if code := strings.TrimSpace(run(t, "podman", "inspect", "--format", "{{.State.ExitCode}}", id)); code != "0" {
+		t.Errorf("exit code %s, want 0", code)
 	}
 }

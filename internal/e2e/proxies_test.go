@@ -51,13 +51,13 @@ func TestHTTPProxyPod(t *testing.T) {
 	} {
 		// The server's certificate is for tests.
 		got := run(t, "nsenter", "--net="+string(c), "env", "http_proxy="+address, "https_proxy="+address,
-			"curl", "--silent", "--show-error", "--insecure", "--max-time", "10", "--write-out", "%{http_code}", test.url)
+			"curl", "--silent", "--show-error", "--insecure", "--max-time", "60", "--write-out", "%{http_code}", test.url)
 		if !regexp.MustCompile(test.answer).MatchString(got) {
 			t.Errorf("%s: %q, want %s", test.url, got, test.answer)
 		}
 	}
 	denied := command("nsenter", "--net="+string(c), "env", "https_proxy="+address,
-		"curl", "--silent", "--insecure", "--max-time", "10", "--write-out", "%{http_connect}", "https://foobar.example.com/")
+		"curl", "--silent", "--insecure", "--max-time", "60", "--write-out", "%{http_connect}", "https://foobar.example.com/")
 	if err := denied.run(); err == nil || denied.stdout.String() != "403" {
 		t.Errorf("a tunnel to a denied host: %v, answer %q; want 403", err, &denied.stdout)
 	}

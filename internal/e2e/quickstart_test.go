@@ -199,7 +199,7 @@ func TestQuickStartNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	lines := readme(t, "README.md", "ip netns add")
-	const curl = "curl -sS --max-time 3 http://10.128.0.98:9000/"
+	const curl = "curl -sS --max-time 30 http://10.128.0.98:9000/"
 	want := "203.0.113.27:9000 " + reserved.String() + "\n"
 
 	t.Run("host", func(t *testing.T) {

@@ -82,7 +82,7 @@ func TestWalkThrough(t *testing.T) {
 
 			// The node's ARP table: the node reaches the server, but not the router,
 			// since macvlan0 shares the NIC.
-			run(t, "ping", "-c", "1", "-W", "2", web)
+			run(t, "ping", "-c", "1", "-W", "30", web)
 			if err := command("ping", "-c", "1", "-W", "1", "192.168.123.99").run(); err == nil {
 				t.Error("the node reaches the router by the NIC that macvlan0 is cut from")
 			}
@@ -92,12 +92,12 @@ func TestWalkThrough(t *testing.T) {
 			}
 
 			// The gateway answers the router.
-			in(t, pid, "ping", "-c", "3", "-i", "0.2", "-W", "2", "192.168.123.1")
+			in(t, pid, "ping", "-c", "3", "-i", "0.2", "-W", "30", "192.168.123.1")
 
 			// From the pod itself, from another pod by the Service, and as frames on
 			// the node's NIC.
 			want := web + ":80 192.168.123.99\n"
-			if out := in(t, pid, "curl", "-sS", "--max-time", "3", "http://"+web); out != want {
+			if out := in(t, pid, "curl", "-sS", "--max-time", "30", "http://"+web); out != want {
 				t.Errorf("curl from the pod: %q, want %q", out, want)
 			}
 			dump := command("tcpdump", "-i", "eth1", "-e", "-n", "-c", "4", "tcp", "port", "80")
@@ -112,7 +112,7 @@ func TestWalkThrough(t *testing.T) {
 			}
 			// The client's container has no curl of its own.
 			clientPID := strings.Split(string(c), "/")[2]
-			if out := in(t, clientPID, "curl", "-sS", "--max-time", "3", "http://"+service); out != want {
+			if out := in(t, clientPID, "curl", "-sS", "--max-time", "30", "http://"+service); out != want {
 				t.Errorf("curl by the service's address: %q, want %q", out, want)
 			}
 			if err := <-ended; err != nil {
