@@ -1,6 +1,7 @@
 package manual_test
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -79,27 +80,27 @@ func TestCommands(t *testing.T) {
 	}
 }
 
-// exists looks for a test, written as DIRECTORY TestName, or for a line of a script,
+// exists looks for a test by its name, in any package, or for a line of a script,
 // written as FILE: TEXT.
 func exists(t *testing.T, test string) bool {
 	t.Helper()
-	pattern, text := "", ""
 	if file, line, ok := strings.Cut(test, ": "); ok {
-		pattern, text = file, line
-	} else {
-		dir, name, _ := strings.Cut(test, " ")
-		pattern, text = dir+"/*_test.go", "\nfunc "+name+"(t *testing.T)"
+		content, err := os.ReadFile(filepath.Join(root, file))
+		return err == nil && strings.Contains(string(content), line)
 	}
-	files, err := filepath.Glob(filepath.Join(root, pattern))
+	found := false
+	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || found || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		found = err == nil && strings.Contains(string(content), "\nfunc "+test+"(t *testing.T)")
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, file := range files {
-		if content, err := os.ReadFile(file); err == nil && strings.Contains(string(content), text) {
-			return true
-		}
-	}
-	return false
+	return found
 }
 
 // Links lead to files and headings that exist.
