@@ -26,7 +26,7 @@ func Pages(root string) ([]Page, error) {
 		switch {
 		case err != nil:
 			return err
-		case d.IsDir() && d.Name() != "." && strings.HasPrefix(d.Name(), ".") && path != root:
+		case d.IsDir() && path != root && (strings.HasPrefix(d.Name(), ".") || d.Name() == "bin"): // not of the repository
 			return filepath.SkipDir
 		case d.Name() != "README.md":
 			return nil
