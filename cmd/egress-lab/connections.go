@@ -13,9 +13,9 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// An effort says how much is measured.
+// An effort is the extent of a measurement.
 type effort struct {
-	rounds int // that count, after a first one
+	rounds int // measured rounds, after a first one that is not
 	each   time.Duration
 	sizes  []int // numbers of destinations
 }
@@ -23,21 +23,20 @@ type effort struct {
 var connectionsEffort = effort{rounds: 15, each: 250 * time.Millisecond, sizes: []int{1, 100, 1000, 10000}}
 
 const connectionsHead = `Connections: new TCP connections a second through the router to the last destination of
-a list, beside those with one destination, and beside those through a linear chain of
-as many rules.
+a list. References: a list with one destination, and a linear chain of as many rules.
 
 `
 
 const connectionsFoot = `
-%d rounds of %s each, in which all lists and variants take turns. One thread opens a
-connection, resets it, and opens the next.
+%d rounds of %s for each list and variant, in turns. One thread opens a connection,
+resets it, and opens the next.
 `
 
-// linear is the name of what the variants are compared to.
+// linear is the name of the reference of all variants.
 const linear = "linear chain"
 
-// benchConnections measures whether a connection costs the same whatever the
-// length of the list.
+// benchConnections measures whether the cost of a connection depends on the length of the
+// list.
 func benchConnections(ctx context.Context, program string, found []variant, stdout io.Writer) error {
 	fmt.Fprint(stdout, connectionsHead)
 	printHeader(stdout, "1/s")
@@ -52,15 +51,14 @@ func benchConnections(ctx context.Context, program string, found []variant, stdo
 	return nil
 }
 
-// A series is what was measured of a variant: for each list, a figure of each
-// round.
+// A series is the result of a variant.
 type series struct {
 	variant string
-	figures [][]float64
+	figures [][]float64 // by list and round
 }
 
-// measureConnections measures all variants. The labs exist at the same time, so
-// that what is compared is measured within seconds of each other.
+// measureConnections measures all variants. All labs exist at the same time, so that
+// compared figures are measured within seconds of each other.
 func measureConnections(ctx context.Context, program string, found []variant, e effort) ([]row, error) {
 	all := make([]series, len(found)+1)
 	var turns []turn
@@ -92,7 +90,7 @@ func measureConnections(ctx context.Context, program string, found []variant, e 
 		}
 	}
 	for round := range e.rounds + 1 {
-		// There and back, so that no place in the order is the better one.
+		// The order is reversed in each round: no position has an advantage.
 		slices.Reverse(turns)
 		for _, t := range turns {
 			figure, err := t.path.connections(e.each)
@@ -146,8 +144,8 @@ func runList(ctx context.Context, l *lab.Lab, program string, v variant, n int) 
 	return err
 }
 
-// runChain runs a router with one destination, and then puts n into its place, one
-// rule after the other in its chain.
+// runChain runs a router with one destination, and replaces its rule by a linear chain of n
+// rules.
 func runChain(ctx context.Context, l *lab.Lab, program string, v variant, n int) error {
 	load, err := makeLoad(1)
 	if err != nil {
@@ -168,14 +166,13 @@ func runChain(ctx context.Context, l *lab.Lab, program string, v variant, n int)
 		return err
 	}
 	if got := v.tool.redirects(rules); got != n {
-		return fmt.Errorf("making a chain: there are %d redirects, want %d", got, n)
+		return fmt.Errorf("making a chain: %d redirects, want %d", got, n)
 	}
 	return nil
 }
 
-// lengthen returns rules for iptables-restore --noflush that fill the chains of
-// rules anew, with n redirects where there was the one of firstPort. What is in
-// the kernel's chains stays as it is.
+// lengthen returns rules for iptables-restore --noflush that replace the rules of all own
+// chains, with n redirects instead of the one of firstPort. Built-in chains do not change.
 func lengthen(rules string, n int) string {
 	const port = " --dport "
 	var b strings.Builder
@@ -202,7 +199,7 @@ func lengthen(rules string, n int) string {
 	return b.String()
 }
 
-// pathToLast is the path by the last destination of a list.
+// pathToLast returns the path of the last destination of a list.
 func pathToLast(l *lab.Lab, n int) path {
 	return path{
 		lab:    l,

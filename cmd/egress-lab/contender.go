@@ -18,7 +18,7 @@ import (
 // A contender is a proxy that is measured.
 type contender struct {
 	name    string
-	at      netip.AddrPort // where clients connect
+	at      netip.AddrPort // address for clients
 	process *os.Process
 	log     string // file
 }
@@ -36,8 +36,8 @@ func startHTTP(ctx context.Context, l *lab.Lab, program, directory string) ([]co
 	if err != nil {
 		return nil, err
 	}
-	// What a squid of Debian does beyond this, it would do for nobody here: keep
-	// answers, and write a line for each request, which ours does only if asked.
+	// Debian's squid would also cache answers and log each request, which ours does only if
+	// configured.
 	const config = `http_port %d
 http_access allow all
 cache deny all
@@ -56,10 +56,10 @@ max_filedescriptors %d
 	}
 	log := filepath.Join(directory, "cache.log")
 	file := filepath.Join(directory, "squid.conf")
-	if err := os.WriteFile(file, fmt.Appendf(nil, config, portTheirs, log, directory, mostIdle()*2+spareFiles), 0o644); err != nil { //nolint:gosec // squid is another user
+	if err := os.WriteFile(file, fmt.Appendf(nil, config, portTheirs, log, directory, mostIdle()*2+spareFiles), 0o644); err != nil { //nolint:gosec // squid runs as another user
 		return nil, fmt.Errorf("writing the configuration of squid: %w", err)
 	}
-	if err := os.Chmod(directory, 0o777); err != nil { //nolint:gosec // the same
+	if err := os.Chmod(directory, 0o777); err != nil { //nolint:gosec // squid runs as another user
 		return nil, fmt.Errorf("making the directory of squid: %w", err)
 	}
 	theirs, err := startContender(ctx, l, "squid", directory, nil, path, "-N", "-f", file)
@@ -67,7 +67,7 @@ max_filedescriptors %d
 	return []contender{ours, theirs}, err
 }
 
-// startDNS starts the DNS proxy, and haproxy with a port for each way to copy.
+// startDNS starts the DNS proxy, and haproxy with a port for each way of copying.
 func startDNS(ctx context.Context, l *lab.Lab, program, directory string) ([]contender, error) {
 	line := fmt.Sprintf("EGRESS_DNS_PROXY_DESTINATION=%d %s %d", portOurs, originAt.Addr(), originAt.Port())
 	ours, err := startContender(ctx, l, "ours", directory, []string{line}, program, "dns-proxy")
@@ -106,7 +106,7 @@ listen spliced
 	return []contender{ours, theirs, spliced}, err
 }
 
-// findPeer finds the program of another proxy, which is not in every user's PATH.
+// findPeer finds the program of another proxy. The PATH of some users has no /usr/sbin.
 func findPeer(name, pkg string) (string, error) {
 	path, err := exec.LookPath(name)
 	if err == nil {
@@ -119,7 +119,7 @@ func findPeer(name, pkg string) (string, error) {
 	return path, nil
 }
 
-// startContender starts a proxy in the pod, where it ends with the lab.
+// startContender starts a proxy in the pod. It ends with the lab.
 func startContender(ctx context.Context, l *lab.Lab, name, directory string, env []string, program ...string) (contender, error) {
 	p := contender{name: name, log: filepath.Join(directory, name+".log")}
 	log, err := os.Create(p.log)
@@ -137,7 +137,7 @@ func startContender(ctx context.Context, l *lab.Lab, name, directory string, env
 	return p, nil
 }
 
-// said returns the end of what a proxy has said, for errors.
+// said returns the end of a proxy's log, for errors.
 func (p contender) said() string {
 	text, err := os.ReadFile(p.log)
 	if err != nil {
@@ -162,8 +162,7 @@ func (p contender) await(ctx context.Context, l *lab.Lab) error {
 	}
 }
 
-// resident returns the memory of a proxy, in MB. All of them here are one
-// process.
+// resident returns the memory of a proxy, in MB. Each proxy is one process.
 func (p contender) resident() (float64, error) {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.process.Pid))
 	if err != nil {
@@ -173,7 +172,7 @@ func (p contender) resident() (float64, error) {
 	return size / 1e6, err
 }
 
-// processor returns the processor time that a proxy's process has taken.
+// processor returns the processor time of a proxy's process.
 func (p contender) processor() (time.Duration, error) {
 	// The clock of a process, in nanoseconds (clock_getcpuclockid(3),
 	// CPUCLOCK_SCHED in include/linux/posix-timers.h). The figures in

@@ -18,15 +18,15 @@ import (
 // A drive is a load that a process of its own puts on a proxy.
 type drive struct {
 	Kind    driveKind
-	Clients int            // at once
-	For     time.Duration  // how long, after a short while that does not count
-	To      netip.AddrPort // the proxy
-	Server  netip.AddrPort // that an HTTP proxy is asked for
+	Clients int            // clients at once
+	For     time.Duration  // measured time, after warmUp
+	To      netip.AddrPort // proxy
+	Server  netip.AddrPort // server in the requests to an HTTP proxy
 }
 
 type driveKind string
 
-// The loads. All but the endless ones fetch the small answer, again and again.
+// The loads. All but the endless ones request the small answer repeatedly.
 const (
 	driveKept   driveKind = "http-kept"   // by an HTTP proxy, on one connection for each client
 	driveNew    driveKind = "http-new"    // on a new connection each time
@@ -34,34 +34,34 @@ const (
 	drivePour   driveKind = "http-pour"   // bytes through a tunnel for each client
 	driveIdle   driveKind = "http-idle"   // once for each client, whose connection then stays
 
-	driveDirect     driveKind = "tcp-new" // the same by a proxy that knows no HTTP
+	driveDirect     driveKind = "tcp-new" // the same by a proxy without HTTP
 	driveDirectPour driveKind = "tcp-pour"
 	driveDirectIdle driveKind = "tcp-idle"
 )
 
-// A drove is what came of a drive.
+// A drove is the result of a drive.
 type drove struct {
 	Rate     float64 // answers a second
 	P50, P99 float64 // of the time of one, in ms
 	Gbit     float64 // a second, of the endless ones
-	Answers  int     // in all, also those that do not count
+	Answers  int     // all answers, including those of warmUp
 
-	// Processor is what the proxy took for one answer, in µs. Whoever starts the
-	// load knows.
+	// Processor is the processor time of the proxy for one answer, in µs. The process
+	// that starts the load sets it.
 	Processor float64 `json:"-"`
 }
 
-// ready is what a process of the benchmark says once it is.
+// ready is the line that a process of the benchmark prints when it is ready.
 const ready = "ready"
 
-// How long a drive goes on before it counts, and waits for the last answers.
+// The time before a drive measures, and the limit of its wait for answers, which only ends
+// a drive that hangs.
 const (
 	warmUp   = 100 * time.Millisecond
 	lastWait = time.Minute
 )
 
-// runDrive is a drive's process. One that stays idle does so until its input
-// ends.
+// runDrive is the process of a drive. An idle drive stays until its input ends.
 func runDrive(args []string, stdin io.Reader, stdout io.Writer) error {
 	var d drive
 	if err := json.Unmarshal([]byte(strings.Join(args, " ")), &d); err != nil {
@@ -86,28 +86,28 @@ func runDrive(args []string, stdin io.Reader, stdout io.Writer) error {
 func (d drive) idles() bool { return d.Kind == driveIdle || d.Kind == driveDirectIdle }
 func (d drive) pours() bool { return d.Kind == drivePour || d.Kind == driveDirectPour }
 
-// A generator drives all clients in one thread.
+// A generator runs all clients in one thread.
 type generator struct {
 	drive
 	poller poller
 	byFD   map[int]*visit
 	buf    []byte
 
-	tunnel, request []byte // what is sent first, and then
-	again           bool   // on the same connection
+	tunnel, request []byte // first and second request
+	again           bool   // repeat the request on the same connection
 
 	counting  bool
 	begin     time.Time
 	stopping  bool
-	open      int // clients that wait for an answer, or have an endless one
+	open      int // clients that wait for an answer or read an endless one
 	begun     int // endless answers
-	made      int // connections, of the idle ones
+	made      int // connections
 	bytes     int
 	answers   int
 	latencies []time.Duration
 }
 
-// A visit is what one client is in the middle of.
+// A visit is the state of one client.
 type visit struct {
 	socket int
 	begin  time.Time
@@ -189,7 +189,7 @@ func (g *generator) run() (drove, error) {
 	if g.pours() {
 		return result, nil
 	}
-	// What is under way counts for the latency: it may be what was slow.
+	// Requests without an answer count for the latency: they may be the slow ones.
 	g.stopping = true
 	if err := g.until(time.Now().Add(lastWait), func() bool { return g.open == 0 }); err != nil {
 		return drove{}, err
@@ -204,7 +204,7 @@ func (g *generator) run() (drove, error) {
 	return result, nil
 }
 
-// during handles what comes for some time.
+// during handles events for some time.
 func (g *generator) during(d time.Duration) error {
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		if err := g.poller.wait(1, g.handle); err != nil {
@@ -214,11 +214,11 @@ func (g *generator) during(d time.Duration) error {
 	return nil
 }
 
-// until handles what comes until something holds, which must be so at some time.
+// until handles events until a condition holds. Reaching the time end is an error.
 func (g *generator) until(end time.Time, holds func() bool) error {
 	for !holds() {
 		if time.Now().After(end) {
-			return fmt.Errorf("waiting for answers: %d clients have none", g.open)
+			return fmt.Errorf("waiting for answers: %d clients without one", g.open)
 		}
 		if err := g.poller.wait(1, g.handle); err != nil {
 			return err
@@ -227,7 +227,7 @@ func (g *generator) until(end time.Time, holds func() bool) error {
 	return nil
 }
 
-// connect begins a visit. Edge-triggered, a socket is told to the poller once.
+// connect begins a visit. With edge triggering, a socket is added to the poller once.
 func (g *generator) connect(v *visit) error {
 	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
@@ -244,7 +244,7 @@ func (g *generator) connect(v *visit) error {
 	return g.poller.add(socket, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLET)
 }
 
-// handle goes on with a visit.
+// handle continues a visit.
 func (g *generator) handle(socket int, events uint32) error {
 	v := g.byFD[socket]
 	if v == nil {
@@ -286,7 +286,7 @@ func (g *generator) pour(p []byte) error {
 	return nil
 }
 
-// ask sends what comes first on a new connection.
+// ask sends the first request of a new connection.
 func (g *generator) ask(v *visit) error {
 	if g.tunnel != nil {
 		v.state = inTunnelAnswer
@@ -296,8 +296,8 @@ func (g *generator) ask(v *visit) error {
 	return send(v.socket, g.request)
 }
 
-// take takes a part of an answer, at the end of the connection an empty one, and
-// reports whether the visit is over.
+// take adds a part of an answer, an empty one at the end of the connection, and reports
+// whether the visit is over.
 func (g *generator) take(v *visit, part []byte) (over bool, err error) {
 	v.answer = append(v.answer, part...)
 	ended := len(part) == 0
@@ -339,7 +339,7 @@ var (
 	smallBody     = bytes.Repeat([]byte{filling}, answerSize)
 )
 
-// finish counts an answer, and begins the next.
+// finish counts an answer and begins the next request.
 func (g *generator) finish(v *visit) error {
 	now := time.Now()
 	g.answers++
@@ -365,7 +365,7 @@ func (g *generator) finish(v *visit) error {
 	return g.connect(v)
 }
 
-// send sends what always fits.
+// send sends bytes that fit into the socket's buffer.
 func send(socket int, p []byte) error {
 	n, err := write(socket, p)
 	if err == nil && n < len(p) {

@@ -12,18 +12,18 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// How often each pair is measured; the first round, in which files are read
-// from disk and the kernel loads modules, is not counted.
+// The numbers of rounds of each pair. A first round, in which files are read from disk and
+// the kernel loads modules, is not counted.
 const (
 	roundsSmall = 25
 	roundsLarge = 11
 )
 
-// pause lets the kernel remove the namespaces of one load before the next is
-// measured, which it does in the background.
+// pause is the time in which the kernel removes the namespaces of one load, in the
+// background, before the next load is measured.
 const pause = time.Second
 
-// A load is a destination list for the router to work on.
+// A load is a destination list to measure the router with.
 type load struct {
 	name      string
 	redirects int // destinations that it has
@@ -34,19 +34,17 @@ type load struct {
 	env       []string
 }
 
-const loadHead = `Load: the router from its start to its exit, beside the bare tool (iptables-restore
---noflush, nft -f) with the rules that its init loads, in turns and each time in fresh
-namespaces.
+const loadHead = `Load: the router from its start to its exit. Reference: the bare tool (iptables-restore
+--noflush, nft -f) with the rules that init loads. In turns, each time in new namespaces.
 
 `
 
 const loadFoot = `
-%d rounds, %d with 10,000 lines. init again finds nothing to change. unit-test prints
-the rules and does nothing else, so it is what starting the process and reading its
-configuration take.
+%d rounds, %d with 10,000 lines. The second init changes nothing. unit-test only prints
+the rules: its time is that of starting the process and reading its configuration.
 `
 
-// benchLoad measures how long rules take to load, and what the program needs.
+// benchLoad measures the time of loading rules, and the sizes of the program.
 func benchLoad(ctx context.Context, program string, found []variant, stdout io.Writer) error {
 	loads, err := makeLoads()
 	if err != nil {

@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What the server behind the proxies has. Every answer is checked to be that.
+// The paths of the server behind the proxies. Clients check every answer.
 const (
 	smallPath = "/small" // one answer of answerSize bytes
-	bulkPath  = "/bulk"  // bytes without an end
+	bulkPath  = "/bulk"  // an endless answer
 
 	answerSize = 1 << 10
 	filling    = 'x' // every byte of a body
@@ -24,9 +24,9 @@ const (
 // headEnd is the end of a header (RFC 9112 section 2.1).
 var headEnd = []byte("\r\n\r\n")
 
-// An origin is the server that the proxies are measured in front of. It is one
-// thread around epoll(7), as is the load that is put on them, and reads no more of
-// a request than it must: what these two take, the proxies do not get.
+// An origin is the server behind the measured proxies. Like the load, it is one thread with
+// epoll(7), and parses as little of a request as possible: the proxies get the processor
+// time that these two do not use.
 type origin struct {
 	poller   poller
 	listener int
@@ -38,12 +38,12 @@ type origin struct {
 // A visitor is one connection of the origin.
 type visitor struct {
 	socket  int
-	request []byte // as far as it has come
-	endless bool   // it gets bytes until it has enough
+	request []byte // received part
+	endless bool   // it gets bytes until it closes
 }
 
-// runOrigin serves at an address until the process is killed. It says when it has
-// begun.
+// runOrigin serves at an address until the process is killed. It prints a line when it
+// listens.
 func runOrigin(args []string, _ io.Reader, stdout io.Writer) error {
 	if len(args) != 1 {
 		return fmt.Errorf("reading the arguments of the origin: %q", args)
@@ -90,8 +90,8 @@ func newOrigin(at netip.AddrPort) (*origin, error) {
 	return o, nil
 }
 
-// handle does what a socket is ready for. Only the listener's faults end the
-// origin: a visitor that gets no answer tells of it.
+// handle handles the events of a socket. Only errors of the listener end the origin: a
+// client without an answer reports an error itself.
 func (o *origin) handle(socket int, events uint32) error {
 	if socket == o.listener {
 		return o.accept()
@@ -179,7 +179,7 @@ func (o *origin) answer(v *visitor, head []byte) error {
 	return nil
 }
 
-// pour writes as much as the connection takes, but lets the others have a turn.
+// pour writes as much as the connection takes, up to a limit for the other connections.
 func (o *origin) pour(v *visitor) error {
 	for range 8 {
 		if _, err := write(v.socket, o.bulk); errors.Is(err, unix.EAGAIN) {
@@ -220,8 +220,8 @@ func (p *poller) set(how, socket int, events uint32) error {
 	return nil
 }
 
-// wait waits for sockets, for some milliseconds at most or for ever (-1), and
-// handles those that are ready.
+// wait waits for events, for some milliseconds at most or without a limit (-1), and handles
+// them.
 func (p *poller) wait(milliseconds int, handle func(socket int, events uint32) error) error {
 	n, err := interrupted(func() (int, error) { return unix.EpollWait(p.epoll, p.events, milliseconds) })
 	if err != nil {

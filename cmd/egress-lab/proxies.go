@@ -26,7 +26,7 @@ const (
 
 var proxyParts = []string{partHTTP, partDNS}
 
-// The goals of the proxies, beside the others' figures.
+// The goals of the proxies, as ratios to other proxies.
 var (
 	goalHTTP    = atLeast(1.2)  // requests, times squid's
 	goalEqual   = atLeast(1)    // any other rate
@@ -35,8 +35,7 @@ var (
 	goalShort   = atLeast(0.95) // connections, times haproxy's
 )
 
-// A trial is one load that all proxies of a part are given, and what is read off
-// it.
+// A trial is one load for all proxies of a part, with its readings.
 type trial struct {
 	kind     driveKind
 	clients  int
@@ -47,7 +46,7 @@ type trial struct {
 type reading struct {
 	what string
 	of   func(drove) float64
-	less bool // is better
+	less bool // a lower figure is better
 	goal goal
 }
 
@@ -56,10 +55,10 @@ func p50(d drove) float64  { return d.P50 }
 func p99(d drove) float64  { return d.P99 }
 func gbit(d drove) float64 { return d.Gbit }
 
-// cpu is what a busy machine moves least.
+// cpu is the figure that the load of the machine changes least.
 func cpu(d drove) float64 { return d.Processor }
 
-// A contest is a part: the loads, and who is given them.
+// A contest is a part: the loads and the proxies.
 type contest struct {
 	start  func(ctx context.Context, l *lab.Lab, program, directory string) ([]contender, error)
 	trials []trial
@@ -108,26 +107,25 @@ var contests = map[string]contest{
 	}},
 }
 
-// A proxyEffort says how much of the proxies is measured.
+// A proxyEffort is the extent of a measurement of the proxies.
 type proxyEffort struct {
-	rounds int // that count, after a first one
+	rounds int // measured rounds, after a first one that is not
 	each   time.Duration
 	idle   int // clients
 }
 
 var fullProxyEffort = proxyEffort{rounds: 5, each: 1500 * time.Millisecond, idle: 10000}
 
-const proxiesHead = `Proxies: ours beside others, in a pod's network between a client and a server: all take
-turns, with the same load and server, which are processes of their own.
+const proxiesHead = `Proxies: ours and others, in the network of a pod between a client and a server, in turns
+with the same load and server, which are processes of their own.
 
 `
 
 const proxiesFoot = `
-%d rounds of %s each. Ratios are ours to theirs, medians of those of the single rounds,
-the spread the middle half of them; the figures are medians. Of ways to set another
-proxy up, the one that is better is compared to. Memory is what is resident, of all
-processes, measured once. MISSED means that a goal was not met in this run; the exit
-code stays 0.
+%d rounds of %s each. Ratios are ours to theirs, medians of the ratios of all rounds, the
+spread their middle half; the figures are medians. Another proxy is measured in all its
+configurations, and the best one is the reference. Memory is the resident memory of all
+processes, measured once. MISSED means that this run missed a goal; the exit code is 0.
 `
 
 // benchProxies measures parts of the benchmark of the proxies.
@@ -149,7 +147,7 @@ func benchProxies(parts []string) func(context.Context, string, io.Writer) error
 	}
 }
 
-// originAt is the server that all proxies reach.
+// originAt is the address of the server behind all proxies.
 var originAt = netip.AddrPortFrom(netip.MustParseAddr(server), 80)
 
 // measureProxies measures one part.
@@ -162,8 +160,8 @@ func measureProxies(ctx context.Context, program string, c contest, e proxyEffor
 	if err := l.RoutePlainly(); err != nil {
 		return nil, err
 	}
-	// A pod's kernel may have no ports left for whoever does not choose its own,
-	// which would be a fault in place of a figure.
+	// Without it, a proxy that lets the kernel choose its ports can run out of them, which
+	// would be an error instead of a figure.
 	if err := l.SetSysctl(l.Router, "net/ipv4/tcp_tw_reuse", "1"); err != nil {
 		return nil, err
 	}
@@ -192,7 +190,7 @@ func measureProxies(ctx context.Context, program string, c contest, e proxyEffor
 	return append(rows, memory...), err
 }
 
-// run returns what came of each trial, with each contender, in each round.
+// run returns the results by trial, contender and round.
 func (c contest) run(ctx context.Context, l *lab.Lab, contenders []contender, e proxyEffort) ([][][]drove, error) {
 	results := make([][][]drove, len(c.trials))
 	order := make([]int, len(contenders))
@@ -203,7 +201,7 @@ func (c contest) run(ctx context.Context, l *lab.Lab, contenders []contender, e 
 		results[i] = make([][]drove, len(contenders))
 	}
 	for round := range e.rounds + 1 {
-		// There and back, so that no place in the order is the better one.
+		// The order is reversed in each round: no position has an advantage.
 		slices.Reverse(order)
 		for i, t := range c.trials {
 			for _, k := range order {
@@ -220,8 +218,8 @@ func (c contest) run(ctx context.Context, l *lab.Lab, contenders []contender, e 
 	return results, nil
 }
 
-// compare makes the rows. The first contender is ours; of the others the best is
-// compared to.
+// compare makes the rows. The first contender is ours; the reference is the best of the
+// others.
 func (c contest) compare(contenders []contender, results [][][]drove) []row {
 	var rows []row
 	for i, t := range c.trials {
@@ -244,9 +242,8 @@ func (c contest) compare(contenders []contender, results [][][]drove) []row {
 	return rows
 }
 
-// measureProxyMemory returns rows of the memory that the first two proxies have
-// after the load, and then with many clients that have asked once and now do
-// nothing.
+// measureProxyMemory returns rows of the memory of the first two proxies after the load,
+// and with many idle clients, each of which has sent one request.
 func measureProxyMemory(ctx context.Context, l *lab.Lab, kind driveKind, contenders []contender, clients int) ([]row, error) {
 	clients = min(clients, mostIdle())
 	var loaded, idle [2]float64
@@ -272,7 +269,8 @@ func measureProxyMemory(ctx context.Context, l *lab.Lab, kind driveKind, contend
 	}, nil
 }
 
-// mostIdle returns for how many clients a proxy has files: it takes two for each.
+// mostIdle returns the number of clients for which a proxy has file descriptors, two for
+// each.
 func mostIdle() int {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
@@ -281,7 +279,7 @@ func mostIdle() int {
 	return int(min(limit.Max, 1<<20)/2) - spareFiles
 }
 
-// spareFiles is what haproxy wants besides (its listeners, pipes and the like).
+// spareFiles is the number of other descriptors of haproxy (listeners, pipes and others).
 const spareFiles = 500
 
 // self returns a command that runs this program as one of the peers.
@@ -291,7 +289,7 @@ func self(ctx context.Context, args ...string) (*exec.Cmd, error) {
 		return nil, fmt.Errorf("finding this program: %w", err)
 	}
 	cmd := prepare(ctx, nil, append([]string{path}, args...)...)
-	cmd.Args[0] = "egress-lab" // by which a test binary knows what to be
+	cmd.Args[0] = "egress-lab" // a test binary is this program under this name
 	return cmd, nil
 }
 
@@ -317,11 +315,11 @@ func startOrigin(ctx context.Context, l *lab.Lab) error {
 	return nil
 }
 
-// awaitWord waits until a process says that it is ready.
+// awaitWord waits until a process prints that it is ready.
 func awaitWord(stdout io.Reader) error {
 	line := make([]byte, len(ready)+1)
 	if _, err := io.ReadFull(stdout, line); err != nil || string(line) != ready+"\n" {
-		return fmt.Errorf("waiting for it to be ready: it says %q: %w", line, err)
+		return fmt.Errorf("waiting for the line \"ready\": found %q: %w", line, err)
 	}
 	return nil
 }
@@ -336,7 +334,7 @@ func (p contender) command(ctx context.Context, d drive) (*exec.Cmd, error) {
 	return self(ctx, "drive", string(args))
 }
 
-// drive puts a load on a proxy and returns what came of it.
+// drive puts a load on a proxy and returns the result.
 func (p contender) drive(ctx context.Context, l *lab.Lab, d drive) (drove, error) {
 	cmd, err := p.command(ctx, d)
 	if err != nil {
@@ -353,7 +351,7 @@ func (p contender) drive(ctx context.Context, l *lab.Lab, d drive) (drove, error
 	}
 	var result drove
 	if err := json.Unmarshal([]byte(stdout.String()), &result); err != nil {
-		return drove{}, fmt.Errorf("reading what came of a load: %w", err)
+		return drove{}, fmt.Errorf("reading the result of a load: %w", err)
 	}
 	after, err := p.processor()
 	result.Processor = float64((after - before).Microseconds()) / float64(max(result.Answers, 1))

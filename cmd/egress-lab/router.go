@@ -16,15 +16,14 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// The documentation's example. Its addresses are those of the lab.
+// The example of the documentation, with the addresses of the lab.
 const (
 	exampleSource      = "192.168.12.99/24"
 	exampleGateway     = "192.168.12.1"
 	exampleDestination = "80   tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n8443 tcp 203.0.113.26 443\n203.0.113.27"
 )
 
-// environment returns the router's variables for a mode, with more of them, each
-// NAME=VALUE, at the end.
+// environment returns the router's variables, NAME=VALUE, for a mode, followed by more.
 func environment(mode string, more ...string) []string {
 	return append([]string{
 		"EGRESS_ROUTER_MODE=" + mode,
@@ -37,15 +36,15 @@ func environment(mode string, more ...string) []string {
 // than a second on an idle machine: patience only ends one that hangs.
 const patience = 2 * time.Minute
 
-// An outcome is what a process left that has ended well.
+// An outcome is the result of an ended process.
 type outcome struct {
 	stdout, stderr string
-	took           time.Duration // from before its start to its end
+	took           time.Duration // time from start to end
 }
 
-// execute runs a program to its end in a namespace of the lab, with nothing in
-// its environment but env and a PATH that is this process's unless env has one.
-// Input may be nil. The outcome of a program that fails holds what it printed.
+// execute runs a program to its end in a namespace of the lab. Its environment is env and,
+// unless env has one, the PATH of this process. Input may be nil. The outcome of a program
+// that fails contains its output.
 func execute(ctx context.Context, l *lab.Lab, ns *netns.Namespace, env []string, input *os.File, program ...string) (outcome, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -74,9 +73,8 @@ func prepare(ctx context.Context, env []string, program ...string) *exec.Cmd {
 	if !slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, "PATH=") }) {
 		cmd.Env = append(slices.Clip(env), "PATH="+os.Getenv("PATH"))
 	}
-	// In a process namespace of its own it is the first process, as it is in a
-	// container, and when it ends the kernel ends what it has started
-	// (pid_namespaces(7)).
+	// In a PID namespace of its own it is process 1, as in a container, and when it ends
+	// the kernel kills its child processes (pid_namespaces(7)).
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
 	return cmd
 }

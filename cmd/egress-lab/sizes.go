@@ -15,25 +15,24 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// settled is how long a process gets to come to rest.
+// settled is the time after which a process is regarded as idle.
 const settled = 100 * time.Millisecond
 
-// A router that stays compares everything every ten seconds, sixty times in ten
-// minutes. Here it does so faster, for as many times as make half of that.
+// A router in mode legacy reconciles every ten seconds, sixty times in ten minutes. The
+// benchmark lets it do so faster, half as many times.
 const (
 	idleInterval    = 200 * time.Millisecond
 	idleComparisons = 30
-	tenMinutes      = 60 // comparisons
+	tenMinutes      = 60 // reconciles
 )
 
 const sizeFormat = "%-42s %-15s %14s %7s %s\n"
 
-// printSizes prints the sizes of the program's file and of its memory. Memory is
-// that of a router in mode legacy, which does what init does and then stays, so
-// that the kernel's account of it can be read: the highest mark (VmHWM) is the
-// peak of that work. What wait4(2) reports of an init that has ended (ru_maxrss)
-// would be at least the size of this program, since a process that starts
-// another hands its mark on (setmax_mm_hiwater_rss in fs/exec.c).
+// printSizes prints the sizes of the program's file and of its memory. The memory is that
+// of a router in mode legacy, which does the work of init and then stays, so that its
+// status can be read: VmHWM is the peak of that work. ru_maxrss of an ended init (wait4(2))
+// would be at least the size of this program: a process inherits the peak of the process
+// that starts it (setmax_mm_hiwater_rss in fs/exec.c).
 func printSizes(ctx context.Context, program string, found []variant, loads []load, stdout io.Writer) error {
 	info, err := os.Stat(program)
 	if err != nil {
@@ -59,9 +58,9 @@ func printSizes(ctx context.Context, program string, found []variant, loads []lo
 	return nil
 }
 
-// measureIdle returns the most memory that a router had while it set things up,
-// and what it has after so many comparisons, in bytes, and the processor time of
-// these, that of the programs which it starts included.
+// measureIdle returns the peak memory of a router until then and its memory after a number
+// of comparisons, in bytes, and the processor time of these comparisons, including that of
+// the programs that it starts.
 func measureIdle(ctx context.Context, program string, v variant, load load, comparisons int) (peak, idle float64, processor time.Duration, err error) {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
@@ -80,7 +79,7 @@ func measureIdle(ctx context.Context, program string, v variant, load load, comp
 	}
 	if err := awaitReady(stderr); err != nil {
 		cancel()
-		_ = cmd.Wait() // what it logged says more
+		_ = cmd.Wait() // err contains its log
 		return 0, 0, 0, err
 	}
 	before, err := processorTime(cmd.Process.Pid)
@@ -111,15 +110,14 @@ func measureIdle(ctx context.Context, program string, v variant, load load, comp
 	return peak, idle, after - before, nil
 }
 
-// processorTime returns how much processor time a process has had, with that of
-// its children that have ended (proc_pid_stat(5), fields 14 to 17, in hundredths
-// of a second).
+// processorTime returns the processor time of a process and its ended children
+// (proc_pid_stat(5), fields 14 to 17, in hundredths of a second).
 func processorTime(pid int) (time.Duration, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, fmt.Errorf("reading the router's processor time: %w", err)
 	}
-	_, rest, _ := strings.Cut(string(stat), ") ") // what is before has the name, whatever is in it
+	_, rest, _ := strings.Cut(string(stat), ") ") // the name before may contain any character
 	fields := strings.Fields(rest)
 	const first, count = 14 - 3, 4
 	if len(fields) < first+count {
@@ -136,7 +134,7 @@ func processorTime(pid int) (time.Duration, error) {
 	return sum, nil
 }
 
-// awaitReady reads a router's log until it says that it is ready.
+// awaitReady reads a router's log until the line "ready".
 func awaitReady(log io.Reader) error {
 	var read []string
 	lines := bufio.NewScanner(log)
@@ -146,14 +144,14 @@ func awaitReady(log io.Reader) error {
 		}
 		read = append(read, lines.Text())
 	}
-	return fmt.Errorf("waiting for the router to be ready: it ended or was too slow: %s", strings.Join(read, "; "))
+	return fmt.Errorf("waiting for the router to be ready: no such log line until its end or the time limit: %s", strings.Join(read, "; "))
 }
 
 // memory returns a figure of /proc/PID/status in bytes (proc_pid_status(5)).
 func memory(status, name string) (float64, error) {
 	_, after, _ := strings.Cut(status, "\n"+name+":")
 	line, _, _ := strings.Cut(after, "\n")
-	kib, err := strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(line, " kB"))) // it means KiB
+	kib, err := strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(line, " kB"))) // KiB
 	if err != nil {
 		return 0, fmt.Errorf("reading %s from a process's status: %w", name, err)
 	}

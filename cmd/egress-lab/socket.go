@@ -11,19 +11,19 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// The sockets of package net add a poller and a scheduler to every call, which
-// costs more than the rules that are to be measured. These block their threads.
+// The sockets of package net add a poller and a scheduler to every call, which cost more
+// than the rules that are measured. The sockets of this file block their threads.
 
-// The time after which a server's socket gives up, so that nothing hangs. For
-// datagrams it only ends a measurement.
+// The timeouts of a server's socket. The first one only ends a measurement that hangs; the
+// second one ends each measurement of datagrams.
 const (
-	quiet    = 5 * time.Second
+	quiet    = time.Minute
 	quietUDP = 50 * time.Millisecond
 	buffer   = 8 << 20 // bytes of datagrams that wait for the server
-	backlog  = 128     // connections that wait for the server, far more than there are
+	backlog  = 128     // connections that wait for the server, more than clients exist
 )
 
-// listen makes a server's socket in ns.
+// listen creates a server's socket in ns.
 func listen(ns *netns.Namespace, kind int, at netip.AddrPort) (socket int, err error) {
 	err = ns.Do(func() (err error) {
 		socket, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0)
@@ -57,13 +57,13 @@ func listen(ns *netns.Namespace, kind int, at netip.AddrPort) (socket int, err e
 	return socket, nil
 }
 
-// dial makes a client's socket in the namespace of the thread.
+// dial creates a client's socket in the namespace of the thread.
 func dial(kind int, to netip.AddrPort) (socket int, err error) {
 	socket, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("making a socket: %w", err)
 	}
-	// A signal to the thread restarts the call, and that goes on waiting.
+	// After a signal to the thread the kernel restarts the call.
 	if err := unix.Connect(socket, address(to)); err != nil {
 		_ = unix.Close(socket)
 		return -1, fmt.Errorf("connecting: %w", err)
@@ -75,8 +75,8 @@ func address(a netip.AddrPort) *unix.SockaddrInet4 {
 	return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
 }
 
-// The calls below can be interrupted, by the Go scheduler for one, and are not
-// restarted by the kernel where the socket has a timeout (signal(7)).
+// Signals, such as those of the Go scheduler, interrupt the calls below, and the kernel does
+// not restart them if the socket has a timeout (signal(7)).
 
 func accept(listener int) (int, error) {
 	return interrupted(func() (int, error) {
@@ -93,7 +93,7 @@ func write(socket int, buf []byte) (int, error) {
 	return interrupted(func() (int, error) { return unix.Write(socket, buf) })
 }
 
-// interrupted makes a call again as long as it is interrupted.
+// interrupted repeats a call while it is interrupted.
 func interrupted(call func() (int, error)) (int, error) {
 	for {
 		n, err := call()

@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// A pair is one round: the reference and the router, one soon after the other, so
-// that both see the machine in the same mood.
+// A pair is one round: reference and router, measured shortly after each other, under the
+// same load of the machine.
 type pair struct {
 	reference, router float64
 }
@@ -30,7 +30,7 @@ type row struct {
 	goal          goal
 }
 
-// A goal is a ratio to hold, at most or at least. The zero goal is none.
+// A goal is an upper or lower limit of a ratio. The zero value is no goal.
 type goal struct {
 	ratio float64
 	least bool
@@ -39,7 +39,7 @@ type goal struct {
 func atMost(ratio float64) goal  { return goal{ratio: ratio} }
 func atLeast(ratio float64) goal { return goal{ratio: ratio, least: true} }
 
-// String returns the goal as the tables have it.
+// String returns the goal as it is printed in tables.
 func (g goal) String() string {
 	switch {
 	case g.ratio == 0:
@@ -50,7 +50,7 @@ func (g goal) String() string {
 	return fmt.Sprintf("<= %g", g.ratio)
 }
 
-// judge says whether a figure keeps to the goal.
+// judge returns "ok" or "MISSED", or "" without a goal.
 func (g goal) judge(figure float64) string {
 	switch {
 	case g.ratio == 0:
@@ -68,16 +68,16 @@ func printHeader(w io.Writer, unit string) {
 	fmt.Fprintf(w, rowFormat, "what", "variant", "reference "+unit, "router "+unit, "ratio", "spread", "goal", "ok")
 }
 
-// printProxyHeader prints the line above rows of the proxies, whose reference is
-// another proxy.
+// printProxyHeader prints the line above rows of the proxies; the reference is another
+// proxy.
 func printProxyHeader(w io.Writer) {
 	fmt.Fprintf(w, rowFormat, "what", "beside", "theirs", "ours", "ratio", "spread", "goal", "ok")
 }
 
-// print prints the row: medians of the figures, the median of the ratios of the
-// single rounds, and as spread the middle half of those. What is compared is
-// measured one soon after the other, so a machine that gets slower with the
-// rounds moves the figures, and not their ratios.
+// print prints the row: medians of the figures, the median of the ratios of all rounds, and
+// as spread their middle half. A machine that becomes slower from round to round changes
+// the figures and not the ratios, since the two figures of a pair are measured shortly
+// after each other.
 func (r row) print(w io.Writer) {
 	var references, routers, ratios []float64
 	for _, p := range r.pairs {
@@ -91,7 +91,7 @@ func (r row) print(w io.Writer) {
 		fmt.Sprintf("%.2f to %.2f", quantile(ratios, 0.25), quantile(ratios, 0.75)), r.goal, r.goal.judge(ratio)), " \n"))
 }
 
-// digits returns a figure with as many digits as it is worth.
+// digits returns a figure with two decimals, or none from 1,000 on.
 func digits(figure float64) string {
 	if figure < 1000 {
 		return fmt.Sprintf("%.2f", figure)
@@ -108,9 +108,8 @@ func thousands(n int) string {
 	return s
 }
 
-// quantile returns the value below which the fraction q of the values is, with
-// the line between two neighbours where it falls between them. The median, 0.5,
-// is what a busy machine's odd slow round does not move.
+// quantile returns the value below which the fraction q of the values is, interpolated
+// between two values. Single slow rounds do not change the median, 0.5.
 func quantile(values []float64, q float64) float64 {
 	values = slices.Sorted(slices.Values(values))
 	at := q * float64(len(values)-1)

@@ -14,14 +14,15 @@ import (
 
 var throughputEffort = effort{rounds: 25, each: 250 * time.Millisecond}
 
-const throughputHead = `Throughput: what arrives through the router with the example's rules, beside plain
-routing through the same namespaces, without a rule and without connection tracking.
+const throughputHead = `Throughput: the rate of arrived bytes through the router with the rules of the example.
+Reference: plain routing through the same namespaces, without rules and connection
+tracking.
 
 `
 
 const throughputFoot = `
-%d rounds of %s each, in which all variants take turns. UDP datagrams have %d bytes and
-come from one thread, as fast as that can send them.
+%d rounds of %s for each variant, in turns. UDP datagrams have %d bytes; one thread sends
+them without a pause.
 `
 
 // The kinds of traffic.
@@ -35,8 +36,7 @@ var traffic = []struct {
 	{"UDP, thousand datagrams/s", path.datagrams, goal{}},
 }
 
-// benchThroughput measures what the rules cost a packet of a connection that is
-// there.
+// benchThroughput measures the cost of the rules for packets of existing connections.
 func benchThroughput(ctx context.Context, program string, found []variant, stdout io.Writer) error {
 	fmt.Fprint(stdout, throughputHead)
 	printHeader(stdout, "")
@@ -51,8 +51,8 @@ func benchThroughput(ctx context.Context, program string, found []variant, stdou
 	return nil
 }
 
-// measureThroughput measures all variants. The labs exist at the same time, so
-// that what is compared is measured within seconds of each other.
+// measureThroughput measures all variants. All labs exist at the same time, so that
+// compared figures are measured within seconds of each other.
 func measureThroughput(ctx context.Context, program string, found []variant, e effort) ([]row, error) {
 	plain, err := lab.New(lab.Options{})
 	if err != nil {
@@ -86,7 +86,7 @@ func measureThroughput(ctx context.Context, program string, found []variant, e e
 		order[i] = i
 	}
 	for round := range e.rounds + 1 {
-		// There and back, so that no place in the order is the better one.
+		// The order is reversed in each round: no position has an advantage.
 		slices.Reverse(order)
 		for k, kind := range traffic {
 			for _, i := range order {
@@ -109,15 +109,14 @@ func measureThroughput(ctx context.Context, program string, found []variant, e e
 	return rows, nil
 }
 
-// asked is the port that the client asks at. It is none of the example's, so that
-// all of its rules are looked at.
+// asked is the client's destination port. The example does not name it: the kernel compares
+// a packet with all rules.
 const asked = 9000
 
-// fallback is where that port leads to.
+// fallback is the destination of that port.
 var fallback = netip.AddrPortFrom(netip.MustParseAddr("203.0.113.27"), asked)
 
-// fallbackPath runs a router with the example and returns the path by its last
-// line.
+// fallbackPath runs a router with the example and returns the path of its last line.
 func fallbackPath(ctx context.Context, l *lab.Lab, program string, v variant) (path, error) {
 	if _, err := runInit(ctx, l, program, v, example()); err != nil {
 		return path{}, err
@@ -126,7 +125,7 @@ func fallbackPath(ctx context.Context, l *lab.Lab, program string, v variant) (p
 	return p, errors.Join(p.check(ctx, "tcp", lab.Source), p.check(ctx, "udp", lab.Source))
 }
 
-// plainPath returns the path to the same server by a plain router.
+// plainPath returns the path to the same server through a plain router.
 func plainPath(ctx context.Context, l *lab.Lab) (path, error) {
 	if err := l.RoutePlainly(); err != nil {
 		return path{}, err

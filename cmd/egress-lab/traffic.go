@@ -14,11 +14,11 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// A path leads from the client to a server, by the router of a lab.
+// A path is the way from the client to a server through the router of a lab.
 type path struct {
 	lab    *lab.Lab
-	to     netip.AddrPort // that the client connects or sends to
-	server netip.AddrPort // that it reaches
+	to     netip.AddrPort // destination of the client's packets
+	server netip.AddrPort // server that receives them
 }
 
 // check asks the server over the path, which must see the client as from.
@@ -38,17 +38,12 @@ func (p path) check(ctx context.Context, proto string, from netip.Addr) error {
 	return nil
 }
 
-// stuck is what no connection takes. The kernel sends a first packet again after
-// 1 s (TCP_TIMEOUT_INIT in include/net/tcp.h), so one that takes longer has lost
-// it, and the figure would tell of that.
-const stuck = 900 * time.Millisecond
-
-// connections makes connections for some time, one after the other, and returns
-// how many a second. It does so on one thread: the kernel handles a packet on the
-// processor that sends it, so what is measured is the time that a connection
-// takes there, and not how several processors get in each other's way.
+// connections opens connections for some time, one after the other, and returns their
+// number a second. It uses one thread: the kernel handles a packet on the processor that
+// sends it, so the figure is the time of a connection on one processor, without effects
+// of several processors on each other.
 func (p path) connections(d time.Duration) (float64, error) {
-	// What an earlier measurement has left would fill the table.
+	// The entries of an earlier measurement would fill the table.
 	if err := p.lab.ForgetConnections(p.lab.Router); err != nil {
 		return 0, err
 	}
@@ -60,46 +55,48 @@ func (p path) connections(d time.Duration) (float64, error) {
 	var figure float64
 	err = p.lab.Client.Do(func() error {
 		begin := time.Now()
-		for made, now := 0, begin; ; made++ {
-			if now.Sub(begin) >= d {
-				figure = float64(made) / now.Sub(begin).Seconds()
-				return nil
-			}
+		for opened := 1; ; opened++ {
 			if err := p.connect(listener); err != nil {
 				return fmt.Errorf("connecting to %q: %w", p.to, err)
 			}
-			before := now
-			now = time.Now()
-			if took := now.Sub(before); took > stuck {
-				return fmt.Errorf("connecting to %q: packets were lost, it took %s", p.to, took)
+			if took := time.Since(begin); took >= d {
+				figure = float64(opened) / took.Seconds()
+				return nil
 			}
 		}
 	})
 	return figure, err
 }
 
-// connect makes a connection of four packets: three to open it, and a reset by
-// the client, after which neither end waits (SO_LINGER in socket(7)).
+// connect opens a connection of four packets: three to open it, and a reset by the client,
+// after which neither end waits (SO_LINGER in socket(7)). A lost packet is an error: the
+// kernel repeats the first one after 1 s (TCP_TIMEOUT_INIT in include/net/tcp.h), and the
+// figure would be the number of losses.
 func (p path) connect(listener int) error {
 	client, err := dial(unix.SOCK_STREAM, p.to)
 	if err != nil {
 		return err
 	}
 	server, err := accept(listener)
+	if info, infoErr := unix.GetsockoptTCPInfo(client, unix.IPPROTO_TCP, unix.TCP_INFO); infoErr != nil {
+		err = errors.Join(err, infoErr)
+	} else if info.Total_retrans > 0 {
+		err = errors.Join(err, fmt.Errorf("%d packets were lost", info.Total_retrans))
+	}
 	err = errors.Join(err, unix.SetsockoptLinger(client, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}), unix.Close(client))
 	if err != nil {
 		return err
 	}
 	defer func() { _ = unix.Close(server) }()
-	// If the server closed before the reset has come, it would send packets too.
+	// If the server closed before it receives the reset, it would send packets, too.
 	if _, err := read(server, make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 		return fmt.Errorf("waiting for the reset: %w", err)
 	}
 	return nil
 }
 
-// streams sends over so many TCP connections at once for some time, and returns
-// how many Gbit/s have arrived.
+// streams sends over a number of TCP connections at once for some time, and returns the
+// rate of arrived bytes in Gbit/s.
 func (p path) streams(number int, d time.Duration) (float64, error) {
 	listener, err := listen(p.lab.Outside, unix.SOCK_STREAM, p.server)
 	if err != nil {
@@ -129,15 +126,14 @@ func (p path) streams(number int, d time.Duration) (float64, error) {
 	return float64(arrived.Load()) * 8 / 1e9 / time.Since(begin).Seconds(), err
 }
 
-// What one call sends: as much as a socket takes well, and as little as a
-// question to a name server has.
+// The sizes of one write, in bytes.
 const (
-	bulk  = 128 << 10
-	small = 64
+	bulk  = 128 << 10 // of a stream
+	small = 64        // of a datagram: a question to a name server
 )
 
-// datagrams sends small UDP datagrams for some time, from one thread and as fast
-// as that can, and returns how many thousand a second have arrived.
+// datagrams sends small UDP datagrams for some time, from one thread without a pause, and
+// returns how many thousand a second arrived.
 func (p path) datagrams(d time.Duration) (float64, error) {
 	socket, err := listen(p.lab.Outside, unix.SOCK_DGRAM, p.server)
 	if err != nil {
@@ -195,7 +191,7 @@ func (p path) send(kind, size int, end time.Time) error {
 	})
 }
 
-// together runs a function n times at once and waits for all.
+// together runs a function n times at once and waits for all calls.
 func together(n int, do func(i int) error) error {
 	errs := make([]error, n)
 	var all sync.WaitGroup
