@@ -6,4 +6,4 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
 
-func TestMain(m *testing.M) { labtest.Main(m) }
+func TestMain(m *testing.M) { labtest.MainOf(m, main) }

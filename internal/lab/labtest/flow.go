@@ -9,9 +9,8 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// Silence is how long a test waits for an answer that is not to come: a busy
-// machine answers later only for a part of the time, so that the test would still
-// fail in most runs.
+// Silence is how long a test waits for an answer that must not come. A wrong answer
+// that takes longer, on a busy machine, is found by the other runs.
 const Silence = 300 * time.Millisecond
 
 // A Flow is a UDP client with one local port, and so one connection of the kernel.
@@ -62,10 +61,9 @@ func (f *Flow) read(patience time.Duration) (lab.Answer, error) {
 	return a, err
 }
 
-// WantAnswer asks until the answer is the wanted one: datagrams that were on
-// their way when the router changed something may be answered late. The answers to
-// all of them are read, so that the next one is not taken for an answer to a later
-// question.
+// WantAnswer asks until the answer is the expected one: datagrams that were under way
+// when the router changed something may be answered late. It then reads the answers to
+// all questions, so that none is taken for the answer to a later one.
 func (f *Flow) WantAnswer(what, server, saw string) {
 	f.p.Helper()
 	var a lab.Answer

@@ -12,7 +12,7 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// File returns a file that stands for a namespace.
+// File returns the file of a namespace.
 func File(ns *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd()) }
 
 // AddMacvlan adds a macvlan of a node's NIC to a namespace.
@@ -30,11 +30,11 @@ func (p *Pod) AddMacvlan(ns *netns.Namespace, name, parent string, mode netlink.
 	}
 }
 
-// NewWithoutMacvlan returns a pod without an egress interface, whose router is to
-// make it from the NIC of the default route of the lab's node.
+// NewWithoutMacvlan returns a pod without an egress interface, whose router creates
+// it as a macvlan of the NIC of the lab's node.
 //
-// The node's namespace is always named. By its default the variable would name
-// that of the machine that the tests run on.
+// EGRESS_HOST_NETNS is always set to the node's namespace. Its default is that of the
+// machine that runs the tests.
 func NewWithoutMacvlan(t *testing.T) *Pod {
 	t.Helper()
 	p := New(t, lab.Options{NoMacvlan: true}, IptablesNFT)

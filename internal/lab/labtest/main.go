@@ -1,6 +1,6 @@
-// Package labtest runs the program in a pod of a lab, and what happens to a pod
-// with it: packages that the program consists of have their suites on the kernel
-// beside them, as external tests, whose TestMain calls [Main].
+// Package labtest runs the program in a pod of a lab, with clients, damages and
+// captures. Each package of the program has its suite on the kernel beside it, as
+// external tests (package router_test) whose TestMain calls [Main].
 package labtest
 
 import (
@@ -24,11 +24,14 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// Main makes the test binary the program itself, under the names that it goes
-// by, and runs the tests in namespaces of their own: it is what a TestMain calls.
-func Main(m *testing.M) {
-	// Tests in labs wait more than they compute. The argument -parallel, which is
-	// read later, still counts.
+// Main runs the tests in namespaces of their own, and makes the test binary the
+// program under each of its names. A TestMain calls it.
+func Main(m *testing.M) { MainOf(m, program) }
+
+// MainOf is Main with the main function of the program itself.
+func MainOf(m *testing.M, program func()) {
+	// Tests in labs wait more than they compute. The argument -parallel is parsed
+	// later and overrides this.
 	if err := flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))); err != nil {
 		fmt.Fprintf(os.Stderr, "labtest: %v\n", err)
 		os.Exit(1)
@@ -51,7 +54,7 @@ func Main(m *testing.M) {
 	})
 }
 
-// program is the whole of cmd/egress-router, which cannot be imported.
+// program does what main of cmd/egress-router does, which cannot be imported.
 func program() {
 	os.Exit(cli.Run(context.Background(), cli.Process{
 		Name: os.Args[0], Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
@@ -59,9 +62,8 @@ func program() {
 	}))
 }
 
-// become changes this process, then turns it into egress-router: the commands
-// that are made with it show the program in a container that is not as it
-// should be.
+// become changes this process and executes egress-router in it. Its commands show
+// the program in a container with a fault.
 func become(change func() error) {
 	// Namespaces and capabilities belong to threads.
 	runtime.LockOSThread()

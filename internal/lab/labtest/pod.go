@@ -55,8 +55,8 @@ type Pod struct {
 	lock string // file of the xtables lock, which pods of parallel tests must not share
 }
 
-// Patience is how long a test waits for what comes, such as an answer. A busy
-// machine needs a part of it.
+// Patience is how long a test waits for an event, such as an answer. A busy machine
+// needs a part of it.
 const Patience = time.Minute
 
 // Example is the environment of the documentation's example.
@@ -191,9 +191,8 @@ func (p *Pod) OK() Result {
 	return r
 }
 
-// WantRefusal runs the router, or another command under whose name it runs, and
-// expects exit code 1, nothing on stdout, a last line with the reason, and what
-// to do before it.
+// WantRefusal runs the router, or another of its commands, and expects exit code 1,
+// nothing on stdout, a last line with the reason, and a hint before it.
 func (p *Pod) WantRefusal(command, last, hint string) {
 	p.Helper()
 	if command == "" {
@@ -229,8 +228,7 @@ func (p *Pod) NFT(line string) string {
 	return p.Tool("nft", line)
 }
 
-// FlushSourceRule deletes the rule that sets the source, behind the router's
-// back.
+// FlushSourceRule deletes the rule that sets the source.
 func (p *Pod) FlushSourceRule() {
 	p.Helper()
 	if p.Backend == Nftables {
@@ -324,8 +322,8 @@ func diff(want, got string) string {
 	return cmp.Diff(strings.Split(want, "\n"), strings.Split(got, "\n"))
 }
 
-// WantAnswer asks the pod from the client and checks who answered, and whom
-// that server saw.
+// WantAnswer asks the pod from the client. It checks that the server answers and
+// sees the reserved address.
 func (p *Pod) WantAnswer(proto string, port uint16, server string) {
 	p.Helper()
 	a, err := p.Ask(p.Lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
@@ -355,9 +353,9 @@ func (p *Pod) WantRefused(proto string, port uint16) {
 	}
 }
 
-// State describes everything in the router's namespace that a router could
-// change, for comparing. Routes and chains are sorted, since where they stand
-// depends on when they were made; rules are not.
+// State describes, for comparison, everything in the router's namespace that a
+// router can change. Routes and chains are sorted, since their order is that of
+// creation; rules are not.
 func (p *Pod) State() string {
 	p.Helper()
 	s, err := p.state()
@@ -403,8 +401,7 @@ func (p *Pod) state() (string, error) {
 	return strings.Join(append(lines, routes...), "\n") + "\n" + rules, err
 }
 
-// Clear takes all rules and what else init did away again, but for what does
-// not matter to a next run.
+// Clear deletes all rules.
 func (p *Pod) Clear() {
 	p.Helper()
 	p.NFT("flush ruleset")
@@ -469,7 +466,7 @@ func (p *Pod) rules() (string, error) {
 			if err != nil {
 				return "", err
 			}
-			// The order of chains is that in which they were made.
+			// The order of chains is that of their creation.
 			blocks := strings.Split(strings.TrimSuffix(strings.TrimSpace(listed), "}"), "\n\n")
 			slices.Sort(blocks[1:])
 			lines = append(lines, strings.Join(blocks, "\n"))
@@ -478,7 +475,7 @@ func (p *Pod) rules() (string, error) {
 	return strings.Join(lines, "\n") + "\n", nil
 }
 
-// WantState checks that the state is as it was.
+// WantState checks that the state has not changed.
 func (p *Pod) WantState(want string) {
 	p.Helper()
 	if got := p.State(); got != want {
@@ -517,9 +514,9 @@ func (p *Pod) Link(h *netlink.Handle, name string) netlink.Link {
 	return l
 }
 
-// Programs puts a shell script in front of each iptables program; in it,
-// "$real" "$@" runs the program itself. Calls for the version pass by: who asks
-// does so twice at a time.
+// Programs returns a PATH in which a shell script replaces each iptables program. In
+// the script, "$real" "$@" runs the program. Calls for the version do not run the
+// script: there are two at a time.
 func (p *Pod) Programs(script string) (path string) {
 	p.Helper()
 	programs, _, _ := strings.Cut(p.Path, ":")
@@ -533,7 +530,7 @@ func (p *Pod) Programs(script string) (path string) {
 	return dir + ":" + p.Path
 }
 
-// Use gives the pod another backend.
+// Use sets another backend.
 func (p *Pod) Use(b Backend) {
 	p.Helper()
 	_, path, _ := strings.Cut(p.Path, ":")
