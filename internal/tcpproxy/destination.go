@@ -9,14 +9,14 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Destination is where the connections to one port go.
+// A Destination is the target of the connections to one port.
 type Destination struct {
 	Port   rules.Port // to listen on
 	Host   string     // as written: an IPv4 address or a domain name
 	ToPort rules.Port // at Host
 }
 
-// Target returns the host and port that are dialled.
+// Target returns the host and port to connect to.
 func (d Destination) Target() string {
 	return net.JoinHostPort(d.Host, strconv.Itoa(int(d.ToPort)))
 }
@@ -30,11 +30,11 @@ func (d Destination) String() string {
 	return s
 }
 
-// Parse reads a destination list, EGRESS_DNS_PROXY_DESTINATION: lines
-// "PORT HOST" or "PORT HOST REMOTEPORT", read as the router's list is. The
-// first line that is not right ends the parse with a *rules.ParseError, whose
-// text is the sentence of the original. A list of comments and blank lines is
-// no error, and no destination; nothing at all is one.
+// Parse parses a destination list, EGRESS_DNS_PROXY_DESTINATION: lines "PORT HOST" or
+// "PORT HOST REMOTEPORT", which are split as those of the router's list. The first
+// invalid line ends the parse with a *rules.ParseError, whose text is the sentence of
+// the original. A list of comments and blank lines is valid and has no destination; an
+// empty text is an error.
 func Parse(value string) ([]Destination, error) {
 	if value == "" {
 		return nil, &rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION",
@@ -72,8 +72,8 @@ func Parse(value string) ([]Destination, error) {
 	return list, nil
 }
 
-// wellFormed reports whether a line has the shape of a destination. Whether its
-// ports are ports is looked at later, for another sentence.
+// wellFormed reports whether a line has the form of a destination. The range of its
+// ports is checked later, since that has a sentence of its own.
 func wellFormed(text string, words []string) bool {
 	if text[0] == ' ' || text[len(text)-1] == ' ' { // a backslash protected it
 		return false
@@ -81,11 +81,11 @@ func wellFormed(text string, words []string) bool {
 	return (len(words) == 2 || len(words) == 3 && isDigits(words[2])) && isDigits(words[0]) && isHost(words[1])
 }
 
-// isHost accepts an IPv4 address, or a domain name of two labels at least: of
-// letters, digits, hyphens and, since names of hosts have them in spite of
-// RFC 1123, underscores. One whose last label is a number is an address that
-// is wrong (RFC 3696 section 2, WHATWG URL "ends in a number"). A final dot,
-// which keeps the resolver from its search list, is allowed.
+// isHost reports whether s is an IPv4 address, or a domain name of at least two labels
+// of letters, digits, hyphens and underscores, which host names contain in spite of
+// RFC 1123. A name whose last label is a number is an invalid address (RFC 3696
+// section 2, WHATWG URL "ends in a number"). A final dot, which disables the
+// resolver's search list, is allowed.
 func isHost(s string) bool {
 	if _, ok := rules.ParseIPv4(s); ok {
 		return true
@@ -103,7 +103,7 @@ func isHost(s string) bool {
 	return true
 }
 
-// The longest name and label (RFC 1035 section 2.3.4), as they are written.
+// The length limits of a name and a label (RFC 1035 section 2.3.4), in characters.
 const (
 	maxName  = 253
 	maxLabel = 63
@@ -117,8 +117,8 @@ func notOfName(r rune) bool {
 	return true
 }
 
-// parsePort accepts a decimal number from 1 to 65535 without leading zeros, as
-// the router does.
+// parsePort parses a decimal number from 1 to 65535 without leading zeros, as the
+// router does.
 func parsePort(s string) (rules.Port, bool) {
 	if strings.HasPrefix(s, "0") {
 		return 0, false
@@ -135,14 +135,13 @@ func badPort(line rules.Line, port string) error {
 	return e
 }
 
-// isBlank reports whether s holds white space only, as [[:space:]] of the
-// POSIX locale has it.
+// isBlank reports whether s contains only white space, [[:space:]] of the POSIX locale.
 func isBlank(s string) bool { return strings.Trim(s, " \t\n\v\f\r") == "" }
 
 func isDigits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
-// UnitTest returns what EGRESS_DNS_PROXY_MODE=unit-test prints: for each
-// destination what would be listened on, all addresses, and what dialled.
+// UnitTest returns the output of EGRESS_DNS_PROXY_MODE=unit-test: for each destination
+// the port to listen on, on all addresses, and the target.
 func UnitTest(list []Destination) []byte {
 	var b []byte
 	for _, d := range list {

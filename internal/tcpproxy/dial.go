@@ -16,42 +16,41 @@ import (
 
 // A dialer connects to servers, from ports that it chooses itself.
 //
-// A client that ends its connection first makes the proxy do the same with the
-// server, and the proxy's port then waits for a minute (TIME_WAIT, RFC 9293
-// section 3.6). A connection from whatever port the kernel has left takes ever
-// longer to find one, and after some 28,000 to one server there is none, unless
-// net.ipv4.tcp_tw_reuse is 1, which takes privilege to set. But a port that is
-// bound before the connection is made the kernel lets be used again all the
-// same; timestamps keep the two connections apart (RFC 6191; tcp_twsk_unique in
-// net/ipv4/tcp_ipv4.c, __inet_hash_connect in net/ipv4/inet_hashtables.c).
+// If a client ends its connection first, so does the proxy with that to the server,
+// and the proxy's port stays in TIME_WAIT for a minute (RFC 9293 section 3.6). The
+// kernel needs ever longer to find a free port for the next connection, and after some
+// 28,000 connections to one server there is none, unless net.ipv4.tcp_tw_reuse is 1,
+// which requires privilege. But the kernel reuses a port in TIME_WAIT if it is bound
+// before the connection is made; timestamps distinguish the two connections (RFC 6191;
+// tcp_twsk_unique in net/ipv4/tcp_ipv4.c, __inet_hash_connect in
+// net/ipv4/inet_hashtables.c).
 type dialer struct {
 	first, count uint32        // the ports; count 0: the kernel chooses
-	next         atomic.Uint32 // each in turn, so that one waits for as long as can be
-	keepAlive    bool          // ask servers if they are still there
+	next         atomic.Uint32 // ports take turns, so that each rests as long as possible
+	keepAlive    bool          // send keepalive probes to servers
 }
 
-// portRange is the file of the ports to connect from (ip(7)).
+// portRange is the file with the range of local ports (ip(7)).
 const portRange = "/proc/sys/net/ipv4/ip_local_port_range"
 
 func newDialer() *dialer {
 	var d dialer
 	text, err := os.ReadFile(portRange)
 	if err != nil {
-		return &d // no /proc: the kernel's choice is as good as it was
+		return &d // without /proc the kernel chooses the ports
 	}
 	var first, last uint32
 	if n, _ := fmt.Sscan(string(text), &first, &last); n == 2 && first <= last {
 		d.first, d.count = first, last-first+1
-		d.next.Store(rand.Uint32()) // where one before this may not have been just now (RFC 6056)
+		d.next.Store(rand.Uint32()) // not the ports of a previous process (RFC 6056)
 	}
 	return &d
 }
 
-// dial begins to connect to a server and returns the socket, which is connected
-// once it can be written to.
+// dial begins to connect to a server and returns the socket, which is connected once
+// it is writable.
 func (d *dialer) dial(to netip.AddrPort) (int32, error) {
-	// A port may be one that is listened on, or from which there is a
-	// connection to that server.
+	// A port may have a listener, or a connection to that server.
 	const most = 64
 	for range min(d.count, most) {
 		fd, err := d.dialFrom(uint16(d.first+d.next.Add(1)%d.count), to)
@@ -62,9 +61,9 @@ func (d *dialer) dial(to netip.AddrPort) (int32, error) {
 	return d.dialFrom(0, to)
 }
 
-// dialFrom begins to connect from a port, or from one that the kernel chooses: not
-// by binding to port 0, which takes one that has no connection at all, where
-// connect(2) finds one that has none to this server.
+// dialFrom begins to connect from a port. For port 0 the kernel chooses one: connect(2)
+// finds a port without a connection to this server, while a bind to port 0 would
+// require one without any connection.
 func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
 	family, everywhere := unix.AF_INET6, netip.IPv6Unspecified()
 	if to.Addr().Is4() {
@@ -76,8 +75,8 @@ func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
 	}
 	what := "bind"
 	if port != 0 {
-		// Others may have the port too if they allow it: for connections to other
-		// servers, after this one, or to listen (socket(7)).
+		// Other sockets with this option may share the port: for connections to
+		// other servers, for later ones, or to listen (socket(7)).
 		rawOption(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 		errno = rawBind(fd, netip.AddrPortFrom(everywhere, port))
 	}
@@ -94,8 +93,8 @@ func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
 	return fd, nil
 }
 
-// reach connects to a server, says something and ends the connection by a reset,
-// so that no port is kept (TIME_WAIT).
+// reach connects to a server, sends data and resets the connection, so that no port
+// stays in TIME_WAIT.
 func (d *dialer) reach(ctx context.Context, to netip.AddrPort, say []byte) error {
 	fd, err := d.dial(to)
 	if err != nil {

@@ -1,11 +1,11 @@
 // Package tcpproxy is the DNS proxy: it relays TCP connections to hosts that are
 // given by name, and follows the addresses of these names.
 //
-// Destinations come from a list (Parse). A Proxy listens on the port of each, and
-// accepts its connections in a goroutine of the port. A pool holds the addresses of
-// one destination, which take turns; those that do not answer are put aside and
-// probed. A relay joins two connections until both have said their last word, in the
-// kernel (splice(2)). As soon as its server's socket connects it belongs to one of
-// a few loops, which move the data of all; what may take long before that, and the
-// next try after one that failed, has a goroutine.
+// The destinations are those of a list (Parse). A Proxy listens on the port of each
+// and accepts its connections in one goroutine per port. A pool holds the addresses of
+// one destination in rotation; unreachable addresses are set aside and probed. A relay
+// joins two connections until both directions have ended, in the kernel (splice(2)).
+// From the moment at which its server's socket connects it belongs to one of a few
+// loops, which move the data of all relays. Steps before that which may take long, and
+// the next attempt after a failed one, run in a goroutine of their own.
 package tcpproxy

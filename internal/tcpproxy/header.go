@@ -11,17 +11,17 @@ const signature = "\r\n\r\n\x00\r\nQUIT\n"
 
 // The second half of each byte is the version, or the transport: TCP.
 const (
-	commandLocal = 0x20 // the proxy speaks for itself
+	commandLocal = 0x20 // for the proxy itself
 	commandProxy = 0x21 // for a client
 	familyNone   = 0x00
 	familyIPv4   = 0x11
 	familyIPv6   = 0x21
 )
 
-// localHeader is what a probe sends: nobody's connection.
+// localHeader is the header of a probe: a connection without a client.
 var localHeader = append([]byte(signature), commandLocal, familyNone, 0, 0)
 
-// proxyHeader tells a server who the client is, and where it connected to.
+// proxyHeader returns the header with the addresses of a client's connection.
 func proxyHeader(client, local netip.AddrPort) []byte {
 	b := append([]byte(signature), commandProxy)
 	from, to := client.Addr().Unmap(), local.Addr().Unmap()

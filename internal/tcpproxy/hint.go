@@ -9,8 +9,7 @@ import (
 
 const forms = `expected "PORT HOST" or "PORT HOST REMOTEPORT", for example "8443 www.example.com 443"`
 
-// hint says what is probably wrong with a line that the grammar refuses, most
-// telling first.
+// hint returns the probable fault of an invalid line, the most specific one first.
 func hint(text string) string {
 	for i := range len(text) {
 		switch c := text[i]; {
@@ -49,7 +48,7 @@ func hint(text string) string {
 	return forms
 }
 
-// hostHint says why the second field is no host.
+// hostHint returns why the second field is no host.
 func hostHint(words []string) string {
 	s := words[1]
 	host, port, colon := strings.Cut(s, ":")

@@ -8,10 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How often a loop looks at its relays: a few times in the time after which one is
-// idle, since more would tell more exactly when a slow reader took its last piece,
-// which is all that a look can miss; and so that a server that does not answer is
-// not waited for much too long.
+// The interval at which a loop checks its relays: an eighth of the idle timeout, since
+// the end of a slow reader's progress need not be known more exactly; and at most a
+// second, so that the connect timeout is kept.
 const (
 	looks     = 8
 	leastWait = 10 * time.Millisecond
@@ -26,8 +25,8 @@ func (l *loop) period() time.Duration {
 	return min(max(l.idle/looks, leastWait), mostWait)
 }
 
-// tick looks at all relays, and has the next look be made while there are any. In
-// between nobody reads a clock: what happens is noted with the number of the tick.
+// tick checks all relays, and schedules the next tick while there are any. No event
+// reads the clock: activity is recorded as the number of the current tick.
 func (l *loop) tick() {
 	l.mu.Lock()
 	l.admit()
@@ -53,15 +52,15 @@ func (l *loop) tick() {
 	}
 	l.pipes.trim()
 	if len(l.relays) == 0 {
-		l.pipes.trim() // nobody needs one
+		l.pipes.trim() // without relays, all
 	}
 }
 
-// look ends a relay for which it is time.
+// look ends a relay whose timeout is over.
 func (l *loop) look(r *relay) {
 	silent := l.ticks - r.active
 	lasts := func(limit time.Duration) bool {
-		// The first of the ticks may have come at once.
+		// The first of the ticks may have come immediately.
 		return time.Duration(silent-1)*l.period() >= limit
 	}
 	switch {
@@ -75,18 +74,17 @@ func (l *loop) look(r *relay) {
 		r.active = l.ticks
 	case !lasts(l.idle):
 	case r.up.holds() || r.down.holds():
-		r.abort(outcomeIdle) // what a peer does not take must not be missing without a word
+		r.abort(outcomeIdle) // the peer must notice that data are missing
 	default:
-		// The peers did nothing wrong, and nothing is under way: they are told
-		// of the end in order.
+		// No data are in flight: both connections end in order.
 		r.close(outcomeIdle)
 	}
 }
 
-// taken reports whether a peer has taken something since the last look, which is
-// no event: nothing need come in while a slow reader takes what there is. It asks
-// the kernel (struct tcp_info in include/uapi/linux/tcp.h), which counts neither
-// keepalive probes nor repetitions.
+// taken reports whether a peer has acknowledged data since the last look, of which
+// there is no event: a slow reader makes progress without any new data. The numbers
+// are the kernel's (struct tcp_info in include/uapi/linux/tcp.h), which include
+// neither keepalive probes nor retransmissions.
 func (l *loop) taken(r *relay) bool {
 	client, err := unix.GetsockoptTCPInfo(int(r.client.fd), unix.IPPROTO_TCP, unix.TCP_INFO)
 	if err != nil {
@@ -103,5 +101,5 @@ func (l *loop) taken(r *relay) bool {
 	return changed && !r.quiet
 }
 
-// pending reports whether a peer has yet to take something.
+// pending reports whether a peer has not acknowledged everything.
 func pending(info *unix.TCPInfo) bool { return info.Unacked > 0 || info.Notsent_bytes > 0 }

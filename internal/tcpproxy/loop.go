@@ -15,38 +15,37 @@ import (
 
 // A loop moves the data of many relays, in one goroutine.
 //
-// A goroutine for each direction of each connection would be simpler, but takes a
-// short connection half as much processor time again, for waking up goroutines and
-// threads for them. A loop has an epoll(7) of its own, which the runtime's poller
-// watches like any other descriptor: its goroutine waits as all others do, no
-// thread is bound to it, and one call tells of all that has happened.
+// A goroutine for each direction of each connection would be simpler, but would cost a
+// short connection 50 % more processor time, to wake up goroutines and threads. A loop
+// has an epoll(7) of its own, which the runtime's poller watches like any other
+// descriptor: its goroutine waits like any other, no thread is bound to it, and one
+// call returns all events.
 type loop struct {
-	idle        time.Duration       // after which a relay without data ends; 0: never
+	idle        time.Duration       // after which a relay without activity ends; 0: never
 	dialTimeout time.Duration       // after which connecting to a server fails
-	ended       func(*relay)        // is told of a relay that is over
-	failed      func(*relay, error) // is given back a relay whose server was not reached
+	ended       func(*relay)        // called when a relay has ended
+	failed      func(*relay, error) // called when connecting to a server has failed
 
 	epoll  int32
 	file   *os.File // the same, for the runtime's poller
 	raw    syscall.RawConn
 	events [128]unix.EpollEvent
-	buffer [shortPiece]byte // of all short pieces
+	buffer [shortPiece]byte // for all short pieces
 	pipes  pipeList
 
 	relays map[uint64]*relay
-	again  []*relay // that have more to do, of which no event tells
+	again  []*relay // that have more data to move without an event
 	ticks  uint32   // written with the lock held
 
 	mu       sync.Mutex
-	incoming []*relay // that are not in relays yet
-	last     uint64   // number of a relay
+	incoming []*relay // that are not in the map yet
+	last     uint64   // ID of a relay
 	ticking  bool
 	stopped  bool
 }
 
-// watched is what the loop hears of every socket: whenever it comes to be
-// (EPOLLET), so that nothing need be said in between. That a socket can be written
-// to is added where that matters.
+// watched are the events of every socket, edge-triggered (EPOLLET), so that the
+// registration need not change. EPOLLOUT is added when a socket is full.
 const watched = unix.EPOLLIN | unix.EPOLLPRI | unix.EPOLLRDHUP | unix.EPOLLET
 
 func newLoop() (*loop, error) {
@@ -54,10 +53,10 @@ func newLoop() (*loop, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
 	}
-	// It never blocks, but os.NewFile has only those watched that say so.
+	// os.NewFile registers only non-blocking descriptors with the poller.
 	_ = unix.SetNonblock(epoll, true)
 	l := &loop{epoll: int32(epoll), file: os.NewFile(uintptr(epoll), "epoll"), relays: map[uint64]*relay{}}
-	// The runtime may have nothing left to watch it with, which it tells here only.
+	// The registration may have failed (fs.epoll.max_user_watches), which shows here.
 	if err = l.file.SetReadDeadline(time.Time{}); err == nil {
 		l.raw, err = l.file.SyscallConn()
 	}
@@ -68,8 +67,8 @@ func newLoop() (*loop, error) {
 	return l, nil
 }
 
-// take takes over a relay whose server's socket is being connected. Any goroutine
-// may call it, and has no more to do with the relay if there is no error.
+// take takes over a relay whose server's socket is being connected. It may be called
+// from any goroutine. Unless it returns an error, the relay then belongs to the loop.
 func (l *loop) take(r *relay, server int32) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -79,7 +78,7 @@ func (l *loop) take(r *relay, server int32) error {
 	l.last++
 	r.loop, r.id, r.active = l, l.last, l.ticks
 	r.server = end{fd: server, watched: true}
-	// It can be connected at once; the loop then waits for the lock (find).
+	// Its event may come immediately; the loop then waits for the lock (find).
 	if err := l.control(unix.EPOLL_CTL_ADD, r, &r.server); err != nil {
 		return err
 	}
@@ -93,8 +92,8 @@ func (l *loop) take(r *relay, server int32) error {
 	return nil
 }
 
-// control tells the epoll of a socket. What comes with an event is the number of
-// the relay, none of which is given twice, and which of its ends it is.
+// control registers a socket with the epoll. The key of its events is the relay's ID,
+// which is unique, and which of its ends it is.
 func (l *loop) control(how int, r *relay, e *end) error {
 	key := r.id << 1
 	if e == &r.server {
@@ -110,8 +109,8 @@ func (l *loop) control(how int, r *relay, e *end) error {
 	return nil
 }
 
-// watch makes the loop hear when an end that is full takes something again, which
-// it may do already.
+// watch registers a full end for EPOLLOUT. The event comes immediately if the end is
+// writable by then.
 func (l *loop) watch(r *relay, e *end) {
 	if !e.watched {
 		e.watched = true
@@ -138,8 +137,8 @@ func (l *loop) run() {
 		switch err := l.raw.Read(poll); {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			l.tick()
-			// Where a turn of all takes as long as a tick lasts, this would
-			// otherwise come each time instead of what has happened.
+			// If one turn of all relays takes longer than a tick, the deadline is
+			// always over, and without this no event would be read.
 			_ = l.raw.Control(func(fd uintptr) { poll(fd) })
 		case err != nil:
 			return
@@ -161,7 +160,7 @@ func (l *loop) handle(event *unix.EpollEvent) {
 	key := uint64(uint32(event.Fd)) | uint64(uint32(event.Pad))<<32
 	r := l.find(key >> 1)
 	if r == nil {
-		return // it ended in this very turn
+		return // it ended in this turn
 	}
 	e := &r.client
 	if key&1 == 1 {
@@ -188,7 +187,7 @@ func (l *loop) find(id uint64) *relay {
 	return l.relays[id]
 }
 
-// admit lets in the relays that were taken. The lock is held.
+// admit adds the relays that were taken to the map. The lock is held.
 func (l *loop) admit() {
 	for i, r := range l.incoming {
 		l.relays[r.id], l.incoming[i] = r, nil
@@ -196,7 +195,7 @@ func (l *loop) admit() {
 	l.incoming = l.incoming[:0]
 }
 
-// turn lets a relay do what it can.
+// turn lets a relay move its data.
 func (l *loop) turn(r *relay) {
 	r.active, r.quiet = l.ticks, false
 	if r.run() && !r.queued {
@@ -205,7 +204,7 @@ func (l *loop) turn(r *relay) {
 	}
 }
 
-// join begins a relay when its server is connected.
+// join starts a relay when its server is connected.
 func (l *loop) join(r *relay, events uint32) {
 	if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
 		code, err := unix.GetsockoptInt(int(r.server.fd), unix.SOL_SOCKET, unix.SO_ERROR)
@@ -233,7 +232,7 @@ func (l *loop) join(r *relay, events uint32) {
 	}
 	r.attempt.succeeds()
 	r.joined, r.header = true, nil
-	// The client has mostly asked by now. It is read before it is watched, which
+	// Most clients have sent their request by now. Reading before the registration
 	// saves an event.
 	r.client.readable = true
 	l.turn(r)
@@ -241,20 +240,20 @@ func (l *loop) join(r *relay, events uint32) {
 		return
 	}
 	if err := l.control(unix.EPOLL_CTL_ADD, r, &r.client); err != nil {
-		r.abort(outcomeStopped) // there is no memory for it
+		r.abort(outcomeStopped) // out of memory
 		return
 	}
 	r.watched = true
 }
 
-// fail gives a relay back whose server was not reached.
+// fail hands back a relay whose server was not reached.
 func (l *loop) fail(r *relay, err error) {
 	rawReset(r.server.fd)
 	delete(l.relays, r.id)
 	l.failed(r, err)
 }
 
-// stop ends all relays, and takes no more.
+// stop ends all relays. The loop takes no more.
 func (l *loop) stop() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -262,5 +261,5 @@ func (l *loop) stop() {
 	_ = l.file.SetReadDeadline(time.Unix(1, 0))
 }
 
-// close ends a loop that has no relays any more.
+// close ends a loop without relays.
 func (l *loop) close() { _ = l.file.Close() }

@@ -2,25 +2,24 @@ package tcpproxy
 
 import "golang.org/x/sys/unix"
 
-// A pipe is what data passes on its way from one socket to another without being
-// copied (splice(2)). It belongs to one direction of a relay for as long as there
-// is something in it, and else to the loop.
+// A pipe is the buffer between two sockets for splice(2), which does not copy the
+// data. It belongs to one direction of a relay while it contains data, and otherwise to
+// the loop.
 type pipe struct {
 	out, in int32
-	size    int // bytes that are in it
+	size    int // bytes in it
 }
 
 const (
-	// pipeSize is how much a pipe is asked to hold, which is what a process may
-	// ask for without privilege (pipe-max-size in proc(5)). One that may not have
-	// it holds less (pipe-user-pages-soft), and works.
+	// pipeSize is the requested capacity of a pipe in bytes, the limit of an
+	// unprivileged process (pipe-max-size in proc(5)). If the request is refused
+	// (pipe-user-pages-soft), the pipe works with less.
 	pipeSize = 1 << 20
-	// mostPipes is how many a loop keeps for the next use.
+	// mostPipes is the maximum number of idle pipes of a loop.
 	mostPipes = 16
 )
 
-// newPipe makes a pipe, or returns nil if there is nothing to make it of:
-// descriptors or memory.
+// newPipe returns a pipe, or nil if descriptors or memory are exhausted.
 func newPipe() *pipe {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
@@ -35,10 +34,10 @@ func (p *pipe) close() {
 	rawClose(p.in)
 }
 
-// A pipeList is the pipes of a loop that nobody uses.
+// A pipeList holds the idle pipes of a loop.
 type pipeList struct {
 	idle  []*pipe
-	least int // that were idle at once since the last trim
+	least int // the smallest number of idle pipes since the last trim
 }
 
 func (p *pipeList) get() *pipe {
@@ -53,7 +52,7 @@ func (p *pipeList) get() *pipe {
 	return taken
 }
 
-// put takes a pipe back. One in which something is left is of no more use.
+// put returns a pipe to the list. A pipe that still contains data is closed.
 func (p *pipeList) put(used *pipe) {
 	if used.size > 0 || len(p.idle) == mostPipes {
 		used.close()
@@ -62,7 +61,7 @@ func (p *pipeList) put(used *pipe) {
 	p.idle = append(p.idle, used)
 }
 
-// trim closes those that were not needed since the last time.
+// trim closes the pipes that were idle since the last trim.
 func (p *pipeList) trim() {
 	for _, spare := range p.idle[:p.least] {
 		spare.close()
@@ -71,7 +70,7 @@ func (p *pipeList) trim() {
 	p.least = len(p.idle)
 }
 
-// close closes all.
+// close closes all idle pipes.
 func (p *pipeList) close() {
 	p.least = len(p.idle)
 	p.trim()

@@ -14,33 +14,33 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Resolver looks hosts up.
+// A Resolver looks up hosts.
 type Resolver interface {
-	// Lookup returns the addresses of a host and until when they hold. An
-	// address is its own answer. An error with a method NotFound that returns
-	// true says that the host has no address; any other, that it is not known
-	// which it has.
+	// Lookup returns the addresses of a host and when they expire. The answer for
+	// an address is that address. An error with a method NotFound that returns true
+	// means that the host has no address; after any other error its addresses are
+	// unknown.
 	Lookup(ctx context.Context, host string) (addrs []netip.Addr, expires time.Time, err error)
 }
 
-// The original's manners of connecting.
+// The limits of connecting, as in the original.
 const (
-	tries          = 3                // for one client
-	connectTimeout = 10 * time.Second // for one try, and for a name that is not known yet
-	retryPause     = time.Second      // before an address is tried again
+	tries          = 3                // per client
+	connectTimeout = 10 * time.Second // of one attempt, and of waiting for the first look-up of a name
+	retryPause     = time.Second      // before a second attempt to the same address
 )
 
 const (
 	// lookupPause is the shortest time between two look-ups of a name. The
-	// resolver keeps its answers; asking it costs nothing.
+	// resolver caches its answers, so a look-up is cheap.
 	lookupPause = time.Second
-	// An address that is put aside is probed in these intervals, which double.
+	// The first and the longest interval of probes of an address that is set aside;
+	// the interval doubles.
 	probeFirst = 2 * time.Second
 	probeMost  = 16 * time.Second
 )
 
-// A pool holds the addresses of one destination and hands out connections to
-// them.
+// A pool holds the addresses of one destination and chooses one for each client.
 type pool struct {
 	destination Destination
 	resolver    Resolver
@@ -51,10 +51,10 @@ type pool struct {
 	stop context.CancelFunc
 
 	mu    sync.Mutex
-	addrs []netip.Addr            // those to use
+	addrs []netip.Addr            // of the last answer
 	err   error                   // of the last look-up
-	known chan struct{}           // closed once the first look-up has ended with an answer
-	aside map[netip.Addr]struct{} // those that did not answer
+	known chan struct{}           // closed after the first answer
+	aside map[netip.Addr]struct{} // the unreachable ones
 	turn  int
 
 	condition Condition
@@ -63,7 +63,7 @@ type pool struct {
 	count counters
 }
 
-// start begins to follow the destination's name.
+// start starts to follow the destination's name.
 func (p *pool) start(ctx context.Context) {
 	p.ctx, p.stop = context.WithCancel(ctx)
 	p.known, p.aside = make(chan struct{}), map[netip.Addr]struct{}{}
@@ -78,8 +78,8 @@ func (p *pool) start(ctx context.Context) {
 	go p.follow()
 }
 
-// follow looks the name up again whenever its answer has expired, so that no
-// client has to wait for that.
+// follow looks up the name again when its answer has expired, so that no client has to
+// wait for a look-up.
 func (p *pool) follow() {
 	for {
 		addrs, expires, err := p.resolver.Lookup(p.ctx, p.destination.Host)
@@ -103,8 +103,8 @@ func (p *pool) follow() {
 	}
 }
 
-// learn takes the result of a look-up. Addresses stay as they are while it is
-// not known what they are now; a name that is gone has none.
+// learn applies the result of a look-up. If the look-up fails the addresses stay; a
+// name that does not exist has none.
 func (p *pool) learn(addrs []netip.Addr, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -138,7 +138,7 @@ func (p *pool) learn(addrs []netip.Addr, err error) {
 	case err == nil && len(before) == 0:
 		p.log.Info("destination resolved", "destination", p.destination.Target(), "addresses", p.addrs)
 	case err == nil && !sameSet(before, addrs):
-		// Some names have others in every answer.
+		// Some names have other addresses in every answer.
 		p.log.Debug("addresses changed", "destination", p.destination.Target(), "addresses", p.addrs)
 	}
 }
@@ -151,22 +151,21 @@ func notFound(err error) bool {
 	return ok && e.NotFound()
 }
 
-// sameSet compares addresses whatever their order, which name servers vary.
+// sameSet compares addresses without their order, which name servers rotate.
 func sameSet(a, b []netip.Addr) bool {
 	sorted := func(s []netip.Addr) []netip.Addr { return slices.SortedFunc(slices.Values(s), netip.Addr.Compare) }
 	return slices.Equal(sorted(a), sorted(b))
 }
 
-// An attempt is the way of one client to a server: up to three tries, of
-// whoever makes the connections.
+// An attempt is the search for a server of one client, of up to three tries.
 type attempt struct {
 	pool   *pool
-	to     netip.AddrPort // tried last
+	to     netip.AddrPort // of the last try
 	tried  []netip.Addr
-	failed error // the last try
+	failed error // of the last try
 }
 
-// waits reports whether next may have to wait.
+// waits reports whether next may block.
 func (a *attempt) waits() bool {
 	select {
 	case <-a.pool.known:
@@ -176,7 +175,7 @@ func (a *attempt) waits() bool {
 	}
 }
 
-// next sets where to connect to next, or returns why there is no use in that.
+// next sets the address of the next try, or returns why there is none.
 func (a *attempt) next(ctx context.Context) error {
 	if len(a.tried) == tries || len(a.tried) > 0 && ctx.Err() != nil {
 		return a.failed
@@ -192,10 +191,10 @@ func (a *attempt) next(ctx context.Context) error {
 	return nil
 }
 
-// succeeds is told of a connection.
+// succeeds records a connection.
 func (a *attempt) succeeds() { a.pool.answers(a.to.Addr()) }
 
-// fails is told of a try without one.
+// fails records a failed try.
 func (a *attempt) fails(ctx context.Context, err error) {
 	a.failed = err
 	a.tried = append(a.tried, a.to.Addr())
@@ -204,8 +203,8 @@ func (a *attempt) fails(ctx context.Context, err error) {
 	}
 }
 
-// ours reports whether a connection failed for a want of this process's own,
-// which tells nothing about the address: descriptors, memory, local ports, watches
+// ours reports whether a connection failed since this process lacks resources, which
+// is no fault of the address: descriptors, memory, local ports, watches
 // (fs.epoll.max_user_watches).
 func ours(err error) bool {
 	for _, errno := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL, syscall.EAGAIN, syscall.ENOSPC} {
@@ -216,10 +215,9 @@ func ours(err error) bool {
 	return false
 }
 
-// next returns the address to try next: one that was not tried yet before one
-// that was, one that answers before one that does not, an IPv4 address before
-// an IPv6 one; those that are equal in that take turns. It waits for the first
-// answer of the name servers.
+// next returns the address of the next try: untried addresses before tried ones,
+// reachable before unreachable ones, IPv4 before IPv6; equal ones take turns. It waits
+// for the first answer of the name servers.
 func (p *pool) next(ctx context.Context, tried []netip.Addr) (netip.Addr, error) {
 	select {
 	case <-p.known:
@@ -261,7 +259,8 @@ func (p *pool) next(ctx context.Context, tried []netip.Addr) (netip.Addr, error)
 	return a, nil
 }
 
-// awaitKnown waits for the first answer of the name servers.
+// awaitKnown waits for the first answer of the name servers, for connectTimeout at
+// most.
 func (p *pool) awaitKnown(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
@@ -271,7 +270,7 @@ func (p *pool) awaitKnown(ctx context.Context) {
 	}
 }
 
-// answers takes an address back that was put aside.
+// answers ends the setting aside of an address.
 func (p *pool) answers(a netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -282,8 +281,8 @@ func (p *pool) answers(a netip.Addr) {
 	}
 }
 
-// putAside leaves an address out, as long as others answer, until a probe finds
-// that it does.
+// putAside sets an unreachable address aside: it is used only if all are unreachable,
+// until a probe or a client connects to it.
 func (p *pool) putAside(a netip.Addr, why error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -296,8 +295,7 @@ func (p *pool) putAside(a netip.Addr, why error) {
 	go p.probeUntilBack(a)
 }
 
-// probeUntilBack probes an address until it is no longer aside, for whatever
-// reason.
+// probeUntilBack probes an address until it is no longer set aside.
 func (p *pool) probeUntilBack(a netip.Addr) {
 	for wait := probeFirst; pause(p.ctx, wait); wait = min(2*wait, probeMost) {
 		p.mu.Lock()
@@ -316,7 +314,7 @@ func (p *pool) probeUntilBack(a netip.Addr) {
 	}
 }
 
-// pause waits, and reports whether it was not told to stop.
+// pause waits, and reports whether ctx has not ended.
 func pause(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -20,12 +20,12 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// Options are what a Proxy needs.
+// Options are the options of a Proxy.
 type Options struct {
 	Resolver  Resolver
-	Idle      time.Duration // after which a connection without data ends; 0: never
-	SendProxy bool          // tell servers of the client by the PROXY protocol, version 2
-	AccessLog bool          // one line for each connection
+	Idle      time.Duration // timeout of a connection without data; 0: none
+	SendProxy bool          // send the client's address to servers by the PROXY protocol, version 2
+	AccessLog bool          // log one line for each connection
 	Log       *slog.Logger
 }
 
@@ -39,20 +39,20 @@ type Proxy struct {
 	kill  context.CancelFunc
 
 	loops   []*loop
-	loop    atomic.Uint32 // the next, so that each has its share
+	loop    atomic.Uint32 // counter to distribute relays
 	looping sync.WaitGroup
 
 	mu        sync.Mutex
 	stopped   bool
 	list      []Destination
 	ports     map[rules.Port]*port
-	refused   map[rules.Port]refusal // of the list, those that are not in ports
+	refused   map[rules.Port]refusal // the ports of the list on which the proxy cannot listen
 	accepting sync.WaitGroup
 	relaying  sync.WaitGroup
 	open      atomic.Int64 // connections
 }
 
-// A port is one that is listened on.
+// A port is a port on which the proxy listens.
 type port struct {
 	listener *os.File
 	pool     atomic.Pointer[pool] // of the destination, which may change
@@ -66,12 +66,12 @@ func New(o Options) *Proxy {
 	return p
 }
 
-// asks reports whether peers are to be asked if they are there. That is of no use
-// where those that do not answer are idle before they are given up, and makes a
-// connection to a server take four calls more.
+// asks reports whether to send keepalive probes. They are useless if the idle timeout
+// is shorter than the time of ten probes (see keepAlive), and cost four system calls
+// per connection.
 func asks(idle time.Duration) bool { return idle == 0 || idle > 10*15*time.Second }
 
-// start makes the loops, once: as many as can be at work.
+// start starts one loop per processor, once.
 func (p *Proxy) start() error {
 	if len(p.loops) > 0 {
 		return nil
@@ -95,10 +95,10 @@ func (p *Proxy) start() error {
 	return nil
 }
 
-// Apply makes the destinations be those of a list. Ports that are in it already
-// stay open, and connections that there are go on, whatever changes for their
-// port. On an error, which has all ports that cannot be listened on, the others
-// work; applying the same list again tries those again.
+// Apply sets the destinations. Ports of both the old and the new list stay open, and
+// existing connections continue, even if the destination of their port changes. The
+// error has a *ListenError for each port on which the proxy cannot listen; the others
+// work, and applying the same list again retries the failed ones.
 func (p *Proxy) Apply(list []Destination) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -146,7 +146,7 @@ func (p *Proxy) Apply(list []Destination) error {
 	return errors.Join(failed...)
 }
 
-// close ends listening. Connections that were accepted go on.
+// close ends listening. Accepted connections continue.
 func (l *port) close() {
 	_ = l.listener.Close()
 	l.pool.Load().stop()
@@ -158,7 +158,7 @@ func (p *Proxy) newPool(d Destination) *pool {
 	return pool
 }
 
-// A ListenError says that a port cannot be listened on.
+// A ListenError is the error of listening on a port.
 type ListenError struct {
 	Port rules.Port
 	Err  error
@@ -170,7 +170,7 @@ func (e *ListenError) Error() string { return fmt.Sprintf("listening on port %d:
 // Unwrap returns the cause.
 func (e *ListenError) Unwrap() error { return e.Err }
 
-// Hint says what to do about it.
+// Hint returns what to do.
 func (e *ListenError) Hint() string {
 	switch {
 	case errors.Is(e.Err, syscall.EACCES):
@@ -181,11 +181,11 @@ func (e *ListenError) Hint() string {
 	return ""
 }
 
-// listen listens on all addresses, also those of IPv6 where there are any. Sockets
-// that are accepted have its options.
+// listen listens on all addresses, also the IPv6 ones. Accepted sockets inherit its
+// options.
 func (p *Proxy) listen(number rules.Port) (*os.File, error) {
-	// Go would listen with Multipath TCP (since 1.24), whose sockets cannot do
-	// everything that a relay needs.
+	// Go would listen with Multipath TCP (since 1.24), whose sockets lack functions
+	// that a relay needs.
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		return raw.Control(func(fd uintptr) {
 			rawOption(int32(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
@@ -202,7 +202,7 @@ func (p *Proxy) listen(number rules.Port) (*os.File, error) {
 		}
 		return nil, &ListenError{number, err}
 	}
-	file, err := listener.(*net.TCPListener).File() // another descriptor of the same
+	file, err := listener.(*net.TCPListener).File() // a duplicate descriptor
 	_ = listener.Close()
 	if err != nil {
 		return nil, &ListenError{number, err}
@@ -210,7 +210,7 @@ func (p *Proxy) listen(number rules.Port) (*os.File, error) {
 	return file, nil
 }
 
-// probe finds out whether an address answers.
+// probe connects to an address to check that it is reachable.
 func (p *Proxy) probe(ctx context.Context, to netip.AddrPort) error {
 	var say []byte
 	if p.o.SendProxy {
@@ -219,7 +219,7 @@ func (p *Proxy) probe(ctx context.Context, to netip.AddrPort) error {
 	return p.dialer.reach(ctx, to, say)
 }
 
-// accept accepts the connections of one port until that is closed.
+// accept accepts the connections of one port until the port is closed.
 func (p *Proxy) accept(l *port) {
 	const most = 100 * time.Millisecond
 	var wait time.Duration
@@ -235,8 +235,8 @@ func (p *Proxy) accept(l *port) {
 		switch {
 		case err != nil: // closed
 		case failed != 0:
-			// Descriptors or memory are short: connections that end give some
-			// back. Those that come wait in the kernel's queue.
+			// Descriptors or memory are exhausted until connections end. New
+			// connections wait in the kernel's queue.
 			if wait == 0 {
 				p.o.Log.Error("accepting connections failed", "port", l.pool.Load().destination.Port, "error", os.NewSyscallError("accept4", failed))
 			}
@@ -249,7 +249,7 @@ func (p *Proxy) accept(l *port) {
 	}
 }
 
-// begin begins with a client.
+// begin starts the relay of a client.
 func (p *Proxy) begin(pool *pool, client int32, from netip.AddrPort) {
 	p.relaying.Add(1)
 	p.open.Add(1)
@@ -263,20 +263,20 @@ func (p *Proxy) begin(pool *pool, client int32, from netip.AddrPort) {
 	if p.o.SendProxy {
 		r.header = proxyHeader(from, localAddr(client))
 	}
-	// What may take long must not keep the next client waiting.
+	// Waiting must not delay the next client.
 	if r.attempt.waits() || !p.try(r) {
 		go p.connect(r)
 	}
 }
 
-// connect looks for a server until there is one, or none.
+// connect tries servers until one connects or none is left.
 func (p *Proxy) connect(r *relay) {
 	for !p.try(r) {
 	}
 }
 
-// try begins a connection to a server, which a loop goes on with, and reports
-// whether there is nothing more to try.
+// try begins a connection to a server and hands it to a loop. It reports whether the
+// search is over.
 func (p *Proxy) try(r *relay) bool {
 	if err := r.attempt.next(p.alive); err != nil {
 		p.refuse(r, err)
@@ -294,7 +294,7 @@ func (p *Proxy) try(r *relay) bool {
 	return false
 }
 
-// failed goes on with a relay whose server was not reached.
+// failed continues the search after a failed connection.
 func (p *Proxy) failed(r *relay, err error) {
 	go func() {
 		r.attempt.fails(p.alive, err)
@@ -302,8 +302,8 @@ func (p *Proxy) failed(r *relay, err error) {
 	}()
 }
 
-// refuse ends a relay that has no server. The client must not take the end for an
-// empty answer.
+// refuse ends a relay without a server by a reset, since the client must not take the
+// end for an empty answer.
 func (p *Proxy) refuse(r *relay, err error) {
 	rawReset(r.client.fd)
 	r.outcome = outcomeNoServer
@@ -311,14 +311,14 @@ func (p *Proxy) refuse(r *relay, err error) {
 	p.end(r, err)
 }
 
-// ended counts a relay that is over.
+// ended counts a relay that has ended.
 func (p *Proxy) ended(r *relay) {
 	r.attempt.pool.count.sent.Add(r.up.bytes)
 	r.attempt.pool.count.received.Add(r.down.bytes)
 	p.end(r, nil)
 }
 
-// end ends a connection in the books.
+// end updates the counters and the log at the end of a connection.
 func (p *Proxy) end(r *relay, err error) {
 	r.attempt.pool.count.open.Add(-1)
 	p.open.Add(-1)
@@ -326,7 +326,7 @@ func (p *Proxy) end(r *relay, err error) {
 		p.relaying.Done()
 		return
 	}
-	// Who reads the log may be slow, and no loop waits for that.
+	// Writing to the log may block, and a loop must not.
 	took := time.Since(r.begin)
 	go func() {
 		defer p.relaying.Done()
@@ -334,7 +334,7 @@ func (p *Proxy) end(r *relay, err error) {
 	}()
 }
 
-// log writes a line about a connection.
+// log logs the end of a connection.
 func (p *Proxy) log(r *relay, took time.Duration, err error) {
 	destination := r.attempt.pool.destination
 	attributes := []any{
@@ -347,8 +347,8 @@ func (p *Proxy) log(r *relay, took time.Duration, err error) {
 	p.o.Log.Info("connection", attributes...)
 }
 
-// Shutdown stops listening, waits for the connections to end, for grace at most,
-// and then ends them.
+// Shutdown stops listening, waits up to grace for the connections to end, and then
+// resets the rest.
 func (p *Proxy) Shutdown(grace time.Duration) {
 	p.mu.Lock()
 	p.stopped = true

@@ -8,25 +8,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How a connection can end, for the access log.
+// The outcomes of a connection in the access log.
 const (
-	outcomeDone        = "done"            // both sides have said that they are done
-	outcomeIdle        = "idle"            // nothing happened for too long
-	outcomeStopped     = "stopped"         // the process had to end
-	outcomeClientReset = "reset by client" // or it vanished
+	outcomeDone        = "done"            // both streams have ended
+	outcomeIdle        = "idle"            // the idle timeout
+	outcomeStopped     = "stopped"         // the end of the process
+	outcomeClientReset = "reset by client" // or unreachable
 	outcomeServerReset = "reset by server"
-	outcomeNoServer    = "not connected" // no address of the destination answered
+	outcomeNoServer    = "not connected" // no address of the destination was reachable
 )
 
 // A relay joins the connection of a client to one to a server.
 //
-// It belongs to whoever looks for the server, and from the moment at which the
-// server's socket is in a loop to that loop alone.
+// It belongs to the goroutine that searches for the server, and from the moment at
+// which the server's socket is in a loop to that loop alone.
 type relay struct {
 	attempt attempt
 	from    netip.AddrPort // the client
 	begin   time.Time      // for the access log
-	header  []byte         // what the server is told first
+	header  []byte         // sent to the server first
 
 	loop           *loop
 	id             uint64 // in the loop
@@ -34,14 +34,14 @@ type relay struct {
 	up, down       flow // to the server, to the client
 
 	joined  bool   // the server is connected
-	watched bool   // the loop hears of the client
-	queued  bool   // the loop comes back to it without an event
-	over    bool   // the loop has let go of it
-	cut     bool   // a stream ended before its end
-	outcome string // the first that was found
+	watched bool   // the client is registered with the epoll
+	queued  bool   // it is in loop.again
+	over    bool   // it has left the loop
+	cut     bool   // a stream was cut off
+	outcome string // the first cause
 
-	active uint32 // the loop's tick in which something happened last
-	quiet  bool   // at the last look nobody had anything to take
+	active uint32 // the loop's tick of the last activity
+	quiet  bool   // at the last look no data were in flight
 	acked  uint64 // bytes that both peers had acknowledged at the last look
 }
 
@@ -52,21 +52,21 @@ func newRelay(client int32) *relay {
 	return r
 }
 
-// An end is one of a relay's two sockets, and what is known of it from the
-// loop's events, which tell only of changes (EPOLLET).
+// An end is one of a relay's two sockets and its state according to the loop's
+// events, which are edge-triggered (EPOLLET).
 type end struct {
 	fd       int32
-	readable bool // there may be something to read
-	ended    bool // the peer has ended its stream: a short read has the last of it
-	more     bool // a short read does not tell that there is nothing more
-	urgent   bool // there were urgent data, at which a splice comes to a stop
-	full     bool // it takes nothing now
-	watched  bool // the loop hears when it takes something again
-	written  bool // to
-	prompt   bool // it sends at once (TCP_NODELAY)
+	readable bool // a read may return data
+	ended    bool // the peer has ended its stream: a short read is the last
+	more     bool // after a short read there may be more
+	urgent   bool // there were urgent data, at which a splice stops
+	full     bool // its send buffer is full
+	watched  bool // it is registered for EPOLLOUT
+	written  bool // data were written
+	prompt   bool // TCP_NODELAY is set
 }
 
-// see takes what epoll_ctl(2) has to say.
+// see applies the events of epoll_ctl(2).
 func (e *end) see(events uint32) {
 	if events&unix.EPOLLOUT != 0 {
 		e.full = false
@@ -74,9 +74,9 @@ func (e *end) see(events uint32) {
 	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
 		e.readable = true
 	}
-	// After the end of the stream, or a reset, there is no other event. A read
-	// also stops short of urgent data (tcp(7)), and the next goes on behind them:
-	// they are left out.
+	// There is no event after the end of the stream or a reset. A read also stops
+	// at urgent data (tcp(7)), and the next read continues after them: they are
+	// skipped.
 	const last = unix.EPOLLRDHUP | unix.EPOLLERR | unix.EPOLLHUP
 	if events&(last|unix.EPOLLPRI) != 0 {
 		e.more = true
@@ -84,13 +84,13 @@ func (e *end) see(events uint32) {
 	if events&unix.EPOLLPRI != 0 {
 		e.urgent = true
 	}
-	// Alone, it is no reset.
+	// EPOLLRDHUP alone is no reset.
 	e.ended = events&(last|unix.EPOLLPRI) == unix.EPOLLRDHUP
 }
 
-// beforeWrite makes the second piece of data, and those after it, go out at once:
-// the first does so anyway, since nothing is under way that Nagle's algorithm would
-// wait for (RFC 9293 section 3.7.4), and many connections have no other.
+// beforeWrite sets TCP_NODELAY before the second write. The first needs none, since
+// Nagle's algorithm delays only data behind unacknowledged data (RFC 9293 section
+// 3.7.4), and many connections have no second.
 func (e *end) beforeWrite() {
 	if e.written && !e.prompt {
 		e.prompt = true
@@ -101,45 +101,45 @@ func (e *end) beforeWrite() {
 
 // A flow is one direction of a relay.
 //
-// As long as pieces are short they are read and written: a splice takes as many
-// calls and a pipe besides, and most connections never have more than a question
-// and an answer. How long the last piece was tells how to move the next.
+// Short pieces are read and written: a splice needs as many calls and a pipe, and most
+// connections have only a request and a response. The length of the last piece decides
+// how to move the next.
 type flow struct {
 	from, to *end
 	back     *flow // the other direction
 
-	bytes int64  // that were delivered
-	rest  []byte // of a short piece, which the peer has yet to take
-	pipe  *pipe  // the same of a long one; nil: none
-	long  bool   // the last piece was
-	over  bool   // the end of the stream was passed on, or could not be
+	bytes int64  // delivered
+	rest  []byte // undelivered rest of a short piece
+	pipe  *pipe  // undelivered data of a long piece; nil: none
+	long  bool   // the last piece was long
+	over  bool   // the end of the stream was forwarded, or its receiver is lost
 }
 
-// holds reports whether there is something that the receiver has yet to take.
+// holds reports whether there are undelivered data.
 func (f *flow) holds() bool { return len(f.rest) > 0 || f.pipe != nil }
 
 const (
-	// shortPiece is what is read and written, in bytes. More at a time is spliced.
+	// shortPiece is the size of the read buffer, in bytes. Longer pieces are spliced.
 	shortPiece = 16 << 10
-	// turn is after how many bytes others have theirs.
+	// turn is the number of bytes after which other relays have their turn.
 	turn = 1 << 20
 )
 
-// run moves what there is to move, in both directions, and reports whether there
-// is more. The relay may be over after it.
+// run moves the available data in both directions, and reports whether there is more.
+// It may end the relay.
 func (r *relay) run() (more bool) {
 	more = r.move(&r.up)
 	if !r.over {
 		more = r.move(&r.down) || more
 	}
-	// What one direction found out may be the end of both.
+	// One direction may have ended both.
 	if !r.over && r.up.over && r.down.over {
 		r.finish()
 	}
 	return more && !r.over
 }
 
-// move moves one direction until it would have to wait, or its turn is over.
+// move moves one direction until it would block, or its turn is over.
 func (r *relay) move(f *flow) (more bool) {
 	for moved := 0; moved < turn; {
 		if f.over {
@@ -198,7 +198,7 @@ func (r *relay) copy(f *flow) int {
 	case f.from.ended && len(f.rest) == 0:
 		r.pass(f)
 	case !f.from.more:
-		// What comes now is an event (epoll(7), question 9).
+		// New data cause an event (epoll(7), question 9).
 		f.from.readable = false
 	}
 	return written
@@ -214,12 +214,11 @@ func (r *relay) fill(f *flow) {
 	}
 	f.pipe.size, f.long = n, n >= shortPiece
 	if n == 0 {
-		r.empty(f) // it may be urgent data and no end, of which a read tells
+		r.empty(f) // urgent data or the end, which a read distinguishes
 	}
 }
 
-// deliver gives the receiver what it did not take before, and reports whether it
-// has to be waited for.
+// deliver writes the undelivered data, and reports whether the receiver is full.
 func (r *relay) deliver(f *flow) (n int, waits bool) {
 	if f.to.full {
 		return 0, true
@@ -251,7 +250,7 @@ func (r *relay) deliver(f *flow) (n int, waits bool) {
 	return n, false
 }
 
-// empty gives the pipe back.
+// empty returns the pipe to the loop.
 func (r *relay) empty(f *flow) {
 	if f.pipe != nil {
 		r.loop.pipes.put(f.pipe)
@@ -259,7 +258,7 @@ func (r *relay) empty(f *flow) {
 	}
 }
 
-// nothing is told that there was nothing to read: now, or at all.
+// nothing handles a read without data: none now, the end, or an error.
 func (r *relay) nothing(f *flow, errno syscall.Errno) {
 	switch errno {
 	case unix.EAGAIN:
@@ -271,9 +270,9 @@ func (r *relay) nothing(f *flow, errno syscall.Errno) {
 	}
 }
 
-// pass passes the end of a stream on. The other direction goes on (RFC 9293
-// section 3.6, half-close); if it has ended before, closing the connections says
-// the same.
+// pass forwards the end of a stream. The other direction continues (RFC 9293 section
+// 3.6, half-close); if it has ended before, closing the connections has the same
+// effect.
 func (r *relay) pass(f *flow) {
 	f.over = true
 	if f.back.over {
@@ -284,21 +283,20 @@ func (r *relay) pass(f *flow) {
 	}
 }
 
-// lose is told that the receiver is gone. What it had sent before is still there,
-// and the other direction delivers it before it ends too. After a reset that
-// followed the end of its stream (EPIPE, tcp_reset in net/ipv4/tcp_input.c) that
-// is all of it.
+// lose handles the loss of the receiver. The other direction still delivers what the
+// receiver sent before, and then ends too. After a reset that followed the end of its
+// stream (EPIPE, tcp_reset in net/ipv4/tcp_input.c) nothing is missing.
 func (r *relay) lose(f *flow, errno syscall.Errno) {
 	f.over, f.rest = true, nil
 	r.empty(f)
-	r.say(r.resetBy(f.to))
+	r.setOutcome(r.resetBy(f.to))
 	if errno != unix.EPIPE {
 		r.cut = true
 	}
 }
 
-// gone is told that an end was reset. Where all that it sent was passed on, no read
-// tells; but there is nobody left to deliver to.
+// gone handles the reset of an end whose stream has already been forwarded, so that no
+// read returns an error: the other direction has no receiver any more.
 func (r *relay) gone(e *end) {
 	f := &r.up
 	if e == &r.client {
@@ -320,13 +318,13 @@ func (r *relay) resetBy(e *end) string {
 	return outcomeServerReset
 }
 
-func (r *relay) say(outcome string) {
+func (r *relay) setOutcome(outcome string) {
 	if r.outcome == "" {
 		r.outcome = outcome
 	}
 }
 
-// finish ends a relay both of whose directions have ended.
+// finish ends a relay when both directions have ended.
 func (r *relay) finish() {
 	if r.cut {
 		r.abort(outcomeDone)
@@ -335,14 +333,14 @@ func (r *relay) finish() {
 	r.close(outcomeDone)
 }
 
-// close ends both connections in order.
+// close closes both connections in order.
 func (r *relay) close(outcome string) { r.leave(outcome, rawClose) }
 
-// abort ends both connections by a reset.
+// abort resets both connections.
 func (r *relay) abort(outcome string) { r.leave(outcome, rawReset) }
 
 func (r *relay) leave(outcome string, how func(int32)) {
-	r.say(outcome)
+	r.setOutcome(outcome)
 	r.empty(&r.up)
 	r.empty(&r.down)
 	how(r.client.fd)

@@ -9,11 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The system calls of a connection, without telling the scheduler: the descriptors
-// never block, so these return as soon as the kernel has done its work. An ordinary
-// system call wakes up the thread that watches for long ones (entersyscall in
-// runtime/proc.go), and after 20 µs, which sending to the other end of a virtual
-// link takes, this gives the processor's goroutines to yet another thread.
+// The system calls of a connection bypass the scheduler, since the descriptors never
+// block. An ordinary system call wakes up the thread that monitors long ones
+// (entersyscall in runtime/proc.go), which after 20 µs, the duration of a send over a
+// virtual link, hands the processor's goroutines to another thread.
 
 func rawRead(fd int32, b []byte) (int, syscall.Errno) {
 	for {
@@ -42,7 +41,7 @@ func rawSplice(from, to int32, most int) (int, syscall.Errno) {
 	}
 }
 
-// rawAccept returns the next connection of a listener, and who it is from.
+// rawAccept returns the next connection of a listener and its remote address.
 func rawAccept(listener uintptr) (int32, netip.AddrPort, syscall.Errno) {
 	for {
 		var from unix.RawSockaddrInet6 // the larger one
@@ -51,14 +50,14 @@ func rawAccept(listener uintptr) (int32, netip.AddrPort, syscall.Errno) {
 		switch errno {
 		case 0:
 			return int32(fd), addrPort(&from), 0
-		case unix.EINTR, unix.ECONNABORTED: // the client is gone already
+		case unix.EINTR, unix.ECONNABORTED: // the client has reset it
 		default:
 			return 0, netip.AddrPort{}, errno
 		}
 	}
 }
 
-// localAddr returns where a client has connected to.
+// localAddr returns the local address of a connection.
 func localAddr(fd int32) netip.AddrPort {
 	var at unix.RawSockaddrInet6
 	size := uint32(unsafe.Sizeof(at))
@@ -66,8 +65,8 @@ func localAddr(fd int32) netip.AddrPort {
 	return addrPort(&at)
 }
 
-// rawAddr returns an address as the kernel has it, of either family; its port is
-// in network byte order (ip(7), ipv6(7)).
+// rawAddr returns the kernel's form of an address of either family, with the port in
+// network byte order (ip(7), ipv6(7)).
 func rawAddr(a netip.AddrPort) (raw unix.RawSockaddrInet6, size uintptr) {
 	port := networkOrder(a.Port())
 	if a.Addr().Is4() {
@@ -111,8 +110,8 @@ func rawConnect(fd int32, to netip.AddrPort) syscall.Errno {
 	return errno
 }
 
-// rawOption sets an option of a socket that is a number, none of which it cannot do
-// without.
+// rawOption sets a numeric option of a socket. Errors are ignored, since no option is
+// essential.
 func rawOption(fd int32, level, option uintptr, value int32) {
 	_, _, _ = syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), level, option, uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
 }
@@ -123,20 +122,20 @@ func rawEnd(fd int32) syscall.Errno {
 	return errno
 }
 
-// rawClose closes a descriptor, which also takes it from the loop it is in
-// (epoll(7), question 6).
+// rawClose closes a descriptor, which also removes it from its epoll (epoll(7),
+// question 6).
 func rawClose(fd int32) { _, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
-// rawReset ends a connection by a reset, since one that was not ended by its
-// peers must not look as if it were. That also leaves nothing behind in the state
-// TIME_WAIT, which would keep a local port (RFC 9293 section 3.6).
+// rawReset resets a connection, so that its peer does not take the end for that of a
+// complete stream. A reset also leaves no TIME_WAIT, which would occupy a local port
+// (RFC 9293 section 3.6).
 func rawReset(fd int32) {
 	_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	rawClose(fd)
 }
 
-// rawPoll returns what has happened to the descriptors of an epoll(7), without
-// waiting. It is called by a goroutine that waits by other means.
+// rawPoll returns the events of an epoll(7) without waiting; the runtime's poller
+// waits.
 func rawPoll(epoll int32, events []unix.EpollEvent) (int, syscall.Errno) {
 	for {
 		n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
@@ -146,14 +145,14 @@ func rawPoll(epoll int32, events []unix.EpollEvent) (int, syscall.Errno) {
 	}
 }
 
-// rawControl adds a descriptor to an epoll, or changes what that tells of it.
+// rawControl adds a descriptor to an epoll, or changes its events.
 func rawControl(epoll int32, how int, fd int32, event *unix.EpollEvent) syscall.Errno {
 	_, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(epoll), uintptr(how), uintptr(fd), uintptr(unsafe.Pointer(event)), 0, 0)
 	return errno
 }
 
-// keepAlive makes the kernel ask a silent peer every 15 s if it is there, and give
-// it up after nine times without an answer, as the standard library would.
+// keepAlive enables keepalive probes every 15 s, and ends the connection after nine
+// unanswered ones, as the standard library does.
 func keepAlive(fd int32) {
 	rawOption(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	rawOption(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15)

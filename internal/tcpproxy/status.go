@@ -5,41 +5,41 @@ import (
 	"time"
 )
 
-// A Condition is how far a destination can be reached, as far as is known.
+// A Condition is the known reachability of a destination.
 type Condition int
 
 // The conditions, from good to bad.
 const (
 	Usable   Condition = iota
-	Impaired           // some addresses do not answer, or it is not known whether they still hold
-	Unusable           // there is no address, or none that answers
+	Impaired           // some addresses are unreachable, or the last look-up failed
+	Unusable           // there is no address, or none is reachable
 )
 
-// A Status is how one destination of the list is, and what was counted since it
-// came onto the list.
+// A Status is the state of one destination, and its counters since it came onto the
+// list.
 type Status struct {
 	Destination Destination
-	Err         error // why its port is not listened on; nil: it is
+	Err         error // of listening on its port
 
 	Condition Condition
 	Since     time.Time // of the condition, or of Err
 	Addresses int
-	Aside     int   // of them, those that do not answer
-	LookupErr error // of the last look-up; nil also before the first
-	Looked    bool  // there was an answer
+	Aside     int   // the unreachable ones of them
+	LookupErr error // of the last look-up; nil before the first
+	Looked    bool  // a look-up has had an answer
 
 	Counts
 }
 
-// Counts are what was counted of a destination. The bytes of a connection are
-// counted when it ends.
+// Counts are the counters of a destination. The bytes of a connection are counted when
+// it ends.
 type Counts struct {
-	Connections, Open, Failed int64 // of clients; Failed: to none of the addresses
+	Connections, Open, Failed int64 // of clients; Failed: no address was reachable
 	Sent, Received            int64 // bytes, to and from the destination
 	Lookups, LookupFailures   int64
 }
 
-// counters are Counts that many goroutines change.
+// counters are Counts for concurrent use.
 type counters struct {
 	connections, open, failed atomic.Int64
 	sent, received            atomic.Int64
@@ -53,13 +53,13 @@ func (c *counters) read() Counts {
 	}
 }
 
-// A refusal is a port that cannot be listened on.
+// A refusal is the error of listening on a port and its time.
 type refusal struct {
 	err   error
 	since time.Time
 }
 
-// Status returns how each destination of the list is, in its order.
+// Status returns the state of each destination, in the order of the list.
 func (p *Proxy) Status() []Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -76,7 +76,7 @@ func (p *Proxy) Status() []Status {
 	return list
 }
 
-// Open returns how many connections there are, also those to destinations that
+// Open returns the number of open connections, including those to destinations that
 // are no longer on the list.
 func (p *Proxy) Open() int64 { return p.open.Load() }
 
@@ -93,7 +93,7 @@ func (p *pool) status(s *Status) {
 	s.Counts = p.count.read()
 }
 
-// judge notes since when the pool is as it is. The lock is held.
+// judge updates the condition and its time. The lock is held.
 func (p *pool) judge() {
 	now := Usable
 	switch {
