@@ -5,13 +5,13 @@ import (
 	"strings"
 )
 
-// A Host is what a client asks for: a name or an address, never both.
+// A Host is the host of a request: either a name or an address.
 type Host struct {
 	Name string     // lower case, no dot at its end
-	Addr netip.Addr // no IPv4 address in IPv6 clothes
+	Addr netip.Addr // never an IPv4-mapped IPv6 address
 }
 
-// String returns the host as one would write it.
+// String returns the name or the address.
 func (h Host) String() string {
 	if h.Addr.IsValid() {
 		return h.Addr.String()
@@ -22,33 +22,33 @@ func (h Host) String() string {
 // A Destination is a host together with one address to dial for it.
 type Destination struct {
 	Host Host
-	// Addr is the host's own, or one that its name resolves to, or the zero
-	// Addr where the name does not resolve.
+	// Addr is the host's address, or one to which its name resolves, or the zero
+	// Addr if the name does not resolve.
 	Addr netip.Addr
-	// Names returns the names of a host that is an address. Only those count
-	// that resolve back to it: whoever has an address can give it any name. It
-	// is called only if the decision hangs on it.
+	// Names returns the names of a host that is an address. It must return only
+	// names that resolve to the address, since the owner of an address can give it
+	// any reverse name. It is called only if the decision depends on it.
 	Names func() []string
-	// Local: the address belongs to the proxy's own side (see local.go). Such a
-	// one is allowed by no name and no wildcard, only by a rule that names it.
+	// Local is set for a local address of the proxy (see local.go), which no name
+	// and no wildcard allows, only a rule for the address.
 	Local bool
 }
 
-// A Verdict is what the rules say of one destination.
+// A Verdict is the decision of the rules on one destination.
 type Verdict struct {
 	Allow bool
-	Rule  Rule // that decided; the zero Rule where none did
+	Rule  Rule // that matched first; the zero Rule: none
 	Local bool // denied only because the address is local
 }
 
-// Decide returns what the first rule says that matches a destination.
+// Decide returns the decision of the first rule that matches a destination.
 func (r Rules) Decide(d Destination) Verdict {
 	local := false
 	for _, rule := range r {
 		switch {
 		case !rule.matches(d):
 		case d.Local && !rule.Deny && !names(rule.Network, d.Addr):
-			local = true // what would have allowed it
+			local = true // otherwise it would be allowed
 		default:
 			return Verdict{Allow: !rule.Deny, Rule: rule}
 		}
@@ -56,8 +56,8 @@ func (r Rules) Decide(d Destination) Verdict {
 	return Verdict{Local: local}
 }
 
-// DecideName returns what the rules say of a name before it is resolved, if that
-// can be told: what is denied whatever its addresses are is not looked up.
+// DecideName returns the decision on a name before it is resolved. decided is true if
+// the name is denied whatever its addresses are, so that it need not be resolved.
 func (r Rules) DecideName(name string) (v Verdict, decided bool) {
 	d := Destination{Host: Host{Name: name}}
 	for _, rule := range r {

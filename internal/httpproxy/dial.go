@@ -12,24 +12,24 @@ import (
 	"time"
 )
 
-// attemptDelay is how long one address has before the next is tried beside it
-// (RFC 8305 section 5 recommends 250 ms).
+// attemptDelay is the delay between connection attempts to two addresses (RFC 8305
+// section 5 recommends 250 ms).
 const attemptDelay = 250 * time.Millisecond
 
-// A dialError says why none of the addresses of a target can be reached.
+// A dialError is the error of connecting to all addresses of a target.
 type dialError struct {
 	target  target
-	reasons []string // one an address
-	timeout bool     // at least one might have answered later
+	reasons []string // one per address
+	timeout bool     // at least one attempt has timed out
 }
 
 func (e *dialError) Error() string {
 	return fmt.Sprintf("connecting to %s: %s", e.target, strings.Join(e.reasons, "; "))
 }
 
-// race dials the addresses one after the other, without waiting for one that
-// takes its time, and returns the first connection ("happy eyeballs", RFC 8305,
-// within one family: see choose). The others are given up.
+// race dials the addresses one after the other, at most attemptDelay apart, and returns
+// the first connection ("happy eyeballs", RFC 8305, within one family: see choose). It
+// cancels the other attempts.
 func race[C io.Closer](ctx context.Context, addrs []netip.Addr, dial func(context.Context, netip.Addr) (C, error)) (C, []attempt) {
 	var none C
 	ctx, cancel := context.WithCancel(ctx)
@@ -45,7 +45,7 @@ func race[C io.Closer](ctx context.Context, addrs []netip.Addr, dial func(contex
 		var next <-chan time.Time
 		if n := len(attempts); n < len(addrs) {
 			delay := time.Duration(0)
-			if n > done { // one is under way
+			if n > done { // an attempt is in progress
 				delay = attemptDelay
 			}
 			timer := time.NewTimer(delay)
@@ -84,7 +84,7 @@ func race[C io.Closer](ctx context.Context, addrs []netip.Addr, dial func(contex
 	return none, attempts
 }
 
-// An attempt is one address and why it was of no use.
+// An attempt is one address and the error of dialling it.
 type attempt struct {
 	addr netip.Addr
 	err  error
@@ -93,7 +93,7 @@ type attempt struct {
 // dial connects to one of the addresses of a route.
 func (p *Proxy) dial(ctx context.Context, r *route) (*net.TCPConn, error) {
 	conn, err := p.dialRoute(ctx, r)
-	if err != nil && ctx.Err() == nil { // and nobody gave up before
+	if err != nil && ctx.Err() == nil { // and not cancelled
 		p.counters.connectFailures.Add(1)
 	}
 	return conn, err
@@ -103,8 +103,8 @@ func (p *Proxy) dialRoute(ctx context.Context, r *route) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
 	var dialer net.Dialer
-	// DialTCP would bind first, also where no local address is given, and that
-	// takes a port that has no connection to anywhere.
+	// DialTCP would bind first, even without a local address, and a bound port must
+	// have no connection at all.
 	dialOne := func(ctx context.Context, a netip.Addr) (*net.TCPConn, error) {
 		conn, err := dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(a, r.target.port).String())
 		if err != nil {
@@ -147,8 +147,7 @@ func isTimeout(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()
 }
 
-// plain returns the part of a network error that is not said already: the
-// operation and the addresses are.
+// plain returns the text of a network error without its operation and addresses.
 func plain(err error) string {
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		err = op.Err

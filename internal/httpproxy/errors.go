@@ -10,24 +10,24 @@ import (
 	"strconv"
 )
 
-// What ends a request from the inside.
+// The causes with which the proxy ends a request.
 var (
 	errIdle     = errors.New("idle timeout")
 	errStopping = errors.New("the proxy is stopping")
 )
 
-// statusClientGone is what the access log has for a client that did not wait for
-// the answer. It is never sent.
+// statusClientGone is the status in the access log of a client that did not wait for
+// the response. It is never sent.
 const statusClientGone = 499
 
-// A refusal is an answer of the proxy itself, in place of a server's.
+// A refusal is a response of the proxy itself instead of a server.
 type refusal struct {
 	status int
 	text   string // one line
 }
 
-// write sends the refusal. It is plain text for a person, whatever the client
-// accepts: most see it in a terminal or a log.
+// write sends the refusal as plain text, whatever the client accepts, since people read
+// it in a terminal or a log.
 func (r *refusal) write(w http.ResponseWriter) {
 	body := fmt.Sprintf("egress-router: %s\n", r.text)
 	h := w.Header()
@@ -35,10 +35,10 @@ func (r *refusal) write(w http.ResponseWriter) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(r.status)
-	_, _ = io.WriteString(w, body) // a client that is gone needs none
+	_, _ = io.WriteString(w, body) // the client may be gone
 }
 
-// denied is what a client gets that asks for what the rules do not allow.
+// denied returns the response to a request that the rules do not allow.
 func denied(r *route, a netip.Addr) *refusal {
 	what := r.target.host.String()
 	if r.target.host.Name != "" && a.IsValid() {
@@ -59,7 +59,7 @@ func denied(r *route, a netip.Addr) *refusal {
 	return &refusal{http.StatusForbidden, what}
 }
 
-// unresolved is what a client gets that asks for a name without an address.
+// unresolved returns the response to a request for a name without an address.
 func unresolved(t target, err error) *refusal {
 	status, reason := http.StatusBadGateway, err.Error()
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
@@ -71,12 +71,12 @@ func unresolved(t target, err error) *refusal {
 	return &refusal{status, fmt.Sprintf("looking up %s: %s", t.host, reason)}
 }
 
-// failed is for what should not happen.
+// failed returns the response to an internal error.
 func failed(err error) *refusal {
 	return &refusal{http.StatusInternalServerError, err.Error()}
 }
 
-// undialled is what a client gets for a server that cannot be reached.
+// undialled returns the response for an unreachable server.
 func undialled(err error) *refusal {
 	status := http.StatusBadGateway
 	if dial, ok := errors.AsType[*dialError](err); ok && dial.timeout {

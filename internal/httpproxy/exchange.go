@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// An exchange is one request and its answer, or one tunnel. It is the
-// ResponseWriter in between, and gathers what the access log tells.
+// An exchange is one request and its response, or one tunnel. It is the ResponseWriter
+// in between, and records the values of the access log.
 type exchange struct {
 	http.ResponseWriter
 	proxy   *Proxy
@@ -24,56 +24,56 @@ type exchange struct {
 	begun   time.Time
 
 	route    *route
-	server   atomic.Pointer[serverConn] // that was used
+	server   atomic.Pointer[serverConn] // nil: none
 	status   int
 	body     *requestBody // nil: none
 	received atomic.Int64 // from the client, in a tunnel
 	sent     atomic.Int64 // to the client
 }
 
-// begin makes the exchange of a request. Its context ends with the client, when
-// nothing moves any more, and with the proxy.
+// begin starts the exchange of a request. Its context ends with the client, with the
+// idle timeout, and with the proxy.
 func (p *Proxy) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	x := &exchange{ResponseWriter: w, proxy: p, begun: time.Now()}
 	x.client = r.Context().Value(clientKey{}).(*clientConn)
-	_ = x.client.SetWriteDeadline(time.Time{}) // if an exchange before had one, see expire
+	_ = x.client.SetWriteDeadline(time.Time{}) // a previous exchange may have set one, see expire
 	ctx := r.Context()
 	if r.Method == http.MethodConnect {
-		// net/http takes a client that has closed its half for one that is gone.
-		// As the beginning of a tunnel that is all right.
+		// net/http treats a client that has closed its half as gone, but a tunnel
+		// may begin with that.
 		ctx = x.client.proxy
 	}
 	ctx, x.cancel = context.WithCancelCause(context.WithValue(ctx, exchangeKey{}, x))
 	if len(r.TransferEncoding) > 0 && r.Trailer == nil {
-		r.Trailer = http.Header{} // where net/http puts trailers that were not announced
+		r.Trailer = http.Header{} // net/http adds trailers that were not announced
 	}
 	x.request = r.WithContext(ctx)
 	if r.Body != nil && r.Body != http.NoBody {
 		x.body = &requestBody{ReadCloser: r.Body}
 		x.request.Body = x.body
 		// Otherwise net/http reads the rest of a body before it writes the first
-		// byte of an answer, and a server that answers early is not heard. There
-		// is no error for HTTP/1.
+		// byte of a response, which would hold back an early response of the server.
+		// HTTP/1 has no error.
 		_ = http.NewResponseController(w).EnableFullDuplex()
 	}
 	x.idle = watchIdle(x.client.TCPConn, p.config.IdleTimeout, x.expire)
 	return x
 }
 
-// exchangeKey is where the context of a request has its *exchange.
+// exchangeKey is the context key of a request's *exchange.
 type exchangeKey struct{}
 
-// expire ends an exchange in which nothing moves. What waits for the server sees
-// the context, what waits for the client the deadlines, the second of which leaves
-// time for an answer that says why.
+// expire ends an exchange at its idle timeout. Waiting for the server ends with the
+// context, waiting for the client with the deadlines; that of writing leaves time for
+// the response.
 func (x *exchange) expire() {
 	x.cancel(errIdle)
 	_ = x.client.SetReadDeadline(time.Now())
 	_ = x.client.SetWriteDeadline(time.Now().Add(time.Second))
 }
 
-// end tells the counters and the access log. What is left of a body net/http reads now, and drops
-// it, for which the client has as long as for a header.
+// end updates the counters and writes the access log. After it net/http reads and
+// drops the rest of the body, for which the limit is that of a header.
 func (x *exchange) end() {
 	x.idle.stop()
 	x.cancel(nil)
@@ -106,8 +106,8 @@ func (x *exchange) end() {
 	x.proxy.log.LogAttrs(context.Background(), slog.LevelInfo, "access", attrs...)
 }
 
-// refuse answers in place of a server. A CONNECT ends the connection: what comes
-// behind it was meant for the tunnel.
+// refuse responds instead of a server. After a CONNECT it closes the connection, since
+// the data behind it are for the tunnel.
 func (x *exchange) refuse(r *refusal) {
 	ctx := x.request.Context()
 	switch {
@@ -118,7 +118,7 @@ func (x *exchange) refuse(r *refusal) {
 		r = &refusal{http.StatusServiceUnavailable, errStopping.Error()}
 		x.Header().Set("Connection", "close")
 	case ctx.Err() != nil:
-		// Whoever closed only its half still hears that.
+		// A client that has closed only its half still reads this.
 		r = &refusal{http.StatusBadGateway, "the client closed the connection before the response"}
 		x.Header().Set("Connection", "close")
 		defer func() { x.status = statusClientGone }()
@@ -126,13 +126,13 @@ func (x *exchange) refuse(r *refusal) {
 	if x.request.Method == http.MethodConnect {
 		x.Header().Set("Connection", "close")
 	}
-	if r.status == http.StatusForbidden { // only the rules do that
+	if r.status == http.StatusForbidden { // set by the rules only
 		x.proxy.counters.denied.Add(1)
 	}
 	r.write(x)
 }
 
-// WriteHeader passes on a status and the header.
+// WriteHeader forwards a status and the header.
 func (x *exchange) WriteHeader(status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols {
 		// HTTP/1.0 has no interim responses (RFC 9110 section 15.2). A 100 that the
@@ -145,33 +145,32 @@ func (x *exchange) WriteHeader(status int) {
 		return
 	}
 	x.status = status
-	// Otherwise net/http guesses a type that the server did not tell.
+	// Otherwise net/http guesses a type that the server did not send.
 	h := x.Header()
 	if len(h["Content-Type"]) == 0 {
 		h["Content-Type"] = nil
 	}
-	// The rest of the body may never come, and what comes is no next request.
+	// The rest of the body may never arrive, and is no next request.
 	if x.body != nil && !x.body.ended.Load() {
 		h.Set("Connection", "close")
 	}
 	x.ResponseWriter.WriteHeader(status)
 }
 
-// Write passes on a part of the body.
+// Write forwards a part of the body.
 func (x *exchange) Write(p []byte) (int, error) {
 	n, err := x.ResponseWriter.Write(p)
 	x.sent.Add(int64(n))
 	return n, err
 }
 
-// FlushError passes on what is buffered.
+// FlushError forwards the buffered data.
 func (x *exchange) FlushError() error {
 	return http.NewResponseController(x.ResponseWriter).Flush()
 }
 
-// Hijack takes the connection for a protocol that was switched to. What the
-// client sent before it was asked to is read first, which ReverseProxy would
-// leave where it is.
+// Hijack takes the connection for a protocol switch. Reads return the client's early
+// data first, which ReverseProxy would leave in the buffer.
 func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	early, err := x.takeConnection()
 	if err != nil {
@@ -182,8 +181,8 @@ func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(x.client)), nil
 }
 
-// takeConnection takes the connection from net/http, with what it has read of it
-// behind the request.
+// takeConnection takes the connection from net/http, with the data that net/http has
+// read behind the request.
 func (x *exchange) takeConnection() (early []byte, err error) {
 	_, rw, err := http.NewResponseController(x.ResponseWriter).Hijack()
 	if err != nil {
@@ -193,15 +192,14 @@ func (x *exchange) takeConnection() (early []byte, err error) {
 	return early, err
 }
 
-// A switchedConn is the connection of a client that switched to another
-// protocol.
+// A switchedConn is the connection of a client after a protocol switch.
 type switchedConn struct {
 	*clientConn
 	early []byte
 	x     *exchange
 }
 
-// Read reads what came early, and then the rest.
+// Read returns the early data, and then the rest.
 func (c *switchedConn) Read(p []byte) (n int, err error) {
 	if len(c.early) > 0 {
 		n = copy(p, c.early)
@@ -220,17 +218,17 @@ func (c *switchedConn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// ReadFrom hides that of the connection, which would not be counted.
+// ReadFrom hides that of the connection, which would not count bytes.
 func (c *switchedConn) ReadFrom(r io.Reader) (int64, error) {
 	return io.Copy(struct{ io.Writer }{c}, r)
 }
 
-// WriteTo hides that of the connection, which would pass by what came early.
+// WriteTo hides that of the connection, which would skip the early data.
 func (c *switchedConn) WriteTo(w io.Writer) (int64, error) {
 	return io.Copy(w, struct{ io.Reader }{c})
 }
 
-// A requestBody notes what became of a body on its way to a server.
+// A requestBody records how much of a body was read, its end and its error.
 type requestBody struct {
 	io.ReadCloser
 	read  atomic.Int64

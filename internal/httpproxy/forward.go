@@ -15,10 +15,10 @@ import (
 	"strings"
 )
 
-// pseudonym stands for this proxy in Via (RFC 9110 section 7.6.3).
+// pseudonym is the name of this proxy in Via (RFC 9110 section 7.6.3).
 const pseudonym = "egress-router"
 
-// forward sends a request in absolute form to its server, and the answer back.
+// forward sends a request in absolute form to its server, and the response back.
 func (p *Proxy) forward(x *exchange) {
 	if last, refusal := countForwards(x.request); last {
 		x.refuse(refusal)
@@ -34,8 +34,8 @@ func (p *Proxy) forward(x *exchange) {
 	p.forwarder.ServeHTTP(x, x.request)
 }
 
-// countForwards reports whether a request is not to go further, and takes one
-// from its count if it is (RFC 9110 section 7.6.2).
+// countForwards decrements Max-Forwards, and reports whether this proxy is the last
+// recipient (RFC 9110 section 7.6.2).
 func countForwards(r *http.Request) (last bool, answer *refusal) {
 	if r.Method != http.MethodOptions && r.Method != http.MethodTrace {
 		return false, nil
@@ -53,17 +53,17 @@ func countForwards(r *http.Request) (last bool, answer *refusal) {
 	return true, &refusal{http.StatusOK, "response of the proxy: Max-Forwards is 0"}
 }
 
-// rewrite makes the request to the server out of the client's. ReverseProxy has
-// taken the headers out that hold for one hop, and a few that do not: it is
-// written for the server's side, where what a client says is not to be believed.
+// rewrite derives the request to the server from that of the client. ReverseProxy has
+// removed the hop-by-hop headers, and a few others, which are restored here: it is
+// made for the server's side, where the client is not trusted.
 func rewrite(pr *httputil.ProxyRequest) {
 	in, out := pr.In, pr.Out
 	x := in.Context().Value(exchangeKey{}).(*exchange)
-	out.Host = in.Host // net/http has it from the URL (RFC 9112 section 3.2.2)
+	out.Host = in.Host // taken from the URL by net/http (RFC 9112 section 3.2.2)
 	out.URL.Host = net.JoinHostPort(x.route.poolKey(), strconv.Itoa(int(x.route.target.port)))
 	out.URL.RawQuery = in.URL.RawQuery
 	out.URL.Opaque = path(in)
-	out.Trailer = in.Trailer // the map itself: it is filled when the body ends
+	out.Trailer = in.Trailer // the same map, which is filled at the end of the body
 	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 		if values, ok := in.Header[name]; ok && !namedByConnection(in.Header, name) {
 			out.Header[name] = values
@@ -76,9 +76,8 @@ func rewrite(pr *httputil.ProxyRequest) {
 	addVia(out.Header, in.ProtoMajor, in.ProtoMinor)
 }
 
-// path returns the path of a request as it was written, since two that mean the
-// same may not be the same to a server. It is empty where that would not do, and
-// net/url's form of it is sent.
+// path returns the path of a request as it was written, since a server may distinguish
+// equivalent paths. It is empty if that form cannot be sent; then that of net/url is.
 func path(r *http.Request) string {
 	_, rest, _ := strings.Cut(r.RequestURI, "://")
 	p, _, _ := strings.Cut(rest, "?")
@@ -100,7 +99,7 @@ func namedByConnection(h http.Header, name string) bool {
 	})
 }
 
-// modifyResponse makes the answer to the client out of the server's.
+// modifyResponse derives the response to the client from that of the server.
 func modifyResponse(r *http.Response) error {
 	if server := r.Request.Context().Value(exchangeKey{}).(*exchange).server.Load(); server != nil {
 		server.removeNamed(r.Header)
@@ -113,17 +112,17 @@ func addVia(h http.Header, major, minor int) {
 	h.Add("Via", fmt.Sprintf("%d.%d %s", major, minor, pseudonym))
 }
 
-// dialPlain connects to the server of an exchange. The address is the pool's key,
-// which stands for the same addresses as the route.
+// dialPlain connects to the server of an exchange. It ignores the address argument,
+// the pool's key, which stands for the same addresses as the route.
 func (p *Proxy) dialPlain(ctx context.Context, _, _ string) (net.Conn, error) {
 	conn, err := p.dial(ctx, ctx.Value(exchangeKey{}).(*exchange).route)
 	if err != nil {
-		return nil, err // no nil *net.TCPConn in the interface
+		return nil, err // not a nil *net.TCPConn in an interface
 	}
 	return &serverConn{duplex: conn}, nil
 }
 
-// dialTLS does so for an https URL in absolute form, which few clients send.
+// dialTLS is dialPlain for an https URL in absolute form, which few clients send.
 func (p *Proxy) dialTLS(ctx context.Context, _, _ string) (net.Conn, error) {
 	r := ctx.Value(exchangeKey{}).(*exchange).route
 	tcp, err := p.dial(ctx, r)
@@ -142,12 +141,12 @@ func (p *Proxy) dialTLS(ctx context.Context, _, _ string) (net.Conn, error) {
 	return &serverConn{duplex: conn}, nil
 }
 
-// answerFailure is what the client gets when the server does not answer, or not
-// in a way that makes sense.
+// answerFailure responds to the client if the server does not respond, or with an
+// invalid response.
 func (p *Proxy) answerFailure(w http.ResponseWriter, _ *http.Request, err error) {
 	x := w.(*exchange)
 	if x.status == http.StatusSwitchingProtocols {
-		return // the connection is no longer net/http's
+		return // net/http no longer owns the connection
 	}
 	x.refuse(x.explain(err))
 }

@@ -6,12 +6,12 @@ import (
 	"strings"
 )
 
-// maxFramingLine is how much of a line is looked at: more than any line has that
-// frames a request.
+// maxFramingLine is how many bytes of a line are scanned. No line that is relevant to
+// the framing is longer.
 const maxFramingLine = 256
 
-// The faults of a request that could make two programs disagree on where it ends
-// (RFC 9112 section 11.2, request smuggling).
+// The faults of a request on whose end two programs could disagree (RFC 9112 section
+// 11.2, request smuggling).
 var (
 	errTwoFramings  = errors.New("both Content-Length and Transfer-Encoding (RFC 9112 section 6.1)")
 	errTwoLengths   = errors.New("more than one Content-Length (RFC 9112 section 6.3)")
@@ -19,17 +19,16 @@ var (
 	errFoldedHeader = errors.New("header folded over several lines (RFC 9112 section 5.2)")
 )
 
-// A framing follows the requests of one connection, byte by byte, to find those
-// that net/http accepts because it can make sense of them: it drops the length
-// where there is also a transfer encoding, either in HTTP/1.0, and one of two
-// equal lengths, all before a handler sees the request. What net/http refuses
-// by itself is left to it.
+// A framing follows the requests of one connection, byte by byte, to find the faults
+// that net/http tolerates: before a handler sees the request, it drops the length
+// beside a transfer encoding, either in HTTP/1.0, and one of two equal lengths. Faults
+// that net/http refuses are left to it.
 type framing struct {
 	phase phase
-	line  []byte // begun, without more than maxFramingLine
-	left  uint64 // bytes until the phase ends, in inBody and inChunk
+	line  []byte // the current line, up to maxFramingLine
+	left  uint64 // bytes to the end of the phase, in inBody and inChunk
 
-	connect, old, chunked bool // of the request whose header is read
+	connect, old, chunked bool // of the current request
 	lengths               int
 	length                uint64
 }
@@ -44,11 +43,11 @@ const (
 	inChunk
 	inChunkEnd
 	inTrailer
-	unframed // nothing more is looked at
+	unframed // the rest is not scanned
 )
 
-// scan looks at what was read. At the end of a header that is not right it stops
-// with how much comes before that end, so that the request is never complete.
+// scan scans data that were read. At the end of an invalid header it returns the number
+// of bytes before that end, so that the request is never complete.
 func (f *framing) scan(p []byte) (n int, err error) {
 	for n < len(p) {
 		switch f.phase {
@@ -77,7 +76,7 @@ func (f *framing) scan(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// skip passes over at most n bytes of a body or chunk.
+// skip skips at most n bytes of a body or chunk.
 func (f *framing) skip(n int) int {
 	if uint64(n) < f.left {
 		f.left -= uint64(n)
@@ -146,7 +145,7 @@ func (f *framing) header(line string) error {
 	return nil
 }
 
-// endHeader judges a header and goes on to what follows it.
+// endHeader checks a complete header and enters the phase that follows.
 func (f *framing) endHeader() error {
 	switch {
 	case f.chunked && f.lengths > 0:

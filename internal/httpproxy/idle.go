@@ -8,11 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An idleWatch calls a function when nothing has moved on a connection for a
-// time, in either direction. It asks the kernel when the last data came and went
-// (struct tcp_info, linux/tcp.h), so that whoever copies the data does not have to
-// tell: io.Copy splices, and says nothing until its end. Everything that a server
-// sends and takes passes by the client, so one look at its connection does.
+// An idleWatch calls a function when a connection has been without data in both
+// directions for a time. The kernel records the times of the last data (struct
+// tcp_info, linux/tcp.h), since io.Copy splices and reports nothing until its end. All
+// data of a server pass the client's connection, so watching that one is enough.
 type idleWatch struct {
 	conn  *net.TCPConn
 	limit time.Duration
@@ -27,12 +26,12 @@ func watchIdle(conn *net.TCPConn, limit time.Duration, end func()) *idleWatch {
 	w := &idleWatch{conn: conn, limit: limit, end: end}
 	w.mu.Lock() // until timer is set
 	defer w.mu.Unlock()
-	// Before the limit nothing can have been idle for so long.
+	// The connection cannot be idle before the limit.
 	w.timer = time.AfterFunc(limit, w.check)
 	return w
 }
 
-// stop ends the watch. The function is not called any more.
+// stop ends the watch. The function is not called after it returns.
 func (w *idleWatch) stop() {
 	w.timer.Stop()
 	w.mu.Lock()
@@ -56,7 +55,7 @@ func (w *idleWatch) check() {
 	}
 }
 
-// quietFor returns how long ago the last data came or went on a connection.
+// quietFor returns the time since the last data on a connection, in either direction.
 func quietFor(conn *net.TCPConn) (time.Duration, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {

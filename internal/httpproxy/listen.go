@@ -13,13 +13,13 @@ import (
 	"time"
 )
 
-// A listener hands out connections whose requests are checked for their framing,
-// and no more of them at a time than it has slots: further clients wait in the
-// kernel's queue (listen(2)).
+// A listener accepts connections whose requests are checked for their framing, at most
+// as many at a time as it has slots: more clients wait in the kernel's queue
+// (listen(2)).
 type listener struct {
 	*net.TCPListener
 	since  time.Time
-	slots  chan struct{} // one is taken while a client is waited for
+	slots  chan struct{} // one per connection, and one while waiting for a client
 	open   atomic.Int64  // connections
 	closed chan struct{}
 	once   sync.Once
@@ -29,9 +29,9 @@ func newListener(l *net.TCPListener, most int) *listener {
 	return &listener{TCPListener: l, since: time.Now(), slots: make(chan struct{}, most), closed: make(chan struct{})}
 }
 
-// listen listens at an address, at all of them if it is the zero Addr. Multipath
-// TCP, which Go would offer, is left out: there is one path to a pod, and
-// splice(2) knows TCP only.
+// listen listens on an address, or on all if it is the zero Addr. Multipath TCP, which
+// Go would offer, is disabled: there is one path to a pod, and splice(2) supports
+// plain TCP only.
 func listen(ctx context.Context, at netip.AddrPort) (*net.TCPListener, error) {
 	address := fmt.Sprintf(":%d", at.Port())
 	if at.Addr().IsValid() {
@@ -51,7 +51,7 @@ type listenError struct{ err error }
 func (e *listenError) Error() string { return fmt.Sprintf("listening for clients: %v", e.err) }
 func (e *listenError) Unwrap() error { return e.err }
 
-// Hint says what to do. A pod starts one proxy, which needs no privilege.
+// Hint returns what to do.
 func (e *listenError) Hint() string {
 	switch {
 	case errors.Is(e.err, os.ErrPermission):
@@ -78,14 +78,14 @@ func (l *listener) Accept() (net.Conn, error) {
 	return &clientConn{TCPConn: conn, release: func() { l.open.Add(-1); <-l.slots }}, nil
 }
 
-// Close ends an Accept that waits for a slot, too.
+// Close also ends an Accept that waits for a slot.
 func (l *listener) Close() error {
 	l.once.Do(func() { close(l.closed) })
 	return l.TCPListener.Close()
 }
 
-// A clientConn is the connection of a client. A tunnel takes the TCPConn out of
-// it, which io.Copy can splice.
+// A clientConn is the connection of a client. A tunnel uses its TCPConn, which io.Copy
+// can splice.
 type clientConn struct {
 	*net.TCPConn
 	proxy   context.Context // ends with the proxy
@@ -95,8 +95,8 @@ type clientConn struct {
 	once    sync.Once
 }
 
-// Read reads what net/http is to see. An error that is none of the connection
-// makes net/http answer 400 and close it.
+// Read reads from the client and checks the framing. A fault makes net/http respond
+// with status 400 and close the connection.
 func (c *clientConn) Read(p []byte) (int, error) {
 	if c.fault != nil {
 		return 0, c.fault
@@ -110,10 +110,10 @@ func (c *clientConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// What net/http says to a request that it cannot read, and does not say why.
+// badRequest is the response of net/http to an invalid request, without a reason.
 const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request"
 
-// Write writes to the client, with the reason where a request is refused for its
+// Write writes to the client, and adds the reason if a request was refused for its
 // framing.
 func (c *clientConn) Write(p []byte) (int, error) {
 	if c.fault != nil && string(p) == badRequest {
@@ -125,7 +125,7 @@ func (c *clientConn) Write(p []byte) (int, error) {
 	return c.TCPConn.Write(p)
 }
 
-// Close gives the slot back.
+// Close releases the slot.
 func (c *clientConn) Close() error {
 	c.once.Do(c.release)
 	return c.TCPConn.Close()

@@ -7,17 +7,16 @@ import (
 	"time"
 )
 
-// isLocal reports whether an address belongs to the proxy's own side whatever
-// addresses it has: loopback, where a pod's other containers listen (RFC 1122
-// section 3.2.1.3, RFC 4291 section 2.5.3), link-local, where clouds serve
-// credentials (RFC 3927, RFC 4291 section 2.5.6), and the unspecified address,
-// which Linux connects to itself (ip(7)).
+// isLocal reports whether an address is local on any host: loopback, on which other
+// containers of the pod listen (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5.3),
+// link-local, on which clouds serve credentials (RFC 3927, RFC 4291 section 2.5.6), or
+// the unspecified address, which Linux treats as loopback (ip(7)).
 func isLocal(a netip.Addr) bool {
 	return a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsUnspecified()
 }
 
-// names reports whether a network of a rule was written with a local address in
-// mind: that address itself, or nothing but local ones. 0.0.0.0/0 was not.
+// names reports whether the network of a rule is meant for a local address: it is that
+// address itself, or contains only local ones, unlike 0.0.0.0/0.
 func names(p netip.Prefix, a netip.Addr) bool {
 	if !p.IsValid() || !p.Contains(a) {
 		return false
@@ -33,8 +32,8 @@ func names(p netip.Prefix, a netip.Addr) bool {
 	return false
 }
 
-// ownAddresses remembers the addresses of this network namespace for a moment:
-// asking the kernel takes as long as a request.
+// ownAddresses caches the addresses of this network namespace, since listing them takes
+// as long as a request.
 type ownAddresses struct {
 	mu    sync.Mutex
 	until time.Time
@@ -42,11 +41,11 @@ type ownAddresses struct {
 	err   error
 }
 
-// ownAddressesAge is how old they may be. They hardly ever change while a proxy
-// runs.
+// ownAddressesAge is how long the addresses are cached. They rarely change while a
+// proxy runs.
 const ownAddressesAge = time.Second
 
-// has reports whether an address is one of them.
+// has reports whether an address is one of this network namespace.
 func (o *ownAddresses) has(a netip.Addr) (bool, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -15,26 +15,26 @@ import (
 	"time"
 )
 
-// A Config says how a proxy behaves. Every field has to be set but those that say
-// what their zero value means.
+// A Config is the configuration of a proxy. Every field must be set unless its comment
+// states the meaning of the zero value.
 type Config struct {
-	Listen netip.AddrPort // the zero Addr: at all addresses
+	Listen netip.AddrPort // the zero Addr: all addresses
 
-	Rules Rules // to begin with
+	Rules Rules // initial ones, see SetRules
 
-	ConnectTimeout   time.Duration // to look a name up, and again to connect to one of its addresses
-	HeaderTimeout    time.Duration // for a client to send a request's header
-	KeepAliveTimeout time.Duration // for a client's next request on a connection
-	IdleTimeout      time.Duration // for anything to move, either way, in a request or a tunnel
-	ShutdownGrace    time.Duration // for what still runs when the proxy is told to stop
+	ConnectTimeout   time.Duration // of a name look-up, and of connecting to its addresses
+	HeaderTimeout    time.Duration // of reading a request's header
+	KeepAliveTimeout time.Duration // of waiting for the next request on a connection
+	IdleTimeout      time.Duration // of a request or tunnel without data in both directions
+	ShutdownGrace    time.Duration // of active requests and tunnels after the end of Run's context
 
-	MaxHeaderBytes int // of a request or an answer
-	MaxConnections int // of clients; 0: three quarters of the files that the process may open
+	MaxHeaderBytes int // of a request or a response
+	MaxConnections int // of clients; 0: three quarters of the limit of open files
 
-	AccessLog bool // one line for each request and each tunnel
+	AccessLog bool // log one line for each request and tunnel
 }
 
-// A Proxy serves clients. Make one with New.
+// A Proxy is an HTTP proxy, see New.
 type Proxy struct {
 	config   Config
 	log      *slog.Logger
@@ -49,24 +49,24 @@ type Proxy struct {
 	file     fileState
 	counters counters
 
-	// own reports whether an address is one of the pod's.
+	// own reports whether an address is one of the pod.
 	own func(netip.Addr) (bool, error)
 }
 
-// Of the connections to servers, how many are kept for the next request to the
-// same one, and how long. A server that closes one at the same moment as it is
-// used costs that request if it cannot be repeated; most wait for a minute or more.
+// The limits of idle connections to servers. A request that is sent while its server
+// closes the connection fails if it cannot be repeated, so keptFor is shorter than the
+// idle timeout of most servers, a minute or more.
 const (
 	keptPerServer = 256
 	kept          = 2048
 	keptFor       = 50 * time.Second
 )
 
-// expectPatience is how long a request's body waits for a server that was asked
-// whether it wants it (RFC 9110 section 10.1.1), and does not say.
+// expectPatience is how long a request with Expect: 100-continue waits for the server
+// before its body is sent (RFC 9110 section 10.1.1).
 const expectPatience = time.Second
 
-// New makes a proxy.
+// New returns a proxy.
 func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	if c.MaxConnections == 0 {
 		c.MaxConnections = connectionLimit()
@@ -77,7 +77,7 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	p.transport = &http.Transport{
 		DialContext:            p.dialPlain,
 		DialTLSContext:         p.dialTLS,
-		DisableCompression:     true, // the client says what it accepts
+		DisableCompression:     true, // the client negotiates it
 		MaxIdleConns:           kept,
 		MaxIdleConnsPerHost:    keptPerServer,
 		IdleConnTimeout:        keptFor,
@@ -96,8 +96,7 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	return p
 }
 
-// SetRules changes the rules. Requests and tunnels that are under way stay; the
-// next request is asked by the new rules.
+// SetRules sets the rules for the next requests. Active requests and tunnels continue.
 func (p *Proxy) SetRules(rules Rules) {
 	p.file.set(nil)
 	if before := p.rules.Swap(&rules); !before.Equal(rules) {
@@ -106,15 +105,14 @@ func (p *Proxy) SetRules(rules Rules) {
 	}
 }
 
-// Rejected notes why rules that were to take the place of those in force are not
-// right.
+// Rejected records the error of an invalid rule list. The rules stay in effect.
 func (p *Proxy) Rejected(err error) {
 	p.file.set(err)
 	p.counters.reloadFailures.Add(1)
 }
 
-// connectionLimit leaves a quarter of the files that may be open to connections
-// to servers; clients that are idle have none.
+// connectionLimit returns three quarters of the limit of open files. The rest is for
+// connections to servers, which idle clients do not need.
 func connectionLimit() int {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -123,8 +121,8 @@ func connectionLimit() int {
 	return int(max(1, min(limit.Cur, 1<<24)/4*3))
 }
 
-// Run serves clients until ctx ends, and then what they are in the middle of for
-// as long as the grace lasts. It returns nil if it was told to stop.
+// Run serves clients until ctx ends, and then waits up to ShutdownGrace for active
+// requests and tunnels. It returns nil after the end of ctx.
 func (p *Proxy) Run(ctx context.Context) error {
 	l, err := listen(ctx, p.config.Listen)
 	if err != nil {
@@ -133,14 +131,14 @@ func (p *Proxy) Run(ctx context.Context) error {
 	return p.Serve(ctx, l)
 }
 
-// Serve is Run with a listener, which it closes.
+// Serve is Run for a listener, which it closes.
 func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
-	// What runs goes on when ctx ends: it has a grace.
+	// Active requests continue after the end of ctx.
 	base, abandon := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer abandon(errStopping)
 	server := &http.Server{
 		Handler:                      p,
-		DisableGeneralOptionsHandler: true, // it would answer for a server
+		DisableGeneralOptionsHandler: true, // OPTIONS * may be for a server
 		ReadHeaderTimeout:            p.config.HeaderTimeout,
 		IdleTimeout:                  p.config.KeepAliveTimeout,
 		MaxHeaderBytes:               p.config.MaxHeaderBytes,
@@ -174,14 +172,14 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	return nil
 }
 
-// stop waits for what still runs, and ends it when the grace is over.
+// stop waits for active requests and tunnels, and ends them after ShutdownGrace.
 func (p *Proxy) stop(base context.Context, server *http.Server, abandon context.CancelCauseFunc) {
 	grace, cancel := context.WithTimeout(base, p.config.ShutdownGrace)
 	defer cancel()
 	p.log.Info("stopping", "running", p.running.count(), "grace", p.config.ShutdownGrace)
 	err := server.Shutdown(grace)
 	if err == nil {
-		err = p.running.wait(grace) // net/http forgets those that were hijacked
+		err = p.running.wait(grace) // net/http does not count hijacked connections
 	}
 	if err == nil {
 		return
@@ -191,16 +189,16 @@ func (p *Proxy) stop(base context.Context, server *http.Server, abandon context.
 	}
 	abandon(errStopping)
 	_ = server.Close()
-	// All of them see it at once; a second is for a machine that is busy.
+	// They end immediately; a second is for a busy machine.
 	last, cancel := context.WithTimeout(context.WithoutCancel(base), time.Second)
 	defer cancel()
 	_ = p.running.wait(last)
 }
 
-// clientKey is where the context of a request has its *clientConn.
+// clientKey is the context key of a request's *clientConn.
 type clientKey struct{}
 
-// ServeHTTP answers one request. It is for the server that Serve makes.
+// ServeHTTP handles one request of the server that Serve starts.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.running.add(1)
 	defer p.running.add(-1)
@@ -218,11 +216,11 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// A counter counts what runs, and can wait until nothing does.
+// A counter counts active requests and tunnels, and can wait for zero.
 type counter struct {
 	mu   sync.Mutex
 	n    int
-	none chan struct{} // closed when n gets zero; nil if nobody waits
+	none chan struct{} // closed when n becomes zero; nil without a waiter
 }
 
 func (c *counter) add(n int) {
@@ -260,7 +258,7 @@ func (c *counter) wait(ctx context.Context) error {
 	}
 }
 
-// buffers are what bodies are copied by.
+// buffers is the pool of buffers to copy bodies.
 type buffers struct{ pool sync.Pool }
 
 const bufferSize = 32 << 10
@@ -273,5 +271,5 @@ func (b *buffers) Get() []byte {
 	return make([]byte, bufferSize)
 }
 
-// Put takes it back.
+// Put returns a buffer to the pool.
 func (b *buffers) Put(buf []byte) { b.pool.Put((*[bufferSize]byte)(buf)) }

@@ -11,32 +11,31 @@ import (
 	"time"
 )
 
-// A Resolver finds addresses and names. Its answers may be cached. An error that
-// is a *net.DNSError tells a name that does not exist from a server that does
-// not answer.
+// A Resolver looks up addresses and names. Its answers may be cached. A *net.DNSError
+// distinguishes a name that does not exist from a server that does not answer.
 type Resolver interface {
 	// LookupAddr returns every IPv4 and IPv6 address of a host, IPv4 first.
 	LookupAddr(ctx context.Context, host string) ([]netip.Addr, error)
-	// LookupNames returns the names that an address has by reverse look-up.
+	// LookupNames returns the names of an address by reverse look-up.
 	LookupNames(ctx context.Context, a netip.Addr) ([]string, error)
 }
 
-// reverseTimeout is how long a decision waits for the names of an address. One
-// that has none by then has none: the servers of many private ranges never
+// reverseTimeout is how long a decision waits for the names of an address. After that
+// the address counts as one without a name: the servers of many private ranges never
 // answer.
 const reverseTimeout = 5 * time.Second
 
-// A route is a target with the addresses of it that may be dialled.
+// A route is a target with its allowed addresses.
 type route struct {
 	target  target
 	addrs   []netip.Addr // in the resolver's order, of one family
-	verdict Verdict      // on the first of them; if there is none, why
-	aside   netip.Addr   // an IPv6 address that is allowed and yet not dialled; the zero Addr: none
+	verdict Verdict      // on the first of addrs, or why there is none
+	aside   netip.Addr   // an allowed IPv6 address that is not dialled; the zero Addr: none
 }
 
-// route finds what may be dialled for a target. Whatever is dialled later is
-// taken from here, so that it is what the rules were asked about: a name is
-// resolved once a request. A refusal comes with the route as far as it is known.
+// route resolves a target and returns its allowed addresses. Only these are dialled
+// later, so that the rules have been evaluated on them: a name is resolved once per
+// request. Beside a refusal the route is complete as far as it is known.
 func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	r := &route{target: t}
 	list := *p.rules.Load()
@@ -56,8 +55,8 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	p.counters.lookups.Add(1)
 	if err != nil {
 		p.counters.lookupFailures.Add(1)
-		// Without an address the rest of the rules still decide: whether a
-		// denied name exists is not the client's to know.
+		// The other rules decide without an address: a client must not find out
+		// whether a denied name exists.
 		if r.verdict = list.Decide(Destination{Host: t.host}); !r.verdict.Allow {
 			return r, denied(r, netip.Addr{})
 		}
@@ -66,10 +65,9 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	return r, p.choose(ctx, r, list, addrs)
 }
 
-// choose takes the addresses into a route that the rules allow. Of a name that
-// has an IPv4 address, whatever the rules say of that one, none of IPv6 is taken:
-// the reserved address is an IPv4 one, and what goes by IPv6 leaves from another,
-// which must not hang on how a server answers at the moment.
+// choose adds the allowed addresses to a route. If a name has an IPv4 address, allowed
+// or not, its IPv6 addresses are not used: the reserved address is an IPv4 address, and
+// the source address must not depend on the reachability of a server.
 func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.Addr) *refusal {
 	var first Verdict // on an address that is denied
 	ipv4 := slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap().Is4() })
@@ -103,7 +101,7 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 	return nil
 }
 
-// local reports whether an address is one of those that no name leads to.
+// local reports whether an address is a local one, which no name may resolve to.
 func (p *Proxy) local(a netip.Addr) (bool, error) {
 	if isLocal(a) {
 		return true, nil
@@ -111,8 +109,8 @@ func (p *Proxy) local(a netip.Addr) (bool, error) {
 	return p.own(a)
 }
 
-// verifiedNames returns the names of an address that resolve back to it. What
-// does not answer has no name.
+// verifiedNames returns the names of an address that resolve to it. After an error or
+// a timeout there is none.
 func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
 	ctx, cancel := context.WithTimeout(ctx, min(reverseTimeout, p.config.ConnectTimeout))
 	defer cancel()
@@ -127,9 +125,9 @@ func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
 	})
 }
 
-// poolKey is what connections to servers are kept by: only a request that may go
-// to the same addresses, by the same name, is sent on one that is there already.
-// It has the form of a host name, which is what http.Transport expects.
+// poolKey returns the key of idle connections to servers: only requests with the same
+// name and the same allowed addresses share a connection. It has the form of a host
+// name, which http.Transport expects.
 func (r *route) poolKey() string {
 	if r.target.host.Name == "" && r.target.host.Addr.Is4() {
 		return r.target.host.Addr.String()

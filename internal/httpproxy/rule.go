@@ -9,20 +9,20 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Rule allows or denies what it matches. Exactly one of Network, Name and Any
-// is set.
+// A Rule allows or denies the destinations that it matches. Exactly one of Network,
+// Name and Any is set.
 type Rule struct {
-	Number  int          // counts the rules, from 1
+	Number  int          // position in the list, from 1
 	Deny    bool         // the line began with !
 	Network netip.Prefix // matches the addresses in it
 	Name    string       // matches this host; lower case, no dot at its end
-	Below   bool         // and all below it: the line began with *.
-	Any     bool         // matches everything; the last rule, and never a Deny
+	Below   bool         // matches also all hosts below Name; the line began with *.
+	Any     bool         // matches every destination; only the last rule, never with Deny
 
 	written string // without the !
 }
 
-// String returns the rule as it was written.
+// String returns the rule as written in the list.
 func (r Rule) String() string {
 	if r.Deny {
 		return "!" + r.written
@@ -30,15 +30,15 @@ func (r Rule) String() string {
 	return r.written
 }
 
-// Rules are what one list says, in its order. The first rule that matches
-// decides, and what none matches is denied.
+// Rules are the rules of a list in their order. The first rule that matches decides; a
+// destination without a match is denied.
 type Rules []Rule
 
-// Equal reports whether both lists are written the same, comments aside.
+// Equal reports whether both lists have the same rules as written.
 func (r Rules) Equal(other Rules) bool { return slices.Equal(r, other) }
 
-// Squid returns the rules in the notation in which the original hands them to
-// squid, byte for byte as it prints them in its unit-test mode.
+// Squid returns the rules in squid's notation, byte for byte as the original prints
+// them in its unit-test mode.
 func (r Rules) Squid() string {
 	var b strings.Builder
 	last := "deny"
@@ -63,13 +63,13 @@ func (r Rules) Squid() string {
 	return b.String()
 }
 
-// MaxHostLength is how many bytes a host's name may have (RFC 1035 section
-// 2.3.4, without the final dot).
+// MaxHostLength is the length limit of a host's name in bytes, without the final dot
+// (RFC 1035 section 2.3.4).
 const MaxHostLength = 253
 
-// Parse reads a list of rules, one a line, which are split as the shell's read
-// splits them. The first line that is not right ends it with a *rules.ParseError. A
-// list of comments and blank lines holds no rule and denies everything.
+// Parse parses a list of rules, one per line, with lines as of the shell's read. The
+// first invalid line ends the parse with a *rules.ParseError. A list of comments and
+// blank lines has no rule and denies every destination.
 func Parse(value string) (Rules, error) {
 	if value == "" {
 		return nil, &rules.ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified",
@@ -82,7 +82,7 @@ func Parse(value string) (Rules, error) {
 		switch {
 		case isBlank(text) || text[0] == '#':
 			continue
-		case text == "*": // also a second time, as with the original
+		case text == "*": // also a second time, as in the original
 			if !wildcard {
 				list = append(list, Rule{Number: len(list) + 1, Any: true, written: text})
 			}
@@ -103,27 +103,26 @@ func Parse(value string) (Rules, error) {
 	return list, nil
 }
 
-// isBlank reports whether s holds white space only, as [[:space:]] of the
-// POSIX locale has it.
+// isBlank reports whether s contains only white space, [[:space:]] of the POSIX locale.
 func isBlank(s string) bool { return strings.Trim(s, " \t\n\v\f\r") == "" }
 
-// parseRule reads a rule without its exclamation mark, and not the wildcard.
+// parseRule parses a rule without its exclamation mark, other than the wildcard.
 func parseRule(s string) (Rule, bool) {
 	if network, ok := parseNetwork(s); ok {
 		return Rule{Network: network, written: s}, true
 	}
 	name, below := strings.CutPrefix(s, "*.")
 	name, ok := parseName(name)
-	// The original takes letters, digits, hyphens and dots only.
+	// The original accepts letters, digits, hyphens and dots only.
 	if !ok || strings.Contains(name, "_") {
 		return Rule{}, false
 	}
 	return Rule{Name: name, Below: below, written: s}, true
 }
 
-// parseNetwork accepts an address, or one with a length. As with squid, bits
-// beyond the length do not count, and an IPv4 address in IPv6 clothes (RFC 4291
-// section 2.5.5.2) is that IPv4 address.
+// parseNetwork parses an address or a prefix. As in squid, bits beyond the prefix
+// length are ignored, and an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2) is
+// the IPv4 address.
 func parseNetwork(s string) (netip.Prefix, bool) {
 	a, err := netip.ParseAddr(s)
 	if err == nil && a.Zone() == "" {
@@ -140,11 +139,11 @@ func parseNetwork(s string) (netip.Prefix, bool) {
 	return p.Masked(), true
 }
 
-// parseName accepts the name of a host and returns it in lower case, without a
-// final dot. Labels are of letters, digits, hyphens and underscores, the last
-// of which names out there have although RFC 1123 section 2.1 does not. One
-// whose last label is a number is none: to some programs it is an IPv4 address
-// in an old notation (inet_aton(3): 127.1, 0x7f000001).
+// parseName parses the name of a host and returns it in lower case, without a final
+// dot. Labels consist of letters, digits, hyphens and underscores, which existing names
+// contain in spite of RFC 1123 section 2.1. A name whose last label is a number is
+// invalid: some programs take it for an IPv4 address in an old notation (inet_aton(3):
+// 127.1, 0x7f000001).
 func parseName(s string) (string, bool) {
 	s = strings.TrimSuffix(strings.ToLower(s), ".")
 	if s == "" || len(s) > MaxHostLength || s[0] == '-' {
@@ -166,7 +165,7 @@ func parseName(s string) (string, bool) {
 	return s, !isNumber(last)
 }
 
-// isNumber reports whether inet_aton(3) takes s, in lower case, for a number.
+// isNumber reports whether s, in lower case, is a number for inet_aton(3).
 func isNumber(s string) bool {
 	if hex, ok := strings.CutPrefix(s, "0x"); ok {
 		return strings.Trim(hex, "0123456789abcdef") == ""
@@ -174,7 +173,7 @@ func isNumber(s string) bool {
 	return strings.Trim(s, "0123456789") == ""
 }
 
-// ruleHint says what is probably wrong with a line.
+// ruleHint returns the probable fault of an invalid line.
 func ruleHint(text string) string {
 	s := strings.TrimPrefix(text, "!")
 	switch {

@@ -9,27 +9,27 @@ import (
 	"sync/atomic"
 )
 
-// A serverConn is a connection to a server. It looks at the header of each
-// answer for the names in Connection (RFC 9110 section 7.6.1): where that also
-// says close, net/http drops it before anybody has seen the others.
+// A serverConn is a connection to a server. It collects the names in the header
+// Connection of each response (RFC 9110 section 7.6.1), which net/http drops before
+// any handler sees it if one of them is close.
 type serverConn struct {
 	duplex
-	expect atomic.Bool // the next to read begins an answer
+	expect atomic.Bool // the next read begins a response
 
-	// Of the answer that is read.
+	// Of the current response.
 	inHeader bool
-	interim  bool // it is a 1xx, and another follows
+	interim  bool // a 1xx, which another response follows
 	line     []byte
 	named    []string
 }
 
-// A duplex connection has two halves that end apart: TCP's and TLS's.
+// A duplex is a connection whose two directions end separately, TCP or TLS.
 type duplex interface {
 	net.Conn
 	CloseWrite() error
 }
 
-// trace tells an exchange and the connection of each other.
+// trace records the connection of an exchange, and the start of its response.
 func (x *exchange) trace() *httptrace.ClientTrace {
 	return &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
 		x.server.Store(info.Conn.(*serverConn))
@@ -77,7 +77,7 @@ func (c *serverConn) endLine(line []byte) {
 	}
 }
 
-// removeNamed removes the headers of an answer that Connection names.
+// removeNamed removes the headers of a response that Connection names.
 func (c *serverConn) removeNamed(h http.Header) {
 	for _, name := range c.named {
 		if !strings.EqualFold(name, "Upgrade") && !strings.EqualFold(name, "Connection") { // ReverseProxy looks at these

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// A Kind is what a client asks for.
+// A Kind is the kind of an exchange.
 type Kind int
 
 // The kinds.
@@ -20,29 +20,29 @@ const (
 // String returns the kind's name.
 func (k Kind) String() string { return [kinds]string{"request", "tunnel"}[k] }
 
-// classes are those of a status: 0 for none, 1 for 1xx and so on.
+// classes is the number of status classes: 0 for none, 1 for 1xx and so on.
 const classes = 6
 
-// A Status is how a proxy is, and what was counted since its start.
+// A Status is the state of a proxy, and its counters since the start.
 type Status struct {
-	Listen      string // the address that is listened at; empty: none, yet or any more
+	Listen      string // the address; empty: the proxy does not listen
 	ListenSince time.Time
 
-	Rules      int       // in force
-	RulesErr   error     // why what the file holds now is not in force
+	Rules      int       // number in effect
+	RulesErr   error     // of the rule file's current content
 	RulesSince time.Time // of RulesErr, or of the rules
 
 	Connections, MaxConnections int // of clients
-	Running                     int // requests and tunnels under way
+	Running                     int // active requests and tunnels
 
 	Counts
 }
 
-// Counts are what was counted. Requests and tunnels are counted, with their bytes,
-// when they end.
+// Counts are the counters of a proxy. Requests and tunnels are counted, with their
+// bytes, when they end.
 type Counts struct {
 	Requests        [kinds][classes]int64 // by the class of their status, 0: none
-	Sent, Received  [kinds]int64          // bytes to and from servers; Received has the proxy's own answers, too
+	Sent, Received  [kinds]int64          // bytes to and from servers; Received includes the proxy's own responses
 	Denied          int64                 // by the rules
 	ConnectFailures int64
 	Lookups         int64
@@ -51,7 +51,7 @@ type Counts struct {
 	ReloadFailures  int64
 }
 
-// counters are Counts that many goroutines change.
+// counters are Counts for concurrent use.
 type counters struct {
 	requests        [kinds][classes]atomic.Int64
 	sent, received  [kinds]atomic.Int64
@@ -78,7 +78,7 @@ func (c *counters) read() Counts {
 	return counts
 }
 
-// count counts an exchange that has ended. sent and received are the client's.
+// count counts an exchange that has ended. sent and received are the client's bytes.
 func (c *counters) count(x *exchange, received, sent int64) {
 	kind, class := Request, 0
 	if x.request.Method == http.MethodConnect {
@@ -92,7 +92,7 @@ func (c *counters) count(x *exchange, received, sent int64) {
 	c.received[kind].Add(sent)
 }
 
-// A fileState is what came of reading the rules' file.
+// A fileState is the outcome of the last read of the rule file.
 type fileState struct {
 	mu    sync.Mutex
 	err   error
@@ -108,7 +108,7 @@ func (f *fileState) set(err error) {
 	f.err = err
 }
 
-// Status returns how the proxy is.
+// Status returns the state of the proxy.
 func (p *Proxy) Status() Status {
 	s := Status{
 		Rules: len(*p.rules.Load()), MaxConnections: p.config.MaxConnections, Running: p.running.count(), Counts: p.counters.read(),

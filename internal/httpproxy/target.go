@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// A target is where a request wants to go.
+// A target is the host and port of a request.
 type target struct {
 	host Host
 	port uint16
@@ -19,12 +19,11 @@ func (t target) String() string {
 	return net.JoinHostPort(t.host.String(), strconv.Itoa(int(t.port)))
 }
 
-// defaultPorts are those of the schemes that are forwarded (RFC 9110 section
-// 4.2).
+// defaultPorts are the default ports of the supported schemes (RFC 9110 section 4.2).
 var defaultPorts = map[string]uint16{"http": 80, "https": 443}
 
-// targetOf returns where a request in absolute form or a CONNECT wants to go
-// (RFC 9112 section 3.2).
+// targetOf returns the target of a CONNECT or of a request in absolute form (RFC 9112
+// section 3.2).
 func targetOf(r *http.Request) (target, error) {
 	if r.Method == http.MethodConnect {
 		t, err := parseAuthority(r.RequestURI, 0)
@@ -47,7 +46,7 @@ func targetOf(r *http.Request) (target, error) {
 	return t, nil
 }
 
-// parseAuthority reads "host:port", or "host" where there is a default port.
+// parseAuthority parses "host:port", or "host" if there is a default port.
 func parseAuthority(s string, defaultPort uint16) (target, error) {
 	host, port := s, ""
 	if i := strings.LastIndexByte(s, ':'); i >= 0 && !strings.Contains(s[i:], "]") {
@@ -69,8 +68,8 @@ func parseAuthority(s string, defaultPort uint16) (target, error) {
 	return t, nil
 }
 
-// parseHost reads a name, an IPv4 address, or an IPv6 address in brackets. A
-// final dot does not count.
+// parseHost parses a name, an IPv4 address, or an IPv6 address in brackets. A final dot
+// is ignored.
 func parseHost(s string) (Host, bool) {
 	if inner, ok := strings.CutPrefix(s, "["); ok {
 		inner, ok = strings.CutSuffix(inner, "]")

@@ -8,7 +8,7 @@ import (
 	"sync"
 )
 
-// connect makes a tunnel (RFC 9110 section 9.3.6).
+// connect opens a tunnel (RFC 9110 section 9.3.6).
 func (p *Proxy) connect(x *exchange) {
 	if x.request.ContentLength != 0 || len(x.request.TransferEncoding) > 0 {
 		x.refuse(&refusal{http.StatusBadRequest, "CONNECT must not have a body"})
@@ -55,10 +55,9 @@ func (p *Proxy) connect(x *exchange) {
 	x.sent.Add(sent)
 }
 
-// relay copies both ways until both have ended. The end of one is passed on, and
-// the other goes on: a client may close its half and still wait for an answer.
-// Both connections have to be plain, for which io.Copy leaves the copying to the
-// kernel (splice(2)).
+// relay copies both directions until both have ended. The end of one is forwarded and
+// the other continues: a client may close its half and still wait for a response. Both
+// are plain TCP connections, for which io.Copy uses splice(2).
 func relay(client, server *net.TCPConn) (received, sent int64) {
 	var back sync.WaitGroup
 	back.Go(func() { sent = pass(client, server) })
@@ -67,7 +66,7 @@ func relay(client, server *net.TCPConn) (received, sent int64) {
 	return received, sent
 }
 
-// pass copies one way. After an error nothing more can be said either way.
+// pass copies one direction. After an error it closes both connections.
 func pass(to, from *net.TCPConn) int64 {
 	n, err := io.Copy(to, from)
 	if err == nil {
