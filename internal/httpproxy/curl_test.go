@@ -15,7 +15,7 @@ import (
 	"testing"
 )
 
-// A client that most people have, to servers with and without TLS.
+// Requests of curl to servers with and without TLS.
 func TestCurl(t *testing.T) {
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
@@ -51,7 +51,7 @@ func TestCurl(t *testing.T) {
 	http, https := "http://"+at(plain), "https://"+at(secure)
 	for name, test := range map[string]struct {
 		args string
-		want []string // in what curl prints
+		want []string // in the output of curl
 		exit int
 	}{
 		"GET":              {http + "/a?b", []string{"HTTP/1.1 200 OK", "X-Saw: GET /a?b 0 []", "Via: 1.1 egress-router", "hello\n"}, 0},
@@ -98,7 +98,7 @@ func TestCurl(t *testing.T) {
 			t.Errorf("%d %q", status, text)
 		}
 	})
-	t.Run("with a certificate of somebody else", func(t *testing.T) {
+	t.Run("with an untrusted certificate", func(t *testing.T) {
 		conn := start(t, "*", zone{"example.com": {"203.0.113.1"}}, nil).connect(t)
 		say(t, conn, "GET "+https+"/x HTTP/1.1\r\nHost: x\r\n\r\n")
 		if status, text := answer(t, conn); status != 502 || !strings.Contains(text, "certificate") {

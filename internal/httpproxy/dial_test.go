@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// fakeConn is a connection to an address that tells when it is closed.
+// fakeConn is a connection that counts itself while it is open.
 type fakeConn struct {
 	addr netip.Addr
 	open *atomic.Int32
@@ -39,15 +39,15 @@ func TestRace(t *testing.T) {
 		after   time.Duration
 		tried   int
 	}{
-		"the first answers":           {[]server{{}, {}}, "192.0.2.1", 0, 1},
-		"the first answers in time":   {[]server{{takes: 200 * time.Millisecond}, {}}, "192.0.2.1", 200 * time.Millisecond, 1},
-		"the first does not answer":   {[]server{never, {}}, "192.0.2.2", attemptDelay, 2},
-		"the first refuses":           {[]server{{err: refused}, {}}, "192.0.2.2", 0, 2},
-		"the first refuses late":      {[]server{{takes: 200 * time.Millisecond, err: refused}, {}}, "192.0.2.2", 200 * time.Millisecond, 2},
-		"the second is late, too":     {[]server{never, never, {}}, "192.0.2.3", 2 * attemptDelay, 3},
-		"the first answers after all": {[]server{{takes: 300 * time.Millisecond}, never}, "192.0.2.1", 300 * time.Millisecond, 2},
-		"all refuse":                  {[]server{{err: refused}, {err: refused}}, "", 0, 2},
-		"none answers":                {[]server{never, never}, "", 10 * time.Second, 2},
+		"the first answers":         {[]server{{}, {}}, "192.0.2.1", 0, 1},
+		"the first answers in time": {[]server{{takes: 200 * time.Millisecond}, {}}, "192.0.2.1", 200 * time.Millisecond, 1},
+		"the first does not answer": {[]server{never, {}}, "192.0.2.2", attemptDelay, 2},
+		"the first refuses":         {[]server{{err: refused}, {}}, "192.0.2.2", 0, 2},
+		"the first refuses late":    {[]server{{takes: 200 * time.Millisecond, err: refused}, {}}, "192.0.2.2", 200 * time.Millisecond, 2},
+		"the second is late, too":   {[]server{never, never, {}}, "192.0.2.3", 2 * attemptDelay, 3},
+		"the first answers late":    {[]server{{takes: 300 * time.Millisecond}, never}, "192.0.2.1", 300 * time.Millisecond, 2},
+		"all refuse":                {[]server{{err: refused}, {err: refused}}, "", 0, 2},
+		"none answers":              {[]server{never, never}, "", 10 * time.Second, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -90,12 +90,12 @@ func TestRace(t *testing.T) {
 	}
 }
 
-// Connections that are made at the same moment as another are not left open.
+// A connection that is made at the same moment as another is closed.
 func TestRaceLeavesNoneOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var open atomic.Int32
 		conn, _ := race(t.Context(), []netip.Addr{ip("192.0.2.1"), ip("192.0.2.2")}, func(context.Context, netip.Addr) (*fakeConn, error) {
-			time.Sleep(time.Second) // and no look at the context
+			time.Sleep(time.Second) // regardless of the context
 			open.Add(1)
 			return &fakeConn{open: &open}, nil
 		})
@@ -106,7 +106,7 @@ func TestRaceLeavesNoneOpen(t *testing.T) {
 	})
 }
 
-// A local port is used for one connection to each server, not for one alone.
+// Connections to different servers share local ports.
 func TestPortsAreShared(t *testing.T) {
 	const ports = 10
 	const file = "/proc/sys/net/ipv4/ip_local_port_range"

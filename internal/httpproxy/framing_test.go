@@ -12,7 +12,7 @@ func TestFraming(t *testing.T) {
 	for name, test := range map[string]struct {
 		stream string
 		fault  error
-		after  string // what comes behind the fault
+		after  string // the rest behind the fault
 	}{
 		"no body":                    {"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\n\r\n", nil, ""},
 		"a length":                   {"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n", nil, ""},
@@ -53,9 +53,8 @@ func TestFraming(t *testing.T) {
 	}
 }
 
-// FuzzFraming holds what the scan makes of a stream against net/http: it finds
-// no fault in a stream of requests that net/http reads and that have none, and
-// wherever net/http begins a request, so does it.
+// FuzzFraming compares the scan of a stream with net/http: the scan finds no fault in
+// valid requests, and begins each request at the same byte.
 func FuzzFraming(f *testing.F) {
 	for _, seed := range []string{
 		"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -78,7 +77,7 @@ func FuzzFraming(f *testing.F) {
 			_, bodyErr := io.Copy(io.Discard, request.Body)
 			end := source.n - r.Buffered()
 			if scan.phase != inRequestLine {
-				t.Fatalf("a request at %d of %q is met in phase %d", begin, stream, scan.phase)
+				t.Fatalf("a request at %d of %q begins in phase %d", begin, stream, scan.phase)
 			}
 			n, fault := scan.scan(stream[begin:header])
 			if fault != nil {

@@ -18,13 +18,12 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-// servers is an address of a network of which every address is one of this machine (RFC 5737):
-// tests have servers at addresses that no proxy takes for its own side, once it
-// is told that it has none of its own.
+// servers is a network all of whose addresses belong to this machine (RFC 5737). Tests
+// have servers on them, which the tests' proxies do not treat as local.
 const servers = "203.0.113.254/24"
 
-// TestMain gives the tests a network namespace with these addresses, and one
-// network in which nobody answers.
+// TestMain runs the tests in a network namespace with these addresses, and a network
+// without any answer.
 func TestMain(m *testing.M) { os.Exit(nstest.M{Tests: prepared{m}}.Run()) }
 
 // prepared adds the addresses before the tests run.
@@ -51,10 +50,10 @@ func await(condition func() bool) bool {
 	return true
 }
 
-// zone is a resolver that knows a few names.
+// zone is a resolver with a few names.
 type zone map[string][]string
 
-// LookupAddr returns the addresses of a name, as they are written.
+// LookupAddr returns the addresses of a name.
 func (z zone) LookupAddr(_ context.Context, host string) ([]netip.Addr, error) {
 	var addrs []netip.Addr
 	for _, s := range z[host] {
@@ -69,7 +68,7 @@ func (z zone) LookupAddr(_ context.Context, host string) ([]netip.Addr, error) {
 	return addrs, nil
 }
 
-// LookupNames returns the names that are written for an address.
+// LookupNames returns the names of an address.
 func (z zone) LookupNames(_ context.Context, a netip.Addr) ([]string, error) {
 	if names := z[a.String()]; names != nil {
 		return names, nil
@@ -77,7 +76,7 @@ func (z zone) LookupNames(_ context.Context, a netip.Addr) ([]string, error) {
 	return nil, &net.DNSError{Err: "no such host", Name: a.String(), IsNotFound: true}
 }
 
-// output collects a log.
+// output is a log for concurrent writers and readers.
 type output struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -95,7 +94,7 @@ func (o *output) String() string {
 	return o.b.String()
 }
 
-// take returns what was logged since it was called last.
+// take returns the log since the last call.
 func (o *output) take() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -105,16 +104,16 @@ func (o *output) take() string {
 
 func newLogger(o *output) *slog.Logger { return slog.New(slog.NewTextHandler(o, nil)) }
 
-// A testProxy is a proxy that runs.
+// A testProxy is a running proxy.
 type testProxy struct {
 	*Proxy
 	addr string
 	log  *output
 	stop context.CancelFunc
-	done chan error // what Serve returned
+	done chan error // the result of Serve
 }
 
-// start runs a proxy that allows everything, until the test ends.
+// start runs a proxy until the test ends.
 func start(t *testing.T, rules string, names zone, change func(*Proxy)) *testProxy {
 	t.Helper()
 	list, err := Parse(rules)
@@ -179,7 +178,7 @@ func say(t *testing.T, conn io.Writer, s string) {
 	}
 }
 
-// hear reads as much as is wanted and compares it.
+// hear reads as many bytes as expected and compares them.
 func hear(t *testing.T, conn io.Reader, want string) {
 	t.Helper()
 	got := make([]byte, len(want))
@@ -189,7 +188,7 @@ func hear(t *testing.T, conn io.Reader, want string) {
 	}
 }
 
-// hearEnd reads until the end and compares it.
+// hearEnd reads to the end of the stream and compares the data.
 func hearEnd(t *testing.T, conn io.Reader, want string) {
 	t.Helper()
 	got, err := io.ReadAll(conn)
@@ -198,7 +197,7 @@ func hearEnd(t *testing.T, conn io.Reader, want string) {
 	}
 }
 
-// serve runs a server of one connection after the other and returns its address.
+// serve runs a server that handles each connection, and returns its address.
 func serve(t *testing.T, handle func(conn *net.TCPConn)) string {
 	t.Helper()
 	return serveAt(t, "203.0.113.1:0", handle)
@@ -232,7 +231,7 @@ func serveAt(t *testing.T, addr string, handle func(conn *net.TCPConn)) string {
 	return l.Addr().String()
 }
 
-// addresses adds what TestMain promises.
+// addresses configures the network of TestMain.
 func addresses() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -248,7 +247,7 @@ func addresses() error {
 			return fmt.Errorf("adding %s: %w", network, err)
 		}
 	}
-	// A network in which nobody answers.
+	// A network without any answer.
 	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "void0"}, PeerName: "void1"}
 	if err := netlink.LinkAdd(pair); err != nil {
 		return err

@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// What a client sends, what of it reaches the server, what the server answers,
-// and what of that reaches the client, byte by byte. S is the server's host and
-// port; the connection ends where END stands.
+// The client's request, its form at the server, the server's response, and its form at
+// the client are compared byte by byte. S is the server's host and port; END is the end
+// of the connection.
 func TestProtocol(t *testing.T) {
 	const (
 		get    = "GET http://S/ HTTP/1.1\r\nHost: S\r\n\r\n"
@@ -145,7 +145,7 @@ func TestProtocol(t *testing.T) {
 					want := fill(conn.LocalAddr().String(), test.reaches)
 					got := make([]byte, len(want))
 					if n, err := io.ReadFull(conn, got); err == io.EOF && n == 0 && want != "" {
-						return // the connection is not needed any more
+						return // the proxy has closed the idle connection
 					}
 					if string(got) != want {
 						t.Errorf("the server got %q\nwant           %q", got, want)
@@ -174,7 +174,7 @@ func TestProtocol(t *testing.T) {
 	}
 }
 
-// What is refused before any server hears of it.
+// Invalid requests are refused without a connection to a server.
 func TestRefusedRequests(t *testing.T) {
 	reached := make(chan struct{}, 1)
 	server := serve(t, func(*net.TCPConn) { reached <- struct{}{} })
@@ -208,7 +208,7 @@ func TestRefusedRequests(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn := p.connect(t)
-			_, _ = io.WriteString(conn, test.send) // the proxy may be gone before the end of it
+			_, _ = io.WriteString(conn, test.send) // the proxy may close the connection before the end
 			var got []byte
 			buf := make([]byte, 4096)
 			for !strings.Contains(string(got), "\r\n\r\n") {

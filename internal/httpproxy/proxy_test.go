@@ -48,7 +48,7 @@ func (p *testProxy) tunnel(t *testing.T, server string) *net.TCPConn {
 	return conn
 }
 
-// answer reads the answer to a request that has no body.
+// answer reads the response to a request without a body.
 func answer(t *testing.T, conn net.Conn) (status int, body string) {
 	t.Helper()
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -87,7 +87,7 @@ func TestStreams(t *testing.T) {
 					hear(t, conn, "6\r\nevent\n\r\n")
 					heard <- struct{}{}
 				}
-				hearEnd(t, conn, "") // the server broke off, which is no end of chunks
+				hearEnd(t, conn, "") // the connection ends without the last chunk
 			})
 		}
 	})
@@ -127,7 +127,7 @@ func TestStreams(t *testing.T) {
 			t.Errorf("status %d", status)
 		}
 	})
-	t.Run("a server that is asked whether it wants the body", func(t *testing.T) {
+	t.Run("a request with Expect: 100-continue", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
 			if got := header(conn); !strings.Contains(got, "Expect: 100-continue\r\n") {
 				t.Errorf("the server got %q", got)
@@ -142,7 +142,7 @@ func TestStreams(t *testing.T) {
 		say(t, conn, "hello")
 		hear(t, conn, "HTTP/1.1 200 OK\r\n")
 	})
-	t.Run("and does not", func(t *testing.T) {
+	t.Run("a server that refuses the expectation", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
 			header(conn)
 			say(t, conn, "HTTP/1.1 417 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
@@ -160,7 +160,7 @@ func TestStreams(t *testing.T) {
 		})
 		conn := start(t, "203.0.113.1", nil, nil).get(t, server)
 		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err == nil { // the beginning may have been sent
+		if err == nil { // the header may have been sent
 			_, err = io.Copy(io.Discard, response.Body)
 		}
 		if err != io.ErrUnexpectedEOF {
@@ -169,7 +169,7 @@ func TestStreams(t *testing.T) {
 	})
 }
 
-// One connection serves many requests, on both sides.
+// One connection serves many requests, to the client and to the server.
 func TestKeepAlive(t *testing.T) {
 	var connections atomic.Int32
 	server := serve(t, func(conn *net.TCPConn) {
@@ -196,8 +196,7 @@ func TestKeepAlive(t *testing.T) {
 	}
 }
 
-// A connection that is kept is used for what the rules allow now, and for no
-// other address of the name.
+// An idle connection is reused only if the current rules allow its address.
 func TestKeptConnectionsAndRules(t *testing.T) {
 	hello := func(s string) func(*net.TCPConn) {
 		return func(conn *net.TCPConn) {
@@ -240,7 +239,7 @@ func TestTunnelHalves(t *testing.T) {
 		}
 		hearEnd(t, conn, "answer")
 	})
-	t.Run("the client has said it all with the CONNECT", func(t *testing.T) {
+	t.Run("the client ends with the CONNECT", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
 			hearEnd(t, conn, "question")
 			say(t, conn, "answer")
@@ -289,12 +288,11 @@ func TestTunnelHalves(t *testing.T) {
 		})
 		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
 		say(t, conn, "x")
-		_, _ = io.Copy(io.Discard, conn) // ends
+		_, _ = io.Copy(io.Discard, conn) // it ends
 	})
 }
 
-// Tunnels are copied by the kernel: each way has a pipe (splice(2)) as long as it
-// lasts.
+// The kernel copies tunnels: each direction has a pipe (splice(2)).
 func TestTunnelSplices(t *testing.T) {
 	pipes := func() (n int) {
 		files, err := filepath.Glob("/proc/self/fd/*")
@@ -309,7 +307,7 @@ func TestTunnelSplices(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}) })
 	p := start(t, "203.0.113.1", nil, nil)
 	before := pipes()
-	const tunnels = 8 // more than pipes that other tests may have left for reuse
+	const tunnels = 8 // more than the pipes of other tests that may be reused
 	for range tunnels {
 		conn := p.tunnel(t, server)
 		say(t, conn, "echo")
@@ -327,8 +325,8 @@ func (zeros) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// After a switch of protocols both halves are there, whatever the protocol, with
-// what was sent before it was switched.
+// After a switch to any protocol both directions work, including data that were sent
+// before the switch.
 func TestUpgrade(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		if got := header(conn); !strings.Contains(got, "Upgrade: my/1\r\n") {
@@ -352,7 +350,7 @@ func TestUpgrade(t *testing.T) {
 	p.await(t, "status=101 received=11 sent=3")
 }
 
-// await waits for a text in the log.
+// await waits until the log contains a text.
 func (p *testProxy) await(t *testing.T, text string) {
 	t.Helper()
 	if !await(func() bool { return strings.Contains(p.log.String(), text) }) {
@@ -398,13 +396,13 @@ func TestErrors(t *testing.T) {
 		"IPv4 refuses, beside IPv6":  {"*", "http://both.example:9/", 502, "connecting to both.example:9: 203.0.113.1: connection refused\n"},
 		"only IPv6 is allowed": {"!0.0.0.0/0\n*", "http://both.example/", 403, "both.example (203.0.113.1) is denied by rule 1: !0.0.0.0/0; " +
 			"its address 2001:db8::1 is allowed, but IPv6 is used only if the name has no IPv4 address\n"},
-		"no rule for either":          {"1.2.3.4", "http://both.example/", 403, "no rule allows both.example (203.0.113.1)\n"},
-		"nobody there":                {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer"},
-		"no route":                    {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
-		"no HTTP":                     {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
-		"no answer":                   {"*", "http://" + mute + "/", 502, "the server closed the connection without a response"},
-		"no TLS":                      {"*", "https://" + garbage + "/", 502, "TLS"},
-		"one of two addresses denied": {"!10.0.0.0/8\n127.0.0.1", "http://mixed.example:9/", 502, "127.0.0.1: connection refused"},
+		"no rule for either":             {"1.2.3.4", "http://both.example/", 403, "no rule allows both.example (203.0.113.1)\n"},
+		"nobody there":                   {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer"},
+		"no route":                       {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
+		"no HTTP":                        {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
+		"no answer":                      {"*", "http://" + mute + "/", 502, "the server closed the connection without a response"},
+		"no TLS":                         {"*", "https://" + garbage + "/", 502, "TLS"},
+		"one of two addresses is denied": {"!10.0.0.0/8\n127.0.0.1", "http://mixed.example:9/", 502, "127.0.0.1: connection refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -436,9 +434,9 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// Of a name that has both kinds of addresses, IPv6 is dialled neither when IPv4
-// refuses, nor when it does not answer, nor when only IPv6 is allowed, in
-// whatever order they come. Without an IPv4 address, and by its own, it is.
+// If a name has addresses of both families, IPv6 is not dialled, even if IPv4 refuses,
+// does not answer or is denied, in any order of the addresses. A name without an IPv4
+// address, and an IPv6 address itself, are dialled.
 func TestFamilies(t *testing.T) {
 	var connections atomic.Int32
 	server := serveAt(t, "[2001:db8::1]:0", func(conn *net.TCPConn) {
@@ -472,7 +470,7 @@ func TestFamilies(t *testing.T) {
 	}
 }
 
-// What the client sends wrong is the client's fault.
+// An invalid body is an error of the client.
 func TestBadBody(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
 	conn := start(t, "*", nil, nil).connect(t)
@@ -482,7 +480,7 @@ func TestBadBody(t *testing.T) {
 	}
 }
 
-// The pod's own addresses are as its loopback.
+// The pod's own addresses are local like its loopback.
 func TestOwnAddresses(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		header(conn)
@@ -504,7 +502,7 @@ func TestOwnAddresses(t *testing.T) {
 	}
 }
 
-// A name of an address counts if it resolves to that address.
+// A reverse name of an address counts only if it resolves to the address.
 func TestReverseNames(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		header(conn)
@@ -514,13 +512,13 @@ func TestReverseNames(t *testing.T) {
 		names  zone
 		status int
 	}{
-		"its own":             {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"203.0.113.1"}}, 200},
-		"one of several":      {zone{"203.0.113.1": {"x.", "www.good.example."}, "www.good.example": {"203.0.113.9", "203.0.113.1"}}, 200},
-		"somebody else's":     {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"203.0.113.9"}}, 403},
-		"one that is not":     {zone{"203.0.113.1": {"www.good.example."}}, 403},
-		"one not to be found": {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"timeout"}}, 403},
-		"none":                {nil, 403},
-		"another":             {zone{"203.0.113.1": {"bad.example."}, "bad.example": {"203.0.113.1"}}, 403},
+		"its own":                 {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"203.0.113.1"}}, 200},
+		"one of several":          {zone{"203.0.113.1": {"x.", "www.good.example."}, "www.good.example": {"203.0.113.9", "203.0.113.1"}}, 200},
+		"another address's":       {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"203.0.113.9"}}, 403},
+		"one that does not exist": {zone{"203.0.113.1": {"www.good.example."}}, 403},
+		"one that times out":      {zone{"203.0.113.1": {"www.good.example."}, "www.good.example": {"timeout"}}, 403},
+		"none":                    {nil, 403},
+		"another":                 {zone{"203.0.113.1": {"bad.example."}, "bad.example": {"203.0.113.1"}}, 403},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := start(t, "*.good.example", test.names, nil)
@@ -684,7 +682,7 @@ func talk(t *testing.T, idle time.Duration, begin string, read func(t *testing.T
 	}
 }
 
-// More clients than are allowed wait until one of the others ends.
+// More clients than the limit wait until a connection ends.
 func TestMaxConnections(t *testing.T) {
 	silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
 	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.config.MaxConnections = 2 })
@@ -710,9 +708,9 @@ func TestMaxConnections(t *testing.T) {
 	}
 }
 
-// A proxy that is told to stop takes no more clients and ends what runs.
+// After the end of its context a proxy accepts no clients, and ends active requests.
 func TestStop(t *testing.T) {
-	t.Run("what runs is finished", func(t *testing.T) {
+	t.Run("active requests finish", func(t *testing.T) {
 		t.Parallel()
 		asked, stopped := make(chan struct{}, 2), make(chan struct{})
 		server := serve(t, func(conn *net.TCPConn) {
@@ -732,7 +730,7 @@ func TestStop(t *testing.T) {
 		<-asked
 		<-asked
 		p.stop()
-		for { // until nobody listens any more
+		for { // until the proxy does not listen any more
 			late, err := net.Dial("tcp", p.addr)
 			if err != nil {
 				break
@@ -751,7 +749,7 @@ func TestStop(t *testing.T) {
 		}
 		p.done <- nil
 	})
-	t.Run("but not for ever", func(t *testing.T) {
+	t.Run("after the grace they are cut off", func(t *testing.T) {
 		t.Parallel()
 		const grace = 100 * time.Millisecond
 		silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
@@ -806,8 +804,8 @@ func TestAccessLog(t *testing.T) {
 	}
 }
 
-// Requests are decided by the new rules, and what runs goes on. Rules that are
-// the same are no change.
+// New rules apply to the next requests, and tunnels continue. The same rules are no
+// change.
 func TestSetRules(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
 	p := start(t, "*", nil, nil)
@@ -826,7 +824,7 @@ func TestSetRules(t *testing.T) {
 	set("192.0.2.1", "rules=1")
 	p.Rejected(errors.New("not right"))
 	if s := p.Status(); s.RulesErr == nil || s.Reloads != 1 || s.ReloadFailures != 1 {
-		t.Errorf("after one list that is right and one that is not: %+v", s)
+		t.Errorf("after a valid and an invalid list: %+v", s)
 	}
 	say(t, kept, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
 	if status, _ := answer(t, kept); status != 403 {
@@ -836,7 +834,7 @@ func TestSetRules(t *testing.T) {
 	hear(t, tunnel, "still here")
 }
 
-// Run listens where it is told and says what is in the way.
+// Run returns an error with a hint if the port is in use, and nil after its context ends.
 func TestRun(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
@@ -850,7 +848,7 @@ func TestRun(t *testing.T) {
 	cancel()
 	p = New(Config{Listen: netip.AddrPortFrom(netip.Addr{}, 8080), ShutdownGrace: time.Second}, newLogger(&output{}), zone{})
 	if err := p.Run(ctx); err != nil {
-		t.Errorf("told to stop: %v", err)
+		t.Errorf("after the end of the context: %v", err)
 	}
 }
 
@@ -861,8 +859,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// A client that does not wait for its answer ends the request to the server, and
-// gets no answer that the server did not give.
+// A client that closes its half before the response ends the request to the server.
 func TestClientGone(t *testing.T) {
 	asked, ended := make(chan struct{}), make(chan struct{})
 	server := serve(t, func(conn *net.TCPConn) {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// Only what may go to the same addresses by the same name shares connections.
+// Only requests with the same name and the same allowed addresses share connections.
 func TestPoolKey(t *testing.T) {
 	key := func(host string, addrs ...string) string {
 		h, _ := parseHost(host)

@@ -13,7 +13,7 @@ import (
 
 func ip(s string) netip.Addr { return netip.MustParseAddr(s) }
 
-// ruleFields compares rules without what they were written as.
+// ruleFields compares rules without their text.
 var ruleFields = cmp.Options{
 	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
@@ -158,8 +158,8 @@ http_access allow all
 	}
 }
 
-// Whatever is accepted is what it was written as, can be read again, and decides
-// without failing; whatever is refused says why.
+// FuzzParse checks that a valid list can be written and parsed again and decides
+// without a panic, and that an invalid one has a sentence and a hint.
 func FuzzParse(f *testing.F) {
 	for _, seed := range []string{
 		"!*.example.com\n!192.168.1.0/24\n192.168.2.1\n*", "2001:db8::/32\n::ffff:1.2.3.4", "! x\\\n y", "*\n*\n#\r\n", "a..b", "1.2.3", "",

@@ -19,16 +19,16 @@ import (
 	"time"
 )
 
-// squidZone has what the requests of TestSquidDecides ask for. 203.0.113.23 says
-// that it is a.example, which is not so.
+// squidZone has the names of TestSquidDecides. The reverse name of 203.0.113.23 is
+// a.example, which does not resolve to it.
 var squidZone = zone{
 	"a.example": {"203.0.113.21"}, "b.a.example": {"203.0.113.22"}, "ba.example": {"203.0.113.23"},
 	"two.example": {"203.0.113.21", "203.0.113.24"}, "six.example": {"2001:db8::1"}, "both.example": {"203.0.113.24", "2001:db8::1"}, "intranet": {"203.0.113.25"},
 	"203.0.113.21": {"a.example"}, "203.0.113.22": {"b.a.example"}, "203.0.113.23": {"a.example"}, "203.0.113.24": {"two.example"},
 }
 
-// TestSquidDecides asks squid, which is told the rules as the original tells it,
-// and the proxy the same, and finds no difference but those that are listed.
+// TestSquidDecides compares the decisions of the proxy and of squid, with the rules in
+// the original's notation. Only the differences of the contract are allowed.
 func TestSquidDecides(t *testing.T) {
 	requests := []string{
 		"a.example", "A.Example", "a.example.", "b.a.example", "ba.example", "two.example", "six.example", "both.example", "intranet", "none.example",
@@ -99,7 +99,7 @@ func TestSquidDecides(t *testing.T) {
 	}
 }
 
-// asSquid says what squid makes of a request where the proxy differs.
+// asSquid returns the decision of squid on a request where the proxy differs.
 func asSquid(list Rules, host string) string {
 	name, addrs := host, squidZone[host]
 	if _, err := netip.ParseAddr(host); err == nil {
@@ -115,7 +115,7 @@ func asSquid(list Rules, host string) string {
 	return "denied"
 }
 
-// ask sends one request to a proxy and says what became of it.
+// ask sends one request to a proxy and returns the outcome.
 func ask(t *testing.T, proxy, method, host string) string {
 	t.Helper()
 	conn, err := net.DialTimeout("tcp", proxy, patience)
@@ -136,7 +136,7 @@ func ask(t *testing.T, proxy, method, host string) string {
 		return "allowed"
 	case "403":
 		return "denied"
-	case "500", "502", "503", "504": // squid has the first for a name that does not exist
+	case "500", "502", "503", "504": // the first is squid's for a name that does not exist
 		return "failed"
 	}
 	return line
@@ -162,12 +162,12 @@ func startSquid(t *testing.T, lists []Rules) int {
 	config := filepath.Join(dir, "squid.conf")
 	check(t, os.WriteFile(config, []byte(b.String()), 0o644))
 	check(t, os.WriteFile(log, nil, 0o666))
-	check(t, os.Chmod(dir, 0o777)) // squid gives up being root
+	check(t, os.Chmod(dir, 0o777)) // squid drops its root privilege
 	check(t, os.Chmod(log, 0o666))
 
 	path, err := exec.LookPath("squid")
 	if err != nil {
-		path = "/usr/sbin/squid" // not in every user's PATH
+		path = "/usr/sbin/squid" // not in the PATH of every user
 	}
 	squid := exec.Command(path, "-N", "-f", config)
 	var output bytes.Buffer
@@ -180,7 +180,7 @@ func startSquid(t *testing.T, lists []Rules) int {
 		_ = squid.Process.Kill()
 		_ = squid.Wait()
 		if text, err := os.ReadFile(log); err == nil && t.Failed() {
-			t.Logf("squid says:\n%s\n%s", &output, text)
+			t.Logf("squid's output and log:\n%s\n%s", &output, text)
 		}
 	})
 	if !await(func() bool {
@@ -195,7 +195,7 @@ func startSquid(t *testing.T, lists []Rules) int {
 	return first
 }
 
-// serveNames answers the questions of the DNS (RFC 1035) that a zone answers.
+// serveNames serves a zone by DNS (RFC 1035).
 func serveNames(t *testing.T, addr string, z zone) {
 	t.Helper()
 	conn, err := net.ListenPacket("udp", addr)
@@ -215,7 +215,7 @@ func serveNames(t *testing.T, addr string, z zone) {
 	}()
 }
 
-// The types of records that are asked for.
+// The supported record types.
 const (
 	typeA    = 1
 	typePTR  = 12
@@ -242,15 +242,15 @@ func (z zone) reply(question []byte) []byte {
 	kind := binary.BigEndian.Uint16(question[i+1:])
 	values, known := z.records(strings.Join(labels, "."), kind)
 	reply := append([]byte(nil), question[:i+5]...)
-	binary.BigEndian.PutUint16(reply[2:], 0x8580) // an answer, of who should know
+	binary.BigEndian.PutUint16(reply[2:], 0x8580) // an authoritative answer
 	if !known {
-		reply[3] |= 3 // there is no such name
+		reply[3] |= 3 // NXDOMAIN
 	}
 	binary.BigEndian.PutUint16(reply[4:], 1)
 	binary.BigEndian.PutUint16(reply[6:], uint16(len(values)))
 	binary.BigEndian.PutUint32(reply[8:], 0)
 	for _, v := range values {
-		reply = append(reply, 0xc0, 12) // the name of the question
+		reply = append(reply, 0xc0, 12) // pointer to the question's name
 		reply = binary.BigEndian.AppendUint16(reply, kind)
 		reply = append(reply, 0, 1, 0, 0, 0, 60)
 		reply = binary.BigEndian.AppendUint16(reply, uint16(len(v)))

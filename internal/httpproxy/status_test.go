@@ -7,7 +7,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// wantCounts waits for what is counted, which is when requests end.
+// wantCounts waits for counters, since requests are counted when they end.
 func (p *testProxy) wantCounts(t *testing.T, want Counts) {
 	t.Helper()
 	var diff string
@@ -53,7 +53,7 @@ func TestStatus(t *testing.T) {
 		t.Errorf("status %+v", s)
 	}
 
-	// Denied, and unknown.
+	// A denied name, and one that does not exist.
 	for _, test := range []struct {
 		host   string
 		status int
@@ -70,7 +70,7 @@ func TestStatus(t *testing.T) {
 	want.Lookups++
 	p.wantCounts(t, want)
 
-	// A server that is not there.
+	// A server that does not exist.
 	status, body := answer(t, p.get(t, "a.example:1"))
 	if status != 502 {
 		t.Fatalf("status %d", status)
@@ -96,6 +96,6 @@ func TestStatus(t *testing.T) {
 	}
 	p.done <- nil // for the end of the test
 	if s := p.Status(); s.Listen != "" {
-		t.Errorf("it listens at %s when it has ended", s.Listen)
+		t.Errorf("the proxy listens on %s after its end", s.Listen)
 	}
 }

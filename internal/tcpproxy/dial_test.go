@@ -31,8 +31,8 @@ func setSysctl(t *testing.T, name, value string) {
 	})
 }
 
-// Clients that end their connections first do not use up the proxy's ports.
-func TestPortsAreUsedAgain(t *testing.T) {
+// Connections that clients close first do not exhaust the proxy's ports.
+func TestPortsAreReused(t *testing.T) {
 	const ports = 30
 	setSysctl(t, "tcp_tw_reuse", "0") // the default, 2, is for this very link
 	setSysctl(t, "ip_local_port_range", fmt.Sprintf("40000 %d", 40000+ports-1))
@@ -41,7 +41,7 @@ func TestPortsAreUsedAgain(t *testing.T) {
 	apply(t, p, "7001 127.0.1.1 83\n40007 127.0.1.1 83")
 
 	for i := range 4 * ports {
-		// Of its own ports the client has enough: it comes from others.
+		// The client needs ports too: it connects from other addresses.
 		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 1, 1, byte(i)}), 0))}
 		conn, err := dialer.Dial("tcp", "127.0.0.1:7001")
 		if err != nil {
@@ -59,7 +59,7 @@ func TestPortsAreUsedAgain(t *testing.T) {
 		_ = conn.Close()
 	}
 
-	// All ports have a connection: the next has to fail, and does.
+	// With a connection from every port, the next one fails.
 	var all []int32
 	for range ports {
 		fd, err := p.dialer.dial(netip.MustParseAddrPort("127.0.1.1:83"))
@@ -71,7 +71,7 @@ func TestPortsAreUsedAgain(t *testing.T) {
 	if _, err := p.dialer.dial(netip.MustParseAddrPort("127.0.1.1:83")); !errors.Is(err, syscall.EADDRNOTAVAIL) {
 		t.Errorf("a connection from no port: %v", err)
 	}
-	// To another server it does not.
+	// A connection to another server does not.
 	serve(t, "127.0.1.2:83")
 	fd, err := p.dialer.dial(netip.MustParseAddrPort("127.0.1.2:83"))
 	if err != nil {

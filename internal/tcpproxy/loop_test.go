@@ -20,36 +20,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How a program ends its half of a connection.
+// The ways in which a program ends its half of a connection.
 type ending int
 
 const (
-	closes        ending = iota // after it has sent everything; it reads to the end
-	resets                      // after it has sent everything
-	resetsHalfway               // after it has sent a part
+	closes        ending = iota // in order after all data; it reads to the end
+	resets                      // by a reset after all data
+	resetsHalfway               // by a reset after a part of the data
 )
 
-// A part is what a program at one end of a connection sends, and how.
+// A part is the behaviour of a program at one end of a connection.
 type part struct {
 	random *rand.Rand
 	data   []byte
 	ending ending
-	part   int // of the data that is sent
+	part   int // number of bytes that are sent
 
 	got  []byte
 	err  error // of reading
-	lost bool  // an error in writing, of which a reader need not hear again
+	lost bool  // a write was reset, which a read need not return again
 }
 
-// newPart makes up one end of connection number n. All ends of a number that is
-// even end in order.
+// newPart returns the behaviour of one end of connection n, at random but repeatable.
+// Both ends of an even number close in order.
 func newPart(n, side uint64) *part {
 	p := &part{random: rand.New(rand.NewPCG(n, side))}
 	sizes := []int{0, 1, 100, shortPiece - 1, shortPiece, shortPiece + 1, 100_000, 1_000_000}
 	p.data = make([]byte, sizes[p.random.IntN(len(sizes))]+p.random.IntN(3))
-	for i := range p.data {
-		p.data[i] = byte(p.random.Uint32())
-	}
+	var seed [32]byte
+	binary.BigEndian.PutUint64(seed[:], n)
+	seed[8] = byte(side)
+	_, _ = rand.NewChaCha8(seed).Read(p.data)
 	p.part = len(p.data)
 	if n%2 == 1 {
 		if p.ending = ending(p.random.IntN(3)); p.ending == resetsHalfway {
@@ -59,7 +60,7 @@ func newPart(n, side uint64) *part {
 	return p
 }
 
-// play sends and reads, in pieces of any length and with pauses.
+// play sends and reads in pieces of random length with pauses.
 func (p *part) play(conn *net.TCPConn, random *rand.Rand) {
 	var both sync.WaitGroup
 	both.Go(func() {
@@ -93,7 +94,7 @@ func (p *part) play(conn *net.TCPConn, random *rand.Rand) {
 	_ = conn.Close()
 }
 
-// check compares what a program has read to what the other one sent.
+// check compares the data that a program has read with those that the other sent.
 func (p *part) check(other *part) error {
 	if !bytes.HasPrefix(other.data, p.got) {
 		return fmt.Errorf("%d bytes that are not those that were sent", len(p.got))
@@ -111,9 +112,8 @@ func (p *part) check(other *part) error {
 	return nil
 }
 
-// Whatever two programs say to each other, and however they end, reaches the other
-// one: all of it, in order, and a reset is never mistaken for an end. Nothing is
-// left behind.
+// All data between two programs arrive completely and in order, whatever their pieces
+// and endings; a reset never looks like the end of a stream. No descriptor is left.
 func TestAnyConversation(t *testing.T) {
 	const conversations, atOnce = 600, 40
 	l, err := net.Listen("tcp", "127.0.1.1:84")
@@ -134,7 +134,7 @@ func TestAnyConversation(t *testing.T) {
 				_ = conn.SetDeadline(time.Now().Add(patience))
 				var number [8]byte
 				if _, err := io.ReadFull(conn, number[:]); err != nil {
-					return // a client may reset the connection as early as that
+					return // a client may reset the connection before
 				}
 				n := binary.BigEndian.Uint64(number[:])
 				p := newPart(n, 1)
@@ -156,7 +156,8 @@ func TestAnyConversation(t *testing.T) {
 			defer func() { <-turns }()
 			n := uint64(i)
 			asked[i] = newPart(n, 0)
-			// Those that end in order have a port of their own, to count their bytes.
+			// Connections that close in order have a port of their own, whose bytes
+			// are counted.
 			conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", 7001+i%2))
 			if err != nil {
 				t.Error(err)
@@ -217,8 +218,8 @@ func wantDone(t *testing.T, p *Proxy) {
 	})
 }
 
-// descriptors returns how many descriptors the process has, but for pipes, which
-// loops keep for a while.
+// descriptors returns the number of open descriptors except pipes, which loops keep
+// for a while.
 func descriptors(t *testing.T) int {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
@@ -238,8 +239,8 @@ func wantDescriptors(t *testing.T, want int) {
 	})
 }
 
-// Connections leave no descriptor and no goroutine behind, whether there was a
-// server or not; nor does a proxy.
+// Connections with and without a server leave no descriptor and no goroutine; nor does
+// a proxy after Shutdown.
 func TestNothingIsLeft(t *testing.T) {
 	serve(t, "127.0.1.1:80")
 	goroutines, before := runtime.NumGoroutine(), descriptors(t)
@@ -278,8 +279,8 @@ func TestNothingIsLeft(t *testing.T) {
 	})
 }
 
-// One that sends all the time, and one that takes nothing, keep nobody from their
-// turn in the same loop.
+// A relay whose sender never pauses, and one whose receiver reads nothing, do not
+// starve another relay of the same loop.
 func TestTurnsInLoop(t *testing.T) {
 	l := startLoop(t, 0)
 	stuck, busy, other := joinIn(t, l), joinIn(t, l), joinIn(t, l)
@@ -321,7 +322,7 @@ func TestTurnsInLoop(t *testing.T) {
 	}
 }
 
-// A relay whose ends take all that there is comes back for the rest.
+// A turn of a relay with more data than its limit ends, and the rest is reported.
 func TestTurnEnds(t *testing.T) {
 	l, err := newLoop()
 	if err != nil {
@@ -364,8 +365,8 @@ func TestTurnEnds(t *testing.T) {
 	}
 }
 
-// Relays that always have more, so that a turn of all takes longer than a tick
-// lasts, do not keep the loop from hearing what has happened.
+// Relays that always have more data, so that one turn of all takes longer than a tick,
+// do not keep the loop from reading events.
 func TestTurnsLongerThanTicks(t *testing.T) {
 	l := startLoop(t, looks*leastWait)
 	piece := make([]byte, 1<<20)
@@ -388,14 +389,14 @@ func TestTurnsLongerThanTicks(t *testing.T) {
 	}
 }
 
-// limit leaves the process few more descriptors than it has.
+// limit limits the descriptors of the process to a few more than it has.
 func limit(t *testing.T, more int) {
 	t.Helper()
 	var before unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
 		t.Fatal(err)
 	}
-	// A limit is for the number of the next, and there may be gaps.
+	// The limit is on the number of the next descriptor, and there may be gaps.
 	next, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -413,7 +414,7 @@ func limit(t *testing.T, more int) {
 	})
 }
 
-// Without a descriptor for a pipe, data is copied.
+// Without a descriptor for a pipe, data are copied.
 func TestNoPipes(t *testing.T) {
 	j := join(t, 0)
 	limit(t, 0)
@@ -433,15 +434,15 @@ func TestNoPipes(t *testing.T) {
 	j.wantOutcome(t, outcomeDone)
 }
 
-// A want of descriptors is told once, costs no connection that there is, and ends
-// with its cause.
-func TestTooManyConnections(t *testing.T) {
+// A lack of descriptors is logged once, ends no existing connection, and delays new
+// ones only until descriptors are free.
+func TestDescriptorsExhausted(t *testing.T) {
 	serve(t, "127.0.1.1:80")
 	p, _, book := newProxy(t, nil)
 	apply(t, p, "7001 127.0.1.1 80")
 	first := connect(t, 7001)
 	first.ask(t, "127.0.1.1:80")
-	waiting := connect(t, 7001) // its own descriptor is there before the limit
+	waiting := connect(t, 7001) // its descriptors are open before the limit
 	waiting.ask(t, "127.0.1.1:80")
 
 	var socket int32
@@ -469,13 +470,13 @@ func TestTooManyConnections(t *testing.T) {
 	time.Sleep(100 * time.Millisecond) // in which it fails again
 	first.wantEcho(t)
 	if n := strings.Count(book.String(), "accepting connections failed"); n != 1 {
-		t.Errorf("told %d times:\n%s", n, book)
+		t.Errorf("logged %d times, want once:\n%s", n, book)
 	}
 	_ = first.Close()
 	_ = waiting.Close()
 	answer := make([]byte, 100)
 	if n, errno := rawRead(socket, answer); errno != 0 || !strings.HasPrefix(string(answer[:max(n, 0)]), "127.0.1.1:80") {
-		t.Errorf("the one that waited got %q, %v", answer[:max(n, 0)], errno)
+		t.Errorf("the connection that waited got %q, %v", answer[:max(n, 0)], errno)
 	}
 }
 
@@ -557,7 +558,7 @@ func TestShutdownWhileConnecting(t *testing.T) {
 	}
 }
 
-// Urgent data do not stop what is behind them.
+// Data behind urgent data arrive.
 func TestUrgent(t *testing.T) {
 	j := join(t, time.Minute)
 	raw, err := j.client.SyscallConn()
@@ -580,7 +581,7 @@ func TestUrgent(t *testing.T) {
 		_ = j.client.CloseWrite()
 	}()
 	got, err := io.ReadAll(j.server)
-	// One that another follows before it is read is like any other data (tcp(7)).
+	// Urgent data that others follow before the read are ordinary data (tcp(7)).
 	if got = bytes.ReplaceAll(got, []byte("!"), nil); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("%d bytes of %d, %v", len(got), len(want), err)
 	}
@@ -588,7 +589,7 @@ func TestUrgent(t *testing.T) {
 	j.wantOutcome(t, outcomeDone)
 }
 
-// The same where all is there before the relay begins, also the end.
+// The same if all data and the end have arrived before the relay begins.
 func TestUrgentBefore(t *testing.T) {
 	client, near := pair(t)
 	raw, err := client.SyscallConn()
@@ -612,8 +613,8 @@ func TestUrgentBefore(t *testing.T) {
 	}
 }
 
-// Where connections may be silent for ever, the kernel asks both peers if they are
-// there; and in any case nothing waits for more to send.
+// Without an idle timeout, or with a long one, both sockets have keepalive; in any case
+// both have TCP_NODELAY.
 func TestOptions(t *testing.T) {
 	serve(t, "127.0.1.1:80")
 	for idle, want := range map[time.Duration]int{0: 1, time.Minute: 0, time.Hour: 1} {

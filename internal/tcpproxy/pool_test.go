@@ -15,15 +15,15 @@ import (
 	"time"
 )
 
-// A world is what a pool has around it in tests: names, and servers that answer
-// or do not. Its clock is synctest's.
+// A world is the resolver and the servers of a pool in tests. Its clock is
+// synctest's.
 type world struct {
 	mu      sync.Mutex
 	addrs   []netip.Addr
 	ttl     time.Duration
 	err     error
 	lookups int
-	broken  map[string]error // what dialling an address gives; errSilence: nothing
+	broken  map[string]error // the error of dialling an address; errSilence: no answer
 	dialled []string
 	probed  []string
 	log     strings.Builder
@@ -66,7 +66,7 @@ func (w *world) Lookup(context.Context, string) ([]netip.Addr, time.Time, error)
 	return w.addrs, time.Now().Add(w.ttl), nil
 }
 
-// connect makes one client's way to a server, as the proxy does.
+// connect searches for a server for one client, as the proxy does.
 func (w *world) connect(ctx context.Context, p *pool) (netip.AddrPort, error) {
 	a := attempt{pool: p}
 	for {
@@ -124,7 +124,7 @@ func inWorld(t *testing.T, test func(t *testing.T, w *world, p *pool)) {
 	})
 }
 
-// counts returns how many look-ups and probes there were.
+// counts returns the numbers of look-ups and probes.
 func (w *world) counts() (lookups, probes int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -158,7 +158,7 @@ func wantCount(t *testing.T, got map[string]int, want string) {
 	}
 }
 
-// The addresses of a name take turns; those of IPv4 are preferred.
+// The addresses of a name take turns; IPv4 is preferred.
 func TestTurns(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.set("192.0.2.1", "2001:db8::1", "192.0.2.2", "192.0.2.3")
@@ -171,8 +171,7 @@ func TestTurns(t *testing.T) {
 	})
 }
 
-// Changes are followed when the answer has expired, whether more addresses or
-// fewer.
+// The addresses change when the answer has expired.
 func TestFollow(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.set("192.0.2.1")
@@ -191,7 +190,7 @@ func TestFollow(t *testing.T) {
 	})
 }
 
-// An answer that has expired when it comes is not asked for without a pause.
+// A name with a TTL of 0 is looked up at most once a second.
 func TestNoTTL(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.set("192.0.2.1")
@@ -204,8 +203,7 @@ func TestNoTTL(t *testing.T) {
 	})
 }
 
-// While it is not known which addresses a name has, it keeps those it had; when
-// it is known that it has none, it has none.
+// A name keeps its addresses while look-ups fail, and has none when it does not exist.
 func TestNameFails(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.set("192.0.2.1")
@@ -230,7 +228,7 @@ func TestNameFails(t *testing.T) {
 	})
 }
 
-// A client waits for a name that is not known yet, but not for ever.
+// A client waits for the first answer for a name, up to the connect timeout.
 func TestNameFailsAtStart(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.fail(errors.New("no answer"))
@@ -248,9 +246,8 @@ func TestNameFailsAtStart(t *testing.T) {
 	})
 }
 
-// An address that does not answer is put aside, probed, and used again when it
-// answers.
-func TestPutAside(t *testing.T) {
+// An unreachable address is set aside, probed, and used again when it is reachable.
+func TestSetAside(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.set("192.0.2.1", "192.0.2.2", "192.0.2.3")
 		w.ttl = 5 * time.Minute
@@ -277,7 +274,7 @@ func TestPutAside(t *testing.T) {
 			}
 		}
 
-		// One that the name loses is forgotten, and not probed any more.
+		// An address that the name no longer has is not probed any more.
 		w.breaks("192.0.2.1", syscall.ECONNREFUSED)
 		w.connects(t, p, 3)
 		w.set("192.0.2.2")
@@ -293,8 +290,8 @@ func TestPutAside(t *testing.T) {
 	})
 }
 
-// Where all fail, the client gets three tries; an address is not tried again at
-// once.
+// If all addresses fail a client gets three tries, with a pause before a second try of
+// the same address.
 func TestTries(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.set("192.0.2.1")
@@ -307,7 +304,7 @@ func TestTries(t *testing.T) {
 		if d := time.Since(begin); d != 2*retryPause || len(w.dialled) != tries {
 			t.Errorf("dialled %v in %s", w.dialled, d)
 		}
-		// It is back within a pause: the client does not notice.
+		// It is reachable again after a pause: the client is connected.
 		time.AfterFunc(1500*time.Millisecond, func() { w.breaks("192.0.2.1", nil) })
 		wantCount(t, w.connects(t, p, 1), "[192.0.2.1:3]")
 
@@ -321,8 +318,8 @@ func TestTries(t *testing.T) {
 	})
 }
 
-// What the proxy itself lacks is not held against an address.
-func TestOwnWants(t *testing.T) {
+// A lack of resources of the proxy itself does not set an address aside.
+func TestOwnResources(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		w.set("192.0.2.1")
 		w.breaks("192.0.2.1", os.NewSyscallError("connect", syscall.EADDRNOTAVAIL))
@@ -339,7 +336,7 @@ func TestOwnWants(t *testing.T) {
 	})
 }
 
-// An address needs no look-up.
+// A destination by address is not looked up.
 func TestAddressDestination(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		p.destination.Host = "192.0.2.7"
@@ -347,7 +344,7 @@ func TestAddressDestination(t *testing.T) {
 		p.start(t.Context())
 		wantCount(t, w.connects(t, p, 2), "[192.0.2.7:2]")
 		if n, _ := w.counts(); n > 0 {
-			t.Error("it was looked up")
+			t.Error("the address was looked up")
 		}
 	})
 }

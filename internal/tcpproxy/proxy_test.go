@@ -48,8 +48,8 @@ func (n *names) Lookup(_ context.Context, host string) ([]netip.Addr, time.Time,
 	return n.addrs[host], time.Now().Add(time.Second), nil
 }
 
-// serve answers each connection to an address with that address and what it was
-// sent first, then echoes.
+// serve answers each connection to an address with that address and the first line,
+// then echoes.
 func serve(t *testing.T, addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
@@ -99,8 +99,7 @@ func connect(t *testing.T, port int) *client {
 	return &client{conn.(*net.TCPConn), bufio.NewReader(conn)}
 }
 
-// wantRefusal checks that a connection ends by a reset before any data, which
-// may be so early that it looks refused.
+// wantRefusal checks that a connection is reset before any data.
 func wantRefusal(t *testing.T, port int) {
 	t.Helper()
 	conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
@@ -174,8 +173,8 @@ func apply(t *testing.T, p *Proxy, list string) {
 	}
 }
 
-// Destinations by address and by name, with their ports; a name that does not
-// resolve refuses its clients, harms nobody, and works when it does.
+// Connections reach destinations by address and by name. The clients of a name that
+// does not resolve are refused until it does; others are unaffected.
 func TestProxy(t *testing.T) {
 	serve(t, "127.0.1.1:80")
 	serve(t, "127.0.1.2:80")
@@ -186,8 +185,8 @@ func TestProxy(t *testing.T) {
 	connect(t, 7001).ask(t, "127.0.1.1:80")
 	connect(t, 7002).ask(t, "127.0.1.2:80")
 
-	wantRefusal(t, 7003) // a name that is not there
-	wantRefusal(t, 7004) // a server that is not there
+	wantRefusal(t, 7003) // a name that does not exist
+	wantRefusal(t, 7004) // servers that do not exist
 	n.set("late.example", "127.0.1.2")
 	await(t, func() error {
 		conn, err := net.Dial("tcp", "127.0.0.1:7003")
@@ -204,7 +203,7 @@ func TestProxy(t *testing.T) {
 	})
 }
 
-// A new list changes what is to change, and no connection ends for it.
+// A new list changes the destinations and ends no connection.
 func TestApply(t *testing.T) {
 	for _, addr := range []string{"127.0.1.1:80", "127.0.1.2:80"} {
 		serve(t, addr)
@@ -222,20 +221,19 @@ func TestApply(t *testing.T) {
 	connect(t, 7002).ask(t, "127.0.1.2:80")
 	connect(t, 7004).ask(t, "127.0.1.2:80")
 	if _, err := net.Dial("tcp", "127.0.0.1:7003"); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("a port that is gone: %v", err)
+		t.Errorf("a port that was removed: %v", err)
 	}
 	for _, c := range old {
 		c.wantEcho(t)
 	}
 	apply(t, p, "# none")
 	if _, err := net.Dial("tcp", "127.0.0.1:7001"); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("no list: %v", err)
+		t.Errorf("an empty list: %v", err)
 	}
 	old[0].wantEcho(t)
 }
 
-// A port that another process has is an error, does not keep the others from
-// working, and is tried again.
+// A port in use is an error, does not affect the others, and is retried.
 func TestPortInUse(t *testing.T) {
 	serve(t, "127.0.1.1:80")
 	other, err := net.Listen("tcp", ":7002")
@@ -261,11 +259,10 @@ func TestPortInUse(t *testing.T) {
 	connect(t, 7002).ask(t, "127.0.1.1:80")
 }
 
-// Shutdown refuses new connections at once and waits for the old, but not for
-// ever.
+// Shutdown refuses new connections and waits for existing ones up to the grace.
 func TestShutdown(t *testing.T) {
 	serve(t, "127.0.1.1:80")
-	for name, patient := range map[string]bool{"they end": true, "they do not": false} {
+	for name, patient := range map[string]bool{"connections that end": true, "connections that do not": false} {
 		t.Run(name, func(t *testing.T) {
 			p, _, book := newProxy(t, func(o *Options) { o.AccessLog = true })
 			apply(t, p, "7001 127.0.1.1 80")
@@ -300,7 +297,7 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
-// One line for each connection, with everything that somebody looks for.
+// Each connection has one line with its addresses, bytes, duration and outcome.
 func TestAccessLog(t *testing.T) {
 	serve(t, "127.0.1.1:80")
 	p, n, book := newProxy(t, func(o *Options) { o.AccessLog = true })
@@ -342,8 +339,8 @@ func TestAccessLog(t *testing.T) {
 	}
 }
 
-// The header tells the server about the client, before anything else; a probe
-// is nobody's connection.
+// The header with the client's addresses is the first data to the server; that of a
+// probe is the local one.
 func TestProxyHeader(t *testing.T) {
 	for name, test := range map[string]struct {
 		client, local string
@@ -393,7 +390,7 @@ func TestProxyHeader(t *testing.T) {
 	}
 }
 
-// A server that does not answer costs one client a moment, and is found again.
+// An unreachable server is tried once, set aside, and used again after a probe.
 func TestServerComesBack(t *testing.T) {
 	t.Parallel()
 	serve(t, "127.0.1.1:86")
@@ -404,7 +401,7 @@ func TestServerComesBack(t *testing.T) {
 		connect(t, 7031).ask(t, "127.0.1.1:86")
 	}
 	if n := strings.Count(book.String(), "address unreachable"); n != 1 {
-		t.Errorf("put aside %d times:\n%s", n, book)
+		t.Errorf("set aside %d times, want once:\n%s", n, book)
 	}
 	serve(t, "127.0.1.9:86")
 	await(t, func() error {
@@ -413,7 +410,7 @@ func TestServerComesBack(t *testing.T) {
 		}
 		return nil
 	})
-	// The two share the connections again.
+	// Both share the connections again.
 	seen := map[byte]int{}
 	for range 4 {
 		c := connect(t, 7031)
@@ -429,9 +426,8 @@ func TestServerComesBack(t *testing.T) {
 	}
 }
 
-// Connections that the server ends first, aborted ones and probes leave no local
-// port of the proxy waiting (TIME_WAIT), of which there are some 28,000 for each
-// server.
+// Connections that the server closes first, aborted ones and probes leave no local port
+// of the proxy in TIME_WAIT, of which there are some 28,000 for each server.
 func TestNoPortIsKept(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.1.1:82")
 	if err != nil {
@@ -476,6 +472,6 @@ func TestNoPortIsKept(t *testing.T) {
 	}
 	waiting := regexp.MustCompile(`(?m)^ *\d+: \w+:\w+ 0101007F:0052 06 `).FindAllString(string(table), -1)
 	if len(waiting) > 0 {
-		t.Errorf("%d ports wait, such as %s", len(waiting), waiting[0])
+		t.Errorf("%d ports are in TIME_WAIT, such as %s", len(waiting), waiting[0])
 	}
 }

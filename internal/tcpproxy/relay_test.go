@@ -69,7 +69,7 @@ func pair(t *testing.T) (a, b *net.TCPConn) {
 	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
 }
 
-// A joined is a relay with the two programs at its ends.
+// A joined is a relay with the connections of the two programs at its ends.
 type joined struct {
 	client, server *net.TCPConn
 	relay          *relay
@@ -79,7 +79,7 @@ type joined struct {
 	silent         uint32 // ticks since the relay was last active, after done
 }
 
-// descriptor returns the descriptor of a connection, which is used up.
+// descriptor returns a duplicate of a connection's descriptor and closes the connection.
 func descriptor(t *testing.T, conn *net.TCPConn) int32 {
 	t.Helper()
 	raw, err := conn.SyscallConn()
@@ -99,14 +99,13 @@ func reset(conn *net.TCPConn) {
 	_ = conn.Close()
 }
 
-// join starts a relay. What a client says before, it says while the proxy
-// connects to the server.
+// join starts a relay. The client sends the data before the relay begins.
 func join(t *testing.T, idle time.Duration, before ...byte) *joined {
 	t.Helper()
 	return joinIn(t, startLoop(t, idle), before...)
 }
 
-// A testLoop is a loop whose relays are joineds.
+// A testLoop is a loop for the relays of joineds.
 type testLoop struct {
 	*loop
 	open    sync.WaitGroup
@@ -209,7 +208,7 @@ func send(t *testing.T, conn *net.TCPConn, data []byte) {
 	}
 }
 
-// wantRead reads just what is expected.
+// wantRead reads as many bytes as expected and compares them.
 func wantRead(t *testing.T, conn *net.TCPConn, want string) {
 	t.Helper()
 	got := make([]byte, len(want))
@@ -218,7 +217,7 @@ func wantRead(t *testing.T, conn *net.TCPConn, want string) {
 	}
 }
 
-// wantEnd reads the end of a stream: in order, or by a reset.
+// wantEnd reads the end of a stream: io.EOF, or ECONNRESET.
 func wantEnd(t *testing.T, conn *net.TCPConn, want error) {
 	t.Helper()
 	if n, err := conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, want) {
@@ -226,8 +225,7 @@ func wantEnd(t *testing.T, conn *net.TCPConn, want error) {
 	}
 }
 
-// Everything arrives, in both directions at once, and each direction ends when
-// its sender says so and not before.
+// All data of both directions arrive, and each direction ends when its sender ends it.
 func TestRelay(t *testing.T) {
 	j := join(t, time.Minute)
 	up, down := make([]byte, 5<<20+1), make([]byte, 7<<20+3)
@@ -243,7 +241,7 @@ func TestRelay(t *testing.T) {
 		if err != nil || !bytes.Equal(got, up) {
 			t.Errorf("the server has %d bytes, %v", len(got), err)
 		}
-		send(t, j.server, down) // half-closed, and the answer still comes
+		send(t, j.server, down) // after the half-close the response still arrives
 		_ = j.server.Close()
 	})
 	got, err := io.ReadAll(j.client)
@@ -257,7 +255,7 @@ func TestRelay(t *testing.T) {
 	}
 }
 
-// A server that ends first leaves the last word to the client.
+// After the server has ended its stream, the client can still send.
 func TestServerEndsFirst(t *testing.T) {
 	j := join(t, time.Minute)
 	send(t, j.server, []byte("hello"))
@@ -271,7 +269,7 @@ func TestServerEndsFirst(t *testing.T) {
 	j.wantOutcome(t, outcomeDone)
 }
 
-// A reset on one side is one on the other side too.
+// A reset of one side is forwarded to the other.
 func TestResets(t *testing.T) {
 	for _, test := range []struct {
 		name, outcome string
@@ -289,10 +287,10 @@ func TestResets(t *testing.T) {
 			wantEnd(t, sees, syscall.ECONNRESET)
 			j.wantOutcome(t, test.outcome)
 		})
-		t.Run(test.name+" which the other side's data finds", func(t *testing.T) {
+		t.Run(test.name+" after its half has ended", func(t *testing.T) {
 			j := join(t, time.Minute)
 			resets, sees := test.ends(j)
-			// Its own half has ended already.
+			// The reset is noticed only when data are forwarded to it.
 			_ = resets.CloseWrite()
 			wantEnd(t, sees, io.EOF)
 			reset(resets)
@@ -307,8 +305,8 @@ func TestResets(t *testing.T) {
 	}
 }
 
-// What a server says before it stops listening to a client that goes on sending
-// reaches the client, as it does without a proxy.
+// A response before the server closes the connection of a client that continues to
+// send reaches the client, as without a proxy.
 func TestAnswerBeforeReset(t *testing.T) {
 	j := join(t, time.Minute)
 	send(t, j.client, []byte("too much"))
@@ -471,7 +469,7 @@ func TestNotIdle(t *testing.T) {
 	})
 }
 
-// Connections that wait hold no pipes. (Standard output and error may be some.)
+// Relays without data hold no pipes. (Standard output and error may be pipes.)
 func TestIdleHoldsNoPipes(t *testing.T) {
 	var all []*joined
 	l := startLoop(t, 0)
@@ -485,7 +483,7 @@ func TestIdleHoldsNoPipes(t *testing.T) {
 		}
 		all = append(all, j)
 	}
-	// Other tests' io.Copy leave some until the second collection of garbage.
+	// Pipes of other tests' io.Copy remain until the second garbage collection.
 	await(t, func() error {
 		runtime.GC()
 		if n := pipes(t); n >= len(all) {
@@ -499,7 +497,7 @@ func TestIdleHoldsNoPipes(t *testing.T) {
 	}
 }
 
-// pipes returns how many descriptors of pipes the process has.
+// pipes returns the number of descriptors of pipes.
 func pipes(t *testing.T) int {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")

@@ -11,7 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// wantStatus waits for what is counted, which is when connections end.
+// wantStatus waits for a status, since connections are counted when they end.
 func wantStatus(t *testing.T, p *Proxy, want ...Status) {
 	t.Helper()
 	await(t, func() error {
@@ -46,9 +46,9 @@ func TestStatus(t *testing.T) {
 	down := Status{Destination: Destination{7012, "127.0.1.1", 1}, Condition: Unusable, Addresses: 1, Aside: 1, Looked: true, Counts: Counts{Connections: 1, Failed: 1}}
 	got := p.Status()
 	if len(got) != 3 || got[2].Condition != Unusable || !got[2].Looked || got[2].LookupErr == nil || got[2].Lookups == 0 || got[2].Lookups != got[2].LookupFailures {
-		t.Errorf("of a name that is not there: %+v", got[2])
+		t.Errorf("a name that does not exist: %+v", got[2])
 	}
-	apply(t, p, "7011 127.0.1.1 87\n7012 127.0.1.1 1") // those that stay keep what was counted
+	apply(t, p, "7011 127.0.1.1 87\n7012 127.0.1.1 1") // the remaining ones keep their counters
 	wantStatus(t, p, up, down)
 	if n := p.Open(); n != 1 {
 		t.Errorf("%d connections are open, want 1", n)
@@ -60,7 +60,7 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// A port that cannot be had is told, since the first time.
+// The status of a port in use has the time of the first failure.
 func TestStatusOfPortInUse(t *testing.T) {
 	other, err := net.Listen("tcp", ":7014")
 	if err != nil {
@@ -92,7 +92,7 @@ func TestStatusOfPortInUse(t *testing.T) {
 	}
 }
 
-// The condition follows names and addresses, and keeps the time of its change.
+// The condition follows look-ups and connections, and has the time of its change.
 func TestCondition(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world, p *pool) {
 		start := time.Now()
