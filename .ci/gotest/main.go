@@ -29,8 +29,9 @@ func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 // run runs go test and returns its exit code.
 func run(args []string, stdout, stderr io.Writer) int {
 	fmt.Fprintf(stdout, "go test %s\n", strings.Join(args, " "))
-	// go test ends when its tests have ended, after these signals too.
-	signal.Ignore(syscall.SIGINT, syscall.SIGQUIT)
+	// A terminal sends these to go test, too, which ends after its tests. Ignored signals
+	// would also be ignored in child processes.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGINT, syscall.SIGQUIT)
 	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
 	cmd.Stderr = stderr
 	events, err := cmd.StdoutPipe()
