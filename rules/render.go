@@ -33,8 +33,8 @@ type TextChain struct {
 	Table  Table
 	Name   string
 	Hook   Hook // hook with a jump to it; empty: other chains lead to it
-	// The rules as iptables-save prints them and iptables-restore reads them, one
-	// a line.
+	// The rules as iptables-save 1.8.9 prints them and iptables-restore reads them,
+	// one a line. Other versions may print another form: see internal/iptables.
 	Saved []byte
 }
 
