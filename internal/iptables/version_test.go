@@ -462,7 +462,11 @@ func TestEachVersionRecognisesItsRules(t *testing.T) {
 					p.WantState(want)
 				}
 				want := p.State()
-				for _, d := range p.Damages() {
+				damages := p.Damages()
+				if name == "own" {
+					damages = nil // the suite of the router does them
+				}
+				for _, d := range damages {
 					if err := p.Damage(d); err != nil {
 						p.Fatalf("%s: doing it: %v", d.Name, err)
 					}
