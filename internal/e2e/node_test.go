@@ -321,8 +321,7 @@ func clusterAddress(t *testing.T, pid string) netip.Addr {
 // reserved is the source of the documentation's redirect pod.
 var reserved = netip.MustParseAddr("192.168.12.99")
 
-// patience is the timeout of one request, generous for a busy machine: where a test
-// expects a failure, the router refuses the request at once.
+// patience is the timeout of one request, generous for a busy machine.
 const patience = 30 * time.Second
 
 // ask sends one request and returns the answer.
