@@ -16,8 +16,8 @@ import (
 const lockName = "@egress-router"
 
 // lockPatience is the longest wait for another router in the same namespace. A
-// run takes well under a second.
-const lockPatience = 10 * time.Second
+// run takes well under a second on an idle machine, and several on a busy one.
+const lockPatience = time.Minute
 
 // lock serializes the changes of routers in one namespace, and returns the
 // function that unlocks it.
@@ -30,16 +30,16 @@ func lock(ctx context.Context) (release func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock network namespace: %w", os.NewSyscallError("socket", err))
 	}
-	release = func() { _ = unix.Close(fd) }
+	unlock := func() { _ = unix.Close(fd) }
 	defer func() {
 		if err != nil {
-			release()
+			unlock()
 		}
 	}()
 	for begin := time.Now(); ; {
 		err := unix.Bind(fd, &unix.SockaddrUnix{Name: lockName})
 		if err == nil {
-			return release, nil
+			return unlock, nil
 		}
 		if !errors.Is(err, unix.EADDRINUSE) {
 			return nil, fmt.Errorf("lock network namespace: %w", os.NewSyscallError("bind", err))
