@@ -107,10 +107,12 @@ func TestRepair(t *testing.T) {
 		var times []time.Duration
 		for _, d := range damages {
 			r.visitors.Since(time.Now())
-			begin := time.Now()
+			begin, before := time.Now(), r.Repaired()
 			if !r.repair(d) {
 				continue
 			}
+			// The log may come after the state.
+			r.Until("the repair is logged", func() bool { return r.Repaired() > before })
 			reconciled := logged.FindAllStringSubmatch(r.Logged(), -1)
 			last, err := time.Parse(time.RFC3339, reconciled[len(reconciled)-1][1])
 			if err != nil {
