@@ -86,6 +86,19 @@ func (r *reader) want(content string) {
 	}
 }
 
+// awaitRead waits for the first read after a change.
+func (r *reader) awaitRead() {
+	r.Helper()
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		if _, reads := r.state(); reads > 0 {
+			return
+		}
+		if time.Since(begin) > patience {
+			r.Fatalf("no read after %s\n%s", patience, r.log.String())
+		}
+	}
+}
+
 // wantNoRead checks that the file was not read, after a while in which it would
 // have been.
 func (r *reader) wantNoRead() {
@@ -238,7 +251,8 @@ func TestWrite(t *testing.T) {
 			file := filepath.Join(dir, "list")
 			write(t, file, "old")
 			r := read(t, file, 0)
-			time.Sleep(20 * time.Millisecond) // in which the old one is looked at
+			check(t, os.Chmod(file, 0o640))
+			r.awaitRead() // now the file is watched
 			change(t, file)
 			r.want("new")
 		})

@@ -19,14 +19,14 @@ import (
 // all ports has some 10 MB.
 const maxReport = 32 << 20
 
-// A NobodyError is returned if no program runs in the container or network namespace.
-type NobodyError struct{}
+// A NoProgramError is returned if no program runs in the container or network namespace.
+type NoProgramError struct{}
 
 // Error returns the message.
-func (*NobodyError) Error() string { return "querying health: no running egress-router found" }
+func (*NoProgramError) Error() string { return "querying health: no running egress-router found" }
 
 // Hint lists the programs that serve health.
-func (*NobodyError) Hint() string {
+func (*NoProgramError) Hint() string {
 	return "the modes legacy and monitor and the HTTP and DNS proxies serve health while they run:\n" +
 		"run this command in the same container or network namespace"
 }
@@ -35,7 +35,7 @@ func (*NobodyError) Hint() string {
 // the programs. It connects to the sockets in the file system, or, if there is none,
 // to the abstract ones, which are those of the pod. For a program that runs and does
 // not answer it returns an *AskError beside the reports of the others, and if no
-// program runs a *NobodyError.
+// program runs a *NoProgramError.
 func Ask(ctx context.Context) ([]Report, error) { return here.askAll(ctx) }
 
 func (p place) askAll(ctx context.Context) ([]Report, error) {
@@ -54,7 +54,7 @@ func (p place) askAll(ctx context.Context) ([]Report, error) {
 		reports, err = p.askEach(ctx, names)
 	}
 	if len(reports) == 0 && err == nil {
-		err = &NobodyError{}
+		err = &NoProgramError{}
 	}
 	return reports, err
 }

@@ -20,7 +20,7 @@ import (
 )
 
 func TestHandler(t *testing.T) {
-	ready, notReady := Report{Ready: true}, Report{Reasons: []string{"told to stop", "two\nlines"}}
+	ready, notReady := Report{Ready: true}, Report{Reasons: []string{"stopping", "two\nlines"}}
 	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") })
 	stuck := func() error { return errors.New("no comparison for 1m0s") }
 	for _, test := range []struct {
@@ -36,7 +36,7 @@ func TestHandler(t *testing.T) {
 		{"alive without a check", "GET /healthz", notReady, nil, nil, 200, "ok\n"},
 		{"stuck", "GET /healthz", ready, stuck, nil, 503, "no comparison for 1m0s\n"},
 		{"ready", "GET /readyz", ready, stuck, nil, 200, "ok\n"},
-		{"not ready", "GET /readyz", notReady, nil, nil, 503, "told to stop\ntwo; lines\n"},
+		{"not ready", "GET /readyz", notReady, nil, nil, 503, "stopping\ntwo; lines\n"},
 		{"not ready without a reason", "GET /readyz", Report{}, nil, nil, 503, "not ready\n"},
 		{"metrics", "GET /metrics", ready, nil, metrics, 200, "up 1\n"},
 		{"head", "HEAD /metrics", ready, nil, metrics, 200, "up 1\n"}, // the server leaves the body out

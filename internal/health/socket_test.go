@@ -49,8 +49,8 @@ func sockets(t *testing.T, p place) []string {
 
 func TestServe(t *testing.T) {
 	p := newPlace(t)
-	var nobody *NobodyError
-	if _, err := p.askAll(t.Context()); !errors.As(err, &nobody) {
+	var none *NoProgramError
+	if _, err := p.askAll(t.Context()); !errors.As(err, &none) {
 		t.Errorf("without a program: %v", err)
 	}
 	_, stop := serve(t, p, report(Router))
@@ -106,7 +106,7 @@ func TestStaleSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = l.Close() // the file stays
-	if _, err := p.askAll(t.Context()); !errors.As(err, new(*NobodyError)) {
+	if _, err := p.askAll(t.Context()); !errors.As(err, new(*NoProgramError)) {
 		t.Errorf("asking by a stale socket: %v", err)
 	}
 	serve(t, p, report(Router))
@@ -253,7 +253,7 @@ func TestAskedElsewhere(t *testing.T) {
 		return // it is for TestAbstractOtherNamespace
 	}
 	p.dir = "/proc/egress-router"
-	if got, err := p.askAll(t.Context()); !errors.As(err, new(*NobodyError)) {
+	if got, err := p.askAll(t.Context()); !errors.As(err, new(*NoProgramError)) {
 		t.Errorf("asked from another namespace: %v, %v", got, err)
 	}
 }

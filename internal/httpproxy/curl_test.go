@@ -93,14 +93,14 @@ func TestCurl(t *testing.T) {
 	}
 	t.Run("https in absolute form", func(t *testing.T) {
 		conn := p.connect(t)
-		say(t, conn, "GET "+https+"/x HTTP/1.1\r\nHost: x\r\n\r\n")
+		send(t, conn, "GET "+https+"/x HTTP/1.1\r\nHost: x\r\n\r\n")
 		if status, text := answer(t, conn); status != 200 || text != "hello\n" {
 			t.Errorf("%d %q", status, text)
 		}
 	})
 	t.Run("with an untrusted certificate", func(t *testing.T) {
 		conn := start(t, "*", zone{"example.com": {"203.0.113.1"}}, nil).connect(t)
-		say(t, conn, "GET "+https+"/x HTTP/1.1\r\nHost: x\r\n\r\n")
+		send(t, conn, "GET "+https+"/x HTTP/1.1\r\nHost: x\r\n\r\n")
 		if status, text := answer(t, conn); status != 502 || !strings.Contains(text, "certificate") {
 			t.Errorf("%d %q", status, text)
 		}

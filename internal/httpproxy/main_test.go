@@ -170,16 +170,16 @@ func dialAt(t *testing.T, addr string) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// say writes to a connection.
-func say(t *testing.T, conn io.Writer, s string) {
+// send writes to a connection.
+func send(t *testing.T, conn io.Writer, s string) {
 	t.Helper()
 	if _, err := io.WriteString(conn, s); err != nil {
 		t.Errorf("writing %q: %v", s, err)
 	}
 }
 
-// hear reads as many bytes as expected and compares them.
-func hear(t *testing.T, conn io.Reader, want string) {
+// wantRead reads as many bytes as expected and compares them.
+func wantRead(t *testing.T, conn io.Reader, want string) {
 	t.Helper()
 	got := make([]byte, len(want))
 	n, err := io.ReadFull(conn, got)
@@ -188,8 +188,8 @@ func hear(t *testing.T, conn io.Reader, want string) {
 	}
 }
 
-// hearEnd reads to the end of the stream and compares the data.
-func hearEnd(t *testing.T, conn io.Reader, want string) {
+// wantEnd reads to the end of the stream and compares the data.
+func wantEnd(t *testing.T, conn io.Reader, want string) {
 	t.Helper()
 	got, err := io.ReadAll(conn)
 	if string(got) != want || err != nil {

@@ -13,24 +13,24 @@ import (
 // of the connection.
 func TestProtocol(t *testing.T) {
 	const (
-		get    = "GET http://S/ HTTP/1.1\r\nHost: S\r\n\r\n"
-		got    = "GET / HTTP/1.1\r\nHost: S\r\nVia: 1.1 egress-router\r\n\r\n"
-		date   = "Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
-		answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + date + "\r\nhi"
-		via    = "Via: 1.1 egress-router\r\n"
-		heard  = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + date + via + "\r\nhi"
+		get      = "GET http://S/ HTTP/1.1\r\nHost: S\r\n\r\n"
+		got      = "GET / HTTP/1.1\r\nHost: S\r\nVia: 1.1 egress-router\r\n\r\n"
+		date     = "Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
+		answer   = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + date + "\r\nhi"
+		via      = "Via: 1.1 egress-router\r\n"
+		received = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + date + via + "\r\nhi"
 	)
 	head := func(line, headers string) string { return line + " HTTP/1.1\r\nHost: S\r\n" + headers + "\r\n" }
 	for name, test := range map[string]struct{ send, reaches, answer, want string }{
-		"a request":              {get, got, answer, heard},
-		"a path as it is":        {head("GET http://S/a%2Fb/%7e;x=y/../?q=a;b&c=%zz|", ""), head("GET /a%2Fb/%7e;x=y/../?q=a;b&c=%zz|", via), answer, heard},
-		"a path of two slashes":  {head("GET http://S//a", ""), head("GET //a", via), answer, heard},
-		"no path":                {head("GET http://S", ""), head("GET /", via), answer, heard},
-		"a query without a path": {head("GET http://S?a=b", ""), head("GET /?a=b", via), answer, heard},
-		"an empty query":         {head("GET http://S/?", ""), head("GET /?", via), answer, heard},
-		"a Host of its own":      {"GET http://S/ HTTP/1.1\r\nHost: other.example\r\n\r\n", got, answer, heard},
-		"a whole server":         {head("OPTIONS http://S", ""), head("OPTIONS *", via), answer, heard},
-		"a method of its own":    {head("PROPFIND http://S/", ""), head("PROPFIND /", via), answer, heard},
+		"a request":              {get, got, answer, received},
+		"a path as it is":        {head("GET http://S/a%2Fb/%7e;x=y/../?q=a;b&c=%zz|", ""), head("GET /a%2Fb/%7e;x=y/../?q=a;b&c=%zz|", via), answer, received},
+		"a path of two slashes":  {head("GET http://S//a", ""), head("GET //a", via), answer, received},
+		"no path":                {head("GET http://S", ""), head("GET /", via), answer, received},
+		"a query without a path": {head("GET http://S?a=b", ""), head("GET /?a=b", via), answer, received},
+		"an empty query":         {head("GET http://S/?", ""), head("GET /?", via), answer, received},
+		"a Host of its own":      {"GET http://S/ HTTP/1.1\r\nHost: other.example\r\n\r\n", got, answer, received},
+		"a whole server":         {head("OPTIONS http://S", ""), head("OPTIONS *", via), answer, received},
+		"a method of its own":    {head("PROPFIND http://S/", ""), head("PROPFIND /", via), answer, received},
 		"hop-by-hop headers": {
 			head("GET http://S/", "Connection: close, X-One , X-Two\r\nX-One: 1\r\nx-two: 2\r\nX-Three: 3\r\nKeep-Alive: 5\r\nProxy-Connection: keep-alive\r\n"+
 				"Proxy-Authorization: Basic eA==\r\nTE: gzip\r\nUpgrade: x\r\n"),
@@ -45,21 +45,21 @@ func TestProtocol(t *testing.T) {
 			"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n" + date + "Set-Cookie: a\r\nSet-Cookie: b\r\n" + via + "\r\nhi",
 		},
 		"a forwarding header that Connection names": {
-			head("GET http://S/", "Connection: x-forwarded-for\r\nX-Forwarded-For: 10.1.1.1\r\n"), got, answer, heard,
+			head("GET http://S/", "Connection: x-forwarded-for\r\nX-Forwarded-For: 10.1.1.1\r\n"), got, answer, received,
 		},
 		"a body with a length": {
 			head("POST http://S/", "Content-Length: 5\r\n") + "hello",
-			"POST / HTTP/1.1\r\nHost: S\r\nContent-Length: 5\r\nVia: 1.1 egress-router\r\n\r\nhello", answer, heard,
+			"POST / HTTP/1.1\r\nHost: S\r\nContent-Length: 5\r\nVia: 1.1 egress-router\r\n\r\nhello", answer, received,
 		},
 		"a body in chunks, with trailers": {
 			head("POST http://S/", "Trailer: T-One\r\nTransfer-Encoding: chunked\r\n") + "5\r\nhello\r\n0\r\nT-One: 1\r\nT-Two: 2\r\n\r\n",
 			"POST / HTTP/1.1\r\nHost: S\r\nTransfer-Encoding: chunked\r\nTrailer: T-One\r\nVia: 1.1 egress-router\r\n\r\n5\r\nhello\r\n0\r\nT-One: 1\r\nT-Two: 2\r\n\r\n",
-			answer, heard,
+			answer, received,
 		},
 		"trailers that are not announced": {
 			head("POST http://S/", "Transfer-Encoding: chunked\r\n") + "1\r\nx\r\n0\r\nT-Two: 2\r\n\r\n",
 			"POST / HTTP/1.1\r\nHost: S\r\nTransfer-Encoding: chunked\r\nVia: 1.1 egress-router\r\n\r\n1\r\nx\r\n0\r\nT-Two: 2\r\n\r\n",
-			answer, heard,
+			answer, received,
 		},
 		"an answer in chunks, with trailers": {
 			head("GET http://S/", "TE: trailers\r\n"), head("GET /", "Te: trailers\r\n"+via),
@@ -86,7 +86,7 @@ func TestProtocol(t *testing.T) {
 			"HTTP/1.1 304 Not Modified\r\nEtag: \"x\"\r\n" + date + "\r\n", "HTTP/1.1 304 Not Modified\r\n" + date + "Etag: \"x\"\r\n" + via + "\r\n",
 		},
 		"1xx": {
-			get, got, "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + answer, "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + heard,
+			get, got, "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + answer, "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + received,
 		},
 		"HTTP/1.0": {
 			"GET http://S/ HTTP/1.0\r\n\r\n", "GET / HTTP/1.1\r\nHost: S\r\nVia: 1.0 egress-router\r\n\r\n",
@@ -106,10 +106,10 @@ func TestProtocol(t *testing.T) {
 			"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + answer, "HTTP/1.0 200 OK\r\nContent-Length: 2\r\n" + date + via + "\r\nhiEND",
 		},
 		"two requests at once": {
-			get + get, got, answer, heard + heard,
+			get + get, got, answer, received + received,
 		},
 		"forwards are counted": {
-			head("TRACE http://S/", "Max-Forwards: 3\r\n"), head("TRACE /", "Max-Forwards: 2\r\n"+via), answer, heard,
+			head("TRACE http://S/", "Max-Forwards: 3\r\n"), head("TRACE /", "Max-Forwards: 2\r\n"+via), answer, received,
 		},
 		"an answer of this proxy": {
 			head("OPTIONS http://S/", "Max-Forwards: 0\r\n"), "", "", "HTTP/1.1 200 OK\r\nContent-Length: 56\r\nContent-Type: text/plain; charset=utf-8\r\n",
@@ -132,7 +132,7 @@ func TestProtocol(t *testing.T) {
 		},
 		"an upgrade that is declined": {
 			head("GET http://S/", "Connection: Upgrade\r\nUpgrade: x/1\r\n"), "GET / HTTP/1.1\r\nHost: S\r\nConnection: Upgrade\r\nUpgrade: x/1\r\nVia: 1.1 egress-router\r\n\r\n",
-			answer, heard,
+			answer, received,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -152,7 +152,7 @@ func TestProtocol(t *testing.T) {
 						return
 					}
 					answer, ends := strings.CutSuffix(test.answer, "END")
-					say(t, conn, answer)
+					send(t, conn, answer)
 					if ends {
 						return
 					}
@@ -164,11 +164,11 @@ func TestProtocol(t *testing.T) {
 			})
 			p := start(t, "203.0.113.1", nil, nil)
 			conn := p.connect(t)
-			say(t, conn, fill(server, test.send))
+			send(t, conn, fill(server, test.send))
 			if want, ends := strings.CutSuffix(fill(server, test.want), "END"); ends {
-				hearEnd(t, conn, want)
+				wantEnd(t, conn, want)
 			} else {
-				hear(t, conn, want)
+				wantRead(t, conn, want)
 			}
 		})
 	}

@@ -35,7 +35,7 @@ func header(conn net.Conn) string {
 func (p *testProxy) get(t *testing.T, server string) *net.TCPConn {
 	t.Helper()
 	conn := p.connect(t)
-	say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: "+server+"\r\n\r\n")
+	send(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: "+server+"\r\n\r\n")
 	return conn
 }
 
@@ -43,8 +43,8 @@ func (p *testProxy) get(t *testing.T, server string) *net.TCPConn {
 func (p *testProxy) tunnel(t *testing.T, server string) *net.TCPConn {
 	t.Helper()
 	conn := p.connect(t)
-	say(t, conn, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
-	hear(t, conn, "HTTP/1.1 200 Connection established\r\n\r\n")
+	send(t, conn, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
+	wantRead(t, conn, "HTTP/1.1 200 Connection established\r\n\r\n")
 	return conn
 }
 
@@ -70,13 +70,13 @@ func TestStreams(t *testing.T) {
 			"other SSE": "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n",
 		} {
 			t.Run(name, func(t *testing.T) {
-				heard := make(chan struct{})
+				received := make(chan struct{})
 				server := serve(t, func(conn *net.TCPConn) {
 					header(conn)
-					say(t, conn, "HTTP/1.1 200 OK\r\nDate: x\r\n"+headers+"\r\n")
+					send(t, conn, "HTTP/1.1 200 OK\r\nDate: x\r\n"+headers+"\r\n")
 					for range 3 {
-						say(t, conn, "6\r\nevent\n\r\n")
-						<-heard
+						send(t, conn, "6\r\nevent\n\r\n")
+						<-received
 					}
 				})
 				conn := start(t, "203.0.113.1", nil, nil).get(t, server)
@@ -84,10 +84,10 @@ func TestStreams(t *testing.T) {
 					t.Fatalf("got %q", got)
 				}
 				for range 3 {
-					hear(t, conn, "6\r\nevent\n\r\n")
-					heard <- struct{}{}
+					wantRead(t, conn, "6\r\nevent\n\r\n")
+					received <- struct{}{}
 				}
-				hearEnd(t, conn, "") // the connection ends without the last chunk
+				wantEnd(t, conn, "") // the connection ends without the last chunk
 			})
 		}
 	})
@@ -100,18 +100,18 @@ func TestStreams(t *testing.T) {
 				n, _ := io.ReadFull(conn, buf)
 				got <- string(buf[:n])
 			}
-			hear(t, conn, "0\r\n\r\n")
-			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			wantRead(t, conn, "0\r\n\r\n")
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 		})
 		conn := start(t, "203.0.113.1", nil, nil).connect(t)
-		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+		send(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
 		for range 3 {
-			say(t, conn, "4\r\ndata\r\n")
+			send(t, conn, "4\r\ndata\r\n")
 			if s := <-got; s != "4\r\ndata\r\n" {
 				t.Errorf("the server got %q", s)
 			}
 		}
-		say(t, conn, "0\r\n\r\n")
+		send(t, conn, "0\r\n\r\n")
 		if status, _ := answer(t, conn); status != 200 {
 			t.Errorf("status %d", status)
 		}
@@ -119,10 +119,10 @@ func TestStreams(t *testing.T) {
 	t.Run("an answer before the end of the request", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
 			header(conn)
-			say(t, conn, "HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+			send(t, conn, "HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 		})
 		conn := start(t, "203.0.113.1", nil, nil).connect(t)
-		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nxx")
+		send(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nxx")
 		if status, _ := answer(t, conn); status != 413 {
 			t.Errorf("status %d", status)
 		}
@@ -132,23 +132,23 @@ func TestStreams(t *testing.T) {
 			if got := header(conn); !strings.Contains(got, "Expect: 100-continue\r\n") {
 				t.Errorf("the server got %q", got)
 			}
-			say(t, conn, "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n") // the client gets one
-			hear(t, conn, "hello")
-			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			send(t, conn, "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n") // the client gets one
+			wantRead(t, conn, "hello")
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 		})
 		conn := start(t, "203.0.113.1", nil, nil).connect(t)
-		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
-		hear(t, conn, "HTTP/1.1 100 Continue\r\n\r\n")
-		say(t, conn, "hello")
-		hear(t, conn, "HTTP/1.1 200 OK\r\n")
+		send(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+		wantRead(t, conn, "HTTP/1.1 100 Continue\r\n\r\n")
+		send(t, conn, "hello")
+		wantRead(t, conn, "HTTP/1.1 200 OK\r\n")
 	})
 	t.Run("a server that refuses the expectation", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
 			header(conn)
-			say(t, conn, "HTTP/1.1 417 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+			send(t, conn, "HTTP/1.1 417 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 		})
 		conn := start(t, "203.0.113.1", nil, nil).connect(t)
-		say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+		send(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
 		if status, _ := answer(t, conn); status != 417 {
 			t.Errorf("status %d", status)
 		}
@@ -156,7 +156,7 @@ func TestStreams(t *testing.T) {
 	t.Run("an answer that breaks off", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
 			header(conn)
-			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello")
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello")
 		})
 		conn := start(t, "203.0.113.1", nil, nil).get(t, server)
 		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -175,14 +175,14 @@ func TestKeepAlive(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		connections.Add(1)
 		for header(conn) != "" {
-			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 		}
 	})
 	p := start(t, "203.0.113.1", nil, nil)
 	conn := p.connect(t)
 	r := bufio.NewReader(conn)
 	for range 5 {
-		say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\n\r\n")
+		send(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\n\r\n")
 		response, err := http.ReadResponse(r, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -201,7 +201,7 @@ func TestKeptConnectionsAndRules(t *testing.T) {
 	hello := func(s string) func(*net.TCPConn) {
 		return func(conn *net.TCPConn) {
 			for header(conn) != "" {
-				say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n"+s)
+				send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n"+s)
 			}
 		}
 	}
@@ -229,43 +229,43 @@ func TestKeptConnectionsAndRules(t *testing.T) {
 func TestTunnelHalves(t *testing.T) {
 	t.Run("the client ends first", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
-			hearEnd(t, conn, "question")
-			say(t, conn, "answer")
+			wantEnd(t, conn, "question")
+			send(t, conn, "answer")
 		})
 		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
-		say(t, conn, "question")
+		send(t, conn, "question")
 		if err := conn.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
-		hearEnd(t, conn, "answer")
+		wantEnd(t, conn, "answer")
 	})
 	t.Run("the client ends with the CONNECT", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
-			hearEnd(t, conn, "question")
-			say(t, conn, "answer")
+			wantEnd(t, conn, "question")
+			send(t, conn, "answer")
 		})
 		_, port, _ := net.SplitHostPort(server)
 		p := start(t, "203.0.113.0/24\n198.51.100.0/24", zone{"slow.example": {"198.51.100.7", "203.0.113.1"}}, nil)
 		conn := p.connect(t)
-		say(t, conn, "CONNECT slow.example:"+port+" HTTP/1.1\r\n\r\nquestion")
+		send(t, conn, "CONNECT slow.example:"+port+" HTTP/1.1\r\n\r\nquestion")
 		if err := conn.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
-		hearEnd(t, conn, "HTTP/1.1 200 Connection established\r\n\r\nanswer")
+		wantEnd(t, conn, "HTTP/1.1 200 Connection established\r\n\r\nanswer")
 	})
 	t.Run("the server ends first", func(t *testing.T) {
 		done := make(chan struct{})
 		server := serve(t, func(conn *net.TCPConn) {
 			defer close(done)
-			say(t, conn, "greeting")
+			send(t, conn, "greeting")
 			if err := conn.CloseWrite(); err != nil {
 				t.Error(err)
 			}
-			hearEnd(t, conn, "late")
+			wantEnd(t, conn, "late")
 		})
 		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
-		hearEnd(t, conn, "greeting")
-		say(t, conn, "late")
+		wantEnd(t, conn, "greeting")
+		send(t, conn, "late")
 		conn.Close()
 		<-done
 	})
@@ -283,11 +283,11 @@ func TestTunnelHalves(t *testing.T) {
 	})
 	t.Run("the server resets", func(t *testing.T) {
 		server := serve(t, func(conn *net.TCPConn) {
-			hear(t, conn, "x")
+			wantRead(t, conn, "x")
 			_ = conn.SetLinger(0)
 		})
 		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
-		say(t, conn, "x")
+		send(t, conn, "x")
 		_, _ = io.Copy(io.Discard, conn) // it ends
 	})
 }
@@ -310,8 +310,8 @@ func TestTunnelSplices(t *testing.T) {
 	const tunnels = 8 // more than the pipes of other tests that may be reused
 	for range tunnels {
 		conn := p.tunnel(t, server)
-		say(t, conn, "echo")
-		hear(t, conn, "echo")
+		send(t, conn, "echo")
+		wantRead(t, conn, "echo")
 	}
 	if n := pipes() - before; n < tunnels*2 {
 		t.Errorf("%d tunnels have %d more ends of pipes", tunnels, n)
@@ -332,21 +332,21 @@ func TestUpgrade(t *testing.T) {
 		if got := header(conn); !strings.Contains(got, "Upgrade: my/1\r\n") {
 			t.Errorf("the server got %q", got)
 		}
-		say(t, conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: my/1\r\n\r\n")
-		hearEnd(t, conn, "early, late")
-		say(t, conn, "end")
+		send(t, conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: my/1\r\n\r\n")
+		wantEnd(t, conn, "early, late")
+		send(t, conn, "end")
 	})
 	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.config.AccessLog = true })
 	conn := p.connect(t)
-	say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: my/1\r\n\r\nearly")
+	send(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: my/1\r\n\r\nearly")
 	if got := header(conn); !strings.HasPrefix(got, "HTTP/1.1 101 ") {
 		t.Fatalf("got %q", got)
 	}
-	say(t, conn, ", late")
+	send(t, conn, ", late")
 	if err := conn.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	hearEnd(t, conn, "end")
+	wantEnd(t, conn, "end")
 	p.await(t, "status=101 received=11 sent=3")
 }
 
@@ -370,7 +370,7 @@ func connectTimeout(server string) func(*Proxy) {
 func TestErrors(t *testing.T) {
 	garbage := serve(t, func(conn *net.TCPConn) {
 		_, _ = conn.Read(make([]byte, 4096))
-		say(t, conn, "SSH-2.0-x\r\n")
+		send(t, conn, "SSH-2.0-x\r\n")
 	})
 	mute := serve(t, func(conn *net.TCPConn) { header(conn) })
 	names := zone{
@@ -397,7 +397,7 @@ func TestErrors(t *testing.T) {
 		"only IPv6 is allowed": {"!0.0.0.0/0\n*", "http://both.example/", 403, "both.example (203.0.113.1) is denied by rule 1: !0.0.0.0/0; " +
 			"its address 2001:db8::1 is allowed, but IPv6 is used only if the name has no IPv4 address\n"},
 		"no rule for either":             {"1.2.3.4", "http://both.example/", 403, "no rule allows both.example (203.0.113.1)\n"},
-		"nobody there":                   {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer"},
+		"a silent network":               {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer"},
 		"no route":                       {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
 		"no HTTP":                        {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
 		"no answer":                      {"*", "http://" + mute + "/", 502, "the server closed the connection without a response"},
@@ -412,7 +412,7 @@ func TestErrors(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			say(t, conn, "GET "+test.url+" HTTP/1.1\r\nHost: "+u.Host+"\r\n\r\n")
+			send(t, conn, "GET "+test.url+" HTTP/1.1\r\nHost: "+u.Host+"\r\n\r\n")
 			status, text := answer(t, conn)
 			if status != test.status || !strings.HasPrefix(text, "egress-router: ") || !strings.Contains(text, test.text) || strings.Count(text, "\n") != 1 {
 				t.Errorf("%d %q, want %d with %q", status, text, test.status, test.text)
@@ -425,11 +425,11 @@ func TestErrors(t *testing.T) {
 			if u.Port() == "" {
 				authority += ":80"
 			}
-			say(t, conn, "CONNECT "+authority+" HTTP/1.1\r\n\r\n\x16\x03\x01\r\n\r\n")
+			send(t, conn, "CONNECT "+authority+" HTTP/1.1\r\n\r\n\x16\x03\x01\r\n\r\n")
 			if s, again := answer(t, conn); s != status || !strings.Contains(again, test.text) {
 				t.Errorf("CONNECT: %d %q, want %d %q", s, again, status, test.text)
 			}
-			hearEnd(t, conn, "")
+			wantEnd(t, conn, "")
 		})
 	}
 }
@@ -442,7 +442,7 @@ func TestFamilies(t *testing.T) {
 	server := serveAt(t, "[2001:db8::1]:0", func(conn *net.TCPConn) {
 		connections.Add(1)
 		header(conn)
-		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 	})
 	_, port, err := net.SplitHostPort(server)
 	check(t, err)
@@ -474,7 +474,7 @@ func TestFamilies(t *testing.T) {
 func TestBadBody(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
 	conn := start(t, "*", nil, nil).connect(t)
-	say(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+	send(t, conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
 	if status, text := answer(t, conn); status != 400 || !strings.Contains(text, "reading the request") {
 		t.Errorf("%d %q", status, text)
 	}
@@ -484,7 +484,7 @@ func TestBadBody(t *testing.T) {
 func TestOwnAddresses(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		header(conn)
-		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 	})
 	own := func(p *Proxy) { p.own = new(ownAddresses).has }
 	own254 := strings.Replace(server, "203.0.113.1:", "203.0.113.254:", 1)
@@ -506,7 +506,7 @@ func TestOwnAddresses(t *testing.T) {
 func TestReverseNames(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		header(conn)
-		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 	})
 	for name, test := range map[string]struct {
 		names  zone
@@ -547,7 +547,7 @@ func TestIdle(t *testing.T) {
 		if status, _ := answer(t, conn); status != 504 {
 			t.Errorf("status %d", status)
 		}
-		hearEnd(t, conn, "")
+		wantEnd(t, conn, "")
 	})
 	t.Run("no body of a request that is denied", func(t *testing.T) {
 		t.Parallel()
@@ -555,7 +555,7 @@ func TestIdle(t *testing.T) {
 		if status, _ := answer(t, conn); status != 403 {
 			t.Errorf("status %d", status)
 		}
-		hearEnd(t, conn, "")
+		wantEnd(t, conn, "")
 	})
 	t.Run("a tunnel", func(t *testing.T) {
 		t.Parallel()
@@ -590,7 +590,7 @@ func TestIdle(t *testing.T) {
 		ended := make(chan struct{})
 		endless := serve(t, func(conn *net.TCPConn) {
 			header(conn)
-			say(t, conn, "HTTP/1.1 200 OK\r\n\r\n")
+			send(t, conn, "HTTP/1.1 200 OK\r\n\r\n")
 			_, _ = io.Copy(conn, zeros{})
 			close(ended)
 		})
@@ -605,18 +605,18 @@ func TestIdle(t *testing.T) {
 		t.Parallel()
 		server := serve(t, func(conn *net.TCPConn) {
 			header(conn)
-			say(t, conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+			send(t, conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
 			_, _ = io.Copy(io.Discard, conn)
 		})
 		conn := start(t, "*", nil, quick).connect(t)
-		say(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+		send(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
 		header(conn)
-		hearEnd(t, conn, "")
+		wantEnd(t, conn, "")
 	})
 	t.Run("a header that comes slowly", func(t *testing.T) {
 		t.Parallel()
 		conn := early(t, start(t, "*", nil, quickHeader), "GET http://x/ HTTP/1.1\r\nHost:")
-		hearEnd(t, conn, "")
+		wantEnd(t, conn, "")
 	})
 	t.Run("no next request", func(t *testing.T) {
 		t.Parallel()
@@ -624,7 +624,7 @@ func TestIdle(t *testing.T) {
 		if status, _ := answer(t, conn); status != 403 {
 			t.Errorf("status %d", status)
 		}
-		hearEnd(t, conn, "")
+		wantEnd(t, conn, "")
 	})
 }
 
@@ -638,15 +638,14 @@ func early(t *testing.T, p *testProxy, data string) *net.TCPConn {
 		t.Fatal("the first connection is not accepted")
 	}
 	conn := p.connect(t)
-	say(t, conn, data)
+	send(t, conn, data)
 	first.Close()
 	return conn
 }
 
 // talk has a server send a byte now and then for longer than the idle timeout, and
-// checks that the client reads them all. The machine may keep the server from
-// sending for longer than the timeout, of which the connection may die: then it is
-// done again.
+// checks that the client reads them all. If a busy machine stops the server for about
+// the timeout, the connection may end, and the test is repeated.
 func talk(t *testing.T, idle time.Duration, begin string, read func(t *testing.T, server string) string) {
 	t.Helper()
 	const bytes = 30
@@ -702,7 +701,7 @@ func TestMaxConnections(t *testing.T) {
 		t.Errorf("status %d", status)
 	}
 	third.Close()
-	say(t, second, "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n")
+	send(t, second, "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n")
 	if status, _ := answer(t, second); status != 403 {
 		t.Errorf("status %d", status)
 	}
@@ -717,16 +716,16 @@ func TestStop(t *testing.T) {
 			header(conn)
 			asked <- struct{}{}
 			<-stopped
-			say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 		})
 		p := start(t, "*", nil, func(p *Proxy) { p.config.ShutdownGrace = patience })
 		idle := p.connect(t)
-		say(t, idle, "GET http://none.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
+		send(t, idle, "GET http://none.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
 		if status, _ := answer(t, idle); status != 502 {
 			t.Fatalf("status %d", status)
 		}
 		conn, tunnel := p.get(t, server), p.tunnel(t, server)
-		say(t, tunnel, "\r\n\r\n")
+		send(t, tunnel, "\r\n\r\n")
 		<-asked
 		<-asked
 		p.stop()
@@ -737,12 +736,12 @@ func TestStop(t *testing.T) {
 			}
 			late.Close()
 		}
-		hearEnd(t, idle, "")
+		wantEnd(t, idle, "")
 		close(stopped)
 		if status, text := answer(t, conn); status != 200 || text != "hi" {
 			t.Errorf("%d %q", status, text)
 		}
-		hearEnd(t, tunnel, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+		wantEnd(t, tunnel, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 		tunnel.Close()
 		if err := <-p.done; err != nil {
 			t.Error(err)
@@ -775,12 +774,12 @@ func TestStop(t *testing.T) {
 func TestAccessLog(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		header(conn)
-		say(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+		send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 	})
 	_, port, _ := net.SplitHostPort(server)
 	p := start(t, "!denied.example\n*.example\n", zone{"a.example": {"203.0.113.1"}}, func(p *Proxy) { p.config.AccessLog = true })
 	conn := p.connect(t)
-	say(t, conn, "POST http://a.example:"+port+"/secret?x HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+	send(t, conn, "POST http://a.example:"+port+"/secret?x HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
 	if status, _ := answer(t, conn); status != 200 {
 		t.Fatalf("status %d", status)
 	}
@@ -795,8 +794,8 @@ func TestAccessLog(t *testing.T) {
 	p.await(t, "method=GET destination=denied.example:80 rule=!denied.example status=403 received=0 sent=")
 
 	tunnel := p.tunnel(t, "a.example:"+port)
-	say(t, tunnel, "\r\n\r\n")
-	hearEnd(t, tunnel, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+	send(t, tunnel, "\r\n\r\n")
+	wantEnd(t, tunnel, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 	tunnel.Close()
 	p.await(t, "method=CONNECT destination=a.example:"+port+" address="+server+" rule=*.example status=200 received=4 sent=40 duration=")
 	if strings.Contains(p.log.String(), "secret") {
@@ -826,12 +825,12 @@ func TestSetRules(t *testing.T) {
 	if s := p.Status(); s.RulesErr == nil || s.Reloads != 1 || s.ReloadFailures != 1 {
 		t.Errorf("after a valid and an invalid list: %+v", s)
 	}
-	say(t, kept, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
+	send(t, kept, "CONNECT "+server+" HTTP/1.1\r\n\r\n")
 	if status, _ := answer(t, kept); status != 403 {
 		t.Errorf("status %d by the new rules", status)
 	}
-	say(t, tunnel, "still here")
-	hear(t, tunnel, "still here")
+	send(t, tunnel, "still here")
+	wantRead(t, tunnel, "still here")
 }
 
 // Run returns an error with a hint if the port is in use, and nil after its context ends.

@@ -55,7 +55,7 @@ func TestParse(t *testing.T) {
 		"length 0":                        {"0.0.0.0/0", Rules{network("0.0.0.0/0")}},
 		"a joined line":                   {"example\\\n.com", Rules{{Number: 1, Name: "example.com"}}},
 		"a last line that is never read":  {"example.com\n*\\", Rules{{Number: 1, Name: "example.com"}}},
-		"hyphens where nobody has them":   {"a-.b--c", Rules{{Number: 1, Name: "a-.b--c"}}},
+		"unusual hyphens":                 {"a-.b--c", Rules{{Number: 1, Name: "a-.b--c"}}},
 		"the longest label":               {strings.Repeat("a", 63), Rules{{Number: 1, Name: strings.Repeat("a", 63)}}},
 		"a comment with a protected sign": {`\# x`, nil},
 	} {

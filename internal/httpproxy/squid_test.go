@@ -126,7 +126,7 @@ func ask(t *testing.T, proxy, method, host string) string {
 	if method == "CONNECT" {
 		url = host + ":8021"
 	}
-	say(t, conn, method+" "+url+" HTTP/1.1\r\nHost: "+host+":8021\r\n\r\n")
+	send(t, conn, method+" "+url+" HTTP/1.1\r\nHost: "+host+":8021\r\n\r\n")
 	line, err := bufio.NewReader(conn).ReadString('\n')
 	if err != nil {
 		return "unanswered"

@@ -30,7 +30,7 @@ func (p *testProxy) wantRunning(t *testing.T, want int) {
 func TestStatus(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
 		header(conn)
-		say(t, conn, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
+		send(t, conn, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
 	})
 	_, port, _ := net.SplitHostPort(server)
 	p := start(t, "!denied.example\n*.example\n", zone{"a.example": {"203.0.113.1"}, "b.example": {"203.0.113.250"}}, func(p *Proxy) { p.config.MaxConnections = 7 })
@@ -42,7 +42,7 @@ func TestStatus(t *testing.T) {
 	p.wantCounts(t, want)
 
 	conn := p.connect(t)
-	say(t, conn, "POST http://a.example:"+port+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+	send(t, conn, "POST http://a.example:"+port+"/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
 	if status, _ := answer(t, conn); status != 204 {
 		t.Fatalf("status %d", status)
 	}
@@ -83,8 +83,8 @@ func TestStatus(t *testing.T) {
 
 	tunnel := p.tunnel(t, "a.example:"+port)
 	p.wantRunning(t, 1)
-	say(t, tunnel, "\r\n\r\n")
-	hearEnd(t, tunnel, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
+	send(t, tunnel, "\r\n\r\n")
+	wantEnd(t, tunnel, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
 	tunnel.Close()
 	want.Requests[Tunnel][2], want.Sent[Tunnel], want.Received[Tunnel] = 1, 4, 46
 	want.Lookups++

@@ -96,8 +96,8 @@ func TestParseErrors(t *testing.T) {
 	}
 }
 
-// What is accepted can be written and read again, and what is refused is
-// refused in the words of the contract.
+// FuzzParse checks that a valid list can be written and parsed again, and that the error
+// of an invalid one is a sentence of the contract.
 func FuzzParse(f *testing.F) {
 	for _, seed := range []string{
 		"80 203.0.113.25", "100 example.com", "8443 foobar.example.com 443", "# a\n\n 80 \\\n a.b", "80 1.2.3.256",

@@ -95,7 +95,7 @@ func (d *dialer) dialFrom(port uint16, to netip.AddrPort) (int32, error) {
 
 // reach connects to a server, sends data and resets the connection, so that no port
 // stays in TIME_WAIT.
-func (d *dialer) reach(ctx context.Context, to netip.AddrPort, say []byte) error {
+func (d *dialer) reach(ctx context.Context, to netip.AddrPort, data []byte) error {
 	fd, err := d.dial(to)
 	if err != nil {
 		return err
@@ -123,6 +123,6 @@ func (d *dialer) reach(ctx context.Context, to netip.AddrPort, say []byte) error
 		return err
 	}
 	_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-	_, err = conn.Write(say)
+	_, err = conn.Write(data)
 	return err
 }

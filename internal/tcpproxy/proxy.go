@@ -212,11 +212,11 @@ func (p *Proxy) listen(number rules.Port) (*os.File, error) {
 
 // probe connects to an address to check that it is reachable.
 func (p *Proxy) probe(ctx context.Context, to netip.AddrPort) error {
-	var say []byte
+	var header []byte
 	if p.o.SendProxy {
-		say = localHeader
+		header = localHeader
 	}
-	return p.dialer.reach(ctx, to, say)
+	return p.dialer.reach(ctx, to, header)
 }
 
 // accept accepts the connections of one port until the port is closed.

@@ -99,10 +99,10 @@ func reset(conn *net.TCPConn) {
 	_ = conn.Close()
 }
 
-// join starts a relay. The client sends the data before the relay begins.
-func join(t *testing.T, idle time.Duration, before ...byte) *joined {
+// join starts a relay in a loop of its own.
+func join(t *testing.T, idle time.Duration) *joined {
 	t.Helper()
-	return joinIn(t, startLoop(t, idle), before...)
+	return joinIn(t, startLoop(t, idle))
 }
 
 // A testLoop is a loop for the relays of joineds.
@@ -140,7 +140,7 @@ func startLoop(t *testing.T, idle time.Duration) *testLoop {
 	return l
 }
 
-// joinIn starts a relay in a loop.
+// joinIn starts a relay in a loop. The client sends the data before the relay begins.
 func joinIn(t *testing.T, l *testLoop, before ...byte) *joined {
 	t.Helper()
 	client, near := pair(t)
