@@ -113,7 +113,7 @@ func serveHTTP(ctx context.Context, l net.Listener, handler http.Handler, log *s
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
+		defer closeAfter(ctx, server.Close)()
 		limited := &limitListener{Listener: l, slots: make(chan struct{}, maxConnections), closed: make(chan struct{})}
 		if err := server.Serve(limited); !errors.Is(err, http.ErrServerClosed) {
 			log.Error("health server failed", "listen", l.Addr(), "error", err)

@@ -149,7 +149,7 @@ func listenUnix(name string) (*net.UnixListener, error) {
 func (p place) answer(ctx context.Context, l *net.UnixListener, report func() Report) {
 	var answering sync.WaitGroup
 	defer answering.Wait()
-	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+	defer closeAfter(ctx, l.Close)()
 	slots := make(chan struct{}, maxAnswers)
 	for {
 		conn, err := l.AcceptUnix()
@@ -170,6 +170,21 @@ func (p place) answer(ctx context.Context, l *net.UnixListener, report func() Re
 			_ = conn.SetWriteDeadline(time.Now().Add(p.write))
 			_ = json.NewEncoder(conn).Encode(report()) // the client may be gone
 		})
+	}
+}
+
+// closeAfter closes something when ctx ends. The function that it returns waits for the
+// end of the close, since Accept returns before the socket is closed.
+func closeAfter(ctx context.Context, closeIt func() error) (wait func()) {
+	closed := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = closeIt()
+		close(closed)
+	})
+	return func() {
+		if !stop() {
+			<-closed
+		}
 	}
 }
 
