@@ -113,12 +113,8 @@ func TestRepair(t *testing.T) {
 			}
 			// The log may come after the state.
 			r.Until("the repair is logged", func() bool { return r.Repaired() > before })
-			reconciled := logged.FindAllStringSubmatch(r.Logged(), -1)
-			last, err := time.Parse(time.RFC3339, reconciled[len(reconciled)-1][1])
-			if err != nil {
-				p.Fatal(err)
-			}
-			took := last.Sub(begin)
+			reconciled := logTimes(r.Running, labtest.RepairLogged)
+			took := reconciled[len(reconciled)-1].Sub(begin)
 			good, failed, gap := r.visitors.Since(begin)
 			fmt.Fprintf(&table, "%-46s %8.1f ms %5d %5d %8.1f ms\n", d.Name, ms(took), good, failed, ms(gap))
 			times = append(times, took)
@@ -159,9 +155,30 @@ func TestRandomDamages(t *testing.T) {
 	})
 }
 
-// logged matches a log line of a repair, or of one that is contested and the wait
-// that follows.
-var logged = regexp.MustCompile(`time=(\S+) level=\S+ (?:(` + labtest.RepairLogged + `)|msg="repair contested, backing off")(?:.* wait=(\S+))?`)
+// logTime returns the time of a line of the router's log.
+func logTime(r *labtest.Running, line string) time.Time {
+	r.Helper()
+	stamp, _, _ := strings.Cut(strings.TrimPrefix(line, "time="), " ")
+	at, err := time.Parse(time.RFC3339, stamp)
+	if err != nil {
+		r.Fatal(err)
+	}
+	return at
+}
+
+// logTimes returns the times of the log lines that contain a text.
+func logTimes(r *labtest.Running, text string) (times []time.Time) {
+	r.Helper()
+	for line := range strings.Lines(r.Logged()) {
+		if strings.Contains(line, text) {
+			times = append(times, logTime(r, line))
+		}
+	}
+	return times
+}
+
+// contested matches the end of the log line of a contested repair.
+var contested = regexp.MustCompile(`msg="repair contested, backing off".* wait=(\S+)\n`)
 
 // A repair that is undone again and again waits longer each time. The log and the
 // health report say so.
@@ -172,31 +189,32 @@ func TestContestedRepairWaits(t *testing.T) {
 	r.AwaitLog(1, "msg=ready")
 	h := p.Handle(p.Lab.Router)
 	macvlan := p.Link(h, "macvlan0")
-	// waits returns how long each repair after a contested one was to wait.
+	// waits returns how long each contested repair made the next one wait. The router
+	// begins to wait after it has logged the repair.
 	waits := func() (waits []time.Duration) {
-		var until, last time.Time
-		for _, m := range logged.FindAllStringSubmatch(r.Logged(), -1) {
-			at, err := time.Parse(time.RFC3339, m[1])
-			if err != nil {
-				t.Fatal(err)
-			}
-			if m[2] != "" {
-				if at.Before(until) {
-					t.Fatalf("repaired %v after the last, before %v", at.Sub(last), until)
+		var repaired time.Time
+		var wait time.Duration
+		for line := range strings.Lines(r.Logged()) {
+			if strings.Contains(line, "msg=repaired ") {
+				at := logTime(r, line)
+				if wait > 0 {
+					// The log has milliseconds.
+					if waited := at.Sub(repaired) + 2*time.Millisecond; waited < wait {
+						t.Fatalf("the next repair came after %v, want at least %v", waited, wait)
+					}
+					waits = append(waits, wait)
 				}
-				last = at
-				continue
+				repaired, wait = at, 0
+			} else if m := contested.FindStringSubmatch(line); m != nil {
+				var err error
+				if wait, err = time.ParseDuration(m[1]); err != nil {
+					t.Fatal(err)
+				}
 			}
-			wait, err := time.ParseDuration(m[3])
-			if err != nil {
-				t.Fatal(err)
-			}
-			// The log has milliseconds.
-			waits, until = append(waits, wait), at.Add(wait-2*time.Millisecond)
 		}
 		return waits
 	}
-	for len(waits()) < 4 {
+	for len(waits()) < 3 {
 		before := r.Repaired()
 		if err := h.LinkSetDown(macvlan); err != nil {
 			t.Fatal(err)

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -620,21 +619,6 @@ func answers(p *labtest.Pod) bool {
 // missing is what the router says of a macvlan0 that is not there.
 const missing = `interface \"macvlan0\" not found`
 
-// attempts returns when the router found no macvlan0.
-func attempts(r *labtest.Running) (times []time.Time) {
-	r.Helper()
-	for _, m := range notFound.FindAllStringSubmatch(r.Logged(), -1) {
-		at, err := time.Parse(time.RFC3339, m[1])
-		if err != nil {
-			r.Fatal(err)
-		}
-		times = append(times, at)
-	}
-	return times
-}
-
-var notFound = regexp.MustCompile(`time=(\S+) .*` + regexp.QuoteMeta(missing))
-
 // The router logs once that a macvlan0 of another program is missing, and uses it
 // as soon as it is back: the event comes before the next attempt.
 func TestMissingInterfaceIsUsedOnceBack(t *testing.T) {
@@ -648,7 +632,7 @@ func TestMissingInterfaceIsUsedOnceBack(t *testing.T) {
 	var last time.Time
 	var pause time.Duration
 	p.Until("the pause between attempts is longer than a repair on a busy machine", func() bool {
-		if times := attempts(r); len(times) > 1 {
+		if times := logTimes(r, missing); len(times) > 1 {
 			last = times[len(times)-1]
 			pause = last.Sub(times[len(times)-2])
 		}
@@ -660,7 +644,7 @@ func TestMissingInterfaceIsUsedOnceBack(t *testing.T) {
 	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.NIC, netlink.MACVLAN_MODE_PRIVATE)
 	r.AwaitLog(1, labtest.RepairLogged)
 	// The next pause is twice as long, less a random part of up to a quarter.
-	if took := time.Since(last); took > pause*3/2 {
+	if took := logTimes(r, labtest.RepairLogged)[0].Sub(last); took > pause*3/2 {
 		t.Errorf("repaired %s after the last attempt, want before the next one; the last pause was %s", took, pause)
 	}
 	p.Until("the example works", func() bool { return answers(p) })
