@@ -15,10 +15,12 @@ TAGS     = nethttpomithttp2
 LDFLAGS  = -s -w -buildid= -X github.com/egress-router/egress-router/internal/cli.version=$(VERSION)
 export GOFLAGS += -buildvcs=false
 
-# Tests wait more than they compute: more packages than processors run at a time.
-GOTEST   = $(GO) run ./.ci/gotest -p 4
+# gotestsum prints a package when it ends: go test holds it back until all packages
+# before it have ended. Tests wait more than they compute: more packages than processors
+# run at a time.
+GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -p 4
 # The longest first.
-PACKAGES = ./internal/router ./internal/iptables ./... ./.ci ./.ci/gotest
+PACKAGES = ./internal/router ./internal/iptables ./... ./.ci
 
 .PHONY: help demo test test-long test-iptables race cover build lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
 
