@@ -19,11 +19,11 @@ import (
 	"github.com/egress-router/egress-router/internal/e2e/who"
 )
 
-// manifests is where the manifests are that users start from.
+// manifests is the directory of the example manifests.
 const manifests = "../../../testdata/manifests"
 
-// run runs a program, ten minutes at most, which is what building images for the
-// first time may take, and returns what it printed to stdout.
+// run runs a program and returns its stdout. The limit of ten minutes is enough for
+// the first build of the images.
 func run(args ...string) (string, error) { return runWith("", args...) }
 
 func runWith(stdin string, args ...string) (string, error) {
@@ -32,14 +32,14 @@ func runWith(stdin string, args ...string) (string, error) {
 	var stdout, stderr strings.Builder
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-	cmd.WaitDelay = time.Second // a child of it may keep the streams open
+	cmd.WaitDelay = time.Second // a child process may keep the streams open
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("running %q: %w\n%s%s", strings.Join(args, " "), err, &stdout, &stderr)
+		return stdout.String(), fmt.Errorf("run %q: %w\n%s%s", strings.Join(args, " "), err, &stdout, &stderr)
 	}
 	return stdout.String(), nil
 }
 
-// kubectl runs kubectl in the tests' namespace. It has to succeed.
+// kubectl runs kubectl in the tests' namespace. A failure ends the test.
 func kubectl(t *testing.T, args ...string) string {
 	t.Helper()
 	out, err := run(append([]string{"kubectl", "-n", namespace}, args...)...)
@@ -51,20 +51,21 @@ func kubectl(t *testing.T, args ...string) string {
 
 var (
 	imageName = regexp.MustCompile(`(image: localhost/egress-[a-z-]+)`)
-	// assign is the annotation of OpenShift's legacy cluster network, networks
-	// that of Multus.
+	// assign is the annotation for OpenShift's legacy cluster network, networks the
+	// annotation for Multus.
 	assign   = `pod.network.openshift.io/assign-macvlan: "true"`
 	networks = "k8s.v1.cni.cncf.io/networks: egress@macvlan0"
 )
 
-// What a router's container is given, and what is enough in place of that.
+// Security contexts of the router's container: the one of the manifests, and the
+// smallest one that is sufficient.
 const (
 	privileged = "    securityContext:\n      privileged: true\n"
 	netAdmin   = "    securityContext:\n      capabilities:\n        add: [NET_ADMIN, NET_RAW]\n"
 )
 
-// read reads a manifest. Of what is in the file, only the images' tag is changed,
-// the annotation where it is OpenShift's, and the NIC where it has another name.
+// read reads a manifest. It changes only the tag of the images, the annotation if it
+// is OpenShift's, and the NIC if the node's has another name.
 func read(file string) (string, error) {
 	text, err := os.ReadFile(filepath.Join(manifests, file))
 	if err != nil {
@@ -78,8 +79,8 @@ func read(file string) (string, error) {
 	return changed, nil
 }
 
-// manifest does so with one that has to be there. What changes is pairs of old
-// and new text, each of which the manifest has to have.
+// manifest reads a manifest. changes are pairs of old and new text; the test fails if
+// the manifest does not contain an old text.
 func manifest(t *testing.T, file string, changes ...string) string {
 	t.Helper()
 	text, err := read(file)
@@ -88,23 +89,22 @@ func manifest(t *testing.T, file string, changes ...string) string {
 	}
 	for i := 0; i < len(changes); i += 2 {
 		if !strings.Contains(text, changes[i]) {
-			t.Fatalf("%s has no %q", file, changes[i])
+			t.Fatalf("%s does not contain %q", file, changes[i])
 		}
 		text = strings.ReplaceAll(text, changes[i], changes[i+1])
 	}
 	return text
 }
 
-// withoutNetwork returns what multus.yaml has besides the network, which is there
-// for all tests.
+// withoutNetwork returns multus.yaml without the network, which exists for all tests.
 func withoutNetwork(text string) string {
 	_, rest, _ := strings.Cut(text, "\n---\n")
 	return rest
 }
 
-// peerPod is the manifest of a pod that runs the tests' own program.
+// peerPod returns the manifest of a pod that runs the program peer.
 func peerPod(name string, args ...string) string {
-	list, _ := json.Marshal(args) // strings
+	list, _ := json.Marshal(args) // never fails with strings
 	return fmt.Sprintf(`apiVersion: v1
 kind: Pod
 metadata:
@@ -123,7 +123,7 @@ func tryApply(text string) error {
 	return err
 }
 
-// apply makes what a manifest says, for as long as the test runs.
+// apply applies a manifest, and deletes its objects when the test ends.
 func apply(t *testing.T, text string) {
 	t.Helper()
 	t.Cleanup(func() {
@@ -134,9 +134,9 @@ func apply(t *testing.T, text string) {
 		if _, err := runWith(text, "kubectl", "-n", namespace, "delete", "--ignore-not-found", "-f", "-"); err != nil {
 			t.Error(err)
 		}
-		// A pod's grace is 30 s, after which it is killed.
+		// The kubelet kills a pod after a grace period of 30 s.
 		if took := time.Since(begin); took > 20*time.Second {
-			t.Errorf("deleting took %s: something ignores SIGTERM", took)
+			t.Errorf("kubectl delete took %s: a container ignores SIGTERM", took)
 		}
 	})
 	if err := tryApply(text); err != nil {
@@ -144,7 +144,7 @@ func apply(t *testing.T, text string) {
 	}
 }
 
-// logState logs what helps to see why a test failed.
+// logState logs the state and the logs of the pods, for a test that failed.
 func logState(t *testing.T) {
 	t.Helper()
 	for _, args := range [][]string{
@@ -157,13 +157,13 @@ func logState(t *testing.T) {
 	}
 }
 
-// ready waits for pods, which a name or a selector tells.
+// ready waits until pods, given by names or a selector, are ready.
 func ready(t *testing.T, pods ...string) {
 	t.Helper()
 	kubectl(t, append([]string{"wait", "--for=condition=Ready", "--timeout=90s"}, pods...)...)
 }
 
-// pod returns a pod as the cluster has it.
+// pod returns the pod from the API server.
 func pod(t *testing.T, name string) corev1.Pod {
 	t.Helper()
 	var p corev1.Pod
@@ -173,7 +173,7 @@ func pod(t *testing.T, name string) corev1.Pod {
 	return p
 }
 
-// ask has a pod of the tests' own ask a server, and returns the answer.
+// ask sends a request from a pod of peerPod to a server, and returns the answer.
 func ask(from, protocol, address string) (who.Answer, error) {
 	out, err := run(append([]string{"kubectl", "-n", namespace, "exec"}, strings.Fields(from+" -- /peer ask "+protocol+" "+address)...)...)
 	if err != nil {
@@ -182,17 +182,18 @@ func ask(from, protocol, address string) (who.Answer, error) {
 	return who.Parse(out)
 }
 
-// peer runs the tests' own program in the client pod.
+// peer runs the program peer in the client pod.
 func peer(args ...string) (string, error) {
 	return run(append([]string{"kubectl", "-n", namespace, "exec", "client", "--", "/peer"}, args...)...)
 }
 
-// want checks who answers at an address, and that the server sees the reserved
-// address. from is a pod, maybe with the option for one of its containers.
+// want checks that a server answers at an address, and that the server sees the
+// reserved address as the source. from is a pod, optionally followed by the option
+// for one of its containers.
 func want(t *testing.T, from, protocol, address, server string) {
 	t.Helper()
 	a, err := ask(from, protocol, address)
-	// A Service has a pod that is ready a moment later.
+	// A Service gets its endpoint a moment after the pod is ready.
 	for end := time.Now().Add(5 * time.Second); err != nil && time.Now().Before(end); {
 		a, err = ask(from, protocol, address)
 	}
@@ -203,8 +204,8 @@ func want(t *testing.T, from, protocol, address, server string) {
 	}
 }
 
-// wantExample checks everything that the documentation's example promises, by the
-// address of a pod.
+// wantExample checks every destination of the documentation's example at the address
+// of a pod.
 func wantExample(t *testing.T, router string) {
 	t.Helper()
 	address := pod(t, router).Status.PodIP
@@ -225,7 +226,7 @@ func await(t *testing.T, what string, within time.Duration, is func() error) {
 	err := errors.New("not tried")
 	for end := time.Now().Add(within); err != nil; time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("waited %s in vain for %s: %v", within, what, err)
+			t.Fatalf("timeout after %s waiting for %s: %v", within, what, err)
 		}
 		err = is()
 	}

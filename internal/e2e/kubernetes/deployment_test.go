@@ -17,9 +17,10 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// The pod of a Deployment goes and comes again: deleted, killed, with its kubelet
-// dead for a while. How long nothing gets through, when the gateway knows the new
-// hardware address, and that no two hosts ever have the reserved one.
+// TestDeployment restarts and deletes the pod of a Deployment, kills its processes and
+// restarts the kubelet. It logs how long the connections are interrupted and when the
+// gateway learns the new hardware address, and checks that no two hosts have the
+// reserved address at a time.
 func TestDeployment(t *testing.T) {
 	guard(t)
 	apply(t, manifest(t, "deployment.yaml"))
@@ -31,14 +32,14 @@ func TestDeployment(t *testing.T) {
 	for _, event := range []struct {
 		name  string
 		cause func(t *testing.T, p corev1.Pod)
-		moves bool // to another pod, or another network namespace of it
+		moves bool // the router moves to another pod or network namespace
 	}{
-		{"rollout restart", func(t *testing.T, _ corev1.Pod) {
+		{"rollout restarted", func(t *testing.T, _ corev1.Pod) {
 			kubectl(t, "rollout", "restart", "deployment/egress-demo-controller")
 		}, true},
 		{"pod deleted", func(t *testing.T, p corev1.Pod) { kubectl(t, "delete", "pod", p.Name, "--wait=false") }, true},
-		{"all its processes killed", func(t *testing.T, p corev1.Pod) { onNode(t, "kill", string(p.UID)) }, true},
-		{"kubelet killed and started", restartKubelet, false},
+		{"processes of the pod killed", func(t *testing.T, p corev1.Pod) { onNode(t, "kill", string(p.UID)) }, true},
+		{"kubelet restarted", restartKubelet, false},
 	} {
 		t.Run(event.name, func(t *testing.T) {
 			before := router(t)
@@ -47,10 +48,10 @@ func TestDeployment(t *testing.T) {
 			event.cause(t, before)
 			caused := time.Now()
 			if event.moves {
-				await(t, "another pod that is ready", 90*time.Second, func() error {
+				await(t, "a new ready pod", 90*time.Second, func() error {
 					p := router(t)
 					if started(p) == started(before) || !isReady(p) {
-						return errors.New("it is still " + p.Name)
+						return errors.New("old pod or not ready: " + p.Name)
 					}
 					return nil
 				})
@@ -59,28 +60,28 @@ func TestDeployment(t *testing.T) {
 					_, err := peer("ask", "tcp", w.service)
 					return err
 				})
-				// What a kubelet does to pods, it does when it is there again.
+				// A kubelet may restart pods after its own start.
 				time.Sleep(15 * time.Second)
 				if after := router(t); started(after) != started(before) || !isReady(after) {
-					t.Errorf("the pod was started again: %s, %s", started(before), started(after))
+					t.Errorf("pod restarted or not ready: container %s before, %s after", started(before), started(after))
 				}
 			}
 			gap := w.gap(t, since)
 			if !event.moves && gap > late {
-				t.Errorf("for %s nothing got through", gap)
+				t.Errorf("connections interrupted for %s, want at most %s", gap, late)
 			}
 			holders := holders(t, since)
-			line := fmt.Sprintf("%-28s nothing got through for %6s", event.name, gap.Round(10*time.Millisecond))
+			line := fmt.Sprintf("%-28s connections interrupted for %6s", event.name, gap.Round(10*time.Millisecond))
 			switch {
 			case event.moves && len(holders) != 2:
-				t.Errorf("the reserved address was had by %v, want an old and a new one", holders)
+				t.Errorf("hosts with the reserved address: %v, want the old pod and the new pod", holders)
 			case !event.moves && len(holders) != 1:
-				t.Errorf("the reserved address was had by %v, want the old one alone", holders)
+				t.Errorf("hosts with the reserved address: %v, want the old pod only", holders)
 			case event.moves:
-				// Both times are a goroutine's, which may be woken up late.
+				// Goroutines take both times, and the scheduler may run them late.
 				learned := neighbour(t, holders[1].mac)
 				after := max(learned.Sub(holders[1].from), 0)
-				line += fmt.Sprintf("; heard of the new one after %6s, in the gateway's table %s later", holders[1].from.Sub(caused).Round(10*time.Millisecond), after.Round(10*time.Microsecond))
+				line += fmt.Sprintf("; first frame of the new pod after %6s, neighbour entry of the gateway %s later", holders[1].from.Sub(caused).Round(10*time.Millisecond), after.Round(10*time.Microsecond))
 				if after > 500*time.Millisecond {
 					t.Errorf("the gateway learned the new hardware address %s after its first frame", after)
 				}
@@ -91,13 +92,13 @@ func TestDeployment(t *testing.T) {
 	t.Logf("times:\n%s", table.String())
 }
 
-// With another strategy the new pod comes while the old one is there. What the
-// probe for conflicts says then, and that EGRESS_CONFLICT=refuse keeps the address
-// where it is.
+// With the strategy RollingUpdate the new pod starts while the old one runs. The
+// conflict probe logs a warning then, and EGRESS_CONFLICT=refuse leaves the address to
+// the old pod.
 func TestRollingUpdate(t *testing.T) {
 	guard(t)
-	// Macvlans of one NIC see each other in mode bridge only, as those of two
-	// nodes do by the switch.
+	// Macvlans of one NIC exchange frames in mode bridge only, as macvlans of two
+	// nodes do through the switch.
 	network, _, _ := strings.Cut(manifest(t, "multus.yaml", `"mode": "private"`, `"mode": "bridge"`), "\n---\n")
 	private, _, _ := strings.Cut(manifest(t, "multus.yaml"), "\n---\n")
 	if err := tryApply(network); err != nil {
@@ -113,7 +114,7 @@ func TestRollingUpdate(t *testing.T) {
 	const deployment = "deployment/egress-demo-controller"
 	kubectl(t, "rollout", "status", deployment, "--timeout=90s")
 	old := router(t)
-	want(t, "client", "tcp", "egress-demo-controller:80", "203.0.113.25:80") // now the gateway has its hardware address
+	want(t, "client", "tcp", "egress-demo-controller:80", "203.0.113.25:80") // the gateway learns the hardware address
 	mac := macOf(t)
 
 	t.Run("warn", func(t *testing.T) {
@@ -121,15 +122,15 @@ func TestRollingUpdate(t *testing.T) {
 		kubectl(t, "rollout", "status", deployment, "--timeout=90s")
 		await(t, "the old pod's end", time.Minute, func() error {
 			if p := router(t); p.Name == old.Name {
-				return errors.New(p.Name + " is there")
+				return errors.New(p.Name + " exists")
 			}
 			return nil
 		})
 		log := kubectl(t, "logs", router(t).Name, "-c", "egress-router")
 		if !strings.Contains(log, "reserved address already in use") || !strings.Contains(log, "mac="+mac) {
-			t.Errorf("the new pod's log does not say that %s has the address:\n%s", mac, log)
+			t.Errorf("log of the new pod has no warning of an address conflict with %s:\n%s", mac, log)
 		} else {
-			t.Logf("the new pod says:\n%s", log)
+			t.Logf("log of the new pod:\n%s", log)
 		}
 	})
 
@@ -141,9 +142,9 @@ func TestRollingUpdate(t *testing.T) {
 		if err := tryApply(refusing); err != nil {
 			t.Fatal(err)
 		}
-		// The new pod fails, and so the old one stays.
+		// The new pod fails, so the Deployment keeps the old one.
 		var message string
-		await(t, "a new pod that refuses", 90*time.Second, func() error {
+		await(t, "the failure of the new pod", 90*time.Second, func() error {
 			for _, p := range routers(t) {
 				for _, s := range p.Status.InitContainerStatuses {
 					for _, state := range []corev1.ContainerState{s.State, s.LastTerminationState} {
@@ -154,23 +155,23 @@ func TestRollingUpdate(t *testing.T) {
 					}
 				}
 			}
-			return errors.New("none has failed")
+			return errors.New("no init container has exit code 1")
 		})
 		if !strings.Contains(message, "take reserved address ") || !strings.Contains(message, "already in use") {
-			t.Errorf("it ends with %q", message)
+			t.Errorf("termination message %q, want an address conflict", message)
 		} else {
-			t.Logf("the new pod ends with:\n%s", message)
+			t.Logf("termination message of the new pod:\n%s", message)
 		}
 		if gap := w.gap(t, since); gap > late {
-			t.Errorf("for %s nothing got through", gap)
+			t.Errorf("connections interrupted for %s, want at most %s", gap, late)
 		}
 		if !slices.ContainsFunc(routers(t), func(p corev1.Pod) bool { return p.Name == holder && isReady(p) }) {
-			t.Errorf("the pod %s, which had the address, is gone", holder)
+			t.Errorf("the old pod %s is deleted or not ready", holder)
 		}
 	})
 }
 
-// routers are the pods of the Deployment that are not being deleted.
+// routers returns the pods of the Deployment that are not being deleted.
 func routers(t *testing.T) []corev1.Pod {
 	t.Helper()
 	var list corev1.PodList
@@ -180,7 +181,7 @@ func routers(t *testing.T) []corev1.Pod {
 	return slices.DeleteFunc(list.Items, func(p corev1.Pod) bool { return p.DeletionTimestamp != nil })
 }
 
-// router is the one of them that is there, or the newest; an empty pod if none is.
+// router returns the newest pod of routers, or an empty pod if there is none.
 func router(t *testing.T) corev1.Pod {
 	t.Helper()
 	var newest corev1.Pod
@@ -192,8 +193,8 @@ func router(t *testing.T) corev1.Pod {
 	return newest
 }
 
-// started tells one start of a pod from another: the container that configures it
-// is a new one each time.
+// started identifies a start of a pod by the ID of its init container, which the
+// kubelet creates anew each time.
 func started(p corev1.Pod) string {
 	if len(p.Status.InitContainerStatuses) == 0 {
 		return ""
@@ -207,8 +208,7 @@ func isReady(p corev1.Pod) bool {
 	})
 }
 
-// onNode runs the tests' own program with all of the node's processes in reach, and
-// returns what it printed.
+// onNode runs the program peer in the node's PID namespace, and returns its output.
 func onNode(t *testing.T, args ...string) string {
 	t.Helper()
 	text := strings.Replace(peerPod("onnode", "wait"), "spec:\n", "spec:\n  hostPID: true\n", 1)
@@ -218,7 +218,7 @@ func onNode(t *testing.T, args ...string) string {
 	return kubectl(t, append([]string{"exec", "onnode", "--", "/peer"}, args...)...)
 }
 
-// kubeletStart is when the node's kubelet was started, as it says itself.
+// kubeletStart returns the start time of the node's kubelet, from the kubelet's metrics.
 func kubeletStart(t *testing.T) string {
 	t.Helper()
 	node := strings.TrimSpace(kubectl(t, "get", "pod", "client", "-o", "jsonpath={.spec.nodeName}"))
@@ -235,28 +235,27 @@ func kubeletStart(t *testing.T) string {
 	return start
 }
 
-// restartKubelet is not for every cluster: see doc.go.
+// restartKubelet runs the command of E2E_RESTART_KUBELET (see doc.go).
 func restartKubelet(t *testing.T, _ corev1.Pod) {
 	t.Helper()
 	const variable = "E2E_RESTART_KUBELET"
 	if os.Getenv(variable) == "" {
-		t.Fatalf("%s is not set: it is the command that kills the node's kubelet and starts it again", variable)
+		t.Fatalf("%s not set: command that kills the node's kubelet and starts it again", variable)
 	}
 	before := kubeletStart(t)
 	if _, err := run("sh", "-c", os.Getenv(variable)); err != nil {
 		t.Fatal(err)
 	}
 	if after := kubeletStart(t); after == before || after == "" {
-		t.Fatalf("the kubelet started at %q, and before at %q", after, before)
+		t.Fatalf("kubelet not restarted: start time %q, before %q", after, before)
 	}
 }
 
-// late is how long a machine with all its processors busy may keep answers waiting
-// though nothing is wrong with the network.
+// late is the longest delay of an answer that a busy machine alone may cause.
 const late = 200 * time.Millisecond
 
-// A watcher is a pod that asks through the Service all the time. Its log survives
-// the kubelet.
+// A watcher is a pod that sends requests through the Service all the time. Its log
+// survives a restart of the kubelet.
 type watcher struct{ service string }
 
 func startWatcher(t *testing.T) watcher {
@@ -273,9 +272,9 @@ func startWatcher(t *testing.T) watcher {
 	return w
 }
 
-// gap returns the longest time since then in which no question was answered that
-// was asked in it, zero if all were. Every answer has to be that of the server, who
-// saw the reserved address. It returns once the latest questions are answered.
+// gap returns the longest interval after since in which no request was answered, zero
+// if all were. An answer of another server, or with another source than the reserved
+// address, is an error. gap waits until the latest requests are answered.
 func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
 	t.Helper()
 	type question struct {
@@ -284,13 +283,13 @@ func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
 	}
 	var questions []question
 	var wrong string
-	await(t, "answers again", time.Minute, func() error {
+	await(t, "answers to the latest requests", time.Minute, func() error {
 		questions, wrong = nil, ""
 		for line := range strings.Lines(kubectl(t, "logs", "watcher")) {
 			at, answer, _ := strings.Cut(strings.TrimSpace(line), " ")
 			nanoseconds, err := strconv.ParseInt(at, 10, 64)
 			if err != nil {
-				return fmt.Errorf("the watcher says %q", line)
+				return fmt.Errorf("log of the watcher has the line %q", line)
 			}
 			asked := time.Unix(0, nanoseconds)
 			if asked.Before(since) {
@@ -302,18 +301,18 @@ func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
 			}
 			questions = append(questions, question{asked, fails})
 		}
-		// Answers come in another order than questions.
+		// The log is in the order of the answers.
 		slices.SortFunc(questions, func(a, b question) int { return a.asked.Compare(b.asked) })
-		// A question may take most of a second, so the last ones may be on their way.
+		// A request may take most of a second, so the latest may be unanswered yet.
 		const enough = 50
 		if len(questions) < enough || slices.ContainsFunc(questions[len(questions)-enough:], func(q question) bool { return q.fails }) ||
 			time.Since(questions[len(questions)-1].asked) > 2*time.Second {
-			return errors.New("the last questions failed")
+			return errors.New("latest requests failed")
 		}
 		return nil
 	})
 	if wrong != "" {
-		t.Errorf("an answer of another server, or to another address: %s", wrong)
+		t.Errorf("answer of another server, or with another source: %s", wrong)
 	}
 	if n := pod(t, "watcher").Status.ContainerStatuses[0].RestartCount; n != 0 {
 		t.Errorf("the watcher was restarted %d times", n)
@@ -321,9 +320,9 @@ func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
 	var longest time.Duration
 	last, failed := since, false
 	for i, q := range questions {
-		// A watcher that stood still has seen nothing.
+		// A watcher that was not running cannot measure an interruption.
 		if i > 0 && q.asked.Sub(questions[i-1].asked) > time.Second {
-			t.Errorf("the watcher asked nothing from %s to %s", questions[i-1].asked, q.asked)
+			t.Errorf("the watcher sent no request from %s to %s", questions[i-1].asked, q.asked)
 		}
 		if q.fails {
 			failed = true
@@ -343,13 +342,13 @@ type holder struct {
 	from, to time.Time
 }
 
-// String has the times that matter.
+// String returns the hardware address with the times of the first and last frame.
 func (h holder) String() string {
 	return fmt.Sprintf("%s from %s to %s", h.mac, h.from.Format(time.StampMicro), h.to.Format(time.StampMicro))
 }
 
-// holders returns who has sent with the reserved address since then, the earlier
-// ones first. Two at a time are an error.
+// holders returns the hosts that sent frames with the reserved address after since, in
+// the order of their first frames. Two hosts at a time are an error.
 func holders(t *testing.T, since time.Time) []holder {
 	t.Helper()
 	var found []holder
@@ -364,15 +363,15 @@ func holders(t *testing.T, since time.Time) []holder {
 			continue
 		}
 		if at < len(found)-1 {
-			t.Errorf("at %s %s sends with the reserved address, which %s has taken", f.At, mac, found[len(found)-1])
+			t.Errorf("at %s %s sends with the reserved address after %s took it", f.At, mac, found[len(found)-1])
 		}
 		found[at].to = f.At
 	}
 	return found
 }
 
-// sentBy reports whether a frame says that its sender has the reserved address. A
-// probe for it does not (RFC 5227 section 1.1: its sender's address is all zero).
+// sentBy reports whether a frame has the reserved address as its sender address. An ARP
+// probe does not (RFC 5227 section 1.1: its sender address is all zero).
 func sentBy(f lab.Frame) bool {
 	if arp, ok := f.ARP(); ok {
 		return arp.SenderIP == reserved
@@ -381,7 +380,8 @@ func sentBy(f lab.Frame) bool {
 	return ok && packet.Src.Addr() == reserved
 }
 
-// macOf returns the hardware address that the gateway has for the reserved address.
+// macOf returns the hardware address of the gateway's neighbour entry for the reserved
+// address.
 func macOf(t *testing.T) string {
 	t.Helper()
 	mac, err := theNetwork.lab.Neighbour(theNetwork.gateway, "lan0", reserved)
@@ -391,8 +391,8 @@ func macOf(t *testing.T) string {
 	return mac.String()
 }
 
-// watchNeighbour notes from now on when the gateway's table changes. What it
-// returns tells when a hardware address came to be that of the reserved address.
+// watchNeighbour records the changes of the gateway's neighbour table. The function that
+// it returns returns the time at which the reserved address got a hardware address.
 func watchNeighbour(t *testing.T) func(t *testing.T, mac string) time.Time {
 	t.Helper()
 	updates, done := make(chan netlink.NeighUpdate, 1000), make(chan struct{})
@@ -422,7 +422,7 @@ func watchNeighbour(t *testing.T) func(t *testing.T, mac string) time.Time {
 					return c.at
 				}
 			case <-deadline:
-				t.Fatalf("the gateway has never had %s for the reserved address", mac)
+				t.Fatalf("the gateway's neighbour entry of the reserved address never had %s", mac)
 			}
 		}
 	}

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// Destinations from a ConfigMap by the environment: a pod that starts again has
-// the new ones.
+// With destinations from a ConfigMap in the environment, a new pod has the new
+// destinations.
 func TestDestinationsFromEnvironment(t *testing.T) {
 	guard(t)
 	text := manifest(t, "destination-env.yaml")
@@ -31,11 +31,11 @@ func TestDestinationsFromEnvironment(t *testing.T) {
 	want(t, "client", "tcp", pod(t, "egress-1").Status.PodIP+":80", "203.0.113.26:80")
 }
 
-// Destinations from a ConfigMap that is mounted: the router follows it, and
-// connections whose line stays go on.
+// With destinations from a mounted ConfigMap, the router follows its changes, and
+// connections of an unchanged line continue.
 func TestDestinationsFromFile(t *testing.T) {
 	guard(t)
-	// The documentation's other form of it, for an init container.
+	// The documentation's other manifest, for an init container.
 	t.Run("init", func(t *testing.T) {
 		apply(t, manifest(t, "destination-file.yaml"))
 		ready(t, "pod/egress-1")
@@ -51,12 +51,12 @@ func TestDestinationsFromFile(t *testing.T) {
 	ready(t, "pod/holder")
 	want(t, "client", "tcp", address+":80", "203.0.113.25:80")
 
-	// set changes the ConfigMap, and has the kubelet look at the pod now: by
-	// itself it does so within a minute or so.
+	// set changes the ConfigMap, and annotates the pod, so that the kubelet updates the
+	// volume now; otherwise it does so within about a minute.
 	set := func(old, new string) {
 		t.Helper()
 		if !strings.Contains(config, old) {
-			t.Fatalf("the ConfigMap has no %q", old)
+			t.Fatalf("the ConfigMap does not contain %q", old)
 		}
 		if err := tryApply(strings.Replace(config, old, new, 1)); err != nil {
 			t.Fatal(err)
@@ -67,32 +67,32 @@ func TestDestinationsFromFile(t *testing.T) {
 	await(t, "the new destination", 2*time.Minute, func() error {
 		a, err := ask("client", "tcp", address+":80")
 		if err == nil && a.Server.String() != "203.0.113.27:80" {
-			err = fmt.Errorf("still %s", a)
+			err = fmt.Errorf("answer %s", a)
 		}
 		return err
 	})
-	// One that is not right changes nothing, and is told.
+	// An invalid line changes no destination, and the health report names it.
 	set("80   tcp 203.0.113.25\n", "80   tcp 203.0.113.256\n")
-	await(t, "the bad line in what health says", 2*time.Minute, func() error {
+	await(t, "the invalid line in the health report", 2*time.Minute, func() error {
 		out, err := run("kubectl", "-n", namespace, "exec", "egress-1", "--", "/usr/bin/egress-router", "health")
 		if err == nil && !strings.Contains(out, "203.0.113.256") {
-			err = fmt.Errorf("it says %s", out)
+			err = fmt.Errorf("health: %s", out)
 		}
 		return err
 	})
 	want(t, "client", "tcp", address+":80", "203.0.113.27:80")
 
-	// The connection that was open gets its answers still.
+	// The open connection still gets its answers.
 	changed := time.Now()
-	await(t, "an answer by the connection that was open", 10*time.Second, func() error {
+	await(t, "an answer on the open connection", 10*time.Second, func() error {
 		lines := strings.Split(strings.TrimSpace(kubectl(t, "logs", "holder")), "\n")
 		at, answer, _ := strings.Cut(lines[len(lines)-1], " ")
 		if nanoseconds, err := strconv.ParseInt(at, 10, 64); err != nil || answer != "203.0.113.26:80 192.168.12.99" || time.Unix(0, nanoseconds).Before(changed) {
-			return fmt.Errorf("the last is %q", lines[len(lines)-1])
+			return fmt.Errorf("last line %q", lines[len(lines)-1])
 		}
 		return nil
 	})
 	if n := pod(t, "holder").Status.ContainerStatuses[0].RestartCount; n != 0 {
-		t.Errorf("the connection that was open broke %d times", n)
+		t.Errorf("the open connection broke %d times", n)
 	}
 }

@@ -19,22 +19,22 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// The images, as the cluster has them: with a tag that is not latest, so that no
-// kubelet asks a registry for them.
+// tag is the tag of the images in the cluster. It is not latest, so that no kubelet
+// pulls them from a registry.
 const tag = "e2e"
 
 var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy"}
 
-// peerImage holds the program of the tests' own pods.
+// peerImage contains the program peer, for the pods of the tests.
 const peerImage = "localhost/egress-peer:" + tag
 
-// namespace is that of namespace.yaml.
+// namespace is the namespace in namespace.yaml.
 const namespace = "egress"
 
 // nic is the node's link to the physical network.
 var nic = "eth1"
 
-// theNetwork is what the tests share.
+// theNetwork is the physical network, which the tests share.
 var theNetwork *physical
 
 func TestMain(m *testing.M) {
@@ -46,17 +46,18 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// prepared runs the tests with all that they share.
+// prepared runs the tests with the images, the physical network and the namespace of
+// the cluster, and removes the latter two.
 func prepared(tests func() int) (code int, err error) {
 	if os.Geteuid() != 0 {
-		return 1, errors.New("running as an ordinary user: these tests need root, since they give the node a NIC")
+		return 1, errors.New("not root: the tests create a NIC of the node")
 	}
-	for name, what := range map[string]string{
-		"KUBECONFIG": "it names the cluster; .ci/kubernetes starts one",
-		"E2E_LOAD":   "it is the command that loads an image into the cluster, such as kind load docker-image",
+	for name, use := range map[string]string{
+		"KUBECONFIG": "configuration file of the cluster; .ci/kubernetes starts one",
+		"E2E_LOAD":   "command that loads an image into the cluster, such as kind load docker-image",
 	} {
 		if os.Getenv(name) == "" {
-			return 1, fmt.Errorf("looking for the variable %s: not set; %s", name, what)
+			return 1, fmt.Errorf("%s not set: %s", name, use)
 		}
 	}
 	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
@@ -85,10 +86,10 @@ func prepared(tests func() int) (code int, err error) {
 	}
 	node, err := netns.Open("/proc/" + pid + "/ns/net")
 	if err != nil {
-		return 1, fmt.Errorf("opening the node's network namespace (E2E_NODE_PID): %w", err)
+		return 1, fmt.Errorf("open network namespace of the node (E2E_NODE_PID): %w", err)
 	}
 	if theNetwork, err = newPhysical(node, nic); err != nil {
-		return 1, fmt.Errorf("making the physical network: %w", err)
+		return 1, fmt.Errorf("create physical network: %w", err)
 	}
 	defer theNetwork.close()
 
@@ -96,22 +97,22 @@ func prepared(tests func() int) (code int, err error) {
 	remove = sync.OnceValue(remove)
 	defer func() { err = errors.Join(err, remove()) }()
 	if err != nil {
-		return 1, fmt.Errorf("preparing the cluster: %w", err)
+		return 1, fmt.Errorf("prepare cluster: %w", err)
 	}
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
 	go func() {
 		<-signals
-		fmt.Fprintf(os.Stderr, "e2e: told to stop: %v\n", remove())
+		fmt.Fprintf(os.Stderr, "e2e: signal received: %v\n", remove())
 		theNetwork.close()
 		os.Exit(1)
 	}()
 	code = tests()
-	// Frames that are not there prove something only if none was lost.
+	// The absence of a frame proves something only if the capture lost none.
 	return code, theNetwork.frames.Stop()
 }
 
-// loadImages builds the images and brings them into the cluster.
+// loadImages builds the images and loads them into the cluster.
 func loadImages() error {
 	if _, err := run("../../../.ci/image"); err != nil {
 		return err
@@ -129,7 +130,7 @@ func loadImages() error {
 	build := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(dir, "peer"), "./peer")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("building peer: %w\n%s", err, out)
+		return fmt.Errorf("build peer: %w\n%s", err, out)
 	}
 	containerfile := filepath.Join(dir, "Containerfile")
 	if err := os.WriteFile(containerfile, []byte("FROM scratch\nCOPY peer /\nENTRYPOINT [\"/peer\"]\n"), 0o644); err != nil {
@@ -143,7 +144,7 @@ func loadImages() error {
 			name = "localhost/" + name + ":" + tag
 		}
 		defer func() { _, _ = run("podman", "untag", name) }()
-		// E2E_LOAD may have arguments, and quotes.
+		// E2E_LOAD may contain arguments and quotes.
 		if _, err := run("sh", "-c", os.Getenv("E2E_LOAD")+` "$0"`, name); err != nil {
 			return err
 		}
@@ -151,11 +152,11 @@ func loadImages() error {
 	return nil
 }
 
-// label marks the namespace as one of these tests.
+// label marks the namespace as created by these tests.
 const label = "egress-router-e2e"
 
-// prepareCluster makes the namespace, the macvlan network, names that CoreDNS
-// knows, a client and a listener. What it returns removes all of that, also after an error.
+// prepareCluster creates the namespace, the macvlan network, the zones of CoreDNS, a
+// client and a listener. remove, never nil, deletes all of them, also after an error.
 func prepareCluster() (remove func() error, err error) {
 	undo := []func() error{}
 	remove = func() error {
@@ -168,8 +169,8 @@ func prepareCluster() (remove func() error, err error) {
 	if was, err := run("kubectl", "get", "namespace", namespace, "--ignore-not-found", "--show-labels"); err != nil {
 		return remove, err
 	} else if was != "" && !strings.Contains(was, label) {
-		return remove, fmt.Errorf("namespace %q is there already, and not of these tests: delete it", namespace)
-	} else if was != "" { // of tests that were killed
+		return remove, fmt.Errorf("namespace %q exists without the label %s: delete it", namespace, label)
+	} else if was != "" { // left by tests that were killed
 		if _, err := run("kubectl", "delete", "namespace", namespace); err != nil {
 			return remove, err
 		}
@@ -184,7 +185,7 @@ func prepareCluster() (remove func() error, err error) {
 			return remove, err
 		}
 		if file == "multus.yaml" {
-			text, _, _ = strings.Cut(text, "\n---\n") // its network; the pod is a test's
+			text, _, _ = strings.Cut(text, "\n---\n") // the network; tests create the pod
 		} else {
 			text = strings.Replace(text, "  labels:\n", "  labels:\n    "+label+": \"true\"\n", 1)
 		}
@@ -199,19 +200,20 @@ func prepareCluster() (remove func() error, err error) {
 	if err != nil {
 		return remove, err
 	}
-	// Pods can be made once the namespace has its service account.
+	// The API server refuses pods until the namespace has its service account.
 	if _, err := run("kubectl", "wait", "--for=create", "serviceaccount/default", "-n", namespace, "--timeout=60s"); err != nil {
 		return remove, err
 	}
-	if err := tryApply(peerPod("client", "wait") + "---\n" + peerPod("listener", "hear", ":9999")); err != nil {
+	if err := tryApply(peerPod("client", "wait") + "---\n" + peerPod("listener", "receive", ":9999")); err != nil {
 		return remove, err
 	}
 	_, err = run("kubectl", "wait", "-n", namespace, "--for=condition=Ready", "pod/client", "pod/listener", "--timeout=60s")
 	return remove, err
 }
 
-// addZones has CoreDNS ask the name server on the physical network for two zones,
-// as a cluster's would ask that of its site.
+// addZones configures CoreDNS to forward two zones to the name server on the physical
+// network, as a cluster forwards the zones of its site. restore, nil if nothing was
+// changed, removes them.
 func addZones() (restore func() error, err error) {
 	text, err := run("kubectl", "get", "configmap", "coredns", "-n", "kube-system", "-o", "json")
 	if err != nil {
@@ -222,7 +224,7 @@ func addZones() (restore func() error, err error) {
 		return nil, err
 	}
 	const begin, end = "# begin egress-router-e2e\n", "# end egress-router-e2e\n"
-	was := regexp.MustCompile("(?s)"+begin+".*"+end).ReplaceAllString(config.Data["Corefile"], "") // of tests that were killed
+	was := regexp.MustCompile("(?s)"+begin+".*"+end).ReplaceAllString(config.Data["Corefile"], "") // left by tests that were killed
 	set := func(corefile string) error {
 		patch, err := json.Marshal(map[string]any{"data": map[string]string{"Corefile": corefile}})
 		if err != nil {

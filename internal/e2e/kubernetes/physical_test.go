@@ -29,16 +29,16 @@ import (
 //	                         wan0 198.51.100.1/30 ----------- wan0 198.51.100.2/30
 //	                                                          lo   203.0.113.25, .26, .27, .53
 //
-// The gateway is a firewall that lets one address through to the servers. The node
-// has a route to them too, and translates what its pods send by it: without a
-// router, connections reach the firewall with the node's address and are refused.
-// 192.168.12.7 is a host that tries to get in.
+// The gateway is a firewall that lets only the reserved address through to the servers.
+// The node has a route to them too, and translates the source of its pods on it: without
+// a router, connections reach the firewall with the node's address and are refused.
+// 192.168.12.7 is an intruder.
 type physical struct {
 	lab              *lab.Lab
 	node             *netns.Namespace
 	gateway, outside *netns.Namespace
 	frames           *lab.Capture // on lan0
-	made             bool         // the NIC is this network's
+	made             bool         // newPhysical created the NIC
 }
 
 var (
@@ -51,17 +51,17 @@ var (
 	}
 )
 
-// nameServer is the site's.
+// nameServer is the name server of the site.
 const nameServer = "203.0.113.53"
 
-// names are what it knows.
+// names are the records of the name server.
 var names = who.Names{
 	"example.com.":        "203.0.113.27",
 	"foobar.example.com.": "203.0.113.26",
 	"www.example.org.":    "203.0.113.25",
 }
 
-// firewall is the gateway's.
+// firewall is the nftables rule set of the gateway.
 const firewall = `
 table ip firewall {
 	chain forward {
@@ -74,8 +74,8 @@ table ip firewall {
 }
 `
 
-// newPhysical makes it. The node's namespace stays the caller's to open, and is
-// closed with the network.
+// newPhysical creates the physical network. close also closes node, which the caller
+// opens.
 func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 	p = &physical{lab: &lab.Lab{}, node: node}
 	defer func() {
@@ -90,17 +90,17 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 		return p, err
 	}
 	if err := p.run(node, "", "ip", "link", "show", "dev", nic); err == nil {
-		return p, fmt.Errorf("the node has a link %q already: set E2E_NIC to another name", nic)
+		return p, fmt.Errorf("link %q exists on the node: set E2E_NIC to another name", nic)
 	}
 	file := func(n *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.Fd()) }
-	// The kernel gives a new namespace the machine's IPv4 settings.
-	settle := "sysctl -q -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 net.ipv6.conf.all.disable_ipv6=1 net.ipv4.ip_forward="
+	// A new namespace inherits the machine's IPv4 settings.
+	configure := "sysctl -q -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 net.ipv6.conf.all.disable_ipv6=1 net.ipv4.ip_forward="
 	for _, part := range []struct {
 		in       *netns.Namespace
 		commands string
 	}{
-		{p.gateway, settle + "1"},
-		{p.outside, settle + "0"},
+		{p.gateway, configure + "1"},
+		{p.outside, configure + "0"},
 		{node, `
 			ip link add ` + nic + ` type veth peer name lan0 netns ` + file(p.gateway) + `
 			ip address add 192.168.12.10/24 dev ` + nic + `
@@ -161,17 +161,17 @@ func (p *physical) run(in *netns.Namespace, stdin string, args ...string) error 
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
 	if err := p.lab.Run(in, cmd); err != nil {
-		return fmt.Errorf("running %q: %w\n%s", strings.Join(args, " "), err, &out)
+		return fmt.Errorf("run %q: %w\n%s", strings.Join(args, " "), err, &out)
 	}
 	return nil
 }
 
-// close takes the NIC away, and with it the node's address and route on it.
+// close deletes the NIC, and with it the node's address and route on it.
 func (p *physical) close() {
 	if p.made {
 		_ = p.run(p.node, "", "ip", "link", "delete", nic)
 	}
-	_ = p.run(p.node, "", "ip", "link", "delete", farBridge) // of tests that were killed
+	_ = p.run(p.node, "", "ip", "link", "delete", farBridge) // left by tests that were killed
 	p.lab.Close()
 	for _, n := range []*netns.Namespace{p.node, p.gateway, p.outside} {
 		if n != nil {
@@ -180,8 +180,8 @@ func (p *physical) close() {
 	}
 }
 
-// guard checks, when the test ends, that nothing was sent to a server meanwhile
-// with another address than the reserved one.
+// guard checks, when the test ends, that every packet to a server during the test had
+// the reserved address as its source.
 func guard(t *testing.T) {
 	t.Helper()
 	before := len(theNetwork.frames.Frames())
@@ -192,31 +192,30 @@ func guard(t *testing.T) {
 				continue
 			}
 			if slices.ContainsFunc(servers, func(s string) bool { return netip.MustParseAddrPort(s).Addr() == packet.Dst.Addr() }) {
-				t.Errorf("with another source: %s", f)
+				t.Errorf("packet with another source: %s", f)
 			}
 		}
 	})
 }
 
-// wantRefused checks that without a router a client's connections reach the
-// firewall with the node's address, and no server: that there is another way, which
-// is the one that guard looks for.
+// wantRefused checks that without a router a client's connections reach the firewall
+// with the node's address, and no server. It proves that guard can fail.
 func wantRefused(t *testing.T) {
 	t.Helper()
 	before := len(theNetwork.frames.Frames())
 	if a, err := ask("client", "tcp", servers[0]); err == nil {
-		t.Fatalf("without a router: %v", a)
+		t.Fatalf("answer %v without a router, want a refusal", a)
 	}
 	if !slices.ContainsFunc(theNetwork.frames.Frames()[before:], func(f lab.Frame) bool {
 		packet, ok := f.IPv4()
 		return ok && packet.Src.Addr() == nodeAddr && packet.Dst.String() == servers[0]
 	}) {
-		t.Fatal("without a router nothing came from the node to the firewall")
+		t.Fatal("no packet of the node at the firewall without a router")
 	}
 }
 
-// wantClosed checks that a host on the physical network reaches nothing at the
-// reserved address, and by it no pod behind.
+// wantClosed checks that a host on the physical network reaches no port of the reserved
+// address, and no pod through it.
 func wantClosed(t *testing.T, ports ...string) {
 	t.Helper()
 	listener := pod(t, "listener").Status.PodIP
@@ -246,40 +245,40 @@ func wantClosed(t *testing.T, ports ...string) {
 		target := reserved.String() + ":" + port
 		err := dial("tcp4", target, &net.TCPAddr{IP: intruder.AsSlice()})
 		if timeout := net.Error(nil); !errors.As(err, &timeout) || !timeout.Timeout() {
-			t.Errorf("from the physical network to %s: %v, want no answer", target, err)
+			t.Errorf("connection from the physical network to %s: %v, want timeout", target, err)
 		}
 	}
 	if err := dial("udp4", listener+":9999", &net.UDPAddr{IP: intruder.AsSlice()}); err != nil {
 		t.Error(err)
 	}
-	macOf(t) // the reserved address is there
+	macOf(t) // fails without a neighbour entry of the reserved address
 
-	// An answer, a refusal too, would say that somebody is there.
+	// A refusal is an answer, too.
 	for _, f := range theNetwork.frames.Frames()[before:] {
 		if packet, ok := f.IPv4(); ok && packet.Src.Addr() == reserved && packet.Dst.Addr() == intruder {
-			t.Errorf("an answer to the physical network: %s", f)
+			t.Errorf("answer to the physical network: %s", f)
 		}
 	}
-	// What another pod says later arrives.
-	said := "client-" + strconv.FormatInt(time.Now().UnixNano(), 10)
-	if _, err := peer("say", listener+":9999", said); err != nil {
+	// A later datagram of another pod arrives, so the listener has received all earlier ones.
+	text := "client-" + strconv.FormatInt(time.Now().UnixNano(), 10)
+	if _, err := peer("send", listener+":9999", text); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "a datagram of another pod", 10*time.Second, func() error {
 		log := kubectl(t, "logs", "listener")
-		if !strings.Contains(log, said+" from ") {
-			return errors.New("it has heard " + log)
+		if !strings.Contains(log, text+" from ") {
+			return errors.New("log of the listener: " + log)
 		}
 		return nil
 	})
 	if log := kubectl(t, "logs", "listener"); strings.Contains(log, "intruder") {
-		t.Errorf("a pod hears the physical network: %s", log)
+		t.Errorf("a pod received a datagram from the physical network: %s", log)
 	}
 }
 
-// askWhoHas asks by broadcast, every 50 ms until the test ends, who has the
-// reserved address. Whoever has it answers (RFC 826), also one that has nothing
-// else to say.
+// askWhoHas broadcasts an ARP request for the reserved address every 50 ms until the
+// test ends. Every host that has the address answers (RFC 826), also one that sends no
+// other frames.
 func askWhoHas(t *testing.T) {
 	t.Helper()
 	var socket int
@@ -303,7 +302,7 @@ func askWhoHas(t *testing.T) {
 	go func() {
 		defer close(done)
 		for ctx.Err() == nil {
-			// What cannot be sent is not missed: the NIC is down then.
+			// Sending fails if the NIC is down, and no host is reachable then.
 			_ = unix.Sendto(socket, question, 0, &unix.SockaddrLinklayer{Ifindex: lan.Index})
 			time.Sleep(50 * time.Millisecond)
 		}

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// counted is a counter of a destination, as /metrics has it.
+// counted returns a counter of a destination in the text of /metrics, zero if it is
+// missing.
 func counted(text, metric, port, destination string) (n int) {
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(line, metric+"{") && strings.Contains(line, `port="`+port+`"`) && strings.Contains(line, `destination="`+destination+`"`) {
@@ -17,8 +18,7 @@ func counted(text, metric, port, destination string) (n int) {
 	return n
 }
 
-// The legacy pod with probes: the kubelet finds it ready and alive, and /metrics
-// counts what goes through it, to the connection.
+// The legacy pod with probes is ready and alive, and /metrics counts every connection.
 func TestProbes(t *testing.T) {
 	guard(t)
 	apply(t, manifest(t, "probes-pod.yaml")+"---\n"+manifest(t, "service.yaml"))
@@ -39,7 +39,7 @@ func TestProbes(t *testing.T) {
 	const connections, destination = "egress_router_connections_total", "203.0.113.26:80"
 	before := counted(metrics(), connections, "8080", destination)
 	if before == 0 {
-		t.Error("connections of port 8080: 0, and there was one")
+		t.Error("connections of port 8080: 0, want at least 1")
 	}
 	for range 3 {
 		if _, err := ask("client", "tcp", address+":8080"); err != nil {
@@ -51,7 +51,7 @@ func TestProbes(t *testing.T) {
 		t.Errorf("connections of port 8080 after three more: %d, want %d", got, before+3)
 	}
 	if !strings.Contains(text, "\negress_router_ready 1\n") || counted(text, "egress_router_sent_bytes_total", "8080", destination) == 0 {
-		t.Errorf("not ready, or nothing was sent:\n%s", text)
+		t.Errorf("not ready, or no sent bytes of port 8080:\n%s", text)
 	}
 	for path, answer := range map[string]string{"/healthz": "200 ", "/readyz": "200 "} {
 		if out, err := peer("get", "http://"+address+":9465"+path); err != nil || !strings.HasPrefix(out, answer) {
@@ -67,8 +67,8 @@ func TestProbes(t *testing.T) {
 	}
 }
 
-// A router whose gateway does not answer is not ready, so that the Service sends
-// nobody there, and is not restarted for it.
+// A router whose gateway does not answer is not ready, so that the Service sends it no
+// connections. The kubelet does not restart it.
 func TestGatewayGone(t *testing.T) {
 	guard(t)
 	apply(t, manifest(t, "probes-pod.yaml", "    - name: EGRESS_HEALTH_LISTEN\n", "    - name: EGRESS_HEALTH_INTERVAL\n      value: 1s\n    - name: EGRESS_HEALTH_LISTEN\n")+"---\n"+manifest(t, "service.yaml"))
@@ -81,12 +81,12 @@ func TestGatewayGone(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	answers("8") // to nobody (ip-sysctl)
+	answers("8") // no reply for any local address (ip-sysctl)
 	t.Cleanup(func() { answers("0") })
 	kubectl(t, "wait", "--for=condition=Ready=false", "--timeout=60s", "pod/egress-1")
 	await(t, "the Service's refusal", 10*time.Second, func() error {
 		if a, err := ask("client", "tcp", "egress-1:80"); err == nil {
-			return fmt.Errorf("an answer: %s", a)
+			return fmt.Errorf("answer %s", a)
 		}
 		return nil
 	})

@@ -6,24 +6,24 @@ import (
 	"testing"
 )
 
-// wantUnprivileged checks that the proxy of a pod has neither root nor a capability,
-// nor can get one.
+// wantUnprivileged checks that the proxy of a pod has neither root nor a capability, and
+// cannot gain one.
 func wantUnprivileged(t *testing.T, name string) {
 	t.Helper()
 	for line := range strings.Lines(onNode(t, "status", string(pod(t, name).UID))) {
 		if strings.HasPrefix(line, "Name=egress-router ") {
 			const none = "0000000000000000"
 			if want := "Name=egress-router Uid=65532 CapPrm=" + none + " CapEff=" + none + " CapBnd=" + none + " NoNewPrivs=1\n"; line != want {
-				t.Errorf("the proxy is %s, want %s", line, want)
+				t.Errorf("status of the proxy: %s, want %s", line, want)
 			}
 			return
 		}
 	}
-	t.Error("the pod has no proxy")
+	t.Error("no process egress-router in the pod")
 }
 
-// The pods with the HTTP proxy, the documentation's and the one that has no
-// privilege. Names come from the site's name server, by way of the cluster's.
+// TestHTTPProxy tests the HTTP proxy in the pod of the documentation and in the pod
+// without privilege. Names resolve through the cluster's name server at that of the site.
 func TestHTTPProxy(t *testing.T) {
 	for _, file := range []string{"http-proxy-pod.yaml", "http-proxy-restricted.yaml"} {
 		t.Run(strings.TrimSuffix(file, ".yaml"), func(t *testing.T) {
@@ -39,7 +39,7 @@ func TestHTTPProxy(t *testing.T) {
 				"https://www.example.org/":   `^200 203\.0\.113\.25:443 192\.168\.12\.99\n$`,
 				"http://foobar.example.com/": `^403 .*denied by rule 1: !\*\.example\.com\n$`,
 				"http://192.168.1.7/":        `^403 .*denied by rule 2: !192\.168\.1\.0/24\n$`,
-				// A name of the cluster, which stands for one outside.
+				// A name of the cluster, for a server outside.
 				"http://partner.egress.svc.cluster.local/": `^200 203\.0\.113\.25:80 192\.168\.12\.99\n$`,
 				"http://gone.example.org/":                 `^502 .*looking up gone\.example\.org: no such name\n$`,
 				"https://foobar.example.com/":              `Forbidden`,
@@ -57,14 +57,14 @@ func TestHTTPProxy(t *testing.T) {
 	}
 }
 
-// partner is a Service of a manifest that stands for a host outside.
+// partner returns the Service for a host outside from a manifest.
 func partner(t *testing.T) string {
 	t.Helper()
 	text := manifest(t, "dns-proxy-restricted.yaml")
 	return text[strings.LastIndex(text, "---\n")+len("---\n"):]
 }
 
-// clientOfProxy knows the proxy as every program does, from two variables.
+// clientOfProxy is a pod that uses the proxy through http_proxy and https_proxy.
 const clientOfProxy = `apiVersion: v1
 kind: Pod
 metadata:
@@ -82,14 +82,15 @@ spec:
       value: http://egress-1:8080/
 `
 
-// The pods with the DNS proxy likewise.
+// TestDNSProxy tests the DNS proxy in the pod of the documentation and in the pod
+// without privilege.
 func TestDNSProxy(t *testing.T) {
 	for _, test := range []struct {
 		file string
 		want map[string]string
 	}{
 		{"dns-proxy-pod.yaml", nil},
-		// A name of the cluster, which stands for one outside.
+		// A name of the cluster, for a server outside.
 		{"dns-proxy-restricted.yaml", map[string]string{"egress-1:9000": "203.0.113.25:80"}},
 	} {
 		t.Run(strings.TrimSuffix(test.file, ".yaml"), func(t *testing.T) {

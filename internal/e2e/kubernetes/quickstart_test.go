@@ -10,7 +10,7 @@ import (
 	"github.com/egress-router/egress-router/internal/manual"
 )
 
-// commands returns those of a block of a README, each as it stands there.
+// commands returns the commands of a block of a README.
 func commands(t *testing.T, page, text string) []string {
 	t.Helper()
 	block, err := manual.Find("../../..", page, text)
@@ -20,8 +20,8 @@ func commands(t *testing.T, page, text string) []string {
 	return block.Commands()
 }
 
-// The commands of the READMEs, as they stand there, with the manifests as [read]
-// changes them. REGISTRY/egress-router:TAG is the image that the cluster has.
+// TestQuickStart runs the commands of the READMEs unchanged, with the manifests as [read]
+// changes them. REGISTRY/egress-router:TAG is replaced by the image in the cluster.
 func TestQuickStart(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(dir, "testdata/manifests"), 0o755); err != nil {
@@ -32,7 +32,7 @@ func TestQuickStart(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Without their label the tests would not know the namespace again.
+	// Without the label the next run would refuse the namespace.
 	write("namespace.yaml", strings.Replace(manifest(t, "namespace.yaml"), "  labels:\n", "  labels:\n    "+label+": \"true\"\n", 1))
 	sh := func(line string) string {
 		out, err := run("sh", "-ec", "cd "+dir+"; "+line)
@@ -60,16 +60,16 @@ func TestQuickStart(t *testing.T) {
 		}
 		ready(t, "pod/egress-1")
 		if log := sh(lines[2]); !strings.Contains(log, "msg=ready") {
-			t.Errorf("%s: no msg=ready:\n%s", lines[2], log)
+			t.Errorf("%s: log has no msg=ready:\n%s", lines[2], log)
 		}
 		want(t, "client", "tcp", "egress-1."+namespace+":8080", "203.0.113.26:80")
 	})
-	t.Run("image of a registry", func(t *testing.T) {
+	t.Run("image from a registry", func(t *testing.T) {
 		guard(t)
 		removed(t)
 		write("multus.yaml", strings.ReplaceAll(manifest(t, "multus.yaml"), "localhost/egress-router:"+tag, "localhost/egress-router"))
 		lines := commands(t, "testdata/manifests/README.md", "podman push")
-		for _, line := range lines[1:3] { // the first one pushes, the last one has curl
+		for _, line := range lines[1:3] { // the first one pushes the image, the last one needs curl
 			sh(strings.ReplaceAll(line, "REGISTRY/egress-router:TAG", "localhost/egress-router:"+tag))
 		}
 		want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")

@@ -5,16 +5,16 @@ import (
 	"testing"
 )
 
-// The redirect pods do what the documentation says, for a client that knows the
-// name of the Service.
+// TestRedirect checks that the redirect pods reach the documented destinations, for a
+// client that uses the name of the Service.
 func TestRedirect(t *testing.T) {
 	for _, test := range []struct{ name, pod, text string }{
-		// The documentation's, but for its annotation, and its Service for another pod.
-		{"the documentation's", "egress-multi", manifest(t, "redirect-pod.yaml") + "---\n" + manifest(t, "service.yaml", "    name: egress-1\n", "    name: egress-multi\n")},
-		// A node that forwards lets its pods do so from the start.
-		{"with two capabilities", "egress-multi", manifest(t, "redirect-pod.yaml", privileged, netAdmin) + "---\n" + manifest(t, "service.yaml", "    name: egress-1\n", "    name: egress-multi\n")},
-		{"with Multus", "egress-1", withoutNetwork(manifest(t, "multus.yaml"))},
-		{"without Multus", "egress-1", manifest(t, "macvlan-parent-pod.yaml", "value: 203.0.113.27", "value: \"80 tcp 203.0.113.25\\n8080 tcp 203.0.113.26 80\\n8443 tcp 203.0.113.26 443\\n203.0.113.27\"") + "---\n" + manifest(t, "service.yaml")},
+		// The documentation's pod, except for the annotation, and a Service for its name.
+		{"privileged", "egress-multi", manifest(t, "redirect-pod.yaml") + "---\n" + manifest(t, "service.yaml", "    name: egress-1\n", "    name: egress-multi\n")},
+		// A new pod inherits forwarding from the node.
+		{"two capabilities", "egress-multi", manifest(t, "redirect-pod.yaml", privileged, netAdmin) + "---\n" + manifest(t, "service.yaml", "    name: egress-1\n", "    name: egress-multi\n")},
+		{"Multus", "egress-1", withoutNetwork(manifest(t, "multus.yaml"))},
+		{"no Multus", "egress-1", manifest(t, "macvlan-parent-pod.yaml", "value: 203.0.113.27", "value: \"80 tcp 203.0.113.25\\n8080 tcp 203.0.113.26 80\\n8443 tcp 203.0.113.26 443\\n203.0.113.27\"") + "---\n" + manifest(t, "service.yaml")},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			wantRefused(t)
@@ -22,7 +22,7 @@ func TestRedirect(t *testing.T) {
 			apply(t, test.text)
 			ready(t, "pod/"+test.pod)
 			want(t, "client", "tcp", "egress-1:80", "203.0.113.25:80")
-			if test.name == "with Multus" { // whose Service has all ports
+			if test.name == "Multus" { // its Service has all ports
 				want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")
 				want(t, "client", "tcp", "egress-1:8443", "203.0.113.26:443")
 				if log := kubectl(t, "logs", "egress-1", "-c", "egress-router"); !strings.Contains(log, "msg=ready") {
@@ -33,8 +33,8 @@ func TestRedirect(t *testing.T) {
 			wantClosed(t, "80", "8080", "22")
 		})
 	}
-	// The manifest as it is.
-	t.Run("without Multus, fallback alone", func(t *testing.T) {
+	// The unchanged manifest.
+	t.Run("no Multus, fallback only", func(t *testing.T) {
 		guard(t)
 		apply(t, manifest(t, "macvlan-parent-pod.yaml"))
 		ready(t, "pod/egress-1")
@@ -47,8 +47,8 @@ func TestRedirect(t *testing.T) {
 // farBridge is the node's link to farNetwork.
 const farBridge = "egress-far0"
 
-// farNetwork is a second network for pods of the cluster, which the node routes:
-// what a pod on another node of a larger cluster is to the router.
+// farNetwork is a second network for pods of the cluster, which the node routes. It
+// stands for pods on another node of a larger cluster.
 const farNetwork = `apiVersion: k8s.cni.cncf.io/v1
 kind: NetworkAttachmentDefinition
 metadata:
@@ -65,21 +65,22 @@ spec:
 ---
 `
 
-// Replies reach clients wherever they are: in another subnet of the cluster
-// network, on the node's own network, and in the router's pod itself, whose
-// connections to its own Service come back to it by the node (hairpin).
+// Replies reach clients in another subnet of the cluster network, on the node's own
+// network, and in the router's pod itself, whose connections to its own Service return
+// through the node (hairpin).
 func TestClients(t *testing.T) {
 	guard(t)
 	service := manifest(t, "service.yaml")
 	apply(t, service)
 	address := strings.TrimSpace(kubectl(t, "get", "service", "egress-1", "-o", "jsonpath={.spec.clusterIP}"))
 	router, _, _ := strings.Cut(manifest(t, "redirect-pod.yaml", "egress-multi", "egress-1",
-		// What the pod itself sends to a Service is to stay on the cluster side.
+		// The pod's own connections to a Service have to stay on the cluster side.
 		"    - name: EGRESS_GATEWAY\n", "    - name: EGRESS_CLUSTER_CIDRS\n      value: "+address+"/32\n    - name: EGRESS_GATEWAY\n",
 		"  - name: egress-router-wait\n    image: localhost/egress-router:"+tag, "  - name: inside\n    image: "+peerImage), "\n---\n")
 	apply(t, router)
 
-	// The plugin would give the bridge an address, and keep a book of those in use.
+	// The test assigns the address of the bridge: the plugin would leave a record of the
+	// addresses in use on the node.
 	for _, line := range []string{
 		"ip link add " + farBridge + " type bridge", "ip address add 10.245.0.1/24 dev " + farBridge, "ip link set " + farBridge + " up",
 	} {
@@ -97,23 +98,23 @@ func TestClients(t *testing.T) {
 		strings.Replace(peerPod("onnode", "wait"), "spec:\n", "spec:\n  hostNetwork: true\n  dnsPolicy: ClusterFirstWithHostNet\n", 1))
 	ready(t, "pod/egress-1", "pod/far", "pod/onnode")
 	if far := pod(t, "far").Status.PodIP; far != "10.245.0.2" {
-		t.Fatalf("the far client has the address %s", far)
+		t.Fatalf("address of the far client: %s, want 10.245.0.2", far)
 	}
 
 	direct := pod(t, "egress-1").Status.PodIP
 	for _, from := range []string{"client", "far", "onnode", "egress-1 -c inside"} {
 		t.Run(strings.Fields(from)[0], func(t *testing.T) {
 			want(t, from, "tcp", address+":80", "203.0.113.25:80")
-			// By a Service the router sees the node, of clients that kube-proxy
-			// does not count to the cluster's; directly it sees the client.
-			if from != "egress-1 -c inside" { // to its own address it has no way out
+			// If a client is outside the cluster's subnet, kube-proxy replaces its
+			// source: through a Service the router sees the node, directly the client.
+			if from != "egress-1 -c inside" { // connections to its own address do not leave the pod
 				want(t, from, "tcp", direct+":8443", "203.0.113.26:443")
 				want(t, from, "udp", direct+":53", "203.0.113.27:53")
 			}
-			// By its name alone a pod finds itself (/etc/hosts).
+			// The pod's short name is in its own /etc/hosts.
 			want(t, from, "tcp", "egress-1."+namespace+".svc.cluster.local:80", "203.0.113.25:80")
 		})
 	}
-	// By itself the pod sends with the reserved address, too.
+	// The pod's own connections have the reserved address, too.
 	want(t, "egress-1 -c inside", "tcp", "203.0.113.25:80", "203.0.113.25:80")
 }

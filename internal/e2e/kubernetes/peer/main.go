@@ -1,17 +1,17 @@
-// Peer is the program of the tests' own pods, in an image that holds nothing
-// else. Its arguments:
+// Peer is the program of the pods of the tests, the only file of its image. Its
+// arguments:
 //
 //	wait                 do nothing until SIGTERM
-//	ask tcp HOST:PORT    ask a server of package who and print its answer; or udp
-//	get URL              fetch it, by the proxy that http_proxy and https_proxy name, and print status and body
-//	watch HOST:PORT      ask every 20 ms by a new connection, and print when and what came of it
-//	hold HOST:PORT       ask every 20 ms by one and the same connection, and print the time and the answer every second;
-//	                     end with an error when it breaks, or answers late
-//	hear :PORT           print the datagrams that arrive there, and who sent them
-//	say HOST:PORT TEXT   send one
-//	set SYSCTL VALUE     set one, such as net/ipv4/ip_forward
-//	kill POD             end all processes of a pod, which is given by its UID
-//	status POD           print what they may do (proc_pid_status(5)), a line each
+//	ask tcp HOST:PORT    send a request to a server of package who and print the answer; or udp
+//	get URL              fetch URL through the proxy of http_proxy and https_proxy, print status and body
+//	watch HOST:PORT      send a request every 20 ms on a new connection, print its time and the answer or error
+//	hold HOST:PORT       send a request every 20 ms on one connection, print time and answer every second;
+//	                     end with an error if the connection breaks or an answer is late
+//	receive :PORT        print the datagrams that arrive at the port, with their senders
+//	send HOST:PORT TEXT  send a datagram
+//	set SYSCTL VALUE     set a sysctl, such as net/ipv4/ip_forward
+//	kill POD             kill all processes of the pod with that UID
+//	status POD           print user and capabilities of those processes (proc_pid_status(5)), a line each
 package main
 
 import (
@@ -35,9 +35,9 @@ import (
 	"github.com/egress-router/egress-router/internal/e2e/who"
 )
 
-// The time between two questions, and how long an answer may take. The latter is
-// below the second after which the kernel sends a lost SYN again (RFC 6298): what
-// is asked while nothing gets through fails, and is not answered late.
+// The time between two requests, and the limit for an answer. The limit is below the
+// second after which the kernel retransmits a lost SYN (RFC 6298): a request during an
+// interruption fails, and is not answered late.
 const (
 	pace     = 20 * time.Millisecond
 	patience = 900 * time.Millisecond
@@ -66,10 +66,10 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return watch(ctx, stdout, args[1])
 	case len(args) == 2 && args[0] == "hold":
 		return hold(ctx, stdout, args[1])
-	case len(args) == 2 && args[0] == "hear":
-		return hear(ctx, stdout, args[1])
-	case len(args) == 3 && args[0] == "say":
-		return say(args[1], args[2])
+	case len(args) == 2 && args[0] == "receive":
+		return receive(ctx, stdout, args[1])
+	case len(args) == 3 && args[0] == "send":
+		return send(args[1], args[2])
 	case len(args) == 2 && args[0] == "status":
 		return status(stdout, args[1])
 	case len(args) == 3 && args[0] == "set":
@@ -77,10 +77,10 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	case len(args) == 2 && args[0] == "kill":
 		return kill(stdout, args[1])
 	}
-	return fmt.Errorf("arguments not understood: %q", args)
+	return fmt.Errorf("unknown arguments: %q", args)
 }
 
-// ask waits longer than watch: the first packet to a pod that is new may get lost.
+// ask waits longer than watch: the first packet to a new pod may get lost.
 func ask(stdout io.Writer, protocol, address string) error {
 	const patience = 3 * time.Second
 	a, err := question(protocol, address, patience)
@@ -106,7 +106,7 @@ func question(protocol, address string, patience time.Duration) (who.Answer, err
 func get(stdout io.Writer, url string) error {
 	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 		Proxy: http.ProxyFromEnvironment,
-		// The servers have a certificate for tests.
+		// The servers have a test certificate.
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 	}}
 	response, err := client.Get(url)
@@ -122,9 +122,8 @@ func get(stdout io.Writer, url string) error {
 	return err
 }
 
-// watch prints a line for each question: the time at which it was asked, in
-// nanoseconds of Unix time, and the answer, or a dash and the error. The host's
-// name is looked up once.
+// watch prints a line for each request: the time at which it was sent, in nanoseconds of
+// Unix time, and the answer, or a dash and the error. It looks up the host's name once.
 func watch(ctx context.Context, stdout io.Writer, address string) error {
 	to, err := net.ResolveTCPAddr("tcp4", address)
 	if err != nil {
@@ -157,7 +156,7 @@ func watch(ctx context.Context, stdout io.Writer, address string) error {
 	}
 }
 
-// hold prints when it asked, in nanoseconds of Unix time, and the answer.
+// hold prints the time of the request, in nanoseconds of Unix time, and the answer.
 func hold(ctx context.Context, stdout io.Writer, address string) error {
 	conn, err := net.Dial("tcp4", address)
 	if err != nil {
@@ -189,7 +188,7 @@ func hold(ctx context.Context, stdout io.Writer, address string) error {
 	}
 }
 
-func hear(ctx context.Context, stdout io.Writer, address string) error {
+func receive(ctx context.Context, stdout io.Writer, address string) error {
 	conn, err := net.ListenPacket("udp4", address)
 	if err != nil {
 		return err
@@ -209,7 +208,7 @@ func hear(ctx context.Context, stdout io.Writer, address string) error {
 	}
 }
 
-func say(address, text string) error {
+func send(address, text string) error {
 	conn, err := net.Dial("udp4", address)
 	if err != nil {
 		return err
@@ -219,8 +218,8 @@ func say(address, text string) error {
 	return err
 }
 
-// processes returns those whose control groups have the pod's UID in their names,
-// as the kubelet gives them: with dashes, or with underscores under systemd.
+// processes returns the processes of a pod. The kubelet puts the pod's UID into the names
+// of their control groups, with dashes, or with underscores under systemd.
 func processes(uid string) ([]int, error) {
 	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
 	if err != nil {
@@ -230,7 +229,7 @@ func processes(uid string) ([]int, error) {
 	for _, file := range files {
 		text, err := os.ReadFile(file)
 		if err != nil || !strings.Contains(strings.ReplaceAll(string(text), "_", "-"), "pod"+uid) {
-			continue // of another pod, or it has just ended
+			continue // another pod's process, or one that has ended
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 		if err != nil {
@@ -239,7 +238,7 @@ func processes(uid string) ([]int, error) {
 		found = append(found, pid)
 	}
 	if len(found) == 0 {
-		return nil, fmt.Errorf("looking for pod %s: it has no process", uid)
+		return nil, fmt.Errorf("pod %s has no process", uid)
 	}
 	return found, nil
 }
@@ -251,7 +250,7 @@ func kill(stdout io.Writer, uid string) error {
 	}
 	for _, pid := range pids {
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
-			return fmt.Errorf("killing process %d of pod %s: %w", pid, uid, err)
+			return fmt.Errorf("kill process %d of pod %s: %w", pid, uid, err)
 		}
 	}
 	_, err = fmt.Fprintln(stdout, len(pids))
@@ -266,7 +265,7 @@ func status(stdout io.Writer, uid string) error {
 	for _, pid := range pids {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		if err != nil {
-			continue // it has just ended
+			continue // the process has ended
 		}
 		var line []string
 		for field := range strings.Lines(string(text)) {
