@@ -116,7 +116,7 @@ func (s Set) String() string {
 // original's sentence, which users search their logs for.
 type ParseError struct {
 	Line     Line
-	Sentence string // of the original
+	Sentence string // sentence of the original
 	Hint     string // advice for the user; may be empty
 }
 

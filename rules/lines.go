@@ -5,7 +5,7 @@ import "strings"
 // A Line is one logical line of a destination list, as the shell's read passes it
 // to the original router.
 type Line struct {
-	Number int    // of its first physical line in the value, from 1
+	Number int    // number of its first physical line in the value, from 1
 	Text   string // joined, unescaped, blanks removed at both ends
 }
 

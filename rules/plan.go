@@ -178,7 +178,7 @@ type Sides struct {
 	Cluster string     // interface by which clients connect
 	Egress  string     // interface on the physical network
 	Source  netip.Addr // the reserved address, IPv4
-	Mark    Mark       // of connections from the cluster side
+	Mark    Mark       // mark of connections from the cluster side
 	Health  Port       // TCP port of the pod that the fallback does not redirect; zero: none
 	// The connections that may cross to the egress side.
 	Crossing Crossing

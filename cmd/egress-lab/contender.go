@@ -137,8 +137,8 @@ func startContender(ctx context.Context, l *lab.Lab, name, directory string, env
 	return p, nil
 }
 
-// said returns the end of a proxy's log, for errors.
-func (p contender) said() string {
+// logTail returns the end of a proxy's log, for errors.
+func (p contender) logTail() string {
 	text, err := os.ReadFile(p.log)
 	if err != nil {
 		return err.Error()
@@ -156,7 +156,7 @@ func (p contender) await(ctx context.Context, l *lab.Lab) error {
 			return conn.Close()
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("waiting for %s: %w: %s", p.name, err, p.said())
+			return fmt.Errorf("waiting for %s: %w: %s", p.name, err, p.logTail())
 		}
 		time.Sleep(10 * time.Millisecond)
 	}

@@ -42,8 +42,8 @@ const (
 // A drove is the result of a drive.
 type drove struct {
 	Rate     float64 // answers a second
-	P50, P99 float64 // of the time of one, in ms
-	Gbit     float64 // a second, of the endless ones
+	P50, P99 float64 // times of one answer, in ms
+	Gbit     float64 // gigabits a second of the endless answers
 	Answers  int     // all answers, including those of warmUp
 
 	// Processor is the processor time of the proxy for one answer, in µs. The process

@@ -26,11 +26,11 @@ const pause = time.Second
 // A load is a destination list to measure the router with.
 type load struct {
 	name      string
-	redirects int // destinations that it has
+	redirects int // number of destinations
 	rounds    int
-	goal      goal // of init
-	rivalGoal goal // of init beside the tool of the variant's rival
-	start     bool // also measure what starting the process takes
+	goal      goal // goal of init
+	rivalGoal goal // goal of init beside the tool of the variant's rival
+	start     bool // also measure the start of the process
 	env       []string
 }
 

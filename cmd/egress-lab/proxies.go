@@ -347,7 +347,7 @@ func (p contender) drive(ctx context.Context, l *lab.Lab, d drive) (drove, error
 		return drove{}, err
 	}
 	if err := l.Run(l.Client, cmd); err != nil {
-		return drove{}, fmt.Errorf("%w: %s%s", err, stderr.String(), p.said())
+		return drove{}, fmt.Errorf("%w: %s%s", err, stderr.String(), p.logTail())
 	}
 	var result drove
 	if err := json.Unmarshal([]byte(stdout.String()), &result); err != nil {
@@ -378,7 +378,7 @@ func (p contender) startDrive(ctx context.Context, l *lab.Lab, d drive) (*exec.C
 		return nil, nil, err
 	}
 	if err := awaitWord(stdout); err != nil {
-		return nil, nil, fmt.Errorf("%s: %w: %s%s", p.name, errors.Join(err, cmd.Wait()), stderr.String(), p.said())
+		return nil, nil, fmt.Errorf("%s: %w: %s%s", p.name, errors.Join(err, cmd.Wait()), stderr.String(), p.logTail())
 	}
 	return cmd, stdin, nil
 }

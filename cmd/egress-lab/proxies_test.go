@@ -34,7 +34,7 @@ func TestMeasureProxies(t *testing.T) {
 				t.Fatal(err)
 			}
 			checkRows(t, rows, briefProxies.rounds)
-			want := 2 // of memory
+			want := 2 // readings of memory
 			for _, trial := range c.trials {
 				want += len(trial.readings)
 			}

@@ -128,8 +128,8 @@ func (p path) streams(number int, d time.Duration) (float64, error) {
 
 // The sizes of one write, in bytes.
 const (
-	bulk  = 128 << 10 // of a stream
-	small = 64        // of a datagram: a question to a name server
+	bulk  = 128 << 10 // a write of a stream
+	small = 64        // a datagram, as a query to a name server
 )
 
 // datagrams sends small UDP datagrams for some time, from one thread without a pause, and

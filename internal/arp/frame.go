@@ -34,7 +34,7 @@ const (
 	hardwareEther = 1
 	macLength     = 6
 	ipv4Length    = 4
-	minimumLength = 60 // of an Ethernet frame without its checksum (IEEE 802.3)
+	minimumLength = 60 // length of an Ethernet frame without its checksum (IEEE 802.3)
 )
 
 // The offsets of the fields in a frame: 14 bytes of Ethernet header, then the

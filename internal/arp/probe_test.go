@@ -20,7 +20,7 @@ type wire struct {
 
 	mu   sync.Mutex
 	sent []sent
-	fail error // of send
+	fail error // error of send
 }
 
 type sent struct {

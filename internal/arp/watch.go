@@ -70,7 +70,7 @@ type GatewayState struct {
 	Known     bool // Reachable is valid: the gateway answered, or missed three requests
 	Reachable bool
 	Since     time.Time        // time of the last change of Reachable
-	MAC       net.HardwareAddr // of the last answer; with VRRP it may change at any time
+	MAC       net.HardwareAddr // sender of the last answer; with VRRP it may change at any time
 	Answered  time.Time        // time of the last answer
 	Misses    int              // unanswered requests in a row
 }

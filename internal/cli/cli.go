@@ -23,14 +23,14 @@ import (
 // The exit codes.
 const (
 	exitOK    = 0
-	exitError = 1 // of every error, as in the original
-	exitUsage = 2 // of invalid arguments
+	exitError = 1 // every error, as in the original
+	exitUsage = 2 // invalid arguments
 )
 
 // A Process is the environment of the program.
 type Process struct {
-	Name        string                             // of the program, maybe with a path
-	Args        []string                           // without the program's name
+	Name        string                             // name of the program, maybe with a path
+	Args        []string                           // arguments without the program's name
 	Environment func() (config.Environment, error) // reads the variables
 	Stdout      io.Writer
 	Stderr      io.Writer

@@ -23,7 +23,7 @@ func TestTerminationLog(t *testing.T) {
 	for name, test := range map[string]struct {
 		name, args string
 		env        config.Environment
-		mode       string // of the proxies
+		mode       string // mode of the proxies
 		last       string // on stderr
 		left       bool   // the file contains the same
 	}{

@@ -69,7 +69,7 @@ type Config struct {
 	Backend  Backend
 	Crossing rules.Crossing // connections that cross from the cluster side
 
-	ReplyMark           rules.Mark     // of connections from the cluster side
+	ReplyMark           rules.Mark     // mark of connections from the cluster side
 	ReplyTable          int            // routing table of their replies
 	ClusterDestinations []netip.Prefix // other networks to reach by the cluster side
 

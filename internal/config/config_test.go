@@ -288,7 +288,7 @@ func TestDocumentation(t *testing.T) {
 	all := 0
 	for name, part := range map[string]struct {
 		variables []Variable
-		width     int // of the column of names in the comment
+		width     int // width of the column of names in the comment
 	}{
 		"variables of the router":     {Variables(), 25},
 		"variables of the HTTP proxy": {HTTPProxyVariables(), 35},

@@ -172,7 +172,7 @@ func TestFallback(t *testing.T) {
 func TestReplace(t *testing.T) {
 	b := newTable(t)
 	stays, moves, goes, comes := entry(1, 4), entry(2, 4), entry(3, 4), entry(4, 4)
-	moves.local.port, moves.server.addr, moves.server.port = 7000, fallback.As4(), 7000 // of the fallback, then of a line
+	moves.local.port, moves.server.addr, moves.server.port = 7000, fallback.As4(), 7000 // first the fallback's, then a line's
 	goes.protocol, goes.local.port, goes.server.port = rules.UDP, 53, 5353
 	comes.local.port, comes.server = 82, endpoint{server.As4(), 82} // begun under rules that are newer than the book's
 	b.list(stays, moves, goes, comes)

@@ -58,8 +58,8 @@ func (t Traffic) less(other Traffic) bool {
 
 // Counts are the counters of the connections to one destination.
 type Counts struct {
-	Connections uint64 // that began since the Tracker has had the destination
-	Traffic            // since then, including older connections
+	Connections uint64 // number since the Tracker has had the destination
+	Traffic            // traffic since then, including older connections
 	// Open is the number of open connections. A closed TCP connection does not
 	// count, although it stays in the table for a while.
 	Open int
@@ -116,7 +116,7 @@ type Event struct {
 // Options configure a Tracker.
 type Options struct {
 	Source netip.Addr // the reserved address
-	Mark   rules.Mark // of connections from the cluster side
+	Mark   rules.Mark // mark of connections from the cluster side
 	Set    rules.Set  // the destinations
 	Count  bool       // keep counters
 	// Audit is called for each begin and end of a redirected connection, one at
@@ -424,9 +424,9 @@ func (t *Tracker) Fill() (entries, limit int, err error) {
 		for kind, data, rest, more := attribute(m.data[genericLength:]); more; kind, data, rest, more = attribute(rest) {
 			switch kind {
 			case ctaStatsEntries:
-				entries = int(number(data)) //nolint:gosec // of 32 bits
+				entries = int(number(data)) //nolint:gosec // a number of 32 bits
 			case ctaStatsMaxEntries:
-				limit = int(number(data)) //nolint:gosec // of 32 bits
+				limit = int(number(data)) //nolint:gosec // a number of 32 bits
 			}
 		}
 	})

@@ -21,7 +21,7 @@ const bufferSize = 8 << 20
 // while nothing reads.
 type socket struct {
 	fd       int    // -1: closed
-	sequence uint32 // of the last request
+	sequence uint32 // sequence number of the last request
 }
 
 // openSocket returns a socket. With groups it receives their events, and reads do

@@ -25,8 +25,8 @@ const stage = "EGRESS_ROUTER_E2E"
 // Files of the first process for the others, in its temporary directory.
 const (
 	directory     = "EGRESS_ROUTER_E2E_DIR"
-	nativeImages  = "native.tar"  // of the machine's platform, to run
-	foreignImages = "foreign.tar" // of the other platform, to inspect
+	nativeImages  = "native.tar"  // images of the machine's platform, to run
+	foreignImages = "foreign.tar" // images of the other platform, to inspect
 )
 
 func TestMain(m *testing.M) {

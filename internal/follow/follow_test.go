@@ -27,7 +27,7 @@ type reader struct {
 	file    string
 	log     output
 	mu      sync.Mutex
-	content string // of the last read
+	content string // content at the last read
 	reads   int
 }
 

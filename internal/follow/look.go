@@ -15,7 +15,7 @@ const clockStep = 50 * time.Millisecond
 // The zero Look differs from any other.
 type Look struct {
 	certain bool        // any other content would look different
-	info    fs.FileInfo // of the target of the links; nil: there is no file
+	info    fs.FileInfo // attributes of the target of the links; nil: no file
 }
 
 // At looks at the named file. A look taken before the file is read makes Changes send

@@ -59,7 +59,7 @@ type Check struct {
 	Name   string    `json:"name"`
 	State  State     `json:"state"`
 	Detail string    `json:"detail,omitempty"`
-	Since  time.Time `json:"since,omitzero"` // of the state
+	Since  time.Time `json:"since,omitzero"` // start of the state
 }
 
 // A Report is the health of a program.

@@ -75,9 +75,9 @@ func write(w http.ResponseWriter, status int, texts ...string) {
 // connection for each probe, and Prometheus. A connection serves one request, so that
 // idle connections do not delay a probe.
 const (
-	headerTimeout   = 5 * time.Second // of the request
-	responseTimeout = 10 * time.Second
-	maxHeader       = 8 << 10 // bytes
+	headerTimeout   = 5 * time.Second  // limit of reading the request's header
+	responseTimeout = 10 * time.Second // limit of writing the response
+	maxHeader       = 8 << 10          // bytes
 	maxConnections  = 32
 )
 

@@ -98,7 +98,7 @@ func (p place) listenFile(program string) (l *net.UnixListener, remove func(), e
 	}
 	name := filepath.Join(p.dir, fmt.Sprintf("%s-%d.sock", program, number))
 	made := fmt.Sprintf("%s.%d", name, os.Getpid())
-	_ = os.Remove(made) // of an earlier process with the same number
+	_ = os.Remove(made) // left by an earlier process with the same number
 	if l, err = listenUnix(made); err != nil {
 		return nil, nil, err
 	}

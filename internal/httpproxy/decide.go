@@ -37,7 +37,7 @@ type Destination struct {
 // A Verdict is the decision of the rules on one destination.
 type Verdict struct {
 	Allow bool
-	Rule  Rule // that matched first; the zero Rule: none
+	Rule  Rule // first rule that matched; the zero Rule: none
 	Local bool // denied only because the address is local
 }
 

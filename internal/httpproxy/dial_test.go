@@ -34,7 +34,7 @@ func TestRace(t *testing.T) {
 	}
 	never := server{takes: time.Hour}
 	for name, test := range map[string]struct {
-		servers []server // of 192.0.2.1, .2, ...
+		servers []server // servers at 192.0.2.1, .2, ...
 		winner  string   // empty: none
 		after   time.Duration
 		tried   int

@@ -28,7 +28,7 @@ type framing struct {
 	line  []byte // the current line, up to maxFramingLine
 	left  uint64 // bytes to the end of the phase, in inBody and inChunk
 
-	connect, old, chunked bool // of the current request
+	connect, old, chunked bool // properties of the current request
 	lengths               int
 	length                uint64
 }

@@ -22,14 +22,14 @@ type Config struct {
 
 	Rules Rules // initial ones, see SetRules
 
-	ConnectTimeout   time.Duration // of a name look-up, and of connecting to its addresses
-	HeaderTimeout    time.Duration // of reading a request's header
-	KeepAliveTimeout time.Duration // of waiting for the next request on a connection
-	IdleTimeout      time.Duration // of a request or tunnel without data in both directions
-	ShutdownGrace    time.Duration // of active requests and tunnels after the end of Run's context
+	ConnectTimeout   time.Duration // limit of a name look-up, and of connecting to its addresses
+	HeaderTimeout    time.Duration // limit of reading a request's header
+	KeepAliveTimeout time.Duration // limit of waiting for the next request on a connection
+	IdleTimeout      time.Duration // limit of a request or tunnel without data in both directions
+	ShutdownGrace    time.Duration // limit of active requests and tunnels after the end of Run's context
 
-	MaxHeaderBytes int // of a request or a response
-	MaxConnections int // of clients; 0: three quarters of the limit of open files
+	MaxHeaderBytes int // limit of the header of a request or response
+	MaxConnections int // limit of client connections; 0: three quarters of the limit of open files
 
 	AccessLog bool // log one line for each request and tunnel
 }

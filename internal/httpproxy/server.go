@@ -16,9 +16,9 @@ type serverConn struct {
 	duplex
 	expect atomic.Bool // the next read begins a response
 
-	// Of the current response.
+	// Fields of the current response.
 	inHeader bool
-	interim  bool // a 1xx, which another response follows
+	interim  bool // the status is 1xx: another response follows
 	line     []byte
 	named    []string
 }

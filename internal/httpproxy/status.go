@@ -29,10 +29,10 @@ type Status struct {
 	ListenSince time.Time
 
 	Rules      int       // number in effect
-	RulesErr   error     // of the rule file's current content
-	RulesSince time.Time // of RulesErr, or of the rules
+	RulesErr   error     // error of the rule file's current content
+	RulesSince time.Time // start of RulesErr, or of the rules
 
-	Connections, MaxConnections int // of clients
+	Connections, MaxConnections int // client connections and their limit
 	Running                     int // active requests and tunnels
 
 	Counts

@@ -17,7 +17,7 @@ import (
 // as far as it prints them in another form than iptables-restore was given. It
 // belongs to the process, and is empty with a version that prints the same form.
 type spelling struct {
-	plan   rules.Plan // of which the form of every rule is known
+	plan   rules.Plan // plan whose printed form is known
 	loads  int        // since the rules were last found as planned
 	chains map[chainID]form
 	jump   jumpForm

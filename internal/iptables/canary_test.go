@@ -13,13 +13,13 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// Forms of one jump and one rule, and what of them has to be found.
+// parse finds a jump and a rule in each form in which iptables prints them.
 func TestParseForms(t *testing.T) {
 	const rule = "-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25\n"
 	for name, test := range map[string]struct {
 		jump, rule string
 		form       jumpForm
-		text       string // of the chain
+		text       string // rules of the chain
 		jumps      bool   // or else another rule leads to the chain
 	}{
 		"as loaded": {"-A PREROUTING -j EGRESS-PREROUTING\n", rule, jumpForm{}, rule, true},

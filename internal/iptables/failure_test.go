@@ -20,7 +20,7 @@ func TestFailingIptablesRollsBack(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name, does string
-		restores   int // of one family that can fail, at least
+		restores   int // least number of restores of one family that can fail
 	}{
 		{"at once", "", 1},
 		{"having done its work", `"$real" "$@";`, 0},

@@ -67,11 +67,11 @@ const (
 
 // A Backend is an installation of iptables.
 type Backend struct {
-	directory string         // of its programs
-	variant   string         // in the programs' names, such as "-legacy"
-	families  []rules.Family // to change, IPv4 first
+	directory string         // directory of its programs
+	variant   string         // part of the programs' names, such as "-legacy"
+	families  []rules.Family // families to change, IPv4 first
 	versioned func() error   // waits until version is set
-	version   string         // with the flavour, as iptables prints it
+	version   string         // version and flavour, as iptables prints them
 
 	// The plan of the last Tx as text: rendering thousands of rules takes about
 	// as long as loading them.

@@ -159,7 +159,7 @@ func (s state) differences(want state) []string {
 		have, want := s.of(table), want.of(table)
 		inTree, scratch := 0, 0
 		addChain := func(chain, difference string) {
-			switch { // of the first two there may be thousands
+			switch { // thousands of chains may match the first two cases
 			case strings.HasPrefix(chain, rules.ScratchPrefix):
 				scratch++
 			case rules.IsTreeChain(chain):

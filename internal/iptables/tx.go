@@ -14,7 +14,7 @@ import (
 // when it began, and after each change of its own.
 type Tx struct {
 	backend  *Backend
-	families []*familyTx // that the kernel has, IPv4 first
+	families []*familyTx // families of the kernel, IPv4 first
 }
 
 // A familyTx is the part of a Tx for one family, which has its own programs and
@@ -22,7 +22,7 @@ type Tx struct {
 type familyTx struct {
 	backend  *Backend
 	family   rules.Family
-	spelling *spelling // of the backend
+	spelling *spelling // spelling of the backend
 	now      state
 	notes    []string
 }

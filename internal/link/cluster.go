@@ -29,9 +29,9 @@ type ClusterSide struct {
 
 // A ClusterState is the kernel's state of a ClusterSide.
 type ClusterState struct {
-	Index     int          // of the interface; zero: it does not exist
-	Addresses []netip.Addr // IPv4, of the interface
-	Table     []Route      // of ClusterSide.Table
+	Index     int          // interface index; zero: it does not exist
+	Addresses []netip.Addr // IPv4 addresses of the interface
+	Table     []Route      // routes of ClusterSide.Table
 	Rules     []Rule       // rules for that table
 	Filter    string       // the interface's rp_filter
 	Strict    bool         // the effective reverse-path filter is strict

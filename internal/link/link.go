@@ -16,7 +16,7 @@ import (
 
 // A Want is the desired state of the network.
 type Want struct {
-	Interface string       // of the egress side
+	Interface string       // name of the egress interface
 	Address   netip.Prefix // reserved address with its length, IPv4
 	Gateway   netip.Addr   // on the physical network, IPv4
 	Cluster   ClusterSide
@@ -36,7 +36,7 @@ type Route struct {
 	Table       int          // zero: the main table
 	Destination netip.Prefix // 0.0.0.0/0 for a default route
 	Gateway     netip.Addr   // the zero Addr: none
-	Index       int          // of the interface; zero: none, or several
+	Index       int          // interface index; zero: none, or several
 	Interface   string       // its name, for logs
 	Source      netip.Addr   // source for local sockets; the zero Addr: the kernel chooses
 	Metric      int          // the lowest is preferred
@@ -102,7 +102,7 @@ type InterfaceForwarding struct {
 
 // A State is the kernel's state for a Want.
 type State struct {
-	Index     int // of the egress interface
+	Index     int // index of the egress interface
 	Up        bool
 	Carrier   bool // false: the NIC below has no link
 	NoARP     bool // the interface resolves no addresses (IFF_NOARP)

@@ -26,7 +26,7 @@ const (
 type Step struct {
 	Op        Op
 	Interface string
-	Index     int // of Interface
+	Index     int // index of Interface
 	Address   netip.Prefix
 	Route     Route
 	Old       *Route // route that ReplaceRoute replaces

@@ -216,7 +216,7 @@ func TestDoDestroysThreadThatCannotReturn(t *testing.T) {
 		}
 		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 		var none [2]unix.CapUserData
-		return unix.Capset(&header, &none[0]) // of this thread alone (capset(2))
+		return unix.Capset(&header, &none[0]) // affects this thread only (capset(2))
 	}
 	if err := n.Do(lose); !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "returning") {
 		t.Fatalf("Do = %v, want EPERM from returning", err)

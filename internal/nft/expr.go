@@ -34,9 +34,9 @@ const portUnreachable = 3
 
 // Offsets in headers.
 const (
-	sourceAddress      = 12 // of the IPv4 header (RFC 791)
+	sourceAddress      = 12 // in the IPv4 header (RFC 791)
 	destinationAddress = 16
-	destinationPort    = 2 // of the TCP and UDP headers (RFC 9293, RFC 768)
+	destinationPort    = 2 // in the TCP and UDP headers (RFC 9293, RFC 768)
 )
 
 // expressions returns a rule as the kernel's expressions, in the form in which the

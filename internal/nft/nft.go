@@ -33,7 +33,7 @@ const formerGuardName = "egress-router-last"
 // A Tx changes the tables of one network namespace. It keeps their content, as read
 // at its begin and after each of its changes.
 type Tx struct {
-	name       string   // of the tables that plans are rendered to
+	name       string   // name of the tables that plans are rendered to
 	former     []string // names of tables of earlier versions, to delete
 	families   []rules.Family
 	now        state

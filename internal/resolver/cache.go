@@ -18,8 +18,8 @@ type cache[K comparable, V any] struct {
 // An entry is the result for one key. The cache's lock guards it.
 type entry[V any] struct {
 	value   V         // the last valid one, which may be old
-	expires time.Time // of value; zero: there is no value
-	err     error     // of the last look-up
+	expires time.Time // expiry of value; zero: no value
+	err     error     // error of the last look-up
 	until   time.Time // the time of the next look-up
 	done    chan struct{}
 }

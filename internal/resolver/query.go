@@ -24,7 +24,7 @@ type result struct {
 	records []dns.RR
 	ttl     time.Duration // within its bounds
 	err     error         // ErrNoName, ErrNoAddress or ErrNoAnswer
-	cause   error         // of ErrNoAnswer
+	cause   error         // cause of ErrNoAnswer
 
 	// answered is set with ErrNoAnswer if the servers answered with a failure: the
 	// name may exist below another search domain.

@@ -59,9 +59,9 @@ var (
 
 // An Error is the error of a look-up.
 type Error struct {
-	Name  string // that was looked up
+	Name  string // name of the look-up
 	Err   error  // ErrNoName, ErrNoAddress or ErrNoAnswer
-	Cause error  // of ErrNoAnswer: the error of the last query; may be nil
+	Cause error  // with ErrNoAnswer, the error of the last query; may be nil
 }
 
 // Error returns the name and the reason.

@@ -41,7 +41,7 @@ func TestExistingConnectionsFollowNewRules(t *testing.T) {
 		}
 		begin := time.Now()
 		p.FlushSourceRule()
-		during := p.Flow(53) // that starts without a source rule
+		during := p.Flow(53) // a flow that starts without a source rule
 		_, _ = during.Try()
 		p.OK()
 		for _, f := range []*labtest.Flow{f, during} {

@@ -442,7 +442,7 @@ func TestPathMTUReachesClient(t *testing.T) {
 			}
 			// RFC 792 and 1191: "fragmentation needed", with the MTU and the
 			// beginning of the packet.
-			const header = 14 // of Ethernet
+			const header = 14 // length of an Ethernet header
 			message := slices.Concat([]byte{3, 4, 0, 0, 0, 0, 1200 >> 8, 1200 & 0xff}, sent.Data[header:header+28])
 			sendICMP(p, p.Lab.Outside, "192.168.12.1", "192.168.12.99", message)
 			p.Until("the MTU of the path is known to "+name, func() bool {

@@ -87,7 +87,7 @@ type Status struct {
 	ReloadFailures uint64
 	ReloadError    string // error of the last reload; empty: none
 
-	arp.State        // of the physical network
+	arp.State        // state of the physical network
 	Unwatched string // error of the ARP watch; empty: none
 	Probes    []Probe
 

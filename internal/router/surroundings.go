@@ -26,7 +26,7 @@ type Neighbours interface {
 // earlier watches.
 type surroundings struct {
 	watch   func(arp.Options) (Neighbours, error)
-	options arp.Options // of the current watch
+	options arp.Options // options of the current watch
 
 	mu         sync.Mutex
 	now        Neighbours // nil: no watch

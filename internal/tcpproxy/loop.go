@@ -30,15 +30,15 @@ type loop struct {
 	file   *os.File // the same, for the runtime's poller
 	raw    syscall.RawConn
 	events [128]unix.EpollEvent
-	buffer [shortPiece]byte // for all short pieces
+	buffer [shortPiece]byte // buffer of all short pieces
 	pipes  pipeList
 
 	relays map[uint64]*relay
-	again  []*relay // that have more data to move without an event
+	again  []*relay // relays with more data to move without an event
 	ticks  uint32   // written with the lock held
 
 	mu       sync.Mutex
-	incoming []*relay // that are not in the map yet
+	incoming []*relay // relays that are not in the map yet
 	last     uint64   // ID of a relay
 	ticking  bool
 	stopped  bool

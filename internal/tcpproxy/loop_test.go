@@ -37,7 +37,7 @@ type part struct {
 	part   int // number of bytes that are sent
 
 	got  []byte
-	err  error // of reading
+	err  error // error of reading
 	lost bool  // a write was reset, which a read need not return again
 }
 

@@ -25,9 +25,9 @@ type Resolver interface {
 
 // The limits of connecting, as in the original.
 const (
-	tries          = 3                // per client
-	connectTimeout = 10 * time.Second // of one attempt, and of waiting for the first look-up of a name
-	retryPause     = time.Second      // before a second attempt to the same address
+	tries          = 3                // tries for each client
+	connectTimeout = 10 * time.Second // limit of one attempt, and of waiting for the first look-up of a name
+	retryPause     = time.Second      // pause before a second attempt to the same address
 )
 
 const (
@@ -47,18 +47,18 @@ type pool struct {
 	probe       func(context.Context, netip.AddrPort) error
 	log         *slog.Logger
 
-	ctx  context.Context // of look-ups and probes
+	ctx  context.Context // context of look-ups and probes
 	stop context.CancelFunc
 
 	mu    sync.Mutex
-	addrs []netip.Addr            // of the last answer
-	err   error                   // of the last look-up
+	addrs []netip.Addr            // addresses of the last answer
+	err   error                   // error of the last look-up
 	known chan struct{}           // closed after the first answer
-	aside map[netip.Addr]struct{} // the unreachable ones
+	aside map[netip.Addr]struct{} // unreachable addresses
 	turn  int
 
 	condition Condition
-	since     time.Time // of the condition
+	since     time.Time // start of the condition
 
 	count counters
 }
@@ -160,9 +160,9 @@ func sameSet(a, b []netip.Addr) bool {
 // An attempt is the search for a server of one client, of up to three tries.
 type attempt struct {
 	pool   *pool
-	to     netip.AddrPort // of the last try
+	to     netip.AddrPort // server of the last try
 	tried  []netip.Addr
-	failed error // of the last try
+	failed error // error of the last try
 }
 
 // waits reports whether next may block.

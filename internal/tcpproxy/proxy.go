@@ -35,7 +35,7 @@ type Proxy struct {
 	dialer      *dialer
 	dialTimeout time.Duration // limit of one connection attempt
 
-	alive context.Context // of the connections
+	alive context.Context // context of the connections
 	kill  context.CancelFunc
 
 	loops   []*loop
@@ -55,7 +55,7 @@ type Proxy struct {
 // A port is a port on which the proxy listens.
 type port struct {
 	listener *os.File
-	pool     atomic.Pointer[pool] // of the destination, which may change
+	pool     atomic.Pointer[pool] // pool of the destination, which may change
 }
 
 // New returns a Proxy without destinations.

@@ -19,13 +19,13 @@ const (
 // list.
 type Status struct {
 	Destination Destination
-	Err         error // of listening on its port
+	Err         error // error of listening on its port
 
 	Condition Condition
-	Since     time.Time // of the condition, or of Err
+	Since     time.Time // start of the condition, or of Err
 	Addresses int
-	Aside     int   // the unreachable ones of them
-	LookupErr error // of the last look-up; nil before the first
+	Aside     int   // number of unreachable addresses
+	LookupErr error // error of the last look-up; nil before the first
 	Looked    bool  // a look-up has had an answer
 
 	Counts
@@ -34,7 +34,7 @@ type Status struct {
 // Counts are the counters of a destination. The bytes of a connection are counted when
 // it ends.
 type Counts struct {
-	Connections, Open, Failed int64 // of clients; Failed: no address was reachable
+	Connections, Open, Failed int64 // client connections; Failed: no address was reachable
 	Sent, Received            int64 // bytes, to and from the destination
 	Lookups, LookupFailures   int64
 }

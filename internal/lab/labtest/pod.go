@@ -29,7 +29,7 @@ import (
 
 // A Backend is one way for rules to get into the kernel.
 type Backend struct {
-	Name     string // of subtests
+	Name     string // name of subtests
 	Programs string // file that is each program of iptables in PATH
 	Choice   string // EGRESS_ROUTER_BACKEND
 }
