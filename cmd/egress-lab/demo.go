@@ -58,7 +58,7 @@ change nothing. It logs:
 `
 
 // demo shows the main job of the router: a client that connects to the pod reaches servers
-// outside, which see the reserved address. The error lists what was not as expected.
+// outside, which see the reserved address. The error lists wrong answers.
 func demo(ctx context.Context, program string, stdout io.Writer) error {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
@@ -125,7 +125,7 @@ func askBefore(ctx context.Context, l *lab.Lab) (got string, refused bool) {
 	return reason(err), errors.Is(err, syscall.ECONNREFUSED)
 }
 
-// startRouter runs the router to its end, prints what it logged and returns it.
+// startRouter runs the router to its end, prints its log and returns it.
 func startRouter(ctx context.Context, l *lab.Lab, program string, env []string, stdout io.Writer) (string, error) {
 	o, err := execute(ctx, l, l.Router, env, nil, program)
 	for line := range strings.Lines(o.stderr) {

@@ -130,7 +130,7 @@ type proxy struct {
 	log *log
 }
 
-// A log is what a process has written so far.
+// A log is the output of a process so far.
 type log struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -168,7 +168,7 @@ func startDNSProxy(p *labtest.Pod, env map[string]string, before ...string) *pro
 	return x
 }
 
-// await asks a port until a server answers that is one of the wanted.
+// await sends requests to a port until one of the given servers answers.
 func (x *proxy) await(port uint16, servers ...string) {
 	x.Helper()
 	x.Until(fmt.Sprintf("port %d answers as one of %v", port, servers), func() bool {
@@ -289,7 +289,7 @@ func testDNSProxy(p *labtest.Pod) {
 
 	wantNoUseFromOutside(x.Pod, 8080)
 
-	// The open connection goes on after SIGTERM.
+	// The open connection continues after SIGTERM.
 	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -386,7 +386,7 @@ func TestDNSProxySplices(t *testing.T) {
 		_ = conn.(*net.TCPConn).CloseWrite()
 	}()
 	if n, err := io.Copy(io.Discard, conn); err != nil || n < size {
-		t.Errorf("%d bytes came back, %v", n, err)
+		t.Errorf("%d bytes received, %v", n, err)
 	}
 	x.stop()
 

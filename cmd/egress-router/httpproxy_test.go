@@ -44,7 +44,7 @@ func httpProxy(p *labtest.Pod, rules string, at netip.AddrPort) (*exec.Cmd, *byt
 	return cmd, &stderr
 }
 
-// request sends a request to the proxy and returns what comes back.
+// request sends a request to the proxy and returns its response.
 func request(p *labtest.Pod, from *netns.Namespace, proxy netip.AddrPort, text string) *bufio.Reader {
 	p.Helper()
 	conn := p.Dial(from, "tcp", proxy)
@@ -72,8 +72,8 @@ func wantTunnel(p *labtest.Pod, from *netns.Namespace, to, server string) {
 	}
 }
 
-// wantProxyError asks for a host that cannot be reached and checks what the proxy
-// says of it.
+// wantProxyError requests an unreachable host and checks the status and text of the
+// proxy's response.
 func wantProxyError(p *labtest.Pod, host string, status int, text string) {
 	p.Helper()
 	response, err := http.ReadResponse(request(p, p.Lab.Client, proxyAddr, "GET http://"+host+"/ HTTP/1.1\r\nHost: x\r\n\r\n"), nil)
@@ -86,9 +86,9 @@ func wantProxyError(p *labtest.Pod, host string, status int, text string) {
 	}
 }
 
-// wantNoUseFromOutside checks that a port of the pod, on which somebody listens,
-// is there for the cluster and not for the physical network, by either address,
-// and that it is the rules that make it so. It takes them away.
+// wantNoUseFromOutside checks that a listening port of the pod is reachable from the
+// cluster, but not from the physical network at either address, and that it is
+// reachable from there without the rules. It removes them.
 func wantNoUseFromOutside(p *labtest.Pod, port uint16) {
 	p.Helper()
 	wantClusterOnly(p, port)
@@ -98,8 +98,8 @@ func wantNoUseFromOutside(p *labtest.Pod, port uint16) {
 	}
 }
 
-// wantClusterOnly checks that a port of the pod is open to the cluster, and to
-// nobody on the physical network.
+// wantClusterOnly checks that a port of the pod is open to the cluster, and closed to
+// the physical network.
 func wantClusterOnly(p *labtest.Pod, port uint16) {
 	p.Helper()
 	p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", lab.Source.String())

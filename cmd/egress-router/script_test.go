@@ -70,8 +70,8 @@ func matchLast(ts *testscript.TestScript, stderr, want string) {
 	}
 }
 
-// refused runs the program, which says a sentence last and a hint before it,
-// and nothing on stdout.
+// refused runs the program, which has to print a sentence as its last line, a hint
+// before it, and nothing on stdout.
 func refused(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, "refused SENTENCE HINT")
 	if err := ts.Exec("egress-router"); err == nil {
@@ -100,8 +100,8 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // startLab makes a lab for the script and sets ROUTER to the file of the
-// router's namespace. Scripts run at the same time: one that serves, or asks what
-// serves, does it there.
+// router's namespace. Scripts run at the same time: servers and their clients run in
+// that namespace.
 func startLab(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, "lab")
 	l, err := lab.New(lab.Options{})
@@ -136,8 +136,8 @@ func awaitDefaultRoute(ts *testscript.TestScript, neg bool, args []string) {
 	})
 }
 
-// awaitIdle waits until the commands in the background have been the program,
-// and all its threads asleep, for a while: what they do at their start is done.
+// awaitIdle waits until the commands in the background have executed the program and
+// all its threads have slept for a while, so that the start is complete.
 func awaitIdle(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, "await-idle")
 	for _, cmd := range ts.BackgroundCmds() {
@@ -174,8 +174,8 @@ func awaitListener(ts *testscript.TestScript, neg bool, args []string) {
 	})
 }
 
-// awaitHealthy waits until what runs in the router's namespace is ready, and a
-// program that is named is among it.
+// awaitHealthy waits until all programs in the router's namespace are ready, including
+// the named one, if any.
 func awaitHealthy(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) > 1 {
 		ts.Fatalf("usage: await-healthy [PROGRAM]")
@@ -186,8 +186,8 @@ func awaitHealthy(ts *testscript.TestScript, neg bool, args []string) {
 	})
 }
 
-// masked writes what health printed to the file masked, without what differs from
-// run to run: the version, the ages, and the widths that follow from them.
+// masked writes the output of health to the file masked, without the parts that differ
+// from run to run: the version, the ages, and the widths that follow from them.
 func masked(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, "masked")
 	text := ts.ReadFile("stdout")

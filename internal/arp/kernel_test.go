@@ -74,8 +74,8 @@ func (h *host) take(a netip.Addr) {
 	h.must(h.AddrAdd(h.link, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(lab.LAN.Bits(), 32)}}))
 }
 
-// say sends frames, whatever their content.
-func (h *host) say(frames ...[]byte) {
+// transmit sends frames with any content.
+func (h *host) transmit(frames ...[]byte) {
 	h.t.Helper()
 	h.must(h.do(func() error {
 		s, err := Open(h.index)
@@ -146,19 +146,19 @@ func TestKernelFilters(t *testing.T) {
 	for _, frame := range dropped {
 		if len(frame) >= fixedOffset { // the kernel sends no shorter frame (packet_snd in net/packet/af_packet.c)
 			copy(frame, broadcast)
-			speaker.say(frame)
+			speaker.transmit(frame)
 			passed++
 		}
 	}
 	toOther := claim(speaker.mac)
 	copy(toOther, otherMAC)
 	inVLAN := slices.Concat(broadcast, speaker.mac, []byte{0x81, 0x00, 0, 5}, claim(speaker.mac)[etherTypeOffset:])
-	speaker.say(toOther, inVLAN)
+	speaker.transmit(toOther, inVLAN)
 	for _, frame := range accepted {
 		copy(frame, broadcast)
-		speaker.say(frame)
+		speaker.transmit(frame)
 	}
-	speaker.say(claim(speaker.mac)) // the last one
+	speaker.transmit(claim(speaker.mac)) // the last one
 
 	for {
 		p, err := c.receive(soon())
@@ -192,7 +192,7 @@ func TestKernelDownAndUp(t *testing.T) {
 	}
 	for range 3 {
 		router.up()
-		outside.say(claim(outside.mac))
+		outside.transmit(claim(outside.mac))
 		if p, err := c.receive(soon()); err != nil || !bytes.Equal(p.SenderMAC, outside.mac) {
 			t.Fatalf("up: %v, %v", p, err)
 		}
@@ -212,7 +212,7 @@ func TestKernelDownAndUp(t *testing.T) {
 	}()
 	router.down()
 	router.up()
-	outside.say(claim(outside.mac))
+	outside.transmit(claim(outside.mac))
 	router.must(<-got)
 }
 
@@ -302,7 +302,7 @@ func TestKernelAsk(t *testing.T) {
 	// question has each frame that an older socket has.
 	witness := router.listen()
 	q := router.ask()
-	outside.say(claim(outside.mac))
+	outside.transmit(claim(outside.mac))
 	if _, err := witness.receive(soon()); err != nil {
 		t.Fatal(err)
 	}
@@ -409,7 +409,7 @@ func TestKernelWatch(t *testing.T) {
 	capture, err := l.Capture(l.Outside, lab.LANLink)
 	router.must(err)
 	outside.take(lab.Source)
-	outside.say(claim(outside.mac))
+	outside.transmit(claim(outside.mac))
 	if mac := <-conflicts; !bytes.Equal(mac, outside.mac) {
 		t.Errorf("conflict with %s, want %s", mac, outside.mac)
 	}

@@ -16,12 +16,12 @@ import (
 
 // run runs a Watch on a wire in a bubble and returns its callbacks; each text ends
 // with the seconds since the start.
-func run(t *testing.T, w *wire) (watch *Watch, told *[]string) {
+func run(t *testing.T, w *wire) (watch *Watch, reports *[]string) {
 	t.Helper()
 	start := time.Now()
-	told = new([]string)
+	reports = new([]string)
 	tell := func(format string, a ...any) {
-		*told = append(*told, fmt.Sprintf(format, a...)+fmt.Sprintf(" at %v", time.Since(start)))
+		*reports = append(*reports, fmt.Sprintf(format, a...)+fmt.Sprintf(" at %v", time.Since(start)))
 	}
 	watch = newWatch(Options{
 		MAC: ourMAC, Address: address, Gateway: gateway,
@@ -36,7 +36,7 @@ func run(t *testing.T, w *wire) (watch *Watch, told *[]string) {
 			t.Error(err)
 		}
 	})
-	return watch, told
+	return watch, reports
 }
 
 func (w *wire) say(packets ...Packet) {
@@ -50,7 +50,7 @@ func (w *wire) say(packets ...Packet) {
 func TestDefence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		watch, told := run(t, w)
+		watch, reports := run(t, w)
 		start := time.Now()
 		for i := range 30 {
 			w.say(theirClaim)
@@ -71,8 +71,8 @@ func TestDefence(t *testing.T) {
 		want := []string{
 			"conflict 02:00:5e:10:00:50 at 0s", "conflict 02:00:5e:10:00:50 at 10s", "conflict 02:00:5e:10:00:50 at 20s",
 		}
-		if diff := cmp.Diff(want, *told); diff != "" {
-			t.Errorf("-want +told:\n%s", diff)
+		if diff := cmp.Diff(want, *reports); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
 		}
 		s := watch.State()
 		if s.Conflicts != 30 || s.Defences != 3 || !bytes.Equal(s.ConflictMAC, otherMAC) || !s.ConflictAt.Equal(time.Now()) {
@@ -86,19 +86,19 @@ func TestDefence(t *testing.T) {
 func TestConflictsOfMany(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		watch, told := run(t, w)
+		watch, reports := run(t, w)
 		for i := range 1000 {
 			p := theirClaim
 			p.SenderMAC = net.HardwareAddr{2, 0, 0, 0, byte(i >> 8), byte(i)}
 			w.say(p)
 		}
-		if len(*told) != maxReported || len(watch.reported) != maxReported {
-			t.Errorf("%d reports, %d kept, want %d", len(*told), len(watch.reported), maxReported)
+		if len(*reports) != maxReported || len(watch.reported) != maxReported {
+			t.Errorf("%d reports, %d kept, want %d", len(*reports), len(watch.reported), maxReported)
 		}
 		time.Sleep(reportInterval)
 		w.say(theirClaim)
-		if len(*told) != maxReported+1 || len(watch.reported) != 1 {
-			t.Errorf("later %d reports, %d kept", len(*told), len(watch.reported))
+		if len(*reports) != maxReported+1 || len(watch.reported) != 1 {
+			t.Errorf("later %d reports, %d kept", len(*reports), len(watch.reported))
 		}
 		if s := watch.State(); s.Conflicts != 1001 || s.Defences != 2 {
 			t.Errorf("state %+v", s)
@@ -110,10 +110,10 @@ func TestConflictsOfMany(t *testing.T) {
 func TestNoConflict(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		watch, told := run(t, w)
+		watch, reports := run(t, w)
 		w.say(ourClaim, ourProbe, theirProbe, Packet{Reply, otherMAC, neighbour, ourMAC, address})
-		if s := watch.State(); s.Conflicts != 0 || len(*told) != 0 || len(w.frames()) != 0 {
-			t.Errorf("state %+v, told %q, sent %d", s, *told, len(w.frames()))
+		if s := watch.State(); s.Conflicts != 0 || len(*reports) != 0 || len(w.frames()) != 0 {
+			t.Errorf("state %+v, reports %q, sent %d", s, *reports, len(w.frames()))
 		}
 	})
 }
@@ -122,15 +122,15 @@ func TestNoConflict(t *testing.T) {
 func TestDefenceFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		watch, told := run(t, w)
+		watch, reports := run(t, w)
 		w.fail = os.ErrPermission
 		w.say(theirClaim)
 		w.mu.Lock()
 		w.fail = nil
 		w.mu.Unlock()
 		w.say(theirClaim)
-		if s := watch.State(); s.Conflicts != 2 || s.Defences != 0 || len(w.frames()) != 0 || len(*told) != 1 {
-			t.Errorf("state %+v, told %q, sent %d", s, *told, len(w.frames()))
+		if s := watch.State(); s.Conflicts != 2 || s.Defences != 0 || len(w.frames()) != 0 || len(*reports) != 1 {
+			t.Errorf("state %+v, reports %q, sent %d", s, *reports, len(w.frames()))
 		}
 		time.Sleep(defendInterval)
 		w.say(theirClaim)
@@ -143,7 +143,7 @@ func TestDefenceFails(t *testing.T) {
 func TestGateway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		watch, told := run(t, w)
+		watch, reports := run(t, w)
 		start := time.Now()
 		probe := func() {
 			t.Helper()
@@ -195,8 +195,8 @@ func TestGateway(t *testing.T) {
 			"gateway false  at 40s", "gateway true 02:00:5e:10:00:50 at 50s",
 			"gateway false 00:00:5e:00:01:01 at 2m10s", "gateway true 02:00:5e:10:00:50 at 2m10s",
 		}
-		if diff := cmp.Diff(want, *told); diff != "" {
-			t.Errorf("-want +told:\n%s", diff)
+		if diff := cmp.Diff(want, *reports); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
 		}
 		for _, f := range w.frames() {
 			if !bytes.Equal(f.frame, unhex(t, gatewayRequest)) {
@@ -210,15 +210,15 @@ func TestGateway(t *testing.T) {
 func TestGatewayRequestFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		watch, told := run(t, w)
+		watch, reports := run(t, w)
 		w.fail = os.ErrPermission
 		for range 4 {
 			if err := watch.ProbeGateway(); err == nil {
 				t.Error("no error")
 			}
 		}
-		if want := []string{"gateway false  at 0s"}; !slices.Equal(*told, want) {
-			t.Errorf("told %q, want %q", *told, want)
+		if want := []string{"gateway false  at 0s"}; !slices.Equal(*reports, want) {
+			t.Errorf("reports %q, want %q", *reports, want)
 		}
 	})
 }

@@ -82,7 +82,7 @@ func TestGolden(t *testing.T) {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(string(want), got.String()); diff != "" {
-				t.Errorf("%s: - there, + now (make golden rewrites it):\n%s", file, diff)
+				t.Errorf("%s: -want +got (make golden rewrites it):\n%s", file, diff)
 			}
 		})
 	}

@@ -61,7 +61,7 @@ func TestMetrics(t *testing.T) {
 		}
 		for _, m := range test.table {
 			if !strings.Contains(w.Body.String(), "# TYPE "+m.Name+" "+string(m.Type)+"\n") {
-				t.Errorf("%s is not told", m.Name)
+				t.Errorf("metric %s missing", m.Name)
 			}
 		}
 	}

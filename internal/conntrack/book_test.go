@@ -83,11 +83,11 @@ func TestBook(t *testing.T) {
 		{"never listed", func(b *table) { b.end(entry(1, 10)) }, 1, 10, 0},
 		{"listed, then ended", func(b *table) { b.list(entry(1, 4)); b.list(entry(1, 6)); b.end(entry(1, 10)) }, 1, 10, 0},
 		{"open", func(b *table) { b.begin(entry(1, 0)); b.list(entry(1, 6)) }, 1, 6, 1},
-		{"listed before its begin is told", func(b *table) { b.list(entry(1, 4)); b.begin(entry(1, 0)); b.list(entry(1, 6)) }, 1, 6, 1},
+		{"listed before its new event", func(b *table) { b.list(entry(1, 4)); b.begin(entry(1, 0)); b.list(entry(1, 6)) }, 1, 6, 1},
 		{"begun and ended unlisted", func(b *table) { b.begin(entry(1, 0)); b.end(entry(1, 10)) }, 1, 10, 0},
 		{"listed twice at once", func(b *table) { b.list(entry(1, 4), entry(1, 6)); b.end(entry(1, 10)) }, 1, 10, 0},
-		{"its end is told, the entry is still there", func(b *table) { b.list(entry(1, 4)); b.end(entry(1, 10)); b.list(dying(entry(1, 10))) }, 1, 10, 0},
-		{"dying, its end is not told yet", func(b *table) { b.list(dying(entry(1, 10))); b.end(entry(1, 10)) }, 1, 10, 0},
+		{"listed as dying after its destroy event", func(b *table) { b.list(entry(1, 4)); b.end(entry(1, 10)); b.list(dying(entry(1, 10))) }, 1, 10, 0},
+		{"listed as dying before its destroy event", func(b *table) { b.list(dying(entry(1, 10))); b.end(entry(1, 10)) }, 1, 10, 0},
 		{"known and dying", func(b *table) { b.list(entry(1, 4)); b.list(dying(entry(1, 10))); b.end(entry(1, 10)) }, 1, 10, 0},
 		{"missing in one listing", func(b *table) { b.list(entry(1, 4)); b.list(); b.list(entry(1, 6)); b.end(entry(1, 10)) }, 1, 10, 0},
 		{"gone without an event", func(b *table) { b.list(entry(1, 4)); b.list(); b.list(); b.list() }, 1, 4, 0},
@@ -109,7 +109,7 @@ func TestBook(t *testing.T) {
 			b.list(r)
 			b.end(r)
 		}, 1, 0, 0},
-		{"over, and still there", func(b *table) {
+		{"closed, and still listed", func(b *table) {
 			r := entry(1, 6)
 			r.closed = true
 			b.list(entry(1, 4))

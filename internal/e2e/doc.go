@@ -1,5 +1,5 @@
 // Package e2e runs the router's image with real container engines, podman and docker,
-// and shows what clients and servers see. It holds tests only:
+// from the side of clients and servers. It contains tests only:
 //
 //	go test -count=1 ./...     in this directory; or make e2e
 //

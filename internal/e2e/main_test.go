@@ -59,7 +59,7 @@ var programs = []struct{ program, pkg string }{
 // the second process and returns its exit code.
 func prepare() (int, error) {
 	if os.Geteuid() != 0 {
-		return 1, errors.New("running as an ordinary user: these tests need root, since podman is to make macvlans")
+		return 1, errors.New("not root: podman creates macvlans in the tests")
 	}
 	root, err := filepath.Abs("../..")
 	if err != nil {
@@ -85,7 +85,7 @@ func prepare() (int, error) {
 			return 1, err
 		}
 		if _, err := exec.LookPath(p.program); err != nil {
-			return 1, fmt.Errorf("looking for %q after the package %q is installed: %w", p.program, p.pkg, err)
+			return 1, fmt.Errorf("find %q after the installation of package %q: %w", p.program, p.pkg, err)
 		}
 	}
 

@@ -66,18 +66,18 @@ const (
 	walk      = "walk"      // eth1, no address
 )
 
-// settle are sysctls of a new namespace, to which the kernel gives the machine's.
-const settle = "net.ipv4.ip_forward=0 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0"
+// namespaceSysctls are set in a new namespace, which inherits those of the machine.
+const namespaceSysctls = "net.ipv4.ip_forward=0 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0"
 
 func newNode() (*node, error) {
 	for line := range strings.Lines(`
-		sysctl -q -w ` + settle + `
+		sysctl -q -w ` + namespaceSysctls + `
 		ip link set lo up
 		ip address add ` + nameServerAddr + `/32 dev lo
 		ip netns add outside
 		ip netns add web
-		ip netns exec outside sysctl -q -w ` + settle + `
-		ip netns exec web sysctl -q -w ` + settle + `
+		ip netns exec outside sysctl -q -w ` + namespaceSysctls + `
+		ip netns exec web sysctl -q -w ` + namespaceSysctls + `
 		ip -n outside link set lo up
 		ip -n web link set lo up
 
@@ -383,7 +383,7 @@ func await(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("waited in vain for %s", what)
+			t.Fatalf("timeout waiting for %s", what)
 		}
 	}
 }

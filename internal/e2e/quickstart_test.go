@@ -48,7 +48,7 @@ func newHost(t *testing.T) host {
 	})
 	run(t, "ip", "link", "add", "port"+h.pid, "netns", "outside", "type", "veth", "peer", "name", "eth1", "netns", h.pid)
 	run(t, "ip", "-n", "outside", "link", "set", "port"+h.pid, "master", "lan0", "up")
-	h.do(t, "/", "sysctl -q -w "+settle)
+	h.do(t, "/", "sysctl -q -w "+namespaceSysctls)
 	h.do(t, "/", "ip link set lo up; ip address add 192.168.12.11/24 dev eth1; ip link set eth1 up")
 	return h
 }
@@ -66,7 +66,7 @@ func (h host) do(t *testing.T, dir, command string) string {
 }
 
 // inNetwork runs a shell command in the host's network namespace, with the node's files
-// and processes: podman's images and containers are there.
+// and processes, which include podman's images and containers.
 func (h host) inNetwork(t *testing.T, command string) string {
 	t.Helper()
 	return run(t, "nsenter", "-t", h.pid, "-n", "sh", "-ec", "cd ../..; "+command)

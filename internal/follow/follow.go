@@ -159,8 +159,8 @@ func (f *file) change(certain bool) {
 	f.settled.Reset(min(settle, time.Until(f.latest)))
 }
 
-// send sends a change, or waits longer if the file is still being written, of which
-// there are no events if a directory on its path is new.
+// send sends a change, or waits longer if the file is still being written: there are no
+// events for that if a directory on its path is new.
 func (f *file) send() {
 	f.walk()
 	now := At(f.name)

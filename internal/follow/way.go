@@ -95,8 +95,8 @@ func split(path string) []string {
 	return names
 }
 
-// remote are the file systems to which other machines write, of which inotify has no
-// events (inotify(7)), by their magic numbers (statfs(2)).
+// remote are the file systems to which other machines write, by their magic numbers
+// (statfs(2)). inotify(7) has no events for these writes.
 var remote = map[uint32]string{
 	unix.AFS_SUPER_MAGIC:  "AFS",
 	unix.CEPH_SUPER_MAGIC: "Ceph",

@@ -123,7 +123,7 @@ func (p place) listenFile(program string) (l *net.UnixListener, remove func(), e
 	}, nil
 }
 
-// makeDirectory creates a directory that is readable for all users, whatever the
+// makeDirectory creates a directory that is readable for all users, regardless of the
 // umask, if it does not exist.
 func makeDirectory(name string) error {
 	if _, err := os.Stat(name); !errors.Is(err, os.ErrNotExist) {

@@ -67,7 +67,7 @@ func TestServe(t *testing.T) {
 	}
 }
 
-// Every user may connect, whatever the umask of the program.
+// Every user may connect, regardless of the program's umask.
 func TestModes(t *testing.T) {
 	p := newPlace(t)
 	old := unix.Umask(0o077)

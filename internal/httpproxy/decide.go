@@ -57,7 +57,7 @@ func (r Rules) Decide(d Destination) Verdict {
 }
 
 // DecideName returns the decision on a name before it is resolved. decided is true if
-// the name is denied whatever its addresses are, so that it need not be resolved.
+// the name is denied for any addresses, so that it need not be resolved.
 func (r Rules) DecideName(name string) (v Verdict, decided bool) {
 	d := Destination{Host: Host{Name: name}}
 	for _, rule := range r {

@@ -19,7 +19,7 @@ func TestDecide(t *testing.T) {
 		"a name":                                    {"a.example", named("a.example", "192.0.2.1"), true, "a.example"},
 		"another name":                              {"a.example", named("b.example", "192.0.2.1"), false, ""},
 		"a name in another case":                    {"A.Example", named("a.example", "192.0.2.1"), true, "A.Example"},
-		"a name is not what is below it":            {"a.example", named("b.a.example", "192.0.2.1"), false, ""},
+		"a name does not match its subdomains":      {"a.example", named("b.a.example", "192.0.2.1"), false, ""},
 		"a domain itself":                           {"*.a.example", named("a.example", "192.0.2.1"), true, "*.a.example"},
 		"a domain far below":                        {"*.a.example", named("c.b.a.example", "192.0.2.1"), true, "*.a.example"},
 		"a domain is not what ends like it":         {"*.a.example", named("ba.example", "192.0.2.1"), false, ""},

@@ -26,8 +26,8 @@ type refusal struct {
 	text   string // one line
 }
 
-// write sends the refusal as plain text, whatever the client accepts, since people read
-// it in a terminal or a log.
+// write sends the refusal as plain text, regardless of the header Accept, since people
+// read it in a terminal or a log.
 func (r *refusal) write(w http.ResponseWriter) {
 	body := fmt.Sprintf("egress-router: %s\n", r.text)
 	h := w.Header()

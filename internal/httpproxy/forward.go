@@ -54,8 +54,8 @@ func countForwards(r *http.Request) (last bool, answer *refusal) {
 }
 
 // rewrite derives the request to the server from that of the client. ReverseProxy has
-// removed the hop-by-hop headers, and a few others, which are restored here: it is
-// made for the server's side, where the client is not trusted.
+// removed the hop-by-hop headers, and a few others, which are restored here:
+// ReverseProxy is designed for the server's side, which does not trust the client.
 func rewrite(pr *httputil.ProxyRequest) {
 	in, out := pr.In, pr.Out
 	x := in.Context().Value(exchangeKey{}).(*exchange)

@@ -278,7 +278,7 @@ func TestTunnelHalves(t *testing.T) {
 			_ = conn.CloseWrite()
 		}()
 		if n, err := io.Copy(io.Discard, conn); n != size || err != nil {
-			t.Errorf("%d came back, %v", n, err)
+			t.Errorf("%d bytes received, %v", n, err)
 		}
 	})
 	t.Run("the server resets", func(t *testing.T) {
@@ -576,7 +576,7 @@ func TestIdle(t *testing.T) {
 			return strings.TrimPrefix(string(text), "HTTP/1.1 200 Connection established\r\n\r\n")
 		})
 	})
-	t.Run("an answer that comes slowly", func(t *testing.T) {
+	t.Run("slow response", func(t *testing.T) {
 		t.Parallel()
 		talk(t, limit, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", func(t *testing.T, server string) string {
 			response, err := http.ReadResponse(bufio.NewReader(start(t, "*", nil, quick).get(t, server)), nil)
@@ -615,7 +615,7 @@ func TestIdle(t *testing.T) {
 		header(conn)
 		wantEnd(t, conn, "")
 	})
-	t.Run("a header that comes slowly", func(t *testing.T) {
+	t.Run("slow header", func(t *testing.T) {
 		t.Parallel()
 		conn := early(t, start(t, "*", nil, quickHeader), "GET http://x/ HTTP/1.1\r\nHost:")
 		wantEnd(t, conn, "")
@@ -825,7 +825,7 @@ func TestSetRules(t *testing.T) {
 	}
 	set("# the same\n*", "")
 	set("192.0.2.1", "rules=1")
-	p.Rejected(errors.New("not right"))
+	p.Rejected(errors.New("invalid"))
 	if s := p.Status(); s.RulesErr == nil || s.Reloads != 1 || s.ReloadFailures != 1 {
 		t.Errorf("after a valid and an invalid list: %+v", s)
 	}

@@ -24,7 +24,7 @@ func TestPoolKey(t *testing.T) {
 		key("a", "2001:db8::1"), key("192.0.2.1", "192.0.2.1"), key("[2001:db8::1]", "2001:db8::1"),
 	} {
 		if seen[k] {
-			t.Errorf("%q stands for two", k)
+			t.Errorf("two destinations have the key %q", k)
 		}
 		seen[k] = true
 	}

@@ -65,7 +65,7 @@ func TestParse(t *testing.T) {
 				t.Fatalf("Parse(%q): %v", test.value, err)
 			}
 			if diff := cmp.Diff([]Rule(test.want), []Rule(got), ruleFields); diff != "" {
-				t.Errorf("Parse(%q), - wanted, + got:\n%s", test.value, diff)
+				t.Errorf("Parse(%q), -want +got:\n%s", test.value, diff)
 			}
 		})
 	}
@@ -152,7 +152,7 @@ http_access allow all
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(test.want, list.Squid()); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("-want +got:\n%s", diff)
 			}
 		})
 	}

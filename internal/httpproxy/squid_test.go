@@ -85,7 +85,7 @@ func TestSquidDecides(t *testing.T) {
 					why = "squid asks whether any of the addresses is in a network, and may dial another one"
 				}
 				if why == "" || squids != asSquid(list, host) {
-					t.Errorf("%s %s by %q: %s, squid says %s", method, host, list, ours, squids)
+					t.Errorf("%s %s by %q: %s, squid returns %s", method, host, list, ours, squids)
 				}
 				seen[why]++
 			}

@@ -204,7 +204,7 @@ func TestAutoChoosesBackend(t *testing.T) {
 	}
 }
 
-// Without the privilege the error names that, whatever the backend.
+// Without the privilege the error names the privilege, with every backend.
 func TestMissingPrivilegeIsNoBackendFault(t *testing.T) {
 	t.Parallel()
 	for _, b := range labtest.Backends {

@@ -177,7 +177,7 @@ func toScratch(text []byte) []byte {
 }
 
 // fromScratch returns rules of scratch chains with the names of the chains that
-// they stand for, whatever form the rules have.
+// they represent, in any form of the rules.
 func fromScratch(text []byte) []byte {
 	return bytes.ReplaceAll(text, []byte(rules.ScratchPrefix), []byte(rules.ChainPrefix))
 }

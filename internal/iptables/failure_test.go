@@ -13,8 +13,8 @@ import (
 )
 
 // Each call of an iptables program fails once, before or after it has done its
-// work, in a fresh pod and in a damaged one. Each time the run restores what was
-// there, and the next run succeeds. A restore that fails after it has changed the
+// work, in a fresh pod and in a damaged one. Each time the run restores the
+// former rules, and the next run succeeds. A restore that fails after it has changed the
 // rules is no failure: the run reads the rules again.
 func TestFailingIptablesRollsBack(t *testing.T) {
 	t.Parallel()
@@ -109,8 +109,8 @@ func testIptablesFails(p *labtest.Pod, does string, restores int) {
 	}
 }
 
-// A program that outlives the router that started it does not undo what the next
-// router does, which waits for it.
+// The next router waits for an iptables program that outlives the router which started
+// it, so that the program does not undo changes of the next router.
 func TestNextRunWaitsForOrphanedIptables(t *testing.T) {
 	t.Parallel()
 	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {

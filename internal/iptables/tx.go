@@ -91,8 +91,8 @@ func (tx *Tx) Differs(plan rules.Plan) []string {
 	return found
 }
 
-// Redirects reports whether the kernel has redirects of the router, whatever form
-// they are printed in.
+// Redirects reports whether the kernel has redirects of the router, in any printed
+// form.
 func (tx *Tx) Redirects() bool {
 	for _, f := range tx.families {
 		for _, text := range f.now.of(rules.NAT).chains {

@@ -51,7 +51,7 @@ func TestParse(t *testing.T) {
 		rules.Mangle: newContents(),
 	}
 	if diff := cmp.Diff(want, parse([]byte(saved189), jumpForm{}), cmp.AllowUnexported(contents{})); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("-want +got:\n%s", diff)
 	}
 }
 
@@ -84,12 +84,12 @@ func TestDiffers(t *testing.T) {
 		"IPv6: no chain of the router exists",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("- wanted, + got:\n%s", diff)
+		t.Errorf("-want +got:\n%s", diff)
 	}
 }
 
-// The way there and the way back, each one restore, with nothing in it of what
-// is not ours or does not change.
+// The script that applies the rules and the script that undoes them are one restore
+// each, and contain neither unchanged rules nor rules of other programs.
 func TestScript(t *testing.T) {
 	f := familyTx{family: rules.IPv4, now: parse([]byte(saved189), jumpForm{})}
 	have, want := f.now, f.wanted(plan(t, "192.168.12.99").IPTables())
@@ -157,14 +157,14 @@ COMMIT
 COMMIT
 `
 	if diff := cmp.Diff(there, string(have.script(want))); diff != "" {
-		t.Errorf("there: - wanted, + got:\n%s", diff)
+		t.Errorf("apply: -want +got:\n%s", diff)
 	}
 	if diff := cmp.Diff(back, string(want.script(have))); diff != "" {
-		t.Errorf("back: - wanted, + got:\n%s", diff)
+		t.Errorf("undo: -want +got:\n%s", diff)
 	}
-	// Where all of it goes, the redirects go before what guards them.
+	// If all rules are removed, the redirects are removed before the filter rules.
 	if gone := string(want.script(f.wanted(nil))); strings.Index(gone, "*nat") > strings.Index(gone, "*filter") {
-		t.Errorf("the filter rules go before the redirects:\n%s", gone)
+		t.Errorf("filter rules removed before the redirects:\n%s", gone)
 	}
 	if same := want.script(want); len(same) > 0 {
 		t.Errorf("to the same state:\n%s", same)
@@ -178,7 +178,7 @@ func TestRunError(t *testing.T) {
 		t.Errorf("%v does not wrap %v and %v", err, os.ErrPermission, failed)
 	}
 	if strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), "you must be root") {
-		t.Errorf("%q is not one line with what was printed", err)
+		t.Errorf("%q is not one line with the printed text", err)
 	}
 	locked := runError("iptables-restore", failed, "Another app is currently holding the xtables lock.")
 	if h, ok := locked.(interface{ Hint() string }); !ok || h.Hint() == "" {

@@ -108,8 +108,8 @@ func eachSpelling(t *testing.T, spellings []spelling, test func(p *labtest.Pod, 
 	}
 }
 
-// A second run recognises the rules of the first, whatever form they are printed
-// in, and so do runs that follow changed lists.
+// A second run recognises the rules of the first in any printed form, and so do runs
+// with a changed list.
 func TestSecondRunInOtherFormChangesNothing(t *testing.T) {
 	eachSpelling(t, spellings, func(p *labtest.Pod, path string, calls func(string) int) {
 		for _, list := range []string{labtest.Example()["EGRESS_DESTINATION"], tree(), "80 tcp 203.0.113.26 443\n"} {

@@ -119,7 +119,7 @@ func TestFrameString(t *testing.T) {
 	}
 }
 
-// Frames come from whoever is on the link: no bytes may make decoding panic.
+// Any host on the link can send frames: decoding must not panic on any bytes.
 func FuzzFrame(f *testing.F) {
 	f.Add(frame(f, tcp).Data)
 	f.Add(frame(f, ethARP+"0001 0800 06 04 0001 020000000002 c0a80c63 000000000000 c0a80c01").Data)

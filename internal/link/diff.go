@@ -125,7 +125,7 @@ func setRouteSource(i int, source netip.Addr, routes []Route) []Step {
 // the index of r afterwards, -1 for a new route.
 //
 // The kernel replaces the first route with the same destination, TOS and
-// metric, whatever its type and interface, and refuses if another one of them
+// metric, with any type and interface, and refuses if another one of them
 // equals r (fib_table_insert in net/ipv4/fib_trie.c).
 func place(r Route, routes []Route) (step *Step, placed int) {
 	if i := slices.IndexFunc(routes, r.same); i >= 0 {

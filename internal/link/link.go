@@ -134,8 +134,8 @@ func (s State) EgressHas(a netip.Addr, bits int) bool {
 //
 // The gateway has a route of its own because it may be outside of the address's
 // subnet, as with a /32 address. Both routes name the reserved address as the
-// source, so that the pod's own sockets use it, whatever other addresses the
-// interface has.
+// source, so that the pod's own sockets use it if the interface has other addresses,
+// too.
 func (w Want) Routes(index int) []Route {
 	gateway := Route{
 		Destination: netip.PrefixFrom(w.Gateway, w.Gateway.BitLen()),

@@ -113,8 +113,8 @@ func Find(root, path, text string) (Block, error) {
 	return found[0], nil
 }
 
-// Generated compares the generated part of a page with what it should be, and
-// rewrites it if update is set. The part stands between two comments that name it,
+// Generated compares the generated part of a page with the expected text, and rewrites
+// it if update is set. The part stands between two comments that name it,
 // <!-- NAME: ... --> and <!-- end of NAME -->.
 func Generated(file, name, want string, update bool) error {
 	text, err := os.ReadFile(file)

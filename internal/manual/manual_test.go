@@ -76,7 +76,7 @@ func TestCommands(t *testing.T) {
 			continue
 		}
 		if !tests[by.test] && !scriptHas(by.test) {
-			t.Errorf("%s: there is no %s", c, by.test)
+			t.Errorf("%s: no test %s", c, by.test)
 		}
 	}
 }

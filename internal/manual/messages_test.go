@@ -66,8 +66,8 @@ func table(text string) string {
 	return rows.String()
 }
 
-// fragments returns the fixed parts of a quoted error: what varies stands in quotes,
-// as an ellipsis, or is an address or the name of a sysctl.
+// fragments returns the fixed parts of a quoted error: the variable parts are
+// in quotes, an ellipsis, an address or the name of a sysctl.
 func fragments(quoted string) []string {
 	var found []string
 	for _, f := range regexp.MustCompile(`…|"[^"]*"|'[^']*'|net\.[a-z0-9._]+`).Split(quoted, -1) {

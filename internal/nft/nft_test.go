@@ -62,8 +62,8 @@ func beginTx(t *testing.T) *Tx {
 	return tx
 }
 
-// The kernel lists what was loaded, for every plan and from every plan, and undo
-// restores the state before.
+// After a change from every plan to every plan the kernel lists the loaded rules, and
+// undo restores the former state.
 func TestApply(t *testing.T) {
 	open := sides
 	open.Crossing = rules.CrossAll

@@ -14,7 +14,7 @@ import (
 
 // A Stray is the rules in nf_tables that an earlier run with another backend left:
 // our own tables, or our chains of iptables' nf_tables flavour. They would keep
-// redirecting, whatever the rules in use.
+// redirecting beside the rules in use.
 type Stray struct {
 	batch batch
 	found []string // descriptions for the log

@@ -223,7 +223,7 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 	}
 }
 
-// sameFrame reports whether both tables have the same chains and maps, whatever
+// sameFrame reports whether both tables have the same chains and maps. It ignores
 // their content.
 func (t *table) sameFrame(want *table) bool {
 	if t.flags != want.flags || len(t.others) > 0 || (t.to == nil) != (want.to == nil) || len(t.chains) != len(want.chains) {

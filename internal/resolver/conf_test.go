@@ -34,7 +34,7 @@ func TestParseConf(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if diff := cmp.Diff(base(test.want), parseConf([]byte(test.text)), cmp.AllowUnexported(conf{})); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("-want +got:\n%s", diff)
 			}
 		})
 	}

@@ -236,8 +236,8 @@ func wantExpires(t *testing.T, a found, ttl time.Duration) {
 	}
 }
 
-// queriesOf returns what a look-up asks the server, sorted, each question once. It
-// is done again if it takes so long that the resolver may have given up a part of it.
+// queriesOf returns the distinct queries of a look-up to the server, sorted. It repeats
+// a look-up that takes so long that the resolver may have given up a part of it.
 func queriesOf(t *testing.T, s *server, r *Resolver, lookUp func()) []string {
 	t.Helper()
 	for {

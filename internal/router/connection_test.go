@@ -57,8 +57,7 @@ func TestExistingConnectionsFollowNewRules(t *testing.T) {
 	})
 }
 
-// The kernel drops the packets of a connection that the NAT rules have not seen,
-// whatever happened to it before.
+// The kernel drops all packets of a connection that the NAT rules have not seen.
 func TestUntranslatedConnectionIsDropped(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {

@@ -320,8 +320,8 @@ func TestAnnouncementUpdatesNeighbour(t *testing.T) {
 	}
 }
 
-// The init container of a proxy configures the network and drops what comes from
-// the physical network. It translates and forwards nothing, and does not read the
+// The init container of a proxy configures the network and drops packets from the
+// physical network. It translates and forwards nothing, and does not read the
 // destinations.
 func TestProxyModesOnlyConfigureNetwork(t *testing.T) {
 	t.Parallel()

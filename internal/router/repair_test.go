@@ -56,7 +56,7 @@ func (r *damaged) repair(d labtest.Damage) bool {
 		r.Fatalf("not repaired: %s", d.Name)
 	}
 	if d.Name == labtest.RulesetFlushed {
-		r.watch.Outgoing("macvlan0") // reads what has left, which sets its time
+		r.watch.Outgoing("macvlan0") // reads the sent frames, which sets their time
 		r.flushes = append(r.flushes, flush{begin, time.Now()})
 	}
 	return err == nil
@@ -97,7 +97,7 @@ func TestRepair(t *testing.T) {
 			interval = 300 * time.Millisecond
 		}
 		r := startDamaged(p, interval)
-		// Only a router that was there before can repair these two.
+		// Only a router that ran before the damage can repair these two.
 		damages := append(p.Damages(), labtest.Damage{Name: "reply table default route deleted", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteDel(&netlink.Route{Dst: labtest.Everywhere(), Table: config.DefaultReplyTable, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}}, labtest.Damage{Name: "default route by another gateway on eth0", Do: func(h *netlink.Handle, _, eth netlink.Link) error {

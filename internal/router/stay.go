@@ -153,7 +153,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			return nil
 		case <-subscription.Changed():
 			pending |= subscription.Take()
-			if !k.eager.IsZero() { // maybe the missing part is there now
+			if !k.eager.IsZero() { // the missing part may exist now
 				k.notBefore = k.eager
 			}
 		case <-clock.C:

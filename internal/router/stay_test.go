@@ -63,8 +63,8 @@ type keptEvents struct{ *kept }
 func (e keptEvents) Changed() <-chan struct{} { return e.wake }
 func (e keptEvents) Take() events.Kind        { return events.Kind(e.kind.Swap(0)) }
 
-// tell notifies the keeper of a change.
-func (k *kept) tell(kind events.Kind) {
+// notify notifies the keeper of a change.
+func (k *kept) notify(kind events.Kind) {
 	k.kind.Or(uint32(kind))
 	select {
 	case k.wake <- struct{}{}:
@@ -219,7 +219,7 @@ func TestKeeperBurst(t *testing.T) {
 			k.since()
 			begin := time.Now()
 			for range 10000 {
-				k.tell(kind)
+				k.notify(kind)
 				time.Sleep(100 * time.Microsecond)
 			}
 			took := time.Since(begin)
@@ -239,7 +239,7 @@ func TestKeeperRepairs(t *testing.T) {
 		k.pass(time.Minute)
 		k.since()
 		k.state.Up = false
-		k.tell(events.Network)
+		k.notify(events.Network)
 		now := time.Now()
 		synctest.Wait()
 		if !k.state.Up || !time.Now().Equal(now) {
@@ -274,7 +274,7 @@ func TestKeeperBacksOff(t *testing.T) {
 		k.since()
 		k.refuse = func(link.Step) error { return errInjected }
 		k.state.Up = false
-		k.tell(events.Network)
+		k.notify(events.Network)
 		k.pass(10 * time.Minute)
 		attempts := k.since()
 		want := firstPause
@@ -304,7 +304,7 @@ func TestKeeperBacksOff(t *testing.T) {
 		k.refuse = func(link.Step) error { return errInjected }
 		k.state.Up = false
 		k.since()
-		k.tell(events.Network)
+		k.notify(events.Network)
 		k.pass(2 * firstPause)
 		if n := len(k.since()); n < 2 {
 			k.Errorf("%d attempts in %s", n, 2*firstPause)
@@ -338,7 +338,7 @@ func TestKeeperEager(t *testing.T) {
 				k.refuse = test.refuse
 				for k.keeper.Status().RepairFailures < 12 { // with long pauses by then
 					test.damage(k)
-					k.tell(events.Network | events.Rules)
+					k.notify(events.Network | events.Rules)
 					k.pass(longestPause)
 				}
 				k.pass(longestPause)
@@ -347,7 +347,7 @@ func TestKeeperEager(t *testing.T) {
 					k.pass(time.Millisecond)
 				}
 				k.since()
-				k.tell(events.Network | events.Rules)
+				k.notify(events.Network | events.Rules)
 				k.pass(time.Second)
 				if n := len(k.since()); (n == 1) != test.eager || n > 1 {
 					k.Errorf("%d attempts in the second after an event", n)
@@ -372,7 +372,7 @@ func TestKeeperContested(t *testing.T) {
 				}
 				k.state.Up = false
 				undone++
-				k.tell(events.Network)
+				k.notify(events.Network)
 			}
 			k.pass(10 * time.Millisecond)
 		}
@@ -390,7 +390,7 @@ func TestKeeperContested(t *testing.T) {
 			k.Errorf("contested: %q, though nothing undoes it", s.Contested)
 		}
 		k.state.Up = false
-		k.tell(events.Network)
+		k.notify(events.Network)
 		synctest.Wait()
 		if !k.state.Up {
 			k.Error("a later damage is not repaired at once")
@@ -425,7 +425,7 @@ func TestKeeperReplace(t *testing.T) {
 
 		k.refuse = func(link.Step) error { return errInjected }
 		k.state.Up = false
-		k.tell(events.Network)
+		k.notify(events.Network)
 		k.pass(10 * time.Minute) // it retries slowly
 		k.refuse = nil
 		now = time.Now()
@@ -450,7 +450,7 @@ func TestKeeperRejected(t *testing.T) {
 		k.keeper.Replace(wantedLink, planFor(t, "80 tcp 203.0.113.25\n"))
 		synctest.Wait()
 		if s := k.keeper.Status(); s.ReloadFailures != 1 || s.Reloads != 1 || s.ReloadError != "" {
-			k.Errorf("after it was right: %d failures, %d reloads, error %q", s.ReloadFailures, s.Reloads, s.ReloadError)
+			k.Errorf("after a valid reload: %d failures, %d reloads, error %q", s.ReloadFailures, s.Reloads, s.ReloadError)
 		}
 	})
 }
@@ -474,7 +474,7 @@ func TestKeeperFailed(t *testing.T) {
 		why = errors.New("another reason")
 		k.pass(10 * time.Minute)
 		if n := k.logCount(why.Error()); n != 1 {
-			k.Errorf("said %d times, want once:\n%s", n, &k.logged)
+			k.Errorf("logged %d times, want once:\n%s", n, &k.logged)
 		}
 	})
 }

@@ -90,7 +90,7 @@ func captureLAN(p *labtest.Pod) *lab.Capture {
 	return c
 }
 
-// An arpKind is what an ARP message of the router is.
+// An arpKind is the kind of an ARP message of the router.
 type arpKind string
 
 const (
@@ -106,7 +106,7 @@ const (
 	gatewayAnswers         = "gateway answers ARP"
 )
 
-// kind returns what an ARP message is, of the address in question.
+// kind returns the kind of an ARP message about the reserved address.
 func kind(a lab.ARP) arpKind {
 	switch {
 	case a.SenderIP == netip.IPv4Unspecified() && a.TargetIP == lab.Source && a.Op == 1:
@@ -175,7 +175,7 @@ func hasSource(p *labtest.Pod) bool {
 	return false
 }
 
-// claim has somebody on the physical network announce the reserved address.
+// claim announces the reserved address from another host on the physical network.
 func claim(p *labtest.Pod, mac string) {
 	p.Helper()
 	parsed, err := net.ParseMAC(mac)
@@ -616,7 +616,7 @@ func answers(p *labtest.Pod) bool {
 	return err == nil && a.Peer.Addr() == lab.Source
 }
 
-// missing is what the router says of a macvlan0 that is not there.
+// missing is the router's error for a missing macvlan0, as it is quoted in the log.
 const missing = `interface \"macvlan0\" not found`
 
 // The router logs once that a macvlan0 of another program is missing, and uses it

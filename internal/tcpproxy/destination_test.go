@@ -34,7 +34,7 @@ func TestParse(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			got, err := Parse(test.value)
 			if diff := cmp.Diff(test.want, got); diff != "" || err != nil {
-				t.Errorf("error %v, - wanted, + got:\n%s", err, diff)
+				t.Errorf("error %v, -want +got:\n%s", err, diff)
 			}
 		})
 	}

@@ -81,8 +81,8 @@ func (l *loop) look(r *relay) {
 	}
 }
 
-// taken reports whether a peer has acknowledged data since the last look, of which
-// there is no event: a slow reader makes progress without any new data. The numbers
+// taken reports whether a peer has acknowledged data since the last look. There
+// is no event for it: a slow reader makes progress without any new data. The numbers
 // are the kernel's (struct tcp_info in include/uapi/linux/tcp.h), which include
 // neither keepalive probes nor retransmissions.
 func (l *loop) taken(r *relay) bool {

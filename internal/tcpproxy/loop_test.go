@@ -112,8 +112,8 @@ func (p *part) check(other *part) error {
 	return nil
 }
 
-// All data between two programs arrive completely and in order, whatever their pieces
-// and endings; a reset never looks like the end of a stream. No descriptor is left.
+// All data between two programs arrive completely and in order, with pieces of any size
+// and any kind of end; a reset never looks like the end of a stream. No descriptor is left.
 func TestAnyConversation(t *testing.T) {
 	const conversations, atOnce = 600, 40
 	l, err := net.Listen("tcp", "127.0.1.1:84")

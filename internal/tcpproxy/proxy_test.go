@@ -352,7 +352,7 @@ func TestProxyHeader(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			got := proxyHeader(netip.MustParseAddrPort(test.client), netip.MustParseAddrPort(test.local))
 			if diff := cmp.Diff("\r\n\r\n\x00\r\nQUIT\n"+test.want, string(got)); diff != "" {
-				t.Errorf("- wanted, + got:\n%s", diff)
+				t.Errorf("-want +got:\n%s", diff)
 			}
 		})
 	}
@@ -468,7 +468,7 @@ func TestNoPortIsKept(t *testing.T) {
 	}
 	// proc_net_tcp.rst of the kernel: local address, remote address, state.
 	if !regexp.MustCompile(`(?m)^ *\d+: 0101007F:0052 \w+:\w+ 06 `).Match(table) {
-		t.Errorf("the server's own connections are not there:\n%s", table)
+		t.Errorf("server connections in TIME_WAIT missing:\n%s", table)
 	}
 	waiting := regexp.MustCompile(`(?m)^ *\d+: \w+:\w+ 0101007F:0052 06 `).FindAllString(string(table), -1)
 	if len(waiting) > 0 {

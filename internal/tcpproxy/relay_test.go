@@ -397,8 +397,8 @@ func TestIdle(t *testing.T) {
 	})
 }
 
-// Data in one direction, or a reader that takes slowly what is in flight, keep a
-// relay from being idle.
+// Data in one direction, or a slow reader of data in flight, keep a relay from being
+// idle.
 func TestNotIdle(t *testing.T) {
 	t.Parallel()
 	for name, server := range map[string]bool{"data of the client": false, "data of the server": true} {

@@ -54,7 +54,7 @@ func MainOf(m *testing.M, program func()) {
 	})
 }
 
-// program does what main of cmd/egress-router does, which cannot be imported.
+// program is the main function of cmd/egress-router, which cannot be imported.
 func program() {
 	os.Exit(cli.Run(context.Background(), cli.Process{
 		Name: os.Args[0], Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
@@ -181,7 +181,7 @@ func pathWithout(program string) string {
 	return strings.Join(keep, ":")
 }
 
-// noSysAdmin gives up what entering a namespace takes, and nothing else.
+// noSysAdmin gives up only CAP_SYS_ADMIN, which entering a namespace needs.
 func noSysAdmin() error {
 	return unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN, 0, 0, 0)
 }

@@ -151,7 +151,7 @@ func (p *Pod) Command(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// A Result is what a finished process left.
+// A Result is the exit code and output of a finished process.
 type Result struct {
 	Code           int
 	Stdout, Stderr string
@@ -238,7 +238,7 @@ func (p *Pod) FlushSourceRule() {
 	}
 }
 
-// Tool runs a program in the router's namespace and returns what it prints.
+// Tool runs a program in the router's namespace and returns its output.
 func (p *Pod) Tool(name string, args ...string) string {
 	p.Helper()
 	out, err := p.tool(name, args...)
@@ -306,8 +306,8 @@ func (p *Pod) Until(what string, holds func() bool) {
 	}
 }
 
-// Tail returns the last lines of a log, for a message that says before what was
-// expected and found.
+// Tail returns the last lines of a log, for a message that first states the expected
+// and found values.
 func Tail(log string) string {
 	const most = 100
 	lines := strings.SplitAfter(log, "\n")
@@ -334,7 +334,7 @@ func (p *Pod) WantAnswer(proto string, port uint16, server string) {
 	}
 }
 
-// WantExample checks everything that the documentation's example promises.
+// WantExample checks every destination of the documentation's example.
 func (p *Pod) WantExample() {
 	p.Helper()
 	p.WantAnswer("tcp", 80, "203.0.113.25:80")

@@ -14,7 +14,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
-// RepairLogged is what the router logs when a repair is complete.
+// RepairLogged is the router's log message at the end of a repair.
 const RepairLogged = "msg=reconciled"
 
 // A Running is a router that stays.
@@ -26,14 +26,14 @@ type Running struct {
 	log bytes.Buffer
 }
 
-// Write takes what the router logs.
+// Write appends to the log of the router.
 func (r *Running) Write(b []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.log.Write(b)
 }
 
-// Logged returns what the router has logged so far.
+// Logged returns the log of the router so far.
 func (r *Running) Logged() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()

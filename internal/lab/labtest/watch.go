@@ -48,7 +48,7 @@ func (w Watch) Outgoing(name string) []lab.Frame {
 	})
 }
 
-// WantSource checks that whatever left by the egress side had the reserved
+// WantSource checks that every packet that left by the egress side had the reserved
 // address.
 func (w Watch) WantSource() {
 	w.p.Helper()
