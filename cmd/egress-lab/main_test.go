@@ -246,7 +246,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("waiting until %s: not so after a minute", what)
+			t.Fatalf("timeout after a minute: %s", what)
 		}
 	}
 }

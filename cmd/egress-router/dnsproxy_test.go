@@ -60,11 +60,11 @@ func (n *nameServer) wantAskedBy(t *testing.T, want netip.Addr) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if len(n.asked) == 0 {
-		t.Error("the name server got no question")
+		t.Error("the name server received no query")
 	}
 	for _, a := range n.asked {
 		if a != want {
-			t.Errorf("a question from %s, want %s", a, want)
+			t.Errorf("a query from %s, want %s", a, want)
 		}
 	}
 }
@@ -354,11 +354,11 @@ func TestDNSProxyFollowsFile(t *testing.T) {
 	x.wantServers(8080, "203.0.113.26:80")
 
 	mount("8080 203.0.113.26 80\n8443 nonsense\n")
-	x.Until("the bad list is read", func() bool { return strings.Contains(x.log.String(), "Bad destination '8443 nonsense'") })
+	x.Until("the invalid list is read", func() bool { return strings.Contains(x.log.String(), "Bad destination '8443 nonsense'") })
 	x.wantServers(8443, "203.0.113.26:443")
 
 	mount("8443 203.0.113.26 443\n")
-	x.Until("the port that is gone is closed", func() bool {
+	x.Until("the removed port is closed", func() bool {
 		_, err := x.Ask(x.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 		return err != nil
 	})
@@ -366,7 +366,7 @@ func TestDNSProxyFollowsFile(t *testing.T) {
 	_ = conn.Close()
 	log := x.stop()
 	if n := strings.Count(log, "Bad destination '8443 nonsense'"); n != 1 {
-		t.Errorf("%d complaints about a bad list, want 1:\n%s", n, labtest.Tail(log))
+		t.Errorf("%d errors of the invalid list, want 1:\n%s", n, labtest.Tail(log))
 	}
 }
 

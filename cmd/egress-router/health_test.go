@@ -40,7 +40,7 @@ func wantGet(p *labtest.Pod, path string, status int, body string) {
 }
 
 // A proxy is ready from the time it listens to SIGTERM, and reports that it shuts
-// down while connections go on. The physical network cannot ask it.
+// down while connections continue. The physical network cannot reach its health port.
 func TestProxyHealthUntilShutdown(t *testing.T) {
 	t.Parallel()
 	for program, test := range map[string]struct {

@@ -216,7 +216,7 @@ func signalAll(ts *testscript.TestScript, neg bool, args []string) {
 func await(ts *testscript.TestScript, what string, is func() bool) {
 	for begin := time.Now(); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Since(begin) > labtest.Patience {
-			ts.Fatalf("not after %v: %s", labtest.Patience, what)
+			ts.Fatalf("timeout after %v: %s", labtest.Patience, what)
 		}
 	}
 }

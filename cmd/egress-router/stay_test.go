@@ -189,7 +189,7 @@ func (m *mount) set(content string) {
 func (m *mount) file() string { return filepath.Join(m.dir, "destinations") }
 
 // A changed list in a mount takes effect when the kernel notifies of it, and
-// connections of lines that stay go on. An invalid list leaves the previous one in
+// connections of unchanged lines continue. An invalid list leaves the previous one in
 // force.
 func TestReloadKeepsConnections(t *testing.T) {
 	t.Parallel()

@@ -54,7 +54,7 @@ func TestTerminationLog(t *testing.T) {
 				Environment: func() (config.Environment, error) { return test.env, nil },
 			}
 			if code := Run(t.Context(), p); code == exitOK {
-				t.Errorf("it succeeds")
+				t.Errorf("exit code 0, want a failure")
 			}
 			lines := strings.Split(strings.TrimSuffix(stderr.String(), "\n"), "\n")
 			if !strings.HasPrefix(lines[len(lines)-1], test.last) {
@@ -112,13 +112,13 @@ func TestWriteTermination(t *testing.T) {
 		}
 	}
 	if _, err := os.Lstat(path("missing")); !os.IsNotExist(err) {
-		t.Errorf("a file was made: %v", err)
+		t.Errorf("file created: %v", err)
 	}
 
 	writeTermination(path("file"), strings.Repeat("hint: too long\n", 1000)+"why\n")
 	got, err := os.ReadFile(path("file"))
 	if err != nil || len(got) > 4096 || len(got) < 4096-len("hint: too long\n") || !strings.HasSuffix(string(got), "long\nwhy\n") {
-		t.Errorf("of a long text %d bytes are left, %v: %q", len(got), err, got)
+		t.Errorf("%d bytes written of a long text, %v: %q", len(got), err, got)
 	}
 }
 

@@ -61,6 +61,6 @@ func TestMacvlanFaults(t *testing.T) {
 	// The mode is checked even without a macvlan.
 	env.MacvlanParent = ""
 	if _, err := Parse(env, noFile); err == nil {
-		t.Error("a mode that is none is accepted without a parent")
+		t.Error("invalid mode accepted without a parent")
 	}
 }

@@ -21,7 +21,7 @@ const (
 	// settle is the time without an event after which a change is sent, since
 	// editors write a file piece by piece.
 	settle = 100 * time.Millisecond
-	// atLatest is the time after which a change is sent even if events go on.
+	// atLatest is the time after which a change is sent even if events continue.
 	atLatest = 500 * time.Millisecond
 	// lookEvery is the default interval of polling a file of which the kernel does
 	// not report every change.

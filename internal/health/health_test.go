@@ -41,7 +41,7 @@ func TestState(t *testing.T) {
 		}
 	}
 	if err := new(State).UnmarshalText([]byte("fine")); err == nil {
-		t.Error("fine is taken for a state")
+		t.Error(`"fine" accepted as a state`)
 	}
 	if got := State(7).String(); got != "State(7)" {
 		t.Errorf("State(7): %s", got)

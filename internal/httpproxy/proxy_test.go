@@ -269,7 +269,7 @@ func TestTunnelHalves(t *testing.T) {
 		conn.Close()
 		<-done
 	})
-	t.Run("much both ways", func(t *testing.T) {
+	t.Run("bulk data in both directions", func(t *testing.T) {
 		const size = 8 << 20
 		server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn); _ = conn.CloseWrite() })
 		conn := start(t, "203.0.113.1", nil, nil).tunnel(t, server)
@@ -567,7 +567,7 @@ func TestIdle(t *testing.T) {
 			t.Errorf("the tunnel ended after %s (%v), want %s", took, err, limit)
 		}
 	})
-	t.Run("a tunnel with data one way", func(t *testing.T) {
+	t.Run("a tunnel with data in one direction", func(t *testing.T) {
 		t.Parallel()
 		talk(t, limit, "", func(t *testing.T, server string) string {
 			conn := start(t, "*", nil, quick).connect(t)
@@ -676,13 +676,13 @@ func talk(t *testing.T, idle time.Duration, begin string, read func(t *testing.T
 		case gap := <-gaps:
 			// The way to the client may take a while too.
 			if gap < idle/2 {
-				t.Errorf("got %q, and the longest pause of the server was %s, the idle timeout is %s", text, gap, idle)
+				t.Errorf("got %q; longest pause of the server %s, idle timeout %s", text, gap, idle)
 				return
 			}
 		case <-time.After(10 * idle): // the timeout was over before the proxy was connected
 		}
 	}
-	t.Error("the connection has never lasted")
+	t.Error("the idle timeout ended every connection")
 }
 
 // More clients than the limit wait until a connection ends.
@@ -695,7 +695,7 @@ func TestMaxConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n, err := third.Read(make([]byte, 1)); n > 0 || !os.IsTimeout(err) {
-		t.Fatalf("a third is served: %v", err)
+		t.Fatalf("third connection served: %v", err)
 	}
 	if err := third.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
@@ -752,7 +752,7 @@ func TestStop(t *testing.T) {
 		}
 		p.done <- nil
 	})
-	t.Run("after the grace they are cut off", func(t *testing.T) {
+	t.Run("shutdown timeout closes active requests", func(t *testing.T) {
 		t.Parallel()
 		const grace = 100 * time.Millisecond
 		silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
@@ -770,7 +770,7 @@ func TestStop(t *testing.T) {
 		}
 		p.done <- nil
 		if !strings.Contains(p.log.String(), "shutdown timeout, closing active requests") {
-			t.Errorf("the log does not say so:\n%s", p.log)
+			t.Errorf("the log lacks the shutdown timeout:\n%s", p.log)
 		}
 	})
 }

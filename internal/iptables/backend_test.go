@@ -38,7 +38,7 @@ func holders(p *labtest.Pod) (held []string) {
 }
 
 // A run with another backend removes the rules of the former one and keeps those of
-// other programs. Open connections go on, and no packet leaves with another source.
+// other programs. Open connections continue, and no packet leaves with another source.
 func TestBackendChangeRemovesOldRules(t *testing.T) {
 	t.Parallel()
 	held := map[string]string{

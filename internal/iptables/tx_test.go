@@ -189,6 +189,6 @@ func TestRunError(t *testing.T) {
 		t.Errorf("%q, want %q", got, want)
 	}
 	if err := runError("iptables", failed, ""); !strings.Contains(err.Error(), "exit status 4") {
-		t.Errorf("%v does not say how it failed", err)
+		t.Errorf("%v lacks the exit status", err)
 	}
 }

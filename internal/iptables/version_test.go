@@ -159,7 +159,7 @@ func TestRouterWithOtherFormRepairsNothing(t *testing.T) {
 		}
 		p.WantExample()
 
-		// Beside it, other runs: they learn for themselves, and disturb nothing.
+		// Other runs beside the router learn the form themselves, and change no rules.
 		for range 3 {
 			done := make(chan labtest.Result)
 			p.Env["EGRESS_ROUTER_MODE"] = "init"
@@ -238,7 +238,7 @@ func TestDamageInOtherFormIsRepaired(t *testing.T) {
 		want := p.State()
 		for _, d := range p.Damages() {
 			if err := p.Damage(d); err != nil {
-				p.Fatalf("%s: doing it: %v", d.Name, err)
+				p.Fatalf("%s: %v", d.Name, err)
 			}
 			by(p, path, func() { p.OK() })
 			if p.WantState(want); p.Failed() {
@@ -252,7 +252,7 @@ func TestDamageInOtherFormIsRepaired(t *testing.T) {
 		for _, d := range p.Damages() {
 			before := r.Repaired()
 			if err := p.Damage(d); err != nil {
-				p.Fatalf("%s: doing it: %v", d.Name, err)
+				p.Fatalf("%s: %v", d.Name, err)
 			}
 			r.Until("repaired: "+d.Name, func() bool { return r.Repaired() > before })
 			if r.Settle(want); p.Failed() {
@@ -263,8 +263,8 @@ func TestDamageInOtherFormIsRepaired(t *testing.T) {
 	})
 }
 
-// A run that fails puts the rules of an earlier list back, which it knows in the
-// printed form only.
+// A failed run restores the rules of an earlier list, of which it has only the printed
+// form.
 func TestRollbackLoadsPrintedForm(t *testing.T) {
 	eachSpelling(t, fewSpellings(), func(p *labtest.Pod, path string, _ func(string) int) {
 		p.Env["EGRESS_ROUTER_BACKEND"] = "iptables"
@@ -468,7 +468,7 @@ func TestEachVersionRecognisesItsRules(t *testing.T) {
 				}
 				for _, d := range damages {
 					if err := p.Damage(d); err != nil {
-						p.Fatalf("%s: doing it: %v", d.Name, err)
+						p.Fatalf("%s: %v", d.Name, err)
 					}
 					p.OK()
 					if p.WantState(want); p.Failed() {

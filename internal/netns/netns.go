@@ -127,11 +127,11 @@ func (n *Namespace) Close() error {
 	return nil
 }
 
-// apart runs fn on a locked thread and brings that thread back to the namespace
-// it came from, however fn ends. Only then is it unlocked: a goroutine that ends
-// locked takes its thread along (runtime.LockOSThread). New uses this too rather
-// than let its thread die, because the first thread of a process cannot die and
-// stands for the process in /proc/self/ns/net.
+// onOwnThread runs fn on a locked thread and returns that thread to its former
+// namespace, however fn ends. Only then it unlocks the thread: the runtime destroys the
+// thread of a goroutine that ends locked (runtime.LockOSThread). New uses this too and
+// does not let its thread die, because the first thread of a process cannot die, and
+// /proc/self/ns/net is the namespace of that thread.
 func onOwnThread(fn func() error) error {
 	var (
 		err      error

@@ -88,7 +88,7 @@ func TestApply(t *testing.T) {
 					}
 					tx := beginTx(t)
 					if found := tx.Differs(plans[from]); len(found) > 0 {
-						t.Fatalf("not as loaded: %v", found)
+						t.Fatalf("drift after load: %v", found)
 					}
 					undo, err := tx.Apply(t.Context(), plans[to])
 					if err != nil {
@@ -102,10 +102,10 @@ func TestApply(t *testing.T) {
 						t.Errorf("to %s: redirects: %v", to, got)
 					}
 					if err := undo(); err != nil {
-						t.Errorf("back from %s: %v", to, err)
+						t.Errorf("undo from %s: %v", to, err)
 					}
 					if found := beginTx(t).Differs(plans[from]); len(found) > 0 {
-						t.Errorf("back from %s: %v", to, found)
+						t.Errorf("undo from %s: %v", to, found)
 					}
 				})
 			}
@@ -187,7 +187,7 @@ func TestRefused(t *testing.T) {
 			t.Errorf("error %v, want a *LoadError", err)
 		}
 		if found := beginTx(t).Differs(before); len(found) > 0 {
-			t.Errorf("it changed: %v", found)
+			t.Errorf("tables changed: %v", found)
 		}
 	})
 }
@@ -203,7 +203,7 @@ func TestChangedMeanwhile(t *testing.T) {
 				t.Fatal(err)
 			}
 			if found := beginTx(t).Differs(example); len(found) > 0 {
-				t.Errorf("not as loaded: %v", found)
+				t.Errorf("drift after load: %v", found)
 			}
 		}
 		late := beginTx(t)
@@ -219,7 +219,7 @@ func TestChangedMeanwhile(t *testing.T) {
 			t.Fatal(err)
 		}
 		if found := beginTx(t).Differs(example.WithoutRedirects()); len(found) > 0 {
-			t.Errorf("not as loaded: %v", found)
+			t.Errorf("drift after load: %v", found)
 		}
 	})
 }

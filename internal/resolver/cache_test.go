@@ -82,7 +82,7 @@ func TestCacheIsBounded(t *testing.T) {
 		}
 		for _, key := range []string{"waited for", "long"} {
 			if c.entries[key] == nil {
-				t.Errorf("%q is gone", key)
+				t.Errorf("%q evicted", key)
 			}
 		}
 		close(block)

@@ -94,7 +94,7 @@ func TestChanges(t *testing.T) {
 		s.set(step.records...)
 		r.addrs.expire()
 		if a := want(t, r, "a.example", step.want...); len(step.records) == 0 && len(a.Addrs) > 0 {
-			t.Errorf("a name that is gone has the addresses %v", a.Addrs)
+			t.Errorf("removed name has the addresses %v", a.Addrs)
 		}
 	}
 	// Also after the TTL.

@@ -232,7 +232,7 @@ func want(t *testing.T, r *Resolver, host string, addrs ...any) found {
 func wantExpires(t *testing.T, a found, ttl time.Duration) {
 	t.Helper()
 	if least, most := a.Expires.Sub(a.end), a.Expires.Sub(a.begin); least > ttl || most < ttl {
-		t.Errorf("the answer holds for %s to %s, want %s", least, most, ttl)
+		t.Errorf("the answer is cached for %s to %s, want %s", least, most, ttl)
 	}
 }
 

@@ -50,7 +50,7 @@ func TestExistingConnectionsFollowNewRules(t *testing.T) {
 		_ = capture.Stop()
 		for _, frame := range capture.Frames() {
 			if ip, ok := frame.IPv4(); ok && !frame.Outgoing && ip.Src.Addr() != netip.MustParseAddr("192.168.12.98") && frame.At.After(begin) && ip.Dst.Port() == 53 {
-				p.Errorf("not from 192.168.12.98: %s", frame)
+				p.Errorf("frame without the source 192.168.12.98: %s", frame)
 			}
 		}
 		during.WantAnswer("the flow that started without a source rule", is, "192.168.12.98")
@@ -80,7 +80,7 @@ func TestUntranslatedConnectionIsDropped(t *testing.T) {
 		}
 		for _, frame := range capture.Frames() {
 			if _, ok := frame.IPv4(); ok && !frame.Outgoing {
-				p.Errorf("on the physical network: %s", frame)
+				p.Errorf("frame on the physical network: %s", frame)
 			}
 		}
 		p.OK()
@@ -171,7 +171,7 @@ func TestEgressLostStopsTraffic(t *testing.T) {
 					case !frame.Outgoing:
 						asked++
 					case netip.MustParsePrefix("203.0.113.0/24").Contains(ip.Dst.Addr()):
-						p.Errorf("sent back to the cluster network: %s", frame)
+						p.Errorf("frame sent back to the cluster network: %s", frame)
 					}
 				}
 				if asked < 3 {

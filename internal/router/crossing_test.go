@@ -631,7 +631,7 @@ func TestEgressLostUnderTraffic(t *testing.T) {
 	}
 }
 
-// Open connections end if their line is removed or changed, and go on otherwise.
+// Open connections end if their line is removed or changed, and continue otherwise.
 func TestRemovedDestinationEndsConnections(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {

@@ -408,13 +408,13 @@ func TestStartNeverLeaksOtherSource(t *testing.T) {
 			if ip, ok := f.IPv4(); ok && !f.Outgoing && remote.Contains(ip.Dst.Addr()) {
 				seen++
 				if ip.Src.Addr() != lab.Source {
-					p.Errorf("on the physical network, not from %s: %s", lab.Source, f)
+					p.Errorf("frame on the physical network without the source %s: %s", lab.Source, f)
 				}
 			}
 		}
 		for _, f := range cluster.Frames() {
 			if ip, ok := f.IPv4(); ok && f.Outgoing && remote.Contains(ip.Dst.Addr()) {
-				p.Errorf("sent back to the cluster network: %s", f)
+				p.Errorf("frame sent back to the cluster network: %s", f)
 			}
 		}
 		if seen == 0 {

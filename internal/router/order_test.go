@@ -105,15 +105,15 @@ func (s *script) Remove(context.Context) (func() error, error) {
 // At no step can a packet leave the wrong way, in any kind of pod.
 func TestOrder(t *testing.T) {
 	const (
-		guard    = "load rules without redirects"
-		all      = "load all rules"
-		address  = "add address 192.168.12.99/24 to macvlan0"
-		up       = "set macvlan0 up"
-		gateway  = "add route 192.168.12.1 dev macvlan0 scope link src 192.168.12.99"
-		standard = "replace route default via 10.128.0.1 dev eth0 by default via 192.168.12.1 dev macvlan0 src 192.168.12.99"
-		forward  = "set net.ipv4.ip_forward = 1"
-		forget   = "forget connections"
-		stray    = "remove the stray"
+		guard        = "load rules without redirects"
+		all          = "load all rules"
+		address      = "add address 192.168.12.99/24 to macvlan0"
+		up           = "set macvlan0 up"
+		gateway      = "add route 192.168.12.1 dev macvlan0 scope link src 192.168.12.99"
+		defaultRoute = "replace route default via 10.128.0.1 dev eth0 by default via 192.168.12.1 dev macvlan0 src 192.168.12.99"
+		forward      = "set net.ipv4.ip_forward = 1"
+		forget       = "forget connections"
+		stray        = "remove the stray"
 	)
 	cluster := link.Route{
 		Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: lab.NodeAddr, Index: 2, Interface: "eth0",
@@ -133,16 +133,16 @@ func TestOrder(t *testing.T) {
 		plan  rules.Plan
 		want  []string
 	}{
-		"fresh":                     {func(*script) {}, plan, []string{all, up, address, gateway, standard, forward, forget}},
-		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{guard, up, address, gateway, standard, all, forget}},
+		"fresh":                     {func(*script) {}, plan, []string{all, up, address, gateway, defaultRoute, forward, forget}},
+		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{guard, up, address, gateway, defaultRoute, all, forget}},
 		"redirects already, other plan": {
 			func(s *script) { s.state.Forwards, s.redirects = true, true }, plan,
-			[]string{guard, up, address, gateway, standard, all, forget},
+			[]string{guard, up, address, gateway, defaultRoute, all, forget},
 		},
 		"only other rules in the plan": {ready, plan, []string{all, forget}},
 		"another backend's rules":      {func(s *script) { ready(s); s.stray = true }, plan, []string{all, stray, forget}},
 		"nothing but such rules":       {func(s *script) { ready(s); s.loaded, s.stray = plan, true }, plan, []string{stray, forget}},
-		"a proxy's rules are first":    {func(*script) {}, proxy, []string{guard, up, address, gateway, standard}},
+		"a proxy's rules are first":    {func(*script) {}, proxy, []string{guard, up, address, gateway, defaultRoute}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &script{state: link.State{

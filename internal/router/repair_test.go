@@ -65,8 +65,8 @@ func (r *damaged) repair(d labtest.Damage) bool {
 // wantRight ends the traffic, and checks that no packet left with another source
 // or by another interface.
 //
-// A packet that is between two hooks of netfilter while all tables go has nothing
-// left that could stop it. There is one such packet on a processor at most.
+// No rule stops a packet that is between two hooks of netfilter while all tables are
+// flushed. Each processor has at most one such packet.
 func (r *damaged) wantRight() {
 	r.Helper()
 	r.WantExample()
@@ -79,9 +79,9 @@ func (r *damaged) wantRight() {
 		}
 		i := slices.IndexFunc(r.flushes, func(flush flush) bool { return f.At.After(flush.from) && f.At.Before(flush.to) })
 		if i < 0 {
-			r.Errorf("by macvlan0, not from %s: %s", lab.Source, f)
+			r.Errorf("frame on macvlan0 without the source %s: %s", lab.Source, f)
 		} else if between[i]++; between[i] > runtime.NumCPU() {
-			r.Errorf("by macvlan0, packet %d since the ruleset was flushed: %s", between[i], f)
+			r.Errorf("frame on macvlan0, packet %d since the ruleset was flushed: %s", between[i], f)
 		}
 	}
 }

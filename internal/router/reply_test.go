@@ -165,12 +165,12 @@ func TestReplyNeverLeavesByEgressSide(t *testing.T) {
 		if ip, ok := f.IPv4(); ok && !f.Outgoing {
 			sent++
 			if ip.Src.Addr() != lab.Source {
-				t.Errorf("on the physical network, not from %s: %s", lab.Source, f)
+				t.Errorf("frame on the physical network without the source %s: %s", lab.Source, f)
 			}
 		}
 	}
 	if sent == 0 {
-		t.Error("the request did not reach the physical network, so the test proves nothing")
+		t.Error("no request on the physical network")
 	}
 	p.WantExample()
 }

@@ -183,7 +183,7 @@ func TestApplyRollsBack(t *testing.T) {
 					break
 				}
 				if failures++; failures > 50 {
-					t.Fatalf("it never succeeds: %v", err)
+					t.Fatalf("no run succeeds: %v", err)
 				}
 				if !errors.Is(err, errInjected) {
 					t.Errorf("change %d: %v", n, err)

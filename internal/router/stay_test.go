@@ -387,7 +387,7 @@ func TestKeeperContested(t *testing.T) {
 
 		k.pass(longestPause + 50*time.Second) // the repair lasts
 		if s := k.keeper.Status(); s.Contested != "" || !s.InSync {
-			k.Errorf("contested: %q, though nothing undoes it", s.Contested)
+			k.Errorf("contested: %q, want none", s.Contested)
 		}
 		k.state.Up = false
 		k.notify(events.Network)
@@ -417,7 +417,7 @@ func TestKeeperReplace(t *testing.T) {
 		k.keeper.Replace(wantedLink, other)
 		synctest.Wait()
 		if !k.loaded.Equal(other) || !time.Now().Equal(now) {
-			k.Error("other destinations do not hold at once")
+			k.Error("new destinations are not applied at once")
 		}
 		if s := k.keeper.Status(); s.Reloads != 1 || s.Destinations != 1 || len(s.NotReady) > 0 {
 			k.Errorf("%d reloads, %d destinations, not ready %q", s.Reloads, s.Destinations, s.NotReady)
@@ -432,7 +432,7 @@ func TestKeeperReplace(t *testing.T) {
 		k.keeper.Replace(wantedLink, same)
 		synctest.Wait()
 		if !k.loaded.Equal(same) || !k.state.Up || !time.Now().Equal(now) {
-			k.Error("other destinations do not hold at once while a repair is waited for")
+			k.Error("new destinations are not applied at once before a repair")
 		}
 	})
 }
@@ -469,7 +469,7 @@ func TestKeeperFailed(t *testing.T) {
 		k.start()
 		k.pass(time.Minute)
 		if n := k.logCount(why.Error()); n > 0 {
-			k.Errorf("logged %d times a failure that was logged already", n)
+			k.Errorf("known failure logged %d times, want none", n)
 		}
 		why = errors.New("another reason")
 		k.pass(10 * time.Minute)

@@ -358,7 +358,7 @@ func TestConflictRefuseWaitsUntilFree(t *testing.T) {
 	begin := time.Now()
 	other.leave()
 	p.Until("macvlan0 has the reserved address", func() bool { return hasSource(p) })
-	t.Logf("taken %s after the other had left", time.Since(begin).Round(time.Millisecond))
+	t.Logf("address taken %s after the other host left", time.Since(begin).Round(time.Millisecond))
 	p.Until("the address is announced", func() bool { return count(capture, mac, arpAnnounced) >= arpPair })
 	p.Until("the example works", func() bool {
 		_, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
@@ -536,8 +536,8 @@ func TestAnnouncementsRepeat(t *testing.T) {
 	}
 }
 
-// With an interval of 0 the router announces the address again only if neighbours
-// have to learn something.
+// With an interval of 0 the router announces the address again only if neighbours have
+// to update their entries.
 func TestRepairAnnouncesIfNeighboursMustLearn(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)

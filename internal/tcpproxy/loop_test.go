@@ -528,7 +528,7 @@ func TestSilentServer(t *testing.T) {
 		t.Errorf("the silent server was given up after %s, want %s", d, p.dialTimeout)
 	}
 	if !strings.Contains(book.String(), "127.0.1.3 error=\"connect: connection timed out\"") {
-		t.Errorf("the log lacks it:\n%s", book)
+		t.Errorf("the log lacks the connection error:\n%s", book)
 	}
 }
 

@@ -287,7 +287,7 @@ func TestShutdown(t *testing.T) {
 				c.wantEcho(t)
 				_ = c.Close()
 			} else if _, err := c.r.ReadByte(); !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("after the grace: %v", err)
+				t.Errorf("after the shutdown timeout: %v", err)
 			}
 			<-done
 			if want := map[bool]string{true: "outcome=done", false: "outcome=stopped"}[patient]; !strings.Contains(book.String(), want) {
@@ -406,7 +406,7 @@ func TestServerComesBack(t *testing.T) {
 	serve(t, "127.0.1.9:86")
 	await(t, func() error {
 		if !strings.Contains(book.String(), "reachable again") {
-			return fmt.Errorf("no probe has found it:\n%s", book)
+			return fmt.Errorf("no probe succeeded:\n%s", book)
 		}
 		return nil
 	})

@@ -141,7 +141,7 @@ func TestCondition(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
 		if p.status(&s); s.Condition != Unusable || s.Addresses != 0 {
-			t.Errorf("the name is gone: %+v", s)
+			t.Errorf("removed name: %+v", s)
 		}
 	})
 }

@@ -301,7 +301,7 @@ func (p *Pod) Until(what string, holds func() bool) {
 	p.Helper()
 	for begin := time.Now(); !holds(); time.Sleep(2 * time.Millisecond) {
 		if time.Since(begin) > Patience {
-			p.Fatalf("not after %v: %s", Patience, what)
+			p.Fatalf("timeout after %v: %s", Patience, what)
 		}
 	}
 }
@@ -488,7 +488,7 @@ func (p *Pod) WantUnchanged(r Result) {
 	p.Helper()
 	for _, word := range []string{"network changed", "rules loaded"} {
 		if strings.Contains(r.Stderr, word) {
-			p.Errorf("a run that has nothing to change logs %q:\n%s", word, Tail(r.Stderr))
+			p.Errorf("a run without changes logs %q:\n%s", word, Tail(r.Stderr))
 		}
 	}
 }

@@ -54,7 +54,7 @@ func (w Watch) WantSource() {
 	w.p.Helper()
 	for _, f := range w.Outgoing("macvlan0") {
 		if ip, _ := f.IPv4(); ip.Src.Addr() != lab.Source {
-			w.p.Errorf("by macvlan0, not from %s: %s", lab.Source, f)
+			w.p.Errorf("frame on macvlan0 without the source %s: %s", lab.Source, f)
 		}
 	}
 }
