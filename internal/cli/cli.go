@@ -231,9 +231,8 @@ func report(err error) string {
 
 // hint returns the hint of an error, or of one that it wraps.
 func hint(err error) string {
-	var hinter interface{ Hint() string }
-	if errors.As(err, &hinter) && hinter.Hint() != "" {
-		return hinter.Hint()
+	if h := router.Hint(err); h != "" {
+		return h
 	}
 	if errors.Is(err, os.ErrPermission) {
 		return "network configuration requires privilege: securityContext.privileged: true, or root with the capabilities NET_ADMIN and NET_RAW"

@@ -278,9 +278,8 @@ func (k *Keeper) logFailure(err error) {
 	}
 	k.logged = text
 	attributes := []any{"error", text, "again", time.Until(k.notBefore).Round(time.Millisecond).String()}
-	var hinter interface{ Hint() string }
-	if errors.As(err, &hinter) && hinter.Hint() != "" {
-		attributes = append(attributes, "hint", hinter.Hint())
+	if h := Hint(err); h != "" {
+		attributes = append(attributes, "hint", h)
 	}
 	k.Router.Log.Error("reconcile failed", attributes...)
 }

@@ -1,0 +1,23 @@
+package router
+
+// Hint returns the first hint in an error and the errors that it wraps, depth first;
+// empty if there is none. An error may have the method Hint and no hint for its case:
+// errors.As would stop there.
+func Hint(err error) string {
+	if h, ok := err.(interface{ Hint() string }); ok && h.Hint() != "" {
+		return h.Hint()
+	}
+	switch wrapper := err.(type) {
+	case interface{ Unwrap() error }:
+		if wrapped := wrapper.Unwrap(); wrapped != nil {
+			return Hint(wrapped)
+		}
+	case interface{ Unwrap() []error }:
+		for _, wrapped := range wrapper.Unwrap() {
+			if h := Hint(wrapped); h != "" {
+				return h
+			}
+		}
+	}
+	return ""
+}
