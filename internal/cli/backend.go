@@ -27,8 +27,8 @@ type backend struct {
 	noGuard bool // the kernel does not support the source guard
 }
 
-// readPatience is the time for iptables' programs to read the rules. The largest
-// list takes a tenth of a second.
+// readPatience is the time for iptables' programs to read the rules, and to load and
+// read back a canary. The largest list takes a second.
 const readPatience = 30 * time.Second
 
 // rules reads the kernel's rules by the chosen backend.
@@ -46,6 +46,9 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 	}
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
+	}
+	if _, failed := errors.AsType[*iptables.CanaryError](err); failed {
+		return nil, err // its rules are loaded and work
 	}
 	next, nextErr := b.nftables(ctx)
 	if nextErr != nil {

@@ -65,12 +65,25 @@ func (s *spelling) parse(saved []byte) state {
 	return found
 }
 
+// A CanaryError means that the scratch chains could not be loaded, read back or
+// removed. The rules in the live chains work as before.
+type CanaryError struct{ Err error }
+
+func (e *CanaryError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e *CanaryError) Unwrap() error { return e.Err }
+
 // recognise makes the state independent of the form in which this iptables
 // prints rules. A chain that is neither as planned nor as in the plan before may
 // be the plan in an unknown form, which canary finds out.
+//
+// No form changes the number of rules. A state in which it differs in any chain, as
+// after most changes of the destinations, is not the plan: it needs a load, and no
+// canary, unless it has jumps in an unknown form, which a load would add again.
 func (f *familyTx) recognise(ctx context.Context, plan rules.Plan, chains, before []rules.TextChain) error {
 	s, want, old := f.spelling, f.wanted(chains), f.wanted(before)
-	same, unknown := true, false
+	same, unknown, unknownJump, differs := true, false, false, false
 	for table, planned := range want {
 		have := f.now.of(table)
 		for chain, text := range planned.chains {
@@ -86,17 +99,18 @@ func (f *familyTx) recognise(ctx context.Context, plan rules.Plan, chains, befor
 			default:
 				same = false
 				unknown = unknown || len(found) > 0 && !bytes.Equal(found, old.of(table).chains[chain])
+				differs = differs || countRules(found) != countRules(text)
 			}
 		}
 		for chain := range planned.jumps {
 			if len(have.jumps[chain]) == 0 {
-				same, unknown = false, unknown || have.referenced[chain]
+				same, unknownJump = false, unknownJump || have.referenced[chain]
 			}
 		}
 	}
-	if unknown && (!plan.Equal(s.plan) || s.loads >= suspectLoads) {
+	if (unknown && !differs || unknownJump) && !f.scratchInUse() && (!plan.Equal(s.plan) || s.loads >= suspectLoads) {
 		if err := f.canary(ctx, want); err != nil {
-			return err
+			return &CanaryError{err}
 		}
 		same = true
 	}
@@ -104,6 +118,22 @@ func (f *familyTx) recognise(ctx context.Context, plan rules.Plan, chains, befor
 		s.plan, s.loads = plan, 0
 	}
 	return nil
+}
+
+// countRules returns the number of rules in a text with a line each.
+func countRules(text []byte) int { return bytes.Count(text, []byte("\n")) }
+
+// scratchInUse reports whether rules of another program lead to a scratch chain, which
+// then cannot be removed, and whose rules packets would meet.
+func (f *familyTx) scratchInUse() bool {
+	for _, c := range f.now {
+		for chain := range c.referenced {
+			if strings.HasPrefix(chain, rules.ScratchPrefix) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // canary finds out how this iptables prints want. It loads the same rules into
@@ -136,7 +166,7 @@ func (f *familyTx) canary(ctx context.Context, want state) error {
 	// printed returns the rules of a scratch chain in the form found.
 	printed := func(table rules.Table, name string) ([]byte, error) {
 		text := found.of(table).chains[name]
-		if n, loaded := bytes.Count(text, []byte("\n")), bytes.Count(scratch[table].chains[name], []byte("\n")); n != loaded {
+		if n, loaded := countRules(text), countRules(scratch[table].chains[name]); n != loaded {
 			return nil, fmt.Errorf("reading back rules from scratch chain %s of table %s: %s prints %d of %d", name, table, f.program("save"), n, loaded)
 		}
 		return text, nil
@@ -203,7 +233,9 @@ func (f *familyTx) readBack(ctx context.Context, scratch state) (saved []byte, e
 	}
 	var removal error
 	for range tries {
-		if removal = f.restore(ctx, remove)(); removal == nil {
+		// After a failure, such as a lock that is held, or a signal, one try is enough:
+		// the next run removes what remains.
+		if removal = f.restore(ctx, remove)(); removal == nil || err != nil || ctx.Err() != nil {
 			break
 		}
 	}

@@ -94,28 +94,31 @@ func parse(saved []byte, jump jumpForm) state {
 
 // withoutColumns returns a line of iptables-save without the parts that change with
 // time, or that iptables-restore does not take: counters in front ("[12:345] -A …",
-// iptables-save(8), --counters) and a remark at the end ("… # handle 7").
+// iptables-save(8), --counters) and a remark at the end ("… # handle 7"). Options
+// behind a "#" show that it begins a value, such as the name of an interface.
 func withoutColumns(line []byte) []byte {
 	if len(line) > 0 && line[0] == '[' {
 		_, line, _ = bytes.Cut(line, []byte("] "))
 	}
-	if at := bytes.LastIndexByte(line, '#'); at > 0 && line[at-1] == ' ' && !bytes.ContainsRune(line[at:], '"') {
+	if at := bytes.LastIndexByte(line, '#'); at > 0 && line[at-1] == ' ' && !bytes.ContainsRune(line[at:], '"') && !bytes.Contains(line[at:], []byte(" -")) {
 		line = append(bytes.TrimRight(line[:at:at], " "), '\n')
 	}
 	return line
 }
 
-// cutChain returns the chain and the rule of a line "-A CHAIN RULE".
+// cutChain returns the chain and the rule of a line "-A CHAIN RULE". The rule is empty
+// if iptables-save cannot print it, such as one with a verdict map of nft(8).
 func cutChain(line []byte) (chain string, rule []byte) {
-	name, rule, _ := bytes.Cut(bytes.TrimPrefix(line, []byte("-A ")), []byte(" "))
-	return string(name), bytes.TrimSpace(rule)
+	name, rule, _ := bytes.Cut(bytes.TrimSpace(bytes.TrimPrefix(line, []byte("-A "))), []byte(" "))
+	return string(name), rule
 }
 
 // target returns the chain of the router that a rule of another chain names, empty
 // if there is none.
 func target(rule []byte) string {
 	if bytes.Contains(rule, []byte(rules.ChainPrefix)) {
-		for field := range strings.FieldsSeq(string(rule)) {
+		// The target stands behind the matches, of which a comment may be such a name.
+		for _, field := range slices.Backward(strings.Fields(string(rule))) {
 			if rules.OwnsChain(field) {
 				return field
 			}

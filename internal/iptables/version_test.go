@@ -291,7 +291,7 @@ func TestRollbackLoadsPrintedForm(t *testing.T) {
 		p.Env["EGRESS_DESTINATION"] = labtest.Example()["EGRESS_DESTINATION"]
 		by(p, filepath.Dir(broken)+":"+path, func() {
 			r := p.Exec()
-			if r.Code != 1 || !strings.Contains(r.Last(), "injected failure") || strings.Contains(r.Stderr, "putting back") {
+			if r.Code != 1 || !strings.Contains(r.Last(), "injected failure") || strings.Contains(r.Stderr, "roll back") {
 				p.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 			}
 		})
