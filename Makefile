@@ -3,8 +3,9 @@
 # names.
 
 export CGO_ENABLED = 0
-# go.mod pins a toolchain without known vulnerabilities. Container images and packages
-# of Go may default to "local", which would ignore it.
+# go.mod pins a toolchain without known vulnerabilities, which Go downloads. The go.env of
+# an installation may default to "local", which would ignore it; a value in the environment
+# counts.
 export GOTOOLCHAIN ?= auto
 GO      ?= go
 # The version comes from git: with -buildvcs, a clone of another user does not build.

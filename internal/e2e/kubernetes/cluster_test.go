@@ -194,7 +194,7 @@ func want(t *testing.T, from, protocol, address, server string) {
 	t.Helper()
 	a, err := ask(from, protocol, address)
 	// A Service gets its endpoint a moment after the pod is ready.
-	for end := time.Now().Add(5 * time.Second); err != nil && time.Now().Before(end); {
+	for end := time.Now().Add(time.Minute); err != nil && time.Now().Before(end); {
 		a, err = ask(from, protocol, address)
 	}
 	if err != nil {

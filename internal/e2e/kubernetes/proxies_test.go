@@ -4,6 +4,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 )
 
 // wantUnprivileged checks that the proxy of a pod has neither root nor a capability, and
@@ -44,7 +45,14 @@ func TestHTTPProxy(t *testing.T) {
 				"http://gone.example.org/":                 `^502 .*looking up gone\.example\.org: no such name\n$`,
 				"https://foobar.example.com/":              `Forbidden`,
 			} {
-				out, err := run("kubectl", "-n", namespace, "exec", "behind", "--", "/peer", "get", url)
+				get := func() (string, error) {
+					return run("kubectl", "-n", namespace, "exec", "behind", "--", "/peer", "get", url)
+				}
+				out, err := get()
+				// A Service gets its endpoint a moment after the pod is ready.
+				for end := time.Now().Add(time.Minute); err != nil && strings.Contains(err.Error(), "connection refused") && time.Now().Before(end); {
+					out, err = get()
+				}
 				if err != nil {
 					out = err.Error()
 				}
