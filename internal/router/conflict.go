@@ -38,8 +38,11 @@ func (e *ConflictError) Error() string {
 
 // Hint returns advice for the user.
 func (e *ConflictError) Hint() string {
-	return "stop the host with that hardware address (an older pod that still runs, or another pod with the same EGRESS_SOURCE), or set EGRESS_CONFLICT=warn to take the address anyway"
+	return stopHolder + ", or set EGRESS_CONFLICT=warn to take the address anyway"
 }
+
+// stopHolder is the advice for an address that both hosts have.
+const stopHolder = "stop the host with that hardware address (an older pod that still runs, or another pod with the same EGRESS_SOURCE)"
 
 // inquires reports whether the address must be probed before it is taken.
 func (c *change) inquires() bool { return !c.have.NoARP && !c.want.HasAddress(c.have) }
@@ -108,7 +111,7 @@ func (c *change) answer(ctx context.Context) error {
 	}
 	r.start.holder, r.start.asked = holder, c.asked
 	e := &ConflictError{r.Link.Address.Addr(), holder}
-	r.Log.Warn("reserved address already in use", "address", e.Address.String(), "mac", holder.String(), "hint", e.Hint())
+	r.Log.Warn("reserved address already in use", "address", e.Address.String(), "mac", holder.String(), "hint", stopHolder)
 	if r.Conflict != ConflictDefend {
 		return nil
 	}

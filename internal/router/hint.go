@@ -7,7 +7,7 @@ func Hint(err error) string {
 	if h, ok := err.(interface{ Hint() string }); ok && h.Hint() != "" {
 		return h.Hint()
 	}
-	switch wrapper := err.(type) {
+	switch wrapper := any(err).(type) {
 	case interface{ Unwrap() error }:
 		if wrapped := wrapper.Unwrap(); wrapped != nil {
 			return Hint(wrapped)

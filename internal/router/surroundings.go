@@ -130,8 +130,7 @@ func (s *surroundings) probe() {
 }
 
 func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
-	e := ConflictError{address, mac}
-	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", e.Hint())
+	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", stopHolder)
 }
 
 func (k *Keeper) gatewayChanged(gateway netip.Addr, reachable bool, mac net.HardwareAddr) {
