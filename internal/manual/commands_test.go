@@ -57,6 +57,7 @@ var commands = map[string]command{
 
 	// Targets.
 	"make demo":           {test: ".ci/run: make demo"},
+	"make build":          {test: "Makefile: demo: build"},
 	"make test":           {test: ".ci/run: make cover"},
 	"make lint":           {test: ".ci/run: make lint"},
 	"make e2e":            {test: ".ci/run: make e2e"},
