@@ -78,12 +78,11 @@ func (e *CanaryError) Unwrap() error { return e.Err }
 // prints rules. A chain that is neither as planned nor as in the plan before may
 // be the plan in an unknown form, which canary finds out.
 //
-// No form changes the number of rules. A state in which it differs in any chain, as
-// after most changes of the destinations, is not the plan: it needs a load, and no
-// canary, unless it has jumps in an unknown form, which a load would add again.
+// No form changes the number of rules: a chain with another number, as after most
+// changes of the destinations, is not the plan, and its form is found out after a load.
 func (f *familyTx) recognise(ctx context.Context, plan rules.Plan, chains, before []rules.TextChain) error {
 	s, want, old := f.spelling, f.wanted(chains), f.wanted(before)
-	same, unknown, unknownJump, differs := true, false, false, false
+	same, unknown, differs := true, false, false
 	for table, planned := range want {
 		have := f.now.of(table)
 		for chain, text := range planned.chains {
@@ -98,21 +97,24 @@ func (f *familyTx) recognise(ctx context.Context, plan rules.Plan, chains, befor
 				}
 			default:
 				same = false
-				unknown = unknown || len(found) > 0 && !bytes.Equal(found, old.of(table).chains[chain])
-				differs = differs || countRules(found) != countRules(text)
+				if countRules(found) != countRules(text) {
+					differs = true
+				} else if !bytes.Equal(found, old.of(table).chains[chain]) {
+					unknown = true
+				}
 			}
 		}
 		for chain := range planned.jumps {
 			if len(have.jumps[chain]) == 0 {
-				same, unknownJump = false, unknownJump || have.referenced[chain]
+				same, unknown = false, unknown || have.referenced[chain]
 			}
 		}
 	}
-	if (unknown && !differs || unknownJump) && !f.scratchInUse() && (!plan.Equal(s.plan) || s.loads >= suspectLoads) {
+	if unknown && !f.scratchInUse() && (!plan.Equal(s.plan) || s.loads >= suspectLoads) {
 		if err := f.canary(ctx, want); err != nil {
 			return &CanaryError{err}
 		}
-		same = true
+		same = !differs
 	}
 	if same {
 		s.plan, s.loads = plan, 0
@@ -136,9 +138,10 @@ func (f *familyTx) scratchInUse() bool {
 	return false
 }
 
-// canary finds out how this iptables prints want. It loads the same rules into
-// scratch chains, which nothing leads to, so that no packet meets them; reads
-// them back; and removes them. Live chains stay as they are.
+// canary finds out how this iptables prints the chains of want that exist with as
+// many rules and another text. It loads the same rules into scratch chains, which
+// nothing leads to, so that no packet meets them; reads them back; and removes them.
+// Live chains stay as they are.
 //
 // A router that is killed meanwhile leaves scratch chains. They have names of the
 // router's own (rules.OwnsChain), so that the next run removes them.
@@ -150,7 +153,8 @@ func (f *familyTx) canary(ctx context.Context, want state) error {
 		for chain, text := range planned.chains {
 			name := rules.ScratchName(chain)
 			c.chains[name] = nil // also if other chains lead to it
-			if len(text) > 0 && !bytes.Equal(f.now.of(table).chains[chain], text) {
+			have := f.now.of(table).chains[chain]
+			if len(text) > 0 && !bytes.Equal(have, text) && countRules(have) == countRules(text) {
 				c.chains[name], unknown[chainID{table, chain}] = toScratch(text), text
 			}
 		}
