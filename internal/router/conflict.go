@@ -110,8 +110,7 @@ func (c *change) answer(ctx context.Context) error {
 		return nil
 	}
 	r.start.holder, r.start.asked = holder, c.asked
-	e := &ConflictError{r.Link.Address.Addr(), holder}
-	r.Log.Warn("reserved address already in use", "address", e.Address.String(), "mac", holder.String(), "hint", stopHolder)
+	r.Log.Warn("reserved address already in use", "address", r.Link.Address.Addr().String(), "mac", holder.String(), "hint", stopHolder)
 	if r.Conflict != ConflictDefend {
 		return nil
 	}
