@@ -217,8 +217,8 @@ const (
 // before the SNAT rule, or from before a change of the reserved address, would
 // keep its old source. A packet without a connection, such as one outside of
 // TCP's window, would leave untranslated. The last one drops the pod's answer, by
-// the cluster side, to an echo request from the physical network with a forged
-// source.
+// the cluster side, to a packet from the physical network with a forged source: an
+// echo reply or a reset.
 //
 // The source guard is for the time after another program deleted the SNAT rule:
 // no packet leaves with another source until the rule is back.
@@ -231,6 +231,14 @@ const (
 // hosts of the physical network could send packets into the cluster or to local
 // services of the pod. The original forwarded all of these. No IPv6 packet
 // crosses, since there is no reserved IPv6 address.
+//
+// TCP from the physical network to the reserved address that belongs to no
+// connection is answered with a reset, as by any host (RFC 9293, section 3.5.2):
+// a server learns that its session is dead, after a take-over by another pod or
+// after its line was removed, and ident queries (RFC 1413) of mail and IRC servers
+// do not wait for a timeout. Each answer is one segment without data and without
+// options, never larger than the packet that it answers: a flood with forged
+// sources is not amplified. It leaves by the egress side or not at all.
 func NewPlan(set Set, sides Sides) Plan {
 	translate := []Rule{{In: sides.Cluster, Target: Redirected}}
 	if set.Fallback.IsValid() {
@@ -256,7 +264,7 @@ func NewPlan(set Set, sides Sides) Plan {
 				{In: sides.Cluster, Original: true, Target: Reject},
 				{Target: Drop},
 			}},
-			{IPv4, Filter, Input, inputRules(sides, Rule{Echo: true, Toward: sides.Source})},
+			{IPv4, Filter, Input, inputRulesIPv4(sides)},
 			{IPv4, Mangle, Output, []Rule{
 				{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
 			}},
@@ -279,22 +287,31 @@ func NewPlan(set Set, sides Sides) Plan {
 
 // NewProxyPlan returns the chains of a pod with a proxy and without redirects.
 // The physical network must neither reach the proxy nor send packets through the
-// pod, which forwards nothing.
+// pod, which forwards nothing. Connections are marked as in [NewPlan], so that
+// answers to forged sources can be dropped: those by the cluster side on
+// connections without the mark.
 func NewProxyPlan(sides Sides) Plan {
 	sides.Crossing = CrossRedirected
 	return Plan{Chains: append([]Chain{
+		{IPv4, Mangle, Prerouting, []Rule{
+			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
+		}},
 		{IPv4, Filter, Forward, []Rule{{Target: Drop}}},
-		{IPv4, Filter, Input, inputRules(sides, Rule{Echo: true, Toward: sides.Source})},
+		{IPv4, Filter, Input, inputRulesIPv4(sides)},
+		{IPv4, Mangle, Postrouting, []Rule{
+			{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop},
+		}},
 	}, chainsIPv6(sides)...)}
 }
 
-// inputRules returns the rules that drop input from the physical network, except
-// for replies to the pod's own connections and packets that match also.
-func inputRules(sides Sides, also Rule) []Rule {
-	also.In, also.Target = sides.Egress, Return
+// inputRulesIPv4 returns the rules that drop input from the physical network, except
+// for replies to the pod's own connections and echo requests to the reserved
+// address.
+func inputRulesIPv4(sides Sides) []Rule {
 	return []Rule{
 		{In: sides.Egress, Reply: true, Target: Return},
-		also,
+		{In: sides.Egress, Toward: sides.Source, Echo: true, Target: Return},
+		{In: sides.Egress, Toward: sides.Source, Protocol: TCP, Original: true, Target: Reject},
 		{In: sides.Egress, Target: Drop},
 	}
 }
@@ -311,7 +328,11 @@ func chainsIPv6(sides Sides) []Chain {
 	}
 	return []Chain{
 		{IPv6, Filter, Forward, forward},
-		{IPv6, Filter, Input, inputRules(sides, Rule{Protocol: ICMPv6})},
+		{IPv6, Filter, Input, []Rule{
+			{In: sides.Egress, Reply: true, Target: Return},
+			{In: sides.Egress, Protocol: ICMPv6, Target: Return},
+			{In: sides.Egress, Target: Drop},
+		}},
 	}
 }
 

@@ -59,6 +59,7 @@ func TestIPTables(t *testing.T) {
 		`IPv4 filter EGRESS-INPUT
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
+-A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-INPUT -i macvlan0 -j DROP
 `,
 		`IPv4 mangle EGRESS-OUTPUT
@@ -96,15 +97,25 @@ func TestIPTables(t *testing.T) {
 `
 	all := sides
 	all.Crossing = CrossAll
-	drop := "IPv4 filter EGRESS-FORWARD\n-A EGRESS-FORWARD -j DROP\n"
+	proxy := []string{
+		`IPv4 mangle EGRESS-PREROUTING
+-A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
+`,
+		"IPv4 filter EGRESS-FORWARD\n-A EGRESS-FORWARD -j DROP\n",
+		closed[3],
+		`IPv4 mangle EGRESS-POSTROUTING
+-A EGRESS-POSTROUTING -s 192.168.12.99/32 -o eth0 -m conntrack --ctdir REPLY -m connmark ! --mark 0x1000/0x1000 -j DROP
+`,
+		closed[7], closed[8],
+	}
 	for name, test := range map[string]struct {
 		plan Plan
 		want []string
 	}{
 		"redirected only": {NewPlan(exampleSet, sides), closed},
 		"all":             {NewPlan(exampleSet, all), open},
-		"proxy":           {NewProxyPlan(sides), []string{drop, closed[3], closed[7], closed[8]}},
-		"proxy, all":      {NewProxyPlan(all), []string{drop, closed[3], closed[7], closed[8]}},
+		"proxy":           {NewProxyPlan(sides), proxy},
+		"proxy, all":      {NewProxyPlan(all), proxy},
 		"no IPv6":         {NewPlan(exampleSet, sides).Without(IPv6), closed[:7]},
 	} {
 		t.Run(name, func(t *testing.T) {

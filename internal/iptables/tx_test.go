@@ -104,6 +104,7 @@ func TestScript(t *testing.T) {
 -A EGRESS-FORWARD -j DROP
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
+-A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-INPUT -i macvlan0 -j DROP
 -I FORWARD 1 -j EGRESS-FORWARD
 -I INPUT 1 -j EGRESS-INPUT

@@ -127,11 +127,18 @@ func TestStrayPacketsAreDropped(t *testing.T) {
 	})
 }
 
-// An echo request of the physical network with a source of the cluster gets no
-// answer into the cluster. Only the reserved address answers.
-func TestForgedEchoIsNotAnswered(t *testing.T) {
+// A packet of the physical network with a source of the cluster gets no answer into
+// the cluster. Only the reserved address answers.
+func TestForgedSourceIsNotAnswered(t *testing.T) {
 	t.Parallel()
+	for _, mode := range []string{"init", "http-proxy"} {
+		t.Run(mode, func(t *testing.T) { testForgedSource(t, mode) })
+	}
+}
+
+func testForgedSource(t *testing.T, mode string) {
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_ROUTER_MODE"] = mode
 		p.OK()
 		p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
 		h := p.Handle(p.Lab.Outside)
@@ -142,10 +149,12 @@ func TestForgedEchoIsNotAnswered(t *testing.T) {
 		request := []byte{8, 0, 0, 0, 0x12, 0x34, 0, 1} // RFC 792
 		sendICMP(p, p.Lab.Outside, "10.128.0.71", "192.168.12.99", request)
 		sendICMP(p, p.Lab.Outside, "203.0.113.25", "10.128.0.98", request)
+		sendACK(p, p.Lab.Outside, "10.128.0.71", "192.168.12.99")
+		sendACK(p, p.Lab.Outside, "203.0.113.25", "10.128.0.98")
 		if !ping(p, p.Lab.Outside, lab.Source, labtest.Patience) {
 			p.Error("the reserved address does not answer a ping")
 		}
-		w.WantNothing("eth0", func(ip lab.Packet) bool { return ip.Protocol == unix.IPPROTO_ICMP })
+		w.WantNothing("eth0", func(ip lab.Packet) bool { return ip.Protocol == unix.IPPROTO_ICMP || ip.Src.Port() == strayPort })
 		w.WantSource()
 	})
 }
@@ -283,7 +292,7 @@ func TestForwardOpenCrosses(t *testing.T) {
 
 // wantClosedToPhysicalNetwork checks that new connections from the physical
 // network reach neither the pod nor, through it, the cluster, while echo
-// requests and ARP do.
+// requests and ARP do. TCP to the reserved address is refused.
 func wantClosedToPhysicalNetwork(p *labtest.Pod) {
 	p.Helper()
 	// A host there has a route to the cluster by the pod.
@@ -307,7 +316,11 @@ func wantClosedToPhysicalNetwork(p *labtest.Pod) {
 	var asking sync.WaitGroup
 	for _, proto := range []string{"tcp", "udp"} {
 		for _, addr := range []string{"192.168.12.99:7070", "192.168.12.99:7071", "10.128.0.98:7070", "10.128.0.71:7070"} {
-			asking.Go(func() { wantNoAnswer(p, p.Lab.Outside, proto, addr) })
+			want := wantNoAnswer
+			if proto == "tcp" && strings.HasPrefix(addr, lab.Source.String()) {
+				want = wantRefusedFrom
+			}
+			asking.Go(func() { want(p, p.Lab.Outside, proto, addr) })
 		}
 	}
 	asking.Wait()
@@ -350,13 +363,13 @@ func TestPhysicalNetworkReachesNothing(t *testing.T) {
 				s := p.Serve(p.Lab.Router, "tcp", "192.168.12.99:7070")
 				conn := p.Dial(p.Lab.Outside, "tcp", s.Addr) // before the router
 				p.OK()
-				// The open connection stops.
+				// The open connection ends.
 				r := bufio.NewReader(conn)
 				_, _ = lab.ReadAnswer(r)
 				_, _ = conn.Write([]byte("still there?\n"))
-				_ = conn.SetDeadline(time.Now().Add(labtest.Silence))
-				if line, err := r.ReadString('\n'); !errors.Is(err, os.ErrDeadlineExceeded) {
-					p.Errorf("the open connection: %q, %v; want silence", line, err)
+				_ = conn.SetDeadline(time.Now().Add(labtest.Patience))
+				if line, err := r.ReadString('\n'); !errors.Is(err, syscall.ECONNRESET) {
+					p.Errorf("the open connection: %q, %v; want a reset", line, err)
 				}
 				s.Close()
 				wantClosedToPhysicalNetwork(p)
@@ -380,6 +393,11 @@ func TestPhysicalNetworkReachesNothingDuringStart(t *testing.T) {
 		}
 		p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
 		p.Serve(p.Lab.Router, "tcp", "10.128.0.98:7070")
+		// The address is not on the link yet.
+		if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_nonlocal_bind", "1"); err != nil {
+			p.Fatal(err)
+		}
+		p.Serve(p.Lab.Router, "tcp", "192.168.12.99:7071")
 		// The rules are loaded once the file exists.
 		hold, real := filepath.Join(p.TempDir(), "go"), p.Path
 		p.Path = p.Programs("case $0 in */iptables-restore) until [ -e " + hold + " ]; do sleep 0.01; done; esac\nexec $real \"$@\"\n")
@@ -397,7 +415,8 @@ func TestPhysicalNetworkReachesNothingDuringStart(t *testing.T) {
 				for ; ended.Err() == nil; rounds.Add(1) {
 					ctx, cancel := context.WithTimeout(ended, 50*time.Millisecond)
 					a, err := p.Lab.Ask(ctx, p.Lab.Outside, "tcp", netip.MustParseAddrPort(addr))
-					if err == nil || errors.Is(err, syscall.ECONNREFUSED) {
+					refused := errors.Is(err, syscall.ECONNREFUSED) && !strings.HasPrefix(addr, lab.Source.String())
+					if err == nil || refused {
 						p.Errorf("%s: answer %v, error %v; want none", addr, a, err)
 					}
 					cancel()
