@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"strings"
 	"syscall"
 	"time"
 
@@ -81,14 +80,18 @@ func (r *reloader) complain(err error) {
 		r.result("")
 		return
 	}
-	trouble := strings.ReplaceAll(err.Error(), "\n", "; ")
+	fault, invalid := errors.AsType[*config.Error](err)
+	trouble := oneLine(err.Error())
+	if invalid {
+		trouble = fault.Line()
+	}
 	if trouble == r.trouble {
 		return
 	}
 	r.trouble = trouble
 	r.result(trouble)
-	if fault, ok := errors.AsType[*config.Error](err); ok {
-		r.log.Error("invalid destination file, keeping previous destinations", "file", r.file, "error", fault.Sentence, "hint", fault.Hint)
+	if invalid {
+		r.log.Error("invalid destination file, keeping previous destinations", "file", r.file, "error", fault.Sentence, "hint", fault.Advice())
 		return
 	}
 	r.log.Error("destination file partly applied", "file", r.file, "error", err)

@@ -60,15 +60,16 @@ func (o *output) wantCount(t *testing.T, text string, times int) {
 // A failure is logged once while it stays the same, and the reload is repeated
 // until it succeeds.
 func TestReloaderComplains(t *testing.T) {
-	bad := &config.Error{Sentence: "Bad destination 'x'", Hint: "list:1"}
+	bad := &config.Error{Sentence: "Bad destination 'x'", Hint: "list:1: \"x\"\nhint: write a name"}
 	taken := errors.New("listening on port 80: address in use")
 	results := []error{bad, bad, bad, taken, taken, nil}
 	tried := make(chan struct{})
 	var log output
+	var reported []string
 	file := filepath.Join(t.TempDir(), "list")
 	r := reloader{
 		file: file, every: 10 * time.Millisecond, log: slog.New(slog.NewTextHandler(&log, nil)),
-		result: func(string) {}, reload: func() (err error) {
+		result: func(trouble string) { reported = append(reported, trouble) }, reload: func() (err error) {
 			err, results = results[0], results[1:]
 			if err == nil {
 				close(tried)
@@ -87,7 +88,10 @@ func TestReloaderComplains(t *testing.T) {
 	stop()
 	<-done
 	log.wantCount(t, "\n", 2)
-	log.wantCount(t, `invalid destination file, keeping previous destinations" file=`+file+` error="Bad destination 'x'" hint=list:1`, 1)
+	log.wantCount(t, `invalid destination file, keeping previous destinations" file=`+file+` error="Bad destination 'x'" hint="list:1: \"x\": write a name"`, 1)
+	if reported[0] != `Bad destination 'x' (list:1: "x": write a name)` {
+		t.Errorf("reported %q", reported)
+	}
 	log.wantCount(t, "address in use", 1)
 }
 

@@ -48,7 +48,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	case stopped(err):
 		return nil
 	case conflict && !partly(err): // another host may give the address up
-		log.Error("reserved address not taken", "error", err, "hint", hint(err))
+		log.Error("reserved address not taken", "error", err, "hint", oneLine(hint(err)))
 		w.keeper.Failed(err)
 	case err != nil:
 		return err
@@ -134,7 +134,7 @@ func (w *watch) track(p Process) *conntrack.Tracker {
 	}
 	t, err := conntrack.Open(o)
 	if err != nil {
-		w.log.Error("connection tracking unavailable", "error", err, "hint", hint(err))
+		w.log.Error("connection tracking unavailable", "error", err, "hint", oneLine(hint(err)))
 		return nil
 	}
 	return t

@@ -109,6 +109,23 @@ func (e *Error) Error() string {
 	return e.Hint + "\n" + e.Sentence
 }
 
+// Line returns the sentence and the hint on one line, for a log or a status.
+func (e *Error) Line() string {
+	if e.Hint == "" {
+		return e.Sentence
+	}
+	return e.Sentence + " (" + e.Advice() + ")"
+}
+
+// Advice returns the hint on one line without its prefix, for a log attribute.
+func (e *Error) Advice() string {
+	place, advice, both := strings.Cut(e.Hint, "\nhint: ")
+	if both {
+		place += ": " + advice
+	}
+	return strings.ReplaceAll(strings.TrimPrefix(place, "hint: "), "\n", "; ")
+}
+
 // Errors are all errors of an environment, in the order of the original's checks,
 // followed by those of variables that the original does not have.
 type Errors []*Error
