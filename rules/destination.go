@@ -134,7 +134,7 @@ func Parse(value string) (Set, error) {
 	lines := Lines(value)
 	set.Redirects = make([]Redirect, 0, len(lines))
 	for _, line := range lines {
-		if isBlank(line.Text) || line.Text[0] == '#' {
+		if line.isSkipped() {
 			continue
 		}
 		if set.Fallback.IsValid() {

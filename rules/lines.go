@@ -1,6 +1,9 @@
 package rules
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // A Line is one logical line of a destination list, as the shell's read passes it
 // to the original router.
@@ -25,6 +28,15 @@ func Lines(value string) []Line {
 	lines, _ := split(value)
 	return lines
 }
+
+// Entries returns the lines of a valid list that are neither blank nor comments:
+// those of its redirects in their order, then that of its fallback.
+func Entries(value string) []Line {
+	return slices.DeleteFunc(Lines(value), Line.isSkipped)
+}
+
+// isSkipped reports whether the grammar skips the line: blank lines and comments.
+func (l Line) isSkipped() bool { return isBlank(l.Text) || l.Text[0] == '#' }
 
 // Unread returns the last line of a value that ends with a backslash. Neither the
 // original nor Parse reads it, which its author hardly intended.

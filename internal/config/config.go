@@ -226,10 +226,11 @@ func (c *Config) parseSource(s string) *Error {
 		}
 		bits = int(n)
 	}
-	if why := unusable(a); why != "" && c.Mode != UnitTest {
+	source := netip.PrefixFrom(a, bits)
+	if why := unusable(a, source); why != "" && c.Mode != UnitTest {
 		return bad(fmt.Sprintf("EGRESS_SOURCE is %q: %s cannot be the source of connections", s, why))
 	}
-	c.Source = netip.PrefixFrom(a, bits)
+	c.Source = source
 	return nil
 }
 
@@ -242,11 +243,8 @@ func (c *Config) parseGateway(s string) *Error {
 		return bad(addressHint("EGRESS_GATEWAY", s, "the address of the physical network's gateway, for example 192.168.12.1"))
 	}
 	if c.Mode != UnitTest {
-		if why := unusable(a); why != "" {
+		if why := unusable(a, c.Source); why != "" {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: %s cannot be a gateway", s, why))
-		}
-		if c.Source.Bits() < 31 && c.Source.Contains(a) && (a == c.Source.Masked().Addr() || a == last(c.Source)) {
-			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: expected a host of the subnet %s, found its first or last address", s, c.Source.Masked()))
 		}
 		if a == c.Source.Addr() {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q, the same as EGRESS_SOURCE: the gateway is another host", s))
@@ -265,19 +263,29 @@ func last(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(a)
 }
 
-// unusable returns the reason why no host of a physical network can have an address
-// (RFC 6890); empty: none. The original accepted such addresses and failed
-// half-way, or never sent a packet. Like the original, unit-test does not check.
-func unusable(a netip.Addr) string {
+// unusable returns the reason why no host of the physical network can have an
+// address (RFC 6890; RFC 1122, 3.2.1.3); empty: none. A subnet of 31 or 32 bits has
+// neither network nor broadcast address (RFC 3021). The original accepted such
+// addresses and failed half-way, or never sent a packet. Like the original,
+// unit-test does not check.
+func unusable(a netip.Addr, subnet netip.Prefix) string {
 	switch {
 	case a.IsUnspecified():
 		return "the unspecified address"
+	case a.As4()[0] == 0:
+		return "an address of 0.0.0.0/8"
 	case a.IsLoopback():
 		return "a loopback address"
 	case a.IsMulticast():
 		return "a multicast address"
 	case a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 		return "the broadcast address"
+	case subnet.Bits() >= 31 || !subnet.Contains(a):
+		return ""
+	case a == subnet.Masked().Addr():
+		return "the network address of " + subnet.Masked().String()
+	case a == last(subnet):
+		return "the broadcast address of " + subnet.Masked().String()
 	}
 	return ""
 }
@@ -303,11 +311,15 @@ func addressHint(variable, value, expected string) string {
 // parseDestinations reads the destination list from the variable or the file.
 func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byte, error)) *Error {
 	l := list{"EGRESS_DESTINATION", env.Destination, env.DestinationFile}
+	var unreachable []string
 	warning, fault := l.read(readFile, func(text string) (err error) {
 		if text == "" {
 			return &rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `give it one line for each destination, for example "80 tcp 203.0.113.25"`}
 		}
 		c.Set, err = rules.Parse(text)
+		if err == nil {
+			unreachable = c.unreachable(l, text)
+		}
 		return err
 	})
 	if fault != nil {
@@ -316,10 +328,44 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
 	}
+	c.Warnings = append(c.Warnings, unreachable...)
 	if len(c.Set.Redirects) == 0 && !c.Set.Fallback.IsValid() {
 		c.Warnings = append(c.Warnings, l.from()+" contains no destination: nothing is redirected")
 	}
 	return nil
+}
+
+// mostUnreachable is the number of unreachable destinations with a warning each. A
+// list may have thousands.
+const mostUnreachable = 10
+
+// unreachable returns a warning for each line of a valid list to an address that no
+// external server has. The original accepted them.
+func (c *Config) unreachable(l list, text string) (warnings []string) {
+	more := 0
+	var entries []rules.Line // only needed for a warning
+	for i, a := range c.destinations() {
+		why := "connections redirected to it fail"
+		is := unusable(a, c.Source)
+		if a == c.Source.Addr() {
+			is, why = "the reserved address", "connections redirected to it end in the pod"
+		}
+		if is == "" {
+			continue
+		}
+		if len(warnings) == mostUnreachable {
+			more++
+			continue
+		}
+		if entries == nil {
+			entries = rules.Entries(text)
+		}
+		warnings = append(warnings, fmt.Sprintf("%s: %s is %s: %s", l.place(entries[i].Number), a, is, why))
+	}
+	if more > 0 {
+		warnings = append(warnings, fmt.Sprintf("%s has %d more destinations of that kind", l.from(), more))
+	}
+	return warnings
 }
 
 // checkInterface accepts the kernel's interface names (dev_valid_name in

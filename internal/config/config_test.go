@@ -149,6 +149,72 @@ func TestParseFindsAll(t *testing.T) {
 	}
 }
 
+// An address that no host of the physical network can have is an error as source and
+// as gateway, and a warning with its line as a destination. The mode unit-test prints
+// source and gateway, as the original does.
+func TestUnusableAddresses(t *testing.T) {
+	for a, is := range map[string]string{
+		"0.0.0.0": "the unspecified address", "0.1.2.3": "an address of 0.0.0.0/8", "127.0.0.1": "a loopback address", "127.255.0.1": "a loopback address",
+		"224.0.0.1": "a multicast address", "239.255.255.255": "a multicast address", "255.255.255.255": "the broadcast address",
+		"192.168.12.0": "the network address of 192.168.12.0/24", "192.168.12.255": "the broadcast address of 192.168.12.0/24",
+	} {
+		for _, mode := range []string{"", "init", "monitor", "http-proxy", "dns-proxy", "unit-test"} {
+			for variable, set := range map[string]func(*Environment){
+				"EGRESS_SOURCE":  func(e *Environment) { e.Source = a + "/24" },
+				"EGRESS_GATEWAY": func(e *Environment) { e.Gateway = a },
+			} {
+				env := good()
+				env.Mode = mode
+				set(&env)
+				_, err := Parse(env, noFile)
+				if mode == "unit-test" {
+					if err != nil {
+						t.Errorf("%s %s in mode %s: %v", variable, a, mode, err)
+					}
+					continue
+				}
+				if err == nil || !strings.HasSuffix(err.Error(), "\n"+variable+" unspecified or invalid") || !strings.Contains(err.Error(), ": "+is+" cannot be ") {
+					t.Errorf("%s %s in mode %q: error %v, want %q", variable, a, mode, err, is)
+				}
+			}
+		}
+		env := good()
+		env.Destination = "# comment\n80 tcp 203.0.113.25\n81 udp " + a
+		c, err := Parse(env, noFile)
+		if want := "EGRESS_DESTINATION line 3: " + a + " is " + is + ": connections redirected to it fail"; err != nil || len(c.Warnings) != 1 || c.Warnings[0] != want {
+			t.Errorf("destination: error %v, warnings %q, want %q", err, c.Warnings, want)
+		}
+	}
+	// A /31 and a /32 have neither a network nor a broadcast address (RFC 3021).
+	for _, source := range []string{"192.168.12.0/31", "192.168.12.1/31", "192.168.12.0/32", "192.168.12.255", "192.168.12.99/0"} {
+		env := good()
+		env.Source, env.Gateway = source, "192.168.13.1"
+		if _, err := Parse(env, noFile); err != nil {
+			t.Errorf("EGRESS_SOURCE %s: %v", source, err)
+		}
+	}
+}
+
+// Thousands of unreachable destinations do not flood the log, and the file names the
+// place.
+func TestUnreachableDestinations(t *testing.T) {
+	env := good()
+	env.Destination, env.DestinationFile = "", "/etc/egress/destinations"
+	c, err := Parse(env, func(string) ([]byte, error) {
+		var b strings.Builder
+		for port := 1; port <= 5000; port++ {
+			fmt.Fprintf(&b, "%d tcp 127.0.0.1\n", port)
+		}
+		return []byte(b.String() + "192.168.12.99\n"), nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(c.Warnings); n != 11 || !strings.HasPrefix(c.Warnings[9], "/etc/egress/destinations:10: ") || c.Warnings[10] != "EGRESS_DESTINATION_FILE has 4991 more destinations of that kind" {
+		t.Errorf("%d warnings: %q", n, c.Warnings)
+	}
+}
+
 func TestHealthErrors(t *testing.T) {
 	for _, test := range []struct {
 		set  func(*Environment)

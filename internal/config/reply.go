@@ -103,7 +103,7 @@ func (c *Config) KeepNameServers(resolvConf []byte) {
 			continue
 		}
 		a, ok := rules.ParseIPv4(words[1])
-		if !ok || unusable(a) != "" || a == c.Gateway || c.Source.Contains(a) || slices.Contains(c.destinations(), a) {
+		if !ok || unusable(a, c.Source) != "" || a == c.Gateway || c.Source.Contains(a) || slices.Contains(c.destinations(), a) {
 			continue
 		}
 		if p := netip.PrefixFrom(a, a.BitLen()); !slices.Contains(c.ClusterDestinations, p) {
