@@ -42,13 +42,13 @@ func runDNSProxy(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
-	if c.UnitTest {
-		_, err := p.Stdout.Write(tcpproxy.UnitTest(d.list))
-		return err
-	}
 	d.log = logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		d.log.Warn("configuration warning", "warning", w)
+	}
+	if c.UnitTest {
+		_, err := p.Stdout.Write(tcpproxy.UnitTest(d.list))
+		return err
 	}
 	if len(d.list) == 0 {
 		d.log.Warn("no destinations, not listening")

@@ -140,6 +140,18 @@ func (e Errors) Error() string {
 	return strings.Join(lines, "\n")
 }
 
+// with adds warnings as hints, in front of all errors: a misspelt variable may be
+// the reason of another one that is unset.
+func (e Errors) with(warnings []string) Errors {
+	for _, w := range slices.Backward(warnings) {
+		e = append(e, &Error{Sentence: "hint: " + w})
+	}
+	return e
+}
+
+// quote quotes a value for a message, of which a long one would fill the log.
+func quote(value string) string { return strconv.Quote(shorten(value)) }
+
 // MaxDestinationFile is the largest size of a destination file, in bytes. A
 // ConfigMap has at most 1 MiB (Kubernetes API, ConfigMap); other sources may be
 // larger.
@@ -161,6 +173,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 		}
 	}
 
+	unknown := unknownVariables(env.Names, Variables())
 	report(c.parseSource(env.Source))
 	report(c.parseGateway(env.Gateway))
 	switch {
@@ -189,8 +202,9 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 		c.Log.Level = slog.LevelDebug
 	}
 	if len(faults) > 0 {
-		return Config{}, faults
+		return Config{}, faults.with(unknown)
 	}
+	c.Warnings = append(unknown, c.Warnings...)
 	return c, nil
 }
 

@@ -22,6 +22,7 @@ type DNSProxyEnvironment struct {
 // ReadDNSProxy returns the variables of this process.
 func ReadDNSProxy() (DNSProxyEnvironment, error) {
 	var env DNSProxyEnvironment
+	env.Names = names()
 	err := envconfig.Process("", &env)
 	return env, err
 }
@@ -50,14 +51,16 @@ func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, 
 			faults = append(faults, e)
 		}
 	}
+	unknown := unknownVariables(env.Names, DNSProxyVariables())
 	warning, fault := env.list().read(readFile, grammar)
 	report(fault)
 	report(parseTime("EGRESS_DNS_PROXY_IDLE_TIMEOUT", orDefault(env.IdleTimeout, "60s"), orZero, &c.Idle))
 	report(parseBool("EGRESS_DNS_PROXY_SEND_PROXY", env.SendProxy, &c.SendProxy))
 	c.parse("EGRESS_DNS_PROXY_MODE", env.Mode, env.ProxyEnvironment, report)
 	if len(faults) > 0 {
-		return DNSProxyConfig{}, faults
+		return DNSProxyConfig{}, faults.with(unknown)
 	}
+	c.Warnings = append(unknown, c.Warnings...)
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
 	}

@@ -7,7 +7,9 @@
 package config
 
 import (
+	"os"
 	"reflect"
+	"strings"
 
 	"github.com/kelseyhightower/envconfig"
 )
@@ -53,15 +55,26 @@ type Environment struct {
 
 // A LogEnvironment contains the variables of every mode and both proxies.
 type LogEnvironment struct {
-	LogFormat string `envconfig:"EGRESS_LOG_FORMAT" unset:"text" doc:"format of log lines: text or json"`
-	LogLevel  string `envconfig:"EGRESS_LOG_LEVEL" unset:"info" doc:"minimum level of log lines: debug, info, warn or error"`
+	// Names are those of all variables of the process, to find misspelt ones.
+	Names     []string `ignored:"true"`
+	LogFormat string   `envconfig:"EGRESS_LOG_FORMAT" unset:"text" doc:"format of log lines: text or json"`
+	LogLevel  string   `envconfig:"EGRESS_LOG_LEVEL" unset:"info" doc:"minimum level of log lines: debug, info, warn or error"`
 }
 
 // Read returns the variables of this process.
 func Read() (Environment, error) {
-	var env Environment
+	env := Environment{LogEnvironment: LogEnvironment{Names: names()}}
 	err := envconfig.Process("", &env)
 	return env, err
+}
+
+// names returns the names of all variables of this process.
+func names() []string {
+	all := os.Environ()
+	for i, v := range all {
+		all[i], _, _ = strings.Cut(v, "=")
+	}
+	return all
 }
 
 // A Variable describes one variable for help texts.
@@ -82,7 +95,9 @@ func variables(environment reflect.Type) []Variable {
 			continue
 		}
 		tag := field.Tag
-		list = append(list, Variable{Name: tag.Get("envconfig"), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
+		if name := tag.Get("envconfig"); name != "" {
+			list = append(list, Variable{Name: name, Unset: tag.Get("unset"), Doc: tag.Get("doc")})
+		}
 	}
 	return list
 }

@@ -29,6 +29,7 @@ type HTTPProxyEnvironment struct {
 // ReadHTTPProxy returns the variables of this process.
 func ReadHTTPProxy() (HTTPProxyEnvironment, error) {
 	var env HTTPProxyEnvironment
+	env.Names = names()
 	err := envconfig.Process("", &env)
 	return env, err
 }
@@ -60,6 +61,7 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 			faults = append(faults, e)
 		}
 	}
+	unknown := unknownVariables(env.Names, HTTPProxyVariables())
 	warning, fault := env.list().read(readFile, grammar)
 	report(fault)
 	report(parseListen("EGRESS_HTTP_PROXY_LISTEN", ":8080", orDefault(env.Listen, ":8080"), &c.Listen))
@@ -80,8 +82,9 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 	}
 	c.parse("EGRESS_HTTP_PROXY_MODE", env.Mode, env.ProxyEnvironment, report)
 	if len(faults) > 0 {
-		return HTTPProxyConfig{}, faults
+		return HTTPProxyConfig{}, faults.with(unknown)
 	}
+	c.Warnings = append(unknown, c.Warnings...)
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
 	}

@@ -26,6 +26,7 @@ type Router struct {
 	// no redirects, and a proxy in the pod connects to servers.
 	Forward  bool
 	Conflict Conflict // what to do if another host has the address
+	Mode     string   // name of the mode, for the log
 	start    start    // result of Apply for a Keeper
 	Log      *slog.Logger
 
@@ -190,7 +191,7 @@ func (r *Router) ready(have link.State, current Rules, begin time.Time) {
 			r.Log.Warn("unused address on egress interface", "address", a.String())
 		}
 	}
-	attrs := []any{"interface", r.Link.Interface, "address", r.Link.Address.String(), "gateway", r.Link.Gateway.String()}
+	attrs := []any{"mode", r.Mode, "interface", r.Link.Interface, "address", r.Link.Address.String(), "gateway", r.Link.Gateway.String()}
 	if r.Forward {
 		attrs = append(attrs, "redirects", len(r.Plan.Destinations()))
 	}
