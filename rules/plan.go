@@ -87,17 +87,18 @@ func (m Mark) String() string { return fmt.Sprintf("0x%x/0x%[1]x", uint32(m)) }
 
 // A Rule is one match and one target. A zero field matches every packet.
 type Rule struct {
-	From     netip.Addr // source of the packet
-	NotFrom  netip.Addr // any other source
-	Toward   netip.Addr // destination of the packet
-	In       string     // input interface
-	Out      string     // output interface
-	NotOut   string     // any other output interface
-	Protocol Protocol
-	Port     Port // destination port
-	Echo     bool // an ICMP echo request (RFC 792)
-	Marked   Mark // mark of the connection
-	Unmarked Mark // any other mark of the connection
+	From      netip.Addr // source of the packet
+	NotFrom   netip.Addr // any other source
+	Toward    netip.Addr // destination of the packet
+	NotToward netip.Addr // any other destination
+	In        string     // input interface
+	Out       string     // output interface
+	NotOut    string     // any other output interface
+	Protocol  Protocol
+	Port      Port // destination port
+	Echo      bool // an ICMP echo request (RFC 792)
+	Marked    Mark // mark of the connection
+	Unmarked  Mark // any other mark of the connection
 	// Matches of the packet's connection:
 	RepliesNotTo netip.Addr // any other destination of its replies
 	Confirmed    bool       // its first packet has left
@@ -106,6 +107,7 @@ type Rule struct {
 	Reply        bool       // the packet has the other direction, or is an ICMP error about a packet of the first direction
 	// The packet has no connection, so that no NAT rule applies to it.
 	Unconnected bool
+	Invalid     bool // the same, and no rule of another program has exempted it from tracking
 
 	Target Target
 	To     netip.Addr
@@ -212,6 +214,12 @@ const (
 // not get it. The pod's own packets for these connections get it too: rejections,
 // and ICMP errors such as the one for a smaller MTU on the egress side.
 //
+// What arrives at the egress side for another address than the reserved one is
+// dropped before routing: replies to every connection that crosses have the reserved
+// address there, and the kernel would answer some of the others itself, from the
+// reserved address, before any filter rule (net/ipv4/ip_forward.c: time exceeded,
+// redirect).
+//
 // The last mangle rules match packets that NAT does not translate. The kernel
 // chooses the source of a connection with its first packet, so a connection from
 // before the SNAT rule, or from before a change of the reserved address, would
@@ -231,6 +239,10 @@ const (
 // hosts of the physical network could send packets into the cluster or to local
 // services of the pod. The original forwarded all of these. No IPv6 packet
 // crosses, since there is no reserved IPv6 address.
+//
+// A packet of a client that conntrack finds invalid, such as a segment outside of
+// TCP's window, is not redirected and reaches the pod itself, whose reset would end
+// the connection. It is dropped.
 //
 // TCP from the physical network to the reserved address that belongs to no
 // connection is answered with a reset, as by any host (RFC 9293, section 3.5.2):
@@ -253,6 +265,7 @@ func NewPlan(set Set, sides Sides) Plan {
 		Chains: []Chain{
 			{IPv4, Mangle, Prerouting, []Rule{
 				{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
+				{In: sides.Egress, NotToward: sides.Source, Target: Drop},
 				{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
 			}},
 			{IPv4, NAT, Prerouting, translate},
@@ -264,7 +277,7 @@ func NewPlan(set Set, sides Sides) Plan {
 				{In: sides.Cluster, Original: true, Target: Reject},
 				{Target: Drop},
 			}},
-			{IPv4, Filter, Input, inputRulesIPv4(sides)},
+			{IPv4, Filter, Input, append(inputRulesIPv4(sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop})},
 			{IPv4, Mangle, Output, []Rule{
 				{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
 			}},
@@ -295,6 +308,7 @@ func NewProxyPlan(sides Sides) Plan {
 	return Plan{Chains: append([]Chain{
 		{IPv4, Mangle, Prerouting, []Rule{
 			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
+			{In: sides.Egress, NotToward: sides.Source, Target: Drop},
 		}},
 		{IPv4, Filter, Forward, []Rule{{Target: Drop}}},
 		{IPv4, Filter, Input, inputRulesIPv4(sides)},

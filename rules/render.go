@@ -74,7 +74,7 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	for _, a := range []struct {
 		name string
 		addr netip.Addr
-	}{{"-s ", r.From}, {"! -s ", r.NotFrom}, {"-d ", r.Toward}} {
+	}{{"-s ", r.From}, {"! -s ", r.NotFrom}, {"-d ", r.Toward}, {"! -d ", r.NotToward}} {
 		if a.addr.IsValid() {
 			option(a.name, netip.PrefixFrom(a.addr, a.addr.BitLen()).String())
 		}
@@ -120,11 +120,14 @@ func appendOption(b []byte, name, value string) []byte {
 // order of iptables-save.
 func (r *Rule) appendConnection(b []byte) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
-	if r.Unconnected || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
+	if r.Unconnected || r.Invalid || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
 		b = append(b, "-m conntrack "...)
 	}
 	if r.Unconnected {
 		option("--ctstate ", "INVALID,UNTRACKED")
+	}
+	if r.Invalid {
+		option("--ctstate ", "INVALID")
 	}
 	if r.Redirected {
 		option("--ctstate ", "DNAT")

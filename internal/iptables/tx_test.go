@@ -106,6 +106,7 @@ func TestScript(t *testing.T) {
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-INPUT -i macvlan0 -j DROP
+-A EGRESS-INPUT -i eth0 -m conntrack --ctstate INVALID -j DROP
 -I FORWARD 1 -j EGRESS-FORWARD
 -I INPUT 1 -j EGRESS-INPUT
 COMMIT
@@ -118,6 +119,7 @@ COMMIT
 -A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-POSTROUTING -s 192.168.12.99/32 -o eth0 -m conntrack --ctdir REPLY -m connmark ! --mark 0x1000/0x1000 -j DROP
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
+-A EGRESS-PREROUTING ! -d 192.168.12.99/32 -i macvlan0 -j DROP
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000
 -I OUTPUT 1 -j EGRESS-OUTPUT
 -I POSTROUTING 1 -j EGRESS-POSTROUTING

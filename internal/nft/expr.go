@@ -85,6 +85,7 @@ func matches(r rules.Rule) []expr.Any {
 		{r.From, sourceAddress, expr.CmpOpEq},
 		{r.NotFrom, sourceAddress, expr.CmpOpNeq},
 		{r.Toward, destinationAddress, expr.CmpOpEq},
+		{r.NotToward, destinationAddress, expr.CmpOpNeq},
 	} {
 		if a.addr.IsValid() {
 			add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: a.offset, Len: 4},
@@ -102,6 +103,10 @@ func connectionMatches(r rules.Rule) []expr.Any {
 	if r.Unconnected {
 		add(&expr.Ct{Key: expr.CtKeySTATE, Register: register})
 		add(anyBit(expr.CtStateBitINVALID | expr.CtStateBitUNTRACKED)...)
+	}
+	if r.Invalid {
+		add(&expr.Ct{Key: expr.CtKeySTATE, Register: register})
+		add(anyBit(expr.CtStateBitINVALID)...)
 	}
 	if r.Redirected {
 		add(&expr.Ct{Key: expr.CtKeySTATUS, Register: register})

@@ -171,16 +171,22 @@ func sendACK(p *labtest.Pod, ns *netns.Namespace, from, to string) {
 }
 
 func trySendACK(ns *netns.Namespace, from, to string) error {
+	segment := ackSegment(netip.AddrPortFrom(netip.MustParseAddr(from), 40000), netip.AddrPortFrom(netip.MustParseAddr(to), strayPort), 1, 1)
+	return sendIP(ns, "ip4:tcp", from, to, segment)
+}
+
+// ackSegment returns a TCP segment with ACK alone.
+func ackSegment(from, to netip.AddrPort, seq, ack uint32) []byte {
 	segment := make([]byte, 20) // RFC 9293, section 3.1
-	binary.BigEndian.PutUint16(segment[0:], 40000)
-	binary.BigEndian.PutUint16(segment[2:], strayPort)
-	binary.BigEndian.PutUint32(segment[4:], 1)
-	binary.BigEndian.PutUint32(segment[8:], 1)
+	binary.BigEndian.PutUint16(segment[0:], from.Port())
+	binary.BigEndian.PutUint16(segment[2:], to.Port())
+	binary.BigEndian.PutUint32(segment[4:], seq)
+	binary.BigEndian.PutUint32(segment[8:], ack)
 	segment[12], segment[13] = 5<<4, 0x10 // length in words, ACK
 	binary.BigEndian.PutUint16(segment[14:], 1000)
-	pseudo := slices.Concat(netip.MustParseAddr(from).AsSlice(), netip.MustParseAddr(to).AsSlice(), []byte{0, 6, 0, 20})
+	pseudo := slices.Concat(from.Addr().AsSlice(), to.Addr().AsSlice(), []byte{0, 6, 0, 20})
 	binary.BigEndian.PutUint16(segment[16:], checksum(append(pseudo, segment...)))
-	return sendIP(ns, "ip4:tcp", from, to, segment)
+	return segment
 }
 
 // sendICMP sends an ICMP message, and fills in its checksum.
@@ -195,12 +201,26 @@ func sendICMP(p *labtest.Pod, ns *netns.Namespace, from, to string, message []by
 
 // sendIP sends a packet with the given content.
 func sendIP(ns *netns.Namespace, network, from, to string, content []byte) error {
+	return sendTTL(ns, network, from, to, content, 64)
+}
+
+// sendTTL sends a packet with the given content and time to live.
+func sendTTL(ns *netns.Namespace, network, from, to string, content []byte, ttl int) error {
 	return ns.Do(func() error {
 		c, err := net.DialIP(network, &net.IPAddr{IP: net.ParseIP(from)}, &net.IPAddr{IP: net.ParseIP(to)})
 		if err != nil {
 			return err
 		}
 		defer c.Close()
+		raw, err := c.SyscallConn()
+		if err != nil {
+			return err
+		}
+		if ctrlErr := raw.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TTL, ttl)
+		}); ctrlErr != nil || err != nil {
+			return errors.Join(ctrlErr, err)
+		}
 		_, err = c.Write(content)
 		return err
 	})

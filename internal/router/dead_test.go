@@ -2,12 +2,15 @@ package router_test
 
 import (
 	"bufio"
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
@@ -81,4 +84,101 @@ func TestDeadSessionIsReset(t *testing.T) {
 		w.WantNothing("eth0", func(ip lab.Packet) bool { return ip.Src.Port() == 113 || ip.Src.Addr() == lab.Source })
 		p.WantAnswer("tcp", 81, "203.0.113.25:80")
 	})
+}
+
+// A segment of a client beyond the window of its connection does not end the
+// connection.
+func TestStraySegmentOfClientIsDropped(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		for range 8 {
+			w := p.Watch(p.Lab.Router, "eth0")
+			conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+			r := bufio.NewReader(conn)
+			if _, err := lab.ReadAnswer(r); err != nil {
+				p.Fatal(err)
+			}
+			p.WantEcho("before", conn, r)
+			client := netip.MustParseAddrPort(conn.LocalAddr().String())
+			ofClient := func(f lab.Frame) bool {
+				ip, ok := f.IPv4()
+				return ok && !f.Outgoing && ip.Src == client
+			}
+			const headers = 14 + 20 // of Ethernet and IPv4
+			numbers := func(f lab.Frame) (seq, ack uint32) {
+				return binary.BigEndian.Uint32(f.Data[headers+4:]), binary.BigEndian.Uint32(f.Data[headers+8:])
+			}
+			var last lab.Frame
+			for _, f := range w.Captures["eth0"].Frames() {
+				if ofClient(f) {
+					last = f
+				}
+			}
+			seq, ack := numbers(last)
+			stray := ackSegment(client, netip.AddrPortFrom(lab.RouterAddr, 80), seq+1<<28, ack)
+			if err := sendIP(p.Lab.Client, "ip4:tcp", client.Addr().String(), lab.RouterAddr.String(), stray); err != nil {
+				p.Fatal(err)
+			}
+			if _, err := w.Captures["eth0"].Wait(p.Context(), func(f lab.Frame) bool {
+				if !ofClient(f) {
+					return false
+				}
+				got, _ := numbers(f)
+				return got == seq+1<<28
+			}); err != nil {
+				p.Fatal(err)
+			}
+			p.WantEcho("after a stray segment", conn, r)
+			w.WantNothing("eth0", func(ip lab.Packet) bool {
+				return ip.Src.Addr() == lab.RouterAddr && ip.Dst.Addr() == lab.ClientAddr && ip.Protocol == unix.IPPROTO_ICMP
+			})
+		}
+	})
+}
+
+// A packet from the physical network for another address than the reserved one gets
+// no answer, whatever its time to live and its way.
+func TestTransitFromPhysicalNetworkIsNotAnswered(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"init", "http-proxy", "open"} {
+		t.Run(mode, func(t *testing.T) {
+			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+				if p.Env["EGRESS_ROUTER_MODE"] = mode; mode == "open" {
+					p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_FORWARD"] = "init", "open"
+				}
+				if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+					p.Fatal(err)
+				}
+				p.OK()
+				p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+				p.AddRoute(p.Lab.Outside, lab.LANLink, "198.51.100.0/24", "192.168.12.99") // whose way is back
+				w := p.Watch(p.Lab.Router, "macvlan0", "eth0")
+				datagram := []byte{0x9c, 0x40, strayPort >> 8, strayPort & 0xff, 0, 8, 0, 0} // RFC 768
+				for _, to := range []string{"10.128.0.71", "10.128.0.98", "198.51.100.1"} {
+					for _, ttl := range []int{1, 64} {
+						segment := ackSegment(netip.MustParseAddrPort("203.0.113.25:40000"), netip.AddrPortFrom(netip.MustParseAddr(to), strayPort), 1, 1)
+						for network, content := range map[string][]byte{"ip4:udp": datagram, "ip4:tcp": segment} {
+							if err := sendTTL(p.Lab.Outside, network, "203.0.113.25", to, content, ttl); err != nil {
+								p.Fatal(err)
+							}
+						}
+					}
+				}
+				// They have arrived when a later packet has been answered.
+				wantRefusedFrom(p, p.Lab.Outside, "tcp", "192.168.12.99:113")
+				arrived := 0
+				for _, f := range w.Captures["macvlan0"].Frames() {
+					if ip, ok := f.IPv4(); ok && !f.Outgoing && ip.Dst.Port() == strayPort {
+						arrived++
+					}
+				}
+				if arrived != 12 {
+					p.Errorf("%d packets have arrived, want 12", arrived)
+				}
+				w.WantNothing("macvlan0", func(ip lab.Packet) bool { return ip.Src.Port() != 113 })
+				w.WantNothing("eth0", func(ip lab.Packet) bool { return ip.Src.Addr() == lab.Source || ip.Dst.Port() == strayPort })
+			})
+		})
+	}
 }
