@@ -114,6 +114,6 @@ type names struct{ *resolver.Resolver }
 // Lookup returns the addresses of a host and when they expire. After an error the
 // proxy keeps the previous addresses itself.
 func (n names) Lookup(ctx context.Context, host string) ([]netip.Addr, time.Time, error) {
-	answer, err := n.Resolver.Lookup(ctx, host)
+	answer, err := n.Resolver.Lookup(ctx, netip.Addr{}, host)
 	return answer.Addrs, answer.Expires, err
 }

@@ -54,7 +54,7 @@ func await(condition func() bool) bool {
 type zone map[string][]string
 
 // LookupAddr returns the addresses of a name.
-func (z zone) LookupAddr(_ context.Context, host string) ([]netip.Addr, error) {
+func (z zone) LookupAddr(_ context.Context, _ netip.Addr, host string) ([]netip.Addr, error) {
 	var addrs []netip.Addr
 	for _, s := range z[host] {
 		if s == "timeout" {
@@ -69,7 +69,7 @@ func (z zone) LookupAddr(_ context.Context, host string) ([]netip.Addr, error) {
 }
 
 // LookupNames returns the names of an address.
-func (z zone) LookupNames(_ context.Context, a netip.Addr) ([]string, error) {
+func (z zone) LookupNames(_ context.Context, _, a netip.Addr) ([]string, error) {
 	if names := z[a.String()]; names != nil {
 		return names, nil
 	}

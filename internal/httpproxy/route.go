@@ -12,12 +12,13 @@ import (
 )
 
 // A Resolver looks up addresses and names. Its answers may be cached. A *net.DNSError
-// distinguishes a name that does not exist from a server that does not answer.
+// distinguishes a name that does not exist from a server that does not answer. The
+// look-ups of one client must not delay those of others.
 type Resolver interface {
 	// LookupAddr returns every IPv4 and IPv6 address of a host, IPv4 first.
-	LookupAddr(ctx context.Context, host string) ([]netip.Addr, error)
+	LookupAddr(ctx context.Context, client netip.Addr, host string) ([]netip.Addr, error)
 	// LookupNames returns the names of an address by reverse look-up.
-	LookupNames(ctx context.Context, a netip.Addr) ([]string, error)
+	LookupNames(ctx context.Context, client, a netip.Addr) ([]string, error)
 }
 
 // reverseTimeout is how long a decision waits for the names of an address. After that
@@ -48,7 +49,7 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	}
 	lookup, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
-	addrs, err := p.resolver.LookupAddr(lookup, t.host.Name)
+	addrs, err := p.resolver.LookupAddr(lookup, clientOf(ctx), t.host.Name)
 	if err == nil && len(addrs) == 0 {
 		err = &net.DNSError{Err: "no address records", Name: t.host.Name, IsNotFound: true}
 	}
@@ -63,6 +64,12 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 		return r, unresolved(t, err)
 	}
 	return r, p.choose(ctx, r, list, addrs)
+}
+
+// clientOf returns the address of the client of an exchange.
+func clientOf(ctx context.Context) netip.Addr {
+	from, _ := ctx.Value(exchangeKey{}).(*exchange).client.RemoteAddr().(*net.TCPAddr)
+	return from.AddrPort().Addr()
 }
 
 // choose adds the allowed addresses to a route. If a name has an IPv4 address, allowed
@@ -114,13 +121,13 @@ func (p *Proxy) local(a netip.Addr) (bool, error) {
 func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
 	ctx, cancel := context.WithTimeout(ctx, min(reverseTimeout, p.config.ConnectTimeout))
 	defer cancel()
-	names, err := p.resolver.LookupNames(ctx, a)
+	names, err := p.resolver.LookupNames(ctx, clientOf(ctx), a)
 	if err != nil {
 		p.log.Debug("reverse lookup failed", "address", a, "error", err)
 		return nil
 	}
 	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {
-		addrs, err := p.resolver.LookupAddr(ctx, strings.TrimSuffix(name, "."))
+		addrs, err := p.resolver.LookupAddr(ctx, clientOf(ctx), strings.TrimSuffix(name, "."))
 		return err != nil || !slices.ContainsFunc(addrs, func(b netip.Addr) bool { return b.Unmap() == a })
 	})
 }

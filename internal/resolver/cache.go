@@ -3,6 +3,7 @@ package resolver
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"time"
 )
@@ -11,6 +12,7 @@ import (
 // share one look-up of a key. Its size is bounded, since names come from clients too.
 type cache[K comparable, V any] struct {
 	max     int
+	slots   *slots // of the queries of look-ups
 	mu      sync.Mutex
 	entries map[K]*entry[V]
 }
@@ -21,11 +23,19 @@ type entry[V any] struct {
 	expires time.Time // expiry of value; zero: no value
 	err     error     // error of the last look-up
 	until   time.Time // the time of the next look-up
-	done    chan struct{}
+	flight  *flight   // the look-up in progress; nil: none
 }
 
-func newCache[K comparable, V any](limit int) *cache[K, V] {
-	return &cache[K, V]{max: limit, entries: map[K]*entry[V]{}}
+// A flight is a look-up in progress. The cache's lock guards the number of waiters.
+type flight struct {
+	callers callers
+	waiters int
+	done    chan struct{}
+	cancel  context.CancelFunc
+}
+
+func newCache[K comparable, V any](limit int, s *slots) *cache[K, V] {
+	return &cache[K, V]{max: limit, slots: s, entries: map[K]*entry[V]{}}
 }
 
 // get returns the value of a key and when it expires. It calls lookUp if the entry has
@@ -33,8 +43,9 @@ func newCache[K comparable, V any](limit int) *cache[K, V] {
 // value, if there is one that is not older than MaxStale.
 //
 // lookUp runs with a context that does not end with ctx, since other callers may wait
-// for it too. It returns the value and how long the value or the error is kept.
-func (c *cache[K, V]) get(ctx context.Context, key K, lookUp func(context.Context) (V, time.Duration, error)) (V, time.Time, error) {
+// for it too, but with the last of them: a name that nobody waits for costs nothing. It
+// returns the value and how long the value or the error is kept.
+func (c *cache[K, V]) get(ctx context.Context, client netip.Addr, key K, lookUp func(context.Context) (V, time.Duration, error)) (V, time.Time, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[key]
@@ -46,30 +57,48 @@ func (c *cache[K, V]) get(ctx context.Context, key K, lookUp func(context.Contex
 	if time.Now().Before(e.until) {
 		return e.value, e.expires, e.err
 	}
-	if e.done == nil {
-		e.done = make(chan struct{})
-		go c.fill(context.WithoutCancel(ctx), e, lookUp)
+	f := e.flight
+	if f == nil {
+		f = &flight{done: make(chan struct{})}
+		e.flight = f
+		c.slots.join(&f.callers, client)
+		var alive context.Context
+		alive, f.cancel = context.WithCancel(context.WithValue(context.WithoutCancel(ctx), callersKey{}, &f.callers))
+		go c.fill(alive, e, f, lookUp)
+	} else {
+		c.slots.join(&f.callers, client)
 	}
-	done := e.done
+	f.waiters++
 	c.mu.Unlock()
 	var err error
 	select {
-	case <-done:
+	case <-f.done:
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
 	c.mu.Lock()
 	if err == nil {
-		err = e.err
+		return e.value, e.expires, e.err
+	}
+	if f.waiters--; f.waiters == 0 && e.flight == f {
+		f.cancel()
+		e.flight = nil
+		if e.until.IsZero() && e.expires.IsZero() && c.entries[key] == e {
+			delete(c.entries, key)
+		}
 	}
 	return e.value, e.expires, err
 }
 
 // fill looks up the value of an entry.
-func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], lookUp func(context.Context) (V, time.Duration, error)) {
+func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], f *flight, lookUp func(context.Context) (V, time.Duration, error)) {
+	defer f.cancel()
 	value, ttl, err := lookUp(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if e.flight != f {
+		return // nobody waits for it
+	}
 	now := time.Now()
 	e.err, e.until = err, now.Add(ttl)
 	switch {
@@ -79,8 +108,8 @@ func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], lookUp func(context
 		var none V
 		e.value, e.expires = none, time.Time{}
 	}
-	close(e.done)
-	e.done = nil
+	close(f.done)
+	e.flight = nil
 }
 
 // expire makes all entries expire.
@@ -104,7 +133,7 @@ func (c *cache[K, V]) makeRoom() {
 	var oldest *entry[V]
 	seen := 0
 	for key, e := range c.entries {
-		if e.done == nil && (oldest == nil || e.until.Before(oldest.until)) {
+		if e.flight == nil && (oldest == nil || e.until.Before(oldest.until)) {
 			victim, oldest = key, e
 		}
 		if seen++; seen >= few && oldest != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,12 +13,12 @@ import (
 // Values and errors are kept for their time, and an old value comes with an error.
 func TestCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache[string, int](10)
+		c := newCache[string, int](10, newSlots())
 		calls := 0
 		var err error
 		get := func(wantValue, wantCalls int, wantErr error) {
 			t.Helper()
-			value, _, got := c.get(t.Context(), "a", func(context.Context) (int, time.Duration, error) {
+			value, _, got := c.get(t.Context(), netip.Addr{}, "a", func(context.Context) (int, time.Duration, error) {
 				time.Sleep(time.Second)
 				calls++
 				return calls, time.Minute, err
@@ -57,23 +58,23 @@ func TestCache(t *testing.T) {
 // never removes an entry with a look-up in progress.
 func TestCacheIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache[string, int](8)
+		c := newCache[string, int](8, newSlots())
 		block := make(chan struct{})
 		fetch := func(ttl time.Duration) func(context.Context) (int, time.Duration, error) {
 			return func(context.Context) (int, time.Duration, error) { return 1, ttl, nil }
 		}
 		go func() {
-			_, _, _ = c.get(t.Context(), "waited for", func(context.Context) (int, time.Duration, error) {
+			_, _, _ = c.get(t.Context(), netip.Addr{}, "waited for", func(context.Context) (int, time.Duration, error) {
 				<-block
 				return 1, time.Minute, nil
 			})
 		}()
 		synctest.Wait()
-		if _, _, err := c.get(t.Context(), "long", fetch(time.Hour)); err != nil {
+		if _, _, err := c.get(t.Context(), netip.Addr{}, "long", fetch(time.Hour)); err != nil {
 			t.Error(err)
 		}
 		for i := range 1000 {
-			if _, _, err := c.get(t.Context(), fmt.Sprint(i), fetch(time.Second)); err != nil {
+			if _, _, err := c.get(t.Context(), netip.Addr{}, fmt.Sprint(i), fetch(time.Second)); err != nil {
 				t.Error(err)
 			}
 			if len(c.entries) > 8 {

@@ -129,32 +129,46 @@ type refusal struct{ server, why string }
 func (e *refusal) Error() string { return fmt.Sprintf("name server %s: %s", e.server, e.why) }
 
 // ask sends one query to the name servers, one after the other, until one answers. The
-// error is that of the last server.
+// error is that of the last server. A query that is slow while others wait goes on to
+// the next server, once.
 func (r *Resolver) ask(ctx context.Context, c *conf, name string, qtype uint16) (*dns.Msg, error) {
-	select {
-	case r.queries <- struct{}{}:
-		defer func() { <-r.queries }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 	first := 0
 	if c.rotate {
 		first = int(r.turn.Add(1) % uint32(len(c.servers)))
 	}
 	var last error
+	hurried := false
 	for range c.attempts {
 		for i := range c.servers {
-			m, err := exchange(ctx, c, c.servers[(first+i)%len(c.servers)], name, qtype)
+			m, err := r.askOne(ctx, c, c.servers[(first+i)%len(c.servers)], name, qtype, hurried)
 			if err == nil {
 				return m, nil
 			}
 			last = err
-			if ctx.Err() != nil {
-				return nil, ctx.Err()
+			hurried = hurried || errors.Is(err, errSlow)
+			if ctx.Err() != nil || errors.Is(err, errBusy) {
+				return nil, err
 			}
+		}
+		if hurried {
+			break
 		}
 	}
 	return nil, last
+}
+
+// askOne queries one server when there is a slot.
+func (r *Resolver) askOne(ctx context.Context, c *conf, server, name string, qtype uint16, last bool) (*dns.Msg, error) {
+	ctx, done, err := r.slots.acquire(ctx, last)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	m, err := exchange(ctx, c, server, name, qtype)
+	if err != nil && context.Cause(ctx) == errSlow {
+		err = fmt.Errorf("querying name server %s: %w", server, errSlow)
+	}
+	return m, err
 }
 
 // exchange queries one server by UDP, and again by TCP if the answer is truncated

@@ -39,13 +39,8 @@ const (
 	MaxStale = 24 * time.Hour
 )
 
-const (
-	// maxEntries is the maximum number of cached names, and of cached addresses.
-	maxEntries = 8192
-	// maxQueries is the maximum number of concurrent queries, each of which has a
-	// socket. A container may be limited to 1024 descriptors.
-	maxQueries = 256
-)
+// maxEntries is the maximum number of cached names, and of cached addresses.
+const maxEntries = 8192
 
 // The errors of a look-up, for errors.Is.
 var (
@@ -107,23 +102,24 @@ type Options struct {
 // A Resolver looks up names. Its methods may be called from any goroutine. It need not
 // be closed.
 type Resolver struct {
-	hosts   *file[hosts]
-	conf    *file[*conf]
-	addrs   *cache[string, []netip.Addr]
-	names   *cache[netip.Addr, []string]
-	queries chan struct{}        // one element for each query in progress
-	used    atomic.Pointer[conf] // the configuration of the cached answers
-	turn    atomic.Uint32        // index of the first server, with the option rotate
+	hosts *file[hosts]
+	conf  *file[*conf]
+	addrs *cache[string, []netip.Addr]
+	names *cache[netip.Addr, []string]
+	slots *slots               // of queries in progress
+	used  atomic.Pointer[conf] // the configuration of the cached answers
+	turn  atomic.Uint32        // index of the first server, with the option rotate
 }
 
 // New returns a Resolver. It reads the files when they are first needed.
 func New(o Options) *Resolver {
+	slots := newSlots()
 	return &Resolver{
-		hosts:   &file[hosts]{name: cmp.Or(o.Hosts, "/etc/hosts"), parse: parseHosts},
-		conf:    &file[*conf]{name: cmp.Or(o.ResolvConf, "/etc/resolv.conf"), parse: parseConf},
-		addrs:   newCache[string, []netip.Addr](maxEntries),
-		names:   newCache[netip.Addr, []string](maxEntries),
-		queries: make(chan struct{}, maxQueries),
+		hosts: &file[hosts]{name: cmp.Or(o.Hosts, "/etc/hosts"), parse: parseHosts},
+		conf:  &file[*conf]{name: cmp.Or(o.ResolvConf, "/etc/resolv.conf"), parse: parseConf},
+		addrs: newCache[string, []netip.Addr](maxEntries, slots),
+		names: newCache[netip.Addr, []string](maxEntries, slots),
+		slots: slots,
 	}
 }
 
@@ -134,9 +130,10 @@ type Answer struct {
 }
 
 // LookupAddr returns the addresses of a host, IPv4 first. It never returns an old
-// answer.
-func (r *Resolver) LookupAddr(ctx context.Context, host string) ([]netip.Addr, error) {
-	a, err := r.Lookup(ctx, host)
+// answer. Look-ups of one client do not delay those of others; client is the zero Addr
+// for the program itself.
+func (r *Resolver) LookupAddr(ctx context.Context, client netip.Addr, host string) ([]netip.Addr, error) {
+	a, err := r.Lookup(ctx, client, host)
 	if err != nil {
 		return nil, err
 	}
@@ -148,9 +145,9 @@ func (r *Resolver) LookupAddr(ctx context.Context, host string) ([]netip.Addr, e
 //
 // If the name servers do not answer (ErrNoAnswer), or the context ends before, Lookup
 // returns the previous answer, if there is one, beside the error (RFC 8767): the
-// caller decides whether to use it. The end of the context does not end the look-up,
-// whose result is cached.
-func (r *Resolver) Lookup(ctx context.Context, host string) (Answer, error) {
+// caller decides whether to use it. A look-up ends with the last context of those that
+// wait for it. client is that of LookupAddr.
+func (r *Resolver) Lookup(ctx context.Context, client netip.Addr, host string) (Answer, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return Answer{[]netip.Addr{a.Unmap()}, time.Now().Add(MaxTTL)}, nil
 	}
@@ -162,21 +159,22 @@ func (r *Resolver) Lookup(ctx context.Context, host string) (Answer, error) {
 		return Answer{slices.Clone(found), time.Now().Add(checkEvery)}, nil
 	}
 	conf := r.current()
-	addrs, expires, err := r.addrs.get(ctx, name, func(ctx context.Context) ([]netip.Addr, time.Duration, error) {
+	addrs, expires, err := r.addrs.get(ctx, client, name, func(ctx context.Context) ([]netip.Addr, time.Duration, error) {
 		return r.search(ctx, conf, name)
 	})
 	return Answer{slices.Clone(addrs), expires}, err
 }
 
 // LookupNames returns the names of an address, without their final dots: those in the
-// hosts file, or else those in the DNS (PTR, RFC 1035 section 3.5).
-func (r *Resolver) LookupNames(ctx context.Context, a netip.Addr) ([]string, error) {
+// hosts file, or else those in the DNS (PTR, RFC 1035 section 3.5). client is that of
+// LookupAddr.
+func (r *Resolver) LookupNames(ctx context.Context, client, a netip.Addr) ([]string, error) {
 	a = a.Unmap().WithZone("")
 	if found := r.hosts.get().names[a]; len(found) > 0 {
 		return slices.Clone(found), nil
 	}
 	conf := r.current()
-	names, _, err := r.names.get(ctx, a, func(ctx context.Context) ([]string, time.Duration, error) {
+	names, _, err := r.names.get(ctx, client, a, func(ctx context.Context) ([]string, time.Duration, error) {
 		reverse, err := dns.ReverseAddr(a.String())
 		if err != nil {
 			return nil, MaxNegativeTTL, &Error{Name: a.String(), Err: ErrNoName}

@@ -69,7 +69,7 @@ func TestAnswers(t *testing.T) {
 	if q := s.queries(); len(q) > 0 && time.Since(begin) < MaxNegativeTTL {
 		t.Errorf("queries within the TTL: %v", q)
 	}
-	if _, err := r.LookupAddr(t.Context(), "missing.example"); err.Error() != `looking up "missing.example": no such name` {
+	if _, err := r.LookupAddr(t.Context(), netip.Addr{}, "missing.example"); err.Error() != `looking up "missing.example": no such name` {
 		t.Error(err)
 	}
 }
@@ -131,7 +131,7 @@ func TestStale(t *testing.T) {
 		if len(a.Addrs) != 1 || a.Addrs[0] != netip.MustParseAddr("192.0.2.1") {
 			t.Errorf("%s servers: the old answer is %v", name, a.Addrs)
 		}
-		if _, err := r.LookupAddr(t.Context(), "a.example"); err == nil {
+		if _, err := r.LookupAddr(t.Context(), netip.Addr{}, "a.example"); err == nil {
 			t.Errorf("%s servers: LookupAddr returns an old answer", name)
 		}
 	}
@@ -145,7 +145,7 @@ func TestStale(t *testing.T) {
 	r.addrs.expire()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	if a, err := r.Lookup(ctx, "a.example"); !errors.Is(err, context.DeadlineExceeded) || len(a.Addrs) != 1 {
+	if a, err := r.Lookup(ctx, netip.Addr{}, "a.example"); !errors.Is(err, context.DeadlineExceeded) || len(a.Addrs) != 1 {
 		t.Errorf("with too little time: %v, %v", a.Addrs, err)
 	}
 }
@@ -265,7 +265,7 @@ func TestServers(t *testing.T) {
 		second.queries()
 		begin := time.Now()
 		for _, host := range []string{"c.example", "d.example"} {
-			if _, err := r.Lookup(t.Context(), host); err != nil {
+			if _, err := r.Lookup(t.Context(), netip.Addr{}, host); err != nil {
 				t.Error(err)
 			}
 		}
@@ -347,7 +347,7 @@ func TestShared(t *testing.T) {
 	r, _ := newResolver(t, "", s)
 	impatient, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := r.Lookup(impatient, "a.example"); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := r.Lookup(impatient, netip.Addr{}, "a.example"); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
 	var all sync.WaitGroup
@@ -387,7 +387,7 @@ func TestFiles(t *testing.T) {
 func await(t *testing.T, r *Resolver, host, want string) {
 	t.Helper()
 	for end := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
-		a, err := r.Lookup(t.Context(), host)
+		a, err := r.Lookup(t.Context(), netip.Addr{}, host)
 		if err == nil && a.Addrs[0] == netip.MustParseAddr(want) {
 			return
 		}
@@ -418,12 +418,12 @@ func TestLookupNames(t *testing.T) {
 		"192.0.2.9":        {"nine.example", "nine", "neuf.example"},
 		"::ffff:192.0.2.1": {"one.example", "uno.example"},
 	} {
-		if got, err := r.LookupNames(t.Context(), netip.MustParseAddr(addr)); err != nil || !slices.Equal(got, want) {
+		if got, err := r.LookupNames(t.Context(), netip.Addr{}, netip.MustParseAddr(addr)); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%s: %q, %v; want %q", addr, got, err, want)
 		}
 	}
 	for addr, want := range map[string]error{"192.0.2.3": ErrNoName, "192.0.2.5": ErrNoName, "192.0.2.4": ErrNoAnswer} {
-		if got, err := r.LookupNames(t.Context(), netip.MustParseAddr(addr)); !errors.Is(err, want) {
+		if got, err := r.LookupNames(t.Context(), netip.Addr{}, netip.MustParseAddr(addr)); !errors.Is(err, want) {
 			t.Errorf("%s: %q, %v; want %v", addr, got, err, want)
 		}
 	}
@@ -444,7 +444,7 @@ func TestDNSError(t *testing.T) {
 		"failing.example": {Err: "no answer from the name servers: name server " + s.addr + ":53: SERVFAIL"},
 		"silent.example":  {Err: "no answer from the name servers: querying name server " + s.addr + ":53: ", IsTimeout: true},
 	} {
-		_, err := r.LookupAddr(t.Context(), host)
+		_, err := r.LookupAddr(t.Context(), netip.Addr{}, host)
 		got, ok := errors.AsType[*net.DNSError](fmt.Errorf("wrapped: %w", err))
 		if !ok || !strings.HasPrefix(got.Err, want.Err) || strings.TrimSuffix(got.Name, ".") != host ||
 			got.IsNotFound != want.IsNotFound || got.IsTimeout != want.IsTimeout || !errors.Is(got, err) {

@@ -34,6 +34,7 @@ type server struct {
 	mu      sync.Mutex
 	records []dns.RR
 	broken  map[string]func(w dns.ResponseWriter, q *dns.Msg) // in place of records, by name
+	unknown func(w dns.ResponseWriter, q *dns.Msg)            // in place of NXDOMAIN; may be nil
 	asked   []string                                          // "name TYPE network"
 }
 
@@ -86,6 +87,13 @@ func (s *server) answer(name string, how func(dns.ResponseWriter, *dns.Msg)) {
 	s.broken[name] = how
 }
 
+// otherwise sets the handler of all names without records.
+func (s *server) otherwise(how func(dns.ResponseWriter, *dns.Msg)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.unknown = how
+}
+
 // Handlers without an answer.
 func silence(dns.ResponseWriter, *dns.Msg) {}
 
@@ -106,6 +114,9 @@ func (s *server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 		how = s.broken[fmt.Sprintf("%s %s", name, dns.TypeToString[qtype])]
 	}
 	records := s.records
+	if how == nil && !slices.ContainsFunc(records, func(rr dns.RR) bool { return rr.Header().Name == name }) {
+		how = s.unknown
+	}
 	s.mu.Unlock()
 	if how != nil {
 		how(w, q)
@@ -202,6 +213,12 @@ type found struct {
 // want looks a host up and checks the addresses, or the kind of error.
 func want(t *testing.T, r *Resolver, host string, addrs ...any) found {
 	t.Helper()
+	return wantOf(t, r, netip.Addr{}, host, addrs...)
+}
+
+// wantOf is want for a client.
+func wantOf(t *testing.T, r *Resolver, client netip.Addr, host string, addrs ...any) found {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	kind, _ := addrs[0].(error)
@@ -213,7 +230,7 @@ func want(t *testing.T, r *Resolver, host string, addrs ...any) found {
 	}
 	for {
 		begin := time.Now()
-		answer, err := r.Lookup(ctx, host)
+		answer, err := r.Lookup(ctx, client, host)
 		a := found{answer, begin, time.Now()}
 		if kind != nil && errors.Is(err, kind) || kind == nil && err == nil && slices.Equal(answer.Addrs, wanted) {
 			return a

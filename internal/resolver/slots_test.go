@@ -1,0 +1,216 @@
+package resolver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func client(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)}) }
+
+// Names without an answer delay neither other clients nor, for longer than a slow query
+// takes, other names of the same client. Nothing is left of look-ups that nobody waits
+// for.
+func TestDeadNamesDelayNobodyElse(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set("good.example. 60 IN A 192.0.2.1", "better.example. 60 IN A 192.0.2.2")
+	s.otherwise(silence)
+	// Each query for a dead name would have its slot for longer than the test runs.
+	r, _ := newResolver(t, "options timeout:30 attempts:5\n", s)
+	const dead = 3000
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	var asking sync.WaitGroup
+	for i := range dead {
+		asking.Go(func() {
+			if _, err := r.Lookup(ctx, client(1), fmt.Sprintf("dead%d.example", i)); err == nil {
+				t.Errorf("dead%d has an address", i)
+			}
+		})
+	}
+	if !eventually(func() bool {
+		r.slots.mu.Lock()
+		defer r.slots.mu.Unlock()
+		h := r.slots.shares[client(1)]
+		return h != nil && len(h.waiting) > maxWaiting/2
+	}) {
+		t.Fatal("the look-ups of the dead names do not wait")
+	}
+	wantOf(t, r, client(2), "good.example", "192.0.2.1")
+	wantOf(t, r, client(1), "better.example", "192.0.2.2")
+	leave()
+	asking.Wait()
+	if !eventually(func() bool {
+		r.slots.mu.Lock()
+		defer r.slots.mu.Unlock()
+		return len(r.slots.running)+len(r.slots.shares)+len(r.slots.turns) == 0
+	}) {
+		t.Errorf("%d queries of names that nobody waits for still run", len(r.slots.running))
+	}
+}
+
+// A client that joins a look-up takes its queries out of the queue of another.
+func TestJoinedLookUpDoesNotWait(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	s.set("good.example. 60 IN A 192.0.2.1")
+	s.otherwise(silence)
+	r, _ := newResolver(t, "options timeout:30 attempts:5\n", s)
+	r.slots.slow = time.Hour // the first client gets no slot
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	var asking sync.WaitGroup
+	defer asking.Wait()
+	defer leave()
+	waits := func(more int) func() bool {
+		return func() bool {
+			r.slots.mu.Lock()
+			defer r.slots.mu.Unlock()
+			h := r.slots.shares[client(1)]
+			return h != nil && len(h.waiting) >= more
+		}
+	}
+	for i := range maxQueries {
+		asking.Go(func() { _, _ = r.Lookup(ctx, client(1), fmt.Sprintf("dead%d.example", i)) })
+	}
+	if !eventually(waits(2*maxQueries - maxQueries*2/3 - 1)) {
+		t.Fatal("the look-ups of the dead names do not wait")
+	}
+	before := r.slots.count(client(1))
+	asking.Go(func() { _, _ = r.Lookup(ctx, client(1), "good.example") })
+	if !eventually(waits(before + 2)) {
+		t.Fatal("the look-up of the good name does not wait")
+	}
+	wantOf(t, r, client(2), "good.example", "192.0.2.1")
+}
+
+// count returns the number of waiting queries of a client.
+func (s *slots) count(client netip.Addr) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.shares[client].waiting)
+}
+
+// eventually polls a condition until it holds, and reports whether it does.
+func eventually(condition func() bool) bool {
+	for end := time.Now().Add(limit); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
+
+// A take is a query of TestSlots.
+type take struct {
+	s    *slots
+	done func()
+	ctx  context.Context
+	err  error
+	over chan struct{}
+}
+
+func (s *slots) take(client netip.Addr, last bool) *take {
+	q := &take{s: s, over: make(chan struct{})}
+	c := &callers{}
+	s.join(c, client)
+	go func() {
+		defer close(q.over)
+		q.ctx, q.done, q.err = s.acquire(context.WithValue(context.Background(), callersKey{}, c), last)
+	}()
+	synctest.Wait()
+	return q
+}
+
+func (q *take) has() bool {
+	select {
+	case <-q.over:
+		return q.err == nil
+	default:
+		return false
+	}
+}
+
+func TestSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSlots()
+		s.max, s.maxWaiting = 6, 3
+		want := func(what string, got, want bool) {
+			t.Helper()
+			if got != want {
+				t.Errorf("%s: %v", what, got)
+			}
+		}
+		var first []*take
+		for i := range 4 {
+			first = append(first, s.take(client(1), false))
+			want(fmt.Sprintf("query %d of the first client runs", i), first[i].has(), true)
+		}
+		fifth, last, sixth := s.take(client(1), false), s.take(client(1), true), s.take(client(1), false)
+		want("a query beyond two thirds runs", fifth.has() || last.has() || sixth.has(), false)
+		other := s.take(client(2), false)
+		want("a query of another client runs", other.has(), true)
+
+		// The newest first; those with the flag last.
+		first[0].done()
+		other.done()
+		synctest.Wait()
+		want("the newest runs", sixth.has(), true)
+		want("the older one runs", fifth.has(), false)
+		first[1].done()
+		synctest.Wait()
+		want("the older one runs", fifth.has(), true)
+		want("the last one runs", last.has(), false)
+
+		// Slow ones end when others wait, those of one client for that client.
+		time.Sleep(slowQuery - 1)
+		synctest.Wait()
+		want("a query that is not slow yet ended", first[2].ctx.Err() != nil, false)
+		time.Sleep(1)
+		synctest.Wait()
+		want("the first query is slow", context.Cause(first[2].ctx) == errSlow, true)
+		want("a second one ended for one that waits", first[3].ctx.Err() != nil, false)
+		first[2].done()
+		synctest.Wait()
+		want("the last one runs", last.has(), true)
+
+		// The queue has an end, at which the oldest one leaves.
+		var queue []*take
+		for range 4 {
+			queue = append(queue, s.take(client(1), false))
+		}
+		<-queue[0].over
+		want("the oldest one was refused", errors.Is(queue[0].err, errBusy), true)
+		for _, q := range append(queue[:0:0], queue[1:]...) {
+			want("the others wait", q.has(), false)
+		}
+		for _, q := range []*take{first[3], fifth, sixth, last} {
+			q.done()
+		}
+		synctest.Wait()
+		for _, q := range queue[1:] {
+			want("the others run", q.has(), true)
+			q.done()
+		}
+		if len(s.running)+len(s.shares)+len(s.turns) > 0 || s.timer != nil {
+			t.Errorf("something is left: %+v", s)
+		}
+	})
+}
+
+// Clients of one IPv6 network are one, and IPv4 clients on an IPv6 socket are IPv4 ones.
+func TestClientNetworks(t *testing.T) {
+	s, c := newSlots(), callers{}
+	for _, a := range []string{"2001:db8::1", "2001:db8::2", "2001:db8:0:1::1", "10.0.0.1", "::ffff:10.0.0.1", "fe80::1%eth0", "fe80::1"} {
+		s.join(&c, netip.MustParseAddr(a))
+	}
+	if len(c.clients) != 4 {
+		t.Errorf("clients: %v", c.clients)
+	}
+}
