@@ -9,6 +9,10 @@ import (
 type Host struct {
 	Name string     // lower case, no dot at its end
 	Addr netip.Addr // never an IPv4-mapped IPv6 address
+
+	// Absolute is set for a name that was written with a final dot, to which no
+	// search list applies.
+	Absolute bool
 }
 
 // String returns the name or the address.
@@ -22,6 +26,9 @@ func (h Host) String() string {
 // A Destination is a host together with one address to dial for it.
 type Destination struct {
 	Host Host
+	// Full is the name that the search list made of Host.Name, and by which rules
+	// match too. It may be empty.
+	Full string
 	// Addr is the host's address, or one to which its name resolves, or the zero
 	// Addr if the name does not resolve.
 	Addr netip.Addr
@@ -57,9 +64,22 @@ func (r Rules) Decide(d Destination) Verdict {
 }
 
 // DecideName returns the decision on a name before it is resolved. decided is true if
-// the name is denied for any addresses, so that it need not be resolved.
-func (r Rules) DecideName(name string) (v Verdict, decided bool) {
-	d := Destination{Host: Host{Name: name}}
+// the name is denied as any of its full names and for any addresses, so that it need not
+// be resolved.
+func (r Rules) DecideName(name string, full []string) (v Verdict, decided bool) {
+	for i := range full {
+		one, denied := r.deniesName(Destination{Host: Host{Name: name}, Full: full[i]})
+		if !denied {
+			return one, false
+		}
+		if i == 0 {
+			v = one
+		}
+	}
+	return v, true
+}
+
+func (r Rules) deniesName(d Destination) (v Verdict, decided bool) {
 	for _, rule := range r {
 		if rule.Network.IsValid() {
 			return Verdict{}, false
@@ -78,7 +98,7 @@ func (r Rule) matches(d Destination) bool {
 	case r.Network.IsValid():
 		return d.Addr.IsValid() && r.Network.Contains(d.Addr)
 	case d.Host.Name != "":
-		return r.matchesName(d.Host.Name)
+		return r.matchesName(d.Host.Name) || d.Full != "" && r.matchesName(d.Full)
 	case d.Names != nil:
 		for _, name := range d.Names() {
 			if name, ok := parseName(name); ok && r.matchesName(name) {

@@ -6,6 +6,9 @@ func TestDecide(t *testing.T) {
 	named := func(name, addr string) Destination {
 		return Destination{Host: Host{Name: name}, Addr: ip(addr), Local: isLocal(ip(addr))}
 	}
+	searched := func(name, addr string, full string) Destination {
+		return Destination{Host: Host{Name: name}, Full: full, Addr: ip(addr)}
+	}
 	literal := func(addr string, names ...string) Destination {
 		return Destination{Host: Host{Addr: ip(addr)}, Addr: ip(addr), Local: isLocal(ip(addr)), Names: func() []string { return names }}
 	}
@@ -38,6 +41,12 @@ func TestDecide(t *testing.T) {
 		"a denied name of an address":               {"!a.example\n*", literal("192.0.2.1", "a.example"), false, "!a.example"},
 		"names do not count for a name":             {"b.example", Destination{Host: Host{Name: "a.example"}, Addr: ip("192.0.2.1"), Names: func() []string { return []string{"b.example"} }}, false, ""},
 		"a name without an address":                 {"!10.0.0.0/8\n*", Destination{Host: Host{Name: "a.example"}}, true, "*"},
+		"a full name that is denied":                {"!*.corp.test\n*", searched("api", "192.0.2.1", "api.corp.test"), false, "!*.corp.test"},
+		"a full name that is denied later":          {"api\n!*.corp.test\n*", searched("api", "192.0.2.1", "api.corp.test"), true, "api"},
+		"a full name that is allowed":               {"*.corp.test", searched("api", "192.0.2.1", "api.corp.test"), true, "*.corp.test"},
+		"a full name that is allowed later":         {"!api\n*.corp.test", searched("api", "192.0.2.1", "api.corp.test"), false, "!api"},
+		"a name with a dot, completed":              {"!*.cluster.local\n*", searched("api.ns", "192.0.2.1", "api.ns.svc.cluster.local"), false, "!*.cluster.local"},
+		"an address by full name":                   {"!192.0.2.0/24\n*", searched("api", "192.0.2.1", "api.corp.test"), false, "!192.0.2.0/24"},
 		"loopback by wildcard":                      {"*", literal("127.0.0.1"), false, ""},
 		"loopback by name":                          {"a.example\n*", named("a.example", "127.0.0.1"), false, ""},
 		"loopback by a rule that names it":          {"a.example\n127.0.0.1", named("a.example", "127.0.0.1"), true, "127.0.0.1"},
@@ -78,22 +87,30 @@ func TestDecideName(t *testing.T) {
 		rules   string
 		decided bool
 		by      string
+		full    []string // default: a.example alone
 	}{
-		"denied by name":               {"!*.example\n*", true, "!*.example"},
-		"denied by no rule":            {"b.example", true, ""},
-		"an allowed one has addresses": {"a.example", false, "a.example"},
-		"as with the wildcard":         {"*", false, "*"},
-		"an address comes first":       {"192.0.2.1\n!a.example", false, ""},
-		"nothing but an address":       {"192.0.2.1", false, ""},
-		"denied before an address":     {"!a.example\n192.0.2.1", true, "!a.example"},
-		"no rule at all":               {"#", true, ""},
+		"denied by name":               {"!*.example\n*", true, "!*.example", nil},
+		"denied by no rule":            {"b.example", true, "", nil},
+		"an allowed one has addresses": {"a.example", false, "a.example", nil},
+		"as with the wildcard":         {"*", false, "*", nil},
+		"an address comes first":       {"192.0.2.1\n!a.example", false, "", nil},
+		"nothing but an address":       {"192.0.2.1", false, "", nil},
+		"denied before an address":     {"!a.example\n192.0.2.1", true, "!a.example", nil},
+		"no rule at all":               {"#", true, "", nil},
+		"denied as each full name":     {"!*.cluster\n!a.example\n*", true, "!*.cluster", []string{"a.example.cluster", "a.example"}},
+		"perhaps allowed":              {"!*.cluster\n*", false, "*", []string{"a.example.cluster", "a.example"}},
+		"perhaps allowed by full name": {"*.cluster\n!a.example", false, "*.cluster", []string{"a.example", "a.example.cluster"}},
+		"allowed by no full name":      {"b.cluster", true, "", []string{"a.example.cluster", "a.example"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			list, err := Parse(test.rules)
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, decided := list.DecideName("a.example")
+			if test.full == nil {
+				test.full = []string{"a.example"}
+			}
+			got, decided := list.DecideName("a.example", test.full)
 			if decided != test.decided || got.Rule.String() != test.by || got.Allow {
 				t.Errorf("%+v, decided %t; want %t by %q", got, decided, test.decided, test.by)
 			}
@@ -104,7 +121,7 @@ func TestDecideName(t *testing.T) {
 func TestParseAuthority(t *testing.T) {
 	for s, want := range map[string]target{
 		"a.example:443":           {Host{Name: "a.example"}, 443},
-		"A.Example.:443":          {Host{Name: "a.example"}, 443},
+		"A.Example.:443":          {Host{Name: "a.example", Absolute: true}, 443},
 		"a.example":               {Host{Name: "a.example"}, 80},
 		"a.example:":              {Host{Name: "a.example"}, 80},
 		"a_b.example":             {Host{Name: "a_b.example"}, 80},

@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -50,22 +52,40 @@ func await(condition func() bool) bool {
 	return true
 }
 
-// zone is a resolver with a few names.
+// zone is a resolver with a few names. The key "search" has its search list.
 type zone map[string][]string
 
 // LookupAddr returns the addresses of a name.
-func (z zone) LookupAddr(_ context.Context, _ netip.Addr, host string) ([]netip.Addr, error) {
+func (z zone) LookupAddr(_ context.Context, _ netip.Addr, host string) ([]netip.Addr, string, error) {
 	var addrs []netip.Addr
-	for _, s := range z[host] {
-		if s == "timeout" {
-			return nil, &net.DNSError{Err: "i/o timeout", Name: host, IsTimeout: true}
+	for _, full := range z.FullNames(host) {
+		for _, s := range z[full] {
+			if s == "timeout" {
+				return nil, "", &net.DNSError{Err: "i/o timeout", Name: host, IsTimeout: true}
+			}
+			addrs = append(addrs, ip(s))
 		}
-		addrs = append(addrs, ip(s))
+		if addrs != nil {
+			return addrs, full, nil
+		}
 	}
-	if addrs == nil {
-		return nil, &net.DNSError{Err: "no such host", Name: host, IsNotFound: true}
+	return nil, "", &net.DNSError{Err: "no such host", Name: host, IsNotFound: true}
+}
+
+// FullNames returns the names to try for a host: itself first if it has a dot.
+func (z zone) FullNames(host string) []string {
+	bare, absolute := strings.CutSuffix(host, ".")
+	if absolute {
+		return []string{bare}
 	}
-	return addrs, nil
+	var list []string
+	for _, domain := range z["search"] {
+		list = append(list, bare+"."+domain)
+	}
+	if strings.Contains(bare, ".") {
+		return slices.Insert(list, 0, bare)
+	}
+	return append(list, bare)
 }
 
 // LookupNames returns the names of an address.

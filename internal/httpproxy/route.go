@@ -15,8 +15,12 @@ import (
 // distinguishes a name that does not exist from a server that does not answer. The
 // look-ups of one client must not delay those of others.
 type Resolver interface {
-	// LookupAddr returns every IPv4 and IPv6 address of a host, IPv4 first.
-	LookupAddr(ctx context.Context, client netip.Addr, host string) ([]netip.Addr, error)
+	// LookupAddr returns every IPv4 and IPv6 address of a host, IPv4 first, and the
+	// name that has them, which is one of FullNames.
+	LookupAddr(ctx context.Context, client netip.Addr, host string) (addrs []netip.Addr, full string, err error)
+	// FullNames returns the names as which a host may be looked up, at least one: by
+	// the search list, unless the host ends with a dot. They have no final dots.
+	FullNames(host string) []string
 	// LookupNames returns the names of an address by reverse look-up.
 	LookupNames(ctx context.Context, client, a netip.Addr) ([]string, error)
 }
@@ -29,6 +33,7 @@ const reverseTimeout = 5 * time.Second
 // A route is a target with its allowed addresses.
 type route struct {
 	target  target
+	full    string       // the name that has the target's addresses
 	addrs   []netip.Addr // in the resolver's order, of one family
 	verdict Verdict      // on the first of addrs, or why there is none
 	aside   netip.Addr   // an allowed IPv6 address that is not dialled; the zero Addr: none
@@ -43,13 +48,17 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	if t.host.Name == "" {
 		return r, p.choose(ctx, r, list, []netip.Addr{t.host.Addr})
 	}
-	if v, decided := list.DecideName(t.host.Name); decided {
+	name := t.host.Name
+	if t.host.Absolute {
+		name += "."
+	}
+	if v, decided := list.DecideName(t.host.Name, p.resolver.FullNames(name)); decided {
 		r.verdict = v
 		return r, denied(r, netip.Addr{})
 	}
 	lookup, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
-	addrs, err := p.resolver.LookupAddr(lookup, clientOf(ctx), t.host.Name)
+	addrs, full, err := p.resolver.LookupAddr(lookup, clientOf(ctx), name)
 	if err == nil && len(addrs) == 0 {
 		err = &net.DNSError{Err: "no address records", Name: t.host.Name, IsNotFound: true}
 	}
@@ -57,12 +66,14 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	if err != nil {
 		p.counters.lookupFailures.Add(1)
 		// The other rules decide without an address: a client must not find out
-		// whether a denied name exists.
+		// whether a denied name exists. The search list has completed nothing, and
+		// a name that it might have completed is not denied for that.
 		if r.verdict = list.Decide(Destination{Host: t.host}); !r.verdict.Allow {
 			return r, denied(r, netip.Addr{})
 		}
 		return r, unresolved(t, err)
 	}
+	r.full = full
 	return r, p.choose(ctx, r, list, addrs)
 }
 
@@ -84,7 +95,7 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 		if err != nil {
 			return failed(err)
 		}
-		d := Destination{Host: r.target.host, Addr: a, Local: local}
+		d := Destination{Host: r.target.host, Full: r.full, Addr: a, Local: local}
 		if r.target.host.Name == "" {
 			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(ctx, a) })
 		}
@@ -127,7 +138,7 @@ func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
 		return nil
 	}
 	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {
-		addrs, err := p.resolver.LookupAddr(ctx, clientOf(ctx), strings.TrimSuffix(name, "."))
+		addrs, _, err := p.resolver.LookupAddr(ctx, clientOf(ctx), strings.TrimSuffix(name, ".")+".") // no search list
 		return err != nil || !slices.ContainsFunc(addrs, func(b netip.Addr) bool { return b.Unmap() == a })
 	})
 }

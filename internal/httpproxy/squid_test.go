@@ -3,6 +3,7 @@ package httpproxy
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
@@ -24,6 +25,8 @@ import (
 var squidZone = zone{
 	"a.example": {"203.0.113.21"}, "b.a.example": {"203.0.113.22"}, "ba.example": {"203.0.113.23"},
 	"two.example": {"203.0.113.21", "203.0.113.24"}, "six.example": {"2001:db8::1"}, "both.example": {"203.0.113.24", "2001:db8::1"}, "intranet": {"203.0.113.25"},
+	// Names below the search list, which does not complete a name that exists.
+	"search": {"sub.test", "corp.test"}, "api.corp.test": {"203.0.113.26"}, "deep.er.corp.test": {"203.0.113.27"}, "a.example.corp.test": {"203.0.113.28"},
 	"203.0.113.21": {"a.example"}, "203.0.113.22": {"b.a.example"}, "203.0.113.23": {"a.example"}, "203.0.113.24": {"two.example"},
 }
 
@@ -33,10 +36,13 @@ func TestSquidDecides(t *testing.T) {
 	requests := []string{
 		"a.example", "A.Example", "a.example.", "b.a.example", "ba.example", "two.example", "six.example", "both.example", "intranet", "none.example",
 		"203.0.113.21", "203.0.113.22", "203.0.113.23", "203.0.113.24", "203.0.113.25", "[2001:db8::1]",
+		"api", "api.", "API.corp.test", "deep.er", "deep.er.", "none",
 	}
+	// Squid knows no search list: it has to decide on the full name.
+	full := map[string]string{"api": "api.corp.test", "deep.er": "deep.er.corp.test"}
 	parts := []string{
 		"a.example", "*.a.example", "*.example", "two.example", "intranet", "none.example", "203.0.113.21", "203.0.113.24", "203.0.113.20/30",
-		"203.0.113.22/24", "2001:db8::/32", "2001:db8::1",
+		"203.0.113.22/24", "*.test", "api.corp.test", "*.er.corp.test", "203.0.113.26/31", "2001:db8::/32", "2001:db8::1",
 	}
 	random := rand.New(rand.NewPCG(1, 2))
 	var lists []Rules
@@ -71,7 +77,7 @@ func TestSquidDecides(t *testing.T) {
 		p.rules.Store(&list)
 		for _, host := range requests {
 			for _, method := range []string{"GET", "CONNECT"} {
-				ours, squids := ask(t, p.addr, method, host), ask(t, fmt.Sprintf("127.0.0.1:%d", port+i), method, host)
+				ours, squids := ask(t, p.addr, method, host), ask(t, fmt.Sprintf("127.0.0.1:%d", port+i), method, cmp.Or(full[host], host))
 				seen[ours]++
 				if ours == squids {
 					continue

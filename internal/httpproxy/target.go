@@ -68,8 +68,8 @@ func parseAuthority(s string, defaultPort uint16) (target, error) {
 	return t, nil
 }
 
-// parseHost parses a name, an IPv4 address, or an IPv6 address in brackets. A final dot
-// is ignored.
+// parseHost parses a name, an IPv4 address, or an IPv6 address in brackets. The rules
+// ignore a final dot.
 func parseHost(s string) (Host, bool) {
 	if inner, ok := strings.CutPrefix(s, "["); ok {
 		inner, ok = strings.CutSuffix(inner, "]")
@@ -83,5 +83,5 @@ func parseHost(s string) (Host, bool) {
 		return Host{Addr: a}, true
 	}
 	name, ok := parseName(s)
-	return Host{Name: name}, ok
+	return Host{Name: name, Absolute: ok && strings.HasSuffix(s, ".")}, ok
 }

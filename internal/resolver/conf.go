@@ -14,7 +14,7 @@ import (
 type conf struct {
 	servers  []string // address:port, at least one
 	search   []string // domains, absolute
-	ndots    int      // number of dots from which a name is first tried as it is
+	ndots    int      // 0: a name without a dot is tried as it is first, too
 	timeout  time.Duration
 	attempts int // rounds through all servers
 	rotate   bool
@@ -87,6 +87,11 @@ type candidate struct {
 
 // candidates returns the absolute names to try for a name, in their order. A name with
 // a final dot is its only candidate.
+//
+// A name with a dot is tried as it is first, whatever ndots: with the five of
+// Kubernetes, an owner of a name below the search list could take over any name of the
+// Internet (RFC 1535), and each look-up would take several queries more. The other
+// proxies, squid and haproxy, look it up as it is alone.
 func (c *conf) candidates(name string) []candidate {
 	asIs := candidate{dns.Fqdn(name), true}
 	if dns.IsFqdn(name) {
@@ -98,7 +103,7 @@ func (c *conf) candidates(name string) []candidate {
 			list = append(list, candidate{full, false})
 		}
 	}
-	if strings.Count(name, ".") >= c.ndots {
+	if c.ndots == 0 || strings.Contains(name, ".") {
 		return append([]candidate{asIs}, list...)
 	}
 	return append(list, asIs)

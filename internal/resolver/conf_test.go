@@ -41,22 +41,30 @@ func TestParseConf(t *testing.T) {
 }
 
 func TestCandidates(t *testing.T) {
-	c := &conf{search: []string{"ns.cluster.", "cluster."}, ndots: 2}
+	c := &conf{search: []string{"ns.cluster.", "cluster."}, ndots: 5}
 	for name, want := range map[string]string{
 		"a":      "a.ns.cluster. a.cluster. a.",
-		"a.b":    "a.b.ns.cluster. a.b.cluster. a.b.",
+		"a.b":    "a.b. a.b.ns.cluster. a.b.cluster.",
 		"a.b.c":  "a.b.c. a.b.c.ns.cluster. a.b.c.cluster.",
 		"a.b.":   "a.b.",
 		longName: longName + ". " + longName + ".cluster.",
 	} {
-		var got []string
-		for _, candidate := range c.candidates(name) {
-			got = append(got, candidate.name)
-		}
-		if strings.Join(got, " ") != want {
+		if got := names(c.candidates(name)); got != want {
 			t.Errorf("%s: %q, want %q", name, got, want)
 		}
 	}
+	c.ndots = 0
+	if got, want := names(c.candidates("a")), "a. a.ns.cluster. a.cluster."; got != want {
+		t.Errorf("a with ndots:0: %q, want %q", got, want)
+	}
+}
+
+func names(list []candidate) string {
+	var all []string
+	for _, c := range list {
+		all = append(all, c.name)
+	}
+	return strings.Join(all, " ")
 }
 
 // longName leaves room for the shorter search domain only.

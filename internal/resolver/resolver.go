@@ -104,7 +104,7 @@ type Options struct {
 type Resolver struct {
 	hosts *file[hosts]
 	conf  *file[*conf]
-	addrs *cache[string, []netip.Addr]
+	addrs *cache[string, Answer]
 	names *cache[netip.Addr, []string]
 	slots *slots               // of queries in progress
 	used  atomic.Pointer[conf] // the configuration of the cached answers
@@ -117,7 +117,7 @@ func New(o Options) *Resolver {
 	return &Resolver{
 		hosts: &file[hosts]{name: cmp.Or(o.Hosts, "/etc/hosts"), parse: parseHosts},
 		conf:  &file[*conf]{name: cmp.Or(o.ResolvConf, "/etc/resolv.conf"), parse: parseConf},
-		addrs: newCache[string, []netip.Addr](maxEntries, slots),
+		addrs: newCache[string, Answer](maxEntries, slots),
 		names: newCache[netip.Addr, []string](maxEntries, slots),
 		slots: slots,
 	}
@@ -126,18 +126,36 @@ func New(o Options) *Resolver {
 // An Answer is the result of a look-up.
 type Answer struct {
 	Addrs   []netip.Addr // IPv4 first, otherwise in the order of the answer
+	Name    string       // name that has the addresses, perhaps of the search list; lower case, no final dot
 	Expires time.Time    // in the past for an old answer
 }
 
-// LookupAddr returns the addresses of a host, IPv4 first. It never returns an old
-// answer. Look-ups of one client do not delay those of others; client is the zero Addr
-// for the program itself.
-func (r *Resolver) LookupAddr(ctx context.Context, client netip.Addr, host string) ([]netip.Addr, error) {
+// LookupAddr returns the addresses of a host, IPv4 first, and the name that has them,
+// one of FullNames. It never returns an old answer. Look-ups of one client do not delay
+// those of others; client is the zero Addr for the program itself.
+func (r *Resolver) LookupAddr(ctx context.Context, client netip.Addr, host string) ([]netip.Addr, string, error) {
 	a, err := r.Lookup(ctx, client, host)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return a.Addrs, nil
+	return a.Addrs, a.Name, nil
+}
+
+// FullNames returns the names of which a look-up of a host may return the addresses: the
+// name itself and those below the domains of the search list, in lower case and without
+// their final dots. It sends no query.
+func (r *Resolver) FullNames(host string) []string {
+	name, ok := normal(host)
+	bare := strings.TrimSuffix(name, ".")
+	if !ok || len(r.hosts.get().addrs[bare]) > 0 {
+		return []string{bare}
+	}
+	candidates := r.conf.get().candidates(name)
+	full := make([]string, len(candidates))
+	for i, c := range candidates {
+		full[i] = strings.TrimSuffix(c.name, ".")
+	}
+	return full
 }
 
 // Lookup returns the addresses of a host and when they expire. The answer for an
@@ -149,20 +167,22 @@ func (r *Resolver) LookupAddr(ctx context.Context, client netip.Addr, host strin
 // wait for it. client is that of LookupAddr.
 func (r *Resolver) Lookup(ctx context.Context, client netip.Addr, host string) (Answer, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
-		return Answer{[]netip.Addr{a.Unmap()}, time.Now().Add(MaxTTL)}, nil
+		return Answer{[]netip.Addr{a.Unmap()}, a.Unmap().String(), time.Now().Add(MaxTTL)}, nil
 	}
 	name, ok := normal(host)
 	if !ok {
 		return Answer{}, &Error{Name: host, Err: ErrNoName}
 	}
-	if found := r.hosts.get().addrs[strings.TrimSuffix(name, ".")]; len(found) > 0 {
-		return Answer{slices.Clone(found), time.Now().Add(checkEvery)}, nil
+	bare := strings.TrimSuffix(name, ".")
+	if found := r.hosts.get().addrs[bare]; len(found) > 0 {
+		return Answer{slices.Clone(found), bare, time.Now().Add(checkEvery)}, nil
 	}
 	conf := r.current()
-	addrs, expires, err := r.addrs.get(ctx, client, name, func(ctx context.Context) ([]netip.Addr, time.Duration, error) {
+	answer, expires, err := r.addrs.get(ctx, client, name, func(ctx context.Context) (Answer, time.Duration, error) {
 		return r.search(ctx, conf, name)
 	})
-	return Answer{slices.Clone(addrs), expires}, err
+	answer.Addrs, answer.Expires = slices.Clone(answer.Addrs), expires
+	return answer, err
 }
 
 // LookupNames returns the names of an address, without their final dots: those in the
@@ -223,22 +243,22 @@ func normal(host string) (string, bool) {
 }
 
 // search tries a name as it is and below the domains of the search list, in the order
-// of resolv.conf(5), and returns the addresses of the first that has any.
-func (r *Resolver) search(ctx context.Context, c *conf, name string) ([]netip.Addr, time.Duration, error) {
+// of candidates, and returns the addresses of the first that has any.
+func (r *Resolver) search(ctx context.Context, c *conf, name string) (Answer, time.Duration, error) {
 	failed := result{err: ErrNoName, ttl: MaxNegativeTTL}
 	for i, candidate := range c.candidates(name) {
 		found := r.address(ctx, c, candidate.name)
 		if found.err == nil {
-			return addresses(found.records), found.ttl, nil
+			return Answer{Addrs: addresses(found.records), Name: strings.TrimSuffix(candidate.name, ".")}, found.ttl, nil
 		}
 		// A full name is searched below other domains only if it is known not to
 		// exist (RFC 1535): it could be another host there.
 		if errors.Is(found.err, ErrNoAnswer) && (candidate.asIs || !found.answered) {
-			return nil, found.ttl, &Error{name, found.err, found.cause}
+			return Answer{}, found.ttl, &Error{name, found.err, found.cause}
 		}
 		failed = worse(failed, found, i == 0)
 	}
-	return nil, failed.ttl, &Error{name, failed.err, failed.cause}
+	return Answer{}, failed.ttl, &Error{name, failed.err, failed.cause}
 }
 
 // worse combines two failures into one: ErrNoAnswer before ErrNoAddress before

@@ -69,7 +69,7 @@ func TestAnswers(t *testing.T) {
 	if q := s.queries(); len(q) > 0 && time.Since(begin) < MaxNegativeTTL {
 		t.Errorf("queries within the TTL: %v", q)
 	}
-	if _, err := r.LookupAddr(t.Context(), netip.Addr{}, "missing.example"); err.Error() != `looking up "missing.example": no such name` {
+	if _, _, err := r.LookupAddr(t.Context(), netip.Addr{}, "missing.example"); err.Error() != `looking up "missing.example": no such name` {
 		t.Error(err)
 	}
 }
@@ -131,7 +131,7 @@ func TestStale(t *testing.T) {
 		if len(a.Addrs) != 1 || a.Addrs[0] != netip.MustParseAddr("192.0.2.1") {
 			t.Errorf("%s servers: the old answer is %v", name, a.Addrs)
 		}
-		if _, err := r.LookupAddr(t.Context(), netip.Addr{}, "a.example"); err == nil {
+		if _, _, err := r.LookupAddr(t.Context(), netip.Addr{}, "a.example"); err == nil {
 			t.Errorf("%s servers: LookupAddr returns an old answer", name)
 		}
 	}
@@ -320,10 +320,34 @@ func TestSearchList(t *testing.T) {
 		t.Errorf("queries below other domains for a name whose servers fail: %v", q)
 	}
 
-	// The option of Kubernetes.
-	r, _ = newResolver(t, list+"options ndots:5\n", s)
-	want(t, r, "www.example.com", "192.0.2.5")
+	// With the option of Kubernetes, a name with a dot is still looked up as it is
+	// first, and alone if it exists.
+	r, f := newResolver(t, list+"options ndots:5\n", s)
+	if asked := queriesOf(t, s, r, func() { want(t, r, "www.example.com", "192.0.2.4") }); len(asked) != 2 {
+		t.Errorf("queries for a name that exists as it is: %v", asked)
+	}
 	want(t, r, "www.example.com.", "192.0.2.4")
+	want(t, r, "gone.example.com", ErrNoName)
+	want(t, r, "deep.sub.", ErrNoName)
+
+	// The names whose addresses a look-up may return, and the one of which it does.
+	f.write("hosts", "192.0.2.9 known\n")
+	await(t, r, "known", "192.0.2.9")
+	for host, test := range map[string]struct{ full, found string }{
+		"WEB":             {"web.ns.cluster web.cluster web", "web.ns.cluster"},
+		"db":              {"db.ns.cluster db.cluster db", "db.cluster"},
+		"single.":         {"single", "single"},
+		"deep.sub":        {"deep.sub deep.sub.ns.cluster deep.sub.cluster", "deep.sub.ns.cluster"},
+		"www.example.com": {"www.example.com www.example.com.ns.cluster www.example.com.cluster", "www.example.com"},
+		"Known":           {"known", "known"},
+	} {
+		if full := strings.Join(r.FullNames(host), " "); full != test.full {
+			t.Errorf("names of %s: %s", host, full)
+		}
+		if _, found, err := r.LookupAddr(t.Context(), netip.Addr{}, host); err != nil || found != test.found {
+			t.Errorf("%s was found as %q, %v", host, found, err)
+		}
+	}
 	asked := queriesOf(t, s, r, func() { want(t, r, "single", "192.0.2.7") })
 	// The AAAA query for a name that does not exist is cancelled, maybe before it is
 	// sent.
@@ -444,7 +468,7 @@ func TestDNSError(t *testing.T) {
 		"failing.example": {Err: "no answer from the name servers: name server " + s.addr + ":53: SERVFAIL"},
 		"silent.example":  {Err: "no answer from the name servers: querying name server " + s.addr + ":53: ", IsTimeout: true},
 	} {
-		_, err := r.LookupAddr(t.Context(), netip.Addr{}, host)
+		_, _, err := r.LookupAddr(t.Context(), netip.Addr{}, host)
 		got, ok := errors.AsType[*net.DNSError](fmt.Errorf("wrapped: %w", err))
 		if !ok || !strings.HasPrefix(got.Err, want.Err) || strings.TrimSuffix(got.Name, ".") != host ||
 			got.IsNotFound != want.IsNotFound || got.IsTimeout != want.IsTimeout || !errors.Is(got, err) {
