@@ -85,6 +85,17 @@ type Mark uint32
 // String returns the mark with its mask, as iptables-save prints it.
 func (m Mark) String() string { return fmt.Sprintf("0x%x/0x%[1]x", uint32(m)) }
 
+// A Message is a type of messages of ICMP or ICMPv6. No rule matches the type 0.
+type Message uint8
+
+// The types of messages in plans.
+const (
+	RedirectMessage     Message = 5   // ICMP (RFC 792)
+	EchoRequest         Message = 8   // ICMP (RFC 792)
+	RouterAdvertisement Message = 134 // ICMPv6 (RFC 4861)
+	RedirectMessageIPv6 Message = 137 // ICMPv6 (RFC 4861)
+)
+
 // A Rule is one match and one target. A zero field matches every packet.
 type Rule struct {
 	From      netip.Addr // source of the packet
@@ -95,10 +106,10 @@ type Rule struct {
 	Out       string     // output interface
 	NotOut    string     // any other output interface
 	Protocol  Protocol
-	Port      Port // destination port
-	Echo      bool // an ICMP echo request (RFC 792)
-	Marked    Mark // mark of the connection
-	Unmarked  Mark // any other mark of the connection
+	Port      Port    // destination port
+	Message   Message // type of ICMP or ICMPv6 messages, by Protocol
+	Marked    Mark    // mark of the connection
+	Unmarked  Mark    // any other mark of the connection
 	// Matches of the packet's connection:
 	RepliesNotTo netip.Addr // any other destination of its replies
 	Confirmed    bool       // its first packet has left
@@ -320,18 +331,22 @@ func NewProxyPlan(sides Sides) Plan {
 
 // inputRulesIPv4 returns the rules that drop input from the physical network, except
 // for replies to the pod's own connections and echo requests to the reserved
-// address.
+// address. Redirects are dropped first, from either side: conntrack relates one that
+// quotes a packet of a connection to that connection, and the kernel would believe
+// anybody's for minutes. The sysctls against them may be out of reach.
 func inputRulesIPv4(sides Sides) []Rule {
 	return []Rule{
+		{Protocol: ICMP, Message: RedirectMessage, Target: Drop},
 		{In: sides.Egress, Reply: true, Target: Return},
-		{In: sides.Egress, Toward: sides.Source, Echo: true, Target: Return},
+		{In: sides.Egress, Toward: sides.Source, Protocol: ICMP, Message: EchoRequest, Target: Return},
 		{In: sides.Egress, Toward: sides.Source, Protocol: TCP, Original: true, Target: Reject},
 		{In: sides.Egress, Target: Drop},
 	}
 }
 
 // chainsIPv6 returns the chains for IPv6, which uses ICMP in place of ARP
-// (RFC 4861).
+// (RFC 4861). Of that, the physical network may not set routes, addresses and next
+// hops.
 func chainsIPv6(sides Sides) []Chain {
 	forward := []Rule{{Target: Drop}}
 	if sides.Crossing == CrossAll {
@@ -343,6 +358,8 @@ func chainsIPv6(sides Sides) []Chain {
 	return []Chain{
 		{IPv6, Filter, Forward, forward},
 		{IPv6, Filter, Input, []Rule{
+			{In: sides.Egress, Protocol: ICMPv6, Message: RouterAdvertisement, Target: Drop},
+			{In: sides.Egress, Protocol: ICMPv6, Message: RedirectMessageIPv6, Target: Drop},
 			{In: sides.Egress, Reply: true, Target: Return},
 			{In: sides.Egress, Protocol: ICMPv6, Target: Return},
 			{In: sides.Egress, Target: Drop},

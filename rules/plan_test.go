@@ -59,6 +59,7 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-FORWARD -j DROP
 `,
 		`IPv4 filter EGRESS-INPUT
+-A EGRESS-INPUT -p icmp -m icmp --icmp-type 5 -j DROP
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
@@ -80,6 +81,8 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-FORWARD -j DROP
 `,
 		`IPv6 filter EGRESS-INPUT
+-A EGRESS-INPUT -i macvlan0 -p ipv6-icmp -m icmp6 --icmpv6-type 134 -j DROP
+-A EGRESS-INPUT -i macvlan0 -p ipv6-icmp -m icmp6 --icmpv6-type 137 -j DROP
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -i macvlan0 -p ipv6-icmp -j RETURN
 -A EGRESS-INPUT -i macvlan0 -j DROP

@@ -99,12 +99,15 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
-	if r.Echo {
-		option("-p ", "icmp")
-		if modules {
-			option("-m ", "icmp")
+	if r.Message != 0 {
+		module, name := "icmp", "--icmp-type "
+		if r.Protocol == ICMPv6 {
+			module, name = "icmp6", "--icmpv6-type "
 		}
-		option("--icmp-type ", "8")
+		if modules {
+			option("-m ", module)
+		}
+		option(name, strconv.Itoa(int(r.Message)))
 	}
 	b = r.appendConnection(b)
 	b = append(b, "-j "...)

@@ -102,6 +102,7 @@ func TestScript(t *testing.T) {
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
 -A EGRESS-FORWARD -j DROP
+-A EGRESS-INPUT -p icmp -m icmp --icmp-type 5 -j DROP
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset

@@ -26,9 +26,6 @@ const (
 	statusDestinationNAT = 1 << 5
 )
 
-// echoRequest is the ICMP type of a request (RFC 792).
-const echoRequest = 8
-
 // portUnreachable is the ICMP code of a rejection (RFC 792).
 const portUnreachable = 3
 
@@ -69,10 +66,9 @@ func matches(r rules.Rule) []expr.Any {
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
 			compare(expr.CmpOpEq, []byte{byte(r.Port >> 8), byte(r.Port)}))
 	}
-	if r.Echo {
-		add(protocol(rules.ICMP)...)
+	if r.Message != 0 {
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
-			compare(expr.CmpOpEq, []byte{echoRequest}))
+			compare(expr.CmpOpEq, []byte{byte(r.Message)}))
 	}
 	add(connectionMatches(r)...)
 	// The addresses are last, since most packets match them until their source
