@@ -109,6 +109,99 @@ func testIptablesFails(p *labtest.Pod, does string, restores int) {
 	}
 }
 
+// Each kind of failure ends the run with a hint and without a change, if the backend
+// is iptables: nothing replaces it.
+func TestFailureHasHint(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		backend labtest.Backend
+		command string
+		prepare func(*labtest.Pod)
+		last    string
+		hint    string
+	}{
+		{
+			name: "missing modules", backend: labtest.IptablesLegacy,
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("case $0 in *-restore) echo \"iptables-restore v1.8.9 (legacy): iptables-restore: unable to initialize table 'nat'\" >&2; exit 3; esac\nexec $real \"$@\"\n")
+			},
+			last: "unable to initialize table 'nat'", hint: "lacks a module of iptables",
+		},
+		{name: "no privilege", backend: labtest.IptablesNFT, command: "without-privilege", last: "operation not permitted", hint: "NET_ADMIN"},
+		{
+			name: "broken program", backend: labtest.IptablesNFT,
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("exec $real \"$@\"\n")
+				if err := os.WriteFile(p.Program("iptables-restore"), []byte("\x7fELF"), 0o700); err != nil { //nolint:gosec // a program
+					p.Fatal(err)
+				}
+			},
+			last: "running iptables-restore: ", hint: "of another architecture",
+		},
+		{
+			name: "program that is killed", backend: labtest.IptablesNFT,
+			prepare: func(p *labtest.Pod) { p.Path = p.Programs("case $0 in *-save) kill -KILL $$; esac\n") },
+			last:    "running iptables-save: signal: killed", hint: "ended without a message",
+		},
+		{
+			name: "lock", backend: labtest.IptablesLegacy,
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("case $0 in *-restore) echo 'Another app is currently holding the xtables lock. Stopped waiting after 5s.' >&2; exit 4; esac\nexec $real \"$@\"\n")
+			},
+			last: "holding the xtables lock", hint: "find the process",
+		},
+		{
+			name: "missing extension", backend: labtest.IptablesNFT,
+			prepare: func(p *labtest.Pod) { p.Env["XTABLES_LIBDIR"] = p.TempDir() },
+			last:    "Couldn't load ", hint: "lacks an extension",
+		},
+		{
+			name: "missing extension, legacy", backend: labtest.IptablesLegacy,
+			prepare: func(p *labtest.Pod) { p.Env["XTABLES_LIBDIR"] = p.TempDir() },
+			last:    "Couldn't load ", hint: "lacks an extension",
+		},
+		{
+			name: "table of nft", backend: labtest.IptablesNFT,
+			prepare: func(p *labtest.Pod) {
+				p.NFT("add table ip filter")
+				p.NFT("add chain ip filter FORWARD { type filter hook forward priority 10; }")
+			},
+			last: "CHAIN_ADD failed", hint: "another program made a table",
+		},
+		{
+			name: "old version", backend: labtest.IptablesNFT,
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("")
+				text := "#!/bin/sh\necho iptables v1.4.21\n"
+				if err := os.WriteFile(p.Program("iptables"), []byte(text), 0o700); err != nil { //nolint:gosec // a program
+					p.Fatal(err)
+				}
+			},
+			last: "is too old", hint: "use the router's container image",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			p := labtest.New(t, lab.Options{}, test.backend)
+			p.Env["EGRESS_ROUTER_BACKEND"] = "iptables"
+			whole, before := p.Path, p.State()
+			if test.prepare != nil {
+				test.prepare(p)
+			}
+			p.WantRefusal(test.command, test.last, "hint: ")
+			p.WantRefusal(test.command, test.last, test.hint)
+			if rules := p.NFT("list ruleset"); strings.Contains(rules, "EGRESS-") {
+				t.Errorf("rules of the router remain:\n%s", rules)
+			}
+			p.Path = whole
+			if test.name != "table of nft" { // which iptables-save cannot print
+				p.WantState(before)
+			}
+		})
+	}
+}
+
 // The next router waits for an iptables program that outlives the router which started
 // it, so that the program does not undo changes of the next router.
 func TestNextRunWaitsForOrphanedIptables(t *testing.T) {

@@ -154,7 +154,7 @@ func (b *Backend) setVersion(ctx context.Context, path string) error {
 	go func() {
 		ipt, err := goiptables.New(goiptables.Path(path), goiptables.IPFamily(goiptables.ProtocolIPv4))
 		if err != nil {
-			failed <- fmt.Errorf("reading the version of %s: %w", path, err)
+			failed <- &versionError{fmt.Errorf("reading the version of %s: %w", path, err)}
 			return
 		}
 		major, minor, patch := ipt.GetIptablesVersion()
@@ -167,7 +167,7 @@ func (b *Backend) setVersion(ctx context.Context, path string) error {
 		return errors.Join(err, again)
 	case number := <-numbers:
 		if err == nil && slices.Compare(number[:], oldest[:]) < 0 {
-			err = fmt.Errorf("%s is too old: expected at least 1.6.2, whose iptables-restore has -w", b.version)
+			err = &versionError{fmt.Errorf("%s is too old: expected at least 1.6.2, whose iptables-restore has -w", b.version)}
 		}
 		return err
 	}
@@ -197,12 +197,12 @@ func (b *Backend) start(ctx context.Context, input []byte, program string, args 
 	// not interrupt a change of rules.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
-		return fail(fmt.Errorf("running %s: %w", program, err))
+		return fail(&programError{program: program, err: err})
 	}
 	return func() ([]byte, []byte, error) {
 		if err := cmd.Wait(); err != nil {
 			if ctx.Err() != nil {
-				return nil, nil, fmt.Errorf("running %s: %w", program, ctx.Err())
+				return nil, nil, &programError{program: program, err: ctx.Err()}
 			}
 			return nil, nil, runError(program, err, printed.String())
 		}
@@ -222,47 +222,6 @@ func inMemory(name string, data []byte) (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("writing the input of %s: %w", name, err), file.Close())
 	}
 	return file, nil
-}
-
-// runError returns the error of a program with its messages. errors.Is finds
-// os.ErrPermission in it if the kernel refused the call.
-func runError(program string, err error, printed string) error {
-	var lines []string
-	for line := range strings.Lines(printed) {
-		// "iptables-restore v1.8.9 (nf_tables): " may be a line of its own.
-		if line = strings.TrimSpace(line); line != "" && !strings.HasSuffix(line, ":") && !strings.HasPrefix(line, "#") {
-			lines = append(lines, line)
-		}
-	}
-	if len(lines) == 0 {
-		return fmt.Errorf("running %s: %w", program, err)
-	}
-	printed = strings.Join(lines, "; ")
-	if strings.Contains(printed, "Permission denied") || strings.Contains(printed, "Operation not permitted") {
-		err = errors.Join(err, os.ErrPermission)
-	}
-	return &printedError{program, printed, err}
-}
-
-// A printedError is the failure of a program that printed a reason.
-type printedError struct {
-	program, printed string
-	err              error
-}
-
-func (e *printedError) Error() string { return fmt.Sprintf("running %s: %s", e.program, e.printed) }
-func (e *printedError) Unwrap() error { return e.err }
-
-// Hint returns the remedy for a failure of the xtables lock, the only one that
-// rules and privileges do not explain.
-func (e *printedError) Hint() string {
-	switch {
-	case strings.Contains(e.printed, "holding the xtables lock"):
-		return "another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again"
-	case strings.Contains(e.printed, "lock file"):
-		return "iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file"
-	}
-	return ""
 }
 
 // Begin reads the rules and returns a Tx to change them into plan, whose text is

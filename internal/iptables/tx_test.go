@@ -1,10 +1,13 @@
 package iptables
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -194,5 +197,44 @@ func TestRunError(t *testing.T) {
 	}
 	if err := runError("iptables", failed, ""); !strings.Contains(err.Error(), "exit status 4") {
 		t.Errorf("%v lacks the exit status", err)
+	}
+}
+
+// Each kind of failure has a remedy, with the messages of both flavours. Those that are
+// not specific to iptables have none here.
+func TestHints(t *testing.T) {
+	exit := new(exec.ExitError)
+	for printed, want := range map[string]string{
+		"Another app is currently holding the xtables lock. Stopped waiting after 5s.":                                                         "find the process",
+		"Another app is currently holding the xtables lock; still 4s 0us time ahead to have a chance to grab the lock...":                      "find the process",
+		"Fatal: can't open lock file /run/xtables.lock: Read-only file system":                                                                 "a writable /run",
+		"Fatal: can't open lock file /run/xtables.lock: Permission denied":                                                                     "a writable /run",
+		"iptables-save: error while loading shared libraries: libmnl.so.0: cannot open shared object file: No such file or directory":          "install the package again",
+		"Error loading shared library libmnl.so.0: No such file or directory (needed by /usr/sbin/xtables-nft-multi)":                          "install the package again",
+		"iptables-restore v1.8.9 (legacy): Couldn't load match `conntrack':No such file or directory\n\nError occurred at line: 3":             "lacks an extension",
+		"iptables-nft-restore v1.8.9 (nf_tables): unknown option \"--ctdir\"\nError occurred at line: 3":                                       "lacks an extension",
+		"iptables-restore: unrecognized option '--noflush'":                                                                                    "lacks an extension",
+		"iptables-restore v1.8.9 (nf_tables): \nline 4: CHAIN_ADD failed (Operation not supported): chain FORWARD":                             "another program made a table",
+		"iptables v1.8.9 (nf_tables): table `nat' is incompatible, use 'nft' tool.":                                                            "another program made a table",
+		"iptables-save v1.4.21: can't initialize iptables table `nat': Table does not exist (do you need to insmod?)":                          "lacks a module",
+		"iptables-restore v1.8.9 (legacy): iptables-restore: unable to initialize table 'nat'\nError occurred at line: 1":                      "lacks a module",
+		"Warning: Extension CONNMARK revision 0 not supported, missing kernel module?\nline 3: RULE_APPEND failed (No such file or directory)": "lacks a module",
+		"iptables-restore: line 4 failed":                                     "lacks a module",
+		"iptables-restore: No chain/target/match by that name.":               "lacks a module",
+		"iptables-nft-save: Failed to initialize nft: Protocol not supported": "lacks a module",
+		"anything else": "by hand in the pod's network namespace",
+		"":              "ended without a message",
+		"iptables-save v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)": "",
+	} {
+		if got := runError("iptables-restore", exit, printed).(interface{ Hint() string }).Hint(); !strings.Contains(got, want) || (want == "") != (got == "") {
+			t.Errorf("%q:\nhint %q, want %q", printed, got, want)
+		}
+	}
+	for err, want := range map[error]string{
+		syscall.ENOEXEC: "of another architecture", syscall.EACCES: "cannot be started", context.DeadlineExceeded: "does not end", context.Canceled: "",
+	} {
+		if got := (&programError{program: "iptables-save", err: err}).Hint(); !strings.Contains(got, want) || (want == "") != (got == "") {
+			t.Errorf("%v: hint %q, want %q", err, got, want)
+		}
 	}
 }

@@ -1,0 +1,123 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os/exec"
+	"strings"
+)
+
+// A programError is the failure of a program.
+type programError struct {
+	program string
+	printed string // its messages; empty: it printed none
+	err     error
+}
+
+func (e *programError) Error() string {
+	if e.printed == "" {
+		return fmt.Sprintf("running %s: %v", e.program, e.err)
+	}
+	return fmt.Sprintf("running %s: %s", e.program, e.printed)
+}
+
+func (e *programError) Unwrap() error { return e.err }
+
+// runError returns the error of a program with its messages. errors.Is finds
+// fs.ErrPermission in it if the kernel refused the call.
+func runError(program string, err error, printed string) error {
+	var lines []string
+	for line := range strings.Lines(printed) {
+		// "iptables-restore v1.8.9 (nf_tables): " may be a line of its own.
+		if line = strings.TrimSpace(line); line != "" && !strings.HasSuffix(line, ":") && !strings.HasPrefix(line, "#") {
+			lines = append(lines, line)
+		}
+	}
+	printed = strings.Join(lines, "; ")
+	if strings.Contains(printed, "Permission denied") || strings.Contains(printed, "Operation not permitted") {
+		err = errors.Join(err, fs.ErrPermission)
+	}
+	return &programError{program, printed, err}
+}
+
+const (
+	otherPrograms = "use the router's container image, or EGRESS_ROUTER_BACKEND=nftables, which needs no program"
+	otherBackend  = "or set EGRESS_ROUTER_BACKEND=nftables"
+)
+
+// A failure is one kind of failure of iptables.
+type failure struct {
+	printed []string // parts of the programs' messages
+	hint    string
+}
+
+// failures are the kinds of failure, by the messages of iptables 1.6 to 1.8, of both
+// flavours, and of the C libraries' loaders. The first one that matches counts.
+var failures = []failure{
+	{
+		[]string{"holding the xtables lock"},
+		"another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again",
+	},
+	{
+		[]string{"lock file"},
+		"iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file",
+	},
+	{
+		[]string{"rror while loading shared librar", "rror loading shared librar", "rror relocating"},
+		"the installation of iptables is incomplete: install the package again; or " + otherPrograms,
+	},
+	{
+		[]string{"Couldn't load match", "Couldn't load target", "Couldn't find match", "Couldn't find target", "unknown option", "unrecognized option", "Unknown arg", "invalid option"},
+		"this iptables lacks an extension or an option that the rules need: " + otherPrograms,
+	},
+	{
+		[]string{"is incompatible", "CHAIN_ADD failed (Operation not supported)", "CHAIN_ADD failed (File exists)", "newer iptables"},
+		"another program made a table of that name, by nft or by a newer iptables, in a form that this iptables cannot change: set EGRESS_ROUTER_BACKEND=nftables, which has tables of its own, or delete that table (nft list tables)",
+	},
+	{
+		[]string{
+			"Table does not exist", "unable to initialize table", "an't initialize", "Failed to initialize nft", "No chain/target/match by that name", "missing kernel module", "restore: line ",
+			"Protocol not supported", "Protocol not available", "(No such file or directory)", "(Operation not supported)", "(Invalid argument)",
+		},
+		"the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy), and xt_conntrack xt_connmark xt_mark xt_nat ipt_REJECT; " + otherBackend,
+	},
+}
+
+// Hint returns the remedy. It is empty for a call that the kernel refused, and for an
+// interruption: these are not specific to iptables.
+func (e *programError) Hint() string {
+	for _, f := range failures {
+		for _, part := range f.printed {
+			if strings.Contains(e.printed, part) {
+				return f.hint
+			}
+		}
+	}
+	_, ended := errors.AsType[*exec.ExitError](e.err)
+	switch {
+	case errors.Is(e.err, context.Canceled):
+		return ""
+	case errors.Is(e.err, context.DeadlineExceeded):
+		return "the program does not end: look what it waits for (the lock of iptables, a full file system); " + otherBackend
+	case e.printed == "" && !ended:
+		return "the program cannot be started: it is broken, or of another architecture; " + otherPrograms
+	case errors.Is(e.err, fs.ErrPermission):
+		return ""
+	case e.printed == "":
+		return "the program ended without a message: it is broken, or was killed (out of memory); " + otherPrograms
+	}
+	return "run the program by hand in the pod's network namespace; " + otherBackend
+}
+
+// A versionError means that the version of iptables is unknown or too old.
+type versionError struct{ err error }
+
+func (e *versionError) Error() string { return e.err.Error() }
+func (e *versionError) Unwrap() error { return e.err }
+
+// Hint returns the remedy.
+func (e *versionError) Hint() string {
+	return "this iptables is broken or too old: " + otherPrograms
+}
