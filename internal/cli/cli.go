@@ -181,6 +181,9 @@ func runMode(ctx context.Context, p Process) error {
 		return err
 	}
 
+	if err := checkPrivilege(c); err != nil {
+		return err
+	}
 	if c.Mode.Stays() {
 		return stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC)
 	}
@@ -244,7 +247,7 @@ func hint(err error) string {
 		return h
 	}
 	if errors.Is(err, os.ErrPermission) {
-		return "network configuration requires privilege: securityContext.privileged: true, or root with the capabilities NET_ADMIN and NET_RAW"
+		return privilegeHint()
 	}
 	return ""
 }

@@ -408,8 +408,8 @@ func TestMacvlanFaultsAreRefused(t *testing.T) {
 		},
 		{
 			name: "no privilege", command: "without-privilege",
-			last: "permission denied",
-			hint: "securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE",
+			last: "check capabilities: NET_ADMIN, NET_RAW, SYS_ADMIN, SYS_PTRACE missing, operation not permitted",
+			hint: "securityContext.privileged: true in the container's spec, and hostPID: true",
 		},
 		{
 			name: "no privilege over the host", command: "without-sys-admin",

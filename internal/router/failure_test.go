@@ -50,8 +50,18 @@ func TestFaultsAreRefused(t *testing.T) {
 		},
 		{
 			name: "no privilege", command: "without-privilege",
+			last: "check capabilities: NET_ADMIN, NET_RAW missing, operation not permitted",
+			hint: "the container lacks NET_ADMIN and NET_RAW: set securityContext.privileged: true",
+		},
+		{
+			name: "one privilege", command: "without-net-raw",
 			last: "operation not permitted",
-			hint: "securityContext.privileged: true",
+			hint: "the container lacks NET_RAW: set securityContext.privileged: true",
+		},
+		{
+			name: "no privilege, in a container with a read-only /proc/sys", command: "without-net-admin",
+			last: "check capabilities: NET_ADMIN missing, operation not permitted",
+			hint: "capabilities.add: [NET_ADMIN, NET_RAW]",
 		},
 		{
 			name: "forwarding off and read-only", command: "with-read-only-proc",

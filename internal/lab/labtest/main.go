@@ -48,6 +48,8 @@ func MainOf(m *testing.M, program func()) {
 		"as-another-user":      func() { become(anotherUser) },
 		"without-iptables":     func() { become(noIptables) },
 		"without-sys-admin":    func() { become(noSysAdmin) },
+		"without-net-raw":      func() { become(noNetRaw) },
+		"without-net-admin":    func() { become(noNetAdmin) },
 		"as-first-process":     func() { become(ownProc) },
 		"as-host-process":      hostProcess,
 		"in-pod":               inPod,
@@ -184,6 +186,18 @@ func pathWithout(program string) string {
 // noSysAdmin gives up only CAP_SYS_ADMIN, which entering a namespace needs.
 func noSysAdmin() error {
 	return unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN, 0, 0, 0)
+}
+
+// noNetRaw gives up CAP_NET_RAW, which packet sockets need.
+func noNetRaw() error { return unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_RAW, 0, 0, 0) }
+
+// noNetAdmin is a container with the default privileges of docker: without
+// CAP_NET_ADMIN, and with a read-only /proc/sys.
+func noNetAdmin() error {
+	if err := readOnlyProc(); err != nil {
+		return err
+	}
+	return unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_ADMIN, 0, 0, 0)
 }
 
 // ownProc shows the first process of a container its own process numbers.
