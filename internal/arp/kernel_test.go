@@ -328,6 +328,63 @@ func TestKernelAsk(t *testing.T) {
 	}
 }
 
+// A gateway answers the request, also by proxy ARP, by which it answers no probe.
+func TestKernelAskGateway(t *testing.T) {
+	for name, test := range map[string]struct {
+		sysctls map[string]string // of the gateway
+		gateway netip.Addr
+		probed  bool // it answers a probe too
+	}{
+		"own address":                   {nil, lab.GatewayAddr, true},
+		"only senders of its subnet":    {map[string]string{"arp_ignore": "2"}, lab.GatewayAddr, true},
+		"proxy ARP, outside the subnet": {map[string]string{"proxy_arp": "1", "forwarding": "1"}, netip.MustParseAddr("169.254.1.1"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l, router, outside := network(t)
+			for sysctl, value := range test.sysctls {
+				outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/"+sysctl, value))
+			}
+			if !test.probed {
+				// The kernel answers for addresses that it routes to another interface.
+				to := &net.IPNet{IP: test.gateway.AsSlice(), Mask: net.CIDRMask(32, 32)}
+				lo, err := outside.LinkByName("lo")
+				outside.must(err)
+				outside.must(outside.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: to}))
+			}
+			ask := func(ask func() (*Question, error)) *Question {
+				var q *Question
+				router.must(router.do(func() (err error) {
+					q, err = ask()
+					return err
+				}))
+				return q
+			}
+			capture, err := l.Capture(l.Outside, lab.LANLink)
+			outside.must(err)
+			ask(func() (*Question, error) { return Ask(router.index, router.mac, test.gateway) }).Close()
+			router.take(lab.Source)
+			request := ask(func() (*Question, error) { return AskGateway(router.index, router.mac, lab.Source, test.gateway) })
+			if mac, err := request.Answer(t.Context(), soon()); !bytes.Equal(mac, outside.mac) || err != nil {
+				t.Errorf("request: %v, %v; want %v", mac, err, outside.mac)
+			}
+			answers := func(to netip.Addr) func(lab.Frame) bool {
+				return func(f lab.Frame) bool {
+					a, ok := f.ARP()
+					return ok && a.Op == 2 && a.SenderIP == test.gateway && a.TargetIP == to
+				}
+			}
+			if _, err := capture.Wait(t.Context(), answers(lab.Source)); err != nil {
+				t.Fatal(err)
+			}
+			// The probe came first.
+			if probed := slices.ContainsFunc(capture.Frames(), answers(netip.IPv4Unspecified())); probed != test.probed {
+				t.Errorf("probe answered: %v, want %v", probed, test.probed)
+			}
+		})
+	}
+}
+
 func TestKernelAcquire(t *testing.T) {
 	t.Run("free", func(t *testing.T) {
 		t.Parallel()
@@ -391,14 +448,11 @@ func TestKernelWatch(t *testing.T) {
 		t.Error("the gateway answers, and counts as unreachable")
 	}
 	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "8")) // answers for no address
-	for range 4 {
-		router.must(w.ProbeGateway())
-	}
+	router.must(w.ProbeGateway())
 	if <-gateway {
 		t.Error("reachable after three misses")
 	}
 	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "0"))
-	router.must(w.ProbeGateway())
 	if !<-gateway {
 		t.Error("the gateway answers again, and counts as unreachable")
 	}

@@ -12,11 +12,11 @@ import (
 	"time"
 )
 
-// A Question is a probe whose answer has not been read yet.
+// A Question is a request whose answer has not been read yet.
 type Question struct {
 	port    port
-	mac     net.HardwareAddr
-	address netip.Addr
+	mac     net.HardwareAddr // our own
+	address netip.Addr       // the requested one
 }
 
 // Ask sends one probe for address from the interface with the given index and
@@ -32,6 +32,23 @@ func Ask(index int, mac net.HardwareAddr, address netip.Addr) (*Question, error)
 	if err != nil {
 		return nil, err
 	}
+	return ask(index, mac, address, frame)
+}
+
+// AskGateway sends one request for the hardware address of gateway, from address,
+// which the interface must have. It is otherwise like [Ask].
+//
+// The sender is not zero, as in a probe: a gateway that answers by proxy ARP, or only
+// to senders of its subnet, does not answer probes (arp_process in net/ipv4/arp.c).
+func AskGateway(index int, mac net.HardwareAddr, address, gateway netip.Addr) (*Question, error) {
+	frame, err := RequestFor(gateway, mac, address)
+	if err != nil {
+		return nil, err
+	}
+	return ask(index, mac, gateway, frame)
+}
+
+func ask(index int, mac net.HardwareAddr, address netip.Addr, frame []byte) (*Question, error) {
 	c, err := listen(index, address, netip.Addr{})
 	if err != nil {
 		return nil, err

@@ -21,6 +21,8 @@ type wire struct {
 	mu   sync.Mutex
 	sent []sent
 	fail error // error of send
+	// sending is called for each frame; may be nil.
+	sending func()
 }
 
 type sent struct {
@@ -37,6 +39,9 @@ func (w *wire) send(frame []byte) error {
 		return w.fail
 	}
 	w.sent = append(w.sent, sent{time.Now(), bytes.Clone(frame)})
+	if w.sending != nil {
+		w.sending()
+	}
 	return nil
 }
 

@@ -31,17 +31,23 @@ const (
 	// maxMisses is the number of unanswered requests in a row after which the
 	// gateway is unreachable.
 	maxMisses = 3
+
+	// gatewayRetry is the time for an answer, after which the request is repeated:
+	// one request a second is the recommended maximum (RFC 1122 section 2.3.2.1), and
+	// the kernel's own rate (retrans_time_ms in Documentation/networking/ip-sysctl.rst).
+	gatewayRetry = time.Second
 )
 
 // Options configure a Watch.
 //
-// Run and ProbeGateway call the callbacks, one at a time and in order. A callback
-// must not call ProbeGateway, and blocks the Watch.
+// The callbacks are called one at a time and in order. A callback must not call
+// ProbeGateway, and blocks the Watch.
 type Options struct {
 	Index   int              // index of the interface
 	MAC     net.HardwareAddr // its own; if it changes, make another Watch
 	Address netip.Addr       // the reserved address
 	Gateway netip.Addr       // the zero Addr: no gateway
+	Misses  int              // unanswered requests to the gateway before the Watch
 
 	// Conflict is called for another host that claims the address: for each
 	// hardware address at most once in 10 s, for at most 16 of them in that time.
@@ -88,7 +94,8 @@ type Watch struct {
 	mu   sync.Mutex
 
 	state    State
-	asked    bool // a request to the gateway is unanswered
+	asked    bool        // a request to the gateway is unanswered
+	retry    *time.Timer // calls repeat
 	defended time.Time
 	reported map[string]time.Time // last report, by hardware address
 }
@@ -117,7 +124,11 @@ func newWatch(o Options, p port) *Watch {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Watch{options: o, port: p, reported: map[string]time.Time{}}
+	w := &Watch{options: o, port: p, reported: map[string]time.Time{}}
+	w.state.Gateway.Misses = o.Misses
+	w.retry = time.AfterFunc(gatewayRetry, w.repeat)
+	w.retry.Stop()
+	return w
 }
 
 // Run watches until ctx ends or the Watch is closed, without an error. It
@@ -139,7 +150,10 @@ func (w *Watch) Run(ctx context.Context) error {
 }
 
 // Close ends Run. It may be called again.
-func (w *Watch) Close() { w.port.close() }
+func (w *Watch) Close() {
+	w.port.close()
+	w.retry.Stop()
+}
 
 // State returns the current state. It may be called at any time, also by
 // callbacks.
@@ -201,28 +215,50 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 	}
 }
 
-// ProbeGateway requests the gateway's hardware address, and counts a miss if it has
-// not answered since the last call. After 3 misses in a row it is unreachable,
-// until the next packet from it. A request that cannot be sent is an error, and a
-// miss unless a packet arrives before the next call.
+// ProbeGateway requests the gateway's hardware address. While the gateway does not
+// answer, the Watch repeats the request each second, and counts a miss each time.
+// After 3 misses in a row the gateway is unreachable, until the next packet from it. A
+// request that cannot be sent is an error, and a miss unless a packet arrives in that
+// second.
 //
 // The sender of the request is the reserved address, so the interface must have
-// it. The Watch has no timer: the caller chooses the interval.
+// it. The caller chooses the interval of calls; a call while a request is unanswered
+// does nothing.
 func (w *Watch) ProbeGateway() error {
-	if !w.options.Gateway.IsValid() {
+	w.turn.Lock()
+	defer w.turn.Unlock()
+	if w.asked || !w.options.Gateway.IsValid() {
 		return nil
 	}
-	request, err := RequestFor(w.options.Gateway, w.options.MAC, w.options.Address)
+	return w.request()
+}
+
+// repeat repeats an unanswered request.
+func (w *Watch) repeat() {
+	w.turn.Lock()
+	defer w.turn.Unlock()
+	if w.asked {
+		_ = w.request() // an error is a miss
+	}
+}
+
+// request sends a request to the gateway, and counts a miss if the last one is
+// unanswered. The caller holds turn.
+func (w *Watch) request() error {
+	frame, err := RequestFor(w.options.Gateway, w.options.MAC, w.options.Address)
 	if err != nil {
 		return err
 	}
-	w.turn.Lock()
-	defer w.turn.Unlock()
+	err = w.port.send(frame)
+	if errors.Is(err, os.ErrClosed) { // the Watch has ended
+		return err
+	}
 	if w.asked {
 		w.missed()
 	}
 	w.asked = true
-	if err := w.port.send(request); err != nil {
+	w.retry.Reset(gatewayRetry)
+	if err != nil {
 		return fmt.Errorf("request gateway %s: %w", w.options.Gateway, err)
 	}
 	return nil
@@ -244,6 +280,7 @@ func (w *Watch) missed() {
 // answered records a packet of the gateway, which proves that it is reachable.
 func (w *Watch) answered(mac net.HardwareAddr) {
 	w.asked = false
+	w.retry.Stop()
 	w.mu.Lock()
 	g := &w.state.Gateway
 	before := g.MAC

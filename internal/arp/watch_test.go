@@ -2,6 +2,7 @@ package arp
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -145,12 +146,15 @@ func TestGateway(t *testing.T) {
 		w := newWire()
 		watch, reports := run(t, w)
 		start := time.Now()
-		probe := func() {
+		// probe probes at a full 10 s, and lets some time pass.
+		probe := func(then time.Duration) {
 			t.Helper()
-			time.Sleep(10 * time.Second)
+			time.Sleep(10*time.Second - time.Since(start)%(10*time.Second))
 			if err := watch.ProbeGateway(); err != nil {
 				t.Error(err)
 			}
+			time.Sleep(then)
+			synctest.Wait()
 		}
 		reply := Packet{Reply, otherMAC, gateway, ourMAC, address}
 		check := func(want GatewayState) {
@@ -159,49 +163,91 @@ func TestGateway(t *testing.T) {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 		}
-		at := func(seconds int) time.Time { return start.Add(time.Duration(seconds) * time.Second) }
+		at := func(seconds float64) time.Time { return start.Add(time.Duration(seconds * 1e9)) }
 
 		check(GatewayState{})
-		probe()
-		probe()
-		probe()
+		probe(2500 * time.Millisecond)
 		check(GatewayState{Misses: 2})
-		probe() // at 40 s: the third miss
-		check(GatewayState{Known: true, Since: at(40), Misses: 3})
-		probe()
-		check(GatewayState{Known: true, Since: at(40), Misses: 4})
+		time.Sleep(time.Second) // 13.5 s
+		check(GatewayState{Known: true, Since: at(13), Misses: 3})
+		probe(500 * time.Millisecond) // an unanswered request is not sent again at once
+		check(GatewayState{Known: true, Since: at(13), Misses: 10})
 		w.say(reply)
-		check(GatewayState{Known: true, Reachable: true, Since: at(50), MAC: otherMAC, Answered: at(50)})
-		probe()
+		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: otherMAC, Answered: at(20.5)})
+		probe(500 * time.Millisecond) // slow
 		w.say(reply)
-		probe()
-		probe()
-		probe() // at 90 s: two misses
-		check(GatewayState{Known: true, Reachable: true, Since: at(50), MAC: otherMAC, Answered: at(60), Misses: 2})
+		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: otherMAC, Answered: at(30.5)})
+		probe(2500 * time.Millisecond)
+		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: otherMAC, Answered: at(30.5), Misses: 2})
 		// Another router takes over and sends a request.
-		w.say(Packet{Request, net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}, gateway, unknown(), neighbour})
 		vrrp := net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}
-		check(GatewayState{Known: true, Reachable: true, Since: at(50), MAC: vrrp, Answered: at(90)})
-		probe()
-		probe()
-		probe()
-		probe() // at 130 s
-		check(GatewayState{Known: true, Since: at(130), MAC: vrrp, Answered: at(90), Misses: 3})
+		w.say(Packet{Request, vrrp, gateway, unknown(), neighbour})
+		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: vrrp, Answered: at(42.5)})
+		probe(3 * time.Second)
+		check(GatewayState{Known: true, Since: at(53), MAC: vrrp, Answered: at(42.5), Misses: 3})
 		w.say(reply, reply)
-		probe() // answered: no miss
-		check(GatewayState{Known: true, Reachable: true, Since: at(130), MAC: otherMAC, Answered: at(130)})
+		time.Sleep(6 * time.Second)
+		check(GatewayState{Known: true, Reachable: true, Since: at(53), MAC: otherMAC, Answered: at(53)})
 
 		want := []string{
-			"gateway false  at 40s", "gateway true 02:00:5e:10:00:50 at 50s",
-			"gateway false 00:00:5e:00:01:01 at 2m10s", "gateway true 02:00:5e:10:00:50 at 2m10s",
+			"gateway false  at 13s", "gateway true 02:00:5e:10:00:50 at 20.5s",
+			"gateway false 00:00:5e:00:01:01 at 53s", "gateway true 02:00:5e:10:00:50 at 53s",
 		}
 		if diff := cmp.Diff(want, *reports); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
+		var sent []time.Duration
 		for _, f := range w.frames() {
+			sent = append(sent, f.at.Sub(start)/time.Second)
 			if !bytes.Equal(f.frame, unhex(t, gatewayRequest)) {
 				t.Errorf("sent %x", f.frame)
 			}
+		}
+		seconds := []time.Duration{10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 30, 40, 41, 42, 50, 51, 52, 53}
+		if !slices.Equal(sent, seconds) {
+			t.Errorf("sent after %d s, want %d", sent, seconds)
+		}
+	})
+}
+
+// A gateway that takes half a second for each answer is never unreachable.
+func TestSlowGateway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWire()
+		w.sending = func() {
+			time.AfterFunc(500*time.Millisecond, func() { w.packets <- Packet{Reply, otherMAC, gateway, ourMAC, address} })
+		}
+		watch, reports := run(t, w)
+		for range 1000 {
+			if err := watch.ProbeGateway(); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		synctest.Wait()
+		if want := []string{"gateway true 02:00:5e:10:00:50 at 500ms"}; !slices.Equal(*reports, want) {
+			t.Errorf("reports %q, want %q", *reports, want)
+		}
+		time.Sleep(time.Second)
+	})
+}
+
+// Earlier unanswered requests count.
+func TestGatewayMissesBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var unreachable time.Time
+		watch := newWatch(Options{
+			MAC: ourMAC, Address: address, Gateway: gateway, Misses: 1,
+			GatewayChanged: func(bool, net.HardwareAddr) { unreachable = time.Now() },
+		}, newWire())
+		defer watch.Close()
+		start := time.Now()
+		if err := watch.ProbeGateway(); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute)
+		if after := unreachable.Sub(start); after != 2*time.Second {
+			t.Errorf("unreachable after %s, want 2s", after)
 		}
 	})
 }
@@ -212,13 +258,29 @@ func TestGatewayRequestFails(t *testing.T) {
 		w := newWire()
 		watch, reports := run(t, w)
 		w.fail = os.ErrPermission
-		for range 4 {
-			if err := watch.ProbeGateway(); err == nil {
-				t.Error("no error")
-			}
+		if err := watch.ProbeGateway(); !errors.Is(err, os.ErrPermission) {
+			t.Errorf("%v, want %v", err, os.ErrPermission)
 		}
-		if want := []string{"gateway false  at 0s"}; !slices.Equal(*reports, want) {
+		time.Sleep(time.Minute)
+		if want := []string{"gateway false  at 3s"}; !slices.Equal(*reports, want) {
 			t.Errorf("reports %q, want %q", *reports, want)
+		}
+	})
+}
+
+// A closed Watch sends no more requests, and counts no more misses.
+func TestGatewayClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWire()
+		watch := newWatch(Options{MAC: ourMAC, Address: address, Gateway: gateway}, w)
+		if err := watch.ProbeGateway(); err != nil {
+			t.Error(err)
+		}
+		w.fail = os.ErrClosed
+		time.Sleep(time.Minute)
+		watch.Close()
+		if s := watch.State(); s.Gateway.Misses != 0 || len(w.frames()) != 1 {
+			t.Errorf("state %+v, sent %d", s, len(w.frames()))
 		}
 	})
 }
