@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/metrics"
@@ -23,7 +24,7 @@ func (w *watch) reporter() reporter {
 	return reporter{
 		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen,
 		report: func(r *health.Report) {
-			reportRouter(r, w.keeper.Status(), w.config.Health.Probe)
+			reportRouter(r, w.keeper.Status(), w.config, time.Now())
 			if err := w.alive(); err != nil {
 				r.Reasons = append(r.Reasons, err.Error())
 			}
@@ -47,8 +48,8 @@ func (w *watch) alive() error {
 	return nil
 }
 
-// reportRouter reports the router's state.
-func reportRouter(r *health.Report, s router.Status, probes bool) {
+// reportRouter reports the router's state. Ages are relative to now.
+func reportRouter(r *health.Report, s router.Status, c config.Config, now time.Time) {
 	r.Reasons = append(r.Reasons, s.NotReady...)
 	add := func(name string, state health.State, since time.Time, format string, args ...any) {
 		r.Checks = append(r.Checks, health.Check{Name: name, State: state, Since: since, Detail: fmt.Sprintf(format, args...)})
@@ -58,42 +59,60 @@ func reportRouter(r *health.Report, s router.Status, probes bool) {
 	case !s.InSync:
 		add("kernel", health.Failed, s.Since, "%s", s.Failure)
 	case s.Contested != "":
-		add("kernel", health.Warning, s.Since, "repair contested by another program: %s", s.Contested)
+		add("kernel", health.Warning, s.ContestedSince, "repair contested by another program: %s", s.Contested)
 	default:
 		add("kernel", health.OK, s.Since, "no drift, backend %s, %d repairs", s.Backend, repairs)
 	}
 
+	switch l := s.Link; {
+	case l.Since.IsZero():
+		add("interface", health.OK, r.Started, "%s, not read yet", c.Egress)
+	case !l.Found:
+		add("interface", health.Failed, l.Since, "%s not found", c.Egress)
+	case !l.Carrier:
+		add("interface", health.Failed, l.Since, "%s at %s, without carrier", c.Egress, l.MAC)
+	default:
+		add("interface", health.OK, l.Since, "%s at %s", c.Egress, l.MAC)
+	}
+
+	last := "no answer yet"
+	if g := s.Gateway; !g.Answered.IsZero() {
+		last = fmt.Sprintf("last answer %s ago by %s", health.Age(g.Answered, now), g.MAC)
+	}
 	switch g := s.Gateway; {
 	case s.Unwatched != "":
-		add("gateway", health.Warning, time.Time{}, "ARP watch not running: %s", s.Unwatched)
+		add("gateway", health.Warning, s.UnwatchedSince, "%s, ARP watch not running: %s", c.Gateway, s.Unwatched)
 	case !g.Known:
-		add("gateway", health.OK, time.Time{}, "no answer yet")
+		add("gateway", health.OK, r.Started, "%s, %s", c.Gateway, last)
 	case g.Reachable:
-		add("gateway", health.OK, g.Since, "answers ARP at %s", g.MAC)
+		add("gateway", health.OK, g.Since, "%s answers ARP, %s", c.Gateway, last)
 	default:
-		add("gateway", health.Failed, g.Since, "does not answer ARP")
+		add("gateway", health.Failed, g.Since, "%s does not answer ARP, %s", c.Gateway, last)
 	}
 
 	if s.Conflicts > 0 {
-		add("address", health.Warning, s.ConflictAt, "claimed by %s, %d conflicts", s.ConflictMAC, s.Conflicts)
+		add("address", health.Warning, s.ConflictAt, "%s, claimed by %s, %d conflicts", c.Source, s.ConflictMAC, s.Conflicts)
 	} else {
-		add("address", health.OK, r.Started, "no conflict")
+		add("address", health.OK, r.Started, "%s, no conflict", c.Source)
 	}
 
 	if s.ReloadError != "" {
-		add("destinations", health.Warning, time.Time{}, "%d, reload failed: %s", s.Destinations, s.ReloadError)
+		add("destinations", health.Warning, s.ReloadSince, "%d, reload failed: %s", s.Destinations, s.ReloadError)
 	} else {
-		add("destinations", health.OK, r.Started, "%d", s.Destinations)
+		add("destinations", health.OK, s.ReloadSince, "%d", s.Destinations)
 	}
 
-	if !probes {
+	if !c.Health.Probe {
 		return
 	}
 	down := slices.DeleteFunc(slices.Clone(s.Probes), func(p router.Probe) bool { return p.Err == "" })
-	if len(down) > 0 {
-		add("servers", health.Warning, time.Time{}, "%d of %d unreachable: %s: %s", len(down), len(s.Probes), down[0].To, down[0].Err)
-	} else {
-		add("servers", health.OK, time.Time{}, "%d reachable", len(s.Probes))
+	switch {
+	case s.ProbesSince.IsZero():
+		add("servers", health.OK, r.Started, "not probed yet")
+	case len(down) > 0:
+		add("servers", health.Warning, s.ProbesSince, "%d of %d unreachable: %s: %s", len(down), len(s.Probes), down[0].To, down[0].Err)
+	default:
+		add("servers", health.OK, s.ProbesSince, "%d reachable", len(s.Probes))
 	}
 }
 

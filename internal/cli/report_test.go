@@ -5,17 +5,22 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/http/httptest"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/httpproxy"
 	"github.com/egress-router/egress-router/internal/metrics"
 	"github.com/egress-router/egress-router/internal/resolver"
+	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/internal/tcpproxy"
 )
 
@@ -153,6 +158,80 @@ func TestReportHTTPProxy(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, r.Checks); diff != "" || len(r.Reasons) != 1 {
 		t.Errorf("reasons %q, checks (- want, + got):\n%s", r.Reasons, diff)
+	}
+}
+
+// Each check has its addresses, and the time since which it is in its state.
+func TestReportRouter(t *testing.T) {
+	c := config.Config{
+		Egress: "macvlan0", Source: netip.MustParsePrefix("192.168.12.99/24"), Gateway: netip.MustParseAddr("192.168.12.1"),
+		Health: config.Health{Probe: true},
+	}
+	mac, other := net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	check := func(name string, state health.State, detail string, since time.Time) health.Check {
+		return health.Check{Name: name, State: state, Detail: detail, Since: since}
+	}
+	begin := time.Now()
+	at := begin.Add(-10 * time.Second)
+	web := netip.MustParseAddrPort("203.0.113.25:80")
+	for _, test := range []struct {
+		status router.Status
+		want   []health.Check
+	}{
+		{
+			router.Status{Failure: "not reconciled yet", Since: begin, Destinations: 2, ReloadSince: begin},
+			[]health.Check{
+				check("kernel", health.Failed, "not reconciled yet", begin), check("interface", health.OK, "macvlan0, not read yet", begin),
+				check("gateway", health.OK, "192.168.12.1, no answer yet", begin), check("address", health.OK, "192.168.12.99/24, no conflict", begin),
+				check("destinations", health.OK, "2", begin), check("servers", health.OK, "not probed yet", begin),
+			},
+		},
+		{
+			router.Status{
+				InSync: true, Since: at, Backend: "nftables", Link: router.LinkStatus{Found: true, MAC: mac, Carrier: true, Since: at},
+				State:        arp.State{Gateway: arp.GatewayState{Known: true, Reachable: true, Since: at, MAC: other, Answered: at}},
+				Destinations: 2, ReloadSince: at, Probes: []router.Probe{{To: web}}, ProbesSince: at,
+			},
+			[]health.Check{
+				check("kernel", health.OK, "no drift, backend nftables, 0 repairs", at), check("interface", health.OK, "macvlan0 at 02:00:00:00:00:01", at),
+				check("gateway", health.OK, "192.168.12.1 answers ARP, last answer 10s ago by 02:00:00:00:00:09", at),
+				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "2", at),
+				check("servers", health.OK, "1 reachable", at),
+			},
+		},
+		{
+			router.Status{
+				InSync: true, Since: begin, Contested: "set macvlan0 up", ContestedSince: at, Link: router.LinkStatus{Found: true, MAC: mac, Since: at},
+				State: arp.State{
+					Gateway:   arp.GatewayState{Known: true, Since: at, MAC: other, Answered: at},
+					Conflicts: 3, ConflictMAC: other, ConflictAt: at,
+				},
+				Destinations: 2, ReloadError: "line 1", ReloadSince: at,
+				Probes: []router.Probe{{To: web, Err: "refused"}, {}}, ProbesSince: at,
+			},
+			[]health.Check{
+				check("kernel", health.Warning, "repair contested by another program: set macvlan0 up", at),
+				check("interface", health.Failed, "macvlan0 at 02:00:00:00:00:01, without carrier", at),
+				check("gateway", health.Failed, "192.168.12.1 does not answer ARP, last answer 10s ago by 02:00:00:00:00:09", at),
+				check("address", health.Warning, "192.168.12.99/24, claimed by 02:00:00:00:00:09, 3 conflicts", at),
+				check("destinations", health.Warning, "2, reload failed: line 1", at),
+				check("servers", health.Warning, "1 of 2 unreachable: 203.0.113.25:80: refused", at),
+			},
+		},
+		{
+			router.Status{Failure: "not found", Since: at, Link: router.LinkStatus{Since: at}, Unwatched: "denied", UnwatchedSince: at, ReloadSince: at, ProbesSince: at},
+			[]health.Check{
+				check("kernel", health.Failed, "not found", at), check("interface", health.Failed, "macvlan0 not found", at),
+				check("gateway", health.Warning, "192.168.12.1, ARP watch not running: denied", at),
+				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "0", at), check("servers", health.OK, "0 reachable", at),
+			},
+		},
+	} {
+		r := health.Report{Started: begin}
+		reportRouter(&r, test.status, c, begin)
+		if diff := cmp.Diff(test.want, r.Checks); diff != "" {
+			t.Errorf("checks (- want, + got):\n%s", diff)
+		}
 	}
 }
 

@@ -26,14 +26,14 @@ func WriteTable(w io.Writer, reports []Report, now time.Time) error {
 		} else {
 			b.WriteString(": not ready")
 		}
-		fmt.Fprintf(&b, ", started %s ago\n", age(r.Started, now))
+		fmt.Fprintf(&b, ", started %s ago\n", Age(r.Started, now))
 		for _, reason := range r.Reasons {
 			fmt.Fprintf(&b, "  not ready: %s\n", oneLine(reason))
 		}
 		var checks strings.Builder
 		table := tabwriter.NewWriter(&checks, 0, 0, 2, ' ', 0)
 		for _, c := range r.Checks {
-			fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", oneLine(c.Name), c.State, age(c.Since, now), oneLine(c.Detail))
+			fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", oneLine(c.Name), c.State, Age(c.Since, now), oneLine(c.Detail))
 		}
 		table.Flush()
 		for line := range strings.Lines(checks.String()) {
@@ -67,8 +67,8 @@ func oneLine(s string) string {
 	}, s)
 }
 
-// age returns the time since a moment in its two largest units.
-func age(since, now time.Time) string {
+// Age returns the time since a moment in its two largest units; - for the zero Time.
+func Age(since, now time.Time) string {
 	if since.IsZero() {
 		return "-"
 	}

@@ -27,6 +27,7 @@ type change struct {
 	socket   *arp.Socket   // nil: the interface needs no announcement
 	question *arp.Question // nil: no answer is pending
 	asked    time.Time
+	gateway  <-chan answer // receives the gateway's answer; nil: it was not asked
 	rules    Rules
 	differs  []string // differences of the rules from the plan
 	strays   []Stray
@@ -114,6 +115,11 @@ func (c *change) prepare(ctx context.Context) error {
 	if c.have, err = r.observe(c.network, c.want); err != nil {
 		return err
 	}
+	if !c.watches { // the cluster side may change while the router runs
+		if err := checkGateway(c.want, c.have); err != nil {
+			return err
+		}
+	}
 	if len(link.Claim(c.want, c.have)) > 0 || c.moved != nil && c.moved(c.have) {
 		c.announces = true
 	}
@@ -196,6 +202,7 @@ func (c *change) apply(ctx context.Context) error {
 	if err := c.announce(); err != nil {
 		return err
 	}
+	c.askGateway(ctx)
 	if err := c.converge(ctx, link.Diff); err != nil {
 		return err
 	}

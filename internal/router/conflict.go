@@ -22,9 +22,9 @@ const (
 	ConflictDefend                 // take it, and announce it again after another host's answer
 )
 
-// conflictPatience is the time for an answer to a single probe. A holder on the
-// same network answers within 30 ms.
-const conflictPatience = 50 * time.Millisecond
+// patience is the time for an answer to a single request. A host on the same
+// network answers within 30 ms.
+const patience = 50 * time.Millisecond
 
 // A ConflictError reports another host with the reserved address.
 type ConflictError struct {
@@ -89,7 +89,7 @@ func (c *change) refuse(ctx context.Context) error {
 	if question == nil {
 		return nil
 	}
-	holder, err := question.Answer(ctx, c.asked.Add(conflictPatience))
+	holder, err := question.Answer(ctx, c.asked.Add(patience))
 	if err == nil && holder != nil {
 		err = &ConflictError{c.router.Link.Address.Addr(), holder}
 	}
@@ -102,7 +102,7 @@ func (c *change) answer(ctx context.Context) error {
 		return nil
 	}
 	r := c.router
-	holder, err := c.question.Answer(ctx, c.asked.Add(conflictPatience))
+	holder, err := c.question.Answer(ctx, c.asked.Add(patience))
 	if err != nil && !errors.Is(err, ctx.Err()) {
 		r.Log.Warn("address conflict probe failed", "error", err)
 	}

@@ -5,3 +5,6 @@ const (
 	FirstPause   = firstPause
 	LongestPause = longestPause
 )
+
+// CheckGateway is for tests of package router_test.
+var CheckGateway = checkGateway

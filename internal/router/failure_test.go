@@ -44,6 +44,16 @@ func TestFaultsAreRefused(t *testing.T) {
 			last: "EGRESS_GATEWAY is 10.128.0.98: expected the router of the physical network, found an address of the pod",
 		},
 		{
+			name: "gateway of the cluster side", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.1"},
+			last: "EGRESS_GATEWAY is 10.128.0.1: expected the router of the physical network, found the cluster side's gateway",
+			hint: "hint: set EGRESS_GATEWAY to the router of the physical network",
+		},
+		{
+			name: "gateway in the cluster side's network", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.71", "EGRESS_SOURCE": "192.168.12.99"},
+			last: "EGRESS_GATEWAY is 10.128.0.71: expected the router of the physical network, found an address of the cluster side's network 10.128.0.0/23",
+			hint: "hint: set EGRESS_GATEWAY to the router of the physical network",
+		},
+		{
 			name: "no iptables", command: "without-iptables", env: map[string]string{"EGRESS_ROUTER_BACKEND": "iptables"},
 			last: "looking for iptables",
 			hint: `install the package "iptables"`,

@@ -26,8 +26,9 @@ type Probe struct {
 
 // probes are the last results of all tcp destinations.
 type probes struct {
-	mu   sync.Mutex
-	last []Probe
+	mu    sync.Mutex
+	last  []Probe
+	since time.Time // time of the last change between all reachable and some not
 }
 
 // probeEvery probes each tcp destination from the reserved address, until ctx
@@ -85,9 +86,19 @@ func (k *Keeper) probeAll(ctx context.Context) {
 			k.Router.Log.Info("destination reachable again", "destination", p.To.String())
 		}
 	}
-	k.probes.mu.Lock()
-	k.probes.last = found
-	k.probes.mu.Unlock()
+	k.probes.set(found, time.Now())
+}
+
+// unreachable reports whether p failed.
+func (p Probe) unreachable() bool { return p.Err != "" }
+
+func (p *probes) set(found []Probe, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.since.IsZero() || slices.ContainsFunc(found, Probe.unreachable) != slices.ContainsFunc(p.last, Probe.unreachable) {
+		p.since = now
+	}
+	p.last = found
 }
 
 func (p *probes) state() []Probe {
@@ -96,9 +107,12 @@ func (p *probes) state() []Probe {
 	return p.last
 }
 
-// of returns the results of the given servers.
-func (p *probes) of(targets []netip.AddrPort) []Probe {
-	return slices.DeleteFunc(slices.Clone(p.state()), func(p Probe) bool { return !slices.Contains(targets, p.To) })
+// of returns the results of the given servers, and the time since which all are
+// reachable, or some are not.
+func (p *probes) of(targets []netip.AddrPort) ([]Probe, time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(p.last), func(p Probe) bool { return !slices.Contains(targets, p.To) }), p.since
 }
 
 // targets returns the servers of the plan's TCP redirects, each once, in its

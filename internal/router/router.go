@@ -128,7 +128,11 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	}
 	r.ready(c.have, c.rules, begin)
 	r.start.announced = c.announced
-	return c.answer(ctx)
+	if err := c.answer(ctx); err != nil {
+		return err
+	}
+	c.awaitGateway(ctx)
+	return nil
 }
 
 // A start is the result of Apply for a Keeper.
@@ -136,6 +140,8 @@ type start struct {
 	announced bool
 	holder    net.HardwareAddr // host that answered for the address; nil: none
 	asked     time.Time
+	misses    int  // unanswered requests to the gateway
+	noCarrier bool // the log has it
 }
 
 // notRedirectedTo returns the addresses that are no destination: a destination is
@@ -180,8 +186,8 @@ func (r *Router) checkCluster(network Network) error {
 
 // ready logs the result of Apply.
 func (r *Router) ready(have link.State, current Rules, begin time.Time) {
-	if !have.Carrier {
-		r.Log.Warn("egress interface without carrier", "interface", r.Link.Interface, "hint", "the parent NIC is down or unplugged")
+	if r.start.noCarrier = !have.Carrier; r.start.noCarrier {
+		r.Log.Warn(noCarrier, "interface", r.Link.Interface, "hint", noCarrierHint)
 	}
 	if r.Forward {
 		r.warnOfOtherRoutes(have)

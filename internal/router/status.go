@@ -3,7 +3,7 @@ package router
 import (
 	"fmt"
 	"maps"
-	"net/netip"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -73,8 +73,11 @@ type Status struct {
 	Failure string    // error of the reconcile; empty: none
 	Since   time.Time // time of the last change of InSync
 	// Contested is a repair that another program reverts repeatedly; empty: none.
-	Contested   string
-	contestedAt time.Time // time of its last repair
+	Contested      string
+	ContestedSince time.Time
+	contestedAt    time.Time // time of its last repair
+
+	Link LinkStatus
 
 	Compared       time.Time // time of the last full comparison
 	Comparisons    uint64    // including those after events
@@ -85,22 +88,36 @@ type Status struct {
 	Destinations   int // number of redirects and fallback
 	Reloads        uint64
 	ReloadFailures uint64
-	ReloadError    string // error of the last reload; empty: none
+	ReloadError    string    // error of the last reload; empty: none
+	ReloadSince    time.Time // time of the last change of destinations, or of the first error of a reload
 
-	arp.State        // state of the physical network
-	Unwatched string // error of the ARP watch; empty: none
-	Probes    []Probe
+	arp.State                // state of the physical network
+	Unwatched      string    // error of the ARP watch; empty: none
+	UnwatchedSince time.Time // time of the first such error
+	Probes         []Probe
+	ProbesSince    time.Time // time since which all are reachable, or some are not; zero: no probe yet
 
 	NotReady []string // reasons, one line each; empty: it is ready
 }
 
+// A LinkStatus is the state of the egress interface in the last comparison.
+type LinkStatus struct {
+	Found   bool             // false: the interface is missing
+	MAC     net.HardwareAddr // its own
+	Carrier bool             // false: the NIC below has no link
+	Since   time.Time        // time of the last change of Found or Carrier; zero: no comparison yet
+}
+
 // reasons sets NotReady: a ready router forwards new connections.
-func (s *Status) reasons(gateway netip.Addr, probes bool) {
+func (s *Status) reasons(want link.Want, probes bool) {
 	if !s.InSync {
 		s.NotReady = append(s.NotReady, s.Failure)
 	}
+	if s.Link.Found && !s.Link.Carrier {
+		s.NotReady = append(s.NotReady, fmt.Sprintf("egress interface %s without carrier", want.Interface))
+	}
 	if s.Gateway.Known && !s.Gateway.Reachable {
-		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", gateway))
+		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", want.Gateway))
 	}
 	up := func(p Probe) bool { return p.Err == "" }
 	if probes && len(s.Probes) > 0 && !slices.ContainsFunc(s.Probes, up) {

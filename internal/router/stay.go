@@ -69,9 +69,10 @@ type Keeper struct {
 
 // NewKeeper returns a Keeper for the configuration of r.
 func NewKeeper(r *Router) *Keeper {
+	now := time.Now()
 	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), status: Status{
-		Repairs: make(map[RepairKind]uint64), Since: time.Now(), Failure: "not reconciled yet",
-		Destinations: len(r.Plan.Destinations()),
+		Repairs: make(map[RepairKind]uint64), Since: now, Failure: "not reconciled yet",
+		Destinations: len(r.Plan.Destinations()), ReloadSince: now,
 	}}
 }
 
@@ -98,14 +99,14 @@ const eagerPause = 50 * time.Millisecond
 // Status returns the current status. It may be called at any time.
 func (k *Keeper) Status() Status {
 	k.mu.Lock()
-	s, gateway, servers := k.status.clone(), k.Router.Link.Gateway, targets(k.Router.Plan)
+	s, want, servers := k.status.clone(), k.Router.Link, targets(k.Router.Plan)
 	k.mu.Unlock()
 	if held(s.contestedAt, time.Now()) {
 		s.Contested = ""
 	}
-	s.State, s.Unwatched = k.surroundings.state()
-	s.Probes = k.probes.of(servers)
-	s.reasons(gateway, k.ProbeFailsReady)
+	s.State, s.Unwatched, s.UnwatchedSince = k.surroundings.state()
+	s.Probes, s.ProbesSince = k.probes.of(servers)
+	s.reasons(want, k.ProbeFailsReady)
 	return s
 }
 
@@ -180,6 +181,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 func (k *Keeper) Replace(want link.Want, plan rules.Plan) {
 	k.mu.Lock()
 	same := plan.Equal(k.Router.Plan) && slices.Equal(want.Cluster.Destinations, k.Router.Link.Cluster.Destinations)
+	if !same || k.status.ReloadError != "" {
+		k.status.ReloadSince = time.Now()
+	}
 	k.status.ReloadError = ""
 	if !same {
 		k.status.Reloads++
@@ -203,6 +207,9 @@ func (k *Keeper) Replace(want link.Want, plan rules.Plan) {
 func (k *Keeper) Rejected(why string) {
 	k.update(func(s *Status) {
 		s.ReloadFailures++
+		if s.ReloadError == "" {
+			s.ReloadSince = time.Now()
+		}
 		s.ReloadError = why
 	})
 }
@@ -225,6 +232,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	now := time.Now()
 	k.eager = time.Time{}
 	k.record(c, what, err, now)
+	k.recordLink(c, err, now)
 	if err != nil {
 		k.notBefore = now.Add(k.pace.failed())
 		taken, conflict := errors.AsType[*ConflictError](err)
@@ -251,7 +259,12 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	wait, contested := k.pace.repaired(doneBy(c.repairs), now)
 	k.notBefore = now.Add(wait)
 	if contested {
-		k.update(func(s *Status) { s.Contested, s.contestedAt = c.repairs[0].Done, now })
+		k.update(func(s *Status) {
+			if s.Contested == "" || held(s.contestedAt, now) {
+				s.ContestedSince = now
+			}
+			s.Contested, s.contestedAt = c.repairs[0].Done, now
+		})
 		k.Router.Log.Error("repair contested, backing off",
 			"repair", c.repairs[0].Done, "times", k.pace.again, "wait", wait.Round(time.Millisecond).String())
 	}
@@ -321,6 +334,36 @@ func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 			}
 		}
 	})
+}
+
+// recordLink updates the state of the egress interface after a comparison, and logs
+// changes of its carrier.
+func (k *Keeper) recordLink(c *change, err error, now time.Time) {
+	var before, is LinkStatus
+	k.update(func(s *Status) {
+		before, is = s.Link, s.Link
+		missing, _ := errors.AsType[*InterfaceError](err)
+		switch {
+		case c.have.Index != 0:
+			is.Found, is.MAC = true, c.have.MAC
+			if c.have.Up { // otherwise its carrier is unknown
+				is.Carrier = c.have.Carrier
+			}
+		case missing != nil:
+			is = LinkStatus{Since: is.Since}
+		}
+		if is.Found != before.Found || is.Carrier != before.Carrier || is.Since.IsZero() {
+			is.Since = now
+		}
+		s.Link = is
+	})
+	switch {
+	case is.Found && !is.Carrier && (before.Carrier || !before.Found) && !k.Router.start.noCarrier:
+		k.Router.Log.Error(noCarrier, "interface", c.want.Interface, "hint", noCarrierHint)
+	case is.Carrier && (before.Found && !before.Carrier || k.Router.start.noCarrier):
+		k.Router.Log.Info("egress interface carrier restored", "interface", c.want.Interface)
+	}
+	k.Router.start.noCarrier = false
 }
 
 // repair compares the parts of the namespace that may have changed, and repairs
@@ -428,6 +471,7 @@ func (k *Keeper) networkInSync(c *change) bool {
 	if err != nil {
 		return false // the full comparison returns the error
 	}
+	c.have = have
 	if k.moved(have) {
 		return false
 	}

@@ -529,3 +529,75 @@ func TestKeeperNotReady(t *testing.T) {
 		})
 	}
 }
+
+// The state of the egress interface is that of the last comparison, and a lost carrier
+// is logged once.
+func TestKeeperCarrier(t *testing.T) {
+	keep(t, func(k *kept) {
+		k.keeper.Interval = 0
+		begin := time.Now()
+		if l := k.keeper.Status().Link; !l.Since.IsZero() {
+			k.Errorf("before the start: %+v", l)
+		}
+		k.start()
+		want := router.LinkStatus{Found: true, MAC: k.state.MAC, Carrier: true, Since: begin}
+		check := func(reasons ...string) {
+			k.Helper()
+			synctest.Wait()
+			s := k.keeper.Status()
+			if diff := cmp.Diff(want, s.Link); diff != "" {
+				k.Errorf("- want, + is:\n%s", diff)
+			}
+			if !slices.Equal(s.NotReady, reasons) {
+				k.Errorf("not ready %q, want %q", s.NotReady, reasons)
+			}
+		}
+		check()
+		k.pass(time.Minute)
+		k.state.Carrier = false
+		k.notify(events.Network)
+		want.Carrier, want.Since = false, time.Now()
+		const lost = "egress interface macvlan0 without carrier"
+		check(lost)
+		k.pass(time.Minute)
+		k.notify(events.Network | events.Rules)
+		check(lost)
+		k.state.Carrier = true
+		k.notify(events.Network)
+		want.Carrier, want.Since = true, time.Now()
+		check()
+		if k.logCount("egress interface without carrier") != 1 || k.logCount("egress interface carrier restored") != 1 {
+			k.Errorf("log:\n%s", &k.logged)
+		}
+	})
+}
+
+// Each state of the report has the time of its start.
+func TestKeeperStatusTimes(t *testing.T) {
+	keep(t, func(k *kept) {
+		begin := time.Now()
+		k.withARP()
+		k.keeper.ProbeInterval = time.Minute // without an address in the namespace, no destination is reachable
+		k.keeper.Neighbours = func(arp.Options) (router.Neighbours, error) { return nil, errInjected }
+		k.start()
+		k.pass(time.Minute)
+		at := time.Now()
+		k.keeper.Rejected("line 1")
+		k.pass(time.Minute)
+		k.keeper.Rejected("line 2")
+		s := k.keeper.Status()
+		for what, times := range map[string][2]time.Time{
+			"reload":    {s.ReloadSince, at},
+			"ARP watch": {s.UnwatchedSince, begin},
+			"probes":    {s.ProbesSince, begin},
+		} {
+			if !times[0].Equal(times[1]) {
+				k.Errorf("%s since %s, want %s", what, times[0], times[1])
+			}
+		}
+		k.keeper.Replace(wantedLink, planFor(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n")) // the file is valid again
+		if s := k.keeper.Status(); !s.ReloadSince.Equal(time.Now()) || s.ReloadError != "" {
+			k.Errorf("reload since %s, error %q", s.ReloadSince, s.ReloadError)
+		}
+	})
+}

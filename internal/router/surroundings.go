@@ -28,11 +28,12 @@ type surroundings struct {
 	watch   func(arp.Options) (Neighbours, error)
 	options arp.Options // options of the current watch
 
-	mu         sync.Mutex
-	now        Neighbours // nil: no watch
-	before     arp.State
-	startError string // error of the last start, logged once
-	running    sync.WaitGroup
+	mu           sync.Mutex
+	now          Neighbours // nil: no watch
+	before       arp.State
+	startError   string    // error of the last start, logged once
+	startErrorAt time.Time // time of the first one
+	running      sync.WaitGroup
 }
 
 // follow starts the ARP watch, again if the interface has changed.
@@ -44,7 +45,8 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 	o := arp.Options{
 		Index: have.Index, MAC: have.MAC, Address: want.Address.Addr(), Gateway: want.Gateway,
 		Conflict:       func(mac net.HardwareAddr) { k.conflict(want.Address.Addr(), mac) },
-		GatewayChanged: func(reachable bool, mac net.HardwareAddr) { k.gatewayChanged(want.Gateway, reachable, mac) },
+		GatewayChanged: func(reachable bool, mac net.HardwareAddr) { k.gatewayChanged(want, reachable, mac) },
+		Misses:         k.Router.start.misses,
 		Log:            k.Router.Log,
 	}
 	s.mu.Lock()
@@ -58,10 +60,14 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 		if s.startError != err.Error() {
 			k.Router.Log.Warn("ARP watch not started", "error", err)
 		}
+		if s.startError == "" {
+			s.startErrorAt = time.Now()
+		}
 		s.startError = err.Error()
 		return
 	}
 	s.now, s.options, s.startError = watch, o, ""
+	k.Router.start.misses = 0
 	s.running.Go(func() {
 		err := watch.Run(ctx)
 		if err != nil && !errors.Is(err, arp.ErrGone) {
@@ -104,11 +110,12 @@ func (s *surroundings) sum() arp.State {
 	return total
 }
 
-// state returns the state of the ARP watch, and the error if it does not run.
-func (s *surroundings) state() (state arp.State, unwatched string) {
+// state returns the state of the ARP watch, and the error if it does not run, with
+// the time of the first one.
+func (s *surroundings) state() (state arp.State, unwatched string, since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sum(), s.startError
+	return s.sum(), s.startError, s.startErrorAt
 }
 
 // note adds a holder of the address that a probe found.
@@ -133,11 +140,10 @@ func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
 	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", stopHolder)
 }
 
-func (k *Keeper) gatewayChanged(gateway netip.Addr, reachable bool, mac net.HardwareAddr) {
+func (k *Keeper) gatewayChanged(want link.Want, reachable bool, mac net.HardwareAddr) {
 	if reachable {
-		k.Router.Log.Info("gateway answers ARP", "gateway", gateway.String(), "mac", mac.String())
+		k.Router.Log.Info("gateway answers ARP", "gateway", want.Gateway.String(), "mac", mac.String())
 		return
 	}
-	k.Router.Log.Error("gateway does not answer ARP", "gateway", gateway.String(),
-		"hint", "check that EGRESS_GATEWAY is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface")
+	k.Router.Log.Error(gatewaySilent, "gateway", want.Gateway.String(), "hint", gatewayHint(want))
 }

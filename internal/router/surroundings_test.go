@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -224,7 +225,7 @@ func TestConflictProbeUnanswered(t *testing.T) {
 			if strings.Contains(r.Stderr, "another host") {
 				t.Errorf("stderr has a conflict, want none:\n%s", r.Stderr)
 			}
-			if got, want := fmt.Sprint(sent(capture, mac)), "[probe announcement announcement]"; got != want {
+			if got, want := fmt.Sprint(sent(capture, mac)), "[probe announcement announcement gateway]"; got != want {
 				t.Errorf("sent %s, want %s", got, want)
 			}
 			for _, f := range capture.Frames() {
@@ -324,7 +325,7 @@ func TestConflictRefuseProbesThreeTimes(t *testing.T) {
 	p.Env["EGRESS_CONFLICT"] = "refuse"
 	capture, mac := captureMacvlan(p), macOf(p)
 	p.OK()
-	if got, want := fmt.Sprint(sent(capture, mac)), "[probe probe probe announcement announcement]"; got != want {
+	if got, want := fmt.Sprint(sent(capture, mac)), "[probe probe probe announcement announcement gateway]"; got != want {
 		t.Errorf("sent %s, want %s", got, want)
 	}
 	p.WantExample()
@@ -400,6 +401,86 @@ func TestClaimIsAnsweredOnce(t *testing.T) {
 	p.WantExample()
 }
 
+const gatewaySilent = `msg="gateway does not answer ARP" gateway=`
+
+// silence makes the gateway answer no ARP request, or answer again.
+func silence(p *labtest.Pod, silent bool) {
+	p.Helper()
+	value := "0"
+	if silent {
+		value = "8"
+	}
+	if err := p.Lab.SetSysctl(p.Lab.Outside, "net/ipv4/conf/lan0/arp_ignore", value); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// An init run logs a gateway that does not answer, whether the address is new or not,
+// and succeeds. With a gateway that answers it does not.
+func TestInitLogsSilentGateway(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		const outside = "EGRESS_GATEWAY is outside of the subnet of EGRESS_SOURCE, 192.168.12.0/24"
+		for gateway, hint := range map[string]string{
+			"192.168.12.77": `hint="check that EGRESS_GATEWAY is right`,
+			"192.168.77.1":  `hint="` + outside,
+		} {
+			p.Env["EGRESS_GATEWAY"] = gateway
+			for range 2 {
+				r := p.OK()
+				want := "level=WARN " + gatewaySilent + gateway + " within=50ms " + hint
+				if !strings.Contains(r.Last(), want) {
+					p.Errorf("last line:\n got %s\nwant %s", r.Last(), want)
+				}
+			}
+		}
+		p.Env["EGRESS_GATEWAY"] = lab.GatewayAddr.String()
+		p.Until("the gateway answers in time", func() bool { return !strings.Contains(p.OK().Stderr, "ARP") })
+		p.WantExample()
+	})
+}
+
+// A router that stays probes a gateway that does not answer without waiting for the
+// interval, and reports it; also a gateway that answers later.
+func TestSilentGatewayIsReported(t *testing.T) {
+	t.Parallel()
+	for mode, misses := range map[string]int{"legacy": 2, "monitor": 3} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			p := labtest.New(t, lab.Options{}, labtest.Nftables)
+			if mode == "monitor" {
+				p.OK()
+			}
+			silence(p, true)
+			p.Env["EGRESS_HEALTH_INTERVAL"] = "1h"
+			capture, mac := captureLAN(p), macOf(p)
+			r := p.Start(mode)
+			r.AwaitLog(1, "level=ERROR "+gatewaySilent)
+			if code, out := p.Health(); code != 1 || !strings.Contains(out, "not ready: gateway 192.168.12.1 does not answer ARP\n") ||
+				!strings.Contains(out, "192.168.12.1 does not answer ARP, no answer yet\n") {
+				t.Errorf("health: exit code %d:\n%s", code, out)
+			}
+			if n := count(capture, mac, arpGateway); n < misses+1 {
+				t.Errorf("%d requests, want at least %d", n, misses+1)
+			}
+			silence(p, false)
+			r.AwaitLog(1, gatewayAnswers)
+			p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+			outside := p.Link(p.Handle(p.Lab.Outside), lab.LANLink).Attrs().HardwareAddr.String()
+			_, out := p.Health()
+			for _, re := range []string{
+				`  interface +ok +\S+ +macvlan0 at ` + mac + "\n",
+				`  gateway +ok +\S+ +192\.168\.12\.1 answers ARP, last answer \S+ ago by ` + outside + "\n",
+				`  address +ok +\S+ +192\.168\.12\.99/24, no conflict\n`,
+			} {
+				if !regexp.MustCompile(re).MatchString(out) {
+					t.Errorf("health lacks %s:\n%s", re, out)
+				}
+			}
+		})
+	}
+}
+
 // The router logs a gateway that misses three requests, and one that answers again.
 func TestGatewayLostAndFound(t *testing.T) {
 	t.Parallel()
@@ -407,14 +488,9 @@ func TestGatewayLostAndFound(t *testing.T) {
 	p.Env["EGRESS_HEALTH_INTERVAL"] = "200ms"
 	r := p.Start("legacy")
 	r.AwaitLog(1, gatewayAnswers)
-	const lost = "gateway does not answer ARP"
+	const lost = "level=ERROR " + gatewaySilent
 	capture, mac := captureLAN(p), macOf(p)
-	silent := func(value string) {
-		if err := p.Lab.SetSysctl(p.Lab.Outside, "net/ipv4/conf/lan0/arp_ignore", value); err != nil {
-			t.Fatal(err)
-		}
-	}
-	silent("8")
+	silence(p, true)
 	before := count(capture, mac, arpGateway)
 	r.AwaitLog(1, lost)
 	// The first request may have been answered.
@@ -429,8 +505,33 @@ func TestGatewayLostAndFound(t *testing.T) {
 	if n := strings.Count(r.Logged(), gatewayAnswers); n != 1 {
 		t.Errorf("%d lines %q, want 1", n, gatewayAnswers)
 	}
-	silent("0")
+	silence(p, false)
 	r.AwaitLog(2, gatewayAnswers)
+}
+
+// A router that stays reports that the NIC below has no link when the kernel notifies
+// it, and that the link is back.
+func TestCarrierLostAndFound(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_HEALTH_INTERVAL"] = "1h"
+	r := p.Start("legacy")
+	r.AwaitLog(1, gatewayAnswers)
+	mac, h := macOf(p), p.Handle(p.Lab.Outside)
+	if err := h.LinkSetDown(p.Link(h, lab.LANLink)); err != nil {
+		t.Fatal(err)
+	}
+	r.AwaitLog(1, `level=ERROR msg="egress interface without carrier" interface=macvlan0`)
+	code, out := p.Health()
+	if code != 1 || !strings.Contains(out, "not ready: egress interface macvlan0 without carrier\n") ||
+		!regexp.MustCompile(`  interface +failed +\S+ +macvlan0 at `+mac+`, without carrier\n`).MatchString(out) {
+		t.Errorf("health: exit code %d:\n%s", code, out)
+	}
+	if err := h.LinkSetUp(p.Link(h, lab.LANLink)); err != nil {
+		t.Fatal(err)
+	}
+	r.AwaitLog(1, `level=INFO msg="egress interface carrier restored" interface=macvlan0`)
+	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 }
 
 // syns returns the connections that the router tried to make to a port range of
