@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
@@ -94,6 +95,9 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 		local, err := p.local(a)
 		if err != nil {
 			return failed(err)
+		}
+		if l := p.listener.Load(); local && l != nil && l.Addr().(*net.TCPAddr).Port == int(r.target.port) {
+			return &refusal{http.StatusForbidden, r.target.String() + " is this proxy itself"}
 		}
 		d := Destination{Host: r.target.host, Full: r.full, Addr: a, Local: local}
 		if r.target.host.Name == "" {

@@ -1,7 +1,13 @@
 package httpproxy
 
 import (
+	"bytes"
+	"context"
+	"io"
+	"net"
 	"net/netip"
+	"strings"
+	"sync"
 	"testing"
 )
 
@@ -28,4 +34,67 @@ func TestPoolKey(t *testing.T) {
 		}
 		seen[k] = true
 	}
+}
+
+// The proxy does not connect to itself, whatever the rules.
+func TestNoConnectionToItself(t *testing.T) {
+	p := start(t, "127.0.0.0/8\n0.0.0.0\n*", zone{"self.example": {"127.0.0.1"}}, nil)
+	_, port, err := net.SplitHostPort(p.addr)
+	check(t, err)
+	for _, host := range []string{"127.0.0.1", "127.1.2.3", "0.0.0.0", "self.example"} {
+		target := net.JoinHostPort(host, port)
+		for _, request := range []string{"CONNECT " + target, "GET http://" + target + "/"} {
+			conn := p.connect(t)
+			send(t, conn, request+" HTTP/1.0\r\nHost: "+target+"\r\n\r\n")
+			answer, err := io.ReadAll(conn)
+			if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.0 403 ")) || !bytes.Contains(answer, []byte(target+" is this proxy itself")) {
+				t.Errorf("%s: %q, %v", request, answer, err)
+			}
+		}
+	}
+}
+
+// Look-ups of a request are those of its client, and of a name with a final dot without
+// the search list.
+func TestLookUpOfClient(t *testing.T) {
+	asked := &askedZone{zone: zone{"search": {"corp.test"}, "203.0.113.1": {"one.example"}, "a.corp.test": {"203.0.113.1"}}}
+	p := start(t, "*.example\n*", nil, func(p *Proxy) { p.resolver = asked })
+	server := serve(t, func(*net.TCPConn) {})
+	_, port, err := net.SplitHostPort(server)
+	check(t, err)
+	for _, host := range []string{"a", "a.", "203.0.113.1"} {
+		conn := p.connect(t)
+		send(t, conn, "CONNECT "+host+":"+port+" HTTP/1.1\r\nHost: x\r\n\r\n")
+		_, err := io.ReadAll(conn)
+		check(t, err)
+	}
+	asked.mu.Lock()
+	defer asked.mu.Unlock()
+	if got, want := strings.Join(asked.list, " "), "a a. 203.0.113.1 one.example."; got != want || asked.client != ip("127.0.0.1") {
+		t.Errorf("look-ups %q by %s, want %q by 127.0.0.1", got, asked.client, want)
+	}
+}
+
+// An askedZone records its look-ups.
+type askedZone struct {
+	zone
+	mu     sync.Mutex
+	list   []string
+	client netip.Addr
+}
+
+func (z *askedZone) LookupAddr(ctx context.Context, client netip.Addr, host string) ([]netip.Addr, string, error) {
+	z.ask(client, host)
+	return z.zone.LookupAddr(ctx, client, host)
+}
+
+func (z *askedZone) LookupNames(ctx context.Context, client, a netip.Addr) ([]string, error) {
+	z.ask(client, a.String())
+	return z.zone.LookupNames(ctx, client, a)
+}
+
+func (z *askedZone) ask(client netip.Addr, what string) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.list, z.client = append(z.list, what), client
 }

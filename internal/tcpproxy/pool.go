@@ -45,6 +45,8 @@ type pool struct {
 	destination Destination
 	resolver    Resolver
 	probe       func(context.Context, netip.AddrPort) error
+	local       func(netip.Addr) bool // reports whether an address is one of this pod
+	listens     func(rules.Port) bool // reports whether the proxy listens on a port
 	log         *slog.Logger
 
 	ctx  context.Context // context of look-ups and probes
@@ -56,6 +58,8 @@ type pool struct {
 	known chan struct{}           // closed after the first answer
 	aside map[netip.Addr]struct{} // unreachable addresses
 	turn  int
+
+	ignored bool // the last answer had local addresses
 
 	condition Condition
 	since     time.Time // start of the condition
@@ -104,8 +108,13 @@ func (p *pool) follow() {
 }
 
 // learn applies the result of a look-up. If the look-up fails the addresses stay; a
-// name that does not exist has none.
+// name that does not exist has none, and local addresses do not count.
 func (p *pool) learn(addrs []netip.Addr, err error) {
+	all := addrs
+	addrs = slices.DeleteFunc(slices.Clone(addrs), p.local)
+	if err == nil && len(addrs) == 0 {
+		err = &localError{p.destination.Host, all}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	defer p.judge()
@@ -113,7 +122,7 @@ func (p *pool) learn(addrs []netip.Addr, err error) {
 	p.err = err
 	switch {
 	case err == nil:
-		p.addrs = slices.Clone(addrs)
+		p.addrs = addrs
 	case notFound(err):
 		p.addrs = nil
 	default:
@@ -131,6 +140,10 @@ func (p *pool) learn(addrs []netip.Addr, err error) {
 		if !slices.Contains(p.addrs, a) {
 			delete(p.aside, a)
 		}
+	}
+	ignored := p.ignored
+	if p.ignored = len(addrs) < len(all); p.ignored && !ignored && err == nil {
+		p.log.Warn("local addresses ignored", "destination", p.destination.Target(), "addresses", all)
 	}
 	switch {
 	case err != nil && (failed == nil || !notFound(failed)):
@@ -256,6 +269,9 @@ func (p *pool) next(ctx context.Context, tried []netip.Addr) (netip.Addr, error)
 	}
 	a := best[p.turn%len(best)]
 	p.turn++
+	if p.listens(p.destination.ToPort) && p.local(a) {
+		return netip.Addr{}, fmt.Errorf("connecting to %s: this proxy listens on it", p.destination.Target())
+	}
 	return a, nil
 }
 

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // A world is the resolver and the servers of a pool in tests. Its clock is
@@ -118,6 +120,7 @@ func inWorld(t *testing.T, test func(t *testing.T, w *world, p *pool)) {
 		w := &world{ttl: time.Minute, broken: map[string]error{}}
 		p := &pool{destination: Destination{80, "a.example", 443}, resolver: w, log: slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 		p.probe = w.probe
+		p.local, p.listens = func(a netip.Addr) bool { return a.IsLoopback() }, func(rules.Port) bool { return false }
 		test(t, w, p)
 		p.stop()
 		synctest.Wait()
@@ -333,6 +336,31 @@ func TestOwnResources(t *testing.T) {
 		if _, err := w.connect(ctx, p); !errors.Is(err, context.Canceled) || len(p.aside) > 0 {
 			t.Errorf("%v, aside %v", err, p.aside)
 		}
+	})
+}
+
+// Local addresses of a name are ignored, and a name that has no other has none.
+func TestLocalAddressesOfName(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world, p *pool) {
+		w.set("127.0.0.1", "192.0.2.1")
+		p.start(t.Context())
+		wantCount(t, w.connects(t, p, 2), "[192.0.2.1:2]")
+		time.Sleep(time.Hour)
+		if n := strings.Count(w.text(), "local addresses ignored"); n != 1 {
+			t.Errorf("%d times in the log:\n%s", n, w.text())
+		}
+		w.set("127.0.0.1", "::1")
+		time.Sleep(time.Hour)
+		if to, err := w.connect(t.Context(), p); err == nil || err.Error() !=
+			`"a.example" resolves to local addresses only, which a destination has to write as an address: [127.0.0.1 ::1]` {
+			t.Errorf("%s, %v", to, err)
+		}
+		if n := strings.Count(w.text(), "destination has no address"); n != 1 {
+			t.Errorf("%d times in the log:\n%s", n, w.text())
+		}
+		w.set("192.0.2.1")
+		time.Sleep(time.Hour)
+		wantCount(t, w.connects(t, p, 1), "[192.0.2.1:1]")
 	})
 }
 

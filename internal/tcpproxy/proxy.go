@@ -34,6 +34,8 @@ type Proxy struct {
 	o           Options
 	dialer      *dialer
 	dialTimeout time.Duration // limit of one connection attempt
+	local       func(netip.Addr) bool
+	listening   atomic.Pointer[map[rules.Port]bool] // the ports of the list
 
 	alive context.Context // context of the connections
 	kill  context.CancelFunc
@@ -60,7 +62,7 @@ type port struct {
 
 // New returns a Proxy without destinations.
 func New(o Options) *Proxy {
-	p := &Proxy{o: o, dialer: newDialer(), dialTimeout: connectTimeout, ports: map[rules.Port]*port{}}
+	p := &Proxy{o: o, dialer: newDialer(), dialTimeout: connectTimeout, local: new(ownAddresses).has, ports: map[rules.Port]*port{}}
 	p.alive, p.kill = context.WithCancel(context.Background())
 	p.dialer.keepAlive = asks(o.Idle)
 	return p
@@ -112,6 +114,7 @@ func (p *Proxy) Apply(list []Destination) error {
 	for _, d := range list {
 		wanted[d.Port] = true
 	}
+	p.listening.Store(&wanted)
 	for number, l := range p.ports {
 		if !wanted[number] {
 			l.close()
@@ -153,7 +156,10 @@ func (l *port) close() {
 }
 
 func (p *Proxy) newPool(d Destination) *pool {
-	pool := &pool{destination: d, resolver: p.o.Resolver, probe: p.probe, log: p.o.Log}
+	pool := &pool{
+		destination: d, resolver: p.o.Resolver, probe: p.probe, log: p.o.Log, local: p.local,
+		listens: func(number rules.Port) bool { return (*p.listening.Load())[number] },
+	}
 	pool.start(p.alive)
 	return pool
 }

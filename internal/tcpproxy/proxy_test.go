@@ -158,6 +158,7 @@ func newProxy(t *testing.T, change func(*Options)) (*Proxy, *names, *logBook) {
 		change(&o)
 	}
 	p := New(o)
+	p.local = func(netip.Addr) bool { return false } // the servers of tests are on loopback addresses
 	t.Cleanup(func() { p.Shutdown(0) })
 	return p, n, book
 }
