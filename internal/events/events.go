@@ -16,16 +16,19 @@ type Kind uint32
 
 // The kinds.
 const (
-	Network Kind = 1 << iota // links, IPv4 addresses, routes, routing rules, and the sysctls of forwarding and rp_filter
+	Network Kind = 1 << iota // links, addresses, routes, IPv4 routing rules, and the sysctls of IPv4 forwarding and rp_filter
 	Rules                    // nftables, including iptables' nf_tables flavour
 )
 
 // networkGroups are the multicast groups of a router's objects
 // (linux/rtnetlink.h). The kernel notifies of deleted IPv4 routes, except of those
 // that disappear with their link or their address; then it notifies of the change
-// of the link or the address. The last group has the sysctls
-// (net/ipv4/devinet.c, inet_netconf_notify_devconf).
-var networkGroups = []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_NETCONF}
+// of the link or the address. The group of netconf has the sysctls
+// (net/ipv4/devinet.c, inet_netconf_notify_devconf); the kernel notifies of no others.
+var networkGroups = []int{
+	unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_NETCONF,
+	unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE,
+}
 
 // rulesGroup is the multicast group of nftables changes
 // (linux/netfilter/nfnetlink.h, NFNLGRP_NFTABLES).

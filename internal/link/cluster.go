@@ -33,8 +33,6 @@ type ClusterState struct {
 	Addresses []netip.Addr // IPv4 addresses of the interface
 	Table     []Route      // routes of ClusterSide.Table
 	Rules     []Rule       // rules for that table
-	Filter    string       // the interface's rp_filter
-	Strict    bool         // the effective reverse-path filter is strict
 }
 
 // A Rule is an IPv4 routing rule (ip-rule(8)): it selects packets and a table. A
@@ -69,6 +67,9 @@ func (r Rule) same(other Rule) bool {
 // of local addresses (0), before those for the main table (32766), and in a range
 // that few programs use.
 const rulePriority = 20000
+
+// mainPriority is the priority of the kernel's own rule for the main table (ip-rule(8)).
+const mainPriority = 32766
 
 // unreachable is the type of a route that rejects packets (rtnetlink(7),
 // RTN_UNREACHABLE).
@@ -199,11 +200,6 @@ func diffCluster(want ClusterSide, have State) []Step {
 		if r.Kept && !kept[i] {
 			take(Step{Op: DeleteRoute, Route: r})
 		}
-	}
-	// Packets of clients behind the cluster's default route arrive by another
-	// interface than the main table has for their source.
-	if have.Cluster.Strict {
-		take(Step{Op: WriteSysctl, Sysctl: reversePathFilter(want.Interface), Value: "2", OldValue: have.Cluster.Filter, Optional: true})
 	}
 	return steps
 }

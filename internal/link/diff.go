@@ -5,9 +5,12 @@ import (
 	"slices"
 )
 
-// Up returns the step that sets the egress interface up, if it is down. An
-// interface without an address can already send probes.
-func Up(want Want, have State) []Step {
+// Up returns the steps for the settings, which come before any packet arrives, and the
+// one that sets the egress interface up, if it is down. An interface without an address
+// can already send probes.
+func Up(want Want, have State) []Step { return append(set(want, have), up(want, have)...) }
+
+func up(want Want, have State) []Step {
 	if have.Up {
 		return nil
 	}
@@ -38,12 +41,15 @@ func Claim(want Want, have State) []Step {
 	// the kernel deletes it together with the first one (ip-sysctl.rst,
 	// promote_secondaries).
 	if shared && !have.Promotes {
-		take(Step{Op: WriteSysctl, Sysctl: promoteSecondaries(want.Interface), Value: "1", OldValue: "0", Optional: true})
+		take(Step{
+			Op: WriteSysctl, Sysctl: promoteSecondaries(want.Interface), Value: "1", OldValue: "0", Optional: true,
+			Effect: "the kernel deletes the reserved address with another one of its subnet",
+		})
 	}
 	if missing {
 		take(Step{Op: AddAddress, Address: want.Address})
 	}
-	return append(steps, Up(want, have)...)
+	return append(steps, up(want, have)...)
 }
 
 // Diff returns the steps from have to want, in their order; none if there is no
@@ -53,10 +59,20 @@ func Claim(want Want, have State) []Step {
 // No step deletes the last default route before the new one exists.
 func Diff(want Want, have State) []Step {
 	claim := Claim(want, have)
-	steps := append(diffCluster(want.Cluster, have), claim...)
+	var steps []Step
 	take := func(s Step) {
 		s.Interface, s.Index = want.Interface, have.Index
 		steps = append(steps, s)
+	}
+	for _, r := range have.Lost {
+		take(Step{Op: AddRule, Rule: r})
+	}
+	steps = slices.Concat(steps, set(want, have), diffCluster(want.Cluster, have), claim)
+	for _, r := range have.AdvertisedRoutes {
+		take(Step{Op: DeleteRoute, Route: r})
+	}
+	for _, a := range have.Advertised {
+		take(Step{Op: RemoveAddress, Address: a.Prefix, kernel: a.kernel})
 	}
 	placed := make(map[int]Route) // desired routes after the steps, by index
 	for _, r := range want.Routes(have.Index) {

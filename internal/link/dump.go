@@ -38,6 +38,15 @@ func (k *Kernel) addresses(l netlink.Link) ([]netlink.Addr, error) {
 	return dump(func() ([]netlink.Addr, error) { return k.handle.AddrList(l, netlink.FAMILY_V4) })
 }
 
+func (k *Kernel) addressesIPv6(l netlink.Link) ([]netlink.Addr, error) {
+	return dump(func() ([]netlink.Addr, error) { return k.handle.AddrList(l, netlink.FAMILY_V6) })
+}
+
+// routesIPv6 lists the IPv6 routes of the main table.
+func (k *Kernel) routesIPv6() ([]netlink.Route, error) {
+	return dump(func() ([]netlink.Route, error) { return k.handle.RouteList(nil, netlink.FAMILY_V6) })
+}
+
 // routesOf lists the IPv4 routes of one table.
 func (k *Kernel) routesOf(table int) ([]netlink.Route, error) {
 	return dump(func() ([]netlink.Route, error) {

@@ -93,6 +93,14 @@ func (k *Kernel) Observe(want Want) (State, error) {
 	if s.Addresses, err = k.prefixes(l); err != nil {
 		return State{}, err
 	}
+	if s.Sysctls, err = observeSettings(want); err != nil {
+		return State{}, err
+	}
+	if _, hasIPv6 := s.Sysctls[conf6(want.Interface, "accept_ra")]; hasIPv6 {
+		if err := k.observeAdvertised(&s, l); err != nil {
+			return State{}, err
+		}
+	}
 	names := map[int]string{attrs.Index: want.Interface}
 	if s.Routes, err = k.table(unix.RT_TABLE_MAIN, names); err != nil {
 		return State{}, err
@@ -103,9 +111,14 @@ func (k *Kernel) Observe(want Want) (State, error) {
 	if s.Promotes, err = isOn(promoteSecondaries(want.Interface)); err != nil {
 		return State{}, err
 	}
+	rules, err := k.rules()
+	if err != nil {
+		return State{}, fmt.Errorf("list routing rules: %w", err)
+	}
+	s.Lost = lost(rules)
 	interfaces := []string{want.Interface}
 	if want.Cluster.Interface != "" {
-		if s.Cluster, err = k.observeCluster(want.Cluster, names); err != nil {
+		if s.Cluster, err = k.observeCluster(want.Cluster, names, rules); err != nil {
 			return State{}, err
 		}
 		if s.Cluster.Index != 0 {
@@ -124,7 +137,7 @@ func (k *Kernel) Observe(want Want) (State, error) {
 
 // observeCluster returns the state of the cluster side, the zero State if its
 // interface does not exist.
-func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (ClusterState, error) {
+func (k *Kernel) observeCluster(want ClusterSide, names map[int]string, rules []netlink.Rule) (ClusterState, error) {
 	l, err := k.find(want.Interface)
 	if _, missing := errors.AsType[*MissingError](err); missing {
 		return ClusterState{}, nil
@@ -145,22 +158,74 @@ func (k *Kernel) observeCluster(want ClusterSide, names map[int]string) (Cluster
 	if s.Table, err = k.table(want.Table, names); err != nil {
 		return ClusterState{}, err
 	}
-	rules, err := k.rules()
-	if err != nil {
-		return ClusterState{}, fmt.Errorf("list routing rules: %w", err)
-	}
 	for _, r := range rules {
 		if r.Table == want.Table {
 			s.Rules = append(s.Rules, rule(r))
 		}
 	}
-	if s.Filter, err = readSysctl(reversePathFilter(want.Interface)); err != nil {
-		return ClusterState{}, err
-	}
-	all, err := readSysctl(reversePathFilter("all"))
-	s.Strict = max(all, s.Filter) == "1"
-	return s, err
+	return s, nil
 }
+
+// lost returns those of the kernel's own routing rules (ip-rule(8)) for the tables of
+// local addresses and for the main table that are missing: no rule selects the table
+// for every packet. A program may have moved one to another priority.
+func lost(rules []netlink.Rule) []Rule {
+	every := *netlink.NewRule()
+	var missing []Rule
+	for _, own := range []Rule{{Priority: 0, Table: unix.RT_TABLE_LOCAL}, {Priority: mainPriority, Table: unix.RT_TABLE_MAIN}} {
+		if !slices.ContainsFunc(rules, func(r netlink.Rule) bool {
+			table := r.Table
+			r.Priority, r.Table, r.Family, r.Protocol = every.Priority, every.Table, every.Family, every.Protocol
+			return table == own.Table && r == every
+		}) {
+			missing = append(missing, own)
+		}
+	}
+	return missing
+}
+
+// observeAdvertised finds what the kernel took from router advertisements before
+// accept_ra was off.
+//
+// Their addresses have a lifetime, which others of an administrator's have not
+// (net/ipv6/addrconf.c). Their routes have a protocol of their own, except one to a
+// prefix on the link, which the kernel also adds for each permanent address.
+func (k *Kernel) observeAdvertised(s *State, l netlink.Link) error {
+	name := l.Attrs().Name
+	addresses, err := k.addressesIPv6(l)
+	if err != nil {
+		return fmt.Errorf("list IPv6 addresses of %q: %w", name, err)
+	}
+	own := map[netip.Prefix]bool{linkLocal: true, multicast: true}
+	for _, a := range addresses {
+		p := prefix(a.IPNet)
+		if a.Flags&unix.IFA_F_PERMANENT != 0 || p.Addr().IsLinkLocalUnicast() {
+			own[p.Masked()] = true
+			continue
+		}
+		s.Advertised = append(s.Advertised, Advertised{p, a})
+	}
+	routes, err := k.routesIPv6()
+	if err != nil {
+		return fmt.Errorf("list IPv6 routes: %w", err)
+	}
+	names := map[int]string{s.Index: name}
+	for _, r := range routes {
+		if r.LinkIndex != s.Index || r.Dst == nil {
+			continue
+		}
+		if r.Protocol == unix.RTPROT_RA || r.Protocol == unix.RTPROT_KERNEL && r.Type == unix.RTN_UNICAST && !own[prefix(r.Dst)] {
+			s.AdvertisedRoutes = append(s.AdvertisedRoutes, k.route(r, names))
+		}
+	}
+	return nil
+}
+
+// The destinations of the kernel's own routes of every interface with IPv6 (RFC 4291).
+var (
+	linkLocal = netip.MustParsePrefix("fe80::/64")
+	multicast = netip.MustParsePrefix("ff00::/8")
+)
 
 // prefixes returns the IPv4 addresses of an interface.
 func (k *Kernel) prefixes(l netlink.Link) ([]netip.Prefix, error) {
@@ -238,7 +303,7 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 	}
 }
 
-// prefix converts an IPv4 network; nil stands for all destinations.
+// prefix converts a network; nil stands for all destinations of IPv4.
 func prefix(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
@@ -274,6 +339,9 @@ func (k *Kernel) do(s Step) error {
 	}
 	switch s.Op {
 	case AddAddress:
+		if listed, ok := s.kernel.(netlink.Addr); ok {
+			return k.handle.AddrAdd(iface, &netlink.Addr{IPNet: listed.IPNet, Flags: unix.IFA_F_NOPREFIXROUTE, ValidLft: listed.ValidLft, PreferedLft: listed.PreferedLft})
+		}
 		return k.handle.AddrAdd(iface, address)
 	case RemoveAddress:
 		return k.handle.AddrDel(iface, address)
@@ -301,6 +369,9 @@ func (k *Kernel) do(s Step) error {
 	case DeleteRule:
 		return k.handle.RuleDel(kernelRule(s.Rule))
 	case WriteSysctl:
+		if s.Sysctl == ipForward {
+			return writeForward(s.Value)
+		}
 		return writeSysctl(s.Sysctl, s.Value)
 	}
 	return fmt.Errorf("unknown step %d", s.Op)

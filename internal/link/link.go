@@ -31,7 +31,7 @@ const (
 	ScopeLink     Scope = 253 // on the link itself
 )
 
-// A Route is an IPv4 route.
+// A Route is an IPv4 route, or one of State.AdvertisedRoutes.
 type Route struct {
 	Table       int          // zero: the main table
 	Destination netip.Prefix // 0.0.0.0/0 for a default route
@@ -114,7 +114,19 @@ type State struct {
 	// The forwarding sysctls of the two interfaces, as far as they exist
 	// (net.ipv4.conf.NAME.forwarding).
 	Forwarding []InterfaceForwarding
-	Cluster    ClusterState
+	Sysctls    Sysctls // those of the settings
+	// IPv6 addresses and routes of the egress interface that the kernel took from
+	// router advertisements.
+	Advertised       []Advertised
+	AdvertisedRoutes []Route
+	Lost             []Rule // missing ones of the kernel's own routing rules
+	Cluster          ClusterState
+}
+
+// An Advertised is an IPv6 address from a router advertisement.
+type Advertised struct {
+	netip.Prefix
+	kernel any // netlink's form, for a complete restore
 }
 
 // ForwardsAny reports whether the kernel could forward any packet.

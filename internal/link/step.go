@@ -34,7 +34,10 @@ type Step struct {
 	Sysctl    string // in dotted form
 	Value     string
 	OldValue  string
-	Optional  bool // the router works without it, less robustly
+	Optional  bool   // the router works without it, less robustly
+	Effect    string // what happens without an optional step
+
+	kernel any // netlink's form of Address, if an advertised one
 }
 
 // Inverse returns the step that reverts s.
@@ -91,7 +94,9 @@ func (s Step) Found() string {
 		return fmt.Sprintf("routing rule %s", s.Rule)
 	case WriteSysctl:
 		return fmt.Sprintf("%s = %s", s.Sysctl, s.OldValue)
-	case RemoveAddress, SetDown: // only for rollback
+	case RemoveAddress:
+		return fmt.Sprintf("address %s of %s", s.Address, s.Interface)
+	case SetDown: // only for rollback
 	}
 	return s.String()
 }

@@ -4,7 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // ipForward is the sysctl that enables forwarding of IPv4 packets between
@@ -12,7 +15,7 @@ import (
 const ipForward = "net.ipv4.ip_forward"
 
 // forwarding is the same for the input of one interface.
-func forwarding(name string) string { return "net/ipv4/conf/" + name + "/forwarding" }
+func forwarding(name string) string { return conf4(name, "forwarding") }
 
 // conntrackCount is the number of connections that the kernel tracks in the
 // network namespace (nf_conntrack-sysctl.rst).
@@ -20,15 +23,11 @@ const conntrackCount = "net.netfilter.nf_conntrack_count"
 
 // promoteSecondaries is the sysctl that keeps an interface's secondary
 // addresses when their primary one is deleted (ip-sysctl.rst).
-func promoteSecondaries(name string) string {
-	return "net/ipv4/conf/" + name + "/promote_secondaries"
-}
+func promoteSecondaries(name string) string { return conf4(name, "promote_secondaries") }
 
-// reversePathFilter is the sysctl by which the kernel drops packets that arrive by
-// another interface than the route to their source. The higher one of the values
-// for all interfaces and for this one counts (ip-sysctl.rst, rp_filter: 0 off,
-// 1 strict, 2 loose).
-func reversePathFilter(name string) string { return "net/ipv4/conf/" + name + "/rp_filter" }
+// conf4 and conf6 are sysctls of one interface, or, as "all", of the namespace.
+func conf4(name, key string) string { return "net/ipv4/conf/" + name + "/" + key }
+func conf6(name, key string) string { return "net/ipv6/conf/" + name + "/" + key }
 
 // addressesIPv6 lists the IPv6 addresses of the network namespace of the thread
 // that opens it (proc_pid_net(5)). It does not exist without IPv6 in the kernel,
@@ -50,18 +49,46 @@ func sysctlPath(name string) string {
 	return "/proc/sys/" + name
 }
 
-func readSysctl(name string) (string, error) {
-	data, err := os.ReadFile(sysctlPath(name))
+// readSysctl returns the value of an integer sysctl. It reads the file by three system
+// calls, since each comparison reads some thirty: package os also registers it with
+// the poller, which the kernel refuses.
+func readSysctl(name string) (int, error) {
+	fd, err := unix.Open(sysctlPath(name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", fmt.Errorf("read sysctl %s: %w", name, err)
+		return 0, fmt.Errorf("read sysctl %s: %w", name, err)
 	}
-	return strings.TrimSpace(string(data)), nil
+	defer unix.Close(fd)
+	var b [32]byte
+	n, err := unix.Read(fd, b[:])
+	if err != nil {
+		return 0, fmt.Errorf("read sysctl %s: %w", name, err)
+	}
+	value, err := strconv.Atoi(strings.TrimSpace(string(b[:n])))
+	if err != nil {
+		return 0, fmt.Errorf("read sysctl %s: %w", name, err)
+	}
+	return value, nil
 }
 
 // isOn reports whether a sysctl is not 0.
 func isOn(name string) (bool, error) {
 	value, err := readSysctl(name)
-	return value != "0", err
+	return value != 0, err
+}
+
+// writeForward writes net.ipv4.ip_forward. The kernel then also sets
+// conf.all.accept_redirects to the opposite (net/ipv4/devinet.c,
+// inet_forward_change), which is restored: it has a Step of its own.
+func writeForward(value string) error {
+	redirects := conf4("all", "accept_redirects")
+	before, err := readSysctl(redirects)
+	if err != nil {
+		return err
+	}
+	if err := writeSysctl(ipForward, value); err != nil {
+		return err
+	}
+	return writeSysctl(redirects, strconv.Itoa(before))
 }
 
 func writeSysctl(name, value string) error {

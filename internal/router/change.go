@@ -35,6 +35,8 @@ type change struct {
 	done    undoList
 	changed bool     // at least one step was taken, or rules were loaded
 	left    []string // optional steps that failed and are not tried again
+	skipped skipped  // those of this run
+	set     []string // sysctls that were set and are not logged yet
 
 	// For a router that stays, whose changes are repairs.
 	watches   bool
@@ -48,6 +50,13 @@ type change struct {
 	known     Rules           // rules without drift; nil: read them
 	// The host's addresses of the last run.
 	parentAddresses []netip.Prefix
+}
+
+// skipped are the optional steps that failed in one run.
+type skipped struct {
+	sysctls []string
+	effects []string
+	err     error // the first one
 }
 
 // A Repair is one repaired difference.
@@ -179,7 +188,8 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 // backend work until they are removed, with the reserved address of their time.
 func (c *change) apply(ctx context.Context) error {
 	plan := c.router.Plan
-	if len(link.Diff(c.want, c.have)) > 0 {
+	required := func(s link.Step) bool { return !s.Optional }
+	if slices.ContainsFunc(link.Diff(c.want, c.have), required) {
 		first := plan
 		if c.router.Forward && (c.rules.Redirects() || c.have.ForwardsAny()) {
 			first = plan.WithoutRedirects()
@@ -206,6 +216,7 @@ func (c *change) apply(ctx context.Context) error {
 	if err := c.converge(ctx, link.Diff); err != nil {
 		return err
 	}
+	c.warnSkipped()
 	if err := c.load(ctx, plan); err != nil {
 		return err
 	}
@@ -338,18 +349,50 @@ func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) 
 		for _, s := range steps {
 			err := c.take(ctx, s)
 			if err != nil && s.Optional {
-				c.router.Log.Warn("optional step failed", "step", s.String(), "error", err)
-				c.left = append(c.left, s.String())
+				c.skip(s, err)
 			} else if err != nil {
 				return err
 			}
 		}
+		c.logSet()
 		var err error
 		if c.have, err = c.network.Observe(c.want); err != nil {
 			return err
 		}
 	}
 	return fmt.Errorf("configure %q: no convergence after %d rounds, another program reverts the step %q", c.want.Interface, rounds, steps[0].String())
+}
+
+// sysctl describes a step that sets a sysctl.
+func sysctl(s link.Step) string { return fmt.Sprintf("%s = %s", s.Sysctl, s.Value) }
+
+// skip records an optional step that failed.
+func (c *change) skip(s link.Step, err error) {
+	c.left = append(c.left, s.String())
+	c.skipped.sysctls = append(c.skipped.sysctls, sysctl(s))
+	if !slices.Contains(c.skipped.effects, s.Effect) {
+		c.skipped.effects = append(c.skipped.effects, s.Effect)
+	}
+	if c.skipped.err == nil {
+		c.skipped.err = err
+	}
+}
+
+// warnSkipped logs the optional steps that failed, usually because /proc/sys is
+// read-only, and their effect.
+func (c *change) warnSkipped() {
+	if s := c.skipped; s.err != nil {
+		c.router.Log.Warn("sysctls not set", "sysctls", strings.Join(s.sysctls, ", "), "error", s.err, "effect", strings.Join(s.effects, "; "),
+			"hint", "run the container privileged")
+	}
+}
+
+// logSet logs the sysctls that were set, in one line.
+func (c *change) logSet() {
+	if len(c.set) > 0 {
+		c.router.Log.Info("network changed", "step", "set "+strings.Join(c.set, ", "))
+	}
+	c.set = nil
 }
 
 // take takes network steps, and records their rollback.
@@ -364,7 +407,13 @@ func (c *change) take(ctx context.Context, steps ...link.Step) error {
 		c.changed = true
 		inverse := s.Inverse()
 		c.done.add(func() error { return c.network.Do(inverse) })
-		c.note(kindOf(s, c.want), s.Found(), s.String(), func() { c.router.Log.Info("network changed", "step", s.String()) })
+		c.note(kindOf(s, c.want), s.Found(), s.String(), func() {
+			if s.Optional {
+				c.set = append(c.set, sysctl(s))
+				return
+			}
+			c.router.Log.Info("network changed", "step", s.String())
+		})
 	}
 	return nil
 }

@@ -92,13 +92,13 @@ func TestRepair(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		// Events alone, if there are events for everything.
-		interval := time.Duration(0)
+		interval, damages := time.Duration(0), p.NotifiedDamages()
 		if p.Backend == labtest.IptablesLegacy {
-			interval = 300 * time.Millisecond
+			interval, damages = 300*time.Millisecond, p.Damages()
 		}
 		r := startDamaged(p, interval)
 		// Only a router that ran before the damage can repair these two.
-		damages := append(p.Damages(), labtest.Damage{Name: "reply table default route deleted", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
+		damages = append(damages, labtest.Damage{Name: "reply table default route deleted", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteDel(&netlink.Route{Dst: labtest.Everywhere(), Table: config.DefaultReplyTable, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}}, labtest.Damage{Name: "default route by another gateway on eth0", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteReplace(&netlink.Route{Dst: labtest.Everywhere(), Gw: netip.MustParseAddr("10.128.0.200").AsSlice(), LinkIndex: eth.Attrs().Index})
@@ -137,11 +137,7 @@ func TestRandomDamages(t *testing.T) {
 		rounds = map[labtest.Backend]int{labtest.Nftables: 1000, labtest.IptablesNFT: 200, labtest.IptablesLegacy: 100}
 	}
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
-		interval := time.Duration(0) // events alone, if there are any
-		if p.Backend == labtest.IptablesLegacy {
-			interval = 100 * time.Millisecond
-		}
-		r := startDamaged(p, interval)
+		r := startDamaged(p, 100*time.Millisecond)
 		random := rand.New(rand.NewPCG(5, 227))
 		damages := p.Damages()
 		begin := time.Now()

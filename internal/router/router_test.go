@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/iptables"
 	"github.com/egress-router/egress-router/internal/lab"
@@ -98,10 +99,13 @@ func state(t *testing.T, l *lab.Lab) string {
 			return err
 		}
 		fmt.Fprintln(&b, s.Up, s.Forwards, s.Promotes, s.Addresses)
-		for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
+		for _, r := range slices.Concat(s.Routes, s.Cluster.Table, s.AdvertisedRoutes) {
 			fmt.Fprintln(&b, r)
 		}
-		fmt.Fprintln(&b, s.Cluster.Rules, s.Cluster.Filter)
+		for _, a := range s.Advertised {
+			fmt.Fprintln(&b, a.Prefix)
+		}
+		fmt.Fprintln(&b, s.Cluster.Rules, s.Lost, s.Sysctls)
 		backend, err := iptables.Find(t.Context(), rules.IPv4, rules.IPv6)
 		if err != nil {
 			return err
@@ -122,12 +126,12 @@ func state(t *testing.T, l *lab.Lab) string {
 // Each change of the network fails once, in several kinds of pods; each time
 // everything is rolled back in its order, and the next run succeeds.
 func TestApplyRollsBack(t *testing.T) {
-	for name, prepare := range map[string]func(h *netlink.Handle, macvlan, eth netlink.Link) error{
-		"fresh": func(*netlink.Handle, netlink.Link, netlink.Link) error { return nil },
-		"another address, down": func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+	for name, prepare := range map[string]func(l *lab.Lab, h *netlink.Handle, macvlan, eth netlink.Link) error{
+		"fresh": func(*lab.Lab, *netlink.Handle, netlink.Link, netlink.Link) error { return nil },
+		"another address, down": func(_ *lab.Lab, h *netlink.Handle, macvlan, _ netlink.Link) error {
 			return h.AddrAdd(macvlan, parseAddr("192.168.12.50/24"))
 		},
-		"another address and its default route": func(h *netlink.Handle, macvlan, eth netlink.Link) error {
+		"another address and its default route": func(_ *lab.Lab, h *netlink.Handle, macvlan, eth netlink.Link) error {
 			if err := h.AddrAdd(macvlan, parseAddr("192.168.12.50/24")); err != nil {
 				return err
 			}
@@ -136,7 +140,7 @@ func TestApplyRollsBack(t *testing.T) {
 			}
 			return h.RouteAdd(&netlink.Route{Gw: lab.GatewayAddr.AsSlice(), LinkIndex: macvlan.Attrs().Index, Priority: 10})
 		},
-		"many default routes": func(h *netlink.Handle, _, eth netlink.Link) error {
+		"many default routes": func(_ *lab.Lab, h *netlink.Handle, _, eth netlink.Link) error {
 			for _, r := range []netlink.Route{
 				{Gw: lab.ClientAddr.AsSlice(), Priority: 0, MTU: 1400},
 				{Gw: lab.ClientAddr.AsSlice(), Priority: 7, Protocol: 4},
@@ -144,6 +148,35 @@ func TestApplyRollsBack(t *testing.T) {
 			} {
 				r.LinkIndex = eth.Attrs().Index
 				if err := h.RouteAppend(&r); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		"router advertisement, no routing rules": func(l *lab.Lab, h *netlink.Handle, macvlan, _ netlink.Link) error {
+			for name, value := range map[string]string{
+				"net/ipv6/conf/macvlan0/disable_ipv6": "0", "net/ipv6/conf/macvlan0/accept_ra": "1", "net/ipv4/conf/all/accept_redirects": "0",
+				"net/ipv4/conf/macvlan0/accept_redirects": "1", "net/netfilter/nf_conntrack_tcp_timeout_established": "600",
+			} {
+				if err := l.SetSysctl(l.Router, name, value); err != nil {
+					return err
+				}
+			}
+			if err := h.LinkSetUp(macvlan); err != nil {
+				return err
+			}
+			address := parseAddr("2001:db8::99/64")
+			address.ValidLft, address.PreferedLft, address.Flags = 3600, 3600, unix.IFA_F_NODAD
+			if err := h.AddrAdd(macvlan, address); err != nil {
+				return err
+			}
+			if err := h.RouteAdd(&netlink.Route{Dst: labtest.IPNet("2001:db8:1::/64"), LinkIndex: macvlan.Attrs().Index, Protocol: unix.RTPROT_RA}); err != nil {
+				return err
+			}
+			for table, priority := range map[int]int{unix.RT_TABLE_LOCAL: 0, unix.RT_TABLE_MAIN: 32766} {
+				rule := netlink.NewRule()
+				rule.Table, rule.Priority = table, priority
+				if err := h.RuleDel(rule); err != nil {
 					return err
 				}
 			}
@@ -169,7 +202,7 @@ func TestApplyRollsBack(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := prepare(h, macvlan, eth); err != nil {
+			if err := prepare(l, h, macvlan, eth); err != nil {
 				t.Fatal(err)
 			}
 

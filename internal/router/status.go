@@ -22,10 +22,10 @@ const (
 	RepairAddress      RepairKind = "address"       // the reserved address was missing
 	RepairGatewayRoute RepairKind = "gateway-route" // the route to the gateway
 	RepairDefaultRoute RepairKind = "default-route" // missing, changed, or not the only one
-	RepairRoute        RepairKind = "route"         // any other of the main table
+	RepairRoute        RepairKind = "route"         // any other of the main table, or the routing rule for a table of the kernel
 	RepairReplyPath    RepairKind = "reply-path"    // the table of replies, and its routing rules
 	RepairForwarding   RepairKind = "forwarding"    // net.ipv4.ip_forward, and forwarding of the two interfaces
-	RepairSysctl       RepairKind = "sysctl"        // rp_filter, promote_secondaries
+	RepairSysctl       RepairKind = "sysctl"        // any other sysctl
 	RepairRules        RepairKind = "rules"         // rules of the backend in use
 	RepairStrays       RepairKind = "strays"        // rules of ours in other backends
 )
@@ -44,7 +44,9 @@ func kindOf(s link.Step, want link.Want) RepairKind {
 	case link.AddAddress, link.RemoveAddress:
 		return RepairAddress
 	case link.AddRule, link.DeleteRule:
-		return RepairReplyPath
+		if s.Rule.Table == want.Cluster.Table {
+			return RepairReplyPath
+		}
 	case link.WriteSysctl:
 		if strings.HasSuffix(s.Sysctl, "forward") || strings.HasSuffix(s.Sysctl, "forwarding") {
 			return RepairForwarding

@@ -99,9 +99,41 @@ func (p *Pod) Strict() {
 }
 
 // Damages returns all damages, in a fixed order.
-func (p *Pod) Damages() []Damage {
-	damages := append(p.damagedRules(), p.damagedNetwork()...)
+func (p *Pod) Damages() []Damage { return sorted(append(p.NotifiedDamages(), p.damagedSysctls()...)) }
+
+// NotifiedDamages returns those of which the kernel notifies, except by the legacy
+// flavour of iptables. The next full comparison finds the others.
+func (p *Pod) NotifiedDamages() []Damage {
+	return sorted(append(p.damagedRules(), p.damagedNetwork()...))
+}
+
+func sorted(damages []Damage) []Damage {
 	slices.SortFunc(damages, func(a, b Damage) int { return strings.Compare(a.Name, b.Name) })
+	return damages
+}
+
+// damagedSysctls returns damages to sysctls.
+func (p *Pod) damagedSysctls() []Damage {
+	var damages []Damage
+	for _, d := range []struct{ name, value string }{
+		{"net/ipv6/conf/macvlan0/accept_ra", "1"},
+		{"net/ipv6/conf/macvlan0/autoconf", "1"},
+		{"net/ipv6/conf/macvlan0/accept_redirects", "1"},
+		{"net/ipv4/conf/macvlan0/accept_redirects", "1"},
+		{"net/ipv4/conf/all/accept_redirects", "1"},
+		{"net/ipv4/conf/macvlan0/arp_ignore", "0"},
+		{"net/ipv4/conf/macvlan0/arp_announce", "1"},
+		{"net/ipv4/conf/eth0/accept_redirects", "1"},
+		{"net/ipv6/conf/eth0/accept_redirects", "1"},
+		{"net/ipv4/conf/eth0/arp_ignore", "0"},
+		{"net/ipv4/conf/eth0/arp_announce", "0"},
+		{"net/netfilter/nf_conntrack_tcp_timeout_close_wait", "60"},
+		{"net/netfilter/nf_conntrack_tcp_timeout_established", "3600"},
+	} {
+		damages = append(damages, Damage{"sysctl " + d.name, func(*netlink.Handle, netlink.Link, netlink.Link) error {
+			return p.Lab.SetSysctl(p.Lab.Router, d.name, d.value)
+		}})
+	}
 	return damages
 }
 
@@ -183,6 +215,16 @@ func (p *Pod) damagedNetwork() []Damage {
 		}},
 		{"reply table route added", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
 			return h.RouteAdd(&netlink.Route{Dst: IPNet("10.129.0.71/32"), Table: config.DefaultReplyTable, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
+		}},
+		{"main table's routing rule deleted", func(h *netlink.Handle, _, _ netlink.Link) error {
+			rule := netlink.NewRule()
+			rule.Family, rule.Priority, rule.Table = netlink.FAMILY_V4, 32766, unix.RT_TABLE_MAIN
+			return h.RuleDel(rule)
+		}},
+		{"local table's routing rule deleted", func(h *netlink.Handle, _, _ netlink.Link) error {
+			rule := netlink.NewRule()
+			rule.Family, rule.Priority, rule.Table = netlink.FAMILY_V4, 0, unix.RT_TABLE_LOCAL
+			return h.RuleDel(rule)
 		}},
 		{"rp_filter of eth0 tightened", func(*netlink.Handle, netlink.Link, netlink.Link) error {
 			return p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/eth0/rp_filter", "1")

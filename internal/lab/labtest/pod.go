@@ -381,14 +381,20 @@ func (p *Pod) state() (string, error) {
 			return err
 		}
 		lines = append(lines, fmt.Sprintf("%s up %v forwards %v promotes %v forwarding %v", p.Lab.MacvlanName, s.Up, s.Forwards, s.Promotes, s.Forwarding))
+		for _, a := range s.Advertised {
+			lines = append(lines, "advertised address "+a.String())
+		}
 		for _, a := range s.Addresses {
 			lines = append(lines, "address "+a.String())
 		}
 		for _, r := range s.Cluster.Rules {
 			routes = append(routes, "rule "+r.String())
 		}
-		lines = append(lines, "rp_filter "+s.Cluster.Filter)
-		for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
+		lines = append(lines, strings.TrimSpace(s.Sysctls.String()))
+		for _, r := range s.Lost {
+			routes = append(routes, "rule missing "+r.String())
+		}
+		for _, r := range slices.Concat(s.Routes, s.Cluster.Table, s.AdvertisedRoutes) {
 			routes = append(routes, "route "+r.String())
 		}
 		return nil

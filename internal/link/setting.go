@@ -1,0 +1,177 @@
+package link
+
+import (
+	"errors"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A setting is a sysctl that the router sets. It works without it, less robustly or
+// less safely.
+type setting struct {
+	sysctl string
+	value  int
+	right  func(Sysctls) bool // whether the kernel's values have the effect of the desired one
+	reads  []string           // the other sysctls that right needs
+	effect string             // what happens without it
+}
+
+// Sysctls are values of sysctls, by their names. A sysctl that the kernel does not
+// have is missing.
+type Sysctls map[string]int
+
+// String returns the values in the order of the names, one a line.
+func (s Sysctls) String() string {
+	var b strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(s)) {
+		b.WriteString(name + " = " + strconv.Itoa(s[name]) + "\n")
+	}
+	return b.String()
+}
+
+// exactly is a setting with one right value.
+func exactly(sysctl string, value int, effect string) setting {
+	return setting{sysctl, value, func(have Sysctls) bool { return have[sysctl] == value }, nil, effect}
+}
+
+// atLeast is a setting for which every higher value is right.
+func atLeast(sysctl string, value int, effect string) setting {
+	return setting{sysctl, value, func(have Sysctls) bool { return have[sysctl] >= value }, nil, effect}
+}
+
+// arp is a setting of ARP. The higher one of the values for all interfaces and for
+// this one counts (ip-sysctl.rst).
+func arp(name, key string, value int) setting {
+	own, all := conf4(name, key), conf4("all", key)
+	return setting{
+		own, value, func(have Sysctls) bool { return max(have[own], have[all]) >= value }, []string{all},
+		"neighbours can learn an address of the pod on the wrong side",
+	}
+}
+
+// loose is the setting of a reverse-path filter that must not be strict. By a strict
+// one the kernel drops packets that arrive by another interface than the route to their
+// source (ip-sysctl.rst, rp_filter: 0 off, 1 strict, 2 loose; the higher one of the
+// values for all interfaces and for this one counts).
+func loose(name, effect string, marks bool) setting {
+	filter := func(name string) string { return conf4(name, "rp_filter") }
+	valid := func(name string) string { return conf4(name, "src_valid_mark") }
+	s := setting{sysctl: filter(name), value: 2, reads: []string{filter("all")}, effect: effect}
+	if marks {
+		s.reads = append(s.reads, valid(name), valid("all"))
+	}
+	s.right = func(have Sysctls) bool {
+		return max(have[filter(name)], have[filter("all")]) != 1 || marks && have[valid(name)] == 0 && have[valid("all")] == 0
+	}
+	return s
+}
+
+// The times that the kernel tracks a silent TCP connection, in seconds
+// (nf_conntrack-sysctl.rst). A packet of a forgotten connection is dropped.
+const (
+	// establishedTimeout is the kernel's default. RFC 5382, REQ-5, asks for at least
+	// 2 hours 4 minutes.
+	establishedTimeout = 5 * 24 * 3600
+	// halfClosedTimeout begins when one end has sent FIN and the other has
+	// acknowledged it, and may send for as long as it likes. A session in that state
+	// lasts as long as an established one, at least the time of REQ-5 (RFC 6146,
+	// section 3.5.2.2, states V4 FIN RCV and V6 FIN RCV). The kernel's default is 60.
+	halfClosedTimeout = 2*3600 + 4*60
+	// closingTimeout begins with a FIN that is not acknowledged yet: the transitory
+	// time of REQ-5, which is longer than the longest time between two
+	// retransmissions of the FIN, 120 s (TCP_RTO_MAX). The kernel's defaults are 120
+	// for the first FIN and 30 for the second.
+	closingTimeout = 4 * 60
+)
+
+const (
+	believes    = "only the rules protect the pod from router advertisements and ICMP redirects"
+	forgets     = "silent TCP connections end early"
+	dropsMarked = "replies from the physical network are dropped"
+	dropsFar    = "packets of clients in other subnets are dropped"
+)
+
+// settings returns the sysctls that the router sets; those of a macvlan before it is up.
+//
+// The physical network must not change the pod's addresses and routes: router
+// advertisements (RFC 4861) would give the pod IPv6, with the sender as its router, and
+// an ICMP redirect (RFC 792, RFC 4861) another next hop. The kernel believes a redirect
+// for IPv4 if either the interface or conf.all accepts it, or, while the interface
+// forwards, if both do (linux/inetdevice.h, IN_DEV_RX_REDIRECTS).
+//
+// Each side must answer ARP for its own addresses only, and ask from its own: on a
+// network that both interfaces are in, the gateway otherwise learns the cluster
+// interface's hardware address for the reserved address, and its replies are dropped.
+func (w Want) settings() []setting {
+	egress := w.Interface
+	all := []setting{
+		exactly(conf6(egress, "accept_ra"), 0, believes),
+		exactly(conf6(egress, "autoconf"), 0, believes),
+		exactly(conf6(egress, "accept_redirects"), 0, believes),
+		exactly(conf4("all", "accept_redirects"), 0, believes),
+		exactly(conf4(egress, "accept_redirects"), 0, believes),
+		arp(egress, "arp_ignore", 1),
+		arp(egress, "arp_announce", 2),
+		// The rules restore the mark of a connection for its replies. With
+		// src_valid_mark the filter uses the mark too, and finds the cluster side.
+		loose(egress, dropsMarked, true),
+	}
+	if cluster := w.Cluster.Interface; cluster != "" {
+		all = append(all,
+			exactly(conf6(cluster, "accept_redirects"), 0, believes),
+			exactly(conf4(cluster, "accept_redirects"), 0, believes),
+			arp(cluster, "arp_ignore", 1),
+			arp(cluster, "arp_announce", 2),
+			// Packets of clients behind the cluster's default route arrive by another
+			// interface than the main table has for their source.
+			loose(cluster, dropsFar, false),
+		)
+	}
+	const timeout = "net/netfilter/nf_conntrack_tcp_timeout_"
+	return append(all,
+		atLeast(timeout+"established", establishedTimeout, forgets),
+		atLeast(timeout+"close_wait", halfClosedTimeout, forgets),
+		atLeast(timeout+"fin_wait", closingTimeout, forgets),
+		atLeast(timeout+"last_ack", closingTimeout, forgets),
+	)
+}
+
+// observeSettings reads the sysctls of the settings. A sysctl is missing without its
+// interface, without IPv6 in the kernel, and before the first rules load connection
+// tracking.
+func observeSettings(want Want) (Sysctls, error) {
+	found := make(Sysctls)
+	for _, s := range want.settings() {
+		for _, name := range append(s.reads, s.sysctl) {
+			if _, known := found[name]; known {
+				continue
+			}
+			value, err := readSysctl(name)
+			if errors.Is(err, os.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			found[name] = value
+		}
+	}
+	return found, nil
+}
+
+// set returns the steps for the settings.
+func set(want Want, have State) []Step {
+	var steps []Step
+	for _, s := range want.settings() {
+		if value, exists := have.Sysctls[s.sysctl]; exists && !s.right(have.Sysctls) {
+			steps = append(steps, Step{
+				Op: WriteSysctl, Interface: want.Interface, Index: have.Index,
+				Sysctl: s.sysctl, Value: strconv.Itoa(s.value), OldValue: strconv.Itoa(value), Optional: true, Effect: s.effect,
+			})
+		}
+	}
+	return steps
+}
