@@ -93,7 +93,7 @@ func (c ClusterSide) rules(addresses []netip.Addr) []Rule {
 func (c ClusterSide) routes(have State, defaultRoute Route, known bool) []Route {
 	var routes []Route
 	for _, r := range have.Routes {
-		if r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !r.Kept {
+		if r, ok := r.by(have.Cluster.Index); ok && r.Type == 0 && !r.IsDefault() && !have.isHalf(r) && !r.Kept {
 			routes = append(routes, r)
 		}
 	}
@@ -111,12 +111,34 @@ func (c ClusterSide) routes(have State, defaultRoute Route, known bool) []Route 
 	})
 }
 
+// isHalf reports whether r is a route to one half of all addresses that, with the one to
+// the other half, is the default route of the cluster interface: VPN programs add such
+// a pair (0.0.0.0/1 and 128.0.0.0/1), which precedes the default route. The pair of an
+// earlier run that deleted only one of them is marked in the replies' table.
+func (s State) isHalf(r Route) bool {
+	if s.Cluster.Index == 0 || r.Index != s.Cluster.Index || r.Destination.Bits() != 1 || r.Type != 0 || r.TOS != 0 {
+		return false
+	}
+	sameHop := func(o Route) bool {
+		return o.Index == r.Index && o.Gateway == r.Gateway && o.Type == 0 && o.TOS == 0
+	}
+	return slices.ContainsFunc(s.Routes, func(o Route) bool {
+		return sameHop(o) && o.Destination.Bits() == 1 && o.Destination != r.Destination
+	}) || slices.ContainsFunc(s.Cluster.Table, func(o Route) bool { return sameHop(o) && o.IsDefault() && o.Kept })
+}
+
 // ClusterDefault returns the default route of the cluster interface, if any: the
-// preferred one in the main table, otherwise the copy in the replies' table.
+// preferred one in the main table, otherwise the copy in the replies' table. A route
+// with next hops on other interfaces, too, counts with those of the cluster interface.
 func (s State) ClusterDefault() (found Route, known bool) {
+	if i := slices.IndexFunc(s.Routes, s.isHalf); i >= 0 {
+		found = s.Routes[i]
+		found.Destination, found.Metric, found.Kept = netip.PrefixFrom(netip.IPv4Unspecified(), 0), 0, true
+		return found, true
+	}
 	for _, routes := range [][]Route{s.Routes, s.Cluster.Table} {
 		for _, r := range routes {
-			if r.IsDefault() && r.Type == 0 && r.Index == s.Cluster.Index && (!known || r.Metric < found.Metric) {
+			if r, ok := r.by(s.Cluster.Index); ok && r.IsDefault() && r.Type == 0 && (!known || r.Metric < found.Metric) {
 				found, known = r, true
 			}
 		}
@@ -208,7 +230,7 @@ func diffCluster(want ClusterSide, have State) []Step {
 // cluster interface. Default routes and routes added by a router do not count.
 func onClusterSide(d netip.Prefix, have State) bool {
 	return slices.ContainsFunc(have.Routes, func(r Route) bool {
-		return r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !r.Kept &&
+		return r.Index == have.Cluster.Index && r.Type == 0 && !r.IsDefault() && !have.isHalf(r) && !r.Kept &&
 			r.Destination.Bits() <= d.Bits() && r.Destination.Contains(d.Addr())
 	})
 }

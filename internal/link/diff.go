@@ -88,7 +88,7 @@ func Diff(want Want, have State) []Step {
 			continue
 		}
 		// Another default route, or a route that hides a desired one.
-		if r.IsDefault() || hides(i, r, placed) {
+		if r.IsDefault() || have.isHalf(r) || hides(i, r, placed) {
 			take(Step{Op: DeleteRoute, Route: r})
 			continue
 		}

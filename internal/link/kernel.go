@@ -303,6 +303,28 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 	}
 }
 
+// by returns the part of a route that leads by one interface: the route itself, or its
+// next hops on that interface.
+func (r Route) by(index int) (Route, bool) {
+	listed, ok := r.kernel.(netlink.Route)
+	if r.Index != 0 || index == 0 || !ok {
+		return r, r.Index == index
+	}
+	other := func(hop *netlink.NexthopInfo) bool { return hop.LinkIndex != index }
+	listed.MultiPath = slices.DeleteFunc(slices.Clone(listed.MultiPath), other)
+	switch len(listed.MultiPath) {
+	case 0:
+		return r, false
+	case 1:
+		hop := listed.MultiPath[0]
+		listed.MultiPath, listed.Gw, listed.Via, listed.LinkIndex, listed.Flags = nil, hop.Gw, hop.Via, index, hop.Flags
+		gateway, _ := netip.AddrFromSlice(hop.Gw)
+		r.Gateway = gateway.Unmap()
+	}
+	r.Index, r.kernel = index, listed
+	return r, true
+}
+
 // prefix converts a network; nil stands for all destinations of IPv4.
 func prefix(n *net.IPNet) netip.Prefix {
 	if n == nil {

@@ -36,7 +36,7 @@ type Route struct {
 	Table       int          // zero: the main table
 	Destination netip.Prefix // 0.0.0.0/0 for a default route
 	Gateway     netip.Addr   // the zero Addr: none
-	Index       int          // interface index; zero: none, or several
+	Index       int          // interface index; zero: none, or several: see Route.by
 	Interface   string       // its name, for logs
 	Source      netip.Addr   // source for local sockets; the zero Addr: the kernel chooses
 	Metric      int          // the lowest is preferred

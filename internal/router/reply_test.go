@@ -341,3 +341,82 @@ func TestClusterCIDRBecomesDestination(t *testing.T) {
 	p.WantExample()
 	p.WantUnchanged(p.OK())
 }
+
+// The next hop of the cluster interface in a default route with next hops on both
+// sides, and a pair of routes to the halves of all addresses, are the cluster side's
+// default route. Replies use it, and redirected connections do not.
+func TestOtherFormsOfDefaultRoute(t *testing.T) {
+	t.Parallel()
+	for name, routes := range map[string]func(eth, macvlan int) []*netlink.Route{
+		"next hops on both interfaces": func(eth, macvlan int) []*netlink.Route {
+			return []*netlink.Route{{Dst: labtest.Everywhere(), MultiPath: []*netlink.NexthopInfo{
+				{LinkIndex: macvlan, Gw: lab.GatewayAddr.AsSlice()}, {LinkIndex: eth, Gw: lab.NodeAddr.AsSlice()},
+			}}}
+		},
+		"two next hops on the cluster interface": func(eth, macvlan int) []*netlink.Route {
+			return []*netlink.Route{{Dst: labtest.Everywhere(), MultiPath: []*netlink.NexthopInfo{
+				{LinkIndex: eth, Gw: lab.NodeAddr.AsSlice()}, {LinkIndex: macvlan, Gw: lab.GatewayAddr.AsSlice()}, {LinkIndex: eth, Gw: lab.NodeAddr.AsSlice()},
+			}}}
+		},
+		"halves": func(eth, _ int) []*netlink.Route {
+			return []*netlink.Route{
+				{Dst: labtest.IPNet("0.0.0.0/1"), LinkIndex: eth, Gw: lab.NodeAddr.AsSlice()},
+				{Dst: labtest.IPNet("128.0.0.0/1"), LinkIndex: eth, Gw: lab.NodeAddr.AsSlice()},
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+				h := p.Handle(p.Lab.Router)
+				macvlan := p.Link(h, "macvlan0")
+				if err := h.AddrAdd(macvlan, labtest.Addr("192.168.12.50/24")); err != nil {
+					p.Fatal(err)
+				}
+				setMacvlanUp(p)
+				if err := h.RouteDel(&netlink.Route{Gw: lab.NodeAddr.AsSlice()}); err != nil {
+					p.Fatal(err)
+				}
+				for _, r := range routes(p.Link(h, "eth0").Attrs().Index, macvlan.Attrs().Index) {
+					if err := h.RouteAdd(r); err != nil {
+						p.Fatal(err)
+					}
+				}
+				if r := p.OK(); strings.Contains(r.Stderr, "no default route on cluster interface") {
+					p.Errorf("stderr has a warning:\n%s", r.Stderr)
+				}
+				p.WantExample()
+				wantFarAnswer(p, "tcp", 80, "203.0.113.25:80")
+				wantFarAnswer(p, "udp", 53, "203.0.113.27:53")
+				p.WantUnchanged(p.OK())
+
+				r := p.Start("legacy")
+				r.AwaitLog(1, "msg=ready")
+				p.WantExample()
+				wantFarAnswer(p, "tcp", 80, "203.0.113.25:80")
+				if strings.Contains(r.Logged(), "msg=repaired") {
+					p.Errorf("a router that stays repairs:\n%s", labtest.Tail(r.Logged()))
+				}
+			})
+		})
+	}
+}
+
+// A run that was killed when it had deleted one of two halves is completed by the next.
+func TestHalfOfDefaultRouteIsDeletedLater(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+	h := p.Handle(p.Lab.Router)
+	half := func(to string) {
+		if err := h.RouteAdd(&netlink.Route{Dst: labtest.IPNet(to), LinkIndex: p.Link(h, "eth0").Attrs().Index, Gw: lab.NodeAddr.AsSlice()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	half("0.0.0.0/1")
+	half("128.0.0.0/1")
+	p.OK()
+	state := p.State()
+	half("128.0.0.0/1")
+	p.OK()
+	p.WantState(state)
+	p.WantExample()
+}

@@ -153,6 +153,25 @@ func TestApplyRollsBack(t *testing.T) {
 			}
 			return nil
 		},
+		"default route with next hops on both sides": func(_ *lab.Lab, h *netlink.Handle, macvlan, eth netlink.Link) error {
+			if err := h.AddrAdd(macvlan, parseAddr("192.168.12.50/24")); err != nil {
+				return err
+			}
+			if err := h.LinkSetUp(macvlan); err != nil {
+				return err
+			}
+			return h.RouteReplace(&netlink.Route{Dst: labtest.Everywhere(), MultiPath: []*netlink.NexthopInfo{
+				{LinkIndex: macvlan.Attrs().Index, Gw: lab.GatewayAddr.AsSlice()}, {LinkIndex: eth.Attrs().Index, Gw: lab.NodeAddr.AsSlice(), Hops: 1},
+			}})
+		},
+		"halves of the default route": func(_ *lab.Lab, h *netlink.Handle, _, eth netlink.Link) error {
+			for _, to := range []string{"0.0.0.0/1", "128.0.0.0/1"} {
+				if err := h.RouteAdd(&netlink.Route{Dst: labtest.IPNet(to), LinkIndex: eth.Attrs().Index, Gw: lab.NodeAddr.AsSlice()}); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
 		"router advertisement, no routing rules": func(l *lab.Lab, h *netlink.Handle, macvlan, _ netlink.Link) error {
 			for name, value := range map[string]string{
 				"net/ipv6/conf/macvlan0/disable_ipv6": "0", "net/ipv6/conf/macvlan0/accept_ra": "1", "net/ipv4/conf/all/accept_redirects": "0",
