@@ -16,6 +16,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/follow"
+	"github.com/egress-router/egress-router/internal/logqueue"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -36,6 +37,8 @@ type Process struct {
 	Stderr      io.Writer
 	// TerminationLog is the file for a container's last error; empty: none.
 	TerminationLog string
+
+	logs *logqueue.Writer // Stderr, after Run has begun
 }
 
 // A command is one of the program's commands.
@@ -86,6 +89,12 @@ func Run(ctx context.Context, p Process) int {
 		fmt.Fprintf(p.Stderr, "egress-router: invalid arguments: %q\n%s", p.Args, usage)
 		return exitUsage
 	}
+	if c.mode != nil {
+		defer surviveBrokenPipes()()
+	}
+	p.logs = logqueue.New(p.Stderr)
+	p.Stderr = p.logs
+	defer p.logs.Flush()
 	err := c.run(ctx, p)
 	if err == nil {
 		return exitOK
@@ -94,11 +103,22 @@ func Run(ctx context.Context, p Process) int {
 		return exitError
 	}
 	text := report(err)
+	p.logs.Flush() // makes room
 	_, _ = io.WriteString(p.Stderr, text)
 	if endsContainer(c, p, err) {
 		writeTermination(p.TerminationLog, text)
 	}
 	return exitError
+}
+
+// surviveBrokenPipes makes a write to a log whose reader has ended return an error,
+// until the returned function is called. Otherwise SIGPIPE would end the program, maybe
+// in the midst of a change. Programs that it starts have the default action, which an
+// ignored signal would take from them (execve(2)).
+func surviveBrokenPipes() (stop func()) {
+	pipes := make(chan os.Signal, 1) // never read
+	signal.Notify(pipes, syscall.SIGPIPE)
+	return func() { signal.Stop(pipes) }
 }
 
 // commandOf returns the command for the arguments, if they are valid.
@@ -170,6 +190,9 @@ func runMode(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
+	if c.Mode.Stays() {
+		p.queueLog(c.Log)
+	}
 	log := logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		log.Warn("configuration warning", "warning", w)
@@ -204,6 +227,14 @@ func logger(w io.Writer, l config.Log) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// queueLog makes the program wait for no reader of its log. It is for programs that
+// stay: one that ends by itself writes every line.
+func (p Process) queueLog(l config.Log) {
+	p.logs.Start(func(out io.Writer, lines uint64) {
+		logger(out, config.Log{JSON: l.JSON, Level: slog.LevelWarn}).Warn("log lines dropped", "lines", lines)
+	})
 }
 
 // stopped reports whether an error is an interruption by a signal with a complete

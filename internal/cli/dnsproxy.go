@@ -42,6 +42,9 @@ func runDNSProxy(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
+	if !c.UnitTest { // it ends at once
+		p.queueLog(c.Log)
+	}
 	d.log = logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		d.log.Warn("configuration warning", "warning", w)
@@ -57,7 +60,7 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		Resolver: names{resolver.New(resolver.Options{})}, Idle: c.Idle,
 		SendProxy: c.SendProxy, AccessLog: c.AccessLog || c.Debug, Log: d.log,
 	})
-	stop, err := d.reporter(c).start(ctx, d.log)
+	stop, err := d.reporter(p, c).start(ctx, d.log)
 	if err != nil {
 		return err
 	}

@@ -34,6 +34,9 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
+	if !c.UnitTest {
+		p.queueLog(c.Log)
+	}
 	log := logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		log.Warn("configuration warning", "warning", w)
@@ -56,7 +59,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		AccessLog:        c.AccessLog,
 	}, log, resolver.New(resolver.Options{}))
 	stop, err := reporter{
-		program: health.HTTPProxy, listen: c.Health,
+		program: health.HTTPProxy, listen: c.Health, logs: p.logs,
 		report:  func(r *health.Report) { reportHTTPProxy(r, proxy.Status(), env.DestinationFile) },
 		table:   metrics.HTTPProxy,
 		collect: func(emit metrics.Emit, r health.Report) { collectHTTPProxy(emit, r, proxy.Status()) },

@@ -2,11 +2,14 @@ package cli
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/health"
+	"github.com/egress-router/egress-router/internal/logqueue"
 	"github.com/egress-router/egress-router/internal/metrics"
 )
 
@@ -15,6 +18,7 @@ type reporter struct {
 	program string // name in package health
 	mode    string
 	listen  netip.AddrPort // address for HTTP; port 0: none
+	logs    *logqueue.Writer
 
 	// report adds the program's checks, and the reasons why it is not ready.
 	report func(*health.Report)
@@ -31,6 +35,7 @@ func (r reporter) start(ctx context.Context, log *slog.Logger) (stop func(), err
 	report := func() health.Report {
 		h := health.Report{Program: r.program, Version: programVersion(), Mode: r.mode, Started: started}
 		r.report(&h)
+		r.reportLog(&h)
 		if ctx.Err() != nil {
 			h.Reasons = append([]string{"shutting down"}, h.Reasons...)
 		}
@@ -55,11 +60,31 @@ func (r reporter) start(ctx context.Context, log *slog.Logger) (stop func(), err
 
 // serve serves HTTP requests.
 func (r reporter) serve(ctx context.Context, report func() health.Report, log *slog.Logger) (wait func(), err error) {
-	page, err := metrics.Handler(r.table, func(emit metrics.Emit) { r.collect(emit, report()) }, log)
+	page, err := metrics.Handler(r.table, func(emit metrics.Emit) { r.emit(emit, report()) }, log)
 	if err != nil {
 		return nil, err
 	}
 	return health.Listen(ctx, r.listen, health.Handler(report, r.alive, page), log)
+}
+
+// emit exports the program's metrics, and those that all programs have.
+func (r reporter) emit(emit metrics.Emit, h health.Report) {
+	r.collect(emit, h)
+	lines, _, _ := r.logs.Dropped()
+	emit("egress_"+strings.ReplaceAll(r.program, "-", "_")+"_log_lines_dropped_total", float64(lines))
+}
+
+// reportLog adds a check of the log if lines were dropped.
+func (r reporter) reportLog(h *health.Report) {
+	lines, losing, changed := r.logs.Dropped()
+	if lines == 0 {
+		return
+	}
+	c := health.Check{Name: "log", State: health.OK, Since: changed, Detail: fmt.Sprintf("%d lines dropped", lines)}
+	if losing {
+		c.State, c.Detail = health.Warning, c.Detail+", the reader of the log does not read"
+	}
+	h.Checks = append(h.Checks, c)
 }
 
 // oneIf returns the metric value of a condition.

@@ -22,9 +22,9 @@ func (d *dnsProxy) setListOK() {
 	d.board.Set(listCheck, health.OK, fmt.Sprintf("%d from %s", len(d.list), from))
 }
 
-func (d *dnsProxy) reporter(c config.DNSProxyConfig) reporter {
+func (d *dnsProxy) reporter(p Process, c config.DNSProxyConfig) reporter {
 	return reporter{
-		program: health.DNSProxy, listen: c.Health,
+		program: health.DNSProxy, listen: c.Health, logs: p.logs,
 		report:  d.report,
 		table:   metrics.DNSProxy,
 		collect: d.collect,

@@ -20,9 +20,9 @@ import (
 // longer than its pause after failed repairs.
 const stuckAfter = 2 * time.Minute
 
-func (w *watch) reporter() reporter {
+func (w *watch) reporter(p Process) reporter {
 	return reporter{
-		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen,
+		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen, logs: p.logs,
 		report: func(r *health.Report) {
 			reportRouter(r, w.keeper.Status(), w.config, time.Now())
 			if err := w.alive(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http/httptest"
@@ -18,6 +19,7 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/httpproxy"
+	"github.com/egress-router/egress-router/internal/logqueue"
 	"github.com/egress-router/egress-router/internal/metrics"
 	"github.com/egress-router/egress-router/internal/resolver"
 	"github.com/egress-router/egress-router/internal/router"
@@ -47,15 +49,13 @@ func TestMetrics(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := httpproxy.New(httpproxy.Config{Rules: list}, d.log, resolver.New(resolver.Options{}))
-	for _, test := range []struct {
-		table   []metrics.Metric
-		collect func(metrics.Emit, health.Report)
-	}{
-		{metrics.DNSProxy, d.collect},
-		{metrics.HTTPProxy, func(e metrics.Emit, r health.Report) { collectHTTPProxy(e, r, h.Status()) }},
+	logs := logqueue.New(io.Discard)
+	for _, test := range []reporter{
+		{program: health.DNSProxy, logs: logs, table: metrics.DNSProxy, collect: d.collect},
+		{program: health.HTTPProxy, logs: logs, table: metrics.HTTPProxy, collect: func(e metrics.Emit, r health.Report) { collectHTTPProxy(e, r, h.Status()) }},
 	} {
 		var log bytes.Buffer
-		page, err := metrics.Handler(test.table, func(e metrics.Emit) { test.collect(e, health.Report{}) }, slog.New(slog.NewTextHandler(&log, nil)))
+		page, err := metrics.Handler(test.table, func(e metrics.Emit) { test.emit(e, health.Report{}) }, slog.New(slog.NewTextHandler(&log, nil)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -240,7 +240,7 @@ func TestReporterStops(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	r := reporter{
-		program: health.Router, mode: "legacy",
+		program: health.Router, mode: "legacy", logs: logqueue.New(io.Discard),
 		report: func(r *health.Report) { r.Checks = []health.Check{{Name: "rules"}} },
 	}
 	stop, err := r.start(ctx, slog.New(slog.DiscardHandler))

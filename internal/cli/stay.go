@@ -35,7 +35,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	w.keeper.Replaced = w.count
 
 	// Listen first: an error comes before any change.
-	stop, err := w.reporter().start(ctx, log)
+	stop, err := w.reporter(p).start(ctx, log)
 	if err != nil {
 		return err
 	}

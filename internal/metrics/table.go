@@ -30,6 +30,7 @@ var Router = []Metric{
 	{"egress_router_conntrack_entries", Gauge, nil, "Entries in the connection tracking table of the pod."},
 	{"egress_router_conntrack_limit", Gauge, nil, "Maximum number of entries in the connection tracking table (net.netfilter.nf_conntrack_max)."},
 	{"egress_router_event_overruns_total", Counter, nil, "Overruns of the conntrack event buffer, after which some connections are missing from the counters."},
+	{"egress_router_log_lines_dropped_total", Counter, nil, "Log lines that were dropped because nothing read the log or writing it failed."},
 }
 
 // kind is the label that distinguishes forwarded requests from tunnels.
@@ -52,6 +53,7 @@ var HTTPProxy = []Metric{
 	{"egress_http_proxy_rules", Gauge, nil, "Rules in effect."},
 	{"egress_http_proxy_reloads_total", Counter, nil, "Changes of the rules at run time."},
 	{"egress_http_proxy_reload_failures_total", Counter, nil, "Rule files that were invalid, so that the previous rules stayed in effect."},
+	{"egress_http_proxy_log_lines_dropped_total", Counter, nil, "Log lines that were dropped because nothing read the log or writing it failed."},
 }
 
 // destination are the labels of a destination of the DNS proxy: the local port, and
@@ -74,6 +76,7 @@ var DNSProxy = []Metric{
 	{"egress_dns_proxy_lookup_failures_total", Counter, destination, "Lookups of the destination's name that returned no address."},
 	{"egress_dns_proxy_reloads_total", Counter, nil, "Changes of the destinations at run time."},
 	{"egress_dns_proxy_reload_failures_total", Counter, nil, "Destination files that were invalid or contained a port on which the proxy could not listen."},
+	{"egress_dns_proxy_log_lines_dropped_total", Counter, nil, "Log lines that were dropped because nothing read the log or writing it failed."},
 }
 
 // All returns the metrics of all programs, in the order of the manual.
