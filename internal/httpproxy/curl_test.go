@@ -46,7 +46,7 @@ func TestCurl(t *testing.T) {
 	check(t, os.WriteFile(certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw}), 0o644))
 	check(t, os.WriteFile(large, make([]byte, 3<<20), 0o644))
 	p := start(t, "!denied.example\n*", zone{"example.com": {"203.0.113.1"}}, func(p *Proxy) {
-		p.transport.TLSClientConfig.RootCAs = secure.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+		p.tls.RootCAs = secure.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 	})
 	http, https := "http://"+at(plain), "https://"+at(secure)
 	for name, test := range map[string]struct {

@@ -24,7 +24,8 @@ type exchange struct {
 	begun   time.Time
 
 	route    *route
-	server   atomic.Pointer[serverConn] // nil: none
+	server   net.Addr // nil: none
+	closing  bool     // the server closes a connection that the client has authenticated
 	status   int
 	body     *requestBody // nil: none
 	received atomic.Int64 // from the client, in a tunnel
@@ -77,6 +78,7 @@ func (x *exchange) expire() {
 func (x *exchange) end() {
 	x.idle.stop()
 	x.cancel(nil)
+	x.client.logins.between.Store(true)
 	if x.body != nil && !x.body.ended.Load() {
 		_ = x.client.SetReadDeadline(time.Now().Add(x.proxy.config.HeaderTimeout))
 	}
@@ -95,8 +97,8 @@ func (x *exchange) end() {
 	if x.route.target.port != 0 {
 		attrs = append(attrs, slog.String("destination", x.route.target.String()))
 	}
-	if server := x.server.Load(); server != nil {
-		attrs = append(attrs, slog.String("address", server.RemoteAddr().String()))
+	if x.server != nil {
+		attrs = append(attrs, slog.String("address", x.server.String()))
 	}
 	attrs = append(attrs, slog.String("rule", x.route.verdict.Rule.String()),
 		slog.Int("status", x.status),

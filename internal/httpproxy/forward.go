@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptrace"
 	"net/http/httputil"
 	"slices"
 	"strconv"
@@ -30,7 +29,6 @@ func (p *Proxy) forward(x *exchange) {
 		x.refuse(refusal)
 		return
 	}
-	x.request = x.request.WithContext(httptrace.WithClientTrace(x.request.Context(), x.trace()))
 	p.forwarder.ServeHTTP(x, x.request)
 }
 
@@ -101,8 +99,8 @@ func namedByConnection(h http.Header, name string) bool {
 
 // modifyResponse derives the response to the client from that of the server.
 func modifyResponse(r *http.Response) error {
-	if server := r.Request.Context().Value(exchangeKey{}).(*exchange).server.Load(); server != nil {
-		server.removeNamed(r.Header)
+	if r.Request.Context().Value(exchangeKey{}).(*exchange).closing {
+		r.Header.Set("Connection", "close")
 	}
 	addVia(r.Header, r.ProtoMajor, r.ProtoMinor)
 	return nil
@@ -112,33 +110,102 @@ func addVia(h http.Header, major, minor int) {
 	h.Add("Via", fmt.Sprintf("%d.%d %s", major, minor, pseudonym))
 }
 
-// dialPlain connects to the server of an exchange. It ignores the address argument,
-// the pool's key, which stands for the same addresses as the route.
-func (p *Proxy) dialPlain(ctx context.Context, _, _ string) (net.Conn, error) {
-	conn, err := p.dial(ctx, ctx.Value(exchangeKey{}).(*exchange).route)
-	if err != nil {
-		return nil, err // not a nil *net.TCPConn in an interface
+// RoundTrip sends a request to its server and returns the response, for ReverseProxy.
+//
+// A request that may be repeated uses an idle connection, and is repeated if the server
+// has closed that connection. Others have a new one: they are not lost then, and never
+// run twice (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
+func (p *Proxy) RoundTrip(out *http.Request) (*http.Response, error) {
+	x := out.Context().Value(exchangeKey{}).(*exchange)
+	key := serverKey{out.URL.Scheme, out.URL.Host}
+	login := connectionScheme(out.Header["Authorization"])
+	repeatable := isSafe(out.Method) && out.Body == nil
+
+	c := x.client.unpark(key)
+	switch {
+	case c == nil:
+	case c.alive() && (c.login || repeatable):
+	case c.login:
+		_ = c.Close()
+		return nil, errLoginLost
+	default:
+		_ = c.Close()
+		c = nil
 	}
-	return &serverConn{duplex: conn}, nil
+	if c == nil && repeatable && !login {
+		c = p.servers.get(key)
+	}
+	for {
+		if c == nil {
+			var err error
+			if c, err = p.connectServer(out.Context(), x.route, key); err != nil {
+				return nil, err
+			}
+		}
+		authenticated := c.login
+		if login {
+			c.client, c.login = x.client, true
+		}
+		x.server = c.RemoteAddr()
+		r, err := c.exchange(out, x, p.release)
+		switch stale := c.used && errors.Is(err, errBeforeAnswer); {
+		case stale && authenticated:
+			return nil, errLoginLost
+		case stale && repeatable:
+			c = nil
+			continue
+		}
+		return r, err
+	}
 }
 
-// dialTLS is dialPlain for an https URL in absolute form, which few clients send.
-func (p *Proxy) dialTLS(ctx context.Context, _, _ string) (net.Conn, error) {
-	r := ctx.Value(exchangeKey{}).(*exchange).route
+// errLoginLost is the end of a server connection that the client has authenticated.
+var errLoginLost = errors.New("the server closed the authenticated connection")
+
+// isSafe reports whether a request may be repeated: it changes nothing on the server
+// (RFC 9110 section 9.2.1).
+func isSafe(method string) bool {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace:
+		return true
+	}
+	return false
+}
+
+// release keeps a connection for another exchange.
+func (p *Proxy) release(c *serverConn) {
+	if c.client != nil {
+		c.client.park(c)
+	} else {
+		p.servers.put(c)
+	}
+}
+
+// connectServer connects to the server of a route. https URLs in absolute form, which
+// few clients send, need TLS.
+func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*serverConn, error) {
 	tcp, err := p.dial(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	config := p.transport.TLSClientConfig.Clone()
-	config.ServerName = r.target.host.String()
-	conn := tls.Client(tcp, config)
-	ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
-	defer cancel()
-	if err := conn.HandshakeContext(ctx); err != nil {
-		_ = tcp.Close()
-		return nil, fmt.Errorf("TLS handshake: %w", err)
+	var conn duplex = tcp
+	if key.scheme == "https" {
+		config := p.tls.Clone()
+		config.ServerName = r.target.host.String()
+		secure := tls.Client(tcp, config)
+		ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
+		defer cancel()
+		if err := secure.HandshakeContext(ctx); err != nil {
+			_ = tcp.Close()
+			return nil, fmt.Errorf("TLS handshake: %w", err)
+		}
+		conn = secure
 	}
-	return &serverConn{duplex: conn}, nil
+	c, err := newServerConn(conn, tcp, key)
+	if err != nil {
+		_ = tcp.Close()
+	}
+	return c, err
 }
 
 // answerFailure responds to the client if the server does not respond, or with an
@@ -147,6 +214,10 @@ func (p *Proxy) answerFailure(w http.ResponseWriter, _ *http.Request, err error)
 	x := w.(*exchange)
 	if x.status == http.StatusSwitchingProtocols {
 		return // net/http no longer owns the connection
+	}
+	if errors.Is(err, errLoginLost) {
+		x.dropClient()
+		return
 	}
 	x.refuse(x.explain(err))
 }
@@ -164,7 +235,7 @@ func (x *exchange) explain(err error) *refusal {
 	switch {
 	case isTimeout(err):
 		return &refusal{http.StatusGatewayTimeout, fmt.Sprintf("%s: %v", x.route.target, err)}
-	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, errBeforeAnswer) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
 		return &refusal{http.StatusBadGateway, fmt.Sprintf("%s: the server closed the connection without a response", x.route.target)}
 	}
 	return &refusal{http.StatusBadGateway, fmt.Sprintf("%s: %s", x.route.target, plain(err))}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -91,6 +92,7 @@ type clientConn struct {
 	proxy   context.Context // ends with the proxy
 	framing framing
 	fault   error
+	logins  logins
 	release func()
 	once    sync.Once
 }
@@ -101,7 +103,13 @@ func (c *clientConn) Read(p []byte) (int, error) {
 	if c.fault != nil {
 		return 0, c.fault
 	}
+	if c.logins.over() {
+		return 0, io.EOF
+	}
 	n, err := c.TCPConn.Read(p)
+	if n > 0 {
+		c.logins.between.Store(false)
+	}
 	good, fault := c.framing.scan(p[:n])
 	if fault != nil {
 		c.fault = fault
@@ -125,8 +133,11 @@ func (c *clientConn) Write(p []byte) (int, error) {
 	return c.TCPConn.Write(p)
 }
 
-// Close releases the slot.
+// Close closes the client's server connections too, and releases the slot.
 func (c *clientConn) Close() error {
-	c.once.Do(c.release)
+	c.once.Do(func() {
+		c.logins.close()
+		c.release()
+	})
 	return c.TCPConn.Close()
 }

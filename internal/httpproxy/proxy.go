@@ -41,7 +41,8 @@ type Proxy struct {
 	resolver Resolver
 	rules    atomic.Pointer[Rules]
 
-	transport *http.Transport
+	servers   pool
+	tls       *tls.Config
 	forwarder *httputil.ReverseProxy
 	running   counter
 
@@ -54,8 +55,8 @@ type Proxy struct {
 }
 
 // The limits of idle connections to servers. A request that is sent while its server
-// closes the connection fails if it cannot be repeated, so keptFor is shorter than the
-// idle timeout of most servers, a minute or more.
+// closes the connection has to be repeated, so keptFor is shorter than the idle timeout
+// of most servers, a minute or more.
 const (
 	keptPerServer = 256
 	kept          = 2048
@@ -74,22 +75,13 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	p := &Proxy{config: c, log: log, resolver: resolver, own: new(ownAddresses).has}
 	p.rules.Store(&c.Rules)
 	p.file.set(nil)
-	p.transport = &http.Transport{
-		DialContext:            p.dialPlain,
-		DialTLSContext:         p.dialTLS,
-		DisableCompression:     true, // the client negotiates it
-		MaxIdleConns:           kept,
-		MaxIdleConnsPerHost:    keptPerServer,
-		IdleConnTimeout:        keptFor,
-		ExpectContinueTimeout:  expectPatience,
-		MaxResponseHeaderBytes: int64(c.MaxHeaderBytes),
-		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(0)},
-	}
+	p.servers.most = kept
+	p.tls = &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(0)}
 	p.forwarder = &httputil.ReverseProxy{
 		Rewrite:        rewrite,
 		ModifyResponse: modifyResponse,
 		ErrorHandler:   p.answerFailure,
-		Transport:      p.transport,
+		Transport:      p,
 		BufferPool:     &buffers{},
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
@@ -168,7 +160,7 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	case <-ctx.Done():
 	}
 	p.stop(base, server, abandon)
-	p.transport.CloseIdleConnections()
+	p.servers.close()
 	return nil
 }
 

@@ -27,7 +27,7 @@ func (p *Proxy) connect(x *exchange) {
 		return
 	}
 	defer server.Close()
-	x.server.Store(&serverConn{duplex: server})
+	x.server = server.RemoteAddr()
 	early, err := x.takeConnection()
 	if err != nil {
 		x.refuse(failed(err))
