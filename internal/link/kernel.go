@@ -192,6 +192,12 @@ func lost(rules []netlink.Rule) []Rule {
 // prefix on the link, which the kernel also adds for each permanent address.
 func (k *Kernel) observeAdvertised(s *State, l netlink.Link) error {
 	name := l.Attrs().Name
+	// The routes first: one that is added with an address between the two lists must not
+	// appear without it.
+	routes, err := k.routesIPv6()
+	if err != nil {
+		return fmt.Errorf("list IPv6 routes: %w", err)
+	}
 	addresses, err := k.addressesIPv6(l)
 	if err != nil {
 		return fmt.Errorf("list IPv6 addresses of %q: %w", name, err)
@@ -204,10 +210,6 @@ func (k *Kernel) observeAdvertised(s *State, l netlink.Link) error {
 			continue
 		}
 		s.Advertised = append(s.Advertised, Advertised{p, a})
-	}
-	routes, err := k.routesIPv6()
-	if err != nil {
-		return fmt.Errorf("list IPv6 routes: %w", err)
 	}
 	names := map[int]string{s.Index: name}
 	for _, r := range routes {
