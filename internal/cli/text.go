@@ -124,6 +124,7 @@ func planText(c config.Config) string {
 	} else {
 		stepRules("load rules that drop connections from the physical network", plan)
 	}
+	step(fmt.Sprintf("set sysctls of %s and %s: no router advertisements, no ICMP redirects, ARP for own addresses only, no reverse-path filter that drops replies, longer times of tracked TCP connections", c.Egress, c.Cluster))
 	claim := func(state link.State) {
 		for _, s := range link.Claim(want, state) {
 			step(s.String())
@@ -140,7 +141,6 @@ func planText(c config.Config) string {
 		kept += ", the addresses of the NIC"
 	}
 	step("route by the cluster side: " + kept)
-	step(fmt.Sprintf("set the reverse-path filter of %s to loose, if it is strict", c.Cluster))
 	for _, s := range link.Diff(want, link.State{Promotes: true, Up: true, Addresses: []netip.Prefix{want.Address}}) {
 		if s.Op == link.AppendRoute {
 			continue // the subnet's route, which the kernel adds with the address

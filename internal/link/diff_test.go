@@ -109,6 +109,35 @@ func TestDiff(t *testing.T) {
 			},
 			nil,
 		},
+		"both halves of the internet by the cluster side are its default route": {
+			func() State {
+				s := done()
+				s.Cluster.Index = 2
+				s.Routes = append(s.Routes, route("0.0.0.0/1", "10.128.0.1", 2, "", 0), route("128.0.0.0/1", "10.128.0.1", 2, "", 0))
+				return s
+			},
+			[]string{
+				"delete route 128.0.0.0/1 via 10.128.0.1 dev eth0",
+				"delete route 0.0.0.0/1 via 10.128.0.1 dev eth0",
+			},
+		},
+		"halves by two gateways are no default route": {
+			func() State {
+				s := done()
+				s.Cluster.Index = 2
+				s.Routes = append(s.Routes, route("0.0.0.0/1", "10.128.0.1", 2, "", 0), route("128.0.0.0/1", "10.128.0.2", 2, "", 0))
+				return s
+			},
+			nil,
+		},
+		"a missing routing rule of the kernel comes first": {
+			func() State {
+				s := done()
+				s.Up, s.Lost = false, []Rule{{Priority: 32766, Table: 254}}
+				return s
+			},
+			[]string{"add routing rule priority 32766 table 254", "set macvlan0 up"},
+		},
 		"the gateway behind the cluster": {
 			func() State {
 				s := done()
