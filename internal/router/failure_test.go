@@ -100,17 +100,48 @@ func TestFaultsAreRefused(t *testing.T) {
 	}
 }
 
-// The router works with a read-only /proc/sys if forwarding is on already.
+// The router works with a read-only /proc/sys if forwarding is on already. One warning
+// lists the sysctls that it cannot set, also of a router that stays.
 func TestReadOnlyProcSysWithForwarding(t *testing.T) {
 	t.Parallel()
-	p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
-	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
-		t.Fatal(err)
+	for _, mode := range []string{"init", "legacy"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
+			if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+				t.Fatal(err)
+			}
+			p.Env["EGRESS_ROUTER_MODE"] = mode
+			var log string
+			if mode == "init" {
+				r := p.Exec("with-read-only-proc")
+				if r.Code != 0 {
+					t.Fatalf("exit code %d:\n%s", r.Code, r.Stderr)
+				}
+				log = r.Stderr
+			} else {
+				r := p.StartCommand("with-read-only-proc")
+				r.AwaitLog(1, "msg=ready")
+				h := p.Handle(p.Lab.Router)
+				for n := range 3 { // comparisons
+					if err := h.LinkSetDown(p.Link(h, "macvlan0")); err != nil {
+						t.Fatal(err)
+					}
+					r.AwaitLog(n+1, labtest.RepairLogged)
+				}
+				log = r.Logged()
+			}
+			p.WantExample()
+			if n := strings.Count(log, `msg="sysctls not set"`); n != 1 {
+				t.Errorf("%d warnings of sysctls, want 1:\n%s", n, labtest.Tail(log))
+			}
+			for _, want := range []string{"net/ipv4/conf/eth0/arp_ignore = 1, ", "read-only file system", "silent TCP connections end early"} {
+				if !strings.Contains(log, want) {
+					t.Errorf("the log lacks %q:\n%s", want, labtest.Tail(log))
+				}
+			}
+		})
 	}
-	if r := p.Exec("with-read-only-proc"); r.Code != 0 {
-		t.Fatalf("exit code %d:\n%s", r.Code, r.Stderr)
-	}
-	p.WantExample()
 }
 
 // A run that fails and cannot roll back its changes reports that, also after

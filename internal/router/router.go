@@ -127,7 +127,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		return err
 	}
 	r.ready(c.have, c.rules, begin)
-	r.start.announced = c.announced
+	r.start.announced, r.start.left = c.announced, c.left
 	if err := c.answer(ctx); err != nil {
 		return err
 	}
@@ -140,8 +140,9 @@ type start struct {
 	announced bool
 	holder    net.HardwareAddr // host that answered for the address; nil: none
 	asked     time.Time
-	misses    int  // unanswered requests to the gateway
-	noCarrier bool // the log has it
+	misses    int      // unanswered requests to the gateway
+	noCarrier bool     // the log has it
+	left      []string // optional steps that failed
 }
 
 // notRedirectedTo returns the addresses that are no destination: a destination is

@@ -126,6 +126,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 	defer subscription.Close()
 	k.surroundings.watch = k.Neighbours
+	k.left = k.Router.start.left
 	if k.Router.start.announced {
 		k.update(func(s *Status) { s.Announcements++ })
 	}

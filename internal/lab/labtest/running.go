@@ -49,7 +49,13 @@ func (r *Running) Repaired() int { return strings.Count(r.Logged(), RepairLogged
 func (p *Pod) Start(mode string) *Running {
 	p.Helper()
 	p.Env["EGRESS_ROUTER_MODE"] = mode
-	r := &Running{Pod: p, Cmd: p.Command("egress-router")}
+	return p.StartCommand("egress-router")
+}
+
+// StartCommand starts another command of the router likewise.
+func (p *Pod) StartCommand(name string) *Running {
+	p.Helper()
+	r := &Running{Pod: p, Cmd: p.Command(name)}
 	r.Cmd.Stderr = r
 	if err := p.Lab.Start(p.Lab.Router, r.Cmd); err != nil {
 		p.Fatal(err)
