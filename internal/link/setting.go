@@ -114,7 +114,9 @@ func (w Want) settings() []setting {
 		exactly(conf4("all", "accept_redirects"), 0, believes),
 		exactly(conf4(egress, "accept_redirects"), 0, believes),
 		arp(egress, "arp_ignore", 1),
-		arp(egress, "arp_announce", 2),
+		// With 2 the kernel would ask from the first address of the subnet, which another
+		// program may have set.
+		arp(egress, "arp_announce", 1),
 		// The rules restore the mark of a connection for its replies. With
 		// src_valid_mark the filter uses the mark too, and finds the cluster side.
 		loose(egress, dropsMarked, true),

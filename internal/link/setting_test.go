@@ -39,7 +39,7 @@ func TestSet(t *testing.T) {
 			"set net/ipv4/conf/all/accept_redirects = 0",
 			"set net/ipv4/conf/macvlan0/accept_redirects = 0",
 			"set net/ipv4/conf/macvlan0/arp_ignore = 1",
-			"set net/ipv4/conf/macvlan0/arp_announce = 2",
+			"set net/ipv4/conf/macvlan0/arp_announce = 1",
 			"set net/ipv4/conf/eth0/accept_redirects = 0",
 			"set net/ipv4/conf/eth0/arp_ignore = 1",
 			"set net/ipv4/conf/eth0/arp_announce = 2",

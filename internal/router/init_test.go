@@ -253,6 +253,7 @@ func TestOtherAddressIsNoSource(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+			capture := captureMacvlan(p)
 			p.OK()
 			p.WantExample()
 			for _, server := range []string{"192.168.12.80:80", "203.0.113.25:80"} {
@@ -264,6 +265,17 @@ func TestOtherAddressIsNoSource(t *testing.T) {
 				}
 			}
 			p.WantUnchanged(p.OK())
+			asked := false
+			for _, f := range capture.Frames() {
+				if a, ok := f.ARP(); ok && f.Outgoing && !a.Announces() && a.SenderIP != netip.IPv4Unspecified() {
+					if asked = true; a.SenderIP != lab.Source {
+						t.Errorf("ARP from %s, want %s: %s", a.SenderIP, lab.Source, f)
+					}
+				}
+			}
+			if !asked {
+				t.Error("no ARP request or reply has left")
+			}
 			// The reserved address stays when the other one is deleted.
 			if err := h.AddrDel(macvlan, other); err != nil {
 				t.Fatal(err)

@@ -122,7 +122,7 @@ func (p *Pod) damagedSysctls() []Damage {
 		{"net/ipv4/conf/macvlan0/accept_redirects", "1"},
 		{"net/ipv4/conf/all/accept_redirects", "1"},
 		{"net/ipv4/conf/macvlan0/arp_ignore", "0"},
-		{"net/ipv4/conf/macvlan0/arp_announce", "1"},
+		{"net/ipv4/conf/macvlan0/arp_announce", "0"},
 		{"net/ipv4/conf/eth0/accept_redirects", "1"},
 		{"net/ipv6/conf/eth0/accept_redirects", "1"},
 		{"net/ipv4/conf/eth0/arp_ignore", "0"},
