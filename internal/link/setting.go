@@ -46,10 +46,7 @@ func atLeast(sysctl string, value int, effect string) setting {
 // this one counts (ip-sysctl.rst).
 func arp(name, key string, value int) setting {
 	own, all := conf4(name, key), conf4("all", key)
-	return setting{
-		own, value, func(have Sysctls) bool { return max(have[own], have[all]) >= value }, []string{all},
-		"neighbours can learn an address of the pod on the wrong side",
-	}
+	return setting{own, value, func(have Sysctls) bool { return max(have[own], have[all]) >= value }, []string{all}, misleads}
 }
 
 // loose is the setting of a reverse-path filter that must not be strict. By a strict
@@ -89,6 +86,7 @@ const (
 
 const (
 	believes    = "only the rules protect the pod from router advertisements and ICMP redirects"
+	misleads    = "neighbours can learn an address on the wrong side of the pod"
 	forgets     = "silent TCP connections end early"
 	dropsMarked = "replies from the physical network are dropped"
 	dropsFar    = "packets of clients in other subnets are dropped"
@@ -105,6 +103,8 @@ const (
 // Each side must answer ARP for its own addresses only, and ask from its own: on a
 // network that both interfaces are in, the gateway otherwise learns the cluster
 // interface's hardware address for the reserved address, and its replies are dropped.
+// With proxy_arp, of all interfaces or of one, a pod that forwards answers for every
+// address that it has a route to by the other interface.
 func (w Want) settings() []setting {
 	egress := w.Interface
 	all := []setting{
@@ -113,6 +113,8 @@ func (w Want) settings() []setting {
 		exactly(conf6(egress, "accept_redirects"), 0, believes),
 		exactly(conf4("all", "accept_redirects"), 0, believes),
 		exactly(conf4(egress, "accept_redirects"), 0, believes),
+		exactly(conf4("all", "proxy_arp"), 0, misleads),
+		exactly(conf4(egress, "proxy_arp"), 0, misleads),
 		arp(egress, "arp_ignore", 1),
 		// With 2 the kernel would ask from the first address of the subnet, which another
 		// program may have set.
@@ -125,6 +127,7 @@ func (w Want) settings() []setting {
 		all = append(all,
 			exactly(conf6(cluster, "accept_redirects"), 0, believes),
 			exactly(conf4(cluster, "accept_redirects"), 0, believes),
+			exactly(conf4(cluster, "proxy_arp"), 0, misleads),
 			arp(cluster, "arp_ignore", 1),
 			arp(cluster, "arp_announce", 2),
 			// Packets of clients behind the cluster's default route arrive by another

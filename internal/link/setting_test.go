@@ -15,7 +15,7 @@ import (
 func defaults() Sysctls {
 	s := Sysctls{}
 	for _, name := range []string{"all", "macvlan0", "eth0"} {
-		for key, value := range map[string]int{"accept_redirects": 1, "arp_ignore": 0, "arp_announce": 0, "rp_filter": 0, "src_valid_mark": 0} {
+		for key, value := range map[string]int{"accept_redirects": 1, "arp_ignore": 0, "arp_announce": 0, "proxy_arp": 0, "rp_filter": 0, "src_valid_mark": 0} {
 			s[conf4(name, key)] = value
 		}
 	}

@@ -198,17 +198,18 @@ func TestAdvertisedStateIsRemoved(t *testing.T) {
 	})
 }
 
-// askARP asks for an address by ARP, and then for one that is answered. It returns the
-// senders of the answers.
-func askARP(p *labtest.Pod, ns *netns.Namespace, name string, sender, target, answered netip.Addr) []netip.Addr {
+// askARP asks an interface of the pod for addresses by ARP, and then for one that is
+// answered. It returns the senders of the answers.
+func askARP(p *labtest.Pod, ns *netns.Namespace, name, pod string, sender, answered netip.Addr, targets ...netip.Addr) []netip.Addr {
 	p.Helper()
+	to := p.Link(p.Handle(p.Lab.Router), pod).Attrs().HardwareAddr // answers to a broadcast may be delayed
 	capture, err := p.Lab.Capture(ns, name)
 	if err != nil {
 		p.Fatal(err)
 	}
 	mac := p.Link(p.Handle(ns), name).Attrs().HardwareAddr
-	for _, a := range []netip.Addr{target, answered} {
-		frame := slices.Concat([]byte{255, 255, 255, 255, 255, 255}, mac, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 1}, mac, sender.AsSlice(), make([]byte, 6), a.AsSlice())
+	for _, a := range append(targets, answered) {
+		frame := slices.Concat(to, mac, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 1}, mac, sender.AsSlice(), make([]byte, 6), a.AsSlice())
 		sendFrame(p, ns, name, frame)
 	}
 	reply := func(f lab.Frame) (lab.ARP, bool) {
@@ -235,11 +236,16 @@ func TestARPIsOfItsSide(t *testing.T) {
 			t.Parallel()
 			p := labtest.New(t, lab.Options{}, labtest.IptablesNFT)
 			p.Env["EGRESS_ROUTER_MODE"] = mode
+			for _, name := range []string{"all", "macvlan0", "eth0"} { // as a node may have it
+				if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/"+name+"/proxy_arp", "1"); err != nil {
+					t.Fatal(err)
+				}
+			}
 			p.OK()
-			if got := askARP(p, p.Lab.Outside, lab.LANLink, lab.GatewayAddr, lab.RouterAddr, lab.Source); !slices.Equal(got, []netip.Addr{lab.Source}) {
+			if got := askARP(p, p.Lab.Outside, lab.LANLink, "macvlan0", lab.GatewayAddr, lab.Source, lab.RouterAddr, lab.ClientAddr); !slices.Equal(got, []netip.Addr{lab.Source}) {
 				t.Errorf("answers on the physical network for %v, want %s only", got, lab.Source)
 			}
-			if got := askARP(p, p.Lab.Client, lab.ClientLink, lab.ClientAddr, lab.Source, lab.RouterAddr); !slices.Equal(got, []netip.Addr{lab.RouterAddr}) {
+			if got := askARP(p, p.Lab.Client, lab.ClientLink, "eth0", lab.ClientAddr, lab.RouterAddr, lab.Source, lab.LANServer); !slices.Equal(got, []netip.Addr{lab.RouterAddr}) {
 				t.Errorf("answers on the cluster side for %v, want %s only", got, lab.RouterAddr)
 			}
 			// A socket with the reserved address that sends to the cluster side.

@@ -127,6 +127,7 @@ func (p *Pod) damagedSysctls() []Damage {
 		{"net/ipv6/conf/eth0/accept_redirects", "1"},
 		{"net/ipv4/conf/eth0/arp_ignore", "0"},
 		{"net/ipv4/conf/eth0/arp_announce", "0"},
+		{"net/ipv4/conf/eth0/proxy_arp", "1"},
 		{"net/netfilter/nf_conntrack_tcp_timeout_close_wait", "60"},
 		{"net/netfilter/nf_conntrack_tcp_timeout_established", "3600"},
 	} {
