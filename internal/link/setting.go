@@ -32,14 +32,16 @@ func (s Sysctls) String() string {
 	return b.String()
 }
 
-// exactly is a setting with one right value.
-func exactly(sysctl string, value int, effect string) setting {
-	return setting{sysctl, value, func(have Sysctls) bool { return have[sysctl] == value }, nil, effect}
+// off is the setting of a sysctl that must be 0.
+func off(sysctl, effect string) setting {
+	return setting{sysctl, 0, func(have Sysctls) bool { return have[sysctl] == 0 }, nil, effect}
 }
 
-// atLeast is a setting for which every higher value is right.
-func atLeast(sysctl string, value int, effect string) setting {
-	return setting{sysctl, value, func(have Sysctls) bool { return have[sysctl] >= value }, nil, effect}
+// tracked is the setting of the time that connection tracking keeps a silent TCP
+// connection in a state, in seconds. A longer time is right as well.
+func tracked(state string, seconds int) setting {
+	sysctl := "net/netfilter/nf_conntrack_tcp_timeout_" + state
+	return setting{sysctl, seconds, func(have Sysctls) bool { return have[sysctl] >= seconds }, nil, "silent TCP connections end early"}
 }
 
 // arp is a setting of ARP. The higher one of the values for all interfaces and for
@@ -87,7 +89,6 @@ const (
 const (
 	believes    = "only the rules protect the pod from router advertisements and ICMP redirects"
 	misleads    = "neighbours can learn an address on the wrong side of the pod"
-	forgets     = "silent TCP connections end early"
 	dropsMarked = "replies from the physical network are dropped"
 	dropsFar    = "packets of clients in other subnets are dropped"
 )
@@ -108,13 +109,13 @@ const (
 func (w Want) settings() []setting {
 	egress := w.Interface
 	all := []setting{
-		exactly(conf6(egress, "accept_ra"), 0, believes),
-		exactly(conf6(egress, "autoconf"), 0, believes),
-		exactly(conf6(egress, "accept_redirects"), 0, believes),
-		exactly(conf4("all", "accept_redirects"), 0, believes),
-		exactly(conf4(egress, "accept_redirects"), 0, believes),
-		exactly(conf4("all", "proxy_arp"), 0, misleads),
-		exactly(conf4(egress, "proxy_arp"), 0, misleads),
+		off(conf6(egress, "accept_ra"), believes),
+		off(conf6(egress, "autoconf"), believes),
+		off(conf6(egress, "accept_redirects"), believes),
+		off(conf4("all", "accept_redirects"), believes),
+		off(conf4(egress, "accept_redirects"), believes),
+		off(conf4("all", "proxy_arp"), misleads),
+		off(conf4(egress, "proxy_arp"), misleads),
 		arp(egress, "arp_ignore", 1),
 		// With 2 the kernel would ask from the first address of the subnet, which another
 		// program may have set.
@@ -125,9 +126,9 @@ func (w Want) settings() []setting {
 	}
 	if cluster := w.Cluster.Interface; cluster != "" {
 		all = append(all,
-			exactly(conf6(cluster, "accept_redirects"), 0, believes),
-			exactly(conf4(cluster, "accept_redirects"), 0, believes),
-			exactly(conf4(cluster, "proxy_arp"), 0, misleads),
+			off(conf6(cluster, "accept_redirects"), believes),
+			off(conf4(cluster, "accept_redirects"), believes),
+			off(conf4(cluster, "proxy_arp"), misleads),
 			arp(cluster, "arp_ignore", 1),
 			arp(cluster, "arp_announce", 2),
 			// Packets of clients behind the cluster's default route arrive by another
@@ -135,12 +136,11 @@ func (w Want) settings() []setting {
 			loose(cluster, dropsFar, false),
 		)
 	}
-	const timeout = "net/netfilter/nf_conntrack_tcp_timeout_"
 	return append(all,
-		atLeast(timeout+"established", establishedTimeout, forgets),
-		atLeast(timeout+"close_wait", halfClosedTimeout, forgets),
-		atLeast(timeout+"fin_wait", closingTimeout, forgets),
-		atLeast(timeout+"last_ack", closingTimeout, forgets),
+		tracked("established", establishedTimeout),
+		tracked("close_wait", halfClosedTimeout),
+		tracked("fin_wait", closingTimeout),
+		tracked("last_ack", closingTimeout),
 	)
 }
 

@@ -57,7 +57,7 @@ func readSysctl(name string) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read sysctl %s: %w", name, err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }() // nothing was written
 	var b [32]byte
 	n, err := unix.Read(fd, b[:])
 	if err != nil {
