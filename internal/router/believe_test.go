@@ -45,6 +45,7 @@ func TestRedirectMessageIsIgnored(t *testing.T) {
 			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 				p.Env["EGRESS_ROUTER_MODE"] = mode
 				p.OK()
+				p.WantUnchanged(p.OK())
 				believe := func() {
 					for _, link := range []string{"all", "eth0", "macvlan0"} {
 						allow(p, "net/ipv4/conf/"+link+"/accept_redirects", "1")
@@ -105,7 +106,6 @@ func TestRedirectMessageIsIgnored(t *testing.T) {
 						p.Errorf("next hop to %s after a redirect: %s, want %s", s.destination, hop(i), s.hop)
 					}
 				}
-				p.WantUnchanged(p.OK())
 				// Without the rules both are believed.
 				believe()
 				p.Clear()
@@ -148,7 +148,7 @@ func sendICMPv6(p *labtest.Pod, ns *netns.Namespace, link, from, to string, mess
 		if err != nil {
 			return err
 		}
-		defer unix.Close(fd)
+		defer func() { _ = unix.Close(fd) }()
 		l, err := net.InterfaceByName(link)
 		if err != nil {
 			return err

@@ -412,6 +412,7 @@ func (c *change) take(ctx context.Context, steps ...link.Step) error {
 				c.set = append(c.set, sysctl(s))
 				return
 			}
+			c.logSet()
 			c.router.Log.Info("network changed", "step", s.String())
 		})
 	}
