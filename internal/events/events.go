@@ -16,7 +16,7 @@ type Kind uint32
 
 // The kinds.
 const (
-	Network Kind = 1 << iota // links, addresses, routes, IPv4 routing rules, and the sysctls of IPv4 forwarding and rp_filter
+	Network Kind = 1 << iota // links, addresses, routes, IPv4 routing rules, and the IPv4 sysctls forwarding, rp_filter and proxy_arp
 	Rules                    // nftables, including iptables' nf_tables flavour
 )
 

@@ -207,6 +207,11 @@ func (k *Kernel) observeAdvertised(s *State, l netlink.Link) error {
 		p := prefix(a.IPNet)
 		if a.Flags&unix.IFA_F_PERMANENT != 0 || p.Addr().IsLinkLocalUnicast() {
 			own[p.Masked()] = true
+			if a.Peer != nil { // netlink has the length with it
+				peer := prefix(a.Peer)
+				own[netip.PrefixFrom(p.Addr(), peer.Bits()).Masked()] = true
+				own[netip.PrefixFrom(peer.Addr(), peer.Addr().BitLen())] = true
+			}
 			continue
 		}
 		s.Advertised = append(s.Advertised, Advertised{p, a})

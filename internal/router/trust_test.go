@@ -168,7 +168,16 @@ func TestAdvertisedStateIsRemoved(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	own := ipv6(p)
+	peer := labtest.Addr("fd00:14::1/128")
+	peer.Peer, peer.Flags = labtest.IPNet("fd00:15::/64"), unix.IFA_F_NODAD
+	if err := h.AddrAdd(macvlan, peer); err != nil {
+		t.Fatal(err)
+	}
+	var own []string
+	p.Until("the kernel has added the peer's route", func() bool {
+		own = ipv6(p)
+		return slices.Contains(own, "route fd00:15::/128 protocol 2")
+	})
 	believed := func() bool {
 		found := strings.Join(ipv6(p), "\n")
 		return strings.Contains(found, "address 2001:db8:bad:") && strings.Contains(found, "route ::/0 protocol 9") &&
