@@ -347,7 +347,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 }
 
 // Do takes one step. Repeating a step is an error, except for setting a link up or
-// down, writing a sysctl and replacing a route.
+// down, writing a sysctl, replacing a route and deleting what was advertised.
 func (k *Kernel) Do(s Step) error {
 	if err := k.do(s); err != nil {
 		if s.Sysctl == ipForward || strings.HasSuffix(s.Sysctl, "/forwarding") {
@@ -373,7 +373,11 @@ func (k *Kernel) do(s Step) error {
 		}
 		return k.handle.AddrAdd(iface, address)
 	case RemoveAddress:
-		return k.handle.AddrDel(iface, address)
+		err := k.handle.AddrDel(iface, address)
+		if s.kernel != nil && errors.Is(err, unix.EADDRNOTAVAIL) {
+			return nil // the kernel deletes advertised ones too, a temporary one with its origin
+		}
+		return err
 	case SetUp:
 		return k.handle.LinkSetUp(iface)
 	case SetDown:
@@ -391,6 +395,9 @@ func (k *Kernel) do(s Step) error {
 			err = k.handle.RouteDel(&netlink.Route{
 				Dst: route.Dst, Priority: route.Priority, Tos: route.Tos, Table: route.Table, Type: route.Type, Scope: netlink.SCOPE_NOWHERE,
 			})
+		}
+		if errors.Is(err, unix.ESRCH) && s.Route.Destination.Addr().Is6() {
+			return nil // an advertised one, whose time is over
 		}
 		return err
 	case AddRule:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -152,6 +153,10 @@ func TestAdvertisedStateIsRemoved(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	believesAdvertisements(p, "macvlan0")
+	// The kernel then adds a second address, and deletes it with the first.
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv6/conf/macvlan0/use_tempaddr", "2"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
 	setMacvlanUp(p)
 	h := p.Handle(p.Lab.Router)
 	macvlan := p.Link(h, "macvlan0")
