@@ -349,7 +349,7 @@ func TestProxyModesOnlyConfigureNetwork(t *testing.T) {
 						p.Errorf("state lacks %q:\n%s", want, state)
 					}
 				}
-				for _, never := range []string{"SNAT", "DNAT", "snat", "dnat", "MARK"} {
+				for _, never := range []string{"SNAT", "DNAT", "snat", "dnat"} {
 					if strings.Contains(p.Rules(), never) {
 						p.Errorf("the rules have %s:\n%s", never, p.Rules())
 					}
