@@ -70,8 +70,12 @@ const (
 	SNAT           Target = "SNAT"     // change the source to Rule.To
 	MarkPacket     Target = "MARK"     // set the packet's mark, Rule.Mark
 	MarkConnection Target = "CONNMARK" // set the mark of the packet's connection, Rule.Mark
-	Return         Target = "RETURN"   // continue with other programs' rules
-	Drop           Target = "DROP"
+	// ClampMSS lowers the maximum segment size of a TCP SYN (RFC 9293, section
+	// 3.7.1) to what fits the MTU of the paths to both ends, as the pod's routes know
+	// them.
+	ClampMSS Target = "TCPMSS"
+	Return   Target = "RETURN" // continue with other programs' rules
+	Drop     Target = "DROP"
 	// Reject drops and answers: TCP with a reset (RFC 9293, section 3.5.2),
 	// other protocols with port unreachable (RFC 1122, section 3.2.2.1). It is
 	// for rules whose Protocol is TCP, or that follow a rule for all of TCP.
@@ -107,6 +111,7 @@ type Rule struct {
 	NotOut    string     // any other output interface
 	Protocol  Protocol
 	Port      Port    // destination port
+	SYN       bool    // a TCP segment with SYN and without RST
 	Message   Message // type of ICMP or ICMPv6 messages, by Protocol
 	Marked    Mark    // mark of the connection
 	Unmarked  Mark    // any other mark of the connection
@@ -239,6 +244,12 @@ const (
 // the cluster side, to a packet from the physical network with a forged source: an
 // echo reply or a reset.
 //
+// The MTU of the two sides often differs, such as 1450 of an overlay and 1500 or
+// 9000, and firewalls drop the ICMP errors that would tell both ends: the maximum
+// segment size of each SYN, and of each answer to one, is lowered to the MTU of the
+// path. This happens after routing, where the mark of a reply has its effect, and in
+// a chain that every packet traverses already.
+//
 // The source guard is for the time after another program deleted the SNAT rule:
 // no packet leaves with another source until the rule is back.
 //
@@ -296,6 +307,7 @@ func NewPlan(set Set, sides Sides) Plan {
 				{Out: sides.Egress, RepliesNotTo: sides.Source, Confirmed: true, Original: true, Target: Drop},
 				{Out: sides.Egress, NotFrom: sides.Source, Unconnected: true, Target: Drop},
 				{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop},
+				{Protocol: TCP, SYN: true, Target: ClampMSS},
 			}},
 			{IPv4, NAT, Postrouting, []Rule{
 				{Out: sides.Egress, Target: SNAT, To: sides.Source},

@@ -73,6 +73,7 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
 -A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-POSTROUTING -s 192.168.12.99/32 -o eth0 -m conntrack --ctdir REPLY -m connmark ! --mark 0x1000/0x1000 -j DROP
+-A EGRESS-POSTROUTING -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
 `,
 		`IPv4 nat EGRESS-POSTROUTING
 -A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99

@@ -99,6 +99,12 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
+	if r.SYN {
+		if modules {
+			option("-m ", "tcp")
+		}
+		option("--tcp-flags ", "SYN,RST SYN")
+	}
 	if r.Message != 0 {
 		module, name := "icmp", "--icmp-type "
 		if r.Protocol == ICMPv6 {
@@ -166,6 +172,8 @@ func (r *Rule) appendTarget(b []byte, family Family) []byte {
 	case MarkPacket, MarkConnection:
 		b = append(b, " --set-xmark "...)
 		return append(b, r.Mark.String()...)
+	case ClampMSS:
+		return append(b, " --clamp-mss-to-pmtu"...)
 	case Reject:
 		switch {
 		case r.Protocol == TCP:

@@ -122,6 +122,7 @@ COMMIT
 -A EGRESS-POSTROUTING -o macvlan0 -m conntrack ! --ctrepldst 192.168.12.99 --ctstatus CONFIRMED --ctdir ORIGINAL -j DROP
 -A EGRESS-POSTROUTING ! -s 192.168.12.99/32 -o macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-POSTROUTING -s 192.168.12.99/32 -o eth0 -m conntrack --ctdir REPLY -m connmark ! --mark 0x1000/0x1000 -j DROP
+-A EGRESS-POSTROUTING -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING ! -d 192.168.12.99/32 -i macvlan0 -j DROP
 -A EGRESS-PREROUTING -i macvlan0 -m connmark --mark 0x1000/0x1000 -j MARK --set-xmark 0x1000/0x1000

@@ -3,6 +3,7 @@ package nft
 import (
 	"bytes"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
@@ -34,6 +35,16 @@ const (
 	sourceAddress      = 12 // in the IPv4 header (RFC 791)
 	destinationAddress = 16
 	destinationPort    = 2 // in the TCP and UDP headers (RFC 9293, RFC 768)
+	tcpFlags           = 13
+)
+
+// Flags in the TCP header, and its option for the maximum segment size, whose value
+// is behind type and length (RFC 9293, section 3.1 and 3.2).
+const (
+	flagSYN     = 1 << 1
+	flagRST     = 1 << 2
+	optionMSS   = 2
+	optionValue = 2
 )
 
 // expressions returns a rule as the kernel's expressions, in the form in which the
@@ -65,6 +76,11 @@ func matches(r rules.Rule) []expr.Any {
 	if r.Port != 0 {
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
 			compare(expr.CmpOpEq, []byte{byte(r.Port >> 8), byte(r.Port)}))
+	}
+	if r.SYN {
+		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: tcpFlags, Len: 1},
+			&expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 1, Mask: []byte{flagSYN | flagRST}, Xor: []byte{0}},
+			compare(expr.CmpOpEq, []byte{flagSYN}))
 	}
 	if r.Message != 0 {
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
@@ -176,10 +192,34 @@ func actions(r rules.Rule) []expr.Any {
 			return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
 		}
 		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: portUnreachable}}
+	case rules.ClampMSS:
+		return append(pathMSS(), &expr.Exthdr{SourceRegister: register, Type: optionMSS, Offset: optionValue, Len: 2, Op: expr.ExthdrOpTcpopt})
 	case rules.Return:
 		return []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}
 	}
 	return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}
+}
+
+// pathMSS loads the maximum segment size of the path, in network byte order. The
+// kernel never raises a segment size to it, as with iptables
+// (net/netfilter/nft_exthdr.c, nft_exthdr_tcp_set_eval).
+func pathMSS() []expr.Any {
+	return []expr.Any{
+		&expr.Rt{Register: register, Key: expr.RtTCPMSS},
+		&expr.Byteorder{SourceRegister: register, DestRegister: register, Op: expr.ByteorderHton, Len: 2, Size: 2},
+	}
+}
+
+// listed returns a rule as the kernel has it. The library cannot decode the two
+// expressions of pathMSS and leaves them out, which would break the rule in a
+// rollback. No other rule with a TCP option at its end is ours.
+func listed(rule []expr.Any) []expr.Any {
+	if last := len(rule) - 1; last >= 0 {
+		if _, writes := rule[last].(*expr.Exthdr); writes {
+			return slices.Insert(rule, last, pathMSS()...)
+		}
+	}
+	return rule
 }
 
 func compare(op expr.CmpOp, data []byte) expr.Any {
