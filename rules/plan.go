@@ -26,6 +26,9 @@ type Table string
 
 // The tables of plans, in the order in which a packet traverses them.
 const (
+	// Raw attaches helpers to new connections. In iptables its rules match every
+	// packet, before conntrack does.
+	Raw Table = "raw"
 	// Mangle contains rules for every packet and may set marks before routing.
 	Mangle Table = "mangle"
 	// NAT translates addresses. Its rules match only the first packet of each
@@ -70,6 +73,7 @@ const (
 	SNAT           Target = "SNAT"     // change the source to Rule.To
 	MarkPacket     Target = "MARK"     // set the packet's mark, Rule.Mark
 	MarkConnection Target = "CONNMARK" // set the mark of the packet's connection, Rule.Mark
+	AttachHelper   Target = "CT"       // attach Rule.Helper to the packet's new connection
 	// ClampMSS lowers the maximum segment size of a TCP SYN (RFC 9293, section
 	// 3.7.1) to what fits the MTU of the paths to both ends, as the pod's routes know
 	// them.
@@ -119,6 +123,7 @@ type Rule struct {
 	RepliesNotTo netip.Addr // any other destination of its replies
 	Confirmed    bool       // its first packet has left
 	Redirected   bool       // its destination was changed by DNAT
+	Expected     bool       // a helper expected it
 	Original     bool       // the packet has the direction of the first packet
 	Reply        bool       // the packet has the other direction, or is an ICMP error about a packet of the first direction
 	// The packet has no connection, so that no NAT rule applies to it.
@@ -129,6 +134,7 @@ type Rule struct {
 	To     netip.Addr
 	ToPort Port // zero: the port is unchanged
 	Mark   Mark
+	Helper string // the kernel's name of a helper
 }
 
 // A Chain is an ordered list of our rules. A packet at Hook traverses it before
@@ -189,6 +195,8 @@ type Plan struct {
 	// Redirects are the destinations of the target Redirected. No two have the
 	// same Port.
 	Redirects []Redirect
+	// Helpers are those that rules with the target AttachHelper may name.
+	Helpers []Helper
 }
 
 // Sides describes the two sides of the router and the reserved address.
@@ -200,6 +208,7 @@ type Sides struct {
 	Health  Port       // TCP port of the pod that the fallback does not redirect; zero: none
 	// The connections that may cross to the egress side.
 	Crossing Crossing
+	Helpers  []Helper // helpers to attach, by the port of the server
 }
 
 // A Crossing selects the connections that may cross from the cluster side to the
@@ -229,6 +238,10 @@ const (
 // that mark leads back to the cluster side. Packets of the original direction must
 // not get it. The pod's own packets for these connections get it too: rejections,
 // and ICMP errors such as the one for a smaller MTU on the egress side.
+//
+// A connection that a server opens, such as for active FTP, crosses if a helper of
+// the connection of the client expects it: conntrack gives it the addresses and the
+// mark of that connection.
 //
 // What arrives at the egress side for another address than the reserved one is
 // dropped before routing: replies to every connection that crosses have the reserved
@@ -294,6 +307,8 @@ func NewPlan(set Set, sides Sides) Plan {
 			{IPv4, Filter, Forward, []Rule{
 				{In: sides.Cluster, Out: sides.Egress, Redirected: closed, Original: true, Target: Return},
 				{In: sides.Egress, Out: sides.Cluster, Redirected: closed, Reply: true, Target: Return},
+				{In: sides.Egress, Out: sides.Cluster, Redirected: true, Expected: true, Original: true, Target: Return},
+				{In: sides.Cluster, Out: sides.Egress, Redirected: true, Expected: true, Reply: true, Target: Return},
 				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},
 				{In: sides.Cluster, Protocol: TCP, Original: true, Target: Reject},
 				{In: sides.Cluster, Original: true, Target: Reject},
@@ -316,6 +331,10 @@ func NewPlan(set Set, sides Sides) Plan {
 				{Out: sides.Egress, NotFrom: sides.Source, Target: Drop},
 			}},
 		},
+	}
+	if len(sides.Helpers) > 0 {
+		plan.Helpers = sides.Helpers
+		plan.Chains = slices.Insert(plan.Chains, 0, Chain{IPv4, Raw, Prerouting, helperRules(set, sides)})
 	}
 	plan.Chains = append(plan.Chains, chainsIPv6(sides)...)
 	return plan
@@ -383,9 +402,9 @@ func chainsIPv6(sides Sides) []Chain {
 // routes change: nothing is redirected then, and all packets that leave by the
 // egress side have the reserved address.
 func (p Plan) WithoutRedirects() Plan {
-	without := Plan{Chains: slices.Clone(p.Chains)}
+	without := Plan{Chains: slices.Clone(p.Chains), Helpers: p.Helpers}
 	for i, c := range without.Chains {
-		without.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT })
+		without.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT || r.Target == AttachHelper })
 	}
 	return without
 }
@@ -401,7 +420,7 @@ func (p Plan) Without(f Family) Plan {
 func (p Plan) Equal(other Plan) bool {
 	return slices.EqualFunc(p.Chains, other.Chains, func(a, b Chain) bool {
 		return a.Family == b.Family && a.Table == b.Table && a.Hook == b.Hook && slices.Equal(a.Rules, b.Rules)
-	}) && slices.Equal(p.Redirects, other.Redirects)
+	}) && slices.Equal(p.Redirects, other.Redirects) && slices.Equal(p.Helpers, other.Helpers)
 }
 
 // String returns the plan for a person to read: each chain with its hook and its

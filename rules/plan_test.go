@@ -2,6 +2,7 @@ package rules
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -53,6 +54,8 @@ func TestIPTables(t *testing.T) {
 		`IPv4 filter EGRESS-FORWARD
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctstatus EXPECTED --ctdir ORIGINAL -j RETURN
+-A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctstatus EXPECTED --ctdir REPLY -j RETURN
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
@@ -93,6 +96,8 @@ func TestIPTables(t *testing.T) {
 	open[2] = `IPv4 filter EGRESS-FORWARD
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctstatus EXPECTED --ctdir ORIGINAL -j RETURN
+-A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctstatus EXPECTED --ctdir REPLY -j RETURN
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
@@ -133,6 +138,45 @@ func TestIPTables(t *testing.T) {
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
 				t.Errorf("- want, + got:\n%s", diff)
+			}
+		})
+	}
+}
+
+// A helper is attached by the port of the server; a line with the local port decides
+// over the fallback.
+func TestHelperRules(t *testing.T) {
+	ftp, tftp := Helper{"ftp", TCP, 21}, Helper{"tftp", UDP, 69}
+	server := ip("203.0.113.26")
+	const line = "-A EGRESS-PREROUTING -i eth0 -p "
+	ftpAt := func(port string) string { return line + "tcp -m tcp --dport " + port + " -j CT --helper ftp\n" }
+	tftpAt := func(port string) string { return line + "udp -m udp --dport " + port + " -j CT --helper tftp\n" }
+	for name, test := range map[string]struct {
+		set      Set
+		crossing Crossing
+		want     string
+	}{
+		"nothing":        {Set{}, CrossRedirected, ""},
+		"open":           {Set{}, CrossAll, ftpAt("21") + tftpAt("69")},
+		"fallback":       {Set{nil, server}, CrossRedirected, ftpAt("21") + tftpAt("69")},
+		"same port":      {Set{[]Redirect{{TCP, 21, server, 0}, {UDP, 21, server, 0}}, netip.Addr{}}, CrossRedirected, ftpAt("21")},
+		"other port":     {Set{[]Redirect{{TCP, 2121, server, 21}, {UDP, 2169, server, 69}}, netip.Addr{}}, CrossRedirected, ftpAt("2121") + tftpAt("2169")},
+		"other protocol": {Set{[]Redirect{{UDP, 21, server, 0}, {TCP, 69, server, 0}}, netip.Addr{}}, CrossRedirected, ""},
+		"other server":   {Set{[]Redirect{{TCP, 21, server, 2121}}, server}, CrossAll, tftpAt("69")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			with := sides
+			with.Crossing, with.Helpers = test.crossing, []Helper{ftp, tftp}
+			plan := NewPlan(test.set, with)
+			chain := plan.IPTables()[0]
+			if chain.Table != Raw || string(chain.Saved) != test.want {
+				t.Errorf("chain of table %s:\n%swant:\n%s", chain.Table, chain.Saved, test.want)
+			}
+			if without := plan.WithoutRedirects(); len(without.Chains[0].Rules) > 0 || len(without.Helpers) != 2 {
+				t.Errorf("without redirects: %v", without)
+			}
+			if plan.Equal(NewPlan(test.set, sides)) {
+				t.Error("plans with and without helpers are equal")
 			}
 		})
 	}

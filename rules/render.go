@@ -129,7 +129,7 @@ func appendOption(b []byte, name, value string) []byte {
 // order of iptables-save.
 func (r *Rule) appendConnection(b []byte) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
-	if r.Unconnected || r.Invalid || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Original || r.Reply {
+	if r.Unconnected || r.Invalid || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Expected || r.Original || r.Reply {
 		b = append(b, "-m conntrack "...)
 	}
 	if r.Unconnected {
@@ -144,7 +144,10 @@ func (r *Rule) appendConnection(b []byte) []byte {
 	if r.RepliesNotTo.IsValid() {
 		option("! --ctrepldst ", r.RepliesNotTo.String())
 	}
-	if r.Confirmed {
+	switch {
+	case r.Expected:
+		option("--ctstatus ", "EXPECTED")
+	case r.Confirmed:
 		option("--ctstatus ", "CONFIRMED")
 	}
 	if r.Original {
@@ -172,6 +175,8 @@ func (r *Rule) appendTarget(b []byte, family Family) []byte {
 	case MarkPacket, MarkConnection:
 		b = append(b, " --set-xmark "...)
 		return append(b, r.Mark.String()...)
+	case AttachHelper:
+		return append(append(b, " --helper "...), r.Helper...)
 	case ClampMSS:
 		return append(b, " --clamp-mss-to-pmtu"...)
 	case Reject:

@@ -35,6 +35,9 @@ var environments = map[string]config.Environment{
 	"open": {
 		Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25", Forward: "open",
 	},
+	"helpers": {
+		Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: "2121 tcp 203.0.113.25 21\n203.0.113.27", Helpers: "ftp,sip",
+	},
 	"large": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: manyLines(40)},
 	"macvlan": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",

@@ -68,6 +68,7 @@ type Config struct {
 
 	Backend  Backend
 	Crossing rules.Crossing // connections that cross from the cluster side
+	Helpers  []rules.Helper // helpers of conntrack to attach
 
 	ReplyMark           rules.Mark     // mark of connections from the cluster side
 	ReplyTable          int            // routing table of their replies
@@ -79,7 +80,7 @@ type Config struct {
 
 // Sides returns the input of a rule plan.
 func (c Config) Sides() rules.Sides {
-	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark, Crossing: c.Crossing}
+	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark, Crossing: c.Crossing, Helpers: c.Helpers}
 	if c.Mode != UnitTest { // it prints the rules of the original
 		sides.Health = rules.Port(c.Health.Listen.Port())
 	}
@@ -185,6 +186,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	}
 	report(c.parseBackend(env.Backend))
 	report(c.parseForward(env.Forward))
+	report(c.parseHelpers(env.Helpers))
 	faults = append(faults, c.parseReply(env)...)
 	faults = append(faults, c.parseClusterCIDRs(env.ClusterCIDRs)...)
 	report(checkInterface("EGRESS_INTERFACE", c.Egress))

@@ -85,6 +85,19 @@ func TestParse(t *testing.T) {
 		"backend":      {func(e *Environment) { e.Backend = "nftables" }, func(c *Config) { c.Backend = NFTables }},
 		"forward":      {func(e *Environment) { e.Forward = "redirected" }, func(*Config) {}},
 		"forward open": {func(e *Environment) { e.Forward = "open" }, func(c *Config) { c.Crossing = rules.CrossAll }},
+		"helpers": {
+			func(e *Environment) { e.Helpers = " ftp,, sip ,ftp" },
+			func(c *Config) {
+				c.Helpers = []rules.Helper{{Name: "ftp", Protocol: rules.TCP, Port: 21}, {Name: "sip", Protocol: rules.TCP, Port: 5060}, {Name: "sip", Protocol: rules.UDP, Port: 5060}}
+			},
+		},
+		"helpers of a proxy": {
+			func(e *Environment) { e.Mode, e.Helpers = "http-proxy", "ftp" },
+			func(c *Config) {
+				c.Mode, c.Set = HTTPProxy, rules.Set{}
+				c.Warnings = []string{"EGRESS_HELPERS has no effect in mode http-proxy: nothing is redirected"}
+			},
+		},
 		"forward open with a proxy": {
 			func(e *Environment) { e.Mode, e.Forward = "http-proxy", "open" },
 			func(c *Config) {
@@ -225,6 +238,10 @@ func TestHealthErrors(t *testing.T) {
 		{func(e *Environment) { e.AnnounceInterval = "-1s" }, `EGRESS_ANNOUNCE_INTERVAL "-1s" is not a time: expected a number with its unit, such as 500ms, 90s or 15m, or 0`},
 		{func(e *Environment) { e.ProbeInterval = "0" }, `EGRESS_PROBE_INTERVAL "0" is not a time: expected a number with its unit, such as 500ms, 90s or 15m`},
 		{func(e *Environment) { e.Conflict = "ignore" }, `EGRESS_CONFLICT "ignore" is neither warn, refuse nor defend`},
+		{
+			func(e *Environment) { e.Helpers = "ftp;tftp" },
+			"hint: the helpers are amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp\nEGRESS_HELPERS \"ftp;tftp\" is not a helper",
+		},
 		{func(e *Environment) { e.Probe = "icmp" }, `EGRESS_PROBE "icmp" is not tcp, the only kind of probe`},
 		{func(e *Environment) { e.ProbeFailsReady = "1" }, `EGRESS_PROBE_FAILS_READY "1" is neither true nor false`},
 		{func(e *Environment) { e.AuditLog = "yes" }, `EGRESS_AUDIT_LOG "yes" is neither true nor false`},

@@ -38,6 +38,7 @@ type Environment struct {
 	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" unset:"4711" doc:"number of the routing table of their replies, to change if another program uses the default"`
 	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" unset:"auto" doc:"how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables"`
 	Forward          string `envconfig:"EGRESS_FORWARD" unset:"redirected" doc:"what is forwarded from the cluster side: redirected connections only, or open, all connections, for a pod that is the gateway of others"`
+	Helpers          string `envconfig:"EGRESS_HELPERS" unset:"none" doc:"protocols whose servers open further connections, separated by commas: amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp; the kernel's helpers are attached to destinations with the protocol's port on the server"`
 	MacvlanParent    string `envconfig:"EGRESS_MACVLAN_PARENT" unset:"none" doc:"NIC of the host on which the router creates the egress interface, a macvlan; true: the NIC of the host's IPv4 default route"`
 	MacvlanMode      string `envconfig:"EGRESS_MACVLAN_MODE" unset:"private" doc:"mode of that macvlan: private, bridge, vepa or passthru"`
 	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, which contains that NIC"`

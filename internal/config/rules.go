@@ -56,3 +56,28 @@ func (c *Config) parseForward(s string) *Error {
 	}
 	return &Error{"EGRESS_FORWARD", fmt.Sprintf("EGRESS_FORWARD %q is neither %s nor %s", s, forwardRedirected, forwardOpen), ""}
 }
+
+// parseHelpers parses the names of protocols, each once.
+func (c *Config) parseHelpers(s string) *Error {
+	var names, known []string
+	for _, g := range rules.HelperGroups {
+		known = append(known, g.Name)
+	}
+	for name := range strings.SplitSeq(s, ",") {
+		name = strings.TrimSpace(name)
+		at := slices.Index(known, name)
+		switch {
+		case name == "" || slices.Contains(names, name):
+			continue
+		case at < 0:
+			return &Error{"EGRESS_HELPERS", fmt.Sprintf("EGRESS_HELPERS %s is not a helper", quote(name)), "hint: the helpers are " + strings.Join(known, ", ")}
+		}
+		names = append(names, name)
+		c.Helpers = append(c.Helpers, rules.HelperGroups[at].Helpers...)
+	}
+	if len(names) > 0 && !c.Mode.Redirects() {
+		c.Helpers = nil
+		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_HELPERS has no effect in mode %s: nothing is redirected", c.Mode))
+	}
+	return nil
+}

@@ -24,6 +24,7 @@ const (
 	ctaCountersOrig  = 9
 	ctaCountersReply = 10
 	ctaID            = 12
+	ctaTupleMaster   = 14
 	ctaMarkMask      = 21
 
 	ctaTupleIP      = 1 // in ctaTuple…

@@ -107,7 +107,7 @@ func legacyHolds(f rules.Family) (bool, error) {
 	}
 	defer func() { _ = unix.Close(fd) }()
 	for name := range strings.FieldsSeq(string(names)) {
-		if !slices.Contains([]rules.Table{rules.Mangle, rules.NAT, rules.Filter}, rules.Table(name)) {
+		if !slices.Contains([]rules.Table{rules.Raw, rules.Mangle, rules.NAT, rules.Filter}, rules.Table(name)) {
 			continue
 		}
 		entries, err := legacyEntries(fd, level, name)

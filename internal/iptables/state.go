@@ -265,8 +265,8 @@ func (s state) script(want state) []byte {
 	return b
 }
 
-// tablesOf returns the tables of both states, filter and mangle before nat: guards
-// before redirects.
+// tablesOf returns the tables of both states, raw, filter and mangle before nat:
+// helpers and guards before redirects.
 func tablesOf(a, b state) []rules.Table {
 	tables := make(map[rules.Table]bool)
 	for table := range a {
@@ -275,7 +275,17 @@ func tablesOf(a, b state) []rules.Table {
 	for table := range b {
 		tables[table] = true
 	}
-	return slices.Sorted(maps.Keys(tables))
+	sorted := slices.Sorted(maps.Keys(tables))
+	slices.SortStableFunc(sorted, func(a, b rules.Table) int {
+		switch rules.Raw {
+		case a:
+			return -1
+		case b:
+			return 1
+		}
+		return 0
+	})
+	return sorted
 }
 
 // chainsOf returns the chains of both, and those that they have jumps to, sorted.

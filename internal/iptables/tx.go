@@ -126,6 +126,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	}
 	chains := tx.backend.text(plan)
 	if err := become(ctx, tx.families, func(f *familyTx) state { return f.wanted(chains) }, 1); err != nil {
+		err = tx.families[0].missingHelper(ctx, plan.Helpers, err)
 		for _, f := range tx.families {
 			if len(f.now.script(before[f])) > 0 {
 				return undo, err
@@ -191,6 +192,28 @@ func (f *familyTx) restore(ctx context.Context, input []byte) (wait func() error
 		_, _, err := finish()
 		return err
 	}
+}
+
+// missingHelper returns the error of a load with helpers: a *rules.HelperError if the
+// kernel lacks one of them, which a load into a scratch chain shows.
+func (f *familyTx) missingHelper(ctx context.Context, helpers []rules.Helper, err error) error {
+	works := func(rule string) bool {
+		chain := rules.ScratchName(chainOf(rules.Prerouting))
+		input := fmt.Appendf(nil, "*%s\n:%s - [0:0]\n", rules.Raw, chain)
+		if rule != "" {
+			input = fmt.Appendf(input, "-A %s %s\n-F %[1]s\n", chain, rule)
+		}
+		return f.restore(ctx, fmt.Appendf(input, "-X %s\nCOMMIT\n", chain))() == nil
+	}
+	for i, h := range helpers {
+		if i == 0 && !works("") {
+			return err // for another reason
+		}
+		if !works(fmt.Sprintf("-p %s -j CT --helper %s", h.Protocol, h.Name)) {
+			return &rules.HelperError{Helper: h, Err: err}
+		}
+	}
+	return err
 }
 
 // program returns the name of one of the family's programs.

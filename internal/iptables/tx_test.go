@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -101,6 +102,8 @@ func TestScript(t *testing.T) {
 :EGRESS-INPUT - [0:0]
 -A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j RETURN
 -A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctdir REPLY -j RETURN
+-A EGRESS-FORWARD -i macvlan0 -o eth0 -m conntrack --ctstate DNAT --ctstatus EXPECTED --ctdir ORIGINAL -j RETURN
+-A EGRESS-FORWARD -i eth0 -o macvlan0 -m conntrack --ctstate DNAT --ctstatus EXPECTED --ctdir REPLY -j RETURN
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
@@ -236,6 +239,28 @@ func TestHints(t *testing.T) {
 	} {
 		if got := (&programError{program: "iptables-save", err: err}).Hint(); !strings.Contains(got, want) || (want == "") != (got == "") {
 			t.Errorf("%v: hint %q, want %q", err, got, want)
+		}
+	}
+}
+
+// A helper that the kernel lacks is named. Another reason is kept.
+func TestMissingHelper(t *testing.T) {
+	dir := t.TempDir()
+	f := &familyTx{backend: &Backend{directory: dir}, family: rules.IPv4}
+	helpers := []rules.Helper{{Name: "ftp", Protocol: rules.TCP}, {Name: "sip", Protocol: rules.UDP}}
+	for name, test := range map[string]struct{ program, want string }{
+		"no sip":     {"! grep -q -e '--helper sip'", "sip"},
+		"no table":   {"exit 1", ""},
+		"all helper": {"cat >/dev/null", ""},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, "iptables-restore"), []byte("#!/bin/sh\n"+test.program+"\n"), 0o700); err != nil { //nolint:gosec // it has to run
+			t.Fatal(err)
+		}
+		load := errors.New("the load failed")
+		err := f.missingHelper(t.Context(), helpers, load)
+		missing, found := errors.AsType[*rules.HelperError](err)
+		if !errors.Is(err, load) || found != (test.want != "") || found && missing.Helper.Name != test.want {
+			t.Errorf("%s: error %v", name, err)
 		}
 	}
 }

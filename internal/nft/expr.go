@@ -23,6 +23,7 @@ const (
 // Bits of a connection's status (linux/netfilter/nf_conntrack_common.h,
 // ip_conntrack_status).
 const (
+	statusExpected       = 1 << 0
 	statusConfirmed      = 1 << 3
 	statusDestinationNAT = 1 << 5
 )
@@ -128,6 +129,10 @@ func connectionMatches(r rules.Rule) []expr.Any {
 		add(&expr.Ct{Key: expr.CtKeyDSTIP, Register: register, Direction: expr.CtDirReply},
 			compare(expr.CmpOpNeq, r.RepliesNotTo.AsSlice()))
 	}
+	if r.Expected {
+		add(&expr.Ct{Key: expr.CtKeySTATUS, Register: register})
+		add(anyBit(statusExpected)...)
+	}
 	if r.Confirmed {
 		add(&expr.Ct{Key: expr.CtKeySTATUS, Register: register})
 		add(anyBit(statusConfirmed)...)
@@ -192,6 +197,8 @@ func actions(r rules.Rule) []expr.Any {
 			return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
 		}
 		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: portUnreachable}}
+	case rules.AttachHelper:
+		return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_HELPER, Name: objectName(r.Helper, r.Protocol)}}
 	case rules.ClampMSS:
 		return append(pathMSS(), &expr.Exthdr{SourceRegister: register, Type: optionMSS, Offset: optionValue, Len: 2, Op: expr.ExthdrOpTcpopt})
 	case rules.Return:

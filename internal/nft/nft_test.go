@@ -67,6 +67,9 @@ func beginTx(t *testing.T) *Tx {
 func TestApply(t *testing.T) {
 	open := sides
 	open.Crossing = rules.CrossAll
+	helped, other := sides, sides
+	helped.Helpers = []rules.Helper{{Name: "tftp", Protocol: rules.UDP, Port: 69}, {Name: "ftp", Protocol: rules.TCP, Port: 21}}
+	other.Helpers = helped.Helpers[1:]
 	example := "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 80\n53 udp 203.0.113.26\n203.0.113.27\n"
 	plans := map[string]rules.Plan{
 		"none":        {},
@@ -77,6 +80,8 @@ func TestApply(t *testing.T) {
 		"large":       parse(t, lines(10000)),
 		"open":        rules.NewPlan(rules.Set{}, open),
 		"proxy":       rules.NewProxyPlan(sides),
+		"helpers":     rules.NewPlan(rules.Set{Fallback: netip.MustParseAddr("203.0.113.27")}, helped),
+		"helper":      rules.NewPlan(rules.Set{}, other),
 		"no IPv6":     parse(t, example).Without(rules.IPv6),
 	}
 	for from := range plans {
@@ -194,6 +199,23 @@ func TestRefused(t *testing.T) {
 
 // After a concurrent change the tables are read again: no part of the plan is
 // missing or doubled.
+// A helper that the kernel lacks is named, with the modules to load.
+func TestMissingHelper(t *testing.T) {
+	inNamespace(t, func() {
+		with := sides
+		with.Helpers = []rules.Helper{{Name: "ftp", Protocol: rules.TCP, Port: 21}, {Name: "none", Protocol: rules.TCP, Port: 1}}
+		tx := beginTx(t)
+		_, err := tx.Apply(t.Context(), rules.NewPlan(rules.Set{}, with))
+		missing, ok := errors.AsType[*rules.HelperError](err)
+		if !ok || missing.Helper.Name != "none" || !strings.Contains(missing.Hint(), "modprobe -a nf_conntrack_none") {
+			t.Errorf("error %v, want one that names the helper", err)
+		}
+		if tx := beginTx(t); tx.Holds() {
+			t.Error("tables remain")
+		}
+	})
+}
+
 func TestChangedMeanwhile(t *testing.T) {
 	example := parse(t, "80 tcp 203.0.113.25\n203.0.113.27\n")
 	inNamespace(t, func() {

@@ -28,10 +28,11 @@ func (k tableKey) String() string { return fmt.Sprintf("table %s %s", familyName
 
 // A table is the content of one of our tables.
 type table struct {
-	flags  nftables.TableFlags // such as dormant, which disables it
-	chains map[string]*chain
-	to     destinations // nil: it has no map
-	others []string     // names of other objects in it
+	flags   nftables.TableFlags // such as dormant, which disables it
+	chains  map[string]*chain
+	to      destinations // nil: it has no map
+	helpers []helper
+	others  []string // names of other objects in it
 }
 
 // A chain is a base chain of ours or, without a hook, a chain of another program in
@@ -62,6 +63,12 @@ var places = map[rules.Table]map[rules.Hook]place{
 		rules.Output:      {nftables.ChainTypeRoute, nftables.ChainHookOutput, *nftables.ChainPriorityMangle - 1},
 		rules.Postrouting: {nftables.ChainTypeFilter, nftables.ChainHookPostrouting, *nftables.ChainPriorityMangle - 1},
 	},
+	// Only the first packet of a connection traverses chains of this type. A helper is
+	// attached before the translation, which then provides for changes of the length
+	// of messages (nf_nat_setup_info in net/netfilter/nf_nat_core.c).
+	rules.Raw: {
+		rules.Prerouting: {nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest - 2},
+	},
 	rules.NAT: {
 		rules.Prerouting:  {nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest - 1},
 		rules.Postrouting: {nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource - 1},
@@ -91,6 +98,9 @@ func render(plan rules.Plan, name string) state {
 		if t == nil {
 			t = &table{chains: make(map[string]*chain)}
 			want[key] = t
+		}
+		if c.Table == rules.Raw {
+			t.helpers = newHelpers(plan.Helpers)
 		}
 		at := places[c.Table][c.Hook]
 		rendered := &chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}
@@ -175,6 +185,9 @@ func (t *table) differences(want *table) []string {
 		if !slices.Contains(want.others, name) {
 			say("%s not in the plan", name)
 		}
+	}
+	if !slices.Equal(t.helpers, want.helpers) {
+		say("helpers differ")
 	}
 	for _, name := range slices.Sorted(maps.Keys(want.chains)) {
 		c, there := t.chains[name]

@@ -57,7 +57,7 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 
 // addIPTables adds our chains of iptables in one family.
 func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftables.Chain) error {
-	for _, name := range []rules.Table{rules.NAT, rules.Mangle, rules.Filter} {
+	for _, name := range []rules.Table{rules.NAT, rules.Mangle, rules.Filter, rules.Raw} {
 		t := &nftables.Table{Name: string(name), Family: tableFamilies[f]}
 		var own, others []string
 		for _, c := range chains {

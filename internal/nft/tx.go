@@ -98,6 +98,9 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 	if err := readChains(conn, t, f, found); err != nil {
 		return nil, err
 	}
+	if found.helpers, found.others, err = readHelpers(t); err != nil {
+		return nil, fmt.Errorf("list objects: %w", err)
+	}
 	sets, err := conn.GetSets(t)
 	if err != nil {
 		return nil, fmt.Errorf("list sets: %w", err)
@@ -157,7 +160,7 @@ func (tx *Tx) become(target state) error {
 			break
 		}
 		if !errors.Is(err, unix.ERESTART) || try == tries {
-			return &LoadError{err}
+			return missingHelper(target, &LoadError{err})
 		}
 		if err := tx.read(); err != nil {
 			return err
@@ -197,6 +200,9 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 	if have == nil {
 		t.Flags = want.flags
 		b.addTable(t)
+		for _, h := range want.helpers {
+			b.addHelper(t, h)
+		}
 		have = &table{}
 	}
 	if want.to != nil {
@@ -226,7 +232,7 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 // sameFrame reports whether both tables have the same chains and maps. It ignores
 // their content.
 func (t *table) sameFrame(want *table) bool {
-	if t.flags != want.flags || len(t.others) > 0 || (t.to == nil) != (want.to == nil) || len(t.chains) != len(want.chains) {
+	if t.flags != want.flags || len(t.others) > 0 || !slices.Equal(t.helpers, want.helpers) || (t.to == nil) != (want.to == nil) || len(t.chains) != len(want.chains) {
 		return false
 	}
 	for name, c := range want.chains {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -323,8 +324,19 @@ func (c *change) close() {
 func (c *change) forget() {
 	// Computed only if there is a connection to check.
 	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.router.Plan.Stale(c.have.Cluster.Addresses) })
+	masters := sync.OnceValues(conntrack.Masters)
 	n, err := c.network.Forget(func(f link.Connection) bool {
-		return stale()(rules.Connection{Protocol: rules.Protocol(f.Protocol), From: f.From, To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo})
+		found := rules.Connection{Protocol: rules.Protocol(f.Protocol), From: f.From, To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo}
+		if !stale()(found) {
+			return false
+		}
+		// One that a helper expected has no redirect of its own, and ends with its master.
+		if of, err := masters(); err == nil {
+			if master, expected := of[found]; expected {
+				return master.To.IsValid() && stale()(master)
+			}
+		}
+		return true
 	})
 	if err != nil {
 		c.router.Log.Warn("stale connections not deleted", "error", err)

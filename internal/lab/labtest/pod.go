@@ -412,7 +412,7 @@ func (p *Pod) Clear() {
 	p.Helper()
 	p.NFT("flush ruleset")
 	if p.Backend == IptablesLegacy {
-		for _, table := range []string{"nat", "mangle", "filter"} {
+		for _, table := range []string{"raw", "nat", "mangle", "filter"} {
 			for _, program := range []string{"iptables", "ip6tables"} {
 				if program == "ip6tables" && table != "filter" {
 					continue
@@ -439,7 +439,7 @@ func (p *Pod) rules() (string, error) {
 	for _, tables := range []struct {
 		save  string
 		names []string
-	}{{"iptables-save", []string{"nat", "filter", "mangle"}}, {"ip6tables-save", []string{"filter"}}} {
+	}{{"iptables-save", []string{"nat", "filter", "mangle", "raw"}}, {"ip6tables-save", []string{"filter"}}} {
 		for _, table := range tables.names {
 			saved, err := p.tool(p.Program(tables.save), "-t", table)
 			if err != nil {

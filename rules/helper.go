@@ -1,0 +1,93 @@
+package rules
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// A Helper is a helper of the kernel's connection tracking: it reads a protocol whose
+// server or client opens further connections, expects these, and translates the
+// addresses in the messages that announce them (nf_conntrack_helper.h).
+type Helper struct {
+	Name     string // the kernel's name
+	Protocol Protocol
+	Port     Port // the protocol's port on servers (IANA)
+}
+
+// A HelperGroup is the helpers of one protocol.
+type HelperGroup struct {
+	Name    string
+	Helpers []Helper
+	Modules string // kernel modules that contain them
+}
+
+// HelperGroups lists the helpers by the name of their protocol.
+var HelperGroups = []HelperGroup{
+	{"amanda", []Helper{{"amanda", UDP, 10080}}, "nf_conntrack_amanda nf_nat_amanda"},
+	{"ftp", []Helper{{"ftp", TCP, 21}}, "nf_conntrack_ftp nf_nat_ftp"},
+	{"h323", []Helper{{"Q.931", TCP, 1720}, {"RAS", UDP, 1719}}, "nf_conntrack_h323 nf_nat_h323"},
+	{"irc", []Helper{{"irc", TCP, 6667}}, "nf_conntrack_irc nf_nat_irc"},
+	{"netbios-ns", []Helper{{"netbios-ns", UDP, 137}}, "nf_conntrack_netbios_ns"},
+	{"pptp", []Helper{{"pptp", TCP, 1723}}, "nf_conntrack_pptp nf_nat_pptp"},
+	{"sane", []Helper{{"sane", TCP, 6566}}, "nf_conntrack_sane"},
+	{"sip", []Helper{{"sip", TCP, 5060}, {"sip", UDP, 5060}}, "nf_conntrack_sip nf_nat_sip"},
+	{"snmp", []Helper{{"snmp", UDP, 161}}, "nf_conntrack_snmp nf_nat_snmp_basic"},
+	{"tftp", []Helper{{"tftp", UDP, 69}}, "nf_conntrack_tftp nf_nat_tftp"},
+}
+
+// Modules returns the kernel modules that contain a helper.
+func (h Helper) Modules() string {
+	for _, g := range HelperGroups {
+		if slices.ContainsFunc(g.Helpers, func(other Helper) bool { return other.Name == h.Name }) {
+			return g.Modules
+		}
+	}
+	return "nf_conntrack_" + strings.ToLower(h.Name)
+}
+
+// helperRules returns the rules that attach the helpers to connections, by the port
+// of their server. Without a redirect for it, a connection to a helper's port has
+// it if it crosses all the same.
+func helperRules(set Set, sides Sides) []Rule {
+	var rules []Rule
+	add := func(h Helper, local Port) {
+		rules = append(rules, Rule{In: sides.Cluster, Protocol: h.Protocol, Port: local, Target: AttachHelper, Helper: h.Name})
+	}
+	for _, h := range sides.Helpers {
+		crosses := set.Fallback.IsValid() || sides.Crossing == CrossAll
+		for _, r := range set.Redirects {
+			if r.Protocol != h.Protocol {
+				continue
+			}
+			if r.Port == h.Port {
+				crosses = false // its own server decides
+			}
+			if r.ToPort == h.Port || r.ToPort == 0 && r.Port == h.Port {
+				add(h, r.Port)
+			}
+		}
+		if crosses {
+			add(h, h.Port)
+		}
+	}
+	return rules
+}
+
+// A HelperError means that the kernel lacks a helper.
+type HelperError struct {
+	Helper Helper
+	Err    error
+}
+
+func (e *HelperError) Error() string {
+	return fmt.Sprintf("the kernel has no conntrack helper %q for %s: %v", e.Helper.Name, e.Helper.Protocol, e.Err)
+}
+
+// Unwrap returns the error of the load.
+func (e *HelperError) Unwrap() error { return e.Err }
+
+// Hint returns advice for the user.
+func (e *HelperError) Hint() string {
+	return "load its modules on the node: modprobe -a " + e.Helper.Modules() + ", with iptables also xt_CT; or remove it from EGRESS_HELPERS"
+}
