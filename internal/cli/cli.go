@@ -65,7 +65,8 @@ var (
 	}}
 )
 
-// commands are the commands by their argument. Only health accepts another one.
+// commands are the commands by their argument. Only health accepts another one, besides
+// those that ask for help.
 var commands = map[string]command{
 	"plan":       {run: runPlan},
 	"wait":       {run: runWait}, // has no error
@@ -86,7 +87,7 @@ func Run(ctx context.Context, p Process) int {
 
 	c, ok := commandOf(p)
 	if !ok {
-		fmt.Fprintf(p.Stderr, "egress-router: invalid arguments: %q\n%s", p.Args, usage)
+		_, _ = io.WriteString(p.Stderr, argumentError(p.Args))
 		return exitUsage
 	}
 	if c.mode != nil {
@@ -123,9 +124,11 @@ func surviveBrokenPipes() (stop func()) {
 
 // commandOf returns the command for the arguments, if they are valid.
 func commandOf(p Process) (c command, ok bool) {
-	switch {
+	switch name, help := asksHelp(p.Args); {
 	case len(p.Args) == 0:
 		return byName(p.Name), true
+	case help:
+		return helpOf(name), true
 	case len(p.Args) == 1 || asksHealthJSON(p.Args):
 		c, ok = commands[p.Args[0]]
 	}

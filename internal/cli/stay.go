@@ -78,8 +78,15 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	}
 	background.Go(func() { file.run(ctx) })
 	restoreGC()
-	return w.keeper.Run(ctx)
+	err = w.keeper.Run(ctx)
+	if err == nil {
+		log.Info(stopping)
+	}
+	return err
 }
+
+// stopping is the log message of a router that ends at a signal.
+const stopping = "stopping, configuration stays"
 
 // newKeeper returns a keeper for the router's namespace.
 func newKeeper(r *router.Router, c config.Config) *router.Keeper {

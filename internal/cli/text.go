@@ -15,54 +15,6 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-const usage = `usage:
-  egress-router              run the mode of EGRESS_ROUTER_MODE
-  egress-router plan         print the steps of the mode, and change nothing
-  egress-router wait         wait for SIGTERM: a pod's second container
-  egress-router http-proxy   run the pod's HTTP proxy until SIGTERM
-  egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
-  egress-router health       print the health of the running program; -o json for JSON
-  egress-router help         print every variable
-  egress-router version      print the version
-`
-
-// modeDocs describes each mode in one line.
-var modeDocs = map[config.Mode]string{
-	config.Init:      "configure the network and the redirects, then exit",
-	config.Legacy:    "configure the network and the redirects, then repair drift until SIGTERM",
-	config.Monitor:   "repair drift of what an init run configured, until SIGTERM",
-	config.HTTPProxy: "configure the network for a proxy in another container, then exit",
-	config.DNSProxy:  "configure the network for a proxy in another container, then exit",
-	config.UnitTest:  "print the NAT rules in iptables notation, change nothing",
-}
-
-func runHelp(_ context.Context, p Process) error {
-	var b strings.Builder
-	b.WriteString("egress-router gives a pod a reserved source address on the physical network and\n" +
-		"redirects the connections that reach it to external servers.\n\n" + usage)
-	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	for _, part := range []struct {
-		of        string
-		variables []config.Variable
-	}{
-		{"", config.Variables()}, {" of http-proxy", config.HTTPProxyVariables()}, {" of dns-proxy", config.DNSProxyVariables()},
-	} {
-		fmt.Fprintf(&b, "\nvariables%s:\n", part.of)
-		for _, v := range part.variables {
-			fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
-		}
-		table.Flush()
-	}
-	b.WriteString("  In parentheses: the default, if the variable is unset or empty.\n\nmodes (EGRESS_ROUTER_MODE):\n")
-	for _, m := range config.Modes {
-		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])
-	}
-	table.Flush()
-	b.WriteString("\nexit codes: 0 done or stopped by a signal; 1 error, changes rolled back, or health: not ready; 2 invalid arguments\n")
-	_, err := io.WriteString(p.Stdout, b.String())
-	return err
-}
-
 // version is set by the linker, to the source's version by git describe.
 var version string
 

@@ -47,6 +47,8 @@ var commands = map[string]command{
 	"podman inspect --format '{{.State.Pid}}' CONTAINER": {test: "TestWalkThrough"},
 	"nsenter -n -t PID nft list table ip egress-router":  {test: "TestRun"},
 	"egress-router help":                                 {test: "testdata/script/commands.txt: egress-router help"},
+	"egress-router help plan":                            {test: "testdata/script/commands.txt: exec egress-router help plan"},
+	"egress-router plan --help":                          {test: "testdata/script/commands.txt: exec egress-router plan --help"},
 	"egress-router version":                              {test: "testdata/script/commands.txt: egress-router version"},
 	"egress-router plan":                                 {test: "testdata/script/commands.txt: egress-router plan"},
 	"egress-router wait":                                 {test: "TestWait"},

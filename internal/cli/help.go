@@ -1,0 +1,168 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/egress-router/egress-router/internal/config"
+)
+
+const usage = `usage:
+  egress-router              run the mode of EGRESS_ROUTER_MODE
+  egress-router plan         print the steps of the mode, and change nothing
+  egress-router wait         wait for SIGTERM: a pod's second container
+  egress-router http-proxy   run the pod's HTTP proxy until SIGTERM
+  egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
+  egress-router health       print the health of the running program; -o json for JSON
+  egress-router help         print every variable; with a command, its help
+  egress-router version      print the version
+`
+
+// commandHelp is the help of each command, without its variables.
+var commandHelp = map[string]string{
+	"plan": `usage: egress-router plan
+
+Prints the steps of the mode of EGRESS_ROUTER_MODE, in order, and its rules. It reads the
+variables that the mode reads and the destination file, does not look at the machine, and
+changes nothing. egress-router help prints the variables.
+
+exit codes: 0 done; 1 a variable is invalid
+`,
+	"wait": `usage: egress-router wait
+
+Does nothing until SIGTERM or SIGINT, without privilege: the second container of a pod
+whose first one is an init container, which configures the network and ends.
+
+exit codes: 0 stopped by a signal
+`,
+	"http-proxy": `usage: egress-router http-proxy
+
+Runs the pod's HTTP proxy until SIGTERM or SIGINT, without privilege. The network is
+configured before, by EGRESS_ROUTER_MODE=http-proxy in an init container.
+
+exit codes: 0 stopped by a signal; 1 error
+`,
+	"dns-proxy": `usage: egress-router dns-proxy
+
+Runs the pod's DNS proxy until SIGTERM or SIGINT, without privilege. The network is
+configured before, by EGRESS_ROUTER_MODE=dns-proxy in an init container.
+
+exit codes: 0 stopped by a signal; 1 error
+`,
+	"health": `usage: egress-router health [-o json]
+
+Prints the health of the programs that run in this container or network namespace: the
+router in the modes legacy and monitor, the HTTP proxy and the DNS proxy. Each check has
+its state (ok, warning or failed) and its age in that state. It needs no privilege, and
+can be an exec probe. With -o json it prints a list in JSON.
+
+exit codes: 0 every program is ready; 1 one is not ready or does not answer, or none runs
+`,
+	"version": `usage: egress-router version
+
+Prints the version of the program and of Go.
+`,
+}
+
+// asksHelp reports whether a command's arguments ask for its help: help COMMAND,
+// COMMAND -h or COMMAND --help.
+func asksHelp(args []string) (name string, asks bool) {
+	switch {
+	case len(args) != 2:
+	case args[0] == "help":
+		name = args[1]
+	case args[1] == "-h", args[1] == "--help":
+		name = args[0]
+	}
+	_, asks = commands[name]
+	return name, asks
+}
+
+// helpOf returns the command that prints the help of a command.
+func helpOf(name string) command {
+	text, ok := commandHelp[name]
+	if !ok { // help itself, and its other names
+		return command{run: runHelp}
+	}
+	return command{run: func(_ context.Context, p Process) error {
+		var b strings.Builder
+		b.WriteString(text)
+		for _, part := range variables {
+			if part.command == name {
+				b.WriteString("\nvariables:\n")
+				part.write(&b)
+				b.WriteString(inParentheses)
+			}
+		}
+		_, err := io.WriteString(p.Stdout, b.String())
+		return err
+	}}
+}
+
+const inParentheses = "  In parentheses: the default, if the variable is unset or empty.\n"
+
+// A variableList is the variables of one command.
+type variableList struct {
+	command string // empty: the router
+	list    []config.Variable
+}
+
+var variables = []variableList{
+	{"", config.Variables()}, {"http-proxy", config.HTTPProxyVariables()}, {"dns-proxy", config.DNSProxyVariables()},
+}
+
+func (v variableList) write(w io.Writer) {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, v := range v.list {
+		fmt.Fprintf(table, "  %s\t(%s)\t%s\n", v.Name, v.Unset, v.Doc)
+	}
+	table.Flush()
+}
+
+// modeDocs describes each mode in one line.
+var modeDocs = map[config.Mode]string{
+	config.Init:      "configure the network and the redirects, then exit",
+	config.Legacy:    "configure the network and the redirects, then repair drift until SIGTERM",
+	config.Monitor:   "repair drift of what an init run configured, until SIGTERM",
+	config.HTTPProxy: "configure the network for a proxy in another container, then exit",
+	config.DNSProxy:  "configure the network for a proxy in another container, then exit",
+	config.UnitTest:  "print the NAT rules in iptables notation, change nothing",
+}
+
+func runHelp(_ context.Context, p Process) error {
+	var b strings.Builder
+	b.WriteString("egress-router gives a pod a reserved source address on the physical network and\n" +
+		"redirects the connections that reach it to external servers.\n\n" + usage)
+	for _, part := range variables {
+		heading := "\nvariables:\n"
+		if part.command != "" {
+			heading = "\nvariables of " + part.command + ":\n"
+		}
+		b.WriteString(heading)
+		part.write(&b)
+	}
+	b.WriteString(inParentheses + "\nmodes (EGRESS_ROUTER_MODE):\n")
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, m := range config.Modes {
+		fmt.Fprintf(table, "  %s\t%s\n", m, modeDocs[m])
+	}
+	table.Flush()
+	b.WriteString("\nexit codes: 0 done or stopped by a signal; 1 error, changes rolled back, or health: not ready; 2 invalid arguments\n")
+	_, err := io.WriteString(p.Stdout, b.String())
+	return err
+}
+
+// argumentError returns the output for invalid arguments: for a mode instead of a
+// command, how to set it, otherwise the usage.
+func argumentError(args []string) string {
+	text := fmt.Sprintf("egress-router: invalid arguments: %q\n", args)
+	mode := args[len(args)-1]
+	if _, both := commands[mode]; !both && slices.Contains(config.Modes, config.Mode(mode)) {
+		return fmt.Sprintf("hint: %s is a mode, not a command: set the variable EGRESS_ROUTER_MODE=%[1]s, and run without arguments\n", mode) + text
+	}
+	return text + usage
+}
