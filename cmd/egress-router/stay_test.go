@@ -111,6 +111,25 @@ func TestHealthPortTakenIsRefused(t *testing.T) {
 	p.WantState(before)
 }
 
+// A second router of the namespace leaves the health socket of the first one alone, logs
+// that, and has it after the end of the first one.
+func TestSecondRouterLeavesHealthSocket(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	healthOf := func(mode string) bool { code, out := p.Health(); return code == 0 && strings.Contains(out, "("+mode+"): ready") }
+	first := p.Start("legacy")
+	p.Until("the first router is ready", func() bool { return healthOf("legacy") })
+	second := p.Start("monitor")
+	second.AwaitLog(1, `level=WARN msg="health socket in use" program=router`)
+	if !healthOf("legacy") {
+		t.Error("health is not that of the first router")
+	}
+	if err := first.Cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	p.Until("health is that of the second router", func() bool { return healthOf("monitor") })
+}
+
 // The audit log has a line for the start and one for the end of each redirected
 // connection, at any log level.
 func TestAuditLogHasConnections(t *testing.T) {

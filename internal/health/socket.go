@@ -57,51 +57,87 @@ const (
 	acceptPause = 100 * time.Millisecond
 )
 
+// socketRetry is the interval of attempts to create the socket while another process of
+// the same program has it, such as one that ends.
+const socketRetry = time.Second
+
+// errInUse reports that another process of the same program answers on the socket.
+var errInUse = errors.New("another process of this program answers on it")
+
 // Serve sends a report as JSON to each client of the program's health socket, until
 // ctx ends. The socket exists when Serve returns. wait waits until all clients are
 // served and the socket is removed. If no socket can be created, Serve logs a warning
-// and the program continues without one.
+// and the program continues without one. If another process of the same program has it,
+// Serve logs a warning and creates the socket after the end of that process.
 func Serve(ctx context.Context, program string, report func() Report, log *slog.Logger) (wait func()) {
 	return here.serve(ctx, program, report, log)
 }
 
 func (p place) serve(ctx context.Context, program string, report func() Report, log *slog.Logger) (wait func()) {
-	l, remove, err := p.listenFile(program)
-	if err != nil {
-		log.Debug("using abstract health socket", "directory", p.dir, "error", err)
-		remove = func() {}
-		if l, err = listenUnix(p.abstract + program); err != nil {
-			log.Warn("health socket unavailable", "error", err)
-			return func() {}
-		}
+	l, remove, err := p.listen(program, log)
+	switch {
+	case errors.Is(err, errInUse):
+		log.Warn("health socket in use", "program", program, "error", err,
+			"hint", "a second "+program+" of this network namespace: health reports the first one until it ends")
+	case err != nil:
+		log.Warn("health socket unavailable", "error", err)
+		return func() {}
 	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
+		for errors.Is(err, errInUse) {
+			pause(ctx, socketRetry)
+			if ctx.Err() != nil {
+				return
+			}
+			l, remove, err = p.listen(program, log)
+		}
+		if err != nil {
+			log.Warn("health socket unavailable", "error", err)
+			return
+		}
 		p.answer(ctx, l, report)
 		remove()
 	}()
 	return func() { <-done }
 }
 
-// listenFile creates the socket of a program in the directory and replaces that of
-// another process, dead or alive: it is created with another name and then renamed,
-// so that there is one at any time. remove removes it, unless another process has
-// replaced it.
+// listen creates the socket of a program. remove removes it.
+func (p place) listen(program string, log *slog.Logger) (l *net.UnixListener, remove func(), err error) {
+	l, remove, err = p.listenFile(program)
+	if err == nil || errors.Is(err, errInUse) {
+		return l, remove, err
+	}
+	log.Debug("using abstract health socket", "directory", p.dir, "error", err)
+	l, err = listenUnix(p.abstract + program)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		err = errInUse
+	}
+	return l, func() {}, err
+}
+
+// listenFile creates the socket of a program in the directory and replaces that of a
+// dead process: it is created with another name and then linked or renamed, so that
+// there is one at any time. remove removes it.
 func (p place) listenFile(program string) (l *net.UnixListener, remove func(), err error) {
 	number, err := p.number()
 	if err != nil {
 		return nil, nil, err
 	}
+	name := filepath.Join(p.dir, fmt.Sprintf("%s-%d.sock", program, number))
+	if answers(name) {
+		return nil, nil, errInUse
+	}
 	if err := makeDirectory(p.dir); err != nil {
 		return nil, nil, err
 	}
-	name := filepath.Join(p.dir, fmt.Sprintf("%s-%d.sock", program, number))
 	made := fmt.Sprintf("%s.%d", name, os.Getpid())
 	_ = os.Remove(made) // left by an earlier process with the same number
 	if l, err = listenUnix(made); err != nil {
 		return nil, nil, err
 	}
+	defer os.Remove(made)
 	// Every user of the container may connect, which requires write permission.
 	err = os.Chmod(made, 0o666) //nolint:gosec // as intended
 	var ours fs.FileInfo
@@ -109,11 +145,10 @@ func (p place) listenFile(program string) (l *net.UnixListener, remove func(), e
 		ours, err = os.Lstat(made)
 	}
 	if err == nil {
-		err = os.Rename(made, name)
+		err = give(made, name)
 	}
 	if err != nil {
 		_ = l.Close()
-		_ = os.Remove(made)
 		return nil, nil, err
 	}
 	return l, func() {
@@ -121,6 +156,29 @@ func (p place) listenFile(program string) (l *net.UnixListener, remove func(), e
 			_ = os.Remove(name)
 		}
 	}, nil
+}
+
+// give gives a socket its name, unless a process that answers has it: two that start
+// together do not replace each other's.
+func give(made, name string) error {
+	err := os.Link(made, name)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if answers(name) {
+		return errInUse
+	}
+	return os.Rename(made, name)
+}
+
+// answers reports whether a process listens on a socket. A process that was killed
+// leaves its socket behind.
+func answers(socket string) bool {
+	conn, err := net.DialTimeout("unix", socket, time.Second)
+	if err == nil {
+		_ = conn.Close()
+	}
+	return err == nil || !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ENOTDIR)
 }
 
 // makeDirectory creates a directory that is readable for all users, regardless of the

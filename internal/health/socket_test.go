@@ -3,11 +3,14 @@ package health
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -116,16 +119,67 @@ func TestStaleSocket(t *testing.T) {
 	}
 }
 
-// The last process of a program answers, also after the end of a previous one.
-func TestReplaced(t *testing.T) {
-	p := newPlace(t)
-	_, stop := serve(t, p, report(Router))
-	second := report(Router)
-	second.Version = "v2"
-	serve(t, p, second)
-	wantReports(t, p, second)
-	stop()
-	wantReports(t, p, second)
+// A second process of a program leaves the socket of the first one alone, logs that, and
+// answers after the end of the first one.
+func TestSecondProcess(t *testing.T) {
+	for _, dir := range []string{"", "/proc/egress-router"} {
+		p := newPlace(t)
+		if dir != "" {
+			p.dir = dir // abstract
+		}
+		log, stop := serve(t, p, report(Router))
+		second := report(Router)
+		second.Version = "v2"
+		log2, stop2 := serve(t, p, second)
+		if !strings.Contains(log2.String(), `level=WARN msg="health socket in use" program=router`) || strings.Contains(log.String(), "level=WARN") {
+			t.Errorf("log of the second: %s, of the first: %s", log2, log)
+		}
+		wantReports(t, p, report(Router))
+		stop()
+		for begin := time.Now(); ; {
+			if got, err := p.askAll(t.Context()); err == nil && len(got) == 1 && got[0].Version == "v2" {
+				break
+			}
+			if time.Since(begin) > time.Minute {
+				t.Fatal("the second process does not answer after the end of the first one")
+			}
+		}
+		_, stop3 := serve(t, p, report(Router)) // ends without the socket
+		stop3()
+		wantReports(t, p, second)
+		stop2()
+		if left := sockets(t, p); len(left) > 0 {
+			t.Errorf("left behind: %v", left)
+		}
+	}
+}
+
+// Of many sockets that get the name at the same time, one has it, and answers.
+func TestGiveTogether(t *testing.T) {
+	dir := t.TempDir()
+	name := filepath.Join(dir, "router.sock")
+	var all sync.WaitGroup
+	var first atomic.Int32
+	for i := range 20 {
+		made := fmt.Sprintf("%s.%d", name, i)
+		l, err := listenUnix(made)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = l.Close() })
+		all.Go(func() {
+			switch err := give(made, name); {
+			case err == nil:
+				first.Add(1)
+			case !errors.Is(err, errInUse):
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if n := first.Load(); n != 1 || !answers(name) {
+		t.Errorf("%d have the name, want 1; answers: %v", n, answers(name))
+	}
 }
 
 // Clients that do not read do not delay others, and lose their connection at the
@@ -201,14 +255,6 @@ func TestAbstract(t *testing.T) {
 	}
 	serve(t, p, report(HTTPProxy))
 	wantReports(t, p, report(HTTPProxy), report(Router))
-	stop()
-	wantReports(t, p, report(HTTPProxy))
-
-	// A second process of the same program continues without a socket.
-	log, stop = serve(t, p, report(HTTPProxy))
-	if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), "address already in use") {
-		t.Errorf("log: %s", log)
-	}
 	stop()
 	wantReports(t, p, report(HTTPProxy))
 
