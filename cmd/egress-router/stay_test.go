@@ -28,6 +28,9 @@ func TestRouterHealthAndMetrics(t *testing.T) {
 		p.Env["EGRESS_HEALTH_INTERVAL"] = "300ms"
 		r := p.Start("legacy")
 		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		for range 100 { // idle connections delay nobody
+			p.Dial(p.Lab.Client, "tcp", labtest.HealthAddr)
+		}
 		wantGet(p, "/healthz", 200, "ok\n")
 		wantGet(p, "/readyz", 200, "ok\n")
 		wantClusterOnly(p, labtest.HealthAddr.Port())

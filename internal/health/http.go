@@ -10,9 +10,10 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"sync"
 	"syscall"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/limit"
 )
 
 // Handler serves /healthz, with status 200 while alive returns nil, /readyz, with
@@ -71,14 +72,15 @@ func write(w http.ResponseWriter, status int, texts ...string) {
 	}
 }
 
-// The limits of a client. There are few clients: a kubelet, which opens a new
-// connection for each probe, and Prometheus. A connection serves one request, so that
-// idle connections do not delay a probe.
+// The limits of clients. There are few: a kubelet, which opens a new connection for
+// each probe, and Prometheus. A connection serves one request, so that idle connections
+// do not delay a probe.
 const (
-	headerTimeout   = 5 * time.Second  // limit of reading the request's header
+	headerTimeout   = 2 * time.Second  // limit of reading the request's header: a probe has one second by default
 	responseTimeout = 10 * time.Second // limit of writing the response
 	maxHeader       = 8 << 10          // bytes
 	maxConnections  = 32
+	clientShare     = 4 // connections of one address that others do not displace
 )
 
 // Listen serves on an address and port, on all addresses if the address is the zero
@@ -97,11 +99,22 @@ func Listen(ctx context.Context, at netip.AddrPort, handler http.Handler, log *s
 	return serveHTTP(ctx, l, handler, log), nil
 }
 
+// connKey is the key of a request's connection, a *limit.Conn.
+type connKey struct{}
+
 // serveHTTP serves the connections of a listener until ctx ends. wait waits for the
 // end.
 func serveHTTP(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) (wait func()) {
 	server := &http.Server{
-		Handler:                      handler,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			conn := r.Context().Value(connKey{}).(*limit.Conn)
+			conn.Busy()
+			defer conn.Idle()
+			handler.ServeHTTP(w, r)
+		}),
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 		DisableGeneralOptionsHandler: true, // for OPTIONS *
 		ReadTimeout:                  headerTimeout,
 		ReadHeaderTimeout:            headerTimeout,
@@ -114,8 +127,7 @@ func serveHTTP(ctx context.Context, l net.Listener, handler http.Handler, log *s
 	go func() {
 		defer close(done)
 		defer closeAfter(ctx, server.Close)()
-		limited := &limitListener{Listener: l, slots: make(chan struct{}, maxConnections), closed: make(chan struct{})}
-		if err := server.Serve(limited); !errors.Is(err, http.ErrServerClosed) {
+		if err := server.Serve(limit.New(l, maxConnections, clientShare)); !errors.Is(err, http.ErrServerClosed) {
 			log.Error("health server failed", "listen", l.Addr(), "error", err)
 		}
 	}()
@@ -151,45 +163,4 @@ func (e *ListenError) Hint() string {
 		return "ports below 1024 need the capability NET_BIND_SERVICE: set another port in EGRESS_HEALTH_LISTEN"
 	}
 	return ""
-}
-
-// A limitListener has at most as many open connections as slots; more wait in the
-// kernel's queue (listen(2)).
-type limitListener struct {
-	net.Listener
-	slots  chan struct{}
-	closed chan struct{}
-	once   sync.Once
-}
-
-// Accept waits for a slot, and then for a connection.
-func (l *limitListener) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	return &limitConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
-}
-
-// Close also ends an Accept that waits for a slot.
-func (l *limitListener) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return l.Listener.Close()
-}
-
-type limitConn struct {
-	net.Conn
-	release func()
-}
-
-// Close releases the slot.
-func (c *limitConn) Close() error {
-	c.release()
-	return c.Conn.Close()
 }

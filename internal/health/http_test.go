@@ -188,18 +188,104 @@ func inBubble(t *testing.T, test func(t *testing.T, l *pipeListener, stop func()
 	})
 }
 
-// Clients that send no complete header take the slots for the header timeout.
-func TestSlowClients(t *testing.T) {
+// A client that sends no complete header is disconnected after the header timeout.
+func TestSlowClient(t *testing.T) {
 	inBubble(t, func(t *testing.T, l *pipeListener, _ func()) {
-		for range maxConnections {
-			defer l.request("GET /readyz HTTP/1.1\r\n").Close()
-		}
-		synctest.Wait()
+		conn := l.request("GET /readyz HTTP/1.1\r\n")
 		began := time.Now()
-		conn := l.request("GET /readyz HTTP/1.1\r\nHost: pod\r\n\r\n")
-		answer, err := io.ReadAll(conn)
-		if took := time.Since(began); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200 ") || took != headerTimeout {
-			t.Errorf("after %s: %q, %v; want an answer after %s", took, answer, err, headerTimeout)
+		_, _ = io.ReadAll(conn)
+		if took := time.Since(began); took != headerTimeout {
+			t.Errorf("disconnected after %s, want %s", took, headerTimeout)
+		}
+	})
+}
+
+// hold opens n connections to a server from the addresses after 127.0.1.0, each in turn,
+// and sends text on each. They stay open until the test ends.
+func hold(t *testing.T, to netip.AddrPort, n, addresses int, text string) []net.Conn {
+	t.Helper()
+	conns := make([]net.Conn, 0, n)
+	for i := range n {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+i%addresses))}}
+		conn, err := d.DialContext(t.Context(), "tcp", to.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		_, _ = io.WriteString(conn, text) // it may be closed already
+		conns = append(conns, conn)
+	}
+	return conns
+}
+
+// Probes are answered while other clients hold 1,000 connections, whatever they do.
+func TestProbesAmongIdleClients(t *testing.T) {
+	const many = 1000
+	large := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		line := []byte(strings.Repeat("x", 1<<20))
+		for range 16 { // more than the buffers of a connection hold
+			if _, err := w.Write(line); err != nil {
+				return
+			}
+		}
+	})
+	for name, text := range map[string]string{
+		"silent": "", "half requests": "GET /readyz HTTP/1.1\r\nHost: pod\r\n", "without their bodies": "GET /readyz HTTP/1.1\r\nHost: pod\r\nContent-Length: 9\r\n\r\n",
+		"answers not read": "GET /metrics HTTP/1.1\r\nHost: pod\r\n\r\n", "trickling": "G",
+	} {
+		for _, addresses := range []int{1, 100} {
+			t.Run(fmt.Sprintf("%s, %d addresses", name, addresses), func(t *testing.T) {
+				at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
+				ctx, cancel := context.WithCancel(t.Context())
+				wait, err := Listen(ctx, at, Handler(func() Report { return Report{Ready: true} }, nil, large), new(book).logger())
+				if err != nil {
+					t.Fatal(err)
+				}
+				var trickling sync.WaitGroup
+				defer func() { cancel(); wait(); trickling.Wait() }()
+				conns := hold(t, at, many, addresses, text)
+				if name == "trickling" {
+					trickling.Go(func() {
+						for i := 0; ctx.Err() == nil; i++ {
+							_, _ = io.WriteString(conns[i%many], "E")
+						}
+					})
+				}
+				for range 5 {
+					if answer, err := get(t, at.String()); err != nil || !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\n") {
+						t.Errorf("probe: %v\n%s", err, answer)
+					}
+					hold(t, at, maxConnections, addresses, text)
+				}
+			})
+		}
+	}
+}
+
+// A client that reads a long answer gets all of it while others connect.
+func TestReaderAmongIdleClients(t *testing.T) {
+	const size = 1 << 20
+	synctest.Test(t, func(t *testing.T) {
+		l := &pipeListener{make(chan net.Conn), make(chan struct{})}
+		ctx, cancel := context.WithCancel(t.Context())
+		metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, size)) })
+		wait := serveHTTP(ctx, l, Handler(func() Report { return Report{} }, nil, metrics), new(book).logger())
+		defer func() { cancel(); wait() }()
+		reader := l.request("GET /metrics HTTP/1.0\r\n\r\n")
+		var got int
+		b := make([]byte, 1000)
+		for i := 0; ; i++ {
+			if i < 500 {
+				defer l.request("GET /").Close()
+				synctest.Wait()
+			}
+			n, err := reader.Read(b)
+			if got += n; err != nil {
+				break
+			}
+		}
+		if got < size {
+			t.Errorf("read %d bytes, want at least %d", got, size)
 		}
 	})
 }
