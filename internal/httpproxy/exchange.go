@@ -50,7 +50,8 @@ func (p *Proxy) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	}
 	x.request = r.WithContext(ctx)
 	if r.Body != nil && r.Body != http.NoBody {
-		x.body = &requestBody{ReadCloser: r.Body}
+		removeForbidden(r.Trailer)
+		x.body = &requestBody{ReadCloser: r.Body, trailer: r.Trailer}
 		x.request.Body = x.body
 		// Otherwise net/http reads the rest of a body before it writes the first
 		// byte of a response, which would hold back an early response of the server.
@@ -79,6 +80,7 @@ func (x *exchange) end() {
 	x.idle.stop()
 	x.cancel(nil)
 	x.client.logins.between.Store(true)
+	x.client.ended.Add(1)
 	if x.body != nil && !x.body.ended.Load() {
 		_ = x.client.SetReadDeadline(time.Now().Add(x.proxy.config.HeaderTimeout))
 	}
@@ -233,9 +235,10 @@ func (c *switchedConn) WriteTo(w io.Writer) (int64, error) {
 // A requestBody records how much of a body was read, its end and its error.
 type requestBody struct {
 	io.ReadCloser
-	read  atomic.Int64
-	ended atomic.Bool
-	err   atomic.Pointer[error]
+	trailer http.Header // is complete at the end
+	read    atomic.Int64
+	ended   atomic.Bool
+	err     atomic.Pointer[error]
 }
 
 // Read reads from the client.
@@ -243,6 +246,7 @@ func (b *requestBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.read.Add(int64(n))
 	if err == io.EOF {
+		removeForbidden(b.trailer)
 		b.ended.Store(true)
 	} else if err != nil {
 		b.err.Store(&err)

@@ -1,14 +1,13 @@
 package httpproxy
 
 import (
+	"bytes"
 	"errors"
+	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 )
-
-// maxFramingLine is how many bytes of a line are scanned. No line that is relevant to
-// the framing is longer.
-const maxFramingLine = 256
 
 // The faults of a request on whose end two programs could disagree (RFC 9112 section
 // 11.2, request smuggling).
@@ -25,12 +24,13 @@ var (
 // that net/http refuses are left to it.
 type framing struct {
 	phase phase
-	line  []byte // the current line, up to maxFramingLine
+	line  []byte // the part of the current line that was read; net/http limits it
 	left  uint64 // bytes to the end of the phase, in inBody and inChunk
+	begun int64  // requests
 
-	connect, old, chunked bool // properties of the current request
-	lengths               int
-	length                uint64
+	connect, old, chunked, upgrade bool // properties of the current request
+	lengths                        int
+	length                         uint64
 }
 
 type phase uint8
@@ -46,32 +46,45 @@ const (
 	unframed // the rest is not scanned
 )
 
-// scan scans data that were read. At the end of an invalid header it returns the number
-// of bytes before that end, so that the request is never complete.
+// scan scans data that were read, and returns how many bytes remain of them: empty lines
+// before a request, which net/http refuses, are removed (RFC 9112 section 2.2). At the
+// end of an invalid header the data end before that end, so that the request is never
+// complete.
 func (f *framing) scan(p []byte) (n int, err error) {
-	for n < len(p) {
-		switch f.phase {
-		case unframed:
-			return len(p), nil
-		case inBody, inChunk:
-			n += f.skip(len(p) - n)
+	for i := 0; i < len(p); {
+		part := 0 // length of the next part to keep
+		switch {
+		case f.phase == unframed:
+			part = len(p) - i
+		case f.phase == inBody || f.phase == inChunk:
+			part = f.skip(len(p) - i)
+		case f.phase == inRequestLine && len(f.line) == 0 && !f.upgrade && (p[i] == '\r' || p[i] == '\n'):
+			i++
 			continue
-		}
-		c := p[n]
-		if c != '\n' {
-			if len(f.line) < maxFramingLine {
-				f.line = append(f.line, c)
+		default:
+			part = bytes.IndexByte(p[i:], '\n')
+			if part < 0 {
+				part = len(p) - i
+				f.line = append(f.line, p[i:]...)
+				break
 			}
-			n++
-			continue
+			line := p[i : i+part]
+			if len(f.line) > 0 {
+				f.line = append(f.line, line...)
+				line = f.line
+			}
+			f.line = f.line[:0]
+			err = f.endLine(string(bytes.TrimSuffix(line, []byte("\r"))))
+			if err == nil {
+				part++
+			}
 		}
-		line := strings.TrimSuffix(string(f.line), "\r")
-		f.line = f.line[:0]
-		if err := f.endLine(line); err != nil {
+		n += copy(p[n:], p[i:i+part])
+		i += part
+		if err != nil {
 			f.phase = unframed
 			return n, err
 		}
-		n++
 	}
 	return n, nil
 }
@@ -125,9 +138,12 @@ func (f *framing) endLine(line string) error {
 }
 
 func (f *framing) begin(line string) {
-	*f = framing{phase: inHeader, line: f.line}
+	if cap(f.line) > 4<<10 {
+		f.line = nil // a long line is rare, a connection may stay
+	}
+	*f = framing{phase: inHeader, line: f.line, begun: f.begun + 1}
 	f.connect = strings.HasPrefix(line, "CONNECT ")
-	f.old = len(line) < maxFramingLine && strings.HasSuffix(line, " HTTP/1.0")
+	f.old = strings.HasSuffix(line, " HTTP/1.0")
 }
 
 func (f *framing) header(line string) error {
@@ -141,6 +157,8 @@ func (f *framing) header(line string) error {
 	case strings.EqualFold(name, "Content-Length"):
 		f.lengths++
 		f.length, _ = strconv.ParseUint(strings.Trim(value, " \t"), 10, 63)
+	case strings.EqualFold(name, "Upgrade"): // the next data may be of another protocol
+		f.upgrade = true
 	}
 	return nil
 }
@@ -164,4 +182,22 @@ func (f *framing) endHeader() error {
 		f.phase = inRequestLine
 	}
 	return nil
+}
+
+// forbiddenTrailers are the headers that must not be sent as trailers, since a recipient
+// that merges trailers into the header would change the framing, the target, the
+// authentication or the processing of a message (RFC 9110 section 6.5.1).
+var forbiddenTrailers = []string{
+	"Authorization", "Cache-Control", "Connection", "Content-Encoding", "Content-Length", "Content-Range", "Content-Type", "Cookie", "Expect",
+	"Host", "Keep-Alive", "Max-Forwards", "Pragma", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "Range", "Set-Cookie", "Te",
+	"Trailer", "Transfer-Encoding", "Upgrade", "Www-Authenticate",
+}
+
+// removeForbidden removes forbidden trailers.
+func removeForbidden(trailer http.Header) {
+	for name := range trailer {
+		if slices.Contains(forbiddenTrailers, name) || strings.HasPrefix(name, "If-") {
+			delete(trailer, name)
+		}
+	}
 }

@@ -14,20 +14,23 @@ func TestFraming(t *testing.T) {
 		fault  error
 		after  string // the rest behind the fault
 	}{
-		"no body":                    {"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\n\r\n", nil, ""},
-		"a length":                   {"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n", nil, ""},
-		"chunks":                     {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\nT: x\r\n\r\nGET / HTTP/1.1\r\n\r\n", nil, ""},
-		"length 0 twice apart":       {"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", nil, ""},
-		"a body that looks bad":      {"POST / HTTP/1.1\r\nContent-Length: 23\r\n\r\nContent-Length: 1\r\n\r\n\r\n\r\n", nil, ""},
-		"a tunnel that looks bad":    {"CONNECT a:1 HTTP/1.1\r\n\r\nG\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", nil, ""},
-		"both":                       {"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc", errTwoFramings, "\nabc"},
-		"both the other way round":   {"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n", errTwoFramings, "\n"},
-		"both, one of them nonsense": {"POST / HTTP/1.1\nTransfer-Encoding: x\nContent-Length: y\n\nz", errTwoFramings, "\nz"},
-		"two lengths":                {"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", errTwoLengths, "\n"},
-		"two lengths that are equal": {"POST / HTTP/1.1\r\nContent-Length: 3\r\nX: y\r\nCONTENT-LENGTH: 3\r\n\r\n", errTwoLengths, "\n"},
-		"chunks in HTTP/1.0":         {"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", errOldChunked, "\n"},
-		"a folded header":            {"POST / HTTP/1.1\r\nTransfer-Encoding:\r\n chunked\r\n\r\n", errFoldedHeader, "\n\r\n"},
-		"the second request":         {"GET / HTTP/1.1\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", errTwoLengths, "\n"},
+		"no body":                         {"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\n\r\n", nil, ""},
+		"a length":                        {"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n", nil, ""},
+		"chunks":                          {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\nT: x\r\n\r\nGET / HTTP/1.1\r\n\r\n", nil, ""},
+		"length 0 twice apart":            {"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", nil, ""},
+		"a body that looks bad":           {"POST / HTTP/1.1\r\nContent-Length: 23\r\n\r\nContent-Length: 1\r\n\r\n\r\n\r\n", nil, ""},
+		"a tunnel that looks bad":         {"CONNECT a:1 HTTP/1.1\r\n\r\nG\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", nil, ""},
+		"both":                            {"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc", errTwoFramings, "\nabc"},
+		"both the other way round":        {"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n", errTwoFramings, "\n"},
+		"both, one of them nonsense":      {"POST / HTTP/1.1\nTransfer-Encoding: x\nContent-Length: y\n\nz", errTwoFramings, "\nz"},
+		"two lengths":                     {"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", errTwoLengths, "\n"},
+		"two lengths that are equal":      {"POST / HTTP/1.1\r\nContent-Length: 3\r\nX: y\r\nCONTENT-LENGTH: 3\r\n\r\n", errTwoLengths, "\n"},
+		"chunks in HTTP/1.0":              {"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", errOldChunked, "\n"},
+		"chunks in HTTP/1.0, a long line": {"POST /" + strings.Repeat("x", 300) + " HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", errOldChunked, "\n"},
+		"behind a length of many digits": {"POST / HTTP/1.1\r\nContent-Length: " + strings.Repeat("0", 301) + "2\r\n\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+			errTwoLengths, "\n"},
+		"a folded header":    {"POST / HTTP/1.1\r\nTransfer-Encoding:\r\n chunked\r\n\r\n", errFoldedHeader, "\n\r\n"},
+		"the second request": {"GET / HTTP/1.1\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", errTwoLengths, "\n"},
 		"behind a length": {"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
 			errTwoLengths, "\n"},
 		"behind chunks": {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nA\r\n0123456789\r\n0\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
@@ -41,8 +44,11 @@ func TestFraming(t *testing.T) {
 				var err error
 				read := 0
 				for read < len(test.stream) && err == nil {
+					piece := []byte(test.stream[read:min(read+size, len(test.stream))])
 					var n int
-					n, err = f.scan([]byte(test.stream[read:min(read+size, len(test.stream))]))
+					if n, err = f.scan(piece); err == nil {
+						n = len(piece) // empty lines are removed
+					}
 					read += n
 				}
 				if err != test.fault || test.stream[read:] != test.after {
@@ -50,6 +56,33 @@ func TestFraming(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Empty lines before a request are removed, other data are not.
+func TestEmptyLines(t *testing.T) {
+	const get, post = "GET / HTTP/1.1\r\n\r\n", "POST / HTTP/1.1\r\nContent-Length: 4\r\n\r\n\r\n\r\n"
+	for stream, want := range map[string]string{
+		"\r\n" + get:                                get,
+		"\n\r\n\r\n" + get + "\n":                   get,
+		get + "\r\n" + get:                          get + get,
+		post + "\r\n\r\n" + post:                    post + post,
+		"CONNECT a:1 HTTP/1.1\r\n\r\n\r\nx":         "CONNECT a:1 HTTP/1.1\r\n\r\n\r\nx",
+		"GET / HTTP/1.1\r\nUpgrade: x\r\n\r\n\r\nx": "GET / HTTP/1.1\r\nUpgrade: x\r\n\r\n\r\nx",
+	} {
+		for _, size := range []int{1, 2, 3, 7, len(stream)} {
+			var f framing
+			var got []byte
+			for i := 0; i < len(stream); i += size {
+				piece := []byte(stream[i:min(i+size, len(stream))])
+				n, err := f.scan(piece)
+				check(t, err)
+				got = append(got, piece[:n]...)
+			}
+			if string(got) != want {
+				t.Errorf("%q in pieces of %d: %q, want %q", stream, size, got, want)
+			}
+		}
 	}
 }
 

@@ -92,30 +92,37 @@ type clientConn struct {
 	proxy   context.Context // ends with the proxy
 	framing framing
 	fault   error
+	ended   atomic.Int64 // requests
 	logins  logins
 	release func()
 	once    sync.Once
 }
 
 // Read reads from the client and checks the framing. A fault makes net/http respond
-// with status 400 and close the connection.
+// with status 400 and close the connection, but not before the requests in front have
+// had their responses: net/http also reads during a request, to notice its client's
+// end, which an error would be.
 func (c *clientConn) Read(p []byte) (int, error) {
-	if c.fault != nil {
-		return 0, c.fault
-	}
 	if c.logins.over() {
 		return 0, io.EOF
 	}
-	n, err := c.TCPConn.Read(p)
-	if n > 0 {
-		c.logins.between.Store(false)
+	for {
+		if c.fault != nil && c.ended.Load() >= c.framing.begun-1 {
+			return 0, c.fault
+		}
+		n, err := c.TCPConn.Read(p)
+		if n > 0 {
+			c.logins.between.Store(false)
+		}
+		if c.fault != nil {
+			n = 0 // nothing behind a fault is valid
+		} else {
+			n, c.fault = c.framing.scan(p[:n])
+		}
+		if n > 0 || err != nil || len(p) == 0 {
+			return n, err
+		}
 	}
-	good, fault := c.framing.scan(p[:n])
-	if fault != nil {
-		c.fault = fault
-		return good, fault
-	}
-	return n, err
 }
 
 // badRequest is the response of net/http to an invalid request, without a reason.
@@ -124,7 +131,7 @@ const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charse
 // Write writes to the client, and adds the reason if a request was refused for its
 // framing.
 func (c *clientConn) Write(p []byte) (int, error) {
-	if c.fault != nil && string(p) == badRequest {
+	if string(p) == badRequest && c.fault != nil {
 		if _, err := fmt.Fprintf(c.TCPConn, "%s: %s\n", p, c.fault); err != nil {
 			return 0, err
 		}

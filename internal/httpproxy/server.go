@@ -118,7 +118,9 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 		r.Body = &switchedServer{c, stop} // ends with the context
 		return r, nil
 	}
+	removeForbidden(r.Trailer)
 	body := &responseBody{ReadCloser: r.Body, end: func(whole bool) {
+		removeForbidden(r.Trailer)
 		whole = whole && !r.Close && c.reader.Buffered() == 0 && x.sentWhole(c, sent)
 		if !stop() || !whole {
 			_ = c.Close()
