@@ -109,6 +109,10 @@ func (r Rule) matches(d Destination) bool {
 	return false
 }
 
+// deniesFamily reports whether a rule denies a whole address family. That one is not
+// used by a name that also has addresses of the other.
+func (r Rule) deniesFamily() bool { return r.Deny && r.Network.IsValid() && r.Network.Bits() == 0 }
+
 func (r Rule) matchesName(name string) bool {
 	if name == r.Name {
 		return true

@@ -210,7 +210,7 @@ func TestKeptConnectionsAndRules(t *testing.T) {
 	serveAt(t, "203.0.113.12:8011", hello("2"))
 	p := start(t, "*", zone{"a.example": {"203.0.113.11", "203.0.113.12"}}, nil)
 	for _, step := range []struct{ rules, want string }{
-		{"*", "1"}, {"!203.0.113.11\n*", "2"}, {"203.0.113.11", "1"}, {"!a.example\n*", ""}, {"a.example", "1"},
+		{"*", "1"}, {"203.0.113.12", "2"}, {"!203.0.113.11\n*", ""}, {"203.0.113.11", "1"}, {"!a.example\n*", ""}, {"a.example", "1"},
 	} {
 		list, err := Parse(step.rules)
 		if err != nil {
@@ -401,13 +401,19 @@ func TestErrors(t *testing.T) {
 		"IPv4 refuses, beside IPv6":  {"*", "http://both.example:9/", 502, "connecting to both.example:9: 203.0.113.1: connection refused\n"},
 		"only IPv6 is allowed": {"!0.0.0.0/0\n*", "http://both.example/", 403, "both.example (203.0.113.1) is denied by rule 1: !0.0.0.0/0; " +
 			"its address 2001:db8::1 is allowed, but IPv6 is used only if the name has no IPv4 address\n"},
-		"no rule for either":             {"1.2.3.4", "http://both.example/", 403, "no rule allows both.example (203.0.113.1)\n"},
-		"a silent network":               {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer"},
-		"no route":                       {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
-		"no HTTP":                        {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
-		"no answer":                      {"*", "http://" + mute + "/", 502, "the server closed the connection without a response"},
-		"no TLS":                         {"*", "https://" + garbage + "/", 502, "TLS"},
-		"one of two addresses is denied": {"!10.0.0.0/8\n127.0.0.1", "http://mixed.example:9/", 502, "127.0.0.1: connection refused"},
+		"no rule for either":               {"1.2.3.4", "http://both.example/", 403, "no rule allows both.example (203.0.113.1)\n"},
+		"a silent network":                 {"*", "http://void.example/", 504, "connecting to void.example:80: 198.51.100.7: no answer"},
+		"no route":                         {"*", "http://192.0.2.1/", 502, "connecting to 192.0.2.1:80: 192.0.2.1: network is unreachable"},
+		"no HTTP":                          {"*", "http://" + garbage + "/", 502, "malformed HTTP"},
+		"no answer":                        {"*", "http://" + mute + "/", 502, "the server closed the connection without a response"},
+		"no TLS":                           {"*", "https://" + garbage + "/", 502, "TLS"},
+		"one of two addresses is denied":   {"!10.0.0.0/8\n127.0.0.1", "http://mixed.example:9/", 403, "mixed.example (10.0.0.1) is denied by rule 1: !10.0.0.0/8\n"},
+		"the second of two is denied":      {"!127.0.0.1\n*", "http://mixed.example:9/", 403, "mixed.example (127.0.0.1) is denied by rule 1: !127.0.0.1\n"},
+		"one is denied behind a name":      {"mixed.example\n127.0.0.1\n!10.0.0.0/8", "http://mixed.example:9/", 502, "connecting to mixed.example:9: "},
+		"one of two addresses is allowed":  {"127.0.0.1", "http://mixed.example:9/", 502, "connecting to mixed.example:9: 127.0.0.1: connection refused\n"},
+		"one is allowed before a denial":   {"127.0.0.1\n!10.0.0.0/8\n*", "http://mixed.example:9/", 502, "connecting to mixed.example:9: 127.0.0.1: connection refused\n"},
+		"the IPv6 address is denied":       {"!2001:db8::/32\n*", "http://both.example:9/", 403, "both.example (2001:db8::1) is denied by rule 1: !2001:db8::/32\n"},
+		"IPv6 is denied to a name of both": {"!::/0\n*", "http://both.example:9/", 502, "203.0.113.1: connection refused\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -460,7 +466,7 @@ func TestFamilies(t *testing.T) {
 		status      int
 	}{
 		{"*", "refuses.example", 502}, {"*", "later.example", 502}, {"*", "void.example", 504}, {"!0.0.0.0/0\n*", "refuses.example", 403},
-		{"2001:db8::/32", "refuses.example", 403}, {"!2001:db8::/32\n*", "refuses.example", 502}, {"!2001:db8::/32\n*", "six.example", 403},
+		{"2001:db8::/32", "refuses.example", 403}, {"!2001:db8::/32\n*", "refuses.example", 403}, {"!::/0\n*", "refuses.example", 502}, {"!::/0\n*", "six.example", 403}, {"!2001:db8::/32\n*", "six.example", 403},
 		{"*", "six.example", 200}, {"2001:db8::/32", "six.example", 200}, {"*", "[2001:db8::1]", 200},
 	} {
 		p := start(t, test.rules, names, connectTimeout(test.host))

@@ -89,6 +89,10 @@ func clientOf(ctx context.Context) netip.Addr {
 // the source address must not depend on the reachability of a server.
 func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.Addr) *refusal {
 	var first Verdict // on an address that is denied
+	// The first rule that matches any of the addresses denies all of them, or allows
+	// those that are allowed alone, as with the original.
+	var decisive Verdict
+	var at netip.Addr
 	ipv4 := slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap().Is4() })
 	for i, a := range addrs {
 		a = a.Unmap()
@@ -104,6 +108,9 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(ctx, a) })
 		}
 		v := list.Decide(d)
+		if n := v.Rule.Number; n > 0 && (n < decisive.Rule.Number || decisive.Rule.Number == 0) && !(ipv4 && a.Is6() && v.Rule.deniesFamily()) {
+			decisive, at = v, a
+		}
 		switch {
 		case !v.Allow && i == 0:
 			first = v
@@ -115,6 +122,10 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 			}
 			r.addrs = append(r.addrs, a)
 		}
+	}
+	if decisive.Rule.Number > 0 && !decisive.Allow {
+		r.addrs, r.verdict = nil, decisive
+		return denied(r, at)
 	}
 	if len(r.addrs) == 0 {
 		r.verdict = first

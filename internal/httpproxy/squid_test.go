@@ -88,7 +88,7 @@ func TestSquidDecides(t *testing.T) {
 				case "203.0.113.23":
 					why = "squid trusts the name that an address has"
 				case "two.example", "both.example":
-					why = "squid asks whether any of the addresses is in a network, and may dial another one"
+					why = "of a name that an address rule allows, squid may dial another address"
 				}
 				if why == "" || squids != asSquid(list, host) {
 					t.Errorf("%s %s by %q: %s, squid returns %s", method, host, list, ours, squids)
