@@ -2,6 +2,7 @@ package httpproxy
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -39,6 +40,8 @@ type Destination struct {
 	// Local is set for a local address of the proxy (see local.go), which no name
 	// and no wildcard allows, only a rule for the address.
 	Local bool
+
+	inside []netip.Addr // embedded(Addr), see Decide
 }
 
 // A Verdict is the decision of the rules on one destination.
@@ -51,10 +54,11 @@ type Verdict struct {
 // Decide returns the decision of the first rule that matches a destination.
 func (r Rules) Decide(d Destination) Verdict {
 	local := false
+	d.inside = embedded(d.Addr)
 	for _, rule := range r {
 		switch {
 		case !rule.matches(d):
-		case d.Local && !rule.Deny && !names(rule.Network, d.Addr):
+		case d.Local && !rule.Deny && !rule.names(d):
 			local = true // otherwise it would be allowed
 		default:
 			return Verdict{Allow: !rule.Deny, Rule: rule}
@@ -96,7 +100,7 @@ func (r Rule) matches(d Destination) bool {
 	case r.Any:
 		return true
 	case r.Network.IsValid():
-		return d.Addr.IsValid() && r.Network.Contains(d.Addr)
+		return d.Addr.IsValid() && (r.Network.Contains(d.Addr) || r.containsInside(d))
 	case d.Host.Name != "":
 		return r.matchesName(d.Host.Name) || d.Full != "" && r.matchesName(d.Full)
 	case d.Names != nil:
@@ -107,6 +111,17 @@ func (r Rule) matches(d Destination) bool {
 		}
 	}
 	return false
+}
+
+// containsInside reports whether a rule matches an IPv4 address inside the destination's
+// IPv6 address. If there may be several, only a rule that denies does.
+func (r Rule) containsInside(d Destination) bool {
+	return (r.Deny || len(d.inside) == 1) && slices.ContainsFunc(d.inside, r.Network.Contains)
+}
+
+// names reports whether a rule names the local address of a destination.
+func (r Rule) names(d Destination) bool {
+	return names(r.Network, d.Addr) || len(d.inside) == 1 && names(r.Network, d.inside[0])
 }
 
 // deniesFamily reports whether a rule denies a whole address family. That one is not

@@ -134,10 +134,16 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 	return nil
 }
 
-// local reports whether an address is a local one, which no name may resolve to.
+// local reports whether an address is a local one, which no name may resolve to, or
+// stands for one.
 func (p *Proxy) local(a netip.Addr) (bool, error) {
 	if isLocal(a) {
 		return true, nil
+	}
+	for _, inside := range embedded(a) {
+		if local, err := p.local(inside); local || err != nil {
+			return local, err
+		}
 	}
 	return p.own(a)
 }
