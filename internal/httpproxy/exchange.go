@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -27,6 +28,8 @@ type exchange struct {
 	server   net.Addr // nil: none
 	closing  bool     // the server closes a connection that the client has authenticated
 	status   int
+	answered bool         // the response is the server's
+	reason   string       // its reason phrase
 	body     *requestBody // nil: none
 	received atomic.Int64 // from the client, in a tunnel
 	sent     atomic.Int64 // to the client
@@ -159,6 +162,9 @@ func (x *exchange) WriteHeader(status int) {
 		h.Set("Connection", "close")
 	}
 	x.ResponseWriter.WriteHeader(status)
+	if x.answered && x.reason != http.StatusText(status) {
+		x.client.statusLine = fmt.Sprintf("%03d %s\r\n", status, x.reason)
+	}
 }
 
 // Write forwards a part of the body.

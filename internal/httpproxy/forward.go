@@ -99,9 +99,14 @@ func namedByConnection(h http.Header, name string) bool {
 
 // modifyResponse derives the response to the client from that of the server.
 func modifyResponse(r *http.Response) error {
-	if r.Request.Context().Value(exchangeKey{}).(*exchange).closing {
+	x := r.Request.Context().Value(exchangeKey{}).(*exchange)
+	if x.closing {
 		r.Header.Set("Connection", "close")
 	}
+	if _, x.reason, _ = strings.Cut(r.Status, " "); strings.ContainsFunc(x.reason, func(c rune) bool { return c < ' ' && c != '\t' || c == 0x7f }) {
+		return errBadReason
+	}
+	x.answered = true
 	addVia(r.Header, r.ProtoMajor, r.ProtoMinor)
 	return nil
 }

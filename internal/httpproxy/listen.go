@@ -1,6 +1,7 @@
 package httpproxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -92,10 +94,13 @@ type clientConn struct {
 	proxy   context.Context // ends with the proxy
 	framing framing
 	fault   error
-	ended   atomic.Int64 // requests
-	logins  logins
-	release func()
-	once    sync.Once
+	// statusLine is the end of the next response's first line, with its own reason
+	// phrase, in place of that of net/http; empty: it stays.
+	statusLine string
+	ended      atomic.Int64 // requests
+	logins     logins
+	release    func()
+	once       sync.Once
 }
 
 // Read reads from the client and checks the framing. A fault makes net/http respond
@@ -128,14 +133,24 @@ func (c *clientConn) Read(p []byte) (int, error) {
 // badRequest is the response of net/http to an invalid request, without a reason.
 const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request"
 
-// Write writes to the client, and adds the reason if a request was refused for its
-// framing.
+// Write writes to the client. It adds the reason if a request was refused for its
+// framing, and sets the reason phrase of a server.
 func (c *clientConn) Write(p []byte) (int, error) {
 	if string(p) == badRequest && c.fault != nil {
 		if _, err := fmt.Fprintf(c.TCPConn, "%s: %s\n", p, c.fault); err != nil {
 			return 0, err
 		}
 		return len(p), nil
+	}
+	if own := c.statusLine; own != "" {
+		c.statusLine = ""
+		// net/http writes a header at the start of its buffer.
+		if line, rest, ok := bytes.Cut(p, []byte("\r\n")); ok && len(line) > len("HTTP/1.1 ") {
+			if _, err := c.TCPConn.Write(slices.Concat(line[:len("HTTP/1.1 ")], []byte(own), rest)); err != nil {
+				return 0, err
+			}
+			return len(p), nil
+		}
 	}
 	return c.TCPConn.Write(p)
 }

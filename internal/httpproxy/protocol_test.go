@@ -74,6 +74,15 @@ func TestProtocol(t *testing.T) {
 			get, got, "HTTP/1.1 200 OK\r\nContent-Length: 99\r\nTransfer-Encoding: chunked\r\n" + date + "\r\n2\r\nhi\r\n0\r\n\r\n",
 			"HTTP/1.1 200 OK\r\n" + date + via + "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
 		},
+		"a reason phrase of its own": {
+			get + get, got, strings.Replace(answer, "200 OK", "200 All is w\xe9ll", 1), strings.Repeat(strings.Replace(received, "200 OK", "200 All is w\xe9ll", 1), 2),
+		},
+		"no reason phrase":    {get, got, strings.Replace(answer, "200 OK", "200", 1), strings.Replace(received, "200 OK", "200 ", 1)},
+		"a status of its own": {get, got, strings.Replace(answer, "200 OK", "799 Mine", 1), strings.Replace(received, "200 OK", "799 Mine", 1)},
+		"a reason phrase of HTTP/1.0": {
+			"GET http://S/ HTTP/1.0\r\n\r\n", "GET / HTTP/1.1\r\nHost: S\r\nVia: 1.0 egress-router\r\n\r\n",
+			strings.Replace(answer, "200 OK", "404 Gone Fishing", 1), "HTTP/1.0 404 Gone Fishing\r\nContent-Length: 2\r\n" + date + via + "\r\nhiEND",
+		},
 		"no body": {
 			get, got, "HTTP/1.1 204 No Content\r\n" + date + "\r\n", "HTTP/1.1 204 No Content\r\n" + date + via + "\r\n",
 		},

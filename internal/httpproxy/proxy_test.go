@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/netip"
@@ -168,6 +169,91 @@ func TestStreams(t *testing.T) {
 			t.Errorf("%v, want %v", err, io.ErrUnexpectedEOF)
 		}
 	})
+}
+
+// Responses that no client must get are errors of the server. None of them ends the
+// proxy's work on the connection, or is a line of another form in the log.
+func TestBadResponses(t *testing.T) {
+	for name, response := range map[string]string{
+		"status 000":        "HTTP/1.1 000 OK\r\nContent-Length: 0\r\n\r\n",
+		"status 099":        "HTTP/1.1 099 OK\r\nContent-Length: 0\r\n\r\n",
+		"status +20":        "HTTP/1.1 +20 OK\r\nContent-Length: 0\r\n\r\n",
+		"a reason phrase":   "HTTP/1.1 200 O\rK\r\nContent-Length: 0\r\n\r\n",
+		"a switch unasked":  "HTTP/1.1 101 Switching Protocols\r\n\r\n",
+		"a header too long": "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 80<<10) + "\r\n\r\n",
+		"endless 1xx":       strings.Repeat("HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", 2000),
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := serve(t, func(conn *net.TCPConn) {
+				for header(conn) != "" {
+					if _, err := io.WriteString(conn, response); err != nil {
+						return
+					}
+				}
+			})
+			p := start(t, "*", nil, nil)
+			s := p.session(t)
+			for range 2 {
+				_, err := io.WriteString(s, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\n\r\n")
+				check(t, err)
+				status := http.StatusEarlyHints
+				for status == http.StatusEarlyHints {
+					got, err := http.ReadResponse(s.r, nil)
+					check(t, err)
+					_, err = io.Copy(io.Discard, got.Body)
+					check(t, err)
+					status = got.StatusCode
+				}
+				if status != 502 {
+					t.Errorf("status %d", status)
+				}
+			}
+			if log := p.log.String(); strings.Contains(log, "panic") {
+				t.Errorf("logged:\n%s", log)
+			}
+		})
+	}
+}
+
+// Data that a server sends without a request reach no client, and no log.
+func TestUnsolicitedResponse(t *testing.T) {
+	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+	for name, after := range map[string]func(*net.TCPConn){
+		"at once": func(*net.TCPConn) {},
+		"later": func(conn *net.TCPConn) {
+			_ = await(func() bool { quiet, err := quietFor(conn); return err != nil || quiet > 5*time.Millisecond })
+			_, _ = io.WriteString(conn, answer+"no")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			sent := make(chan struct{}, 100)
+			server := serve(t, func(conn *net.TCPConn) {
+				if header(conn) == "" {
+					return
+				}
+				text := answer + "hi"
+				if name == "at once" {
+					text += answer + "no"
+				}
+				_, _ = io.WriteString(conn, text)
+				after(conn)
+				sent <- struct{}{}
+				_, _ = io.Copy(io.Discard, conn)
+			})
+			var std output
+			log.SetOutput(&std)
+			defer log.SetOutput(os.Stderr)
+			p := start(t, "*", nil, nil)
+			s := p.session(t)
+			for range 5 {
+				s.want(t, "GET", server, "", 200, "hi")
+				<-sent
+			}
+			if text := std.String(); text != "" {
+				t.Errorf("logged %q", text)
+			}
+		})
+	}
 }
 
 // One connection serves many requests, to the client and to the server.

@@ -64,6 +64,7 @@ func newServerConn(conn duplex, tcp *net.TCPConn, key serverKey) (*serverConn, e
 
 var (
 	errHeaderLimit  = errors.New("the header of the response is too long")
+	errBadReason    = errors.New("malformed HTTP response: control characters in the reason phrase")
 	errBadStatus    = errors.New("malformed HTTP response: the status is below 100")
 	errNoUpgrade    = errors.New("the server switched protocols without a request for it")
 	errFinalAnswer  = errors.New("the server has responded without the request's body")
@@ -251,6 +252,9 @@ func (c *serverConn) gone(err error) bool {
 // Read reads from the server. It collects the names in the header Connection of a
 // response (RFC 9110 section 7.6.1), which net/http drops if one of them is close.
 func (c *serverConn) Read(p []byte) (int, error) {
+	if c.inHeader && c.left < 0 { // net/http may not have seen the error
+		return 0, errHeaderLimit
+	}
 	n, err := c.duplex.Read(p)
 	if n > 0 {
 		c.answered = true
