@@ -174,6 +174,10 @@ func (x *exchange) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// flush forwards the buffered data before the proxy waits for more of the server: a part
+// of a response, even the header alone, may be all for a long time.
+func (x *exchange) flush() { _ = x.FlushError() }
+
 // FlushError forwards the buffered data.
 func (x *exchange) FlushError() error {
 	return http.NewResponseController(x.ResponseWriter).Flush()

@@ -193,24 +193,25 @@ func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*se
 	if err != nil {
 		return nil, err
 	}
-	var conn duplex = tcp
+	below, err := newSocket(tcp)
+	if err != nil {
+		_ = tcp.Close()
+		return nil, err
+	}
+	c := &serverConn{duplex: below, tcp: below, key: key}
 	if key.scheme == "https" {
 		config := p.tls.Clone()
 		config.ServerName = r.target.host.String()
-		secure := tls.Client(tcp, config)
+		conn := tls.Client(below, config)
 		ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 		defer cancel()
-		if err := secure.HandshakeContext(ctx); err != nil {
+		if err := conn.HandshakeContext(ctx); err != nil {
 			_ = tcp.Close()
 			return nil, fmt.Errorf("TLS handshake: %w", err)
 		}
-		conn = secure
+		c.duplex = conn
 	}
-	c, err := newServerConn(conn, tcp, key)
-	if err != nil {
-		_ = tcp.Close()
-	}
-	return c, err
+	return c, nil
 }
 
 // answerFailure responds to the client if the server does not respond, or with an

@@ -77,7 +77,7 @@ func (c *clientConn) park(s *serverConn) {
 	go func() {
 		defer close(s.watch)
 		// It waits without reading.
-		if err := s.raw.Read(func(fd uintptr) bool { return !silent(fd) }); err == nil {
+		if err := s.tcp.raw.Read(func(fd uintptr) bool { return !silent(fd) }); err == nil {
 			c.lose(s)
 		}
 	}()

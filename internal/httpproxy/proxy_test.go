@@ -93,6 +93,27 @@ func TestStreams(t *testing.T) {
 			})
 		}
 	})
+	t.Run("each part of an answer with a length passes at once", func(t *testing.T) {
+		received := make(chan struct{})
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n")
+			for range 3 {
+				<-received
+				send(t, conn, "event")
+			}
+			<-received
+		})
+		conn := start(t, "203.0.113.1", nil, nil).get(t, server)
+		if got := header(conn); !strings.HasPrefix(got, "HTTP/1.1 200 OK") {
+			t.Fatalf("got %q", got)
+		}
+		for range 3 {
+			received <- struct{}{}
+			wantRead(t, conn, "event")
+		}
+		received <- struct{}{}
+	})
 	t.Run("each chunk of a request passes at once", func(t *testing.T) {
 		got := make(chan string)
 		server := serve(t, func(conn *net.TCPConn) {

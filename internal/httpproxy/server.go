@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/textproto"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,8 +26,7 @@ import (
 // writes lines of its own to the log.
 type serverConn struct {
 	duplex
-	tcp    *net.TCPConn // the same, or below TLS
-	raw    syscall.RawConn
+	tcp    *socket // the same, or below TLS
 	key    serverKey
 	reader *bufio.Reader
 	used   bool          // it has had a response
@@ -54,12 +54,61 @@ type duplex interface {
 // addresses, the same port and the same protocol may share a connection.
 type serverKey struct{ scheme, host string }
 
-func newServerConn(conn duplex, tcp *net.TCPConn, key serverKey) (*serverConn, error) {
+// A socket is the TCP connection of a server.
+type socket struct {
+	*net.TCPConn
+	raw   syscall.RawConn
+	pause func() // called before a read waits for data; nil: nothing to do
+
+	// The parts of a read with pause, which is one system call if there are data.
+	p      []byte
+	n      int
+	err    error
+	paused bool
+	read   func(fd uintptr) bool
+}
+
+func newSocket(tcp *net.TCPConn) (*socket, error) {
 	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return nil, err
+	s := &socket{TCPConn: tcp, raw: raw}
+	s.read = s.readNow
+	return s, err
+}
+
+// Read reads from the server.
+func (s *socket) Read(p []byte) (int, error) {
+	if s.pause == nil || len(p) == 0 {
+		return s.TCPConn.Read(p)
 	}
-	return &serverConn{duplex: conn, tcp: tcp, raw: raw, key: key}, nil
+	s.p, s.paused = p, false
+	err := s.raw.Read(s.read)
+	s.p = nil
+	switch {
+	case err != nil:
+		return 0, err
+	case s.err != nil:
+		return 0, &net.OpError{Op: "read", Net: "tcp", Source: s.LocalAddr(), Addr: s.RemoteAddr(), Err: os.NewSyscallError("read", s.err)}
+	case s.n == 0:
+		return 0, io.EOF
+	}
+	return s.n, nil
+}
+
+// readNow reads, and reports whether it need not wait.
+func (s *socket) readNow(fd uintptr) bool {
+	for {
+		if s.n, s.err = unix.Read(int(fd), s.p); s.err != unix.EINTR {
+			break
+		}
+	}
+	if s.err != unix.EAGAIN {
+		return true
+	}
+	if !s.paused {
+		s.paused = true
+		s.pause()
+	}
+	return false
 }
 
 var (
@@ -120,8 +169,13 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 		return r, nil
 	}
 	removeForbidden(r.Trailer)
+	if r.ContentLength > int64(c.reader.Buffered()) {
+		// Others are flushed by ReverseProxy after each part.
+		c.tcp.pause = x.flush
+	}
 	body := &responseBody{ReadCloser: r.Body, end: func(whole bool) {
 		removeForbidden(r.Trailer)
+		c.tcp.pause = nil
 		whole = whole && !r.Close && c.reader.Buffered() == 0 && x.sentWhole(c, sent)
 		if !stop() || !whole {
 			_ = c.Close()
@@ -298,7 +352,7 @@ func (c *serverConn) endLine(line []byte) {
 // neither closed it nor sent anything, which nobody has asked for.
 func (c *serverConn) alive() bool {
 	waiting := false
-	err := c.raw.Control(func(fd uintptr) { waiting = silent(fd) })
+	err := c.tcp.raw.Control(func(fd uintptr) { waiting = silent(fd) })
 	return err == nil && waiting
 }
 
