@@ -90,9 +90,14 @@ type attempt struct {
 	err  error
 }
 
-// dial connects to one of the addresses of a route.
+// dial connects to one of the addresses of a route. After the end of the connection
+// the caller calls p.servers.gone.
 func (p *Proxy) dial(ctx context.Context, r *route) (*net.TCPConn, error) {
+	p.servers.come()
 	conn, err := p.dialRoute(ctx, r)
+	if err != nil {
+		p.servers.gone()
+	}
 	if err != nil && ctx.Err() == nil { // and not cancelled
 		p.counters.connectFailures.Add(1)
 	}

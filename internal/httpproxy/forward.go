@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // pseudonym is the name of this proxy in Via (RFC 9110 section 7.6.3).
@@ -196,9 +197,10 @@ func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*se
 	below, err := newSocket(tcp)
 	if err != nil {
 		_ = tcp.Close()
+		p.servers.gone()
 		return nil, err
 	}
-	c := &serverConn{duplex: below, tcp: below, key: key}
+	c := &serverConn{duplex: below, tcp: below, key: key, closed: sync.OnceFunc(p.servers.gone)}
 	if key.scheme == "https" {
 		config := p.tls.Clone()
 		config.ServerName = r.target.host.String()
@@ -206,7 +208,7 @@ func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*se
 		ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 		defer cancel()
 		if err := conn.HandshakeContext(ctx); err != nil {
-			_ = tcp.Close()
+			_ = c.Close()
 			return nil, fmt.Errorf("TLS handshake: %w", err)
 		}
 		c.duplex = conn

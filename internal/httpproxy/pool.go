@@ -3,6 +3,7 @@ package httpproxy
 import (
 	"container/list"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -10,7 +11,9 @@ import (
 // longer than keptFor, those that their server has closed, and the oldest ones beyond
 // its limits.
 type pool struct {
-	most int // limit of connections
+	most     int          // limit of idle connections
+	mostOpen int          // limit of all connections, from which idle ones are closed
+	open     atomic.Int64 // all connections, with those in use and those of tunnels
 
 	mu     sync.Mutex
 	idle   map[serverKey][]*list.Element // the last one was idle for the shortest time
@@ -21,6 +24,21 @@ type pool struct {
 
 // sweepPause is the time between two looks at all idle connections.
 const sweepPause = time.Second
+
+// come counts a new connection, and closes an idle one if there are too many.
+func (p *pool) come() {
+	if p.open.Add(1) <= int64(p.mostOpen) {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.order.Front(); e != nil {
+		_ = p.remove(e).Close()
+	}
+}
+
+// gone counts a connection that was closed.
+func (p *pool) gone() { p.open.Add(-1) }
 
 // get returns an idle connection that is alive, or nil.
 func (p *pool) get(key serverKey) *serverConn {

@@ -29,7 +29,7 @@ type Config struct {
 	ShutdownGrace    time.Duration // limit of active requests and tunnels after the end of Run's context
 
 	MaxHeaderBytes int // limit of the header of a request or response
-	MaxConnections int // limit of client connections; 0: three quarters of the limit of open files
+	MaxConnections int // limit of client connections; 0: derived from the limit of open files
 
 	AccessLog bool // log one line for each request and tunnel
 }
@@ -42,6 +42,8 @@ type Proxy struct {
 	rules    atomic.Pointer[Rules]
 
 	servers   pool
+	pipes     pipes
+	buffers   buffers
 	tls       *tls.Config
 	forwarder *httputil.ReverseProxy
 	running   counter
@@ -69,20 +71,22 @@ const expectPatience = time.Second
 
 // New returns a proxy.
 func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
+	files := openFiles()
 	if c.MaxConnections == 0 {
-		c.MaxConnections = connectionLimit()
+		c.MaxConnections = connectionLimit(files)
 	}
 	p := &Proxy{config: c, log: log, resolver: resolver, own: new(ownAddresses).has}
 	p.rules.Store(&c.Rules)
 	p.file.set(nil)
-	p.servers.most = kept
+	p.servers.most, p.servers.mostOpen = kept, connectionLimit(files)
+	p.pipes.most = min(files/pipeShare, mostPipes)
 	p.tls = &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(0)}
 	p.forwarder = &httputil.ReverseProxy{
 		Rewrite:        rewrite,
 		ModifyResponse: modifyResponse,
 		ErrorHandler:   p.answerFailure,
 		Transport:      p,
-		BufferPool:     &buffers{},
+		BufferPool:     &p.buffers,
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	return p
@@ -103,14 +107,24 @@ func (p *Proxy) Rejected(err error) {
 	p.counters.reloadFailures.Add(1)
 }
 
-// connectionLimit returns three quarters of the limit of open files. The rest is for
-// connections to servers, which idle clients do not need.
-func connectionLimit() int {
+// The shares of the open files. A client with a tunnel or a request takes two, its own
+// connection and the server's, and each pipe that moves long pieces two. The rest is for
+// name look-ups, addresses that are dialled at the same time, and files.
+const (
+	clientShare = 16.0 / 7 // of 1,024 files 448 clients
+	pipeShare   = 32       // of 1,024 files 32 pipes
+)
+
+// connectionLimit returns how many clients may have a server's connection each.
+func connectionLimit(files int) int { return max(1, int(float64(files)/clientShare)) }
+
+// openFiles returns the limit of open files.
+func openFiles() int {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return 1 << 10
 	}
-	return int(max(1, min(limit.Cur, 1<<24)/4*3))
+	return int(min(limit.Cur, 1<<24))
 }
 
 // Run serves clients until ctx ends, and then waits up to ShutdownGrace for active

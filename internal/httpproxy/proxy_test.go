@@ -400,33 +400,115 @@ func TestTunnelHalves(t *testing.T) {
 	})
 }
 
-// The kernel copies tunnels: each direction has a pipe (splice(2)).
-func TestTunnelSplices(t *testing.T) {
-	pipes := func() (n int) {
-		files, err := filepath.Glob("/proc/self/fd/*")
-		check(t, err)
-		for _, f := range files {
-			if to, err := os.Readlink(f); err == nil && strings.HasPrefix(to, "pipe:") {
-				n++
-			}
+// openPipes returns the number of open ends of pipes.
+func openPipes(t *testing.T) (n int) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/self/fd/*")
+	check(t, err)
+	for _, f := range files {
+		if to, err := os.Readlink(f); err == nil && strings.HasPrefix(to, "pipe:") {
+			n++
 		}
-		return n
 	}
-	server := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}) })
-	p := start(t, "203.0.113.1", nil, nil)
-	const tunnels = 8
-	// Tunnels may reuse pipes that other tests left, until the garbage collector closes
-	// those.
-	if !await(func() bool { runtime.GC(); return pipes() < tunnels }) {
-		t.Fatalf("%d ends of pipes of other tests are open", pipes())
+	return n
+}
+
+// The kernel copies long pieces of a tunnel by pipes (splice(2)), which a tunnel holds
+// only while they contain data.
+func TestTunnelPipes(t *testing.T) {
+	// io.Copy of other tests leaves pipes, until the garbage collector closes them.
+	before := openPipes(t)
+	for range 20 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+		before = openPipes(t)
 	}
+	echo := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}) })
+	bulk := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{conn}, zeros{}) })
+	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.pipes.most = 12 })
+	const tunnels = 16
 	for range tunnels {
-		conn := p.tunnel(t, server)
-		send(t, conn, "echo")
-		wantRead(t, conn, "echo")
+		conn := p.tunnel(t, echo)
+		for range 3 {
+			send(t, conn, "echo")
+			wantRead(t, conn, "echo")
+		}
 	}
-	if n := pipes(); n < tunnels*2 {
-		t.Errorf("%d tunnels have %d ends of pipes", tunnels, n)
+	if n := openPipes(t); n > before {
+		t.Errorf("%d tunnels without data hold %d ends of pipes", tunnels, n-before)
+	}
+	var conns []net.Conn
+	for range tunnels {
+		conn := p.tunnel(t, bulk)
+		_, err := io.CopyN(io.Discard, conn, 8<<20)
+		check(t, err)
+		conns = append(conns, conn)
+	}
+	inUse := func() int {
+		p.pipes.mu.Lock()
+		defer p.pipes.mu.Unlock()
+		return p.pipes.used
+	}
+	if !await(func() bool { return inUse() == 12 }) {
+		t.Errorf("%d tunnels whose clients do not read hold %d pipes, want 12, the limit", tunnels, inUse())
+	}
+	for _, conn := range conns {
+		conn.Close()
+	}
+	if !await(func() bool { return openPipes(t) <= before }) {
+		t.Errorf("%d ends of pipes stay open", openPipes(t)-before)
+	}
+}
+
+// As many clients as the limit have a tunnel each, and the next one waits, with files to
+// spare.
+func TestTunnelFiles(t *testing.T) {
+	const files = 1024
+	clients := connectionLimit(files)
+	if use := 2*clients + 2*(files/pipeShare); use > files*15/16 || clients < files/3 {
+		t.Errorf("%d clients with tunnels and all pipes take %d of %d files", clients, use, files)
+	}
+	count := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		check(t, err)
+		return len(entries)
+	}
+	echo := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}) })
+	const tunnels = 32
+	p := start(t, "203.0.113.1", nil, func(p *Proxy) {
+		p.config.MaxConnections, p.servers.mostOpen = tunnels, tunnels
+	})
+	before := count()
+	for range tunnels {
+		conn := p.tunnel(t, echo)
+		go func() { _, _ = io.CopyN(conn, zeros{}, 1<<20) }()
+		_, err := io.CopyN(io.Discard, conn, 1<<20)
+		check(t, err)
+	}
+	// The test itself has the other ends of both connections.
+	if !await(func() bool { return count() <= before+4*tunnels }) {
+		t.Errorf("%d tunnels take %d files, want 2 each and the test's own 2", tunnels, count()-before)
+	}
+}
+
+// Idle connections to servers make room for new ones.
+func TestOpenServerConnections(t *testing.T) {
+	hello := func(conn *net.TCPConn) {
+		for header(conn) != "" {
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+		}
+	}
+	var all []string
+	for range 10 {
+		all = append(all, serve(t, hello))
+	}
+	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.servers.mostOpen = 3 })
+	s := p.session(t)
+	for _, server := range all {
+		s.want(t, "GET", server, "", 200, "hi")
+		if n := p.servers.open.Load(); n > 3 {
+			t.Errorf("%d connections to servers, want 3", n)
+		}
 	}
 }
 

@@ -27,6 +27,7 @@ import (
 type serverConn struct {
 	duplex
 	tcp    *socket // the same, or below TLS
+	closed func()  // called by the first Close
 	key    serverKey
 	reader *bufio.Reader
 	used   bool          // it has had a response
@@ -346,6 +347,12 @@ func (c *serverConn) endLine(line []byte) {
 			c.named = append(c.named, strings.TrimSpace(token))
 		}
 	}
+}
+
+// Close closes the connection.
+func (c *serverConn) Close() error {
+	c.closed()
+	return c.duplex.Close()
 }
 
 // alive reports whether an idle connection may have another exchange: its server has

@@ -3,9 +3,7 @@ package httpproxy
 import (
 	"context"
 	"io"
-	"net"
 	"net/http"
-	"sync"
 )
 
 // connect opens a tunnel (RFC 9110 section 9.3.6).
@@ -26,6 +24,7 @@ func (p *Proxy) connect(x *exchange) {
 		x.refuse(undialled(err))
 		return
 	}
+	defer p.servers.gone()
 	defer server.Close()
 	x.server = server.RemoteAddr()
 	early, err := x.takeConnection()
@@ -50,31 +49,7 @@ func (p *Proxy) connect(x *exchange) {
 	} else if n > 0 {
 		x.received.Add(int64(n))
 	}
-	received, sent := relay(client, server)
+	received, sent := p.relay(client, server)
 	x.received.Add(received)
 	x.sent.Add(sent)
-}
-
-// relay copies both directions until both have ended. The end of one is forwarded and
-// the other continues: a client may close its half and still wait for a response. Both
-// are plain TCP connections, for which io.Copy uses splice(2).
-func relay(client, server *net.TCPConn) (received, sent int64) {
-	var back sync.WaitGroup
-	back.Go(func() { sent = pass(client, server) })
-	received = pass(server, client)
-	back.Wait()
-	return received, sent
-}
-
-// pass copies one direction. After an error it closes both connections.
-func pass(to, from *net.TCPConn) int64 {
-	n, err := io.Copy(to, from)
-	if err == nil {
-		err = to.CloseWrite()
-	}
-	if err != nil {
-		_ = to.Close()
-		_ = from.Close()
-	}
-	return n
 }

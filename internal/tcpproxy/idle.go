@@ -50,9 +50,9 @@ func (l *loop) tick() {
 			l.fail(r, context.Canceled)
 		}
 	}
-	l.pipes.trim()
+	l.pipes.Trim()
 	if len(l.relays) == 0 {
-		l.pipes.trim() // without relays, all
+		l.pipes.Trim() // without relays, all
 	}
 }
 

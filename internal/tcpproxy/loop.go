@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/splice"
 )
 
 // A loop moves the data of many relays, in one goroutine.
@@ -31,7 +33,7 @@ type loop struct {
 	raw    syscall.RawConn
 	events [128]unix.EpollEvent
 	buffer [shortPiece]byte // buffer of all short pieces
-	pipes  pipeList
+	pipes  splice.List
 
 	relays map[uint64]*relay
 	again  []*relay // relays with more data to move without an event
@@ -122,7 +124,7 @@ func (l *loop) watch(r *relay, e *end) {
 
 // run runs the loop until it is closed.
 func (l *loop) run() {
-	defer l.pipes.close()
+	defer l.pipes.Close()
 	var n int
 	poll := func(uintptr) bool {
 		var errno syscall.Errno

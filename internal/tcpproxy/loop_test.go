@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/splice"
 )
 
 // The ways in which a program ends its half of a connection.
@@ -329,7 +331,7 @@ func TestTurnEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.close()
-	defer l.pipes.close()
+	defer l.pipes.Close()
 	client, near := pair(t)
 	far, server := pair(t)
 	for _, c := range []*net.TCPConn{client, near, far, server} {
@@ -360,7 +362,7 @@ func TestTurnEnds(t *testing.T) {
 		return err
 	})
 	r.client.readable = true
-	if more := r.run(); !more || r.up.bytes > turn+pipeSize {
+	if more := r.run(); !more || r.up.bytes > turn+splice.Capacity {
 		t.Errorf("moved %d bytes in a turn, more %t", r.up.bytes, more)
 	}
 }

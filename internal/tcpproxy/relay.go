@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/splice"
 )
 
 // The outcomes of a connection in the access log.
@@ -108,11 +110,11 @@ type flow struct {
 	from, to *end
 	back     *flow // the other direction
 
-	bytes int64  // delivered
-	rest  []byte // undelivered rest of a short piece
-	pipe  *pipe  // undelivered data of a long piece; nil: none
-	long  bool   // the last piece was long
-	over  bool   // the end of the stream was forwarded, or its receiver is lost
+	bytes int64        // delivered
+	rest  []byte       // undelivered rest of a short piece
+	pipe  *splice.Pipe // undelivered data of a long piece; nil: none
+	long  bool         // the last piece was long
+	over  bool         // the end of the stream was forwarded, or its receiver is lost
 }
 
 // holds reports whether there are undelivered data.
@@ -157,7 +159,7 @@ func (r *relay) move(f *flow) (more bool) {
 			return false
 		}
 		if f.long && !f.from.urgent {
-			f.pipe = r.loop.pipes.get()
+			f.pipe = r.loop.pipes.Get()
 		}
 		if f.pipe != nil {
 			r.fill(f)
@@ -206,13 +208,13 @@ func (r *relay) copy(f *flow) int {
 
 // fill moves a long piece into the pipe.
 func (r *relay) fill(f *flow) {
-	n, errno := rawSplice(f.from.fd, f.pipe.in, pipeSize)
+	n, errno := f.pipe.Fill(f.from.fd)
 	if errno != 0 {
 		r.empty(f)
 		r.nothing(f, errno)
 		return
 	}
-	f.pipe.size, f.long = n, n >= shortPiece
+	f.long = n >= shortPiece
 	if n == 0 {
 		r.empty(f) // urgent data or the end, which a read distinguishes
 	}
@@ -226,7 +228,7 @@ func (r *relay) deliver(f *flow) (n int, waits bool) {
 	f.to.beforeWrite()
 	var errno syscall.Errno
 	if f.pipe != nil {
-		n, errno = rawSplice(f.pipe.out, f.to.fd, f.pipe.size)
+		n, errno = f.pipe.Drain(f.to.fd)
 	} else {
 		n, errno = rawWrite(f.to.fd, f.rest)
 	}
@@ -241,7 +243,7 @@ func (r *relay) deliver(f *flow) (n int, waits bool) {
 	}
 	f.bytes += int64(n)
 	if f.pipe != nil {
-		if f.pipe.size -= n; f.pipe.size == 0 {
+		if f.pipe.Size() == 0 {
 			r.empty(f)
 		}
 	} else if f.rest = f.rest[n:]; len(f.rest) == 0 {
@@ -253,7 +255,7 @@ func (r *relay) deliver(f *flow) (n int, waits bool) {
 // empty returns the pipe to the loop.
 func (r *relay) empty(f *flow) {
 	if f.pipe != nil {
-		r.loop.pipes.put(f.pipe)
+		r.loop.pipes.Put(f.pipe)
 		f.pipe = nil
 	}
 }

@@ -32,15 +32,6 @@ func rawWrite(fd int32, b []byte) (int, syscall.Errno) {
 	}
 }
 
-func rawSplice(from, to int32, most int) (int, syscall.Errno) {
-	for {
-		n, _, errno := syscall.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(most), unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-		if errno != unix.EINTR {
-			return int(n), errno
-		}
-	}
-}
-
 // rawAccept returns the next connection of a listener and its remote address.
 func rawAccept(listener uintptr) (int32, netip.AddrPort, syscall.Errno) {
 	for {
