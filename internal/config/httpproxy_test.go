@@ -43,9 +43,6 @@ func TestParseHTTPProxy(t *testing.T) {
 		"limits":        {func(e *HTTPProxyEnvironment) { e.MaxHeader, e.MaxConnections = "1024", "7" }, func(c *HTTPProxyConfig) { c.MaxHeader, c.MaxConnections = 1024, 7 }},
 		"times":         {func(e *HTTPProxyEnvironment) { e.IdleTimeout, e.ShutdownGrace = "24h", "1m30s" }, func(c *HTTPProxyConfig) { c.IdleTimeout, c.Grace = 24*time.Hour, 90*time.Second }},
 		"no grace":      {func(e *HTTPProxyEnvironment) { e.ShutdownGrace = "0" }, func(c *HTTPProxyConfig) { c.Grace = 0 }},
-		"an unknown mode": {func(e *HTTPProxyEnvironment) { e.Mode = "x" }, func(c *HTTPProxyConfig) {
-			c.Warnings = []string{`EGRESS_HTTP_PROXY_MODE "x" has no effect: the only mode is unit-test`}
-		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			env, want := HTTPProxyEnvironment{Destination: "a"}, want
@@ -66,7 +63,7 @@ func TestParseHTTPProxy(t *testing.T) {
 func TestParseHTTPProxyFindsAll(t *testing.T) {
 	_, err := ParseHTTPProxy(HTTPProxyEnvironment{
 		Destination: "b", Listen: "8080", ConnectTimeout: "10", HeaderTimeout: "-1s", KeepAliveTimeout: "0s", IdleTimeout: "x",
-		MaxHeader: "0", MaxConnections: "many", ProxyEnvironment: ProxyEnvironment{ShutdownGrace: "1 s", AccessLog: "yes"},
+		MaxHeader: "0", MaxConnections: "many", Mode: "unittest", ProxyEnvironment: ProxyEnvironment{ShutdownGrace: "1 s", AccessLog: "yes"},
 	}, noFile, onlyA)
 	faults, _ := errors.AsType[Errors](err)
 	var variables []string
@@ -75,7 +72,7 @@ func TestParseHTTPProxyFindsAll(t *testing.T) {
 	}
 	want := []string{"EGRESS_HTTP_PROXY_DESTINATION", "EGRESS_HTTP_PROXY_LISTEN", "EGRESS_HTTP_PROXY_CONNECT_TIMEOUT", "EGRESS_HTTP_PROXY_HEADER_TIMEOUT",
 		"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT", "EGRESS_HTTP_PROXY_IDLE_TIMEOUT",
-		"EGRESS_HTTP_PROXY_MAX_HEADER", "EGRESS_HTTP_PROXY_MAX_CONNECTIONS", "EGRESS_SHUTDOWN_GRACE", "EGRESS_ACCESS_LOG"}
+		"EGRESS_HTTP_PROXY_MAX_HEADER", "EGRESS_HTTP_PROXY_MAX_CONNECTIONS", "EGRESS_HTTP_PROXY_MODE", "EGRESS_SHUTDOWN_GRACE", "EGRESS_ACCESS_LOG"}
 	if diff := cmp.Diff(want, variables); diff != "" {
 		t.Errorf("- want, + got:\n%s", diff)
 	}

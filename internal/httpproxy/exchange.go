@@ -28,6 +28,7 @@ type exchange struct {
 	server   net.Addr // nil: none
 	closing  bool     // the server closes a connection that the client has authenticated
 	status   int
+	failure  string // text of the proxy's own response to a failure of a server or a look-up
 	answered bool         // the response is the server's
 	reason   string       // its reason phrase
 	body     *requestBody // nil: none
@@ -110,6 +111,9 @@ func (x *exchange) end() {
 		slog.Int64("received", received),
 		slog.Int64("sent", x.sent.Load()),
 		slog.Duration("duration", time.Since(x.begun)))
+	if x.failure != "" {
+		attrs = append(attrs, slog.String("url", plainURL(x.request)), slog.String("error", x.failure))
+	}
 	x.proxy.log.LogAttrs(context.Background(), slog.LevelInfo, "access", attrs...)
 }
 
@@ -133,10 +137,24 @@ func (x *exchange) refuse(r *refusal) {
 	if x.request.Method == http.MethodConnect {
 		x.Header().Set("Connection", "close")
 	}
+	if r.status >= 500 {
+		x.failure = r.text
+	}
 	if r.status == http.StatusForbidden { // set by the rules only
 		x.proxy.counters.denied.Add(1)
 	}
 	r.write(x)
+}
+
+// plainURL returns the URL of a request for the access log, without a user and a query,
+// which often contain credentials.
+func plainURL(r *http.Request) string {
+	if r.Method == http.MethodConnect {
+		return r.RequestURI
+	}
+	u := *r.URL
+	u.User, u.RawQuery, u.Opaque, u.Fragment = nil, "", "", ""
+	return u.String()
 }
 
 // WriteHeader forwards a status and the header.

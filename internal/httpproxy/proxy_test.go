@@ -998,6 +998,20 @@ func TestAccessLog(t *testing.T) {
 	}
 	p.await(t, "method=GET destination=denied.example:80 rule=!denied.example status=403 received=0 sent=")
 
+	// A failure has its cause.
+	conn = p.connect(t)
+	send(t, conn, "GET http://user:secret@a.example:9/where?secret HTTP/1.1\r\nHost: x\r\n\r\n")
+	if status, _ := answer(t, conn); status != 502 {
+		t.Fatalf("status %d", status)
+	}
+	p.await(t, `url=http://a.example:9/where error="connecting to a.example:9: 203.0.113.1: connection refused"`)
+	conn = p.connect(t)
+	send(t, conn, "CONNECT none.example:9 HTTP/1.1\r\nHost: x\r\n\r\n")
+	if status, _ := answer(t, conn); status != 502 {
+		t.Fatalf("status %d", status)
+	}
+	p.await(t, `url=none.example:9 error="looking up none.example: no such host"`)
+
 	tunnel := p.tunnel(t, "a.example:"+port)
 	send(t, tunnel, "\r\n\r\n")
 	wantEnd(t, tunnel, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
