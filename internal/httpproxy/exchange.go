@@ -28,7 +28,7 @@ type exchange struct {
 	server   net.Addr // nil: none
 	closing  bool     // the server closes a connection that the client has authenticated
 	status   int
-	failure  string // text of the proxy's own response to a failure of a server or a look-up
+	failure  string       // text of the proxy's own response to a failure of a server or a look-up
 	answered bool         // the response is the server's
 	reason   string       // its reason phrase
 	body     *requestBody // nil: none
@@ -85,6 +85,7 @@ func (x *exchange) end() {
 	x.cancel(nil)
 	x.client.logins.between.Store(true)
 	x.client.ended.Add(1)
+	x.client.state.CompareAndSwap(active, finishing)
 	if x.body != nil && !x.body.ended.Load() {
 		_ = x.client.SetReadDeadline(time.Now().Add(x.proxy.config.HeaderTimeout))
 	}

@@ -17,19 +17,44 @@ import (
 )
 
 // A listener accepts connections whose requests are checked for their framing, at most
-// as many at a time as it has slots: more clients wait in the kernel's queue
-// (listen(2)).
+// as many at a time as shares has places. Some more wait accepted, so that each client
+// gets its share, and the rest in the kernel's queue (listen(2)).
 type listener struct {
 	*net.TCPListener
+	*shares
 	since  time.Time
-	slots  chan struct{} // one per connection, and one while waiting for a client
-	open   atomic.Int64  // connections
+	failed chan error // of accept(2)
 	closed chan struct{}
 	once   sync.Once
 }
 
 func newListener(l *net.TCPListener, most int) *listener {
-	return &listener{TCPListener: l, since: time.Now(), slots: make(chan struct{}, most), closed: make(chan struct{})}
+	n := &listener{TCPListener: l, shares: newShares(most), since: time.Now(), failed: make(chan error), closed: make(chan struct{})}
+	go n.accept()
+	return n
+}
+
+func (l *listener) accept() {
+	for {
+		conn, err := l.AcceptTCP()
+		if err != nil {
+			select {
+			case l.failed <- err: // net/http decides whether to go on
+				continue
+			case <-l.closed:
+				return
+			}
+		}
+		c := &clientConn{TCPConn: conn, from: remoteIP(conn), shares: l.shares}
+		for !l.add(c) {
+			select {
+			case <-l.freed:
+			case <-l.closed:
+				_ = conn.Close()
+				return
+			}
+		}
+	}
 }
 
 // listen listens on an address, or on all if it is the zero Addr. Multipath TCP, which
@@ -65,26 +90,26 @@ func (e *listenError) Hint() string {
 	return ""
 }
 
-// Accept waits for a slot, and then for a client.
+// Accept waits for a client with a place.
 func (l *listener) Accept() (net.Conn, error) {
 	select {
-	case l.slots <- struct{}{}:
+	case c := <-l.ready:
+		return c, nil
+	case err := <-l.failed:
+		return nil, err
 	case <-l.closed:
 		return nil, net.ErrClosed
 	}
-	conn, err := l.AcceptTCP()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	l.open.Add(1)
-	return &clientConn{TCPConn: conn, release: func() { l.open.Add(-1); <-l.slots }}, nil
 }
 
-// Close also ends an Accept that waits for a slot.
+// Close also ends the connections that wait.
 func (l *listener) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return l.TCPListener.Close()
+	err := l.TCPListener.Close()
+	l.once.Do(func() {
+		close(l.closed)
+		l.shares.close()
+	})
+	return err
 }
 
 // A clientConn is the connection of a client. A tunnel uses its TCPConn, which io.Copy
@@ -99,7 +124,9 @@ type clientConn struct {
 	statusLine string
 	ended      atomic.Int64 // requests
 	logins     logins
-	release    func()
+	from       netip.Addr
+	shares     *shares
+	state      atomic.Int32 // see shares
 	once       sync.Once
 }
 
@@ -110,6 +137,9 @@ type clientConn struct {
 func (c *clientConn) Read(p []byte) (int, error) {
 	if c.logins.over() {
 		return 0, io.EOF
+	}
+	if c.state.CompareAndSwap(finishing, resting) && c.shares.waits.Load() {
+		c.shares.rests()
 	}
 	for {
 		if c.fault != nil && c.ended.Load() >= c.framing.begun-1 {
@@ -155,11 +185,12 @@ func (c *clientConn) Write(p []byte) (int, error) {
 	return c.TCPConn.Write(p)
 }
 
-// Close closes the client's server connections too, and releases the slot.
+// Close closes the client's server connections too, and releases the place.
 func (c *clientConn) Close() error {
+	err := c.TCPConn.Close()
 	c.once.Do(func() {
 		c.logins.close()
-		c.release()
+		c.shares.end(c)
 	})
-	return c.TCPConn.Close()
+	return err
 }

@@ -108,15 +108,19 @@ func (p *Proxy) Rejected(err error) {
 }
 
 // The shares of the open files. A client with a tunnel or a request takes two, its own
-// connection and the server's, and each pipe that moves long pieces two. The rest is for
-// name look-ups, addresses that are dialled at the same time, and files.
+// connection and the server's, and each pipe that moves long pieces two. The reserve is
+// for pipes, clients that wait, name look-ups, addresses that are dialled at the same
+// time, and files.
 const (
-	clientShare = 16.0 / 7 // of 1,024 files 448 clients
-	pipeShare   = 32       // of 1,024 files 32 pipes
+	mostReserve  = 512
+	reserveShare = 8  // of 1,024 files 128
+	pipeShare    = 32 // of 1,024 files 32 pipes
 )
 
 // connectionLimit returns how many clients may have a server's connection each.
-func connectionLimit(files int) int { return max(1, int(float64(files)/clientShare)) }
+func connectionLimit(files int) int {
+	return max(1, (files-min(files/reserveShare, mostReserve))/2)
+}
 
 // openFiles returns the limit of open files.
 func openFiles() int {
@@ -206,6 +210,9 @@ type clientKey struct{}
 
 // ServeHTTP handles one request of the server that Serve starts.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !r.Context().Value(clientKey{}).(*clientConn).begin() {
+		return // it was closed for another client
+	}
 	p.running.add(1)
 	defer p.running.add(-1)
 	x := p.begin(w, r)

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -910,6 +911,72 @@ func TestMaxConnections(t *testing.T) {
 	if status, _ := answer(t, second); status != 403 {
 		t.Errorf("status %d", status)
 	}
+}
+
+// One client with more connections than the limit does not keep another one out: that
+// one takes the place of a connection without a request, or the next free place.
+func TestClientShares(t *testing.T) {
+	const most = 32
+	from := func(t *testing.T, p *testProxy, addr string) *net.TCPConn {
+		t.Helper()
+		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip(addr), 0)), Timeout: patience}
+		conn, err := dialer.Dial("tcp", p.addr)
+		check(t, err)
+		t.Cleanup(func() { conn.Close() })
+		check(t, conn.SetDeadline(time.Now().Add(patience)))
+		return conn.(*net.TCPConn)
+	}
+	const get = "GET http://192.0.2.1/ HTTP/1.1\r\nHost: x\r\n\r\n"
+	limit := func(p *Proxy) { p.config.MaxConnections = most }
+	full := func(t *testing.T, p *testProxy) {
+		t.Helper()
+		if !await(func() bool { return p.Status().Connections == most }) {
+			t.Fatalf("%d connections, want %d", p.Status().Connections, most)
+		}
+	}
+	t.Run("silent connections", func(t *testing.T) {
+		silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+		p := start(t, "203.0.113.1", nil, limit)
+		tunnel := p.tunnel(t, silent)
+		for range 2 * most {
+			p.connect(t)
+		}
+		full(t, p)
+		for range 5 {
+			conn := from(t, p, "127.0.0.2")
+			send(t, conn, get)
+			if status, _ := answer(t, conn); status != 403 {
+				t.Errorf("status %d", status)
+			}
+		}
+		send(t, tunnel, "still here")
+		wantRead(t, tunnel, "still here")
+	})
+	t.Run("tunnels", func(t *testing.T) {
+		silent := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+		p := start(t, "203.0.113.1", nil, limit)
+		var tunnels []*net.TCPConn
+		for range most {
+			tunnels = append(tunnels, p.tunnel(t, silent))
+		}
+		for range 2 * most {
+			p.connect(t)
+		}
+		conn := from(t, p, "127.0.0.2")
+		send(t, conn, get)
+		l := p.listener.Load()
+		if !await(func() bool {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return slices.ContainsFunc(l.waiting, func(c *clientConn) bool { return c.from == ip("127.0.0.2") })
+		}) {
+			t.Fatal("the other client does not wait")
+		}
+		tunnels[0].Close()
+		if status, _ := answer(t, conn); status != 403 {
+			t.Errorf("status %d", status)
+		}
+	})
 }
 
 // After the end of its context a proxy accepts no clients, and ends active requests.

@@ -117,7 +117,7 @@ func (p *Proxy) Status() Status {
 	s.RulesErr, s.RulesSince = p.file.err, p.file.since
 	p.file.mu.Unlock()
 	if l := p.listener.Load(); l != nil {
-		s.Listen, s.ListenSince, s.Connections = l.Addr().String(), l.since, int(l.open.Load())
+		s.Listen, s.ListenSince, s.Connections = l.Addr().String(), l.since, l.count()
 	}
 	return s
 }
