@@ -141,7 +141,8 @@ func testHTTPProxy(p *labtest.Pod) {
 	p.Env["EGRESS_ACCESS_LOG"] = "true"
 	p.Env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "5s" // for a busy machine to look a name up
 	n := serveNames(p)
-	n.set("www.example.com.", "203.0.113.26", "203.0.113.25") // the first is denied
+	n.set("www.example.com.", "203.0.113.25")
+	n.set("mixed.example.com.", "203.0.113.25", "203.0.113.26") // the second is denied
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = fmt.Fprintf(w, "%s\n", r.RemoteAddr)
 	})}
@@ -183,6 +184,7 @@ func testHTTPProxy(p *labtest.Pod) {
 	t.Run("names", func(t *testing.T) {
 		p := p.For(t)
 		wantTunnel(p, p.Lab.Client, "www.example.com:80", "203.0.113.25:80")
+		wantProxyError(p, "mixed.example.com", 403, "mixed.example.com (203.0.113.26) is denied by rule 1: !203.0.113.26")
 		wantProxyError(p, "gone.example.com", 502, "looking up gone.example.com: no such name")
 		n.setSilent(true)
 		wantProxyError(p, "late.example.com", 504, "looking up late.example.com: no answer from the name servers")

@@ -48,7 +48,7 @@
 //	EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT (2m) time that a client's connection is kept for its next request
 //	EGRESS_HTTP_PROXY_IDLE_TIMEOUT      (15m) time without data, either way, after which a request or a tunnel ends
 //	EGRESS_HTTP_PROXY_MAX_HEADER        (65536) maximum size of the header of a request or an answer, in bytes
-//	EGRESS_HTTP_PROXY_MAX_CONNECTIONS   (half of the open files allowed, less a reserve) maximum number of client connections; more wait
+//	EGRESS_HTTP_PROXY_MAX_CONNECTIONS   (3/4 of the open files allowed) maximum number of client connections; more wait
 //	EGRESS_SHUTDOWN_GRACE               (20s) time that active requests and connections may take after SIGTERM
 //	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel
 //	EGRESS_HEALTH_LISTEN                (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT

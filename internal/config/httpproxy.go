@@ -21,7 +21,7 @@ type HTTPProxyEnvironment struct {
 	KeepAliveTimeout string `envconfig:"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT" unset:"2m" doc:"time that a client's connection is kept for its next request"`
 	IdleTimeout      string `envconfig:"EGRESS_HTTP_PROXY_IDLE_TIMEOUT" unset:"15m" doc:"time without data, either way, after which a request or a tunnel ends"`
 	MaxHeader        string `envconfig:"EGRESS_HTTP_PROXY_MAX_HEADER" unset:"65536" doc:"maximum size of the header of a request or an answer, in bytes"`
-	MaxConnections   string `envconfig:"EGRESS_HTTP_PROXY_MAX_CONNECTIONS" unset:"half of the open files allowed, less a reserve" doc:"maximum number of client connections; more wait"`
+	MaxConnections   string `envconfig:"EGRESS_HTTP_PROXY_MAX_CONNECTIONS" unset:"3/4 of the open files allowed" doc:"maximum number of client connections; more wait"`
 	ProxyEnvironment
 	Mode string `envconfig:"EGRESS_HTTP_PROXY_MODE" unset:"serve" doc:"unit-test: print the rules in squid's notation, and do nothing"`
 }

@@ -91,18 +91,65 @@ type attempt struct {
 }
 
 // dial connects to one of the addresses of a route. After the end of the connection
-// the caller calls p.servers.gone.
+// the caller calls p.leave.
 func (p *Proxy) dial(ctx context.Context, r *route) (*net.TCPConn, error) {
-	p.servers.come()
+	if err := p.makeRoom(ctx); err != nil {
+		return nil, err
+	}
 	conn, err := p.dialRoute(ctx, r)
 	if err != nil {
-		p.servers.gone()
+		p.leave()
 	}
 	if err != nil && ctx.Err() == nil { // and not cancelled
 		p.counters.connectFailures.Add(1)
 	}
 	return conn, err
 }
+
+// errBusy is the error of a request for which there is no file.
+var errBusy = errors.New("too many connections: the limit of open files is reached")
+
+// roomPause is the time between two attempts to find a file.
+const roomPause = 50 * time.Millisecond
+
+// makeRoom counts a new connection to a server. If all files for connections are in use,
+// it closes an idle one to a server, or one of a client without a request, or waits.
+func (p *Proxy) makeRoom(ctx context.Context) error {
+	end := time.Now().Add(p.config.ConnectTimeout)
+	for {
+		if l := p.listener.Load(); p.connections == 0 || p.clients()+int(p.servers.open.Load()) < p.connections || p.servers.evict() || l != nil && l.evictAny() {
+			p.servers.open.Add(1)
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(roomPause):
+		}
+		if time.Now().After(end) {
+			return errBusy
+		}
+	}
+}
+
+// leave counts the end of a connection to a server.
+func (p *Proxy) leave() {
+	p.servers.open.Add(-1)
+	if l := p.listener.Load(); l != nil && l.waits.Load() {
+		l.retry()
+	}
+}
+
+// clients returns the number of connections of clients.
+func (p *Proxy) clients() int {
+	if l := p.listener.Load(); l != nil {
+		return int(l.places.Load())
+	}
+	return 0
+}
+
+// used returns the number of connections that cannot be closed for others.
+func (p *Proxy) used() int { return p.clients() + p.servers.inUse() }
 
 func (p *Proxy) dialRoute(ctx context.Context, r *route) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)

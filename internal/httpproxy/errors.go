@@ -82,5 +82,8 @@ func undialled(err error) *refusal {
 	if dial, ok := errors.AsType[*dialError](err); ok && dial.timeout {
 		status = http.StatusGatewayTimeout
 	}
+	if errors.Is(err, errBusy) {
+		status = http.StatusServiceUnavailable
+	}
 	return &refusal{status, err.Error()}
 }

@@ -197,10 +197,10 @@ func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*se
 	below, err := newSocket(tcp)
 	if err != nil {
 		_ = tcp.Close()
-		p.servers.gone()
+		p.leave()
 		return nil, err
 	}
-	c := &serverConn{duplex: below, tcp: below, key: key, closed: sync.OnceFunc(p.servers.gone)}
+	c := &serverConn{duplex: below, tcp: below, key: key, closed: sync.OnceFunc(p.leave)}
 	if key.scheme == "https" {
 		config := p.tls.Clone()
 		config.ServerName = r.target.host.String()
@@ -237,7 +237,7 @@ func (x *exchange) explain(err error) *refusal {
 			return &refusal{http.StatusBadRequest, "reading the request: " + (*bad).Error()}
 		}
 	}
-	if _, ok := errors.AsType[*dialError](err); ok {
+	if _, ok := errors.AsType[*dialError](err); ok || errors.Is(err, errBusy) {
 		return undialled(err)
 	}
 	switch {

@@ -28,8 +28,8 @@ type listener struct {
 	once   sync.Once
 }
 
-func newListener(l *net.TCPListener, most int) *listener {
-	n := &listener{TCPListener: l, shares: newShares(most), since: time.Now(), failed: make(chan error), closed: make(chan struct{})}
+func newListener(l *net.TCPListener, most int, full func() bool) *listener {
+	n := &listener{TCPListener: l, shares: newShares(most, full), since: time.Now(), failed: make(chan error), closed: make(chan struct{})}
 	go n.accept()
 	return n
 }

@@ -11,9 +11,9 @@ import (
 // longer than keptFor, those that their server has closed, and the oldest ones beyond
 // its limits.
 type pool struct {
-	most     int          // limit of idle connections
-	mostOpen int          // limit of all connections, from which idle ones are closed
-	open     atomic.Int64 // all connections, with those in use and those of tunnels
+	most   int          // limit of idle connections
+	open   atomic.Int64 // all connections, with those in use and those of tunnels
+	parked atomic.Int64 // idle ones
 
 	mu     sync.Mutex
 	idle   map[serverKey][]*list.Element // the last one was idle for the shortest time
@@ -25,20 +25,21 @@ type pool struct {
 // sweepPause is the time between two looks at all idle connections.
 const sweepPause = time.Second
 
-// come counts a new connection, and closes an idle one if there are too many.
-func (p *pool) come() {
-	if p.open.Add(1) <= int64(p.mostOpen) {
-		return
-	}
+// evict closes the connection that was idle for the longest time, and reports whether
+// there was one.
+func (p *pool) evict() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if e := p.order.Front(); e != nil {
+	e := p.order.Front()
+	if e != nil {
 		_ = p.remove(e).Close()
 	}
+	return e != nil
 }
 
-// gone counts a connection that was closed.
-func (p *pool) gone() { p.open.Add(-1) }
+// inUse returns the number of connections that are not idle. It takes no lock, since the
+// end of a connection asks for it.
+func (p *pool) inUse() int { return int(p.open.Load() - p.parked.Load()) }
 
 // get returns an idle connection that is alive, or nil.
 func (p *pool) get(key serverKey) *serverConn {
@@ -78,6 +79,7 @@ func (p *pool) put(c *serverConn) {
 		p.idle = map[serverKey][]*list.Element{}
 	}
 	p.idle[c.key] = append(p.idle[c.key], p.order.PushBack(c))
+	p.parked.Add(1)
 	if p.timer == nil {
 		p.timer = time.AfterFunc(sweepPause, p.sweep)
 	}
@@ -86,6 +88,7 @@ func (p *pool) put(c *serverConn) {
 // remove takes a connection out of the pool.
 func (p *pool) remove(e *list.Element) *serverConn {
 	c := p.order.Remove(e).(*serverConn)
+	p.parked.Add(-1)
 	of := p.idle[c.key]
 	last := len(of) - 1
 	for i := last; i >= 0; i-- { // often the last one

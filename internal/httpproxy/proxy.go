@@ -29,7 +29,7 @@ type Config struct {
 	ShutdownGrace    time.Duration // limit of active requests and tunnels after the end of Run's context
 
 	MaxHeaderBytes int // limit of the header of a request or response
-	MaxConnections int // limit of client connections; 0: derived from the limit of open files
+	MaxConnections int // limit of client connections; 0: three quarters of the limit of open files
 
 	AccessLog bool // log one line for each request and tunnel
 }
@@ -41,12 +41,13 @@ type Proxy struct {
 	resolver Resolver
 	rules    atomic.Pointer[Rules]
 
-	servers   pool
-	pipes     pipes
-	buffers   buffers
-	tls       *tls.Config
-	forwarder *httputil.ReverseProxy
-	running   counter
+	connections int // limit of those to clients and servers together; 0: none
+	servers     pool
+	pipes       pipes
+	buffers     buffers
+	tls         *tls.Config
+	forwarder   *httputil.ReverseProxy
+	running     counter
 
 	listener atomic.Pointer[listener] // while it serves
 	file     fileState
@@ -73,12 +74,12 @@ const expectPatience = time.Second
 func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	files := openFiles()
 	if c.MaxConnections == 0 {
-		c.MaxConnections = connectionLimit(files)
+		c.MaxConnections = max(1, files/4*3) // idle clients need no second file
 	}
 	p := &Proxy{config: c, log: log, resolver: resolver, own: new(ownAddresses).has}
 	p.rules.Store(&c.Rules)
 	p.file.set(nil)
-	p.servers.most, p.servers.mostOpen = kept, connectionLimit(files)
+	p.servers.most, p.connections = kept, connectionFiles(files)
 	p.pipes.most = min(files/pipeShare, mostPipes)
 	p.tls = &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(0)}
 	p.forwarder = &httputil.ReverseProxy{
@@ -107,20 +108,17 @@ func (p *Proxy) Rejected(err error) {
 	p.counters.reloadFailures.Add(1)
 }
 
-// The shares of the open files. A client with a tunnel or a request takes two, its own
-// connection and the server's, and each pipe that moves long pieces two. The reserve is
-// for pipes, clients that wait, name look-ups, addresses that are dialled at the same
-// time, and files.
+// The shares of the open files. A client takes one, and another one for the server's
+// connection of a tunnel or a request. The reserve is for pipes, two files each, clients
+// that wait, name look-ups, addresses that are dialled at the same time, and files.
 const (
 	mostReserve  = 512
 	reserveShare = 8  // of 1,024 files 128
 	pipeShare    = 32 // of 1,024 files 32 pipes
 )
 
-// connectionLimit returns how many clients may have a server's connection each.
-func connectionLimit(files int) int {
-	return max(1, (files-min(files/reserveShare, mostReserve))/2)
-}
+// connectionFiles returns how many connections to clients and servers may be open.
+func connectionFiles(files int) int { return max(2, files-min(files/reserveShare, mostReserve)) }
 
 // openFiles returns the limit of open files.
 func openFiles() int {
@@ -161,7 +159,7 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	}
 	var background sync.WaitGroup
 	defer background.Wait()
-	clients := newListener(l, p.config.MaxConnections)
+	clients := newListener(l, p.config.MaxConnections, func() bool { return p.used() >= p.connections-1 })
 	p.listener.Store(clients)
 	defer p.listener.Store(nil)
 	p.log.Info("ready", "listen", l.Addr(), "rules", len(*p.rules.Load()))

@@ -461,13 +461,11 @@ func TestTunnelPipes(t *testing.T) {
 	}
 }
 
-// As many clients as the limit have a tunnel each, and the next one waits, with files to
-// spare.
+// Tunnels take two files each. If all are in use, more clients wait, and nobody gets an
+// error; idle clients take one file.
 func TestTunnelFiles(t *testing.T) {
-	const files = 1024
-	clients := connectionLimit(files)
-	if use := 2*clients + 2*(files/pipeShare); use > files*15/16 || clients < files/3 {
-		t.Errorf("%d clients with tunnels and all pipes take %d of %d files", clients, use, files)
+	if n := connectionFiles(1024) + 2*(1024/pipeShare); n > 1024*15/16 {
+		t.Errorf("connections and pipes take %d of 1,024 files", n)
 	}
 	count := func() int {
 		entries, err := os.ReadDir("/proc/self/fd")
@@ -477,18 +475,42 @@ func TestTunnelFiles(t *testing.T) {
 	echo := serve(t, func(conn *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}) })
 	const tunnels = 32
 	p := start(t, "203.0.113.1", nil, func(p *Proxy) {
-		p.config.MaxConnections, p.servers.mostOpen = tunnels, tunnels
+		p.config.MaxConnections, p.connections = 2*tunnels, 2*tunnels
 	})
 	before := count()
+	var conns []*net.TCPConn
 	for range tunnels {
 		conn := p.tunnel(t, echo)
 		go func() { _, _ = io.CopyN(conn, zeros{}, 1<<20) }()
 		_, err := io.CopyN(io.Discard, conn, 1<<20)
 		check(t, err)
+		conns = append(conns, conn)
 	}
 	// The test itself has the other ends of both connections.
 	if !await(func() bool { return count() <= before+4*tunnels }) {
 		t.Errorf("%d tunnels take %d files, want 2 each and the test's own 2", tunnels, count()-before)
+	}
+	late := p.get(t, "192.0.2.1")
+	if !await(func() bool { return p.listener.Load().waits.Load() }) {
+		t.Fatal("the next client does not wait")
+	}
+	conns[0].Close()
+	if status, _ := answer(t, late); status != 403 {
+		t.Errorf("status %d", status)
+	}
+	late.Close()
+	for _, conn := range conns[1:] {
+		conn.Close()
+	}
+	// Clients without requests need no second file, and one with a tunnel gets it.
+	if !await(func() bool { return p.used() == 0 }) {
+		t.Fatalf("%d connections", p.used())
+	}
+	for range 2*tunnels - 1 {
+		p.connect(t)
+	}
+	if !await(func() bool { return p.Status().Connections == 2*tunnels-1 }) {
+		t.Fatalf("%d idle clients", p.Status().Connections)
 	}
 }
 
@@ -503,7 +525,7 @@ func TestOpenServerConnections(t *testing.T) {
 	for range 10 {
 		all = append(all, serve(t, hello))
 	}
-	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.servers.mostOpen = 3 })
+	p := start(t, "203.0.113.1", nil, func(p *Proxy) { p.connections = 4 })
 	s := p.session(t)
 	for _, server := range all {
 		s.want(t, "GET", server, "", 200, "hi")

@@ -13,8 +13,10 @@ import (
 // takes the place of a connection without a request, so that one that opens many keeps
 // nobody out. The rest waits in order.
 type shares struct {
-	most   int // connections
-	parked int // limit of connections that wait
+	most   int          // connections
+	full   func() bool  // for another reason: no files
+	parked int          // limit of connections that wait
+	places atomic.Int64 // open, without the lock
 
 	mu      sync.Mutex
 	of      map[netip.Addr]map[*clientConn]struct{} // by client
@@ -28,9 +30,9 @@ type shares struct {
 // mostWaiting is the largest limit of connections that wait.
 const mostWaiting = 64
 
-func newShares(most int) *shares {
+func newShares(most int, full func() bool) *shares {
 	return &shares{
-		most: most, parked: min(max(1, most/32), mostWaiting), of: map[netip.Addr]map[*clientConn]struct{}{},
+		most: most, full: full, parked: min(max(1, most/32), mostWaiting), of: map[netip.Addr]map[*clientConn]struct{}{},
 		ready: make(chan *clientConn, 2*most), freed: make(chan struct{}, 1),
 	}
 }
@@ -41,7 +43,7 @@ func (s *shares) add(c *clientConn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.open < s.most:
+	case s.open < s.most && !s.full():
 	case s.evict(len(s.of[c.from]) + 1):
 	case len(s.waiting) < s.parked:
 		s.waiting = append(s.waiting, c)
@@ -62,6 +64,7 @@ func (s *shares) admit(c *clientConn) {
 	}
 	conns[c] = struct{}{}
 	s.open++
+	s.places.Store(int64(s.open))
 	select {
 	case s.ready <- c:
 	default: // net/http has stopped
@@ -109,7 +112,11 @@ func (s *shares) evict(than int) bool {
 			largest = conns
 		}
 	}
-	for c := range largest {
+	return s.evictFrom(largest)
+}
+
+func (s *shares) evictFrom(conns map[*clientConn]struct{}) bool {
+	for c := range conns {
 		if c.state.CompareAndSwap(resting, evicted) {
 			s.remove(c)
 			_ = c.TCPConn.Close()
@@ -128,6 +135,7 @@ func (s *shares) remove(c *clientConn) bool {
 		delete(s.of, c.from)
 	}
 	s.open--
+	s.places.Store(int64(s.open))
 	return true
 }
 
@@ -142,7 +150,7 @@ func (s *shares) end(c *clientConn) {
 
 // next gives free places to those who wait, those with the fewest connections first.
 func (s *shares) next() {
-	for s.open < s.most && len(s.waiting) > 0 {
+	for s.open < s.most && len(s.waiting) > 0 && !s.full() {
 		first := 0
 		for i, c := range s.waiting {
 			if len(s.of[c.from]) < len(s.of[s.waiting[first].from]) {
@@ -155,6 +163,29 @@ func (s *shares) next() {
 	case s.freed <- struct{}{}:
 	default:
 	}
+}
+
+// retry gives free places to those who wait.
+func (s *shares) retry() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.next()
+}
+
+// evictAny closes a connection without a request, of the client that has the most
+// connections if it has one.
+func (s *shares) evictAny() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.evict(0) {
+		return true
+	}
+	for _, conns := range s.of {
+		if s.evictFrom(conns) {
+			return true
+		}
+	}
+	return false
 }
 
 // rests handles the end of a request: a client that waits may take the place.

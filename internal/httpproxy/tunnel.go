@@ -24,7 +24,7 @@ func (p *Proxy) connect(x *exchange) {
 		x.refuse(undialled(err))
 		return
 	}
-	defer p.servers.gone()
+	defer p.leave()
 	defer server.Close()
 	x.server = server.RemoteAddr()
 	early, err := x.takeConnection()
