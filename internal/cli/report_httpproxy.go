@@ -32,6 +32,11 @@ func reportHTTPProxy(r *health.Report, s httpproxy.Status, file string) {
 		connections.State, connections.Since = health.Warning, time.Time{} // unknown
 	}
 	r.Checks = []health.Check{listener, list, connections}
+	if s.LookupErr != nil {
+		r.Checks = append(r.Checks, health.Check{
+			Name: "lookups", State: health.Warning, Detail: fmt.Sprintf("name servers do not answer: %v", s.LookupErr), Since: s.LookupSince,
+		})
+	}
 }
 
 // httpClasses are the values of the label code, by status class.

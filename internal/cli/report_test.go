@@ -148,13 +148,14 @@ func TestReportHTTPProxy(t *testing.T) {
 	}
 
 	bad := httpproxy.Status{Rules: 4, RulesSince: at, Connections: 10, MaxConnections: 10,
-		RulesErr: errors.New("/etc/egress/rules:3; Bad destination '1.2.3.256'")}
+		RulesErr: errors.New("/etc/egress/rules:3; Bad destination '1.2.3.256'"), LookupErr: errors.New("timeout"), LookupSince: at}
 	r = health.Report{}
 	reportHTTPProxy(&r, bad, "/etc/egress/rules")
 	want = []health.Check{
 		{Name: "listener", State: health.Failed, Detail: "not listening"},
 		{Name: "rules", State: health.Warning, Since: at, Detail: "invalid file, keeping previous rules: /etc/egress/rules:3; Bad destination '1.2.3.256'"},
 		{Name: "connections", State: health.Warning, Detail: "10 of at most 10, 0 active requests and tunnels"},
+		{Name: "lookups", State: health.Warning, Detail: "name servers do not answer: timeout", Since: at},
 	}
 	if diff := cmp.Diff(want, r.Checks); diff != "" || len(r.Reasons) != 1 {
 		t.Errorf("reasons %q, checks (- want, + got):\n%s", r.Reasons, diff)

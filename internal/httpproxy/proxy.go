@@ -40,6 +40,8 @@ type Proxy struct {
 	log      *slog.Logger
 	resolver Resolver
 	rules    atomic.Pointer[Rules]
+	silence  silence
+	unnamed  unnamed
 
 	connections int // limit of those to clients and servers together; 0: none
 	servers     pool
@@ -78,6 +80,7 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	}
 	p := &Proxy{config: c, log: log, resolver: resolver, own: new(ownAddresses).has}
 	p.rules.Store(&c.Rules)
+	p.silence.log = log
 	p.file.set(nil)
 	p.servers.most, p.connections = kept, connectionFiles(files)
 	p.pipes.most = min(files/pipeShare, mostPipes)

@@ -27,9 +27,9 @@ type Resolver interface {
 }
 
 // reverseTimeout is how long a decision waits for the names of an address. After that
-// the address counts as one without a name: the servers of many private ranges never
-// answer.
-const reverseTimeout = 5 * time.Second
+// the address counts as one without a name for a minute: the servers of many private
+// ranges never answer.
+const reverseTimeout = 2 * time.Second
 
 // A route is a target with its allowed addresses.
 type route struct {
@@ -64,6 +64,9 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 		err = &net.DNSError{Err: "no address records", Name: t.host.Name, IsNotFound: true}
 	}
 	p.counters.lookups.Add(1)
+	if ctx.Err() == nil { // the client has waited
+		p.silence.saw(err)
+	}
 	if err != nil {
 		p.counters.lookupFailures.Add(1)
 		// The other rules decide without an address: a client must not find out
@@ -151,11 +154,18 @@ func (p *Proxy) local(a netip.Addr) (bool, error) {
 // verifiedNames returns the names of an address that resolve to it. After an error or
 // a timeout there is none.
 func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
+	if p.unnamed.has(a) {
+		return nil
+	}
+	client := ctx
 	ctx, cancel := context.WithTimeout(ctx, min(reverseTimeout, p.config.ConnectTimeout))
 	defer cancel()
 	names, err := p.resolver.LookupNames(ctx, clientOf(ctx), a)
 	if err != nil {
 		p.log.Debug("reverse lookup failed", "address", a, "error", err)
+		if isTimeout(err) && client.Err() == nil {
+			p.unnamed.add(a)
+		}
 		return nil
 	}
 	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {

@@ -32,6 +32,9 @@ type Status struct {
 	RulesErr   error     // error of the rule file's current content
 	RulesSince time.Time // start of RulesErr, or of the rules
 
+	LookupErr   error     // of the name servers that do not answer; nil: they do
+	LookupSince time.Time // start of LookupErr
+
 	Connections, MaxConnections int // client connections and their limit
 	Running                     int // active requests and tunnels
 
@@ -113,6 +116,7 @@ func (p *Proxy) Status() Status {
 	s := Status{
 		Rules: len(*p.rules.Load()), MaxConnections: p.config.MaxConnections, Running: p.running.count(), Counts: p.counters.read(),
 	}
+	s.LookupSince, s.LookupErr = p.silence.state()
 	p.file.mu.Lock()
 	s.RulesErr, s.RulesSince = p.file.err, p.file.since
 	p.file.mu.Unlock()
