@@ -13,39 +13,43 @@ import (
 
 func client(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)}) }
 
-// Names without an answer delay neither other clients nor, for longer than a slow query
-// takes, other names of the same client. Nothing is left of look-ups that nobody waits
-// for.
-func TestDeadNamesDelayNobodyElse(t *testing.T) {
-	t.Parallel()
+// A flood begins to look up names without an answer for client 1, and returns when so many
+// of their queries wait. It ends when its clients leave.
+func flood(t *testing.T, names, waiting int, slow time.Duration) (r *Resolver, leave func()) {
+	t.Helper()
 	s := serve(t)
-	s.set("good.example. 60 IN A 192.0.2.1", "better.example. 60 IN A 192.0.2.2")
+	s.set("good.example. 60 IN A 192.0.2.1")
 	s.otherwise(silence)
 	// Each query for a dead name would have its slot for longer than the test runs.
-	r, _ := newResolver(t, "options timeout:30 attempts:5\n", s)
-	const dead = 3000
-	ctx, leave := context.WithCancel(t.Context())
-	defer leave()
+	r, _ = newResolver(t, "options timeout:30 attempts:5\n", s)
+	r.slots.slow = slow
+	ctx, cancel := context.WithCancel(t.Context())
 	var asking sync.WaitGroup
-	for i := range dead {
+	leave = func() {
+		cancel()
+		asking.Wait()
+	}
+	t.Cleanup(leave)
+	for i := range names {
 		asking.Go(func() {
 			if _, err := r.Lookup(ctx, client(1), fmt.Sprintf("dead%d.example", i)); err == nil {
 				t.Errorf("dead%d has an address", i)
 			}
 		})
 	}
-	if !eventually(func() bool {
-		r.slots.mu.Lock()
-		defer r.slots.mu.Unlock()
-		h := r.slots.shares[client(1)]
-		return h != nil && len(h.waiting) > maxWaiting/2
-	}) {
+	if !eventually(func() bool { return r.slots.count(client(1)) >= waiting }) {
 		t.Fatal("the look-ups of the dead names do not wait")
 	}
+	return r, leave
+}
+
+// Names without an answer do not delay other clients, and nothing is left of look-ups
+// that nobody waits for.
+func TestDeadNamesDelayNoOtherClient(t *testing.T) {
+	t.Parallel()
+	r, leave := flood(t, 3000, maxWaiting/2, time.Hour)
 	wantOf(t, r, client(2), "good.example", "192.0.2.1")
-	wantOf(t, r, client(1), "better.example", "192.0.2.2")
 	leave()
-	asking.Wait()
 	if !eventually(func() bool {
 		r.slots.mu.Lock()
 		defer r.slots.mu.Unlock()
@@ -55,36 +59,24 @@ func TestDeadNamesDelayNobodyElse(t *testing.T) {
 	}
 }
 
+// They delay a name of the same client only until one of them is slow.
+func TestDeadNamesOfSameClient(t *testing.T) {
+	t.Parallel()
+	const names = maxWaiting / 4 // the queue has room
+	r, _ := flood(t, names, names, 5*time.Second)
+	wantOf(t, r, client(1), "good.example", "192.0.2.1")
+}
+
 // A client that joins a look-up takes its queries out of the queue of another.
 func TestJoinedLookUpDoesNotWait(t *testing.T) {
 	t.Parallel()
-	s := serve(t)
-	s.set("good.example. 60 IN A 192.0.2.1")
-	s.otherwise(silence)
-	r, _ := newResolver(t, "options timeout:30 attempts:5\n", s)
-	r.slots.slow = time.Hour // the first client gets no slot
-	ctx, leave := context.WithCancel(t.Context())
-	defer leave()
-	var asking sync.WaitGroup
-	defer asking.Wait()
-	defer leave()
-	waits := func(more int) func() bool {
-		return func() bool {
-			r.slots.mu.Lock()
-			defer r.slots.mu.Unlock()
-			h := r.slots.shares[client(1)]
-			return h != nil && len(h.waiting) >= more
-		}
-	}
-	for i := range maxQueries {
-		asking.Go(func() { _, _ = r.Lookup(ctx, client(1), fmt.Sprintf("dead%d.example", i)) })
-	}
-	if !eventually(waits(2*maxQueries - maxQueries*2/3 - 1)) {
-		t.Fatal("the look-ups of the dead names do not wait")
-	}
+	const running = 2*maxQueries/3 + 1
+	r, _ := flood(t, maxQueries, 2*maxQueries-running, time.Hour)
 	before := r.slots.count(client(1))
-	asking.Go(func() { _, _ = r.Lookup(ctx, client(1), "good.example") })
-	if !eventually(waits(before + 2)) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() { _, _ = r.Lookup(ctx, client(1), "good.example") }()
+	if !eventually(func() bool { return r.slots.count(client(1)) >= before+2 }) {
 		t.Fatal("the look-up of the good name does not wait")
 	}
 	wantOf(t, r, client(2), "good.example", "192.0.2.1")
@@ -94,7 +86,10 @@ func TestJoinedLookUpDoesNotWait(t *testing.T) {
 func (s *slots) count(client netip.Addr) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.shares[client].waiting)
+	if h := s.shares[client]; h != nil {
+		return len(h.waiting)
+	}
+	return 0
 }
 
 // eventually polls a condition until it holds, and reports whether it does.
