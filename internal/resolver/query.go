@@ -1,20 +1,15 @@
 package resolver
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/miekg/dns"
 )
-
-// ednsSize is the size of UDP answers that queries request (RFC 6891), in bytes: an
-// answer of that size fits into one packet on any link (RFC 9715 section 3.1; 1232 is
-// the value of the DNS flag day 2020).
-const ednsSize = 1232
 
 // maxChain is the length limit of a chain of aliases, as in most resolvers.
 const maxChain = 16
@@ -51,6 +46,8 @@ func (r *Resolver) chase(ctx context.Context, c *conf, name string, qtype uint16
 			return result{records: records, ttl: max(least, MinTTL)}
 		case m.Rcode == dns.RcodeNameError:
 			return result{err: ErrNoName, ttl: max(min(least, negativeTTL(m)), MinTTL)}
+		case end == name && slices.ContainsFunc(m.Answer, func(rr dns.RR) bool { return rr.Header().Rrtype == qtype }):
+			return result{err: ErrNoAnswer, cause: fmt.Errorf("answer has records of other names than %q", name), ttl: FailureTTL, answered: true}
 		case end == name || hasSOA(m):
 			return result{err: ErrNoAddress, ttl: max(min(least, negativeTTL(m)), MinTTL)}
 		}
@@ -72,7 +69,7 @@ func walk(m *dns.Msg, name string, qtype uint16) (end string, records []dns.RR, 
 		next := ""
 		for _, rr := range m.Answer {
 			h := rr.Header()
-			if !strings.EqualFold(h.Name, name) || h.Class != dns.ClassINET {
+			if !strings.EqualFold(h.Name, name) || h.Class != dns.ClassINET || h.Rdlength == 0 {
 				continue
 			}
 			alias, isAlias := rr.(*dns.CNAME)
@@ -164,61 +161,9 @@ func (r *Resolver) askOne(ctx context.Context, c *conf, server, name string, qty
 		return nil, err
 	}
 	defer done()
-	m, err := exchange(ctx, c, server, name, qtype)
+	m, err := r.exchange(ctx, c, server, name, qtype)
 	if err != nil && context.Cause(ctx) == errSlow {
 		err = fmt.Errorf("querying name server %s: %w", server, errSlow)
 	}
 	return m, err
-}
-
-// exchange queries one server by UDP, and again by TCP if the answer is truncated
-// (RFC 7766).
-func exchange(ctx context.Context, c *conf, server, name string, qtype uint16) (*dns.Msg, error) {
-	q := new(dns.Msg)
-	q.SetQuestion(name, qtype)
-	q.SetEdns0(ednsSize, false)
-	m, err := send(ctx, c, "udp", server, q)
-	if err == nil && (m.Rcode == dns.RcodeFormatError || m.Rcode == dns.RcodeNotImplemented || m.Rcode == dns.RcodeBadVers) {
-		// A server from before EDNS (RFC 6891 section 7).
-		q.Extra = nil
-		m, err = send(ctx, c, "udp", server, q)
-	}
-	if err == nil && m.Truncated {
-		m, err = send(ctx, c, "tcp", server, q)
-	}
-	if err != nil {
-		return nil, err
-	}
-	switch {
-	case m.Truncated:
-		return nil, &refusal{server, "truncated answer over TCP"}
-	case m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError:
-		return nil, &refusal{server, cmp.Or(dns.RcodeToString[m.Rcode], fmt.Sprintf("RCODE %d", m.Rcode))}
-	case m.Rcode == dns.RcodeSuccess && len(m.Answer) == 0 && !hasSOA(m) && !m.Authoritative && !m.RecursionAvailable:
-		// A lame delegation (RFC 8499). Only a recursive resolver follows a referral.
-		return nil, &refusal{server, "referral to other servers"}
-	}
-	return m, nil
-}
-
-// send sends a query over a socket of its own. A forger of an answer has to guess the
-// port, which the kernel chooses for each socket, and the random ID (RFC 5452).
-func send(ctx context.Context, c *conf, network, server string, q *dns.Msg) (*dns.Msg, error) {
-	q.Id = dns.Id()
-	client := &dns.Client{Net: network, Timeout: c.timeout, UDPSize: ednsSize}
-	conn, err := client.DialContext(ctx, server)
-	if err != nil {
-		return nil, fmt.Errorf("querying name server %s: %w", server, err)
-	}
-	defer conn.Close()
-	// The client does not watch the context while it waits.
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	m, _, err := client.ExchangeWithConnContext(ctx, q, conn)
-	if err != nil {
-		return nil, fmt.Errorf("querying name server %s: %w", server, err)
-	}
-	if len(m.Question) != 1 || !strings.EqualFold(m.Question[0].Name, q.Question[0].Name) || m.Question[0].Qtype != q.Question[0].Qtype {
-		return nil, &refusal{server, "answer does not match the question"}
-	}
-	return m, nil
 }

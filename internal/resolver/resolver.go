@@ -106,6 +106,7 @@ type Resolver struct {
 	conf  *file[*conf]
 	addrs *cache[string, Answer]
 	names *cache[netip.Addr, []string]
+	edns  ednsMap
 	slots *slots               // of queries in progress
 	used  atomic.Pointer[conf] // the configuration of the cached answers
 	turn  atomic.Uint32        // index of the first server, with the option rotate
@@ -120,6 +121,7 @@ func New(o Options) *Resolver {
 		addrs: newCache[string, Answer](maxEntries, slots),
 		names: newCache[netip.Addr, []string](maxEntries, slots),
 		slots: slots,
+		edns:  ednsMap{with: map[string]time.Time{}, without: map[string]time.Time{}},
 	}
 }
 

@@ -35,6 +35,7 @@ type server struct {
 	records []dns.RR
 	broken  map[string]func(w dns.ResponseWriter, q *dns.Msg) // in place of records, by name
 	unknown func(w dns.ResponseWriter, q *dns.Msg)            // in place of NXDOMAIN; may be nil
+	first   func(w dns.ResponseWriter, q *dns.Msg) bool       // before all others, unless it returns false; may be nil
 	asked   []string                                          // "name TYPE network"
 }
 
@@ -113,11 +114,14 @@ func (s *server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	if how == nil {
 		how = s.broken[fmt.Sprintf("%s %s", name, dns.TypeToString[qtype])]
 	}
-	records := s.records
+	records, first := s.records, s.first
 	if how == nil && !slices.ContainsFunc(records, func(rr dns.RR) bool { return rr.Header().Name == name }) {
 		how = s.unknown
 	}
 	s.mu.Unlock()
+	if first != nil && first(w, q) {
+		return
+	}
 	if how != nil {
 		how(w, q)
 		return
