@@ -25,6 +25,9 @@ func hint(text string) string {
 		return "a comment needs a line of its own, with # as its first character"
 	}
 	words := strings.Fields(text)
+	for i, w := range words {
+		words[i] = clip(w)
+	}
 	if several(words) {
 		return `several destinations are on one line: write one a line (in YAML, "|" keeps line ends and ">" does not)`
 	}
@@ -43,6 +46,15 @@ func hint(text string) string {
 		return redirectHint(words)
 	}
 	return forms
+}
+
+// clip limits a word of a hint. The sentence below it contains the whole line.
+func clip(word string) string {
+	const most = 60
+	if len(word) <= most {
+		return word
+	}
+	return word[:most] + "..."
 }
 
 const forms = `a line is "IP", "PORT PROTO IP" or "PORT PROTO IP PORT", for example "8080 tcp 203.0.113.26 80"`

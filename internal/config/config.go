@@ -179,8 +179,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	report(c.parseGateway(env.Gateway))
 	switch {
 	case !slices.Contains(Modes, c.Mode):
-		report(&Error{"EGRESS_ROUTER_MODE", fmt.Sprintf("Unrecognized EGRESS_ROUTER_MODE '%s'", c.Mode),
-			"hint: the modes are " + modeList()})
+		report(&Error{"EGRESS_ROUTER_MODE", fmt.Sprintf("Unrecognized EGRESS_ROUTER_MODE '%s'", c.Mode), modeHint(env.Mode)})
 	case c.Mode.Redirects():
 		report(c.parseDestinations(env, readFile))
 	}
@@ -192,7 +191,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	report(checkInterface("EGRESS_INTERFACE", c.Egress))
 	report(checkInterface("EGRESS_CLUSTER_INTERFACE", c.Cluster))
 	if c.Egress == c.Cluster {
-		report(&Error{"EGRESS_CLUSTER_INTERFACE", fmt.Sprintf("EGRESS_INTERFACE and EGRESS_CLUSTER_INTERFACE are both %q", c.Egress),
+		report(&Error{"EGRESS_CLUSTER_INTERFACE", fmt.Sprintf("EGRESS_INTERFACE and EGRESS_CLUSTER_INTERFACE are both %s", quote(c.Egress)),
 			"hint: the cluster side and the egress side need an interface each"})
 	}
 	for _, e := range c.parseMacvlan(env) {
@@ -204,6 +203,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 		c.Log.Level = slog.LevelDebug
 	}
 	if len(faults) > 0 {
+		faults.explain(env)
 		return Config{}, faults.with(unknown)
 	}
 	c.Warnings = append(unknown, c.Warnings...)
@@ -217,12 +217,20 @@ func orDefault(value, unset string) string {
 	return value
 }
 
-func modeList() string {
+// modeHint returns the modes, and the one that a value probably means.
+func modeHint(value string) string {
 	var names []string
 	for _, m := range Modes {
 		names = append(names, string(m))
 	}
-	return strings.Join(names, ", ")
+	hint := "the modes are " + strings.Join(names, ", ")
+	if write := meant(value, names...); write != "" {
+		return write + ": " + hint
+	}
+	if m := mistake(value); m != "" {
+		return remedy("%s; %s", m, hint)
+	}
+	return remedy("%s", hint)
 }
 
 func (c *Config) parseSource(s string) *Error {
@@ -238,7 +246,7 @@ func (c *Config) parseSource(s string) *Error {
 	if given {
 		n, err := strconv.ParseUint(length, 10, 8)
 		if err != nil || n > uint64(a.BitLen()) || strconv.FormatUint(n, 10) != length {
-			return bad(fmt.Sprintf("EGRESS_SOURCE is %q: the length after the slash is a number from 0 to 32", s))
+			return bad(fmt.Sprintf("EGRESS_SOURCE is %s: the length after the slash is a number from 0 to 32", quote(s)))
 		}
 		bits = int(n)
 	}
@@ -308,10 +316,13 @@ func unusable(a netip.Addr, subnet netip.Prefix) string {
 
 // addressHint returns the reason why value is not the IPv4 address of variable.
 func addressHint(variable, value, expected string) string {
-	found := fmt.Sprintf("%s is %q: ", variable, value)
+	found := fmt.Sprintf("%s is %s: ", variable, quote(value))
+	m := mistake(value)
 	switch {
 	case value == "":
 		return fmt.Sprintf("%s is not set: give it %s", variable, expected)
+	case m != "" && strings.TrimSpace(value) == value:
+		return found + m
 	case strings.ContainsFunc(value, unicode.IsSpace):
 		return found + "white space is not allowed in it"
 	case strings.Contains(value, ":"):
@@ -384,15 +395,20 @@ func (c *Config) unreachable(l list, text string) (warnings []string) {
 	return warnings
 }
 
+// loopback is the kernel's name of the loopback interface (drivers/net/loopback.c).
+const loopback = "lo"
+
 // checkInterface accepts the kernel's interface names (dev_valid_name in
 // net/core/dev.c: 1 to 15 bytes, no slash, colon or white space) that are literal in
 // a rule: for iptables, + at the end of a name is a pattern and ! a negation, and
 // restore input has its own quoting.
 func checkInterface(variable, name string) *Error {
 	bad := func(why string) *Error {
-		return &Error{variable, fmt.Sprintf("%s %q is not an interface name: %s", variable, name, why), ""}
+		return &Error{variable, fmt.Sprintf("%s %s is not an interface name: %s", variable, quote(name), why), ""}
 	}
 	switch {
+	case name == loopback:
+		return &Error{variable, fmt.Sprintf("%s %q is the loopback interface: expected one that leads to a network", variable, name), ""}
 	case len(name) > 15:
 		return bad("it has more than 15 bytes")
 	case name == "." || name == "..":

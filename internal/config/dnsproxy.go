@@ -58,11 +58,15 @@ func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, 
 	report(parseBool("EGRESS_DNS_PROXY_SEND_PROXY", env.SendProxy, &c.SendProxy))
 	c.parse("EGRESS_DNS_PROXY_MODE", env.Mode, env.ProxyEnvironment, report)
 	if len(faults) > 0 {
+		faults.explain(env)
 		return DNSProxyConfig{}, faults.with(unknown)
 	}
 	c.Warnings = append(unknown, c.Warnings...)
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
+	}
+	if env.Destination != "" && isEmpty(env.Destination) {
+		c.Warnings = append(c.Warnings, "EGRESS_DNS_PROXY_DESTINATION contains no destination: the proxy listens on no port")
 	}
 	return c, nil
 }

@@ -39,9 +39,7 @@ type Health struct {
 // parseHealth reads the settings of a router that stays.
 func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	c.Conflict = Conflict(orDefault(env.Conflict, string(ConflictWarn)))
-	if !slices.Contains(Conflicts, c.Conflict) {
-		report(&Error{"EGRESS_CONFLICT", fmt.Sprintf("EGRESS_CONFLICT %q is neither %s, %s nor %s", env.Conflict, ConflictWarn, ConflictRefuse, ConflictDefend), ""})
-	}
+	report(choose("EGRESS_CONFLICT", string(c.Conflict), string(ConflictWarn), string(ConflictRefuse), string(ConflictDefend)))
 	h := &c.Health
 	report(parseTime("EGRESS_HEALTH_INTERVAL", orDefault(env.HealthInterval, "10s"), orZero, &h.Interval))
 	report(parseTime("EGRESS_ANNOUNCE_INTERVAL", orDefault(env.AnnounceInterval, "60s"), orZero, &h.AnnounceInterval))
@@ -51,10 +49,15 @@ func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	case "tcp":
 		h.Probe = true
 	default:
-		report(&Error{"EGRESS_PROBE", fmt.Sprintf("EGRESS_PROBE %q is not tcp, the only kind of probe", env.Probe), ""})
+		report(&Error{"EGRESS_PROBE", fmt.Sprintf("EGRESS_PROBE %s is not tcp, the only kind of probe", quote(env.Probe)), remedy("write tcp, or unset the variable for no probe")})
 	}
 	report(parseTime("EGRESS_PROBE_INTERVAL", orDefault(env.ProbeInterval, "30s"), notZero, &h.ProbeInterval))
 	report(parseBool("EGRESS_PROBE_FAILS_READY", env.ProbeFailsReady, &h.ProbeFailsReady))
+	for _, v := range []struct{ name, value string }{{"EGRESS_PROBE_INTERVAL", env.ProbeInterval}, {"EGRESS_PROBE_FAILS_READY", env.ProbeFailsReady}} {
+		if v.value != "" && env.Probe == "" {
+			c.Warnings = append(c.Warnings, v.name+" has no effect without EGRESS_PROBE")
+		}
+	}
 	report(parseBool("EGRESS_AUDIT_LOG", env.AuditLog, &h.AuditLog))
 	report(c.checkHealthPort())
 }
@@ -99,7 +102,11 @@ func parseListen(variable, example, s string, set *netip.AddrPort) *Error {
 		at = netip.AddrPortFrom(netip.Addr{}, uint16(n))
 	}
 	if err != nil || at.Port() == 0 {
-		return &Error{variable, fmt.Sprintf("%s %q is not an address and a port: expected such as %s, 10.128.0.98%[3]s or [::1]%[3]s", variable, s, example), ""}
+		hint := meantListen(s, example)
+		if m := mistake(s); m != "" {
+			hint = remedy("%s", m)
+		}
+		return &Error{variable, fmt.Sprintf("%s %s is not an address and a port: expected such as %s, 10.128.0.98%[3]s or [::1]%[3]s", variable, quote(s), example), hint}
 	}
 	*set = at
 	return nil
@@ -112,17 +119,9 @@ type Log struct {
 }
 
 func (l *Log) parse(env LogEnvironment, report func(*Error)) {
-	switch env.LogFormat {
-	case "", "text":
-	case "json":
-		l.JSON = true
-	default:
-		report(&Error{"EGRESS_LOG_FORMAT", fmt.Sprintf("EGRESS_LOG_FORMAT %q is neither text nor json", env.LogFormat), ""})
-	}
+	report(choose("EGRESS_LOG_FORMAT", orDefault(env.LogFormat, "text"), "text", "json"))
+	l.JSON = env.LogFormat == "json"
+	report(choose("EGRESS_LOG_LEVEL", orDefault(env.LogLevel, "info"), "debug", "info", "warn", "error"))
 	levels := map[string]slog.Level{"debug": slog.LevelDebug, "": slog.LevelInfo, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
-	level, known := levels[env.LogLevel]
-	if !known {
-		report(&Error{"EGRESS_LOG_LEVEL", fmt.Sprintf("EGRESS_LOG_LEVEL %q is neither debug, info, warn nor error", env.LogLevel), ""})
-	}
-	l.Level = level
+	l.Level = levels[env.LogLevel]
 }

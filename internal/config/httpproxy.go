@@ -86,11 +86,15 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 	}
 	c.parse("EGRESS_HTTP_PROXY_MODE", env.Mode, env.ProxyEnvironment, report)
 	if len(faults) > 0 {
+		faults.explain(env)
 		return HTTPProxyConfig{}, faults.with(unknown)
 	}
 	c.Warnings = append(unknown, c.Warnings...)
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
+	}
+	if env.Destination != "" && isEmpty(env.Destination) {
+		c.Warnings = append(c.Warnings, "EGRESS_HTTP_PROXY_DESTINATION contains no rule: every request is denied")
 	}
 	return c, nil
 }
@@ -109,7 +113,7 @@ func (env HTTPProxyEnvironment) list() list {
 func parseCount(variable, s string, least, most int, set *int) *Error {
 	n, err := strconv.Atoi(s)
 	if err != nil || n < least || n > most {
-		return &Error{variable, fmt.Sprintf("%s %q is not a number from %d to %d", variable, s, least, most), ""}
+		return &Error{variable, fmt.Sprintf("%s %s is not a number from %d to %d", variable, quote(s), least, most), ""}
 	}
 	*set = n
 	return nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/egress-router/egress-router/rules"
 )
@@ -42,8 +43,7 @@ func (l list) read(readFile func(name string) ([]byte, error), grammar func(list
 		}
 		data, err := readFile(l.file)
 		if err != nil {
-			return "", &Error{l.from(), fmt.Sprintf("%s %q cannot be read: %v", l.from(), l.file, cause(err)),
-				"hint: set it to a file inside the container, such as a key of a mounted ConfigMap"}
+			return "", &Error{l.from(), fmt.Sprintf("%s %s cannot be read: %v", l.from(), quote(l.file), cause(err)), fileHint(l.file, err)}
 		}
 		text = string(data)
 	}
@@ -52,6 +52,9 @@ func (l list) read(readFile func(name string) ([]byte, error), grammar func(list
 		return "", &Error{l.from(), parse.Sentence, l.hint(text, parse)}
 	} else if err != nil {
 		return "", &Error{l.from(), err.Error(), ""}
+	}
+	if n := joined(text); n > 0 {
+		return fmt.Sprintf("%s contains the two characters \\n, which are no line end: the rest belongs to the same line", l.place(n)), nil
 	}
 	if line, ok := rules.Unread(text); ok && line.Text != "" && line.Text[0] != '#' {
 		warning = fmt.Sprintf("%s: %q is ignored, since it ends with a backslash: remove the backslash", l.place(line.Number), shorten(line.Text))
@@ -68,6 +71,9 @@ func (l list) hint(text string, fault *rules.ParseError) string {
 	if text == "" && l.file != "" {
 		what = fmt.Sprintf("the file %q is empty", l.file)
 	}
+	if n := joined(text); n > 0 && n == fault.Line.Number {
+		what = `the two characters \n are no line end: write each line on a line of its own (in YAML, "|" keeps line ends; in a shell, $'…\n…' makes them)`
+	}
 	switch {
 	case what == "":
 		return where
@@ -75,6 +81,45 @@ func (l list) hint(text string, fault *rules.ParseError) string {
 		return "hint: " + what
 	}
 	return where + "\nhint: " + what
+}
+
+// isEmpty reports whether a list has only comments and blank lines.
+func isEmpty(text string) bool {
+	for line := range strings.Lines(text) {
+		if line = strings.TrimSpace(line); line != "" && line[0] != '#' {
+			return false
+		}
+	}
+	return true
+}
+
+// joined returns the number of the first line, other than a comment, that contains a
+// backslash and n, which were probably meant as a line end; 0: none. In a list of one
+// line a comment counts, too: it hides the others.
+func joined(text string) int {
+	if !strings.Contains(text, `\n`) {
+		return 0
+	}
+	n := 0
+	for line := range strings.Lines(text) {
+		n++
+		comment := strings.HasPrefix(strings.TrimLeft(line, " \t"), "#") && strings.Contains(strings.TrimSpace(text), "\n")
+		if strings.Contains(line, `\n`) && !comment {
+			return n
+		}
+	}
+	return 0
+}
+
+// fileHint returns the remedy for a file that cannot be read.
+func fileHint(name string, err error) string {
+	switch m := mistake(name); {
+	case m != "":
+		return remedy("%s", m)
+	case errors.Is(err, os.ErrPermission):
+		return remedy("the container's user may not read the file: set defaultMode of the volume, or runAsUser or fsGroup of the pod")
+	}
+	return remedy("set it to a file inside the container, such as a key of a mounted ConfigMap")
 }
 
 // cause returns an error without the file name, which the message has already.

@@ -47,7 +47,7 @@ func (c *Config) parseMacvlan(env Environment) Errors {
 		for _, m := range MacvlanModes {
 			names = append(names, string(m))
 		}
-		faults = append(faults, &Error{"EGRESS_MACVLAN_MODE", fmt.Sprintf("EGRESS_MACVLAN_MODE %q is not a mode of a macvlan", mode),
+		faults = append(faults, &Error{"EGRESS_MACVLAN_MODE", fmt.Sprintf("EGRESS_MACVLAN_MODE %s is not a mode of a macvlan", quote(string(mode))),
 			"hint: the modes are " + strings.Join(names, ", ")})
 	}
 	if env.MacvlanParent == "" {
@@ -58,7 +58,7 @@ func (c *Config) parseMacvlan(env Environment) Errors {
 		}
 		return faults
 	}
-	if fault := checkInterface("EGRESS_MACVLAN_PARENT", env.MacvlanParent); fault != nil {
+	if fault := checkParent(env.MacvlanParent); fault != nil {
 		faults = append(faults, fault)
 	}
 	c.Macvlan = &Macvlan{Parent: env.MacvlanParent, Mode: mode, HostNetns: orDefault(env.HostNetns, DefaultHostNetns)}
@@ -66,4 +66,19 @@ func (c *Config) parseMacvlan(env Environment) Errors {
 		c.Macvlan.Parent = ""
 	}
 	return faults
+}
+
+// checkParent accepts the name of a NIC, and true. Other spellings of a boolean could
+// be names, too, but hardly are: the router would look for such a NIC in the host's
+// namespace.
+func checkParent(s string) *Error {
+	const variable = "EGRESS_MACVLAN_PARENT"
+	is, boolean := booleans[strings.ToLower(s)]
+	switch {
+	case s == macvlanDefaultRoute || !boolean || len(s) == 1 && s != "0" && s != "1":
+		return checkInterface(variable, s)
+	case is == "true":
+		return &Error{variable, fmt.Sprintf("%s %q is not a NIC of the host", variable, s), remedy("write true for the NIC of the host's IPv4 default route, or the name of a NIC")}
+	}
+	return &Error{variable, fmt.Sprintf("%s %q is not a NIC of the host", variable, s), remedy("unset the variable if another program creates the egress interface")}
 }

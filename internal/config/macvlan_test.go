@@ -16,7 +16,7 @@ func TestMacvlan(t *testing.T) {
 		"no macvlan":          {},
 		"the default route's": {parent: "true", want: &Macvlan{Mode: Private, HostNetns: "/proc/1/ns/net"}},
 		"by name":             {parent: "ens3", want: &Macvlan{Parent: "ens3", Mode: Private, HostNetns: "/proc/1/ns/net"}},
-		"true is spelt so":    {parent: "True", want: &Macvlan{Parent: "True", Mode: Private, HostNetns: "/proc/1/ns/net"}},
+		"one letter":          {parent: "t", want: &Macvlan{Parent: "t", Mode: Private, HostNetns: "/proc/1/ns/net"}},
 		"private":             {parent: "bond0.7", mode: "private", want: &Macvlan{Parent: "bond0.7", Mode: Private, HostNetns: "/proc/1/ns/net"}},
 		"bridge":              {parent: "ens3", mode: "bridge", want: &Macvlan{Parent: "ens3", Mode: Bridge, HostNetns: "/proc/1/ns/net"}},
 		"vepa":                {parent: "ens3", mode: "vepa", want: &Macvlan{Parent: "ens3", Mode: VEPA, HostNetns: "/proc/1/ns/net"}},
@@ -39,6 +39,23 @@ func TestMacvlan(t *testing.T) {
 				t.Errorf("warnings: - want, + got:\n%s", diff)
 			}
 		})
+	}
+}
+
+// A boolean that is not spelt true is no NIC: the router does not look for one in the
+// host's namespace.
+func TestMacvlanParentIsNoBoolean(t *testing.T) {
+	for value, hint := range map[string]string{
+		"false": "unset the variable", "False": "unset the variable", "FALSE": "unset the variable", "no": "unset the variable", "off": "unset the variable",
+		"0": "unset the variable", "disabled": "unset the variable",
+		"True": "write true", "TRUE": "write true", "yes": "write true", "on": "write true", "1": "write true",
+	} {
+		env := good()
+		env.MacvlanParent = value
+		_, err := Parse(env, noFile)
+		if err == nil || !strings.HasSuffix(err.Error(), "EGRESS_MACVLAN_PARENT \""+value+"\" is not a NIC of the host") || !strings.HasPrefix(err.Error(), "hint: "+hint) {
+			t.Errorf("%q: %v", value, err)
+		}
 	}
 }
 

@@ -50,11 +50,11 @@ func parseTime(variable, s string, zero bool, set *time.Duration) *Error {
 		*set = d
 		return nil
 	}
-	text := fmt.Sprintf("%s %q is not a time: expected a number with its unit, such as 500ms, 90s or 15m", variable, s)
+	text := fmt.Sprintf("%s %s is not a time: expected a number with its unit, such as 500ms, 90s or 15m", variable, quote(s))
 	if zero {
 		text += ", or 0"
 	}
-	return &Error{variable, text, ""}
+	return &Error{variable, text, meantTime(s)}
 }
 
 func parseBool(variable, s string, set *bool) *Error {
@@ -63,7 +63,7 @@ func parseBool(variable, s string, set *bool) *Error {
 		*set = true
 	case "", "false":
 	default:
-		return &Error{variable, fmt.Sprintf("%s %q is neither true nor false", variable, s), ""}
+		return &Error{variable, fmt.Sprintf("%s %s is neither true nor false", variable, quote(s)), meantBool(s)}
 	}
 	return nil
 }

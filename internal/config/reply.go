@@ -20,7 +20,7 @@ func (c *Config) parseReply(env Environment) Errors {
 		n, err := parseMark(env.ReplyMark)
 		if err != nil || n == 0 {
 			faults = append(faults, &Error{"EGRESS_REPLY_MARK",
-				fmt.Sprintf("EGRESS_REPLY_MARK %q is not a mark: expected a number from 1 to 4294967295, or from 0x1 to 0xffffffff", env.ReplyMark), ""})
+				fmt.Sprintf("EGRESS_REPLY_MARK %s is not a mark: expected a number from 1 to 4294967295, or from 0x1 to 0xffffffff", quote(env.ReplyMark)), ""})
 		}
 		c.ReplyMark = rules.Mark(n)
 	}
@@ -29,7 +29,7 @@ func (c *Config) parseReply(env Environment) Errors {
 		// 253 to 255 are the kernel's own (linux/rtnetlink.h, rt_class_t).
 		if err != nil || n == 0 || n >= 253 && n <= 255 {
 			faults = append(faults, &Error{"EGRESS_REPLY_TABLE",
-				fmt.Sprintf("EGRESS_REPLY_TABLE %q is not a table to use: expected a decimal number from 1 to %d, other than 253, 254 and 255", env.ReplyTable, math.MaxInt32), ""})
+				fmt.Sprintf("EGRESS_REPLY_TABLE %s is not a table to use: expected a decimal number from 1 to %d, other than 253, 254 and 255", quote(env.ReplyTable), math.MaxInt32), ""})
 		}
 		c.ReplyTable = int(n)
 	}
@@ -48,35 +48,66 @@ func parseMark(s string) (uint64, error) {
 // parseClusterCIDRs parses the networks of the cluster side. One that contains the
 // gateway or a destination would send redirected connections back there.
 func (c *Config) parseClusterCIDRs(list string) Errors {
+	const variable = "EGRESS_CLUSTER_CIDRS"
 	var faults Errors
-	for _, word := range strings.FieldsFunc(list, func(r rune) bool { return r == ',' || unicode.IsSpace(r) }) {
-		p, why := c.clusterCIDR(word)
+	words := strings.FieldsFunc(list, func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
+	for _, word := range words {
+		p, why, hint := c.clusterCIDR(word)
 		if why != "" {
-			faults = append(faults, &Error{"EGRESS_CLUSTER_CIDRS", fmt.Sprintf("EGRESS_CLUSTER_CIDRS %q: %s", word, why), ""})
+			faults = append(faults, &Error{variable, fmt.Sprintf("%s %s: %s", variable, quote(word), why), hint})
 			continue
 		}
 		c.ClusterDestinations = append(c.ClusterDestinations, p)
 	}
+	if list != "" && len(words) == 0 {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %s contains no network", variable, quote(list)))
+	}
 	return faults
 }
 
-// clusterCIDR parses one network, or returns the reason why it is invalid.
-func (c *Config) clusterCIDR(word string) (p netip.Prefix, why string) {
+// clusterCIDR parses one network, or returns the reason why it is invalid, and a hint.
+func (c *Config) clusterCIDR(word string) (p netip.Prefix, why, hint string) {
 	p, err := netip.ParsePrefix(word)
-	switch {
-	case err != nil || !p.Addr().Is4() || p.Bits() == 0:
-		return p, "expected an IPv4 network such as 10.96.0.0/12"
-	case p != p.Masked():
-		return p, fmt.Sprintf("the network with that length is %s", p.Masked())
-	case p.Contains(c.Gateway):
-		return p, fmt.Sprintf("it contains EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway)
+	if err != nil || !p.Addr().Is4() || p.Bits() == 0 {
+		return p, "expected an IPv4 network such as 10.96.0.0/12", cidrHint(word)
+	}
+	if p != p.Masked() {
+		return p, fmt.Sprintf("the network with that length is %s", p.Masked()), remedy("write %s, or %s/32 for that address alone", p.Masked(), p.Addr())
+	}
+	if is := unusable(p.Addr(), netip.Prefix{}); is != "" {
+		return p, "it begins with " + is, remedy("leave it out: it is not a network of hosts")
+	}
+	const leaveOut = "write smaller networks that do not contain it: what they contain is reached by the cluster side"
+	if p.Contains(c.Gateway) {
+		return p, fmt.Sprintf("it contains EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway), remedy(leaveOut)
 	}
 	for _, to := range c.destinations() {
 		if p.Contains(to) {
-			return p, fmt.Sprintf("it contains the destination %s", to)
+			return p, fmt.Sprintf("it contains the destination %s", to), remedy(leaveOut)
 		}
 	}
-	return p, ""
+	return p, "", ""
+}
+
+// cidrHint returns a hint for a word that is not an IPv4 network.
+func cidrHint(word string) string {
+	address, length, slash := strings.Cut(word, "/")
+	a, ok := rules.ParseIPv4(address)
+	switch {
+	case strings.ContainsAny(word, ";|"):
+		return remedy("separate networks by commas or spaces")
+	case strings.Contains(word, ":"):
+		return remedy("IPv6 does not cross the router: write the IPv4 networks only")
+	case ok && !slash:
+		return remedy("write the network's length behind a slash; %s/32 is that address alone", a)
+	case ok && length == "0":
+		return remedy("0.0.0.0/0 is every address, also those of the physical network: write the networks of the cluster")
+	case ok && strings.Contains(length, "."):
+		return remedy("write the network's length as a number of bits: /255.240.0.0 is /12")
+	case ok:
+		return remedy("the length after the slash is a number from 1 to 32")
+	}
+	return ""
 }
 
 // destinations returns the addresses of all destinations.

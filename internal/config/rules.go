@@ -31,8 +31,8 @@ func (c *Config) parseBackend(s string) *Error {
 	for _, b := range Backends {
 		names = append(names, string(b))
 	}
-	return &Error{"EGRESS_ROUTER_BACKEND", fmt.Sprintf("EGRESS_ROUTER_BACKEND %q is not a backend", s),
-		"hint: the backends are " + strings.Join(names, ", ")}
+	return &Error{"EGRESS_ROUTER_BACKEND", fmt.Sprintf("EGRESS_ROUTER_BACKEND %s is not a backend", quote(s)),
+		remedy("the backends are %s", strings.Join(names, ", "))}
 }
 
 // The values of EGRESS_FORWARD.
@@ -54,7 +54,7 @@ func (c *Config) parseForward(s string) *Error {
 		c.Crossing = rules.CrossAll
 		return nil
 	}
-	return &Error{"EGRESS_FORWARD", fmt.Sprintf("EGRESS_FORWARD %q is neither %s nor %s", s, forwardRedirected, forwardOpen), ""}
+	return choose("EGRESS_FORWARD", s, forwardRedirected, forwardOpen)
 }
 
 // parseHelpers parses the names of protocols, each once.

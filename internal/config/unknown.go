@@ -5,6 +5,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // serviceName matches the variables that Kubernetes sets in a container for each
@@ -12,7 +13,9 @@ import (
 // form of docker's links (NAME_PORT, NAME_PORT_80_TCP, NAME_PORT_80_TCP_ADDR, …):
 // Kubernetes documentation, Service, "Environment variables". For a Service whose
 // name begins with egress they begin with EGRESS_; none has the name of a variable.
-const serviceName = `_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)$|_PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$`
+var serviceName = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)$|_PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$`)
+})
 
 // unknownVariables returns a warning for each name that resembles a variable and is
 // none. Of equally near variables, one of the program itself comes first.
@@ -25,7 +28,7 @@ func unknownVariables(names []string, own []Variable) (warnings []string) {
 		if !resemblesPrefix(name) || slices.Contains(known, name) {
 			continue
 		}
-		if service, _ := regexp.MatchString(serviceName, name); service {
+		if serviceName().MatchString(name) {
 			continue
 		}
 		if near, ok := nearest(name, known); ok {
@@ -50,9 +53,13 @@ const prefix = "EGRESS"
 // resemblesPrefix reports whether a name begins with EGRESS, in any case, with at
 // most one mistake. INGRESS has two.
 func resemblesPrefix(name string) bool {
-	upper := strings.ToUpper(name)
+	upper := strings.ToUpper(name[:min(len(name), len(prefix)+1)])
 	if strings.HasPrefix(upper, prefix) {
 		return true
+	}
+	// A mistake in one half leaves the other one. Most names have neither.
+	if !strings.HasPrefix(upper, prefix[:2]) && !strings.Contains(upper, prefix[3:]) {
+		return false
 	}
 	for n := len(prefix) - 1; n <= len(prefix)+1 && n <= len(upper); n++ {
 		if distance(upper[:n], prefix) == 1 {
@@ -102,12 +109,14 @@ func withoutWord(name string) (forms []string) {
 // distance returns the number of mistakes that make b of a: characters inserted,
 // deleted, replaced, or swapped with the next (optimal string alignment).
 func distance(a, b string) int {
-	var before, last, row []int
-	for j := range len(b) + 1 {
-		last = append(last, j)
+	n := len(b) + 1
+	rows := make([]int, 3*n)
+	before, last, row := rows[:n], rows[n:2*n], rows[2*n:]
+	for j := range last {
+		last[j] = j
 	}
 	for i := range len(a) {
-		row = []int{i + 1}
+		row[0] = i + 1
 		for j := range len(b) {
 			d := last[j]
 			if a[i] != b[j] {
@@ -117,9 +126,9 @@ func distance(a, b string) int {
 			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
 				d = min(d, before[j-1]+1)
 			}
-			row = append(row, d)
+			row[j+1] = d
 		}
-		before, last = last, row
+		before, last, row = last, row, before
 	}
 	return last[len(b)]
 }
