@@ -162,5 +162,5 @@ func (e *ListenError) Hint() string {
 	case errors.Is(e.Err, os.ErrPermission):
 		return "ports below 1024 need the capability NET_BIND_SERVICE: set another port in EGRESS_HEALTH_LISTEN"
 	}
-	return ""
+	return "set EGRESS_HEALTH_LISTEN to the port alone, such as :9465"
 }

@@ -87,7 +87,7 @@ func (e *listenError) Hint() string {
 	case errors.Is(e.err, syscall.EADDRINUSE):
 		return "another container of the pod listens on this port: set another port in EGRESS_HTTP_PROXY_LISTEN"
 	}
-	return ""
+	return "the pod may not have this address: set EGRESS_HTTP_PROXY_LISTEN to the port alone, such as :8080"
 }
 
 // Accept waits for a client with a place.

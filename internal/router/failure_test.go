@@ -22,6 +22,7 @@ func TestFaultsAreRefused(t *testing.T) {
 		options lab.Options
 		env     map[string]string
 		command string
+		prepare func(*labtest.Pod)
 		last    string // part of the last line
 		hint    string // part of the lines before
 	}{
@@ -38,10 +39,43 @@ func TestFaultsAreRefused(t *testing.T) {
 		{
 			name: "source of the pod", env: map[string]string{"EGRESS_SOURCE": "10.128.0.98/24"},
 			last: "EGRESS_SOURCE is 10.128.0.98: expected an unused address of the physical network, found the pod's cluster address",
+			hint: "hint: set EGRESS_SOURCE to an address of the physical network",
 		},
 		{
 			name: "gateway of the pod", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.98"},
 			last: "EGRESS_GATEWAY is 10.128.0.98: expected the router of the physical network, found an address of the pod",
+			hint: "hint: set EGRESS_GATEWAY to the router of the network of EGRESS_SOURCE",
+		},
+		{
+			name: "loopback as egress interface", env: map[string]string{"EGRESS_INTERFACE": "lo"},
+			last: `EGRESS_INTERFACE "lo" is the loopback interface: expected one that leads to a network`,
+			hint: "hint: correct the value, or unset the variable for the default, macvlan0",
+		},
+		{
+			name: "loopback as cluster interface", env: map[string]string{"EGRESS_CLUSTER_INTERFACE": "lo"},
+			last: `EGRESS_CLUSTER_INTERFACE "lo" is the loopback interface: expected one that leads to a network`,
+			hint: "hint: correct the value, or unset the variable for the default, eth0",
+		},
+		{
+			name: "no Ethernet", env: map[string]string{"EGRESS_INTERFACE": "loopback0"},
+			prepare: renameLoopback,
+			last:    `check EGRESS_INTERFACE: "loopback0" is not Ethernet: announce 192.168.12.99: hardware address "": expected 6 bytes, found 0`,
+			hint:    "hint: set EGRESS_INTERFACE to an Ethernet interface",
+		},
+		{
+			name: "a boolean as NIC of the host", env: map[string]string{"EGRESS_MACVLAN_PARENT": "false"},
+			last: `EGRESS_MACVLAN_PARENT "false" is not a NIC of the host`,
+			hint: "hint: unset the variable if another program creates the egress interface",
+		},
+		{
+			name: "health on an address that is not the pod's", env: map[string]string{"EGRESS_ROUTER_MODE": "legacy", "EGRESS_HEALTH_LISTEN": "192.0.2.7:9465"},
+			last: "listening on health address 192.0.2.7:9465: bind: cannot assign requested address",
+			hint: "hint: the pod does not have this address: set EGRESS_HEALTH_LISTEN to the port alone, such as :9465",
+		},
+		{
+			name: "health on an address without an interface", env: map[string]string{"EGRESS_ROUTER_MODE": "legacy", "EGRESS_HEALTH_LISTEN": "[fe80::1]:9465"},
+			last: "listening on health address [fe80::1]:9465: bind: ",
+			hint: "hint: set EGRESS_HEALTH_LISTEN to the port alone, such as :9465",
 		},
 		{
 			name: "gateway of the cluster side", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.1"},
@@ -92,11 +126,26 @@ func TestFaultsAreRefused(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			p := labtest.New(t, test.options, labtest.IptablesNFT)
+			if test.prepare != nil {
+				test.prepare(p)
+			}
 			before := p.State()
 			maps.Copy(p.Env, test.env)
 			p.WantRefusal(test.command, test.last, test.hint)
 			p.WantState(before)
 		})
+	}
+}
+
+// renameLoopback gives the loopback interface another name than lo.
+func renameLoopback(p *labtest.Pod) {
+	p.Helper()
+	h := p.Handle(p.Lab.Router)
+	lo := p.Link(h, "lo")
+	for _, err := range []error{h.LinkSetDown(lo), h.LinkSetName(lo, "loopback0"), h.LinkSetUp(lo)} {
+		if err != nil {
+			p.Fatal(err)
+		}
 	}
 }
 

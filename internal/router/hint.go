@@ -21,3 +21,15 @@ func Hint(err error) string {
 	}
 	return ""
 }
+
+// An advisedError is an error with a hint.
+type advisedError struct {
+	error
+	hint string
+}
+
+// Unwrap returns the error without the hint.
+func (e *advisedError) Unwrap() error { return e.error }
+
+// Hint returns the hint.
+func (e *advisedError) Hint() string { return e.hint }

@@ -165,10 +165,12 @@ func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 	}
 	isGateway := func(p netip.Prefix) bool { return p.Addr() == want.Gateway }
 	if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, want.Gateway) {
-		return have, fmt.Errorf("EGRESS_GATEWAY is %s: expected the router of the physical network, found an address of the pod", want.Gateway)
+		return have, &advisedError{fmt.Errorf("EGRESS_GATEWAY is %s: expected the router of the physical network, found an address of the pod", want.Gateway),
+			"set EGRESS_GATEWAY to the router of the network of EGRESS_SOURCE, for example the default gateway of the node (ip route show default)"}
 	}
 	if slices.Contains(have.Cluster.Addresses, want.Address.Addr()) {
-		return have, fmt.Errorf("EGRESS_SOURCE is %s: expected an unused address of the physical network, found the pod's cluster address", want.Address.Addr())
+		return have, &advisedError{fmt.Errorf("EGRESS_SOURCE is %s: expected an unused address of the physical network, found the pod's cluster address", want.Address.Addr()),
+			"set EGRESS_SOURCE to an address of the physical network that is reserved for this pod"}
 	}
 	return have, r.checkCluster(network)
 }
