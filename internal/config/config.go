@@ -225,10 +225,7 @@ func modeHint(value string) string {
 	}
 	hint := "the modes are " + strings.Join(names, ", ")
 	if write := meant(value, names...); write != "" {
-		return write + ": " + hint
-	}
-	if m := mistake(value); m != "" {
-		return remedy("%s; %s", m, hint)
+		return write + "; " + hint
 	}
 	return remedy("%s", hint)
 }

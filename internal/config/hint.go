@@ -24,9 +24,13 @@ func choose(variable, value string, options ...string) *Error {
 	return &Error{variable, fmt.Sprintf("%s %s is neither %s nor %s", variable, quote(value), strings.Join(options[:last], ", "), options[last]), meant(value, options...)}
 }
 
-// meant returns the option that a value probably means, as a hint; empty: none.
+// meant returns the option that a value probably means, as a hint, or why it is not what
+// it looks like; empty: none.
 func meant(value string, options ...string) string {
-	lower := strings.ToLower(strings.Trim(value, "\"' \t\r\n"))
+	if m := mistake(value); m != "" {
+		return remedy("%s", m)
+	}
+	lower := strings.ToLower(value)
 	if len(lower) < 2 || len(lower) > 100 {
 		return ""
 	}
@@ -54,7 +58,7 @@ var booleans = map[string]string{
 
 // meantBool is meant for a boolean.
 func meantBool(value string) string {
-	if b, ok := booleans[strings.ToLower(strings.Trim(value, "\"' \t\r\n"))]; ok {
+	if b, ok := booleans[strings.ToLower(value)]; ok {
 		return remedy("write %s", b)
 	}
 	return meant(value, "true", "false")

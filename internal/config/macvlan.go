@@ -48,7 +48,7 @@ func (c *Config) parseMacvlan(env Environment) Errors {
 			names = append(names, string(m))
 		}
 		faults = append(faults, &Error{"EGRESS_MACVLAN_MODE", fmt.Sprintf("EGRESS_MACVLAN_MODE %s is not a mode of a macvlan", quote(string(mode))),
-			"hint: the modes are " + strings.Join(names, ", ")})
+			orDefault(meant(string(mode), names...), remedy("the modes are %s", strings.Join(names, ", ")))})
 	}
 	if env.MacvlanParent == "" {
 		for _, v := range []struct{ name, value string }{{"EGRESS_MACVLAN_MODE", env.MacvlanMode}, {"EGRESS_HOST_NETNS", env.HostNetns}} {

@@ -61,14 +61,14 @@ func TestMacvlanParentIsNoBoolean(t *testing.T) {
 
 func TestMacvlanFaults(t *testing.T) {
 	env := good()
-	env.MacvlanParent, env.MacvlanMode = "eth0:1", "Bridge"
+	env.MacvlanParent, env.MacvlanMode = "eth0:1", "ipvlan"
 	_, err := Parse(env, noFile)
 	if err == nil {
 		t.Fatal("accepted")
 	}
 	for _, want := range []string{
 		`EGRESS_MACVLAN_PARENT "eth0:1" is not an interface name: it contains ':'`,
-		`EGRESS_MACVLAN_MODE "Bridge" is not a mode of a macvlan`,
+		`EGRESS_MACVLAN_MODE "ipvlan" is not a mode of a macvlan`,
 		"hint: the modes are private, bridge, vepa, passthru\n",
 	} {
 		if !strings.Contains(err.Error(), want) {

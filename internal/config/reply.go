@@ -77,7 +77,7 @@ func (c *Config) clusterCIDR(word string) (p netip.Prefix, why, hint string) {
 	if is := unusable(p.Addr(), netip.Prefix{}); is != "" {
 		return p, "it begins with " + is, remedy("leave it out: it is not a network of hosts")
 	}
-	const leaveOut = "write smaller networks that do not contain it: what they contain is reached by the cluster side"
+	const leaveOut = "write smaller networks that do not contain it: their addresses are reached by the cluster side"
 	if p.Contains(c.Gateway) {
 		return p, fmt.Sprintf("it contains EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway), remedy(leaveOut)
 	}

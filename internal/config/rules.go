@@ -32,7 +32,7 @@ func (c *Config) parseBackend(s string) *Error {
 		names = append(names, string(b))
 	}
 	return &Error{"EGRESS_ROUTER_BACKEND", fmt.Sprintf("EGRESS_ROUTER_BACKEND %s is not a backend", quote(s)),
-		remedy("the backends are %s", strings.Join(names, ", "))}
+		orDefault(meant(s, names...), remedy("the backends are %s", strings.Join(names, ", ")))}
 }
 
 // The values of EGRESS_FORWARD.

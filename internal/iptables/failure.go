@@ -100,7 +100,7 @@ func (e *programError) Hint() string {
 	case errors.Is(e.err, context.Canceled):
 		return ""
 	case errors.Is(e.err, context.DeadlineExceeded):
-		return "the program does not end: look what it waits for (the lock of iptables, a full file system); " + otherBackend
+		return "the program does not end: it may wait for the lock of iptables or for a file system; " + otherBackend
 	case e.printed == "" && !ended:
 		return "the program cannot be started: it is broken, or of another architecture; " + otherPrograms
 	case errors.Is(e.err, fs.ErrPermission):

@@ -450,3 +450,29 @@ func TestOpenConnectionSurvivesNextRun(t *testing.T) {
 		p.WantEcho("the open connection", conn, r)
 	})
 }
+
+// A destination that no external server can have is a warning with its line, and the
+// other lines redirect. Connections to the reserved address end in the pod.
+func TestUnreachableDestinationsAreWarnings(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"] = "# first\n80 tcp 127.0.0.1\n8080 tcp 203.0.113.26 80\n8081 tcp 192.168.12.99\n8082 udp 192.168.12.255\n224.0.0.1\n"
+		r := p.OK()
+		for _, want := range []string{
+			"EGRESS_DESTINATION line 2: 127.0.0.1 is a loopback address: connections redirected to it fail",
+			"EGRESS_DESTINATION line 4: 192.168.12.99 is the reserved address: connections redirected to it end in the pod",
+			"EGRESS_DESTINATION line 5: 192.168.12.255 is the broadcast address of 192.168.12.0/24: connections redirected to it fail",
+			"EGRESS_DESTINATION line 6: 224.0.0.1 is a multicast address: connections redirected to it fail",
+		} {
+			if !strings.Contains(r.Stderr, `level=WARN msg="configuration warning" warning="`+want+`"`) {
+				p.Errorf("no warning %q:\n%s", want, r.Stderr)
+			}
+		}
+		p.WantAnswer("tcp", 8080, "203.0.113.26:80")
+		p.Serve(p.Lab.Router, "tcp", "192.168.12.99:8081")
+		if a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8081)); err != nil || a.Server.String() != "192.168.12.99:8081" {
+			p.Errorf("%v answered, %v; want the pod itself", a, err)
+		}
+		p.WantUnchanged(p.OK())
+	})
+}
