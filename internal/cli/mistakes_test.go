@@ -147,8 +147,8 @@ func TestMistakes(t *testing.T) {
 			if proxies := name == "mode http-proxy" || name == "mode dns-proxy"; proxies && strings.HasPrefix(v.Name, "EGRESS_DESTINATION") || slices.Contains(anyValue, v.Name) {
 				continue // not read
 			}
-			if strings.HasSuffix(v.Name, "_FILE") {
-				set(strings.TrimSuffix(v.Name, "_FILE"), "")
+			if list, ok := strings.CutSuffix(v.Name, "_FILE"); ok {
+				set(list, "")
 			}
 			for _, value := range slices.Concat(wrong, wrongOf[v.Name]) {
 				if isValid(name, v.Name, value) {

@@ -56,7 +56,7 @@ func (e *privilegeError) Unwrap() error { return unix.EPERM }
 func checkPrivilege(c config.Config) error {
 	need := capabilities
 	if c.Macvlan != nil {
-		need = append(need[:len(need):len(need)], hostCapabilities...)
+		need = slices.Concat(need, hostCapabilities)
 	}
 	if lacks := missing(need...); len(lacks) > 0 && lacks[0] == capabilities[0].name {
 		return &privilegeError{lacks}

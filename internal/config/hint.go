@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -10,15 +11,13 @@ import (
 	"unicode/utf8"
 )
 
-// A remedy is a hint with its prefix; empty: none.
+// remedy returns a hint with its prefix.
 func remedy(format string, args ...any) string { return "hint: " + fmt.Sprintf(format, args...) }
 
 // choose returns an error unless value is one of the options.
 func choose(variable, value string, options ...string) *Error {
-	for _, o := range options {
-		if value == o {
-			return nil
-		}
+	if slices.Contains(options, value) {
+		return nil
 	}
 	last := len(options) - 1
 	return &Error{variable, fmt.Sprintf("%s %s is neither %s nor %s", variable, quote(value), strings.Join(options[:last], ", "), options[last]), meant(value, options...)}
