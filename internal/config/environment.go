@@ -56,7 +56,7 @@ type Environment struct {
 
 // A LogEnvironment contains the variables of every mode and both proxies.
 type LogEnvironment struct {
-	// Names are those of all variables of the process, to find misspelt ones.
+	// Names are those of all variables of the process that are set, to find misspelt ones.
 	Names     []string `ignored:"true"`
 	LogFormat string   `envconfig:"EGRESS_LOG_FORMAT" unset:"text" doc:"format of log lines: text or json"`
 	LogLevel  string   `envconfig:"EGRESS_LOG_LEVEL" unset:"info" doc:"minimum level of log lines: debug, info, warn or error"`
@@ -69,13 +69,14 @@ func Read() (Environment, error) {
 	return env, err
 }
 
-// names returns the names of all variables of this process.
-func names() []string {
-	all := os.Environ()
-	for i, v := range all {
-		all[i], _, _ = strings.Cut(v, "=")
+// names returns the names of the variables of this process that are not empty.
+func names() (set []string) {
+	for _, v := range os.Environ() {
+		if name, value, _ := strings.Cut(v, "="); value != "" {
+			set = append(set, name)
+		}
 	}
-	return all
+	return set
 }
 
 // A Variable describes one variable for help texts.
