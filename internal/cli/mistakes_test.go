@@ -36,7 +36,7 @@ var wrongOf = map[string][]string{
 	"EGRESS_MACVLAN_MODE":         {"Bridge", "source", "1"},
 	"EGRESS_HOST_NETNS":           {"/nowhere", "host"}, // a warning, without a parent
 	"EGRESS_CONFLICT":             {"Warn", "ignore", "error", "true"},
-	"EGRESS_HEALTH_INTERVAL":      {"10", "10S", "10 s", "1d", "-1s", "ten", "1,5s"},
+	"EGRESS_HEALTH_INTERVAL":      {"10", "10S", "10 s", "1d", "-1s", "ten", "1,5s", "10ms"},
 	"EGRESS_ANNOUNCE_INTERVAL":    {"60", "1m30", "-1m", "1w"},
 	"EGRESS_HEALTH_LISTEN":        {":0", "9465", ":", ":99999", "localhost:9465", "10.128.0.98", "*:9465", "::1:9465", "http://:9465", ":http", ":80"},
 	"EGRESS_PROBE":                {"true", "TCP", "icmp", "tcp,udp"},
@@ -62,6 +62,8 @@ var wrongOf = map[string][]string{
 	"EGRESS_DNS_PROXY_DESTINATION":        {"80", "80 intranet", "tcp 80 a.example", "80 a.example:80", "0 a.example", "80 a.example\n80 b.example", `80 a.example\n81 b.example`, "80 fd00::1"},
 	"EGRESS_DNS_PROXY_DESTINATION_FILE":   {"/nowhere", "/"},
 	"EGRESS_DNS_PROXY_IDLE_TIMEOUT":       {"60", "-1s", "1d"},
+	"EGRESS_ROUTER_DEBUG":                 {"0", "no", "false", "False", "off"}, // warnings: it is on
+	"EGRESS_DNS_PROXY_DEBUG":              {"0", "no", "false", "False", "off"},
 	"EGRESS_DNS_PROXY_MODE":               {"Unit-Test", "serve"},
 }
 
@@ -81,7 +83,7 @@ func isValid(program, variable, value string) bool {
 	return false
 }
 
-// anyValue are the variables of which any value has a meaning.
+// anyValue are the variables that any value turns on.
 var anyValue = []string{"EGRESS_ROUTER_DEBUG", "EGRESS_DNS_PROXY_DEBUG"}
 
 // whole are the variables whose frozen sentences contain the whole value.
@@ -144,13 +146,17 @@ func TestMistakes(t *testing.T) {
 			t.Errorf("%s: valid values: %v, warnings %q", name, err, warnings)
 		}
 		for _, v := range p.variables {
-			if proxies := name == "mode http-proxy" || name == "mode dns-proxy"; proxies && strings.HasPrefix(v.Name, "EGRESS_DESTINATION") || slices.Contains(anyValue, v.Name) {
+			if proxies := name == "mode http-proxy" || name == "mode dns-proxy"; proxies && strings.HasPrefix(v.Name, "EGRESS_DESTINATION") {
 				continue // not read
 			}
 			if list, ok := strings.CutSuffix(v.Name, "_FILE"); ok {
 				set(list, "")
 			}
-			for _, value := range slices.Concat(wrong, wrongOf[v.Name]) {
+			values := slices.Concat(wrong, wrongOf[v.Name])
+			if slices.Contains(anyValue, v.Name) {
+				values = wrongOf[v.Name]
+			}
+			for _, value := range values {
 				if isValid(name, v.Name, value) {
 					continue
 				}

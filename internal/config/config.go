@@ -202,6 +202,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	if env.Debug != "" {
 		c.Log.Level = slog.LevelDebug
 	}
+	c.Warnings = append(c.Warnings, debugWarning("EGRESS_ROUTER_DEBUG", env.Debug)...)
 	if len(faults) > 0 {
 		faults.explain(env)
 		return Config{}, faults.with(unknown)

@@ -72,11 +72,24 @@ func TestParse(t *testing.T) {
 				c.Log = Log{JSON: true, Level: slog.LevelWarn}
 			},
 		},
-		"modes":           {func(e *Environment) { e.Mode = "init" }, func(c *Config) { c.Mode = Init }},
-		"without length":  {func(e *Environment) { e.Source = "192.168.12.99" }, func(c *Config) { c.Source = netip.MustParsePrefix("192.168.12.99/32") }},
-		"interfaces":      {func(e *Environment) { e.Interface, e.ClusterInterface = "net1", "net0" }, func(c *Config) { c.Egress, c.Cluster = "net1", "net0" }},
-		"a dotted name":   {func(e *Environment) { e.Interface = "eth1.100@x" }, func(c *Config) { c.Egress = "eth1.100@x" }},
-		"debug by 0":      {func(e *Environment) { e.Debug = "0" }, func(c *Config) { c.Log.Level = slog.LevelDebug }},
+		"modes":          {func(e *Environment) { e.Mode = "init" }, func(c *Config) { c.Mode = Init }},
+		"without length": {func(e *Environment) { e.Source = "192.168.12.99" }, func(c *Config) { c.Source = netip.MustParsePrefix("192.168.12.99/32") }},
+		"interfaces":     {func(e *Environment) { e.Interface, e.ClusterInterface = "net1", "net0" }, func(c *Config) { c.Egress, c.Cluster = "net1", "net0" }},
+		"a dotted name":  {func(e *Environment) { e.Interface = "eth1.100@x" }, func(c *Config) { c.Egress = "eth1.100@x" }},
+		"debug by 0": {func(e *Environment) { e.Debug = "0" }, func(c *Config) {
+			c.Log.Level = slog.LevelDebug
+			c.Warnings = []string{"EGRESS_ROUTER_DEBUG=0 turns debug logging on, as any value does: unset the variable to turn it off"}
+		}},
+		"short intervals": {
+			func(e *Environment) {
+				e.Probe, e.HealthInterval, e.AnnounceInterval, e.ProbeInterval = "tcp", "100ms", "60ms", "1ns"
+			},
+			func(c *Config) {
+				c.Health.Probe = true
+				c.Health.Interval, c.Health.AnnounceInterval, c.Health.ProbeInterval = 100*time.Millisecond, 60*time.Millisecond, 1
+				c.Warnings = []string{"EGRESS_ANNOUNCE_INTERVAL 60ms is very short: expected at least 100ms", "EGRESS_PROBE_INTERVAL 1ns is very short: expected at least 100ms"}
+			},
+		},
 		"debug by spaces": {func(e *Environment) { e.Debug = " " }, func(c *Config) { c.Log.Level = slog.LevelDebug }},
 		"a proxy reads no destination": {
 			func(e *Environment) { e.Mode, e.Destination = "http-proxy", "nonsense" },

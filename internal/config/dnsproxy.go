@@ -2,6 +2,7 @@ package config
 
 import (
 	"reflect"
+	"slices"
 	"time"
 
 	"github.com/kelseyhightower/envconfig"
@@ -61,7 +62,7 @@ func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, 
 		faults.explain(env)
 		return DNSProxyConfig{}, faults.with(unknown)
 	}
-	c.Warnings = append(unknown, c.Warnings...)
+	c.Warnings = slices.Concat(unknown, c.Warnings, debugWarning("EGRESS_DNS_PROXY_DEBUG", env.Debug))
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
 	}

@@ -18,7 +18,10 @@ func TestParseDNSProxy(t *testing.T) {
 	}{
 		"defaults":    {DNSProxyEnvironment{}, func(*DNSProxyConfig) {}},
 		"unit-test":   {DNSProxyEnvironment{Mode: "unit-test"}, func(c *DNSProxyConfig) { c.UnitTest = true }},
-		"debug by 0":  {DNSProxyEnvironment{Debug: "0"}, func(c *DNSProxyConfig) { c.Debug = true }},
+		"debug":       {DNSProxyEnvironment{Debug: "x"}, func(c *DNSProxyConfig) { c.Debug = true }},
+		"debug by 0": {DNSProxyEnvironment{Debug: "0"}, func(c *DNSProxyConfig) {
+			c.Debug, c.Warnings = true, []string{"EGRESS_DNS_PROXY_DEBUG=0 turns debug logging on, as any value does: unset the variable to turn it off"}
+		}},
 		"never idle":  {DNSProxyEnvironment{IdleTimeout: "0"}, func(c *DNSProxyConfig) { c.Idle = 0 }},
 		"other times": {DNSProxyEnvironment{IdleTimeout: "1h30m", ProxyEnvironment: ProxyEnvironment{ShutdownGrace: "500ms"}}, func(c *DNSProxyConfig) { c.Idle, c.Grace = 90*time.Minute, 500*time.Millisecond }},
 		"switches":    {DNSProxyEnvironment{SendProxy: "true", ProxyEnvironment: ProxyEnvironment{AccessLog: "true"}}, func(c *DNSProxyConfig) { c.SendProxy, c.AccessLog = true, true }},

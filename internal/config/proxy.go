@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 )
 
@@ -66,4 +67,13 @@ func parseBool(variable, s string, set *bool) *Error {
 		return &Error{variable, fmt.Sprintf("%s %s is neither true nor false", variable, quote(s)), meantBool(s)}
 	}
 	return nil
+}
+
+// debugWarning returns a warning if a variable that any value turns on was probably
+// meant to turn it off. The original took any value, too.
+func debugWarning(variable, value string) []string {
+	if booleans[strings.ToLower(strings.TrimSpace(value))] != "false" {
+		return nil
+	}
+	return []string{fmt.Sprintf("%s=%s turns debug logging on, as any value does: unset the variable to turn it off", variable, strings.TrimSpace(value))}
 }
