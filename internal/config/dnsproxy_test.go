@@ -16,9 +16,9 @@ func TestParseDNSProxy(t *testing.T) {
 		env  DNSProxyEnvironment
 		want func(*DNSProxyConfig)
 	}{
-		"defaults":    {DNSProxyEnvironment{}, func(*DNSProxyConfig) {}},
-		"unit-test":   {DNSProxyEnvironment{Mode: "unit-test"}, func(c *DNSProxyConfig) { c.UnitTest = true }},
-		"debug":       {DNSProxyEnvironment{Debug: "x"}, func(c *DNSProxyConfig) { c.Debug = true }},
+		"defaults":  {DNSProxyEnvironment{}, func(*DNSProxyConfig) {}},
+		"unit-test": {DNSProxyEnvironment{Mode: "unit-test"}, func(c *DNSProxyConfig) { c.UnitTest = true }},
+		"debug":     {DNSProxyEnvironment{Debug: "x"}, func(c *DNSProxyConfig) { c.Debug = true }},
 		"debug by 0": {DNSProxyEnvironment{Debug: "0"}, func(c *DNSProxyConfig) {
 			c.Debug, c.Warnings = true, []string{"EGRESS_DNS_PROXY_DEBUG=0 turns debug logging on, as any value does: unset the variable to turn it off"}
 		}},
