@@ -32,7 +32,7 @@ var wrongOf = map[string][]string{
 	"EGRESS_REPLY_TABLE":          {"0", "0x10", "main", "254", "4294967296"},
 	"EGRESS_ROUTER_BACKEND":       {"nft", "Iptables", "iptables-nft", "iptables-legacy", "true"},
 	"EGRESS_FORWARD":              {"true", "Open", "all", "1"},
-	"EGRESS_MACVLAN_PARENT":       {"false", "False", "True", "TRUE", "yes", "no", "0", "1", "lo", "eth0:1", "averyverylongname"},
+	"EGRESS_MACVLAN_PARENT":       {"false", "False", "True", "TRUE", "yes", "no", "0", "1", "eth0:1", "averyverylongname"},
 	"EGRESS_MACVLAN_MODE":         {"Bridge", "source", "1"},
 	"EGRESS_HOST_NETNS":           {"/nowhere", "host"}, // a warning, without a parent
 	"EGRESS_CONFLICT":             {"Warn", "ignore", "error", "true"},

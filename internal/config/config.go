@@ -405,7 +405,7 @@ func checkInterface(variable, name string) *Error {
 		return &Error{variable, fmt.Sprintf("%s %s is not an interface name: %s", variable, quote(name), why), ""}
 	}
 	switch {
-	case name == loopback:
+	case name == loopback && variable != "EGRESS_MACVLAN_PARENT": // which names the usable NICs
 		return &Error{variable, fmt.Sprintf("%s %q is the loopback interface: expected one that leads to a network", variable, name), ""}
 	case len(name) > 15:
 		return bad("it has more than 15 bytes")
