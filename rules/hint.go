@@ -16,6 +16,8 @@ func hint(text string) string {
 			return "a tab is between fields: separate them with spaces"
 		case c == '\r':
 			return "the line ends with a carriage return (\\r): save the list with Unix line ends"
+		case c < ' ' || c == 0x7f:
+			return fmt.Sprintf("the line contains the control character %U: type the line again", rune(c))
 		case c >= utf8.RuneSelf:
 			r, _ := utf8.DecodeRuneInString(text[i:])
 			return fmt.Sprintf("the line contains %U, which is not ASCII: type the line again with plain spaces and digits", r)
@@ -23,6 +25,9 @@ func hint(text string) string {
 	}
 	if strings.Contains(text, "#") {
 		return "a comment needs a line of its own, with # as its first character"
+	}
+	if strings.ContainsAny(text[:1], `"'`) {
+		return "the quotation marks are part of the line: remove them"
 	}
 	words := strings.Fields(text)
 	for i, w := range words {
