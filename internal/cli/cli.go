@@ -211,10 +211,29 @@ func runMode(ctx context.Context, p Process) error {
 		return err
 	}
 	if c.Mode.Stays() {
-		return stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC)
+		return advised(stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC))
 	}
 	keepNameServers(&c, log)
-	return newRouter(c, log).Apply(ctx)
+	return advised(newRouter(c, log).Apply(ctx))
+}
+
+// An unadvisedError is an error of a run for which nothing has a hint.
+type unadvisedError struct{ error }
+
+// advised returns an error with a hint.
+func advised(err error) error {
+	if err == nil || stopped(err) || hint(err) != "" {
+		return err
+	}
+	return &unadvisedError{err}
+}
+
+// Unwrap returns the error without the hint.
+func (e *unadvisedError) Unwrap() error { return e.error }
+
+// Hint returns a way to find the cause.
+func (e *unadvisedError) Hint() string {
+	return "EGRESS_ROUTER_DEBUG=1 logs every step and all rules, to find the cause"
 }
 
 // runWait waits for a signal. It is the second container of a pod whose first one
