@@ -253,6 +253,9 @@ func TestReloadKeepsConnections(t *testing.T) {
 		before := p.State()
 		m.set("80 tcp 203.0.113.25\n8080 tcp nowhere\n")
 		r.AwaitLog(1, "invalid destination file")
+		if plain := `hint="` + m.file() + `:2: \"8080 tcp nowhere\": \"nowhere\" is a name`; !strings.Contains(r.Logged(), plain) {
+			p.Errorf("the log lacks %s:\n%s", plain, r.Logged())
+		}
 		p.WantState(before)
 		code, out := p.Health()
 		if code != 0 || !strings.Contains(out, "EGRESS_DESTINATION value '8080 tcp nowhere' is invalid") {

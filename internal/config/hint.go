@@ -136,8 +136,8 @@ func lookUp(env reflect.Value, variable string) (value, unset string) {
 	return "", ""
 }
 
-// mistake returns what is wrong with a value of any variable that has one line; empty:
-// nothing in general.
+// mistake returns the reason why a value of one line is not what it looks like, for any
+// variable; empty: none.
 func mistake(value string) string {
 	if len(value) > 1 && strings.ContainsRune(`"'`, rune(value[0])) && value[0] == value[len(value)-1] {
 		return "the quotation marks are part of the value: remove them (docker and podman keep those of an --env-file)"
