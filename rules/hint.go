@@ -26,9 +26,6 @@ func hint(text string) string {
 	if strings.Contains(text, "#") {
 		return "a comment needs a line of its own, with # as its first character"
 	}
-	if strings.ContainsAny(text[:1], `"'`) {
-		return "the quotation marks are part of the line: remove them"
-	}
 	words := strings.Fields(text)
 	for i, w := range words {
 		words[i] = clip(w)

@@ -53,9 +53,6 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		_, err := p.Stdout.Write(tcpproxy.UnitTest(d.list))
 		return err
 	}
-	if len(d.list) == 0 {
-		d.log.Warn("no destinations, not listening")
-	}
 	d.proxy = tcpproxy.New(tcpproxy.Options{
 		Resolver: names{resolver.New(resolver.Options{})}, Idle: c.Idle,
 		SendProxy: c.SendProxy, AccessLog: c.AccessLog || c.Debug, Log: d.log,

@@ -53,7 +53,11 @@ func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, 
 		}
 	}
 	unknown := unknownVariables(env.Names, DNSProxyVariables())
-	warning, fault := env.list().read(readFile, grammar)
+	empty := false
+	warning, fault := env.list().read(readFile, func(list string) error {
+		empty = isEmpty(list)
+		return grammar(list)
+	})
 	report(fault)
 	report(parseTime("EGRESS_DNS_PROXY_IDLE_TIMEOUT", orDefault(env.IdleTimeout, "60s"), orZero, &c.Idle))
 	report(parseBool("EGRESS_DNS_PROXY_SEND_PROXY", env.SendProxy, &c.SendProxy))
@@ -66,8 +70,8 @@ func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, 
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
 	}
-	if env.Destination != "" && isEmpty(env.Destination) {
-		c.Warnings = append(c.Warnings, "EGRESS_DNS_PROXY_DESTINATION contains no destination: the proxy listens on no port")
+	if empty {
+		c.Warnings = append(c.Warnings, env.list().from()+" contains no destination: the proxy listens on no port")
 	}
 	return c, nil
 }

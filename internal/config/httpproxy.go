@@ -62,7 +62,11 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 		}
 	}
 	unknown := unknownVariables(env.Names, HTTPProxyVariables())
-	warning, fault := env.list().read(readFile, grammar)
+	empty := false
+	warning, fault := env.list().read(readFile, func(list string) error {
+		empty = isEmpty(list)
+		return grammar(list)
+	})
 	report(fault)
 	report(parseListen("EGRESS_HTTP_PROXY_LISTEN", ":8080", orDefault(env.Listen, ":8080"), &c.Listen))
 	for _, v := range []struct {
@@ -93,8 +97,8 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
 	}
-	if env.Destination != "" && isEmpty(env.Destination) {
-		c.Warnings = append(c.Warnings, "EGRESS_HTTP_PROXY_DESTINATION contains no rule: every request is denied")
+	if empty {
+		c.Warnings = append(c.Warnings, env.list().from()+" contains no rule: every request is denied")
 	}
 	return c, nil
 }

@@ -76,11 +76,11 @@ func TestUnknownVariableIsReported(t *testing.T) {
 			return c.Warnings, err
 		},
 		"http-proxy": func(l LogEnvironment) ([]string, error) {
-			c, err := ParseHTTPProxy(HTTPProxyEnvironment{ProxyEnvironment: proxy(l)}, noFile, accept)
+			c, err := ParseHTTPProxy(HTTPProxyEnvironment{Destination: "*", ProxyEnvironment: proxy(l)}, noFile, accept)
 			return c.Warnings, err
 		},
 		"dns-proxy": func(l LogEnvironment) ([]string, error) {
-			c, err := ParseDNSProxy(DNSProxyEnvironment{ProxyEnvironment: proxy(l)}, noFile, accept)
+			c, err := ParseDNSProxy(DNSProxyEnvironment{Destination: "80 a.example", ProxyEnvironment: proxy(l)}, noFile, accept)
 			return c.Warnings, err
 		},
 	} {
