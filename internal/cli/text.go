@@ -85,7 +85,7 @@ func planText(c config.Config) string {
 	claim(link.State{Promotes: true, Addresses: []netip.Prefix{want.Address}})
 	step(fmt.Sprintf("probe for another host with %s (EGRESS_CONFLICT=%s)", want.Address.Addr(), c.Conflict))
 	claim(link.State{Promotes: true, Up: true})
-	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", want.Address.Addr()))
+	step(fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request, and request the gateway by ARP", want.Address.Addr()))
 	step(fmt.Sprintf("copy the routes of %s, with its default route, to table %d", c.Cluster, c.ReplyTable))
 	step(fmt.Sprintf("add routing rules to that table: for packets with mark %s, and for packets from an address of %s", c.ReplyMark, c.Cluster))
 	kept := "the name servers of " + resolvConf + also(c.ClusterDestinations)
