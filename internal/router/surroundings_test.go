@@ -481,6 +481,42 @@ func TestSilentGatewayIsReported(t *testing.T) {
 	}
 }
 
+// A gateway that takes its time is no error. Proxy ARP answers after up to 0.8 s
+// (proxy_delay in arp(7)).
+func TestSlowGatewayIsNoError(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	for _, sysctl := range []string{"proxy_arp", "forwarding"} {
+		if err := p.Lab.SetSysctl(p.Lab.Outside, "net/ipv4/conf/lan0/"+sysctl, "1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const gateway = "192.168.77.1"
+	h := p.Handle(p.Lab.Outside)
+	to := &net.IPNet{IP: net.ParseIP(gateway), Mask: net.CIDRMask(32, 32)}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: p.Link(h, "lo").Attrs().Index, Dst: to}); err != nil {
+		t.Fatal(err)
+	}
+	p.Env["EGRESS_GATEWAY"] = gateway
+	p.Env["EGRESS_HEALTH_INTERVAL"] = "200ms"
+	capture, mac := captureLAN(p), macOf(p)
+	r := p.Start("legacy")
+	p.Until("ten requests are answered", func() bool {
+		n := 0
+		for _, f := range capture.Frames() {
+			if a, ok := f.ARP(); ok && a.Op == 2 && a.SenderIP.String() == gateway && a.TargetMAC.String() == mac {
+				n++
+			}
+		}
+		return n >= 10
+	})
+	r.AwaitLog(1, gatewayAnswers)
+	if strings.Contains(r.Logged(), "level=ERROR "+gatewaySilent) {
+		t.Errorf("the log has an error:\n%s", labtest.Tail(r.Logged()))
+	}
+	p.WantExample()
+}
+
 // The router logs a gateway that misses three requests, and one that answers again.
 func TestGatewayLostAndFound(t *testing.T) {
 	t.Parallel()
