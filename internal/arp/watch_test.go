@@ -246,6 +246,7 @@ func TestGatewayMissesBefore(t *testing.T) {
 			t.Error(err)
 		}
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if after := unreachable.Sub(start); after != 2*time.Second {
 			t.Errorf("unreachable after %s, want 2s", after)
 		}
@@ -262,6 +263,7 @@ func TestGatewayRequestFails(t *testing.T) {
 			t.Errorf("%v, want %v", err, os.ErrPermission)
 		}
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if want := []string{"gateway false  at 3s"}; !slices.Equal(*reports, want) {
 			t.Errorf("reports %q, want %q", *reports, want)
 		}
@@ -276,7 +278,9 @@ func TestGatewayClosed(t *testing.T) {
 		if err := watch.ProbeGateway(); err != nil {
 			t.Error(err)
 		}
+		w.mu.Lock()
 		w.fail = os.ErrClosed
+		w.mu.Unlock()
 		time.Sleep(time.Minute)
 		watch.Close()
 		if s := watch.State(); s.Gateway.Misses != 0 || len(w.frames()) != 1 {
