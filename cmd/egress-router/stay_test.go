@@ -119,7 +119,10 @@ func TestHealthPortTakenIsRefused(t *testing.T) {
 func TestSecondRouterLeavesHealthSocket(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
-	healthOf := func(mode string) bool { code, out := p.Health(); return code == 0 && strings.Contains(out, "("+mode+"): ready") }
+	healthOf := func(mode string) bool {
+		code, out := p.Health()
+		return code == 0 && strings.Contains(out, "("+mode+"): ready")
+	}
 	first := p.Start("legacy")
 	p.Until("the first router is ready", func() bool { return healthOf("legacy") })
 	second := p.Start("monitor")

@@ -137,7 +137,7 @@ func (p place) listenFile(program string) (l *net.UnixListener, remove func(), e
 	if l, err = listenUnix(made); err != nil {
 		return nil, nil, err
 	}
-	defer os.Remove(made)
+	defer func() { _ = os.Remove(made) }() // its name is the other one by then
 	// Every user of the container may connect, which requires write permission.
 	err = os.Chmod(made, 0o666) //nolint:gosec // as intended
 	var ours fs.FileInfo
