@@ -570,6 +570,40 @@ func TestCarrierLostAndFound(t *testing.T) {
 	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 }
 
+// A router that starts without a link logs that once, and does not blame the gateway
+// at once.
+func TestStartWithoutCarrier(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_HEALTH_INTERVAL"] = "1h"
+	setMacvlanUp(p)
+	h, inRouter := p.Handle(p.Lab.Outside), p.Handle(p.Lab.Router)
+	if err := h.LinkSetDown(p.Link(h, lab.LANLink)); err != nil {
+		t.Fatal(err)
+	}
+	p.Until("macvlan0 has no carrier", func() bool {
+		return p.Link(inRouter, "macvlan0").Attrs().RawFlags&unix.IFF_LOWER_UP == 0
+	})
+	const lost = `level=WARN msg="egress interface without carrier" interface=macvlan0`
+	if r := p.OK(); !strings.Contains(r.Stderr, lost) || strings.Contains(r.Stderr, gatewaySilent) {
+		t.Errorf("log of init lacks %s, or has a silent gateway:\n%s", lost, r.Stderr)
+	}
+	r := p.Start("legacy")
+	p.Until("health has the missing carrier", func() bool {
+		code, out := p.Health()
+		return code == 1 && strings.Contains(out, "not ready: egress interface macvlan0 without carrier\n")
+	})
+	if n := strings.Count(r.Logged(), "egress interface without carrier"); n != 1 {
+		t.Errorf("logged %d times, want once:\n%s", n, labtest.Tail(r.Logged()))
+	}
+	if err := h.LinkSetUp(p.Link(h, lab.LANLink)); err != nil {
+		t.Fatal(err)
+	}
+	r.AwaitLog(1, `level=INFO msg="egress interface carrier restored" interface=macvlan0`)
+	r.AwaitLog(1, gatewayAnswers)
+	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+}
+
 // syns returns the connections that the router tried to make to a port range of
 // the first server: how many times, and to how many ports. Each has to come from
 // the reserved address.
