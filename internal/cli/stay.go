@@ -46,6 +46,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	_, conflict := errors.AsType[*router.ConflictError](err)
 	switch {
 	case stopped(err):
+		log.Info("stopping, start interrupted")
 		return nil
 	case conflict && !partly(err): // another host may give the address up
 		log.Error("reserved address not taken", "error", err, "hint", oneLine(hint(err)))
@@ -80,13 +81,10 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	restoreGC()
 	err = w.keeper.Run(ctx)
 	if err == nil {
-		log.Info(stopping)
+		log.Info("stopping, configuration stays")
 	}
 	return err
 }
-
-// stopping is the log message of a router that ends at a signal.
-const stopping = "stopping, configuration stays"
 
 // newKeeper returns a keeper for the router's namespace.
 func newKeeper(r *router.Router, c config.Config) *router.Keeper {

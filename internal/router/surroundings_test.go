@@ -375,8 +375,12 @@ func TestConflictProbeStopped(t *testing.T) {
 	p.Env["EGRESS_CONFLICT"] = "refuse"
 	before, capture, mac := p.State(), captureMacvlan(p), macOf(p)
 	p.Cleanup(func() { p.WantState(before) }) // after the router has ended
-	p.Start("legacy")
+	r := p.Start("legacy")
 	p.Until("a probe is sent", func() bool { return count(capture, mac, arpProbe) > 0 })
+	if err := r.Cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	r.AwaitLog(1, `level=INFO msg="stopping, start interrupted"`)
 }
 
 // The router logs a host that claims the address, and answers by an announcement,
