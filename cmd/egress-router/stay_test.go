@@ -179,6 +179,34 @@ func TestAuditLogHasConnections(t *testing.T) {
 	}
 }
 
+// The end of a refused connection is logged at once, with its outcome.
+func TestAuditLogHasOutcome(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_AUDIT_LOG"], p.Env["EGRESS_LOG_FORMAT"] = "true", "json"
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		const closed = 9999 // of the fallback's server
+		if a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, closed)); err == nil {
+			p.Fatalf("%v answers", a)
+		}
+		r.AwaitLog(1, "connection ends")
+		for line := range strings.Lines(r.Logged()) {
+			var got struct {
+				Msg, Local, Outcome string
+				Seconds             *float64
+				PacketsSent         int `json:"packets_sent"`
+			}
+			if err := json.Unmarshal([]byte(line), &got); err != nil {
+				p.Fatalf("%s: %v", line, err)
+			}
+			if got.Msg == "connection ends" && (got.Outcome != "refused" || got.Local != "10.128.0.98:9999" || got.PacketsSent != 1 || got.Seconds == nil || *got.Seconds > labtest.Patience.Seconds()) {
+				p.Errorf("%s, want it refused", line)
+			}
+		}
+	})
+}
+
 // A mount is a directory in which a file comes as the kubelet has it come: as a
 // link into a directory that another takes the place of at once.
 type mount struct {

@@ -149,7 +149,7 @@ func (w *watch) track(p Process) *conntrack.Tracker {
 func logConnection(log *slog.Logger, e conntrack.Event) {
 	attributes := []any{
 		"client", e.Client.String(), "protocol", e.Protocol.String(), "port", e.Port,
-		"destination", e.Server.String(), "reserved", e.Reserved.String(),
+		"destination", e.Server.String(), "reserved", e.Reserved.String(), "local", e.Local.String(),
 	}
 	if e.Began {
 		log.Info("connection begins", attributes...)
@@ -158,8 +158,11 @@ func logConnection(log *slog.Logger, e conntrack.Event) {
 	if e.Accounted {
 		attributes = append(attributes, "packets_sent", e.PacketsOut, "bytes_sent", e.BytesOut, "packets_received", e.PacketsIn, "bytes_received", e.BytesIn)
 	}
-	if e.Duration > 0 {
+	if e.Timed {
 		attributes = append(attributes, "seconds", e.Duration.Seconds())
+	}
+	if e.Outcome != "" {
+		attributes = append(attributes, "outcome", string(e.Outcome))
 	}
 	if e.Lost {
 		attributes = append(attributes, "lost", true) // there was no event of its end

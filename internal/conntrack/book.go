@@ -46,7 +46,8 @@ type book struct {
 	open  map[key]*flow
 	most  int    // largest size of open since it was made
 	dumps uint32 // number of dumps
-	first bool   // the current dump is the first one
+	waits timeouts
+	first bool // the current dump is the first one
 }
 
 // A service is a port of the pod.
@@ -63,11 +64,13 @@ type line struct {
 
 // A flow is an open connection.
 type flow struct {
-	line             *line   // destination that it counts for; nil: none
-	counted          Traffic // so far
-	began            time.Duration
+	line             *line         // destination that it counts for; nil: none
+	counted          Traffic       // so far
+	began, changed   time.Duration // changed is the time of the last change of state
 	server, reserved endpoint
 	seen             uint32 // number of the last dump that had it, or in which it began
+	state            uint8  // of TCP or SCTP; 0: unknown
+	over             bool   // it was closed or reset
 	known            bool   // began is valid
 	accounted        bool
 	closed           bool
@@ -170,8 +173,24 @@ func (b *book) began(r *record, now time.Time) {
 		f.before = false
 		f.line.add(1, f.counted)
 	}
-	f.began, f.known = now.Sub(b.start), true
+	f.began, f.known = b.at(r, now), true
+	f.state, f.over, f.changed = r.state, false, f.began
 	b.emit(Event{Began: true}, r.key, f)
+}
+
+// at returns the time of an event: the kernel's, or that of its arrival.
+func (b *book) at(r *record, now time.Time) time.Duration {
+	if r.at != 0 {
+		now = time.Unix(0, r.at)
+	}
+	return now.Sub(b.start)
+}
+
+// changed processes the event of a change, for the audit log.
+func (b *book) changed(r *record, now time.Time) {
+	if f := b.open[r.key]; f != nil && f.known && !f.over && r.state != 0 && r.state != f.state {
+		f.state, f.over, f.changed = r.state, over(r.protocol, r.state), b.at(r, now)
+	}
 }
 
 // ended processes an end event.
@@ -189,7 +208,19 @@ func (b *book) ended(r *record, now time.Time) {
 		f.update(r)
 		b.remove(r.key)
 	}
-	b.emit(f.end(b.start, now), r.key, f)
+	if b.audit == nil {
+		return
+	}
+	if !f.over && r.state != 0 {
+		f.state = r.state
+	}
+	e := f.end()
+	e.Outcome = f.outcome(r.protocol, r)
+	if e.Timed = f.known; f.known {
+		last := f.last(r.protocol, r, b.at(r, now), func(name string) time.Duration { return b.waits.get(name, now) })
+		e.Duration = max(last-f.began, 0)
+	}
+	b.emit(e, r.key, f)
 }
 
 // beginDump begins a dump, after all pending events were processed.
@@ -218,7 +249,7 @@ func (b *book) listed(r *record) {
 	default:
 		f.update(r)
 	}
-	f.seen, f.closed = b.dumps, r.closed
+	f.seen, f.closed = b.dumps, r.closed()
 }
 
 // endDump ends a complete dump.
@@ -232,7 +263,7 @@ func (b *book) endDump(now time.Time) {
 }
 
 func newFlow(l *line, r *record) *flow {
-	return &flow{line: l, counted: r.Traffic, accounted: r.accounted, closed: r.closed, server: r.server, reserved: r.reserved}
+	return &flow{line: l, counted: r.Traffic, accounted: r.accounted, closed: r.closed(), server: r.server, reserved: r.reserved}
 }
 
 // add begins to keep a connection, and counts its traffic so far.
@@ -257,8 +288,11 @@ func (f *flow) update(r *record) {
 func (b *book) lose(k key, f *flow, now time.Time) {
 	b.remove(k)
 	if f.known { // the audit log has its begin, so it gets its end
-		e := f.end(b.start, now)
-		e.Lost = true
+		e := f.end()
+		e.Lost, e.Timed = true, true
+		if e.Duration = now.Sub(b.start) - f.began; f.over {
+			e.Duration = f.changed - f.began
+		}
 		b.emit(e, k, f)
 	}
 }
@@ -275,14 +309,8 @@ func (b *book) remove(k key) {
 	}
 }
 
-// end returns the end event of a connection.
-func (f *flow) end(start, now time.Time) Event {
-	e := Event{Traffic: f.counted, Accounted: f.accounted}
-	if f.known {
-		e.Duration = now.Sub(start) - f.began
-	}
-	return e
-}
+// end returns the end event of a connection, without its time.
+func (f *flow) end() Event { return Event{Traffic: f.counted, Accounted: f.accounted} }
 
 // emit passes an event to the audit function.
 func (b *book) emit(e Event, k key, f *flow) {
@@ -291,6 +319,7 @@ func (b *book) emit(e Event, k key, f *flow) {
 	}
 	e.Protocol = k.protocol
 	e.Client = k.client.addrPort()
+	e.Local = k.local.addrPort()
 	e.Port = rules.Port(k.local.port)
 	e.Server = f.server.addrPort()
 	e.Reserved = f.reserved.addrPort()

@@ -111,7 +111,7 @@ func TestBook(t *testing.T) {
 		}, 1, 0, 0},
 		{"closed, and still listed", func(b *table) {
 			r := entry(1, 6)
-			r.closed = true
+			r.state = tcpTimeWait
 			b.list(entry(1, 4))
 			b.list(r)
 		}, 1, 6, 0},
@@ -211,11 +211,12 @@ func TestAuditOfBook(t *testing.T) {
 	b.begin(r)
 	b.now = b.now.Add(3 * time.Second)
 	r.Traffic = entry(0, 10).Traffic
+	r.status |= statusSeenReply
 	b.end(r)
 	want := Event{
-		Protocol: rules.TCP, Client: netip.MustParseAddrPort("10.128.0.71:40000"), Port: 80,
+		Protocol: rules.TCP, Client: netip.MustParseAddrPort("10.128.0.71:40000"), Port: 80, Local: netip.MustParseAddrPort("10.128.0.98:80"),
 		Server: netip.MustParseAddrPort("127.0.0.25:8080"), Reserved: netip.MustParseAddrPort("192.168.12.99:40000"),
-		Traffic: r.Traffic, Accounted: true, Duration: 3 * time.Second,
+		Traffic: r.Traffic, Accounted: true, Timed: true, Duration: 3 * time.Second, // its state is unknown
 	}
 	if b.begun != 1 || len(b.ends) != 1 || b.ends[0] != want {
 		t.Errorf("%d began; ended:\n got %+v\nwant %+v", b.begun, b.ends, want)
@@ -226,7 +227,7 @@ func TestAuditOfBook(t *testing.T) {
 	b.list(r)
 	b.list()
 	b.list()
-	if want.Duration = 0; len(b.ends) != 2 || b.ends[1] != want {
+	if want.Timed, want.Duration = false, 0; len(b.ends) != 2 || b.ends[1] != want {
 		t.Errorf("ended:\n got %+v\nwant %+v", b.ends[1:], want)
 	}
 	// A connection that disappears after its begin event.
@@ -235,7 +236,7 @@ func TestAuditOfBook(t *testing.T) {
 	b.now = b.now.Add(time.Second)
 	b.list()
 	b.list()
-	want.Traffic, want.Duration, want.Lost = entry(0, 4).Traffic, time.Second, true
+	want.Traffic, want.Timed, want.Duration, want.Lost = entry(0, 4).Traffic, true, time.Second, true
 	if len(b.ends) != 3 || b.ends[2] != want {
 		t.Errorf("ended:\n got %+v\nwant %+v", b.ends[2:], want)
 	}

@@ -104,13 +104,23 @@ type Event struct {
 	Protocol rules.Protocol
 	Client   netip.AddrPort
 	Port     rules.Port     // local port, on the pod
+	Local    netip.AddrPort // destination of the client's packets: the pod, and Port
 	Server   netip.AddrPort // destination of the redirect
 	Reserved netip.AddrPort // source that the server sees
 	// For an ended connection:
 	Traffic
-	Accounted bool          // Traffic is valid
-	Duration  time.Duration // accurate to some milliseconds; zero: its begin was not seen
-	Lost      bool          // there was no event of its end; Traffic is the last known
+	Accounted bool    // Traffic is valid
+	Outcome   Outcome // empty: unknown
+	Timed     bool    // Duration is valid: its begin was seen
+	// Duration is the time until the last FIN or RST, or until the last packet. It is
+	// accurate to some milliseconds for the outcomes closed, reset and refused. For the
+	// others it is the time of the entry without its timeout: accurate to some
+	// milliseconds with nf_conntrack_timestamp, otherwise up to a minute too long, and
+	// accurate to a second for the outcome removed. The kernel shortens the timeout of
+	// an established TCP connection with unacknowledged data; if it is older than that
+	// of others, this cannot be seen, and Duration is too short by the difference.
+	Duration time.Duration
+	Lost     bool // there was no event of its end; Traffic is the last known
 }
 
 // Options configure a Tracker.
@@ -145,7 +155,8 @@ type Tracker struct {
 }
 
 // Open begins to track the network namespace of the calling thread. It enables the
-// kernel's counting of packets and bytes (nf_conntrack_acct).
+// kernel's counting of packets and bytes (nf_conntrack_acct), and for the audit log its
+// times of connections (nf_conntrack_timestamp).
 func Open(o Options) (*Tracker, error) {
 	if !o.Source.Is4() {
 		return nil, fmt.Errorf("track connections from %q: not an IPv4 address", o.Source)
@@ -168,7 +179,7 @@ func (t *Tracker) open(o Options) error {
 		groups = append(groups, unix.NFNLGRP_CONNTRACK_DESTROY)
 	}
 	if o.Audit != nil {
-		groups = append(groups, unix.NFNLGRP_CONNTRACK_NEW)
+		groups = append(groups, unix.NFNLGRP_CONNTRACK_NEW, unix.NFNLGRP_CONNTRACK_UPDATE)
 	}
 	if len(groups) == 0 {
 		return nil
@@ -179,6 +190,9 @@ func (t *Tracker) open(o Options) error {
 	}
 	// The subscription has loaded the module, so its sysctls exist.
 	t.accounted = startAccounting(t.log)
+	if o.Audit != nil {
+		startTimestamps(t.log)
+	}
 	checkEvents(t.log)
 	if o.Count {
 		t.mu.Lock()
@@ -323,7 +337,11 @@ func (t *Tracker) take(m message) {
 	}
 	switch m.kind {
 	case subsystem | messageNew:
-		t.book.began(&r, time.Now())
+		if m.flags&unix.NLM_F_CREATE != 0 {
+			t.book.began(&r, time.Now())
+		} else {
+			t.book.changed(&r, time.Now())
+		}
 	case subsystem | messageDelete:
 		t.book.ended(&r, time.Now())
 	}

@@ -349,7 +349,7 @@ func TestAudit(t *testing.T) {
 	exchange(t, conn, 12)
 	began := <-events
 	want := Event{
-		Began: true, Protocol: rules.UDP, Client: conn.LocalAddr().(*net.UDPAddr).AddrPort(), Port: 53,
+		Began: true, Protocol: rules.UDP, Client: conn.LocalAddr().(*net.UDPAddr).AddrPort(), Port: 53, Local: netip.MustParseAddrPort("127.0.0.98:53"),
 		Server:   netip.MustParseAddrPort("127.0.0.25:5353"),
 		Reserved: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.99"), began.Reserved.Port()),
 	}
@@ -358,8 +358,8 @@ func TestAudit(t *testing.T) {
 	}
 	forget(t)
 	ended := <-events
-	want.Began, want.Accounted, want.Traffic = false, true, Traffic{1, 40, 1, 40}
-	if want.Duration = ended.Duration; ended != want || ended.Duration <= 0 || ended.Duration > time.Since(begin) {
+	want.Began, want.Accounted, want.Traffic, want.Timed, want.Outcome = false, true, Traffic{1, 40, 1, 40}, true, Removed
+	if want.Duration = ended.Duration; ended != want || ended.Duration < 0 || ended.Duration > time.Since(begin) {
 		t.Errorf("ended:\n got %+v\nwant %+v", ended, want)
 	}
 	// A connection whose line was removed, and one without a redirect.
@@ -474,6 +474,7 @@ func TestSysctls(t *testing.T) {
 func TestReadOnlySysctls(t *testing.T) {
 	redirect(t)
 	setSysctl(t, accountingSysctl, "0")
+	setSysctl(t, timestampSysctl, "0")
 	serve(t, "127.0.0.25:8080", "127.0.0.25:5353")
 	if err := unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
@@ -484,6 +485,12 @@ func TestReadOnlySysctls(t *testing.T) {
 	var log bytes.Buffer
 	o := options
 	o.Log = slog.New(slog.NewTextHandler(&log, nil))
+	var ended []Event
+	o.Audit = func(e Event) {
+		if !e.Began {
+			ended = append(ended, e)
+		}
+	}
 	tracker, err := Open(o)
 	if err := unix.Unmount("/proc/sys", 0); err != nil {
 		t.Fatal(err)
@@ -492,13 +499,16 @@ func TestReadOnlySysctls(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tracker.Close()
-	if s := log.String(); !strings.Contains(s, "level=WARN") || !strings.Contains(s, "net.netfilter.nf_conntrack_acct=1") {
+	if s := log.String(); !strings.Contains(s, "level=WARN") || !strings.Contains(s, "net.netfilter.nf_conntrack_acct=1") || !strings.Contains(s, "net.netfilter.nf_conntrack_timestamp=1") {
 		t.Errorf("log:\n%s", s)
 	}
 	exchange(t, dial(t, "udp4", "127.0.0.98:53"), 6)
 	forget(t)
 	if r := counts(t, tracker); r.Accounted || r.Lines[1].Counts != (Counts{Connections: 1}) {
 		t.Errorf("got %+v", r)
+	}
+	if len(ended) != 1 || ended[0].Outcome != Removed || ended[0].Accounted || !ended[0].Timed {
+		t.Errorf("ended: %+v", ended)
 	}
 }
 

@@ -3,6 +3,7 @@ package conntrack
 import (
 	"encoding/binary"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,12 +21,15 @@ const (
 	ctaTupleReply    = 2
 	ctaStatus        = 3
 	ctaProtoInfo     = 4
+	ctaTimeout       = 7
 	ctaMark          = 8
 	ctaCountersOrig  = 9
 	ctaCountersReply = 10
 	ctaID            = 12
 	ctaTupleMaster   = 14
+	ctaTimestamp     = 20
 	ctaMarkMask      = 21
+	ctaEventTime     = 27 // CTA_TIMESTAMP_EVENT, since Linux 6.14
 
 	ctaTupleIP      = 1 // in ctaTuple…
 	ctaTupleProto   = 2
@@ -35,8 +39,11 @@ const (
 	ctaProtoSrcPort = 2
 	ctaProtoDstPort = 3
 
-	ctaProtoInfoTCP      = 1 // in ctaProtoInfo
-	ctaProtoInfoTCPState = 1 // in ctaProtoInfoTCP
+	ctaProtoInfoTCP   = 1 // in ctaProtoInfo
+	ctaProtoInfoSCTP  = 3
+	ctaProtoInfoState = 1 // in ctaProtoInfo…
+
+	ctaTimestampStop = 2 // in ctaTimestamp
 
 	ctaCountersPackets = 1 // in ctaCounters…
 	ctaCountersBytes   = 2
@@ -47,15 +54,10 @@ const (
 
 // Bits of an entry's status (linux/netfilter/nf_conntrack_common.h).
 const (
-	statusDNAT  = 1 << 5 // IPS_DST_NAT
-	statusDying = 1 << 9 // IPS_DYING
-)
-
-// The states of a closed TCP connection whose entry waits for its timeout
-// (linux/netfilter/nf_conntrack_tcp.h, enum tcp_conntrack).
-const (
-	tcpTimeWait = 7
-	tcpClose    = 8
+	statusSeenReply = 1 << 1 // IPS_SEEN_REPLY
+	statusAssured   = 1 << 2 // IPS_ASSURED
+	statusDNAT      = 1 << 5 // IPS_DST_NAT
+	statusDying     = 1 << 9 // IPS_DYING
 )
 
 // genericLength is the length of netfilter's header, which follows netlink's
@@ -91,10 +93,20 @@ type record struct {
 	key
 	server, reserved endpoint // source and destination of replies
 	mark, status     uint32
-	accounted        bool // Traffic is valid
-	closed           bool // closed, and its entry waits for its timeout
+	accounted        bool  // Traffic is valid
+	state            uint8 // of TCP or SCTP; 0: unknown
 	Traffic
+	// left is the time that the kernel would have kept an entry that was deleted, in
+	// whole seconds (since Linux 5.10); 0: it expired.
+	left time.Duration
+	// at is the time of an event, as far as the kernel sends it, in Unix nanoseconds.
+	// It sends both times only with nf_conntrack_timestamp. For the end of an entry it
+	// is the time when it expired, which the kernel notices up to a minute later.
+	at int64
 }
+
+// closed reports whether it is a closed TCP connection whose entry waits for its timeout.
+func (r *record) closed() bool { return r.protocol == rules.TCP && over(r.protocol, r.state) }
 
 // decode decodes an entry from a message without its first header. It returns
 // false for an entry that is not IPv4.
@@ -115,7 +127,17 @@ func decode(b []byte) (r record, ok bool) {
 		case ctaID:
 			r.id = uint32(number(data))
 		case ctaProtoInfo:
-			r.closed = isClosed(data)
+			r.state = decodeState(data)
+		case ctaTimeout:
+			r.left = time.Duration(number(data)) * time.Second //nolint:gosec // a number of 32 bits
+		case ctaTimestamp:
+			if stop, ok := find(data, ctaTimestampStop); ok {
+				r.at = int64(number(stop)) //nolint:gosec // until 2262
+			}
+		case ctaEventTime:
+			if r.at == 0 {
+				r.at = int64(number(data)) //nolint:gosec // until 2262
+			}
 		case ctaCountersOrig:
 			r.PacketsOut, r.BytesOut = decodeCounters(data)
 			r.accounted = true
@@ -158,18 +180,25 @@ func decodeCounters(b []byte) (packets, bytes uint64) {
 	return packets, bytes
 }
 
-func isClosed(b []byte) bool {
-	for kind, data, rest, more := attribute(b); more; kind, data, rest, more = attribute(rest) {
-		if kind != ctaProtoInfoTCP {
-			continue
-		}
-		for inner, value, left, ok := attribute(data); ok; inner, value, left, ok = attribute(left) {
-			if state := number(value); inner == ctaProtoInfoTCPState {
-				return state == tcpTimeWait || state == tcpClose
-			}
+// decodeState returns the state of a TCP or SCTP connection, 0 if there is none.
+func decodeState(b []byte) uint8 {
+	for _, protocol := range []uint16{ctaProtoInfoTCP, ctaProtoInfoSCTP} {
+		if data, ok := find(b, protocol); ok {
+			state, _ := find(data, ctaProtoInfoState)
+			return uint8(number(state))
 		}
 	}
-	return false
+	return 0
+}
+
+// find returns the attribute of a kind among those in b.
+func find(b []byte, kind uint16) (data []byte, ok bool) {
+	for k, data, rest, more := attribute(b); more; k, data, rest, more = attribute(rest) {
+		if k == kind {
+			return data, true
+		}
+	}
+	return nil, false
 }
 
 // attribute splits the first attribute of netlink(7) off b.
@@ -214,6 +243,7 @@ func request(kind, flags uint16, sequence uint32, attributes ...[2]uint32) []byt
 // A message is a netlink(7) message.
 type message struct {
 	kind     uint16
+	flags    uint16
 	sequence uint32
 	data     []byte
 }
@@ -232,6 +262,7 @@ func split(b []byte) (m message, rest []byte, ok bool) {
 	}
 	m = message{
 		kind:     binary.NativeEndian.Uint16(b[4:]),
+		flags:    binary.NativeEndian.Uint16(b[6:]),
 		sequence: binary.NativeEndian.Uint32(b[8:]),
 		data:     b[unix.SizeofNlMsghdr:length],
 	}

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bufferSize is the size of the buffer for events that wait while this process
-// does not run: some 10,000 connections, in bytes by the kernel's accounting.
+// bufferSize is the size of the buffer for events of one kind that wait while this
+// process does not run: some 10,000, in bytes by the kernel's accounting.
 const bufferSize = 8 << 20
 
 // A socket is a netlink(7) socket in the network namespace of the thread that
@@ -51,8 +51,8 @@ func (s *socket) prepare(groups []int) error {
 		return nil
 	}
 	// If that is not permitted, net.core.rmem_max is the limit (socket(7)).
-	if unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bufferSize) != nil {
-		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bufferSize); err != nil {
+	if unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, len(groups)*bufferSize) != nil {
+		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, len(groups)*bufferSize); err != nil {
 			return os.NewSyscallError("setsockopt", err)
 		}
 	}
