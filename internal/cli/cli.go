@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -257,6 +258,9 @@ func (p Process) queueLog(l config.Log) {
 	p.logs.Start(func(out io.Writer, lines uint64) {
 		logger(out, config.Log{JSON: l.JSON, Level: slog.LevelWarn}).Warn("log lines dropped", "lines", lines)
 	})
+	// Libraries, such as the client of net/http, have no other logger.
+	log.SetFlags(0)
+	log.SetOutput(slog.NewLogLogger(logger(p.Stderr, l).Handler(), slog.LevelDebug).Writer())
 }
 
 // stopped reports whether an error is an interruption by a signal with a complete
