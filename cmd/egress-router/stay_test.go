@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -150,6 +151,12 @@ func TestAuditLogHasConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	client := conn.LocalAddr().String()
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, conn); err != nil {
+		t.Fatal(err)
+	}
 	_ = conn.Close()
 	// The kernel keeps the entry of an ended connection for a while: delete it.
 	r.AwaitLog(1, "connection begins")
@@ -173,7 +180,7 @@ func TestAuditLogHasConnections(t *testing.T) {
 				t.Errorf("%s: %s is %v, want %v", line, key, got[key], value)
 			}
 		}
-		if got["msg"] == "connection ends" && (got["packets_sent"].(float64) < 3 || got["bytes_received"].(float64) < 100 || got["seconds"].(float64) <= 0) {
+		if got["msg"] == "connection ends" && (got["packets_sent"].(float64) < 3 || got["bytes_received"].(float64) < 100 || got["seconds"].(float64) <= 0 || got["outcome"] != "closed") {
 			t.Errorf("counters of the connection: %s", line)
 		}
 	}
