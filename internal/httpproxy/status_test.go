@@ -1,7 +1,9 @@
 package httpproxy
 
 import (
+	"io"
 	"net"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -29,7 +31,9 @@ func (p *testProxy) wantRunning(t *testing.T, want int) {
 
 func TestStatus(t *testing.T) {
 	server := serve(t, func(conn *net.TCPConn) {
-		header(conn)
+		if strings.HasPrefix(header(conn), "POST ") { // or the proxy may drop the body
+			_, _ = io.ReadFull(conn, make([]byte, 5))
+		}
 		send(t, conn, "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
 	})
 	_, port, _ := net.SplitHostPort(server)
