@@ -349,7 +349,8 @@ func TestProxyModesOnlyConfigureNetwork(t *testing.T) {
 						p.Errorf("state lacks %q:\n%s", want, state)
 					}
 				}
-				for _, never := range []string{"SNAT", "DNAT", "snat", "dnat"} {
+				// Connections are marked, packets are not.
+				for _, never := range []string{"SNAT", "DNAT", "snat", "dnat", "-j MARK", "meta mark set"} {
 					if strings.Contains(p.Rules(), never) {
 						p.Errorf("the rules have %s:\n%s", never, p.Rules())
 					}
