@@ -187,7 +187,7 @@ func (c *ftpClient) open(command string) net.Conn {
 			c.p.Errorf("data connection from %s, want the address that the client knows", from)
 		}
 	case "PASV", "EPSV":
-		at := netip.AddrPortFrom(lab.RouterAddr, 0)
+		var at netip.AddrPort
 		if answer := c.do(command, "22"); command == "PASV" {
 			_, inside, _ := strings.Cut(answer, "(")
 			if at, err = fromCommas(inside); err != nil || at.Addr() != lab.RouterAddr {
