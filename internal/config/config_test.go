@@ -104,6 +104,7 @@ func TestParse(t *testing.T) {
 				c.Helpers = []rules.Helper{{Name: "ftp", Protocol: rules.TCP, Port: 21}, {Name: "sip", Protocol: rules.TCP, Port: 5060}, {Name: "sip", Protocol: rules.UDP, Port: 5060}}
 			},
 		},
+		"no helpers": {func(e *Environment) { e.Helpers = " , " }, func(c *Config) { c.Warnings = []string{`EGRESS_HELPERS " , " names no helper`} }},
 		"helpers of a proxy": {
 			func(e *Environment) { e.Mode, e.Helpers = "http-proxy", "ftp" },
 			func(c *Config) {

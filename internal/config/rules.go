@@ -75,6 +75,9 @@ func (c *Config) parseHelpers(s string) *Error {
 		names = append(names, name)
 		c.Helpers = append(c.Helpers, rules.HelperGroups[at].Helpers...)
 	}
+	if s != "" && len(names) == 0 {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_HELPERS %s names no helper", quote(s)))
+	}
 	if len(names) > 0 && !c.Mode.Redirects() {
 		c.Helpers = nil
 		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_HELPERS has no effect in mode %s: nothing is redirected", c.Mode))
