@@ -107,7 +107,7 @@ func (l *listener) Close() error {
 	err := l.TCPListener.Close()
 	l.once.Do(func() {
 		close(l.closed)
-		l.shares.close()
+		l.close()
 	})
 	return err
 }

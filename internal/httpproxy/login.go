@@ -111,7 +111,7 @@ func (c *clientConn) lose(s *serverConn) {
 	if mine && s.login {
 		l.lost.Store(true)
 		if l.between.Load() {
-			_ = c.TCPConn.SetReadDeadline(time.Unix(1, 0)) // wakes up net/http
+			_ = c.SetReadDeadline(time.Unix(1, 0)) // wakes up net/http
 		}
 	}
 }

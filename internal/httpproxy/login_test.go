@@ -15,7 +15,6 @@ import (
 // a handshake of two requests every request on the connection is the user's.
 type loginServer struct {
 	scheme  string
-	offered string // header of a response without a login; empty: WWW-Authenticate
 	closing string // header of the response that ends the handshake
 
 	ended chan string // the user of a connection that the client has closed

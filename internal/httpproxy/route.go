@@ -111,7 +111,7 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(ctx, a) })
 		}
 		v := list.Decide(d)
-		if n := v.Rule.Number; n > 0 && (n < decisive.Rule.Number || decisive.Rule.Number == 0) && !(ipv4 && a.Is6() && v.Rule.deniesFamily()) {
+		if n := v.Rule.Number; n > 0 && (n < decisive.Rule.Number || decisive.Rule.Number == 0) && (!ipv4 || a.Is4() || !v.Rule.deniesFamily()) {
 			decisive, at = v, a
 		}
 		switch {

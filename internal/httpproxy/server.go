@@ -98,11 +98,11 @@ func (s *socket) Read(p []byte) (int, error) {
 // readNow reads, and reports whether it need not wait.
 func (s *socket) readNow(fd uintptr) bool {
 	for {
-		if s.n, s.err = unix.Read(int(fd), s.p); s.err != unix.EINTR {
+		if s.n, s.err = unix.Read(int(fd), s.p); !errors.Is(s.err, unix.EINTR) {
 			break
 		}
 	}
-	if s.err != unix.EAGAIN {
+	if !errors.Is(s.err, unix.EAGAIN) {
 		return true
 	}
 	if !s.paused {
@@ -368,8 +368,8 @@ func silent(fd uintptr) bool {
 	var b [1]byte
 	for {
 		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		if err != unix.EINTR {
-			return err == unix.EAGAIN
+		if !errors.Is(err, unix.EINTR) {
+			return errors.Is(err, unix.EAGAIN)
 		}
 	}
 }
