@@ -54,7 +54,7 @@ func runDNSProxy(ctx context.Context, p Process) error {
 		return err
 	}
 	d.proxy = tcpproxy.New(tcpproxy.Options{
-		Resolver: names{resolver.New(resolver.Options{})}, Idle: c.Idle,
+		Resolver: names{resolver.New(resolver.Options{Log: d.log})}, Idle: c.Idle,
 		SendProxy: c.SendProxy, AccessLog: c.AccessLog || c.Debug, Log: d.log,
 	})
 	stop, err := d.reporter(p, c).start(ctx, d.log)

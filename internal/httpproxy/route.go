@@ -108,7 +108,7 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 		}
 		d := Destination{Host: r.target.host, Full: r.full, Addr: a, Local: local}
 		if r.target.host.Name == "" {
-			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(ctx, a) })
+			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(ctx, list, a) })
 		}
 		v := list.Decide(d)
 		if n := v.Rule.Number; n > 0 && (n < decisive.Rule.Number || decisive.Rule.Number == 0) && (!ipv4 || a.Is4() || !v.Rule.deniesFamily()) {
@@ -151,9 +151,9 @@ func (p *Proxy) local(a netip.Addr) (bool, error) {
 	return p.own(a)
 }
 
-// verifiedNames returns the names of an address that resolve to it. After an error or
-// a timeout there is none.
-func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
+// verifiedNames returns the names of an address that a rule matches and that resolve to
+// it. After an error or a timeout there is none.
+func (p *Proxy) verifiedNames(ctx context.Context, list Rules, a netip.Addr) []string {
 	if p.unnamed.has(a) {
 		return nil
 	}
@@ -169,6 +169,9 @@ func (p *Proxy) verifiedNames(ctx context.Context, a netip.Addr) []string {
 		return nil
 	}
 	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+		if !list.nameRule(name) {
+			return true
+		}
 		addrs, _, err := p.resolver.LookupAddr(ctx, clientOf(ctx), strings.TrimSuffix(name, ".")+".") // no search list
 		return err != nil || !slices.ContainsFunc(addrs, func(b netip.Addr) bool { return b.Unmap() == a })
 	})

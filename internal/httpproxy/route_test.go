@@ -55,9 +55,9 @@ func TestNoConnectionToItself(t *testing.T) {
 }
 
 // Look-ups of a request are those of its client, and of a name with a final dot without
-// the search list.
+// the search list. Of the names of an address, only those are looked up that matter.
 func TestLookUpOfClient(t *testing.T) {
-	asked := &askedZone{zone: zone{"search": {"corp.test"}, "203.0.113.1": {"one.example"}, "a.corp.test": {"203.0.113.1"}}}
+	asked := &askedZone{zone: zone{"search": {"corp.test"}, "203.0.113.1": {"one.example", "one.test"}, "a.corp.test": {"203.0.113.1"}}}
 	p := start(t, "*.example\n*", nil, func(p *Proxy) { p.resolver = asked })
 	server := serve(t, func(*net.TCPConn) {})
 	_, port, err := net.SplitHostPort(server)

@@ -9,13 +9,19 @@ import (
 )
 
 // A cache keeps the results of look-ups, also the failed ones, and concurrent callers
-// share one look-up of a key. Its size is bounded, since names come from clients too.
+// share one look-up of a key. Its size is bounded, since names and answers come from
+// anybody.
 type cache[K comparable, V any] struct {
-	max     int
-	slots   *slots // of the queries of look-ups
+	max     int         // number of entries
+	size    func(V) int // of a value, in bytes
+	slots   *slots      // of the queries of look-ups
 	mu      sync.Mutex
 	entries map[K]*entry[V]
+	bytes   int // size of all values
 }
+
+// maxBytes is the maximum size of the values of a cache.
+const maxBytes = 4 << 20
 
 // An entry is the result for one key. The cache's lock guards it.
 type entry[V any] struct {
@@ -34,8 +40,8 @@ type flight struct {
 	cancel  context.CancelFunc
 }
 
-func newCache[K comparable, V any](limit int, s *slots) *cache[K, V] {
-	return &cache[K, V]{max: limit, slots: s, entries: map[K]*entry[V]{}}
+func newCache[K comparable, V any](limit int, size func(V) int, s *slots) *cache[K, V] {
+	return &cache[K, V]{max: limit, size: size, slots: s, entries: map[K]*entry[V]{}}
 }
 
 // get returns the value of a key and when it expires. It calls lookUp if the entry has
@@ -50,7 +56,7 @@ func (c *cache[K, V]) get(ctx context.Context, client netip.Addr, key K, lookUp 
 	defer c.mu.Unlock()
 	e := c.entries[key]
 	if e == nil {
-		c.makeRoom()
+		c.makeRoom(1)
 		e = new(entry[V])
 		c.entries[key] = e
 	}
@@ -84,7 +90,7 @@ func (c *cache[K, V]) get(ctx context.Context, client netip.Addr, key K, lookUp 
 		f.cancel()
 		e.flight = nil
 		if e.until.IsZero() && e.expires.IsZero() && c.entries[key] == e {
-			delete(c.entries, key)
+			delete(c.entries, key) // it has no value
 		}
 	}
 	return e.value, e.expires, err
@@ -99,6 +105,7 @@ func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], f *flight, lookUp f
 	if e.flight != f {
 		return // nobody waits for it
 	}
+	c.bytes -= c.size(e.value)
 	now := time.Now()
 	e.err, e.until = err, now.Add(ttl)
 	switch {
@@ -108,8 +115,10 @@ func (c *cache[K, V]) fill(ctx context.Context, e *entry[V], f *flight, lookUp f
 		var none V
 		e.value, e.expires = none, time.Time{}
 	}
+	c.bytes += c.size(e.value)
 	close(f.done)
 	e.flight = nil
+	c.makeRoom(0)
 }
 
 // expire makes all entries expire.
@@ -121,26 +130,27 @@ func (c *cache[K, V]) expire() {
 	}
 }
 
-// makeRoom removes an entry if the cache is full: the one that expires first of a few
-// that the map's random order yields. A search through all entries would let a client
-// that always requests new names slow down all others.
-func (c *cache[K, V]) makeRoom() {
-	if len(c.entries) < c.max {
-		return
-	}
-	const few = 16
-	var victim K
-	var oldest *entry[V]
-	seen := 0
-	for key, e := range c.entries {
-		if e.flight == nil && (oldest == nil || e.until.Before(oldest.until)) {
-			victim, oldest = key, e
+// makeRoom removes entries until there is room for some more: each time the one that
+// expires first of a few that the map's random order yields. A search through all
+// entries would let a client that always requests new names slow down all others.
+func (c *cache[K, V]) makeRoom(more int) {
+	for len(c.entries)+more > c.max || c.bytes > maxBytes {
+		const few = 16
+		var victim K
+		var oldest *entry[V]
+		seen := 0
+		for key, e := range c.entries {
+			if e.flight == nil && (oldest == nil || e.until.Before(oldest.until)) {
+				victim, oldest = key, e
+			}
+			if seen++; seen >= few && oldest != nil {
+				break
+			}
 		}
-		if seen++; seen >= few && oldest != nil {
-			break
+		if oldest == nil {
+			return
 		}
-	}
-	if oldest != nil {
+		c.bytes -= c.size(oldest.value)
 		delete(c.entries, victim)
 	}
 }

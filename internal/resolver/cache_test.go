@@ -13,7 +13,7 @@ import (
 // Values and errors are kept for their time, and an old value comes with an error.
 func TestCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache[string, int](10, newSlots())
+		c := newCache[string](10, func(int) int { return 0 }, newSlots())
 		calls := 0
 		var err error
 		get := func(wantValue, wantCalls int, wantErr error) {
@@ -58,7 +58,7 @@ func TestCache(t *testing.T) {
 // never removes an entry with a look-up in progress.
 func TestCacheIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache[string, int](8, newSlots())
+		c := newCache[string](8, func(int) int { return 0 }, newSlots())
 		block := make(chan struct{})
 		fetch := func(ttl time.Duration) func(context.Context) (int, time.Duration, error) {
 			return func(context.Context) (int, time.Duration, error) { return 1, ttl, nil }
@@ -89,4 +89,30 @@ func TestCacheIsBounded(t *testing.T) {
 		close(block)
 		synctest.Wait()
 	})
+}
+
+// Large values count by their size.
+func TestCacheIsBoundedInBytes(t *testing.T) {
+	const size = maxBytes / 10
+	c := newCache[string](1000, func(n int) int { return n }, newSlots())
+	for i := range 100 {
+		if n, _, err := c.get(t.Context(), netip.Addr{}, fmt.Sprint(i), func(context.Context) (int, time.Duration, error) {
+			return size, time.Minute, nil
+		}); n != size || err != nil {
+			t.Error(n, err)
+		}
+		if want := min(i+1, 10); len(c.entries) != want || c.bytes != want*size {
+			t.Fatalf("after %d: %d entries of %d bytes", i+1, len(c.entries), c.bytes)
+		}
+	}
+	// Also the values of entries that are looked up again.
+	c.expire()
+	for key := range c.entries {
+		if _, _, err := c.get(t.Context(), netip.Addr{}, key, func(context.Context) (int, time.Duration, error) { return 1, time.Minute, nil }); err != nil {
+			t.Error(err)
+		}
+	}
+	if c.bytes != len(c.entries) {
+		t.Errorf("%d entries of %d bytes", len(c.entries), c.bytes)
+	}
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -30,6 +31,9 @@ const (
 	// maxUDP is the size of the largest UDP answer, in bytes, which is more than
 	// was requested: some servers ignore that.
 	maxUDP = 4 << 10
+	// maxRecords is the maximum number of records of an answer that are used, more
+	// than those of a name with its aliases. 64 KiB have room for 4,000.
+	maxRecords = 2 * maxAddrs
 )
 
 // An ednsMap has the name servers of which it is known whether they support EDNS.
@@ -199,12 +203,15 @@ func overTCP(ctx context.Context, c *conf, server string, q *dns.Msg) (*dns.Msg,
 	if err := conn.WriteMsg(q); err != nil {
 		return nil, err
 	}
-	buf := make([]byte, dns.MaxMsgSize)
-	n, err := conn.Read(buf)
+	raw, err := conn.ReadMsgHeader(nil)
 	if err != nil {
 		return nil, err
 	}
-	return parse(server, buf[:n], q)
+	m, err := parse(server, raw, q)
+	if err == nil && len(m.Answer) > maxRecords {
+		m.Answer = slices.Clone(m.Answer[:maxRecords])
+	}
+	return m, err
 }
 
 // parse parses an answer to a query. The error is a *refusal: an answer that cannot be

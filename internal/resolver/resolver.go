@@ -12,12 +12,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/miekg/dns"
 )
@@ -39,8 +41,18 @@ const (
 	MaxStale = 24 * time.Hour
 )
 
-// maxEntries is the maximum number of cached names, and of cached addresses.
-const maxEntries = 8192
+const (
+	// maxEntries is the maximum number of cached names, and of cached addresses.
+	maxEntries = 8192
+	// maxAddrs is the maximum number of addresses of a name that are used.
+	maxAddrs = 256
+	// maxNames is the maximum number of names of an address that are used. The HTTP
+	// proxy looks up each of them.
+	maxNames = 8
+	// warnEvery is the shortest interval of warnings about such answers, which
+	// clients may request.
+	warnEvery = time.Minute
+)
 
 // The errors of a look-up, for errors.Is.
 var (
@@ -93,33 +105,41 @@ func (e *Error) As(target any) bool {
 // not exist.
 func (e *Error) NotFound() bool { return !errors.Is(e.Err, ErrNoAnswer) }
 
-// Options are the files to read, for tests. The zero value means the system's files.
+// Options are the options of a Resolver. The zero value means the system's files and no
+// log.
 type Options struct {
-	Hosts      string // in place of /etc/hosts
-	ResolvConf string // in place of /etc/resolv.conf
+	Hosts      string       // in place of /etc/hosts, for tests
+	ResolvConf string       // in place of /etc/resolv.conf, for tests
+	Log        *slog.Logger // may be nil
 }
 
 // A Resolver looks up names. Its methods may be called from any goroutine. It need not
 // be closed.
 type Resolver struct {
-	hosts *file[hosts]
-	conf  *file[*conf]
-	addrs *cache[string, Answer]
-	names *cache[netip.Addr, []string]
-	edns  ednsMap
-	slots *slots               // of queries in progress
-	used  atomic.Pointer[conf] // the configuration of the cached answers
-	turn  atomic.Uint32        // index of the first server, with the option rotate
+	log    *slog.Logger
+	warned atomic.Int64 // time of the last warning, in nanoseconds since 1970
+	hosts  *file[hosts]
+	conf   *file[*conf]
+	addrs  *cache[string, Answer]
+	names  *cache[netip.Addr, []string]
+	edns   ednsMap
+	slots  *slots               // of queries in progress
+	used   atomic.Pointer[conf] // the configuration of the cached answers
+	turn   atomic.Uint32        // index of the first server, with the option rotate
 }
 
 // New returns a Resolver. It reads the files when they are first needed.
 func New(o Options) *Resolver {
 	slots := newSlots()
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
 	return &Resolver{
+		log:   o.Log,
 		hosts: &file[hosts]{name: cmp.Or(o.Hosts, "/etc/hosts"), parse: parseHosts},
 		conf:  &file[*conf]{name: cmp.Or(o.ResolvConf, "/etc/resolv.conf"), parse: parseConf},
-		addrs: newCache[string, Answer](maxEntries, slots),
-		names: newCache[netip.Addr, []string](maxEntries, slots),
+		addrs: newCache[string](maxEntries, Answer.size, slots),
+		names: newCache[netip.Addr](maxEntries, sizeOfNames, slots),
 		slots: slots,
 		edns:  ednsMap{with: map[string]time.Time{}, without: map[string]time.Time{}},
 	}
@@ -130,6 +150,16 @@ type Answer struct {
 	Addrs   []netip.Addr // IPv4 first, otherwise in the order of the answer
 	Name    string       // name that has the addresses, perhaps of the search list; lower case, no final dot
 	Expires time.Time    // in the past for an old answer
+}
+
+// size returns the size of an answer in bytes.
+func (a Answer) size() int { return len(a.Name) + len(a.Addrs)*int(unsafe.Sizeof(netip.Addr{})) }
+
+func sizeOfNames(names []string) (n int) {
+	for _, name := range names {
+		n += len(name) + int(unsafe.Sizeof(name))
+	}
+	return n
 }
 
 // LookupAddr returns the addresses of a host, IPv4 first, and the name that has them,
@@ -214,7 +244,7 @@ func (r *Resolver) LookupNames(ctx context.Context, client, a netip.Addr) ([]str
 				names = append(names, strings.TrimSuffix(ptr.Ptr, "."))
 			}
 		}
-		return names, found.ttl, nil
+		return limited(r, a, names, maxNames), found.ttl, nil
 	})
 	if err != nil {
 		return nil, err
@@ -251,7 +281,7 @@ func (r *Resolver) search(ctx context.Context, c *conf, name string) (Answer, ti
 	for i, candidate := range c.candidates(name) {
 		found := r.address(ctx, c, candidate.name)
 		if found.err == nil {
-			return Answer{Addrs: addresses(found.records), Name: strings.TrimSuffix(candidate.name, ".")}, found.ttl, nil
+			return Answer{Addrs: limited(r, candidate.name, addresses(found.records), maxAddrs), Name: strings.TrimSuffix(candidate.name, ".")}, found.ttl, nil
 		}
 		// A full name is searched below other domains only if it is known not to
 		// exist (RFC 1535): it could be another host there.
@@ -261,6 +291,19 @@ func (r *Resolver) search(ctx context.Context, c *conf, name string) (Answer, ti
 		failed = worse(failed, found, i == 0)
 	}
 	return Answer{}, failed.ttl, &Error{name, failed.err, failed.cause}
+}
+
+// limited returns the first of the records of a name or address, with a warning if there
+// are too many.
+func limited[T any](r *Resolver, of any, records []T, most int) []T {
+	if len(records) <= most {
+		return records
+	}
+	now, last := time.Now().UnixNano(), r.warned.Load()
+	if now-last > int64(warnEvery) && r.warned.CompareAndSwap(last, now) {
+		r.log.Warn("too many records", "name", of, "used", most)
+	}
+	return slices.Clone(records[:most])
 }
 
 // worse combines two failures into one: ErrNoAnswer before ErrNoAddress before

@@ -1,11 +1,14 @@
 package resolver
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -148,6 +151,37 @@ func TestStale(t *testing.T) {
 	if a, err := r.Lookup(ctx, netip.Addr{}, "a.example"); !errors.Is(err, context.DeadlineExceeded) || len(a.Addrs) != 1 {
 		t.Errorf("with too little time: %v, %v", a.Addrs, err)
 	}
+}
+
+// Of a name with thousands of addresses, and an address with thousands of names, the
+// first are used, with a warning that clients cannot multiply.
+func TestTooManyRecords(t *testing.T) {
+	t.Parallel()
+	s := serve(t)
+	var lines []string
+	for i := range 3000 {
+		lines = append(lines, fmt.Sprintf("a.example. 60 IN A 192.0.%d.%d", i/250, i%250), fmt.Sprintf("1.2.0.192.in-addr.arpa. 60 IN PTR n%d.example.", i))
+	}
+	s.set(append(lines, "b.example. 60 IN A 192.0.2.1")...)
+	var log bytes.Buffer // written before the answer returns
+	_, f := newResolver(t, "", s)
+	r := New(Options{Hosts: filepath.Join(f.dir, "hosts"), ResolvConf: filepath.Join(f.dir, "resolv.conf"), Log: slog.New(slog.NewTextHandler(&log, nil))})
+	addrs, _, err := r.LookupAddr(t.Context(), netip.Addr{}, "a.example")
+	if len(addrs) != maxAddrs || err != nil {
+		t.Errorf("%d addresses, %v", len(addrs), err)
+	}
+	if want := "level=WARN msg=\"too many records\" name=a.example. used=256\n"; !strings.HasSuffix(log.String(), want) {
+		t.Errorf("log %q, want %q", &log, want)
+	}
+	log.Reset()
+	names, err := r.LookupNames(t.Context(), netip.Addr{}, netip.MustParseAddr("192.0.2.1"))
+	if len(names) != maxNames || err != nil {
+		t.Errorf("%d names, %v", len(names), err)
+	}
+	if log.Len() > 0 {
+		t.Errorf("a second warning: %s", &log)
+	}
+	want(t, r, "b.example", "192.0.2.1")
 }
 
 // A truncated answer is queried again by TCP.

@@ -128,7 +128,7 @@ func (s *server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	}
 	m := new(dns.Msg)
 	m.SetReply(q)
-	m.RecursionAvailable = true
+	m.RecursionAvailable, m.Compress = true, true
 	known := false
 	for range 20 {
 		next := ""
