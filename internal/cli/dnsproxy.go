@@ -14,11 +14,13 @@ import (
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/resolver"
 	"github.com/egress-router/egress-router/internal/tcpproxy"
+	"github.com/egress-router/egress-router/rules"
 )
 
 // A dnsProxy is one run of the DNS proxy.
 type dnsProxy struct {
 	env   config.DNSProxyEnvironment
+	conf  config.DNSProxyConfig
 	log   *slog.Logger
 	proxy *tcpproxy.Proxy
 	list  []tcpproxy.Destination // in effect
@@ -48,6 +50,10 @@ func runDNSProxy(ctx context.Context, p Process) error {
 	d.log = logger(p.Stderr, c.Log)
 	for _, w := range c.Warnings {
 		d.log.Warn("configuration warning", "warning", w)
+	}
+	d.conf = c
+	if fault := c.CheckPorts(d.ports()); fault != nil {
+		return config.Errors{fault}
 	}
 	if c.UnitTest {
 		_, err := p.Stdout.Write(tcpproxy.UnitTest(d.list))
@@ -85,10 +91,23 @@ func (d *dnsProxy) parse(text string) error {
 	return err
 }
 
+// ports returns the ports of the list.
+func (d *dnsProxy) ports() []rules.Port {
+	var ports []rules.Port
+	for _, destination := range d.list {
+		ports = append(ports, destination.Port)
+	}
+	return ports
+}
+
 // reload reads the destination file and applies it. Open connections continue.
 func (d *dnsProxy) reload() error {
 	before := d.list
 	if fault := config.DNSProxyDestinations(d.env, readFile, d.parse); fault != nil {
+		return fault
+	}
+	if fault := d.conf.CheckPorts(d.ports()); fault != nil {
+		d.list = before
 		return fault
 	}
 	if !slices.Equal(before, d.list) {

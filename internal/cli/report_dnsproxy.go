@@ -47,9 +47,12 @@ func (d *dnsProxy) report(r *health.Report) {
 
 // portCheck returns the check of one destination.
 func portCheck(s tcpproxy.Status) health.Check {
-	c := health.Check{
-		Name: fmt.Sprintf("port %d", s.Destination.Port), Since: s.Since,
-		State: map[tcpproxy.Condition]health.State{tcpproxy.Usable: health.OK, tcpproxy.Impaired: health.Warning, tcpproxy.Unusable: health.Failed}[s.Condition],
+	c := health.Check{Name: fmt.Sprintf("port %d", s.Destination.Port), Since: s.Since}
+	switch {
+	case s.Err != nil:
+		c.State = health.Failed
+	case s.Condition != tcpproxy.Usable:
+		c.State = health.Warning // a restart does not help
 	}
 	count := fmt.Sprintf("%d addresses", s.Addresses)
 	if s.Addresses == 1 {

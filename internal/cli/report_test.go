@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -111,6 +113,31 @@ func TestReportDNSProxy(t *testing.T) {
 	check(right, connections, port)
 }
 
+// A new list with the port of the health endpoint is refused, and the previous one stays.
+func TestReloadWithHealthPort(t *testing.T) {
+	d := newDNSProxy(t, "18094 203.0.113.25 80")
+	d.conf.Health = netip.MustParseAddrPort("127.0.0.1:18095")
+	d.env.DestinationFile = filepath.Join(t.TempDir(), "destinations")
+	write := func(list string) {
+		t.Helper()
+		if err := os.WriteFile(d.env.DestinationFile, []byte(list), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("18095 203.0.113.25 80")
+	err := d.reload()
+	if err == nil || err.Error() != "hint: set another port in EGRESS_HEALTH_LISTEN, such as :9465\nEGRESS_HEALTH_LISTEN has port 18095, as has a line of EGRESS_DNS_PROXY_DESTINATION" {
+		t.Error(err)
+	}
+	if status := d.proxy.Status(); len(d.list) != 1 || d.list[0].Port != 18094 || len(status) != 1 || status[0].Destination.Port != 18094 || status[0].Err != nil {
+		t.Errorf("list %v, status %+v", d.list, status)
+	}
+	write("18096 203.0.113.25 80")
+	if err := d.reload(); err != nil || d.proxy.Status()[0].Destination.Port != 18096 {
+		t.Error(err, d.proxy.Status())
+	}
+}
+
 func TestPortCheck(t *testing.T) {
 	destination := tcpproxy.Destination{Port: 8443, Host: "www.example.com", ToPort: 443}
 	failed := errors.New("no such name")
@@ -119,10 +146,10 @@ func TestPortCheck(t *testing.T) {
 		"ok www.example.com:443: 2 addresses":                                   {Addresses: 2, Looked: true},
 		"warning www.example.com:443: 2 addresses, 1 unreachable":               {Condition: tcpproxy.Impaired, Addresses: 2, Aside: 1, Looked: true},
 		"warning www.example.com:443: 2 addresses, lookup failed: no such name": {Condition: tcpproxy.Impaired, Addresses: 2, LookupErr: failed, Looked: true},
-		"failed www.example.com:443: not looked up yet":                         {Condition: tcpproxy.Unusable},
-		"failed www.example.com:443: no address":                                {Condition: tcpproxy.Unusable, Looked: true},
-		"failed www.example.com:443: no address: no such name":                  {Condition: tcpproxy.Unusable, LookupErr: failed},
-		"failed www.example.com:443: 1 address, 1 unreachable":                  {Condition: tcpproxy.Unusable, Addresses: 1, Aside: 1},
+		"warning www.example.com:443: not looked up yet":                        {Condition: tcpproxy.Unusable},
+		"warning www.example.com:443: no address":                               {Condition: tcpproxy.Unusable, Looked: true},
+		"warning www.example.com:443: no address: no such name":                 {Condition: tcpproxy.Unusable, LookupErr: failed},
+		"warning www.example.com:443: 1 address, 1 unreachable":                 {Condition: tcpproxy.Unusable, Addresses: 1, Aside: 1},
 		"failed www.example.com:443: not listening: no such name":               {Condition: tcpproxy.Unusable, Err: failed},
 	} {
 		s.Destination = destination

@@ -1,11 +1,14 @@
 package config
 
 import (
+	"fmt"
 	"reflect"
 	"slices"
 	"time"
 
 	"github.com/kelseyhightower/envconfig"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // A DNSProxyEnvironment contains the variables of the DNS proxy, as Environment
@@ -74,6 +77,15 @@ func ParseDNSProxy(env DNSProxyEnvironment, readFile func(name string) ([]byte, 
 		c.Warnings = append(c.Warnings, env.list().from()+" contains no destination: the proxy listens on no port")
 	}
 	return c, nil
+}
+
+// CheckPorts checks that no destination has the port of the health endpoint: the proxy
+// listens on all addresses.
+func (c DNSProxyConfig) CheckPorts(ports []rules.Port) *Error {
+	if port := c.Health.Port(); port != 0 && slices.Contains(ports, rules.Port(port)) {
+		return &Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, as has a line of EGRESS_DNS_PROXY_DESTINATION", port), "hint: set another port in EGRESS_HEALTH_LISTEN, such as :9465"}
+	}
+	return nil
 }
 
 // DNSProxyDestinations reads the destination list, from the variable or the file,

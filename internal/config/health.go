@@ -125,6 +125,14 @@ func parseListen(variable, example, s string, set *netip.AddrPort) *Error {
 	return nil
 }
 
+// collide reports whether two listen addresses exclude each other.
+func collide(a, b netip.AddrPort) bool {
+	all := func(a, b netip.Addr) bool { // whether a includes b
+		return !a.IsValid() || a == netip.IPv6Unspecified() || a == netip.IPv4Unspecified() && b.Is4()
+	}
+	return a.Port() == b.Port() && (a.Addr() == b.Addr() || all(a.Addr(), b.Addr()) || all(b.Addr(), a.Addr()))
+}
+
 // A Log is the format and level of log lines.
 type Log struct {
 	JSON  bool

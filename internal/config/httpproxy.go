@@ -89,6 +89,9 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 		env.Mode = ""
 	}
 	c.parse("EGRESS_HTTP_PROXY_MODE", env.Mode, env.ProxyEnvironment, report)
+	if c.Health.Port() != 0 && collide(c.Health, c.Listen) {
+		report(&Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, as has EGRESS_HTTP_PROXY_LISTEN", c.Health.Port()), "hint: set another port in EGRESS_HEALTH_LISTEN, such as :9465"})
+	}
 	if len(faults) > 0 {
 		faults.explain(env)
 		return HTTPProxyConfig{}, faults.with(unknown)

@@ -81,6 +81,24 @@ func TestParseHTTPProxyFindsAll(t *testing.T) {
 	}
 }
 
+// The health endpoint cannot have the address of the proxy.
+func TestHTTPProxyHealthPort(t *testing.T) {
+	const want = "hint: set another port in EGRESS_HEALTH_LISTEN, such as :9465\nEGRESS_HEALTH_LISTEN has port 8080, as has EGRESS_HTTP_PROXY_LISTEN"
+	for _, test := range []struct {
+		listen, health string
+		bad            bool
+	}{
+		{"", ":8080", true}, {"", "10.128.0.98:8080", true}, {"10.128.0.98:8080", ":8080", true}, {"10.128.0.98:8080", "0.0.0.0:8080", true},
+		{"10.128.0.98:8080", "[::]:8080", true}, {"[::1]:8080", "[::1]:8080", true}, {"0.0.0.0:8080", "[::]:8080", true},
+		{"", ":9465", false}, {"127.0.0.1:8080", "10.128.0.98:8080", false}, {"0.0.0.0:8080", "[::1]:8080", false}, {":3128", ":8080", false},
+	} {
+		_, err := ParseHTTPProxy(HTTPProxyEnvironment{Destination: "a", Listen: test.listen, ProxyEnvironment: ProxyEnvironment{HealthListen: test.health}}, noFile, onlyA)
+		if (err != nil) != test.bad || err != nil && err.Error() != want {
+			t.Errorf("%q and %q: %v", test.listen, test.health, err)
+		}
+	}
+}
+
 func TestParseHTTPProxyFile(t *testing.T) {
 	for name, test := range map[string]struct {
 		env     HTTPProxyEnvironment
