@@ -2,7 +2,6 @@ package resolver
 
 import (
 	"context"
-	"errors"
 	"net/netip"
 	"slices"
 	"sync"
@@ -23,9 +22,21 @@ const (
 
 // The causes with which slots end a query.
 var (
-	errSlow = errors.New("no answer within " + slowQuery.String() + ", and other look-ups of this client wait")
-	errBusy = errors.New("too many look-ups of this client wait")
+	errSlow = &overload{"no answer within " + slowQuery.String() + ", and other look-ups of this client wait"}
+	errBusy = &overload{"too many look-ups of this client wait"}
 )
+
+// An overload is the error of a query that ends in favour of others. It is a time-out, a
+// net.Error.
+type overload struct{ text string }
+
+func (e *overload) Error() string { return e.text }
+
+// Timeout reports true.
+func (e *overload) Timeout() bool { return true }
+
+// Temporary reports true.
+func (e *overload) Temporary() bool { return true }
 
 // slots distribute a number of sockets among the queries of clients, so that names
 // without an answer delay nobody else.
