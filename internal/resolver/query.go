@@ -162,7 +162,7 @@ func (r *Resolver) askOne(ctx context.Context, c *conf, server, name string, qty
 	}
 	defer done()
 	m, err := r.exchange(ctx, c, server, name, qtype)
-	if err != nil && context.Cause(ctx) == errSlow {
+	if err != nil && errors.Is(context.Cause(ctx), errSlow) {
 		err = fmt.Errorf("querying name server %s: %w", server, errSlow)
 	}
 	return m, err

@@ -166,10 +166,10 @@ func TestSlots(t *testing.T) {
 		want("the last one runs", last.has(), false)
 
 		// Slow ones end when others wait, those of one client for that client.
-		time.Sleep(slowQuery - 1)
+		time.Sleep(slowQuery - time.Millisecond)
 		synctest.Wait()
 		want("a query that is not slow yet ended", first[2].ctx.Err() != nil, false)
-		time.Sleep(1)
+		time.Sleep(time.Millisecond)
 		synctest.Wait()
 		want("the first query is slow", context.Cause(first[2].ctx) == errSlow, true)
 		want("a second one ended for one that waits", first[3].ctx.Err() != nil, false)
