@@ -4,7 +4,7 @@ package cli
 // collection, even if it uses next to nothing. By default the runtime collects at
 // 4 MiB, which is dozens of times a second under load, and delays requests each
 // time. The DNS proxy leaves too little garbage to gain by it.
-const floorSize = 16 << 20
+const floorSize = 12 << 20
 
 // garbageFloor returns an allocation that sets that floor while it is kept: it counts
 // as in use, and the collector runs when the heap has doubled (GOGC in package

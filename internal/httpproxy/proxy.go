@@ -64,7 +64,7 @@ type Proxy struct {
 // of most servers, a minute or more.
 const (
 	keptPerServer = 256
-	kept          = 2048
+	kept          = 1024
 	keptFor       = 50 * time.Second
 )
 

@@ -43,7 +43,7 @@ const (
 
 const (
 	// maxEntries is the maximum number of cached names, and of cached addresses.
-	maxEntries = 8192
+	maxEntries = 4096
 	// maxAddrs is the maximum number of addresses of a name that are used.
 	maxAddrs = 256
 	// maxNames is the maximum number of names of an address that are used. The HTTP
