@@ -3,6 +3,7 @@ package httpproxy
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"net"
 	"net/http"
 	"net/netip"
@@ -163,7 +164,7 @@ func (p *Proxy) verifiedNames(ctx context.Context, list Rules, a netip.Addr) []s
 	names, err := p.resolver.LookupNames(ctx, clientOf(ctx), a)
 	if err != nil {
 		p.log.Debug("reverse lookup failed", "address", a, "error", err)
-		if isTimeout(err) && client.Err() == nil {
+		if isTimeout(err) && client.Err() == nil && !overloaded(err) {
 			p.unnamed.add(a)
 		}
 		return nil
@@ -175,6 +176,16 @@ func (p *Proxy) verifiedNames(ctx context.Context, list Rules, a netip.Addr) []s
 		addrs, _, err := p.resolver.LookupAddr(ctx, clientOf(ctx), strings.TrimSuffix(name, ".")+".") // no search list
 		return err != nil || !slices.ContainsFunc(addrs, func(b netip.Addr) bool { return b.Unmap() == a })
 	})
+}
+
+// overloaded reports whether a look-up has ended in favour of others of its client, so
+// that its failure holds for no other client.
+func overloaded(err error) bool {
+	_, is := errors.AsType[interface {
+		error
+		Overloaded() bool
+	}](err)
+	return is
 }
 
 // poolKey returns the key of idle connections to servers: only requests with the same

@@ -75,6 +75,34 @@ func TestLookUpOfClient(t *testing.T) {
 	}
 }
 
+// A look-up that ended in favour of others of its client does not make an address count
+// as one without a name for all clients.
+func TestOverloadIsNoSilence(t *testing.T) {
+	a := ip("203.0.113.9")
+	p := start(t, "*.example", nil, func(p *Proxy) { p.resolver = overloadedZone{} })
+	conn := p.connect(t)
+	send(t, conn, "CONNECT "+a.String()+":80 HTTP/1.1\r\nHost: x\r\n\r\n")
+	if answer, err := io.ReadAll(conn); !bytes.HasPrefix(answer, []byte("HTTP/1.1 403 ")) || err != nil {
+		t.Errorf("%q, %v", answer, err)
+	}
+	if p.unnamed.has(a) {
+		t.Error("the address counts as one without a name")
+	}
+}
+
+type overloadedZone struct{ zone }
+
+func (overloadedZone) LookupNames(context.Context, netip.Addr, netip.Addr) ([]string, error) {
+	return nil, overloadError{}
+}
+
+type overloadError struct{}
+
+func (overloadError) Error() string    { return "too many look-ups" }
+func (overloadError) Timeout() bool    { return true }
+func (overloadError) Temporary() bool  { return true }
+func (overloadError) Overloaded() bool { return true }
+
 // An askedZone records its look-ups.
 type askedZone struct {
 	zone

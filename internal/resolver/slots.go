@@ -38,6 +38,9 @@ func (e *overload) Timeout() bool { return true }
 // Temporary reports true.
 func (e *overload) Temporary() bool { return true }
 
+// Overloaded reports true: the error is the client's fault, not that of the name.
+func (e *overload) Overloaded() bool { return true }
+
 // slots distribute a number of sockets among the queries of clients, so that names
 // without an answer delay nobody else.
 //
