@@ -61,7 +61,7 @@ func TestServersWithoutEDNS(t *testing.T) {
 			s := serve(t)
 			s.set("a.example. 60 IN A 192.0.2.1", "b.example. 60 IN A 192.0.2.2")
 			var again atomic.Int64
-			s.first = func(w dns.ResponseWriter, q *dns.Msg) bool {
+			s.before(func(w dns.ResponseWriter, q *dns.Msg) bool {
 				if q.IsEdns0() == nil {
 					return false
 				}
@@ -70,7 +70,7 @@ func TestServersWithoutEDNS(t *testing.T) {
 				}
 				refuse(w, q)
 				return true
-			}
+			})
 			r, _ := newResolver(t, "options timeout:30 attempts:1\n", s)
 			want(t, r, "a.example", "192.0.2.1")
 			if !r.edns.lacks(s.addr + ":53") {

@@ -95,6 +95,13 @@ func (s *server) otherwise(how func(dns.ResponseWriter, *dns.Msg)) {
 	s.unknown = how
 }
 
+// before sets a handler of all queries, except those for which it returns false.
+func (s *server) before(how func(dns.ResponseWriter, *dns.Msg) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.first = how
+}
+
 // Handlers without an answer.
 func silence(dns.ResponseWriter, *dns.Msg) {}
 
