@@ -86,6 +86,21 @@ const (
 	Reject Target = "REJECT"
 )
 
+// A Reason is why a rule drops or rejects packets: the label of its counter.
+type Reason string
+
+// The reasons.
+const (
+	NotRedirected   Reason = "not-redirected"   // from the cluster side, and no redirect matches
+	Invalid         Reason = "invalid"          // part of no connection that may cross
+	PhysicalNetwork Reason = "physical-network" // from the physical network, and no reply
+	WrongSource     Reason = "source-guard"     // would leave with another source than the reserved address
+	OtherInterface  Reason = "other-interface"  // came, or would leave, by a third interface
+)
+
+// Reasons lists every reason.
+var Reasons = []Reason{NotRedirected, Invalid, PhysicalNetwork, WrongSource, OtherInterface}
+
 // A Mark is a set of bits in the 32-bit mark of a packet or a connection. Other
 // programs use other bits of it.
 type Mark uint32
@@ -135,6 +150,7 @@ type Rule struct {
 	ToPort Port // zero: the port is unchanged
 	Mark   Mark
 	Helper string // the kernel's name of a helper
+	Reason Reason // of Drop and Reject
 }
 
 // A Chain is an ordered list of our rules. A packet at Hook traverses it before
@@ -300,7 +316,7 @@ func NewPlan(set Set, sides Sides) Plan {
 		Chains: []Chain{
 			{IPv4, Mangle, Prerouting, []Rule{
 				{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
-				{In: sides.Egress, NotToward: sides.Source, Target: Drop},
+				{In: sides.Egress, NotToward: sides.Source, Target: Drop, Reason: PhysicalNetwork},
 				{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
 			}},
 			{IPv4, NAT, Prerouting, translate},
@@ -309,26 +325,29 @@ func NewPlan(set Set, sides Sides) Plan {
 				{In: sides.Egress, Out: sides.Cluster, Redirected: closed, Reply: true, Target: Return},
 				{In: sides.Egress, Out: sides.Cluster, Redirected: true, Expected: true, Original: true, Target: Return},
 				{In: sides.Cluster, Out: sides.Egress, Redirected: true, Expected: true, Reply: true, Target: Return},
-				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop},
-				{In: sides.Cluster, Protocol: TCP, Original: true, Target: Reject},
-				{In: sides.Cluster, Original: true, Target: Reject},
-				{Target: Drop},
+				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop, Reason: OtherInterface},
+				{In: sides.Cluster, Protocol: TCP, Original: true, Target: Reject, Reason: NotRedirected},
+				{In: sides.Cluster, Original: true, Target: Reject, Reason: NotRedirected},
+				{In: sides.Cluster, Target: Drop, Reason: Invalid},
+				{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
+				{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
+				{Target: Drop, Reason: OtherInterface},
 			}},
-			{IPv4, Filter, Input, append(inputRulesIPv4(sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop})},
+			{IPv4, Filter, Input, append(inputRulesIPv4(sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop, Reason: Invalid})},
 			{IPv4, Mangle, Output, []Rule{
 				{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
 			}},
 			{IPv4, Mangle, Postrouting, []Rule{
-				{Out: sides.Egress, RepliesNotTo: sides.Source, Confirmed: true, Original: true, Target: Drop},
-				{Out: sides.Egress, NotFrom: sides.Source, Unconnected: true, Target: Drop},
-				{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop},
+				{Out: sides.Egress, RepliesNotTo: sides.Source, Confirmed: true, Original: true, Target: Drop, Reason: WrongSource},
+				{Out: sides.Egress, NotFrom: sides.Source, Unconnected: true, Target: Drop, Reason: Invalid},
+				{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
 				{Protocol: TCP, SYN: true, Target: ClampMSS},
 			}},
 			{IPv4, NAT, Postrouting, []Rule{
 				{Out: sides.Egress, Target: SNAT, To: sides.Source},
 			}},
 			{IPv4, SourceGuard, Postrouting, []Rule{
-				{Out: sides.Egress, NotFrom: sides.Source, Target: Drop},
+				{Out: sides.Egress, NotFrom: sides.Source, Target: Drop, Reason: WrongSource},
 			}},
 		},
 	}
@@ -350,12 +369,12 @@ func NewProxyPlan(sides Sides) Plan {
 	return Plan{Chains: append([]Chain{
 		{IPv4, Mangle, Prerouting, []Rule{
 			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
-			{In: sides.Egress, NotToward: sides.Source, Target: Drop},
+			{In: sides.Egress, NotToward: sides.Source, Target: Drop, Reason: PhysicalNetwork},
 		}},
-		{IPv4, Filter, Forward, []Rule{{Target: Drop}}},
+		{IPv4, Filter, Forward, forwardNothing(sides)},
 		{IPv4, Filter, Input, inputRulesIPv4(sides)},
 		{IPv4, Mangle, Postrouting, []Rule{
-			{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop},
+			{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
 		}},
 	}, chainsIPv6(sides)...)}
 }
@@ -367,11 +386,20 @@ func NewProxyPlan(sides Sides) Plan {
 // anybody's for minutes. The sysctls against them may be out of reach.
 func inputRulesIPv4(sides Sides) []Rule {
 	return []Rule{
-		{Protocol: ICMP, Message: RedirectMessage, Target: Drop},
+		{Protocol: ICMP, Message: RedirectMessage, Target: Drop, Reason: Invalid},
 		{In: sides.Egress, Reply: true, Target: Return},
 		{In: sides.Egress, Toward: sides.Source, Protocol: ICMP, Message: EchoRequest, Target: Return},
-		{In: sides.Egress, Toward: sides.Source, Protocol: TCP, Original: true, Target: Reject},
-		{In: sides.Egress, Target: Drop},
+		{In: sides.Egress, Toward: sides.Source, Protocol: TCP, Original: true, Target: Reject, Reason: PhysicalNetwork},
+		{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
+		{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
+	}
+}
+
+// forwardNothing returns the rules that drop every forwarded packet.
+func forwardNothing(sides Sides) []Rule {
+	return []Rule{
+		{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
+		{Target: Drop, Reason: NotRedirected},
 	}
 }
 
@@ -379,21 +407,22 @@ func inputRulesIPv4(sides Sides) []Rule {
 // (RFC 4861). Of that, the physical network may not set routes, addresses and next
 // hops.
 func chainsIPv6(sides Sides) []Chain {
-	forward := []Rule{{Target: Drop}}
+	forward := forwardNothing(sides)
 	if sides.Crossing == CrossAll {
 		forward = []Rule{
 			{In: sides.Egress, Reply: true, Target: Return},
-			{In: sides.Egress, Target: Drop},
+			{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
 		}
 	}
 	return []Chain{
 		{IPv6, Filter, Forward, forward},
 		{IPv6, Filter, Input, []Rule{
-			{In: sides.Egress, Protocol: ICMPv6, Message: RouterAdvertisement, Target: Drop},
-			{In: sides.Egress, Protocol: ICMPv6, Message: RedirectMessageIPv6, Target: Drop},
+			{In: sides.Egress, Protocol: ICMPv6, Message: RouterAdvertisement, Target: Drop, Reason: PhysicalNetwork},
+			{In: sides.Egress, Protocol: ICMPv6, Message: RedirectMessageIPv6, Target: Drop, Reason: PhysicalNetwork},
 			{In: sides.Egress, Reply: true, Target: Return},
 			{In: sides.Egress, Protocol: ICMPv6, Target: Return},
-			{In: sides.Egress, Target: Drop},
+			{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
+			{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
 		}},
 	}
 }

@@ -59,6 +59,9 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
+-A EGRESS-FORWARD -i eth0 -j DROP
+-A EGRESS-FORWARD -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
+-A EGRESS-FORWARD -i macvlan0 -j DROP
 -A EGRESS-FORWARD -j DROP
 `,
 		`IPv4 filter EGRESS-INPUT
@@ -66,6 +69,7 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
+-A EGRESS-INPUT -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-INPUT -i macvlan0 -j DROP
 -A EGRESS-INPUT -i eth0 -m conntrack --ctstate INVALID -j DROP
 `,
@@ -82,6 +86,7 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
 `,
 		`IPv6 filter EGRESS-FORWARD
+-A EGRESS-FORWARD -i macvlan0 -j DROP
 -A EGRESS-FORWARD -j DROP
 `,
 		`IPv6 filter EGRESS-INPUT
@@ -89,6 +94,7 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-INPUT -i macvlan0 -p ipv6-icmp -m icmp6 --icmpv6-type 137 -j DROP
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -i macvlan0 -p ipv6-icmp -j RETURN
+-A EGRESS-INPUT -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-INPUT -i macvlan0 -j DROP
 `,
 	}
@@ -101,6 +107,9 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
+-A EGRESS-FORWARD -i eth0 -j DROP
+-A EGRESS-FORWARD -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
+-A EGRESS-FORWARD -i macvlan0 -j DROP
 -A EGRESS-FORWARD -j DROP
 `
 	open[7] = `IPv6 filter EGRESS-FORWARD
@@ -114,7 +123,7 @@ func TestIPTables(t *testing.T) {
 -A EGRESS-PREROUTING -i eth0 -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x1000/0x1000
 -A EGRESS-PREROUTING ! -d 192.168.12.99/32 -i macvlan0 -j DROP
 `,
-		"IPv4 filter EGRESS-FORWARD\n-A EGRESS-FORWARD -j DROP\n",
+		"IPv4 filter EGRESS-FORWARD\n-A EGRESS-FORWARD -i macvlan0 -j DROP\n-A EGRESS-FORWARD -j DROP\n",
 		strings.TrimSuffix(closed[3], "-A EGRESS-INPUT -i eth0 -m conntrack --ctstate INVALID -j DROP\n"),
 		`IPv4 mangle EGRESS-POSTROUTING
 -A EGRESS-POSTROUTING -s 192.168.12.99/32 -o eth0 -m conntrack --ctdir REPLY -m connmark ! --mark 0x1000/0x1000 -j DROP
@@ -193,6 +202,28 @@ func TestGuard(t *testing.T) {
 	}
 	if plan.Equal(without) {
 		t.Error("plans with and without redirects are equal")
+	}
+}
+
+// Exactly the rules that drop or reject have a reason, so that every packet is counted.
+func TestDropsHaveReasons(t *testing.T) {
+	all := sides
+	all.Crossing = CrossAll
+	used := make(map[Reason]bool)
+	for _, plan := range []Plan{NewPlan(exampleSet, sides), NewPlan(Set{}, all), NewProxyPlan(sides)} {
+		for _, c := range plan.Chains {
+			for _, r := range c.Rules {
+				if drops := r.Target == Drop || r.Target == Reject; drops != slices.Contains(Reasons, r.Reason) || !drops && r.Reason != "" {
+					t.Errorf("%s: rule %s has reason %q", c, r.append(nil, c.Family, false), r.Reason)
+				}
+				used[r.Reason] = true
+			}
+		}
+	}
+	for _, r := range Reasons {
+		if !used[r] {
+			t.Errorf("no rule has reason %q", r)
+		}
 	}
 }
 

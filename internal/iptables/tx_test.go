@@ -107,11 +107,15 @@ func TestScript(t *testing.T) {
 -A EGRESS-FORWARD -i eth0 ! -o macvlan0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j DROP
 -A EGRESS-FORWARD -i eth0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
 -A EGRESS-FORWARD -i eth0 -m conntrack --ctdir ORIGINAL -j REJECT --reject-with icmp-port-unreachable
+-A EGRESS-FORWARD -i eth0 -j DROP
+-A EGRESS-FORWARD -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
+-A EGRESS-FORWARD -i macvlan0 -j DROP
 -A EGRESS-FORWARD -j DROP
 -A EGRESS-INPUT -p icmp -m icmp --icmp-type 5 -j DROP
 -A EGRESS-INPUT -i macvlan0 -m conntrack --ctdir REPLY -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p icmp -m icmp --icmp-type 8 -j RETURN
 -A EGRESS-INPUT -d 192.168.12.99/32 -i macvlan0 -p tcp -m conntrack --ctdir ORIGINAL -j REJECT --reject-with tcp-reset
+-A EGRESS-INPUT -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
 -A EGRESS-INPUT -i macvlan0 -j DROP
 -A EGRESS-INPUT -i eth0 -m conntrack --ctstate INVALID -j DROP
 -I FORWARD 1 -j EGRESS-FORWARD
