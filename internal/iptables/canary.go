@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/egress-router/egress-router/rules"
 )
@@ -17,8 +18,10 @@ import (
 // as far as it prints them in another form than iptables-restore was given. It
 // belongs to the process, and is empty with a version that prints the same form.
 type spelling struct {
-	plan   rules.Plan // plan whose printed form is known
-	loads  int        // since the rules were last found as planned
+	plan  rules.Plan // plan whose printed form is known
+	loads int        // since the rules were last found as planned
+
+	mu     sync.Mutex // guards chains, which Drops reads at any time
 	chains map[chainID]form
 	jump   jumpForm
 }
@@ -57,12 +60,37 @@ func (s *spelling) parse(saved []byte) state {
 	found := parse(saved, s.jump)
 	for table, c := range found {
 		for chain, text := range c.chains {
-			if known, ok := s.chains[chainID{table, chain}]; ok && sha256.Sum256(text) == known.printed {
-				c.chains[chain] = known.loaded
-			}
+			c.chains[chain] = s.loaded(chainID{table, chain}, text)
 		}
 	}
 	return found
+}
+
+// loaded returns the rules of a chain as they were loaded, if text is their known
+// form, otherwise text.
+func (s *spelling) loaded(id chainID, text []byte) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if known, ok := s.chains[id]; ok && sha256.Sum256(text) == known.printed {
+		return known.loaded
+	}
+	return text
+}
+
+// know replaces the known forms.
+func (s *spelling) know(chains map[chainID]form, jump jumpForm) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.chains, s.jump = chains, jump
+}
+
+// share makes a known form refer to an equal text, since one copy is enough.
+func (s *spelling) share(id chainID, text []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if known := s.chains[id]; bytes.Equal(known.loaded, text) {
+		s.chains[id] = form{known.printed, text}
+	}
 }
 
 // A CanaryError means that the scratch chains could not be loaded, read back or
@@ -92,9 +120,7 @@ func (f *familyTx) recognise(ctx context.Context, plan rules.Plan, chains, befor
 					continue
 				}
 				have.chains[chain] = text // one copy is enough
-				if known := s.chains[chainID{table, chain}]; bytes.Equal(known.loaded, text) {
-					s.chains[chainID{table, chain}] = form{known.printed, text}
-				}
+				s.share(chainID{table, chain}, text)
 			default:
 				same = false
 				if countRules(found) != countRules(text) {
@@ -194,7 +220,7 @@ func (f *familyTx) canary(ctx context.Context, want state) error {
 	}
 	_, jump := cutChain(line)
 	before, after, _ := strings.Cut(string(jump), jumpTo)
-	f.spelling.chains, f.spelling.jump = chains, jumpForm{before, after}
+	f.spelling.know(chains, jumpForm{before, after})
 	f.now = f.spelling.parse(saved)
 	for table, c := range scratch {
 		maps.DeleteFunc(f.now.of(table).chains, func(chain string, _ []byte) bool { _, removed := c.chains[chain]; return removed })

@@ -51,7 +51,23 @@ const (
 // expressions returns a rule as the kernel's expressions, in the form in which the
 // kernel lists them, so that drift can be detected by comparison.
 func expressions(r rules.Rule) []expr.Any {
-	return append(matches(r), actions(r)...)
+	e := matches(r)
+	if r.Reason != "" {
+		e = append(e, &expr.Counter{})
+	}
+	return append(e, actions(r)...)
+}
+
+// takeCount returns the packets in the counter of a rule as the kernel lists it, and
+// makes the rule comparable: it sets the counter to zero.
+func takeCount(rule []expr.Any) (packets uint64) {
+	for _, e := range rule {
+		if c, ok := e.(*expr.Counter); ok {
+			packets = c.Packets
+			*c = expr.Counter{}
+		}
+	}
+	return packets
 }
 
 // matches returns the matches of the rule.

@@ -137,6 +137,7 @@ func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *ta
 			return fmt.Errorf("list rules of chain %s: %w", c.Name, err)
 		}
 		for _, r := range rules {
+			takeCount(r.Exprs)
 			found.rules = append(found.rules, listed(r.Exprs))
 		}
 		into.chains[c.Name] = found

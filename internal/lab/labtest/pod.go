@@ -468,7 +468,7 @@ func (p *Pod) rules() (string, error) {
 	slices.Sort(tables)
 	for _, name := range tables {
 		if strings.Contains(name, " egress-router") {
-			listed, err := p.tool("nft", "list "+name)
+			listed, err := p.tool("nft", "-s", "list "+name) // without the values of counters
 			if err != nil {
 				return "", err
 			}
