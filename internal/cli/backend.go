@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"os"
 	"time"
 
@@ -155,6 +156,17 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 		return undoGuard, err
 	}
 	return func() error { return errors.Join(undoRules(), undoGuard()) }, err
+}
+
+// Drops returns the counters of both.
+func (g *guarded) Drops(ctx context.Context, plan rules.Plan) (rules.Drops, error) {
+	drops, err := g.Rules.Drops(ctx, plan)
+	if err != nil || g.guard == nil {
+		return drops, err
+	}
+	guarded, err := g.guard.Drops(ctx, plan)
+	maps.Copy(drops, guarded)
+	return drops, err
 }
 
 func (b *backend) nftables(ctx context.Context) (router.Rules, error) {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
@@ -25,6 +26,7 @@ func (w *watch) reporter(p Process) reporter {
 		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen, logs: p.logs,
 		report: func(r *health.Report) {
 			reportRouter(r, w.keeper.Status(), w.config, time.Now())
+			reportDrops(r, w.keeper.Drops())
 			if err := w.alive(); err != nil {
 				r.Reasons = append(r.Reasons, err.Error())
 			}
@@ -116,6 +118,19 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 	}
 }
 
+// reportDrops reports dropped packets, if there are any: the rules do what they are for.
+func reportDrops(r *health.Report, drops map[rules.Reason]uint64) {
+	var parts []string
+	for _, reason := range rules.Reasons {
+		if n := drops[reason]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, reason))
+		}
+	}
+	if len(parts) > 0 {
+		r.Checks = append(r.Checks, health.Check{Name: "drops", State: health.OK, Since: r.Started, Detail: "packets: " + strings.Join(parts, ", ")})
+	}
+}
+
 func total(repairs map[router.RepairKind]uint64) (n uint64) {
 	for _, count := range repairs {
 		n += count
@@ -143,6 +158,10 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	}
 	emit(name+"reloads_total", float64(s.Reloads))
 	emit(name+"reload_failures_total", float64(s.ReloadFailures))
+	drops := w.keeper.Drops()
+	for _, reason := range rules.Reasons {
+		emit(name+"dropped_packets_total", float64(drops[reason]), string(reason))
+	}
 
 	t := w.tracker.Load()
 	if t == nil {

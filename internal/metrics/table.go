@@ -29,6 +29,7 @@ var Router = []Metric{
 	{"egress_router_snat_ports_in_use", Gauge, []string{"protocol", "destination"}, "Ports of the reserved address that connections to the destination's address and port use."},
 	{"egress_router_conntrack_entries", Gauge, nil, "Entries in the connection tracking table of the pod."},
 	{"egress_router_conntrack_limit", Gauge, nil, "Maximum number of entries in the connection tracking table (net.netfilter.nf_conntrack_max)."},
+	{"egress_router_dropped_packets_total", Counter, []string{"reason"}, "Packets that the rules dropped or rejected, by reason."},
 	{"egress_router_event_overruns_total", Counter, nil, "Overruns of the conntrack event buffer, after which some connections are missing from the counters."},
 	{"egress_router_log_lines_dropped_total", Counter, nil, "Log lines that were dropped because nothing read the log or writing it failed."},
 }

@@ -49,6 +49,7 @@ type change struct {
 	announced bool
 	warned    map[string]bool // warnings logged before
 	known     Rules           // rules without drift; nil: read them
+	drops     *drops          // sums the counters that loading resets
 	// The host's addresses of the last run.
 	parentAddresses []netip.Prefix
 }
@@ -270,6 +271,10 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 		return nil
 	}
 	held := c.rules.Holds()
+	if c.drops != nil {
+		c.drops.read(ctx, c.rules, c.router.Plan)
+		defer func() { c.drops.read(ctx, c.rules, c.router.Plan) }()
+	}
 	undo, err := c.rules.Apply(ctx, plan)
 	c.changed = c.changed || undo != nil
 	if err == nil {

@@ -64,6 +64,8 @@ func (s *script) String() string  { return "script" }
 func (s *script) Notes() []string { return nil }
 func (s *script) Redirects() bool { return s.redirects }
 
+func (s *script) Drops(context.Context, rules.Plan) (rules.Drops, error) { return nil, nil }
+
 func (s *script) Differs(want rules.Plan) []string {
 	if s.loaded.Equal(want) {
 		return nil

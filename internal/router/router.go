@@ -62,6 +62,9 @@ type Rules interface {
 	// Apply loads the plan and returns the rollback. If it returns an error and
 	// no rollback, the rules are unchanged.
 	Apply(ctx context.Context, want rules.Plan) (undo func() error, err error)
+	// Drops reads the counters of the plan's rules that drop. It may be called at
+	// any time.
+	Drops(context.Context, rules.Plan) (rules.Drops, error)
 }
 
 // A Stray is the rules that an earlier run loaded with another backend.

@@ -51,6 +51,7 @@ type Keeper struct {
 
 	surroundings surroundings
 	probes       probes
+	drops        drops
 
 	pace      pace
 	notBefore time.Time       // earliest time of the next comparison
@@ -70,7 +71,7 @@ type Keeper struct {
 // NewKeeper returns a Keeper for the configuration of r.
 func NewKeeper(r *Router) *Keeper {
 	now := time.Now()
-	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), status: Status{
+	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), drops: drops{log: r.Log}, status: Status{
 		Repairs: make(map[RepairKind]uint64), Since: now, Failure: "not reconciled yet",
 		Destinations: len(r.Plan.Destinations()), ReloadSince: now,
 	}}
@@ -165,6 +166,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			if due[0] || k.Interval == 0 {
 				k.surroundings.probe()
 			}
+			k.drops.refresh() // another program may delete the rules with their counters
 		case <-k.replaced:
 			pending |= everything
 			k.notBefore = time.Now()
@@ -377,7 +379,7 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	k.mu.Unlock()
 	c := &change{
 		router: r, want: r.Link, watches: true, reloads: reloading, held: k.held, announces: announces, moved: k.moved,
-		warned: k.warned, left: k.left, parentAddresses: k.parentAddresses,
+		warned: k.warned, left: k.left, parentAddresses: k.parentAddresses, drops: &k.drops,
 	}
 	release, err := lock(ctx)
 	if err != nil {
@@ -409,6 +411,7 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	}
 	k.left, k.held = c.left, true
 	k.plan = r.Plan
+	k.drops.use(c.rules, r.Plan)
 	if reloading {
 		k.reloaded(r.Plan)
 	}

@@ -1,0 +1,181 @@
+package router_test
+
+import (
+	"encoding/binary"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// sendUDP sends a datagram without data (RFC 768).
+func sendUDP(p *labtest.Pod, ns *netns.Namespace, from, to string, port uint16) {
+	p.Helper()
+	datagram := make([]byte, 8)
+	binary.BigEndian.PutUint16(datagram[0:], 40000)
+	binary.BigEndian.PutUint16(datagram[2:], port)
+	binary.BigEndian.PutUint16(datagram[4:], 8)
+	if err := sendIP(ns, "ip4:udp", from, to, datagram); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// droppedBy returns the drops that health reports.
+func droppedBy(p *labtest.Pod) map[rules.Reason]int {
+	p.Helper()
+	_, out := p.Health()
+	dropped := make(map[rules.Reason]int)
+	for line := range strings.Lines(out) {
+		if _, list, found := strings.Cut(line, " packets: "); found && strings.HasPrefix(line, "  drops ") {
+			for _, m := range regexp.MustCompile(`(\d+) ([a-z-]+)`).FindAllStringSubmatch(list, -1) {
+				dropped[rules.Reason(m[2])], _ = strconv.Atoi(m[1])
+			}
+		}
+	}
+	return dropped
+}
+
+// wantDrops waits until health reports the given drops.
+func wantDrops(p *labtest.Pod, when string, want map[rules.Reason]int) {
+	p.Helper()
+	var got map[rules.Reason]int
+	defer func() {
+		if p.Failed() {
+			p.Logf("%s: dropped %v, want %v", when, got, want)
+		}
+	}()
+	p.Until("drops "+when, func() bool { got = droppedBy(p); return maps.Equal(got, want) })
+}
+
+// startWithFile starts a router that stays, with destinations from a file, and returns
+// the function that replaces them.
+func startWithFile(p *labtest.Pod, list string) (*labtest.Running, func(string)) {
+	p.Helper()
+	file := filepath.Join(p.TempDir(), "destinations")
+	write := func(list string) {
+		p.Helper()
+		if err := os.WriteFile(file+".new", []byte(list), 0o644); err != nil { //nolint:gosec // a router without privilege over files reads it
+			p.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			p.Fatal(err)
+		}
+	}
+	write(list)
+	delete(p.Env, "EGRESS_DESTINATION")
+	p.Env["EGRESS_DESTINATION_FILE"], p.Env["EGRESS_HEALTH_INTERVAL"] = file, "300ms"
+	r := p.Start("legacy")
+	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+	return r, write
+}
+
+// damageWhileStopped makes changes that the router sees together.
+func damageWhileStopped(r *labtest.Running, damage func()) {
+	r.Helper()
+	for _, s := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGCONT} {
+		if err := r.Cmd.Process.Signal(s); err != nil {
+			r.Fatal(err)
+		}
+		if s == syscall.SIGSTOP {
+			damage()
+		}
+	}
+}
+
+// flushInput deletes the rules that drop packets for the pod, with their counters.
+func flushInput(p *labtest.Pod) {
+	p.Helper()
+	if p.Backend == labtest.Nftables {
+		p.NFT("flush chain ip egress-router filter-input")
+	} else {
+		p.Iptables("-F", "EGRESS-INPUT")
+	}
+}
+
+// rulesRepaired is logged after a repair of rules.
+const rulesRepaired = "msg=repaired kind=rules"
+
+// Each packet that is dropped or rejected counts once, by its reason. The counters
+// continue after a reload of the destinations and after a repair.
+func TestDropsAreCountedByReason(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		r, replace := startWithFile(p, "53 udp 203.0.113.25\n")
+		routeThroughPod(p)
+		p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
+		if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+			p.Fatal(err)
+		}
+		outside := p.Handle(p.Lab.Outside)
+		if err := outside.AddrAdd(p.Link(outside, "lo"), labtest.Addr("10.128.0.72/32")); err != nil {
+			p.Fatal(err)
+		}
+		if dropped := droppedBy(p); len(dropped) > 0 {
+			p.Errorf("before any packet: %v, want no line", dropped)
+		}
+		want := make(map[rules.Reason]int)
+		send := func() {
+			p.Helper()
+			sendUDP(p, p.Lab.Client, "10.128.0.71", "203.0.113.26", 54) // rejected
+			want[rules.NotRedirected]++
+			sendACK(p, p.Lab.Client, "10.128.0.71", "203.0.113.25")
+			sendACK(p, p.Lab.Client, "10.128.0.71", "10.128.0.98") // to the pod
+			sendACK(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99")
+			want[rules.Invalid] += 3
+			sendUDP(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99", 7070) // to the pod
+			sendUDP(p, p.Lab.Outside, "203.0.113.25", "10.128.0.71", 7070)   // through it
+			// The answer, to a forged source, is dropped.
+			sendICMP(p, p.Lab.Outside, "10.128.0.72", "192.168.12.99", []byte{8, 0, 0, 0, 0x12, 0x34, 0, 1})
+			want[rules.PhysicalNetwork] += 3
+		}
+		send()
+		wantDrops(p, "at first", want)
+
+		// A redirected packet whose route leads back to the cluster.
+		p.AddRoute(p.Lab.Router, "eth0", "203.0.113.25/32", lab.NodeAddr.String())
+		sendUDP(p, p.Lab.Client, "10.128.0.71", "10.128.0.98", 53)
+		want[rules.OtherInterface]++
+		wantDrops(p, "after a packet toward another interface", want)
+		h := p.Handle(p.Lab.Router)
+		if err := h.RouteDel(&netlink.Route{Dst: labtest.IPNet("203.0.113.25/32")}); err != nil {
+			p.Fatal(err)
+		}
+		r.AwaitLog(1, "delete route 203.0.113.25 ") // of the copy for replies
+
+		replace("53 udp 203.0.113.25\n9 udp 203.0.113.25\n")
+		r.AwaitLog(2, "rules loaded")
+		send()
+		wantDrops(p, "after a reload", want)
+
+		// Without the SNAT rule the source guard drops the packet.
+		damageWhileStopped(r, func() {
+			p.FlushSourceRule()
+			sendUDP(p, p.Lab.Client, "10.128.0.71", "10.128.0.98", 53)
+			want[rules.WrongSource]++
+			p.Until("the source guard drops the packet", func() bool {
+				return strings.Contains(p.NFT("list table ip egress-router-guard"), " packets 1 ")
+			})
+		})
+		r.AwaitLog(1, rulesRepaired)
+		wantDrops(p, "after a repair", want)
+
+		// A repair of rules that count loses nothing that was read before, and no packet
+		// counts twice.
+		flushInput(p)
+		r.AwaitLog(2, rulesRepaired)
+		wantDrops(p, "after their rules were deleted", want)
+		send()
+		wantDrops(p, "after their rules were loaded again", want)
+	})
+}
