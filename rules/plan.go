@@ -84,6 +84,9 @@ const (
 	// other protocols with port unreachable (RFC 1122, section 3.2.2.1). It is
 	// for rules whose Protocol is TCP, or that follow a rule for all of TCP.
 	Reject Target = "REJECT"
+	// LogPacket sends the header of some packets to the sockets of LogGroup, with
+	// Rule.Reason. The packet continues with the next rule.
+	LogPacket Target = "NFLOG"
 )
 
 // A Reason is why a rule drops or rejects packets: the label of its counter.
@@ -150,7 +153,7 @@ type Rule struct {
 	ToPort Port // zero: the port is unchanged
 	Mark   Mark
 	Helper string // the kernel's name of a helper
-	Reason Reason // of Drop and Reject
+	Reason Reason // of Drop, Reject and LogPacket
 }
 
 // A Chain is an ordered list of our rules. A packet at Hook traverses it before

@@ -213,7 +213,7 @@ func TestDropsHaveReasons(t *testing.T) {
 	for _, plan := range []Plan{NewPlan(exampleSet, sides), NewPlan(Set{}, all), NewProxyPlan(sides)} {
 		for _, c := range plan.Chains {
 			for _, r := range c.Rules {
-				if drops := r.Target == Drop || r.Target == Reject; drops != slices.Contains(Reasons, r.Reason) || !drops && r.Reason != "" {
+				if r.Drops() != slices.Contains(Reasons, r.Reason) || !r.Drops() && r.Reason != "" {
 					t.Errorf("%s: rule %s has reason %q", c, r.append(nil, c.Family, false), r.Reason)
 				}
 				used[r.Reason] = true
@@ -224,6 +224,23 @@ func TestDropsHaveReasons(t *testing.T) {
 		if !used[r] {
 			t.Errorf("no rule has reason %q", r)
 		}
+	}
+}
+
+// The drop log adds rules and changes none.
+func TestDropLog(t *testing.T) {
+	plan := NewPlan(exampleSet, sides)
+	logged := plan.WithDropLog()
+	if plan.HasDropLog() || !logged.HasDropLog() || !logged.WithoutDropLog().Equal(plan) {
+		t.Errorf("log rules:\n%s", logged)
+	}
+	want := `-A EGRESS-INPUT -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -m limit --limit 1/sec -j NFLOG --nflog-prefix invalid --nflog-group 4711
+-A EGRESS-INPUT -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -j DROP
+-A EGRESS-INPUT -i macvlan0 -m limit --limit 1/sec -j NFLOG --nflog-prefix physical-network --nflog-group 4711
+-A EGRESS-INPUT -i macvlan0 -j DROP
+`
+	if got := string(logged.IPTables()[3].Saved); !strings.Contains(got, want) {
+		t.Errorf("input chain:\n%s\nwant in it:\n%s", got, want)
 	}
 }
 

@@ -116,6 +116,9 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 		option(name, strconv.Itoa(int(r.Message)))
 	}
 	b = r.appendConnection(b)
+	if r.Target == LogPacket {
+		b = append(b, "-m limit --limit 1/sec "...)
+	}
 	b = append(b, "-j "...)
 	b = append(b, r.Target...)
 	return r.appendTarget(b, family)
@@ -179,6 +182,11 @@ func (r *Rule) appendTarget(b []byte, family Family) []byte {
 		return append(append(b, " --helper "...), r.Helper...)
 	case ClampMSS:
 		return append(b, " --clamp-mss-to-pmtu"...)
+	case LogPacket:
+		b = append(b, " --nflog-prefix "...)
+		b = append(b, r.Reason...)
+		b = append(b, " --nflog-group "...)
+		return strconv.AppendUint(b, LogGroup, 10)
 	case Reject:
 		switch {
 		case r.Protocol == TCP:

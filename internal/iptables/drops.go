@@ -11,7 +11,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// Drops reads the counters of the plan's rules with a reason, with one iptables-save
+// Drops reads the counters of the plan's rules that drop, with one iptables-save
 // for each table that has some. The nat table, which contains the redirects, has none.
 // It may be called while another goroutine uses the Tx.
 //

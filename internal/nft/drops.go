@@ -13,7 +13,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// Drops reads the counters of the plan's rules with a reason. It does not read the
+// Drops reads the counters of the plan's rules that drop. It does not read the
 // redirects. It may be called while another goroutine uses the Tx.
 //
 // The kernel keeps a counter until its rule is deleted. A change of other chains, or

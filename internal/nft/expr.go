@@ -52,7 +52,7 @@ const (
 // kernel lists them, so that drift can be detected by comparison.
 func expressions(r rules.Rule) []expr.Any {
 	e := matches(r)
-	if r.Reason != "" {
+	if r.Drops() {
 		e = append(e, &expr.Counter{})
 	}
 	return append(e, actions(r)...)
@@ -217,6 +217,11 @@ func actions(r rules.Rule) []expr.Any {
 		return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_HELPER, Name: objectName(r.Helper, r.Protocol)}}
 	case rules.ClampMSS:
 		return append(pathMSS(), &expr.Exthdr{SourceRegister: register, Type: optionMSS, Offset: optionValue, Len: 2, Op: expr.ExthdrOpTcpopt})
+	case rules.LogPacket:
+		return []expr.Any{
+			&expr.Limit{Type: expr.LimitTypePkts, Rate: 1, Unit: expr.LimitTimeSecond, Burst: rules.LogBurst},
+			&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_PREFIX, Group: rules.LogGroup, Data: []byte(r.Reason)},
+		}
 	case rules.Return:
 		return []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}
 	}

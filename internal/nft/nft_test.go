@@ -83,6 +83,7 @@ func TestApply(t *testing.T) {
 		"helpers":     rules.NewPlan(rules.Set{Fallback: netip.MustParseAddr("203.0.113.27")}, helped),
 		"helper":      rules.NewPlan(rules.Set{}, other),
 		"no IPv6":     parse(t, example).Without(rules.IPv6),
+		"drop log":    parse(t, example).WithDropLog(),
 	}
 	for from := range plans {
 		t.Run(from, func(t *testing.T) {
