@@ -29,6 +29,7 @@
 //	EGRESS_PROBE_INTERVAL     (30s) interval of these probes
 //	EGRESS_PROBE_FAILS_READY  (false) true: not ready while no destination is reachable
 //	EGRESS_AUDIT_LOG          (false) true: legacy and monitor log the start and the end of each redirected connection
+//	EGRESS_LOG_DROPS          (false) true: legacy and monitor log an example of the packets that the rules drop or reject, for each reason at most one line in 10 seconds
 //	EGRESS_LOG_FORMAT         (text) format of log lines: text or json
 //	EGRESS_LOG_LEVEL          (info) minimum level of log lines: debug, info, warn or error
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and all rules

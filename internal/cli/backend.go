@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
@@ -26,6 +27,8 @@ type backend struct {
 	// The choice of auto, which a process keeps.
 	chosen  config.Backend
 	noGuard bool // the kernel does not support the source guard
+	// The kernel does not support the drop log.
+	noDropLog atomic.Bool
 }
 
 // readPatience is the time for iptables' programs to read the rules, and to load and
@@ -34,6 +37,7 @@ const readPatience = 30 * time.Second
 
 // rules reads the kernel's rules by the chosen backend.
 func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, error) {
+	plan = b.supported(plan)
 	switch cmp.Or(b.chosen, b.choice) {
 	case config.NFTables:
 		return b.nftables(ctx)
@@ -63,6 +67,14 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 		b.log.Warn("iptables failed, using nftables", "error", err)
 	}
 	return next, nil
+}
+
+// supported returns the part of a plan that the kernel supports.
+func (b *backend) supported(plan rules.Plan) rules.Plan {
+	if b.noDropLog.Load() {
+		return plan.WithoutDropLog()
+	}
+	return plan
 }
 
 func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, error) {
@@ -127,6 +139,7 @@ func (g *guarded) Notes() []string {
 
 // Differs returns the differences of both from the plan.
 func (g *guarded) Differs(plan rules.Plan) []string {
+	plan = g.backend.supported(plan)
 	differs := g.Rules.Differs(plan)
 	if g.guard != nil {
 		differs = append(differs, g.guard.Differs(plan)...)
@@ -134,15 +147,35 @@ func (g *guarded) Differs(plan rules.Plan) []string {
 	return differs
 }
 
-// Apply loads the plan into both, the source guard first, since it only drops
-// packets. iptables works without a source guard.
+// Apply loads the plan, or, if the kernel refuses it, the plan without the drop log,
+// whose rules need modules of their own.
 func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
+	plan = g.backend.supported(plan)
+	undo, err = g.apply(ctx, plan)
+	if err == nil || !plan.HasDropLog() || ctx.Err() != nil || errors.Is(err, os.ErrPermission) {
+		return undo, err
+	}
+	if undo != nil && undo() != nil {
+		return undo, err
+	}
+	undo, again := g.apply(ctx, plan.WithoutDropLog())
+	if again != nil {
+		return undo, err
+	}
+	g.backend.log.Warn("drop log not loaded", "error", err)
+	g.backend.noDropLog.Store(true)
+	return undo, nil
+}
+
+// apply loads the plan into both, the source guard first, since it only drops
+// packets. iptables works without a source guard.
+func (g *guarded) apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	if g.guard == nil {
 		return g.Rules.Apply(ctx, plan)
 	}
 	undoGuard, err := g.guard.Apply(ctx, plan)
 	_, refused := errors.AsType[*nft.LoadError](err)
-	if _, optional := isIPTables(g); optional && refused && undoGuard == nil && !errors.Is(err, os.ErrPermission) {
+	if _, optional := isIPTables(g); optional && refused && undoGuard == nil && !plan.HasDropLog() && !errors.Is(err, os.ErrPermission) {
 		g.backend.log.Warn("source guard not loaded", "error", err)
 		g.guard, g.backend.noGuard = nil, true
 		return g.Rules.Apply(ctx, plan)
@@ -160,6 +193,7 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 
 // Drops returns the counters of both.
 func (g *guarded) Drops(ctx context.Context, plan rules.Plan) (rules.Drops, error) {
+	plan = g.backend.supported(plan)
 	drops, err := g.Rules.Drops(ctx, plan)
 	if err != nil || g.guard == nil {
 		return drops, err

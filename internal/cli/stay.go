@@ -71,6 +71,9 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 			}
 		})
 	}
+	if c.Health.LogDrops {
+		w.logDrops(ctx, p, &background)
+	}
 	file.reload = func() error { return w.reload(written, env) }
 	file.result = func(trouble string) {
 		if trouble != "" {

@@ -90,7 +90,11 @@ func (c Config) Sides() rules.Sides {
 // Plan returns the rules of the mode.
 func (c Config) Plan() rules.Plan {
 	if c.Mode.Redirects() {
-		return rules.NewPlan(c.Set, c.Sides())
+		plan := rules.NewPlan(c.Set, c.Sides())
+		if c.Health.LogDrops {
+			plan = plan.WithDropLog()
+		}
+		return plan
 	}
 	return rules.NewProxyPlan(c.Sides())
 }

@@ -65,11 +65,25 @@ func TestParse(t *testing.T) {
 		},
 		"reports": {
 			func(e *Environment) {
-				e.HealthListen, e.AuditLog, e.LogFormat, e.LogLevel = ":9465", "true", "json", "warn"
+				e.HealthListen, e.AuditLog, e.LogDrops, e.LogFormat, e.LogLevel = ":9465", "true", "true", "json", "warn"
 			},
 			func(c *Config) {
-				c.Health.Listen, c.Health.AuditLog = netip.AddrPortFrom(netip.Addr{}, 9465), true
+				c.Health.Listen, c.Health.AuditLog, c.Health.LogDrops = netip.AddrPortFrom(netip.Addr{}, 9465), true, true
 				c.Log = Log{JSON: true, Level: slog.LevelWarn}
+			},
+		},
+		"drop log in mode init": {
+			func(e *Environment) { e.Mode, e.LogDrops = "init", "true" },
+			func(c *Config) {
+				c.Mode, c.Health.LogDrops = Init, true
+				c.Warnings = []string{"EGRESS_LOG_DROPS=true logs nothing in mode init, which ends at once: a router in mode monitor with the same variables does"}
+			},
+		},
+		"drop log with a proxy": {
+			func(e *Environment) { e.Mode, e.LogDrops = "dns-proxy", "true" },
+			func(c *Config) {
+				c.Mode, c.Set, c.Health.LogDrops = DNSProxy, rules.Set{}, true
+				c.Warnings = []string{"EGRESS_LOG_DROPS=true has no effect in mode dns-proxy"}
 			},
 		},
 		"modes":          {func(e *Environment) { e.Mode = "init" }, func(c *Config) { c.Mode = Init }},
@@ -259,6 +273,7 @@ func TestHealthErrors(t *testing.T) {
 		{func(e *Environment) { e.Probe = "icmp" }, "hint: write tcp, or unset the variable for no probe\n" + `EGRESS_PROBE "icmp" is not tcp, the only kind of probe`},
 		{func(e *Environment) { e.ProbeFailsReady = "1" }, "hint: write true\n" + `EGRESS_PROBE_FAILS_READY "1" is neither true nor false`},
 		{func(e *Environment) { e.AuditLog = "yes" }, "hint: write true\n" + `EGRESS_AUDIT_LOG "yes" is neither true nor false`},
+		{func(e *Environment) { e.LogDrops = "yes" }, "hint: write true\n" + `EGRESS_LOG_DROPS "yes" is neither true nor false`},
 		{func(e *Environment) { e.LogFormat = "xml" }, "hint: correct the value, or unset the variable for the default, text\n" + `EGRESS_LOG_FORMAT "xml" is neither text nor json`},
 		{func(e *Environment) { e.LogLevel = "DEBUG" }, "hint: write debug\n" + `EGRESS_LOG_LEVEL "DEBUG" is neither debug, info, warn nor error`},
 		{func(e *Environment) { e.HealthListen = "9465" }, "hint: write :9465, with a colon in front of the port\n" + `EGRESS_HEALTH_LISTEN "9465" is not an address and a port: expected such as :9465, 10.128.0.98:9465 or [::1]:9465`},

@@ -50,6 +50,7 @@ type Environment struct {
 	ProbeInterval    string `envconfig:"EGRESS_PROBE_INTERVAL" unset:"30s" doc:"interval of these probes"`
 	ProbeFailsReady  string `envconfig:"EGRESS_PROBE_FAILS_READY" unset:"false" doc:"true: not ready while no destination is reachable"`
 	AuditLog         string `envconfig:"EGRESS_AUDIT_LOG" unset:"false" doc:"true: legacy and monitor log the start and the end of each redirected connection"`
+	LogDrops         string `envconfig:"EGRESS_LOG_DROPS" unset:"false" doc:"true: legacy and monitor log an example of the packets that the rules drop or reject, for each reason at most one line in 10 seconds"`
 	LogEnvironment
 	Debug string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and all rules"`
 }

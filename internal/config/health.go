@@ -34,6 +34,7 @@ type Health struct {
 	ProbeInterval    time.Duration
 	ProbeFailsReady  bool
 	AuditLog         bool
+	LogDrops         bool // log examples of dropped packets
 }
 
 // parseHealth reads the settings of a router that stays.
@@ -62,6 +63,7 @@ func (c *Config) parseHealth(env Environment, report func(*Error)) {
 		}
 	}
 	report(parseBool("EGRESS_AUDIT_LOG", env.AuditLog, &h.AuditLog))
+	report(c.parseLogDrops(env.LogDrops))
 	report(c.checkHealthPort())
 }
 
@@ -73,6 +75,20 @@ func (c *Config) warnShort(variable string, interval time.Duration) {
 	if interval > 0 && interval < shortest {
 		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %s is very short: expected at least %s", variable, interval, shortest))
 	}
+}
+
+// parseLogDrops parses EGRESS_LOG_DROPS. In mode init it loads the rules for a monitor,
+// which would otherwise find drift.
+func (c *Config) parseLogDrops(s string) *Error {
+	fault := parseBool("EGRESS_LOG_DROPS", s, &c.Health.LogDrops)
+	switch {
+	case !c.Health.LogDrops || c.Mode.Stays():
+	case c.Mode == Init:
+		c.Warnings = append(c.Warnings, "EGRESS_LOG_DROPS=true logs nothing in mode init, which ends at once: a router in mode monitor with the same variables does")
+	default:
+		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_LOG_DROPS=true has no effect in mode %s", c.Mode))
+	}
+	return fault
 }
 
 // checkHealthPort checks that no destination has the port of the health endpoint.

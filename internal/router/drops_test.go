@@ -31,6 +31,14 @@ func sendUDP(p *labtest.Pod, ns *netns.Namespace, from, to string, port uint16) 
 	}
 }
 
+// strayIsInvalid makes the kernel not track a segment in the middle of a connection.
+func strayIsInvalid(p *labtest.Pod) {
+	p.Helper()
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+		p.Fatal(err)
+	}
+}
+
 // droppedBy returns the drops that health reports.
 func droppedBy(p *labtest.Pod) map[rules.Reason]int {
 	p.Helper()
@@ -80,15 +88,15 @@ func startWithFile(p *labtest.Pod, list string) (*labtest.Running, func(string))
 	return r, write
 }
 
-// damageWhileStopped makes changes that the router sees together.
-func damageWhileStopped(r *labtest.Running, damage func()) {
+// whileStopped does what the router then sees at once.
+func whileStopped(r *labtest.Running, do func()) {
 	r.Helper()
 	for _, s := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGCONT} {
 		if err := r.Cmd.Process.Signal(s); err != nil {
 			r.Fatal(err)
 		}
 		if s == syscall.SIGSTOP {
-			damage()
+			do()
 		}
 	}
 }
@@ -114,9 +122,7 @@ func TestDropsAreCountedByReason(t *testing.T) {
 		r, replace := startWithFile(p, "53 udp 203.0.113.25\n")
 		routeThroughPod(p)
 		p.AddRoute(p.Lab.Outside, lab.LANLink, "10.128.0.0/23", "192.168.12.99")
-		if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
-			p.Fatal(err)
-		}
+		strayIsInvalid(p)
 		outside := p.Handle(p.Lab.Outside)
 		if err := outside.AddrAdd(p.Link(outside, "lo"), labtest.Addr("10.128.0.72/32")); err != nil {
 			p.Fatal(err)
@@ -159,7 +165,7 @@ func TestDropsAreCountedByReason(t *testing.T) {
 		wantDrops(p, "after a reload", want)
 
 		// Without the SNAT rule the source guard drops the packet.
-		damageWhileStopped(r, func() {
+		whileStopped(r, func() {
 			p.FlushSourceRule()
 			sendUDP(p, p.Lab.Client, "10.128.0.71", "10.128.0.98", 53)
 			want[rules.WrongSource]++
@@ -177,5 +183,98 @@ func TestDropsAreCountedByReason(t *testing.T) {
 		wantDrops(p, "after their rules were deleted", want)
 		send()
 		wantDrops(p, "after their rules were loaded again", want)
+	})
+}
+
+// With EGRESS_LOG_DROPS each reason has a log line with an example and the number of
+// packets, at any log level. A flood adds no line.
+func TestDropsAreLogged(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_LOG_DROPS"], p.Env["EGRESS_LOG_LEVEL"] = "true", "warn"
+		r, _ := startWithFile(p, "53 udp 203.0.113.25\n")
+		routeThroughPod(p)
+		strayIsInvalid(p)
+		whileStopped(r, func() { // so that all are in one line
+			for range 100 {
+				sendUDP(p, p.Lab.Client, "10.128.0.71", "203.0.113.26", 54)
+			}
+			p.Until("the kernel counts 100 packets", func() bool {
+				if p.Backend == labtest.Nftables {
+					return strings.Contains(p.NFT("list chain ip egress-router filter-forward"), " packets 100 ")
+				}
+				return strings.Contains(p.Tool(p.Program("iptables-save"), "-c", "-t", "filter"), "[100:")
+			})
+		})
+		sendACK(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99")
+		sendUDP(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99", 7070)
+		p.AddRoute(p.Lab.Router, "eth0", "203.0.113.25/32", lab.NodeAddr.String())
+		sendUDP(p, p.Lab.Client, "10.128.0.71", "10.128.0.98", 53)
+		for _, line := range []string{
+			`msg="packets dropped" reason=not-redirected packets=100 protocol=udp source=10.128.0.71:40000 destination=203.0.113.26:54 in=eth0 out=macvlan0`,
+			`msg="packets dropped" reason=physical-network packets=1 protocol=udp source=203.0.113.25:40000 destination=192.168.12.99:7070 in=macvlan0`,
+			`msg="packets dropped" reason=other-interface packets=1 protocol=udp source=10.128.0.71:40000 destination=203.0.113.25:53 in=eth0 out=eth0`,
+		} {
+			r.AwaitLog(1, line+"\n")
+		}
+		r.AwaitLog(1, `reason=invalid packets=1 protocol=tcp source=203.0.113.25:40000 destination=192.168.12.99:4242 in=macvlan0`)
+		h := p.Handle(p.Lab.Router)
+		if err := h.RouteDel(&netlink.Route{Dst: labtest.IPNet("203.0.113.25/32")}); err != nil {
+			p.Fatal(err)
+		}
+		r.AwaitLog(1, "delete route 203.0.113.25 ")
+
+		whileStopped(r, func() {
+			p.FlushSourceRule()
+			sendUDP(p, p.Lab.Client, "10.128.0.71", "10.128.0.98", 53)
+			p.Until("the source guard drops the packet", func() bool {
+				return strings.Contains(p.NFT("list table ip egress-router-guard"), " packets 1 ")
+			})
+		})
+		r.AwaitLog(1, `reason=source-guard packets=1 protocol=udp source=10.128.0.71:40000 destination=203.0.113.25:53 `)
+		if n := strings.Count(r.Logged(), "reason=not-redirected"); n != 1 {
+			p.Errorf("%d lines of 100 packets, want 1", n)
+		}
+	})
+}
+
+// The rules of the drop log are part of what init configures, so that a monitor with
+// the same variables finds no drift. It logs.
+func TestMonitorLogsDrops(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_LOG_DROPS"] = "true"
+		if r := p.OK(); !strings.Contains(r.Stderr, "EGRESS_LOG_DROPS=true logs nothing in mode init") {
+			p.Errorf("init does not warn:\n%s", r.Stderr)
+		}
+		p.WantUnchanged(p.OK())
+		before := p.State()
+		r := p.Start("monitor")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		sendUDP(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99", 7070)
+		r.AwaitLog(1, "reason=physical-network")
+		p.WantState(before)
+		if n := r.Repaired(); n > 0 {
+			p.Errorf("%d repairs, want none", n)
+		}
+	})
+}
+
+// A kernel without the modules of the drop log gets the other rules, which count.
+func TestKernelWithoutDropLog(t *testing.T) {
+	t.Parallel()
+	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in *NFLOG*) echo 'Extension NFLOG revision 0 not supported, missing kernel module?' >&2; exit 2; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
+		p.Env["EGRESS_LOG_DROPS"] = "true"
+		r, replace := startWithFile(p, "53 udp 203.0.113.25\n")
+		r.AwaitLog(1, `msg="drop log not loaded"`)
+		sendUDP(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99", 7070)
+		wantDrops(p, "without a log", map[rules.Reason]int{rules.PhysicalNetwork: 1})
+		replace("53 udp 203.0.113.25\n9 udp 203.0.113.25\n")
+		r.AwaitLog(2, "rules loaded")
+		wantDrops(p, "after a reload", map[rules.Reason]int{rules.PhysicalNetwork: 1})
+		if log := r.Logged(); strings.Count(log, "drop log not loaded") != 1 || strings.Contains(log, "source guard not loaded") || r.Repaired() > 0 {
+			p.Errorf("want one warning, the source guard, and no repair")
+		}
 	})
 }
