@@ -194,7 +194,13 @@ func (g *guarded) apply(ctx context.Context, plan rules.Plan) (undo func() error
 // Drops returns the counters of both.
 func (g *guarded) Drops(ctx context.Context, plan rules.Plan) (rules.Drops, error) {
 	plan = g.backend.supported(plan)
-	drops, err := g.Rules.Drops(ctx, plan)
+	var drops rules.Drops
+	var err error
+	if tx, ok := isIPTables(g); ok && tx.Flavour() == iptables.NFTables {
+		drops, err = nft.IPTablesDrops(g.backend.families, plan)
+	} else {
+		drops, err = g.Rules.Drops(ctx, plan)
+	}
 	if err != nil || g.guard == nil {
 		return drops, err
 	}

@@ -12,8 +12,10 @@ import (
 )
 
 // Drops reads the counters of the plan's rules that drop, with one iptables-save
-// for each table that has some. The nat table, which contains the redirects, has none.
-// It may be called while another goroutine uses the Tx.
+// for each table that has some. The nat table, which contains the redirects, has none:
+// for the legacy flavour the number of redirects does not matter; for the nf_tables
+// flavour, whose iptables-save always lists all tables, use internal/nft. It may be
+// called while another goroutine uses the Tx.
 //
 // The kernel keeps a counter until its rule is deleted: a restore that changes other
 // chains only does not touch it.

@@ -58,18 +58,6 @@ func expressions(r rules.Rule) []expr.Any {
 	return append(e, actions(r)...)
 }
 
-// takeCount returns the packets in the counter of a rule as the kernel lists it, and
-// makes the rule comparable: it sets the counter to zero.
-func takeCount(rule []expr.Any) (packets uint64) {
-	for _, e := range rule {
-		if c, ok := e.(*expr.Counter); ok {
-			packets = c.Packets
-			*c = expr.Counter{}
-		}
-	}
-	return packets
-}
-
 // matches returns the matches of the rule.
 func matches(r rules.Rule) []expr.Any {
 	var e []expr.Any
