@@ -63,6 +63,7 @@ func TestRouterHealthAndMetrics(t *testing.T) {
 			`egress_router_sent_packets_total{destination="203.0.113.25:80",port="80",protocol="tcp"} [1-9]\d+`,
 			`egress_router_conntrack_entries [1-9]\d*`, `egress_router_conntrack_limit [1-9]\S*`, `egress_router_comparisons_total [1-9]\d*`,
 			`egress_router_last_comparison_timestamp_seconds 1\.\d+e\+09`,
+			`egress_router_dropped_packets_total{reason="physical-network"} [1-9]\d*`, `egress_router_dropped_packets_total{reason="other-interface"} 0`,
 		} {
 			if !regexp.MustCompile("(?m)^" + re + "$").MatchString(text) {
 				p.Errorf("/metrics lacks %s:\n%s", re, text)

@@ -1,8 +1,14 @@
 package router
 
 import (
+	"context"
+	"errors"
+	"log/slog"
 	"maps"
+	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/egress-router/egress-router/rules"
 )
@@ -31,4 +37,69 @@ func TestDropsAdd(t *testing.T) {
 			t.Errorf("step %d: %v, want %v", i, d.total, want)
 		}
 	}
+}
+
+// counting are rules whose counters are read by a function.
+type counting struct {
+	Rules
+	read func(context.Context) (rules.Drops, error)
+}
+
+func (c counting) Drops(ctx context.Context, _ rules.Plan) (rules.Drops, error) { return c.read(ctx) }
+
+// Any number of reports causes one reading a second, and none waits for a backend that
+// hangs. An error is logged once, and the counters continue after it.
+func TestDropsAreReadOnceASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		k := NewKeeper(&Router{Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if got := k.Drops(); len(got) > 0 {
+			t.Errorf("before the first comparison: %v", got)
+		}
+		rule := rules.DropRule{Reason: rules.Invalid}
+		reads, err := 0, error(nil)
+		k.drops.use(counting{read: func(context.Context) (rules.Drops, error) {
+			reads++
+			return rules.Drops{rule: uint64(reads)}, err
+		}}, rules.Plan{})
+		want := func(n uint64, readings int) {
+			t.Helper()
+			if got := k.Drops()[rules.Invalid]; got != n || reads != readings {
+				t.Errorf("%d drops after %d readings, want %d after %d", got, reads, n, readings)
+			}
+		}
+		for range 1000 {
+			want(1, 1)
+			time.Sleep(dropsFresh / 1001)
+		}
+		err = errors.New("injected failure")
+		for range 2 {
+			time.Sleep(dropsFresh)
+			k.Drops()
+		}
+		if n := strings.Count(log.String(), "drop counters not read"); n != 1 {
+			t.Errorf("logged %d times, want once:\n%s", n, &log)
+		}
+		err = nil
+		time.Sleep(dropsFresh)
+		want(4, 4)
+
+		hanging := 0
+		k.drops.use(counting{read: func(ctx context.Context) (rules.Drops, error) {
+			hanging++
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}, rules.Plan{})
+		time.Sleep(dropsFresh)
+		begin := time.Now()
+		for range 3 {
+			want(4, 4)
+		}
+		took := time.Since(begin)
+		synctest.Wait()
+		if took != 3*dropsPatience || hanging != 1 {
+			t.Errorf("%v and %d readings for three reports of a backend that hangs", took, hanging)
+		}
+		time.Sleep(dropsTimeout)
+	})
 }
