@@ -95,7 +95,7 @@ type Reason string
 // The reasons.
 const (
 	NotRedirected   Reason = "not-redirected"   // from the cluster side, and no redirect matches
-	Invalid         Reason = "invalid"          // part of no connection that may cross
+	Invalid         Reason = "invalid"          // part of no connection that may cross, or an ICMP redirect
 	PhysicalNetwork Reason = "physical-network" // from the physical network, and no reply
 	WrongSource     Reason = "source-guard"     // would leave with another source than the reserved address
 	OtherInterface  Reason = "other-interface"  // came, or would leave, by a third interface
