@@ -259,6 +259,7 @@ func TestAuditHasStartAndEndOfConnections(t *testing.T) {
 		want := conntrack.Event{
 			Began: true, Protocol: rules.TCP,
 			Client: conn.LocalAddr().(*net.TCPAddr).AddrPort(), Port: 8080,
+			Local:    netip.AddrPortFrom(lab.RouterAddr, 8080),
 			Server:   netip.MustParseAddrPort("203.0.113.26:80"),
 			Reserved: netip.AddrPortFrom(lab.Source, began.Reserved.Port()),
 		}
@@ -270,6 +271,7 @@ func TestAuditHasStartAndEndOfConnections(t *testing.T) {
 		}
 		ended := <-events
 		want.Began, want.Accounted, want.Traffic, want.Duration = false, true, ended.Traffic, ended.Duration
+		want.Outcome, want.Timed = conntrack.Removed, true
 		if ended != want || ended.Duration <= 0 || ended.BytesOut < 10+2*40 || ended.BytesIn < 10+2*40 {
 			p.Errorf("ended:\n got %+v\nwant %+v", ended, want)
 		}
