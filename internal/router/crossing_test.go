@@ -300,13 +300,7 @@ func TestForwardOpenCrosses(t *testing.T) {
 		delete(p.Env, "EGRESS_FORWARD")
 		p.OK()
 		wantRefusedFrom(p, p.Lab.Client, "tcp", "203.0.113.25:80")
-		_ = conn.SetDeadline(time.Now().Add(labtest.Patience))
-		_, _ = conn.Write([]byte("still there?\n"))
-		r := bufio.NewReader(conn)
-		_, _ = lab.ReadAnswer(r)
-		if _, err := r.ReadString('\n'); !errors.Is(err, syscall.ECONNRESET) {
-			p.Errorf("the open connection: %v, want a reset", err)
-		}
+		wantReset(p, "the open connection", conn)
 	})
 }
 
@@ -384,13 +378,7 @@ func TestPhysicalNetworkReachesNothing(t *testing.T) {
 				conn := p.Dial(p.Lab.Outside, "tcp", s.Addr) // before the router
 				p.OK()
 				// The open connection ends.
-				r := bufio.NewReader(conn)
-				_, _ = lab.ReadAnswer(r)
-				_, _ = conn.Write([]byte("still there?\n"))
-				_ = conn.SetDeadline(time.Now().Add(labtest.Patience))
-				if line, err := r.ReadString('\n'); !errors.Is(err, syscall.ECONNRESET) {
-					p.Errorf("the open connection: %q, %v; want a reset", line, err)
-				}
+				wantReset(p, "the open connection", conn)
 				s.Close()
 				wantClosedToPhysicalNetwork(p)
 				// Connections of the pod work.
