@@ -28,6 +28,7 @@ type change struct {
 	socket   *arp.Socket   // nil: the interface needs no announcement
 	question *arp.Question // nil: no answer is pending
 	asked    time.Time
+	doubt    error         // of checkGateway
 	gateway  <-chan answer // receives the gateway's answer; nil: it was not asked
 	rules    Rules
 	differs  []string // differences of the rules from the plan
@@ -127,8 +128,11 @@ func (c *change) prepare(ctx context.Context) error {
 		return err
 	}
 	if !c.watches { // the cluster side may change while the router runs
-		if err := checkGateway(c.want, c.have); err != nil {
-			return err
+		c.doubt = checkGateway(c.want, c.have)
+		if c.have.Up { // otherwise apply asks
+			if err := c.settleDoubt(ctx); err != nil {
+				return err
+			}
 		}
 	}
 	if len(link.Claim(c.want, c.have)) > 0 || c.moved != nil && c.moved(c.have) {
@@ -202,6 +206,9 @@ func (c *change) apply(ctx context.Context) error {
 		}
 	}
 	if err := c.converge(ctx, link.Up); err != nil {
+		return err
+	}
+	if err := c.settleDoubt(ctx); err != nil {
 		return err
 	}
 	if err := c.inquire(ctx); err != nil {

@@ -81,9 +81,36 @@ func (e *GatewayError) Hint() string {
 	return "set EGRESS_GATEWAY to the router of the physical network; if both interfaces are in one network, set EGRESS_SOURCE with its length, for example 192.168.12.99/24"
 }
 
+// doubtPatience is the time for the gateway's answer to that probe. Only a run that fails
+// takes it.
+const doubtPatience = time.Second
+
+// settleDoubt returns the error of checkGateway, unless the gateway answers a probe on
+// the egress side: both interfaces may be in one network, and the reserved address in
+// another one, whose packets that gateway forwards. A probe is not answered by proxy ARP
+// (arp_process in net/ipv4/arp.c).
+func (c *change) settleDoubt(ctx context.Context) error {
+	if c.doubt == nil || c.have.NoARP {
+		return c.doubt
+	}
+	question, err := arp.Ask(c.have.Index, c.have.MAC, c.want.Gateway)
+	if err != nil {
+		return c.doubt
+	}
+	mac, err := question.Answer(ctx, time.Now().Add(doubtPatience))
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil || mac == nil:
+		return c.doubt
+	}
+	c.doubt = nil
+	return nil
+}
+
 // checkGateway returns an error if the gateway is that of the cluster side, or in its
 // network, by which servers would see the pod's own address. Both interfaces may be in
-// one network: then the reserved address is in it, too.
+// one network: then the reserved address is in it, too, or settleDoubt finds the gateway.
 func checkGateway(want link.Want, have link.State) error {
 	source, gateway := want.Address.Addr(), want.Gateway
 	contains := func(a netip.Prefix) bool { return a.Contains(gateway) }

@@ -400,36 +400,60 @@ func TestRedirectIsIgnored(t *testing.T) {
 	}
 }
 
+// oneNetwork makes the LAN's gateway a host of the cluster side's bridge, to which the
+// egress interface then leads. It returns the gateway's interface there.
+func oneNetwork(p *labtest.Pod) (outside *netlink.Handle, gateway netlink.Link) {
+	p.Helper()
+	// The gateway moves to the bridge of the cluster side.
+	const port, gatewayLink = "port-gateway", "lan1"
+	node := p.Handle(p.Lab.Node)
+	outside = p.Handle(p.Lab.Outside)
+	veth := netlink.NewVeth(netlink.LinkAttrs{Name: port, Index: 401, MasterIndex: p.Link(node, lab.Bridge).Attrs().Index})
+	veth.PeerName, veth.PeerNamespace = gatewayLink, netlink.NsFd(p.Lab.Outside.Fd())
+	if err := node.LinkAdd(veth); err != nil {
+		p.Fatal(err)
+	}
+	if err := outside.LinkDel(p.Link(outside, lab.LANLink)); err != nil {
+		p.Fatal(err)
+	}
+	for _, end := range []struct {
+		h    *netlink.Handle
+		name string
+	}{{node, port}, {outside, gatewayLink}} {
+		if err := end.h.LinkSetUp(p.Link(end.h, end.name)); err != nil {
+			p.Fatal(err)
+		}
+	}
+	if err := outside.AddrAdd(p.Link(outside, gatewayLink), labtest.Addr("192.168.12.1/24")); err != nil {
+		p.Fatal(err)
+	}
+	p.AddMacvlan(p.Lab.Router, "macvlan0", lab.Bridge, netlink.MACVLAN_MODE_PRIVATE)
+	return outside, p.Link(outside, gatewayLink)
+}
+
+// A gateway in the network of the cluster side is right if it is in that of the egress
+// interface too, and the reserved address in no network that the pod knows.
+func TestGatewayOfBothSides(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{NoMacvlan: true}, labtest.IptablesNFT)
+	outside, gateway := oneNetwork(p)
+	if err := outside.AddrAdd(gateway, labtest.Addr("10.128.0.71/23")); err != nil {
+		t.Fatal(err)
+	}
+	p.Env["EGRESS_SOURCE"], p.Env["EGRESS_GATEWAY"] = "192.168.12.99", "10.128.0.71"
+	p.OK()
+	p.WantAnswer("tcp", 80, "203.0.113.25:80")
+	p.WantUnchanged(p.OK())
+}
+
 // On a network that both interfaces are in, the gateway finds the reserved address at
 // the egress interface only.
 func TestBothInterfacesOnOneNetwork(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{NoMacvlan: true}, func(p *labtest.Pod) {
-		// The gateway moves to the bridge of the cluster side.
-		const port, gatewayLink = "port-gateway", "lan1"
-		node, outside := p.Handle(p.Lab.Node), p.Handle(p.Lab.Outside)
-		veth := netlink.NewVeth(netlink.LinkAttrs{Name: port, Index: 401, MasterIndex: p.Link(node, lab.Bridge).Attrs().Index})
-		veth.PeerName, veth.PeerNamespace = gatewayLink, netlink.NsFd(p.Lab.Outside.Fd())
-		if err := node.LinkAdd(veth); err != nil {
-			p.Fatal(err)
-		}
-		if err := outside.LinkDel(p.Link(outside, lab.LANLink)); err != nil {
-			p.Fatal(err)
-		}
-		for _, end := range []struct {
-			h    *netlink.Handle
-			name string
-		}{{node, port}, {outside, gatewayLink}} {
-			if err := end.h.LinkSetUp(p.Link(end.h, end.name)); err != nil {
-				p.Fatal(err)
-			}
-		}
-		if err := outside.AddrAdd(p.Link(outside, gatewayLink), labtest.Addr("192.168.12.1/24")); err != nil {
-			p.Fatal(err)
-		}
-		p.AddMacvlan(p.Lab.Router, "macvlan0", lab.Bridge, netlink.MACVLAN_MODE_PRIVATE)
+		outside, gateway := oneNetwork(p)
 		p.OK()
-		index := p.Link(outside, gatewayLink).Attrs().Index
+		index := gateway.Attrs().Index
 		for range 10 {
 			// The gateway asks anew.
 			if err := outside.NeighDel(&netlink.Neigh{LinkIndex: index, IP: lab.Source.AsSlice()}); err != nil && !errors.Is(err, unix.ENOENT) {
