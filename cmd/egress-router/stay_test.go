@@ -132,9 +132,7 @@ func TestSecondRouterLeavesHealthSocket(t *testing.T) {
 	if !healthOf("legacy") {
 		t.Error("health is not that of the first router")
 	}
-	if err := first.Cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	first.Terminate()
 	p.Until("health is that of the second router", func() bool { return healthOf("monitor") })
 }
 

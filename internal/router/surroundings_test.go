@@ -377,9 +377,7 @@ func TestConflictProbeStopped(t *testing.T) {
 	p.Cleanup(func() { p.WantState(before) }) // after the router has ended
 	r := p.Start("legacy")
 	p.Until("a probe is sent", func() bool { return count(capture, mac, arpProbe) > 0 })
-	if err := r.Cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	r.Terminate()
 	r.AwaitLog(1, `level=INFO msg="stopping, start interrupted"`)
 }
 

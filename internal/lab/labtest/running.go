@@ -22,8 +22,15 @@ type Running struct {
 	*Pod
 	Cmd *exec.Cmd
 
+	terminate sync.Once // a second SIGTERM would end the router at once
+
 	mu  sync.Mutex
 	log bytes.Buffer
+}
+
+// Terminate sends a SIGTERM, for a test that checks what the router does before it ends.
+func (r *Running) Terminate() {
+	r.terminate.Do(func() { _ = r.Cmd.Process.Signal(syscall.SIGTERM) })
 }
 
 // Write appends to the log of the router.
@@ -61,7 +68,7 @@ func (p *Pod) StartCommand(name string) *Running {
 		p.Fatal(err)
 	}
 	p.Cleanup(func() {
-		_ = r.Cmd.Process.Signal(syscall.SIGTERM)
+		r.Terminate()
 		late := time.AfterFunc(Patience, func() { _ = r.Cmd.Process.Kill() })
 		defer late.Stop()
 		if err := r.Cmd.Wait(); err != nil {
