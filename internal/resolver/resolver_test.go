@@ -69,7 +69,9 @@ func TestAnswers(t *testing.T) {
 	s.queries()
 	want(t, r, "PLAIN.example", "192.0.2.1", "192.0.2.2")
 	want(t, r, "missing.example", ErrNoName)
-	if q := s.queries(); len(q) > 0 && time.Since(begin) < MaxNegativeTTL {
+	// The first AAAA query for the missing name may be late.
+	late := func(q string) bool { return q == "missing.example. AAAA udp" }
+	if q := slices.DeleteFunc(s.queries(), late); len(q) > 0 && time.Since(begin) < MaxNegativeTTL {
 		t.Errorf("queries within the TTL: %v", q)
 	}
 	if _, _, err := r.LookupAddr(t.Context(), netip.Addr{}, "missing.example"); err.Error() != `looking up "missing.example": no such name` {
@@ -196,13 +198,13 @@ func TestTruncated(t *testing.T) {
 	}
 	s.set(lines...)
 	r, _ := newResolver(t, "", s)
-	asked := queriesOf(t, s, r, func() { want(t, r, "big.example", wanted...) })
+	asked := queriesOf(t, s, r, "big.example", func() { want(t, r, "big.example", wanted...) })
 	if diff := cmp.Diff([]string{"big.example. A tcp", "big.example. A udp", "big.example. AAAA udp"}, asked); diff != "" {
 		t.Error(diff)
 	}
 	// 60 addresses fit, thanks to EDNS.
 	s.set(lines[:60]...)
-	asked = queriesOf(t, s, r, func() { want(t, r, "big.example", wanted[:60]...) })
+	asked = queriesOf(t, s, r, "big.example", func() { want(t, r, "big.example", wanted[:60]...) })
 	if diff := cmp.Diff([]string{"big.example. A udp", "big.example. AAAA udp"}, asked); diff != "" {
 		t.Error(diff)
 	}
@@ -280,7 +282,7 @@ func TestServers(t *testing.T) {
 	r, _ := newResolver(t, "options timeout:1\n", first, second)
 	want(t, r, "a.example", "192.0.2.1")
 	want(t, r, "b.example", "192.0.2.2")
-	if q := queriesOf(t, second, r, func() { want(t, r, "c.example", "192.0.2.3") }); len(q) > 0 {
+	if q := queriesOf(t, second, r, "c.example", func() { want(t, r, "c.example", "192.0.2.3") }); len(q) > 0 {
 		t.Errorf("needless queries to the second server: %v", q)
 	}
 
@@ -348,16 +350,15 @@ func TestSearchList(t *testing.T) {
 	want(t, r, "nodata", ErrNoAddress)
 	want(t, r, "absent", ErrNoName)
 	want(t, r, "failing", "192.0.2.8")
-	s.queries()
 	want(t, r, "down.example.com", ErrNoAnswer)
-	if q := s.queries(); slices.ContainsFunc(q, func(s string) bool { return strings.Contains(s, "cluster") }) {
+	if q := of("down.example.com", s.queries()); slices.ContainsFunc(q, func(s string) bool { return strings.Contains(s, "cluster") }) {
 		t.Errorf("queries below other domains for a name whose servers fail: %v", q)
 	}
 
 	// With the option of Kubernetes, a name with a dot is still looked up as it is
 	// first, and alone if it exists.
 	r, f := newResolver(t, list+"options ndots:5\n", s)
-	if asked := queriesOf(t, s, r, func() { want(t, r, "www.example.com", "192.0.2.4") }); len(asked) != 2 {
+	if asked := queriesOf(t, s, r, "www.example.com", func() { want(t, r, "www.example.com", "192.0.2.4") }); len(asked) != 2 {
 		t.Errorf("queries for a name that exists as it is: %v", asked)
 	}
 	want(t, r, "www.example.com.", "192.0.2.4")
@@ -382,7 +383,7 @@ func TestSearchList(t *testing.T) {
 			t.Errorf("%s was found as %q, %v", host, found, err)
 		}
 	}
-	asked := queriesOf(t, s, r, func() { want(t, r, "single", "192.0.2.7") })
+	asked := queriesOf(t, s, r, "single", func() { want(t, r, "single", "192.0.2.7") })
 	// The AAAA query for a name that does not exist is cancelled, maybe before it is
 	// sent.
 	asked = slices.DeleteFunc(asked, func(q string) bool { return strings.HasSuffix(q, "cluster. AAAA udp") })
