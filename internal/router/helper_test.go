@@ -2,6 +2,7 @@ package router_test
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -51,21 +53,24 @@ func fromCommas(s string) (a netip.AddrPort, err error) {
 // data and then returns what it receives.
 func serveFTP(p *labtest.Pod, addr string) {
 	p.Helper()
+	var serving sync.WaitGroup
+	p.Cleanup(serving.Wait) // before the namespace is closed
 	l := listen(p, p.Lab.Outside, addr)
-	go func() {
+	serving.Go(func() {
 		for {
 			conn, err := l.Accept()
 			if err != nil {
 				return
 			}
-			go func() {
+			serving.Go(func() {
 				defer conn.Close()
+				defer context.AfterFunc(p.Context(), func() { _ = conn.Close() })()
 				if err := ftpSession(p, conn); err != nil {
 					fmt.Fprintf(conn, "451 %v\r\n", err)
 				}
-			}()
+			})
 		}
-	}()
+	})
 }
 
 func ftpSession(p *labtest.Pod, conn net.Conn) error {
@@ -238,9 +243,10 @@ func serveTFTP(p *labtest.Pod, addr string) {
 	if err != nil {
 		p.Fatal(err)
 	}
-	p.Cleanup(func() { _ = l.Close() })
+	var serving sync.WaitGroup
+	p.Cleanup(func() { _ = l.Close(); serving.Wait() }) // before the namespace is closed
 	host, _, _ := net.SplitHostPort(addr)
-	go func() {
+	serving.Go(func() {
 		for b := make([]byte, 600); ; {
 			n, client, err := l.ReadFrom(b)
 			if err != nil {
@@ -249,21 +255,22 @@ func serveTFTP(p *labtest.Pod, addr string) {
 			if n < 2 || b[1] != 1 {
 				continue
 			}
-			go func() {
+			serving.Go(func() {
 				c, err := packet(host + ":0")
 				if err != nil {
 					return // the client gets no answer
 				}
 				defer c.Close()
+				defer context.AfterFunc(p.Context(), func() { _ = c.Close() })()
 				_, _ = c.WriteTo([]byte("\x00\x03\x00\x01data"), client)
 				_ = c.SetReadDeadline(time.Now().Add(labtest.Patience))
 				answer := make([]byte, 600)
 				if n, from, err := c.ReadFrom(answer); err == nil && n == 4 && answer[1] == 4 {
 					_, _ = c.WriteTo([]byte("\x00\x03\x00\x02acknowledged"), from)
 				}
-			}()
+			})
 		}
-	}()
+	})
 }
 
 // tftp reads a file of two blocks, from the given port of the pod, and reports the
