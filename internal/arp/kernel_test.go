@@ -448,6 +448,7 @@ func TestKernelWatch(t *testing.T) {
 		t.Error("the gateway answers, and counts as unreachable")
 	}
 	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "8")) // answers for no address
+	router.must(w.ProbeGateway())
 	if <-gateway {
 		t.Error("reachable after three misses")
 	}
@@ -483,4 +484,7 @@ func TestKernelWatch(t *testing.T) {
 
 	cancel()
 	router.must(<-ended)
+	if err := w.ProbeGateway(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("after the end: %v, want %v", err, os.ErrClosed)
+	}
 }

@@ -32,16 +32,10 @@ const (
 	// gateway is unreachable.
 	maxMisses = 3
 
-	// gatewayPoll is the time from the gateway's last packet to the next request. One
-	// request a second is the recommended maximum (RFC 1122 section 2.3.2.1, which also
-	// recommends to poll by unicast), and the kernel's own rate (retrans_time_ms in
-	// Documentation/networking/ip-sysctl.rst).
-	gatewayPoll = time.Second
-
-	// gatewayRetry is the time for an answer until the gateway is unreachable, which is
-	// known within gatewayPoll + maxMisses*gatewayRetry, less than 3 s. After that
-	// requests follow each other by gatewayPoll again.
-	gatewayRetry = 500 * time.Millisecond
+	// gatewayRetry is the time for an answer, after which the request is repeated:
+	// one request a second is the recommended maximum (RFC 1122 section 2.3.2.1), and
+	// the kernel's own rate (retrans_time_ms in Documentation/networking/ip-sysctl.rst).
+	gatewayRetry = time.Second
 )
 
 // Options configure a Watch.
@@ -101,8 +95,7 @@ type Watch struct {
 
 	state    State
 	asked    bool        // a request to the gateway is unanswered
-	retry    *time.Timer // calls repeat; stopped before ProbeGateway
-	polls    bool        // ProbeGateway was called
+	retry    *time.Timer // calls repeat
 	defended time.Time
 	reported map[string]time.Time // last report, by hardware address
 }
@@ -133,7 +126,7 @@ func newWatch(o Options, p port) *Watch {
 	}
 	w := &Watch{options: o, port: p, reported: map[string]time.Time{}}
 	w.state.Gateway.Misses = o.Misses
-	w.retry = time.AfterFunc(gatewayPoll, w.repeat)
+	w.retry = time.AfterFunc(gatewayRetry, w.repeat)
 	w.retry.Stop()
 	return w
 }
@@ -222,29 +215,31 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 	}
 }
 
-// ProbeGateway begins to request the gateway's hardware address: by broadcast, and a
-// second after each of its packets by unicast. While the gateway does not answer, the
-// Watch repeats the request by broadcast, and counts a miss each time. After 3 misses in
-// a row the gateway is unreachable, until the next packet from it. A request that cannot
-// be sent is an error, and a miss unless a packet arrives in that time.
+// ProbeGateway requests the gateway's hardware address. While the gateway does not
+// answer, the Watch repeats the request each second, and counts a miss each time.
+// After 3 misses in a row the gateway is unreachable, until the next packet from it. A
+// request that cannot be sent is an error, and a miss unless a packet arrives in that
+// second.
 //
-// The sender of the request is the reserved address, so the interface must have it. A
-// second call does nothing.
+// The sender of the request is the reserved address, so the interface must have
+// it. The caller chooses the interval of calls; a call while a request is unanswered
+// does nothing.
 func (w *Watch) ProbeGateway() error {
 	w.turn.Lock()
 	defer w.turn.Unlock()
-	if w.polls || !w.options.Gateway.IsValid() {
+	if w.asked || !w.options.Gateway.IsValid() {
 		return nil
 	}
-	w.polls = true
 	return w.request()
 }
 
-// repeat sends the next request.
+// repeat repeats an unanswered request.
 func (w *Watch) repeat() {
 	w.turn.Lock()
 	defer w.turn.Unlock()
-	_ = w.request() // an error is a miss
+	if w.asked {
+		_ = w.request() // an error is a miss
+	}
 }
 
 // request sends a request to the gateway, and counts a miss if the last one is
@@ -254,26 +249,15 @@ func (w *Watch) request() error {
 	if err != nil {
 		return err
 	}
-	w.mu.Lock()
-	g := w.state.Gateway
-	w.mu.Unlock()
-	if !w.asked && g.MAC != nil {
-		copy(frame, g.MAC)
-	}
 	err = w.port.send(frame)
 	if errors.Is(err, os.ErrClosed) { // the Watch has ended
 		return err
 	}
 	if w.asked {
 		w.missed()
-		g.Misses++
 	}
 	w.asked = true
-	if g.Misses < maxMisses {
-		w.retry.Reset(gatewayRetry)
-	} else {
-		w.retry.Reset(gatewayPoll)
-	}
+	w.retry.Reset(gatewayRetry)
 	if err != nil {
 		return fmt.Errorf("request gateway %s: %w", w.options.Gateway, err)
 	}
@@ -296,9 +280,7 @@ func (w *Watch) missed() {
 // answered records a packet of the gateway, which proves that it is reachable.
 func (w *Watch) answered(mac net.HardwareAddr) {
 	w.asked = false
-	if w.polls {
-		w.retry.Reset(gatewayPoll)
-	}
+	w.retry.Stop()
 	w.mu.Lock()
 	g := &w.state.Gateway
 	before := g.MAC

@@ -160,8 +160,12 @@ func (k *Keeper) Run(ctx context.Context) error {
 				k.notBefore = k.eager
 			}
 		case <-clock.C:
-			announces = clock.due()[1] || announces
+			due := clock.due()
 			pending |= everything
+			announces = announces || due[1]
+			if due[0] || k.Interval == 0 {
+				k.surroundings.probe()
+			}
 			k.drops.refresh() // another program may delete the rules with their counters
 		case <-k.replaced:
 			pending |= everything
