@@ -84,8 +84,10 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 	switch g := s.Gateway; {
 	case s.Unwatched != "":
 		add("gateway", health.Warning, s.UnwatchedSince, "%s, ARP watch not running: %s", c.Gateway, s.Unwatched)
-	case !g.Known:
+	case !g.Known && g.Misses == 0:
 		add("gateway", health.OK, r.Started, "%s, %s", c.Gateway, last)
+	case !g.Known:
+		add("gateway", health.Failed, r.Started, "%s does not answer ARP, %s", c.Gateway, last)
 	case g.Reachable:
 		add("gateway", health.OK, g.Since, "%s answers ARP, %s", c.Gateway, last)
 	default:

@@ -118,7 +118,7 @@ func (s *Status) reasons(want link.Want, probes bool) {
 	if s.Link.Found && !s.Link.Carrier {
 		s.NotReady = append(s.NotReady, fmt.Sprintf("egress interface %s without carrier", want.Interface))
 	}
-	if s.Gateway.Known && !s.Gateway.Reachable {
+	if g := s.Gateway; !g.Reachable && (g.Known || g.Misses > 0) {
 		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", want.Gateway))
 	}
 	up := func(p Probe) bool { return p.Err == "" }
