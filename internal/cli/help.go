@@ -157,12 +157,13 @@ func runHelp(_ context.Context, p Process) error {
 }
 
 // argumentError returns the output for invalid arguments: for a mode instead of a
-// command, how to set it, otherwise the usage.
+// command, how to set it, otherwise the usage. As for
+// every error, the last line is the error.
 func argumentError(args []string) string {
 	text := fmt.Sprintf("egress-router: invalid arguments: %q\n", args)
 	mode := args[len(args)-1]
 	if _, both := commands[mode]; !both && slices.Contains(config.Modes, config.Mode(mode)) {
 		return fmt.Sprintf("hint: %s is a mode, not a command: set the variable EGRESS_ROUTER_MODE=%[1]s, and run without arguments\n", mode) + text
 	}
-	return text + usage
+	return usage + text
 }

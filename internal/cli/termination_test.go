@@ -32,7 +32,7 @@ func TestTerminationLog(t *testing.T) {
 		"unit-test":                     {env: config.Environment{Mode: "unit-test"}, last: "EGRESS_SOURCE unspecified or invalid"},
 		"plan":                          {args: "plan", last: "EGRESS_SOURCE unspecified or invalid"},
 		"health":                        {args: "health", last: "egress-router: "},
-		"no such argument":              {args: "plans", last: "  egress-router version "},
+		"no such argument":              {args: "plans", last: `egress-router: invalid arguments: ["plans"]`},
 		"HTTP proxy":                    {args: "http-proxy", last: "Bad destination '*'", left: true},
 		"HTTP proxy, by name":           {name: "/usr/bin/egress-http-proxy", last: "Bad destination '*'", left: true},
 		"HTTP proxy, by name, and plan": {name: "/usr/bin/egress-http-proxy", args: "plan", last: "EGRESS_SOURCE unspecified or invalid"},
