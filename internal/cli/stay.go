@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/config"
@@ -162,7 +163,9 @@ func logConnection(log *slog.Logger, e conntrack.Event) {
 		attributes = append(attributes, "packets_sent", e.PacketsOut, "bytes_sent", e.BytesOut, "packets_received", e.PacketsIn, "bytes_received", e.BytesIn)
 	}
 	if e.Timed {
-		attributes = append(attributes, "seconds", e.Duration.Seconds())
+		// Rounded up to a millisecond: the kernel's times are no better, and the log
+		// would have an exponent.
+		attributes = append(attributes, "seconds", (e.Duration + time.Millisecond - 1).Truncate(time.Millisecond).Seconds())
 	}
 	if e.Outcome != "" {
 		attributes = append(attributes, "outcome", string(e.Outcome))
