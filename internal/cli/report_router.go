@@ -120,7 +120,7 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 	}
 }
 
-// reportDrops reports dropped packets, if there are any: the rules do what they are for.
+// reportDrops reports dropped packets, if there are any. They are no fault.
 func reportDrops(r *health.Report, drops map[rules.Reason]uint64) {
 	var parts []string
 	for _, reason := range rules.Reasons {
