@@ -48,16 +48,21 @@ func TestHTTPProxy(t *testing.T) {
 				get := func() (string, error) {
 					return run("kubectl", "-n", namespace, "exec", "behind", "--", "/peer", "get", url)
 				}
-				out, err := get()
-				// A Service gets its endpoint a moment after the pod is ready.
-				for end := time.Now().Add(time.Minute); err != nil && strings.Contains(err.Error(), "connection refused") && time.Now().Before(end); {
-					out, err = get()
-				}
-				if err != nil {
-					out = err.Error()
-				}
-				if !regexp.MustCompile(answer).MatchString(out) {
-					t.Errorf("%s: %q, want %s", url, out, answer)
+				// A Service gets its endpoint a moment after the pod is ready, and until
+				// then may lead to that of an earlier Service of this name.
+				var out string
+				for end := time.Now().Add(time.Minute); ; {
+					var err error
+					if out, err = get(); err != nil {
+						out = err.Error()
+					}
+					if regexp.MustCompile(answer).MatchString(out) {
+						break
+					}
+					if time.Now().After(end) {
+						t.Errorf("%s: %q, want %s", url, out, answer)
+						break
+					}
 				}
 			}
 			wantClosed(t, "8080")
