@@ -87,7 +87,7 @@ func (x *exchange) end() {
 	x.client.ended.Add(1)
 	x.client.state.CompareAndSwap(active, finishing)
 	if x.body != nil && !x.body.ended.Load() {
-		_ = x.client.SetReadDeadline(time.Now().Add(x.proxy.config.HeaderTimeout))
+		x.client.limitRest(x.proxy.config.HeaderTimeout)
 	}
 	received := x.received.Load()
 	if x.body != nil {

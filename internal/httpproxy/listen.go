@@ -124,6 +124,7 @@ type clientConn struct {
 	statusLine string
 	ended      atomic.Int64 // requests
 	logins     logins
+	rest       atomic.Pointer[time.Time] // limit of reading the rest of a body; nil: none
 	from       netip.Addr
 	shares     *shares
 	state      atomic.Int32 // see shares
@@ -158,6 +159,22 @@ func (c *clientConn) Read(p []byte) (int, error) {
 			return n, err
 		}
 	}
+}
+
+// limitRest limits how long net/http may read the rest of a body. No request follows.
+func (c *clientConn) limitRest(limit time.Duration) {
+	end := time.Now().Add(limit)
+	c.rest.Store(&end)
+	_ = c.TCPConn.SetReadDeadline(end)
+}
+
+// SetReadDeadline keeps the limit for the rest of a body where net/http would remove it:
+// after it has stopped a Read that still runs, and before it reads the rest.
+func (c *clientConn) SetReadDeadline(t time.Time) error {
+	if end := c.rest.Load(); end != nil && t.IsZero() {
+		t = *end
+	}
+	return c.TCPConn.SetReadDeadline(t)
 }
 
 // badRequest is the response of net/http to an invalid request, without a reason.

@@ -781,6 +781,22 @@ func TestIdle(t *testing.T) {
 		}
 		wantEnd(t, conn, "")
 	})
+	t.Run("no body of a request that is answered", func(t *testing.T) {
+		t.Parallel()
+		// The proxy waits for the body when the response comes.
+		quickServer := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+			_, _ = io.Copy(io.Discard, conn)
+		})
+		for _, framing := range []string{"Content-Length: 5\r\n\r\n12", "Transfer-Encoding: chunked\r\n\r\n2\r\n12\r\n"} {
+			conn := early(t, start(t, "*", nil, quickHeader), "POST http://"+quickServer+"/ HTTP/1.1\r\nHost: x\r\n"+framing)
+			if status, text := answer(t, conn); status != 200 || text != "ok" {
+				t.Errorf("%s: %d %q", framing, status, text)
+			}
+			wantEnd(t, conn, "")
+		}
+	})
 	t.Run("a tunnel", func(t *testing.T) {
 		t.Parallel()
 		p := start(t, "*", nil, quick)
