@@ -22,7 +22,7 @@
 //	EGRESS_MACVLAN_MODE       (private) mode of that macvlan: private, bridge, vepa or passthru
 //	EGRESS_HOST_NETNS         (/proc/1/ns/net) file of the host's network namespace, which contains that NIC
 //	EGRESS_CONFLICT           (warn) what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it
-//	EGRESS_HEALTH_INTERVAL    (10s) interval at which legacy and monitor reconcile everything and probe the gateway, besides on kernel events; 0: never
+//	EGRESS_HEALTH_INTERVAL    (10s) interval at which legacy and monitor reconcile everything, besides on kernel events; 0: never
 //	EGRESS_ANNOUNCE_INTERVAL  (60s) interval at which they announce the reserved address again; 0: never
 //	EGRESS_HEALTH_LISTEN      (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
 //	EGRESS_PROBE              (none) tcp: probe each tcp destination, from the reserved address

@@ -328,7 +328,8 @@ func TestKernelAsk(t *testing.T) {
 	}
 }
 
-// A gateway answers the request, also by proxy ARP, by which it answers no probe.
+// A gateway answers the request, also by proxy ARP, by which it answers no probe. The
+// polls of a Watch are probes if the gateway answers them.
 func TestKernelAskGateway(t *testing.T) {
 	for name, test := range map[string]struct {
 		sysctls map[string]string // of the gateway
@@ -380,6 +381,38 @@ func TestKernelAskGateway(t *testing.T) {
 			// The probe came first.
 			if probed := slices.ContainsFunc(capture.Frames(), answers(netip.IPv4Unspecified())); probed != test.probed {
 				t.Errorf("probe answered: %v, want %v", probed, test.probed)
+			}
+
+			// The polls of a Watch.
+			capture, err = l.Capture(l.Outside, lab.LANLink)
+			outside.must(err)
+			reachable := make(chan bool, 10)
+			var w *Watch
+			router.must(router.do(func() (err error) {
+				w, err = NewWatch(Options{
+					Index: router.index, MAC: router.mac, Address: lab.Source, Gateway: test.gateway,
+					GatewayChanged: func(now bool, _ net.HardwareAddr) { reachable <- now },
+				})
+				return err
+			}))
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan error)
+			go func() { ended <- w.Run(ctx) }()
+			router.must(w.ProbeGateway())
+			poll := answers(netip.IPv4Unspecified())
+			if !test.probed {
+				poll = func(f lab.Frame) bool {
+					a, ok := f.ARP()
+					return ok && a.Op == 1 && a.SenderIP == lab.Source && bytes.Equal(f.Destination(), outside.mac)
+				}
+			}
+			if _, err := capture.Wait(t.Context(), poll); err != nil {
+				t.Error(err)
+			}
+			cancel()
+			router.must(<-ended)
+			if s := w.State().Gateway; !s.Reachable || len(reachable) != 1 {
+				t.Errorf("gateway %+v after %d changes, want it reachable after one", s, len(reachable))
 			}
 		})
 	}
@@ -448,7 +481,6 @@ func TestKernelWatch(t *testing.T) {
 		t.Error("the gateway answers, and counts as unreachable")
 	}
 	outside.must(l.SetSysctl(l.Outside, "net/ipv4/conf/lan0/arp_ignore", "8")) // answers for no address
-	router.must(w.ProbeGateway())
 	if <-gateway {
 		t.Error("reachable after three misses")
 	}
@@ -484,7 +516,4 @@ func TestKernelWatch(t *testing.T) {
 
 	cancel()
 	router.must(<-ended)
-	if err := w.ProbeGateway(); !errors.Is(err, os.ErrClosed) {
-		t.Errorf("after the end: %v, want %v", err, os.ErrClosed)
-	}
 }

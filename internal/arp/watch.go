@@ -32,10 +32,20 @@ const (
 	// gateway is unreachable.
 	maxMisses = 3
 
-	// gatewayRetry is the time for an answer, after which the request is repeated:
-	// one request a second is the recommended maximum (RFC 1122 section 2.3.2.1), and
-	// the kernel's own rate (retrans_time_ms in Documentation/networking/ip-sysctl.rst).
-	gatewayRetry = time.Second
+	// gatewayPoll is the time from the gateway's last packet to the next request. One
+	// request a second is the recommended maximum (RFC 1122 section 2.3.2.1, which also
+	// recommends to poll by unicast), and the kernel's own rate (retrans_time_ms in
+	// Documentation/networking/ip-sysctl.rst).
+	gatewayPoll = time.Second
+
+	// gatewayRetry is the time for an answer until the gateway is unreachable, which is
+	// known within gatewayPoll + maxMisses*gatewayRetry, less than 3 s. After that
+	// requests follow each other by gatewayPoll again.
+	gatewayRetry = 500 * time.Millisecond
+
+	// maxIgnored is the number of unanswered probes in a row, each followed by an
+	// answered request, after which only requests are sent. One can get lost.
+	maxIgnored = 2
 )
 
 // Options configure a Watch.
@@ -95,7 +105,10 @@ type Watch struct {
 
 	state    State
 	asked    bool        // a request to the gateway is unanswered
-	retry    *time.Timer // calls repeat
+	retry    *time.Timer // calls repeat; stopped before ProbeGateway
+	polls    bool        // ProbeGateway was called
+	probed   bool        // that request is a probe
+	ignored  int         // probes in a row that the gateway did not answer
 	defended time.Time
 	reported map[string]time.Time // last report, by hardware address
 }
@@ -126,7 +139,7 @@ func newWatch(o Options, p port) *Watch {
 	}
 	w := &Watch{options: o, port: p, reported: map[string]time.Time{}}
 	w.state.Gateway.Misses = o.Misses
-	w.retry = time.AfterFunc(gatewayRetry, w.repeat)
+	w.retry = time.AfterFunc(gatewayPoll, w.repeat)
 	w.retry.Stop()
 	return w
 }
@@ -215,31 +228,32 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 	}
 }
 
-// ProbeGateway requests the gateway's hardware address. While the gateway does not
-// answer, the Watch repeats the request each second, and counts a miss each time.
-// After 3 misses in a row the gateway is unreachable, until the next packet from it. A
-// request that cannot be sent is an error, and a miss unless a packet arrives in that
-// second.
+// ProbeGateway begins to request the gateway's hardware address: by broadcast, and a
+// second after each of its packets by a probe that is sent to the gateway only. The
+// answer to a probe is addressed to 0.0.0.0, so that other programs that wait for
+// answers to the reserved address, such as arping, do not count it. A gateway that does
+// not answer probes, see [AskGateway], gets requests. While the gateway does not answer, the
+// Watch repeats the request by broadcast, and counts a miss each time. After 3 misses in
+// a row the gateway is unreachable, until the next packet from it. A request that cannot
+// be sent is an error, and a miss unless a packet arrives in that time.
 //
-// The sender of the request is the reserved address, so the interface must have
-// it. The caller chooses the interval of calls; a call while a request is unanswered
-// does nothing.
+// The sender of the request is the reserved address, so the interface must have it. A
+// second call does nothing.
 func (w *Watch) ProbeGateway() error {
 	w.turn.Lock()
 	defer w.turn.Unlock()
-	if w.asked || !w.options.Gateway.IsValid() {
+	if w.polls || !w.options.Gateway.IsValid() {
 		return nil
 	}
+	w.polls = true
 	return w.request()
 }
 
-// repeat repeats an unanswered request.
+// repeat sends the next request.
 func (w *Watch) repeat() {
 	w.turn.Lock()
 	defer w.turn.Unlock()
-	if w.asked {
-		_ = w.request() // an error is a miss
-	}
+	_ = w.request() // an error is a miss
 }
 
 // request sends a request to the gateway, and counts a miss if the last one is
@@ -249,15 +263,35 @@ func (w *Watch) request() error {
 	if err != nil {
 		return err
 	}
+	w.mu.Lock()
+	g := w.state.Gateway
+	w.mu.Unlock()
+	switch {
+	case w.asked && w.probed:
+		w.ignored++
+		w.probed = false
+	case !w.asked && g.MAC != nil:
+		if w.probed = w.ignored < maxIgnored; w.probed {
+			if frame, err = Probe(w.options.MAC, w.options.Gateway); err != nil {
+				return err
+			}
+		}
+		copy(frame, g.MAC) // the receiver
+	}
 	err = w.port.send(frame)
 	if errors.Is(err, os.ErrClosed) { // the Watch has ended
 		return err
 	}
 	if w.asked {
 		w.missed()
+		g.Misses++
 	}
 	w.asked = true
-	w.retry.Reset(gatewayRetry)
+	if g.Misses < maxMisses {
+		w.retry.Reset(gatewayRetry)
+	} else {
+		w.retry.Reset(gatewayPoll)
+	}
 	if err != nil {
 		return fmt.Errorf("request gateway %s: %w", w.options.Gateway, err)
 	}
@@ -280,7 +314,12 @@ func (w *Watch) missed() {
 // answered records a packet of the gateway, which proves that it is reachable.
 func (w *Watch) answered(mac net.HardwareAddr) {
 	w.asked = false
-	w.retry.Stop()
+	if w.probed {
+		w.probed, w.ignored = false, 0
+	}
+	if w.polls {
+		w.retry.Reset(gatewayPoll)
+	}
 	w.mu.Lock()
 	g := &w.state.Gateway
 	before := g.MAC
@@ -288,6 +327,7 @@ func (w *Watch) answered(mac net.HardwareAddr) {
 	changed := w.setReachable(true)
 	w.mu.Unlock()
 	if before != nil && !bytes.Equal(before, mac) {
+		w.ignored = 0
 		w.options.Log.Debug("gateway hardware address changed", "gateway", w.options.Gateway, "mac", mac.String(), "before", before.String())
 	}
 	if changed {

@@ -146,66 +146,117 @@ func TestGateway(t *testing.T) {
 		w := newWire()
 		watch, reports := run(t, w)
 		start := time.Now()
-		// probe probes at a full 10 s, and lets some time pass.
-		probe := func(then time.Duration) {
-			t.Helper()
-			time.Sleep(10*time.Second - time.Since(start)%(10*time.Second))
-			if err := watch.ProbeGateway(); err != nil {
-				t.Error(err)
-			}
-			time.Sleep(then)
+		reply := Packet{Reply, otherMAC, gateway, ourMAC, address}
+		at := func(seconds float64) time.Time { return start.Add(time.Duration(seconds * 1e9)) }
+		until := func(seconds float64) {
+			time.Sleep(time.Until(at(seconds)))
 			synctest.Wait()
 		}
-		reply := Packet{Reply, otherMAC, gateway, ourMAC, address}
 		check := func(want GatewayState) {
 			t.Helper()
 			if diff := cmp.Diff(want, watch.State().Gateway); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 		}
-		at := func(seconds float64) time.Time { return start.Add(time.Duration(seconds * 1e9)) }
 
 		check(GatewayState{})
-		probe(2500 * time.Millisecond)
+		for range 2 { // the second call does nothing
+			if err := watch.ProbeGateway(); err != nil {
+				t.Error(err)
+			}
+		}
+		until(1.2)
 		check(GatewayState{Misses: 2})
-		time.Sleep(time.Second) // 13.5 s
-		check(GatewayState{Known: true, Since: at(13), Misses: 3})
-		probe(500 * time.Millisecond) // an unanswered request is not sent again at once
-		check(GatewayState{Known: true, Since: at(13), Misses: 10})
+		until(1.7)
+		check(GatewayState{Known: true, Since: at(1.5), Misses: 3})
+		until(4.0)
+		check(GatewayState{Known: true, Since: at(1.5), Misses: 5}) // at 2.5 and 3.5
 		w.say(reply)
-		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: otherMAC, Answered: at(20.5)})
-		probe(500 * time.Millisecond) // slow
+		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: otherMAC, Answered: at(4)})
+		until(5.4) // slow
 		w.say(reply)
-		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: otherMAC, Answered: at(30.5)})
-		probe(2500 * time.Millisecond)
-		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: otherMAC, Answered: at(30.5), Misses: 2})
+		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: otherMAC, Answered: at(5.4)})
+		until(7.4) // requests at 6.4 and 6.9, the third is just sent
+		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: otherMAC, Answered: at(5.4), Misses: 2})
 		// Another router takes over and sends a request.
 		vrrp := net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}
 		w.say(Packet{Request, vrrp, gateway, unknown(), neighbour})
-		check(GatewayState{Known: true, Reachable: true, Since: at(20.5), MAC: vrrp, Answered: at(42.5)})
-		probe(3 * time.Second)
-		check(GatewayState{Known: true, Since: at(53), MAC: vrrp, Answered: at(42.5), Misses: 3})
+		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: vrrp, Answered: at(7.4)})
+		until(10.2)
+		check(GatewayState{Known: true, Since: at(9.9), MAC: vrrp, Answered: at(7.4), Misses: 3})
 		w.say(reply, reply)
-		time.Sleep(6 * time.Second)
-		check(GatewayState{Known: true, Reachable: true, Since: at(53), MAC: otherMAC, Answered: at(53)})
+		check(GatewayState{Known: true, Reachable: true, Since: at(10.2), MAC: otherMAC, Answered: at(10.2)})
 
 		want := []string{
-			"gateway false  at 13s", "gateway true 02:00:5e:10:00:50 at 20.5s",
-			"gateway false 00:00:5e:00:01:01 at 53s", "gateway true 02:00:5e:10:00:50 at 53s",
+			"gateway false  at 1.5s", "gateway true 02:00:5e:10:00:50 at 4s",
+			"gateway false 00:00:5e:00:01:01 at 9.9s", "gateway true 02:00:5e:10:00:50 at 10.2s",
 		}
 		if diff := cmp.Diff(want, *reports); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
-		var sent []time.Duration
-		for _, f := range w.frames() {
-			sent = append(sent, f.at.Sub(start)/time.Second)
-			if !bytes.Equal(f.frame, unhex(t, gatewayRequest)) {
-				t.Errorf("sent %x", f.frame)
+		// After an answer a probe is for the gateway alone.
+		const all = " request ff:ff:ff:ff:ff:ff"
+		if diff := cmp.Diff([]string{
+			"0s" + all, "500ms" + all, "1s" + all, "1.5s" + all, "2.5s" + all, "3.5s" + all,
+			"5s probe 02:00:5e:10:00:50",
+			"6.4s probe 02:00:5e:10:00:50", "6.9s" + all, "7.4s" + all,
+			"8.4s probe 00:00:5e:00:01:01", "8.9s" + all, "9.4s" + all, "9.9s" + all,
+		}, w.requests(t, start)); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
+		}
+	})
+}
+
+// requests returns the times, kinds and receivers of the frames that were sent, all for
+// the gateway.
+func (w *wire) requests(t *testing.T, start time.Time) (sent []string) {
+	t.Helper()
+	probe, err := Probe(ourMAC, gateway)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range w.frames() {
+		kind := "request"
+		if bytes.Equal(f.frame[6:], probe[6:]) {
+			kind = "probe"
+		} else if !bytes.Equal(f.frame[6:], unhex(t, gatewayRequest)[6:]) {
+			t.Errorf("sent %x", f.frame)
+		}
+		sent = append(sent, fmt.Sprint(f.at.Sub(start), " ", kind, " ", net.HardwareAddr(f.frame[:6])))
+	}
+	return sent
+}
+
+// A gateway that does not answer probes gets requests after the second one, and probes
+// again once it has another hardware address.
+func TestGatewayIgnoresProbes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWire()
+		mac := otherMAC
+		w.sending = func() {
+			last := w.sent[len(w.sent)-1].frame
+			if bytes.Equal(last[28:32], address.AsSlice()) || mac[0] == 0 {
+				w.packets <- Packet{Reply, mac, gateway, ourMAC, address}
 			}
 		}
-		seconds := []time.Duration{10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 30, 40, 41, 42, 50, 51, 52, 53}
-		if !slices.Equal(sent, seconds) {
-			t.Errorf("sent after %d s, want %d", sent, seconds)
+		watch, reports := run(t, w)
+		start := time.Now()
+		if err := watch.ProbeGateway(); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(4500 * time.Millisecond)
+		mac = net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		const all, one = " request ff:ff:ff:ff:ff:ff", " 02:00:5e:10:00:50"
+		if diff := cmp.Diff([]string{
+			"0s" + all, "1s probe" + one, "1.5s" + all, "2.5s probe" + one, "3s" + all,
+			"4s request" + one, "5s request" + one, "6s probe 00:00:5e:00:01:01",
+		}, w.requests(t, start)); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
+		}
+		if len(*reports) != 1 || watch.State().Gateway.Misses != 0 {
+			t.Errorf("reports %q, state %+v", *reports, watch.State())
 		}
 	})
 }
@@ -218,12 +269,10 @@ func TestSlowGateway(t *testing.T) {
 			time.AfterFunc(500*time.Millisecond, func() { w.packets <- Packet{Reply, otherMAC, gateway, ourMAC, address} })
 		}
 		watch, reports := run(t, w)
-		for range 1000 {
-			if err := watch.ProbeGateway(); err != nil {
-				t.Error(err)
-			}
-			time.Sleep(100 * time.Millisecond)
+		if err := watch.ProbeGateway(); err != nil {
+			t.Error(err)
 		}
+		time.Sleep(100 * time.Second)
 		synctest.Wait()
 		if want := []string{"gateway true 02:00:5e:10:00:50 at 500ms"}; !slices.Equal(*reports, want) {
 			t.Errorf("reports %q, want %q", *reports, want)
@@ -247,8 +296,8 @@ func TestGatewayMissesBefore(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if after := unreachable.Sub(start); after != 2*time.Second {
-			t.Errorf("unreachable after %s, want 2s", after)
+		if after := unreachable.Sub(start); after != time.Second {
+			t.Errorf("unreachable after %s, want 1s", after)
 		}
 	})
 }
@@ -264,7 +313,7 @@ func TestGatewayRequestFails(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if want := []string{"gateway false  at 3s"}; !slices.Equal(*reports, want) {
+		if want := []string{"gateway false  at 1.5s"}; !slices.Equal(*reports, want) {
 			t.Errorf("reports %q, want %q", *reports, want)
 		}
 	})

@@ -43,7 +43,7 @@ type Environment struct {
 	MacvlanMode      string `envconfig:"EGRESS_MACVLAN_MODE" unset:"private" doc:"mode of that macvlan: private, bridge, vepa or passthru"`
 	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, which contains that NIC"`
 	Conflict         string `envconfig:"EGRESS_CONFLICT" unset:"warn" doc:"what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it"`
-	HealthInterval   string `envconfig:"EGRESS_HEALTH_INTERVAL" unset:"10s" doc:"interval at which legacy and monitor reconcile everything and probe the gateway, besides on kernel events; 0: never"`
+	HealthInterval   string `envconfig:"EGRESS_HEALTH_INTERVAL" unset:"10s" doc:"interval at which legacy and monitor reconcile everything, besides on kernel events; 0: never"`
 	AnnounceInterval string `envconfig:"EGRESS_ANNOUNCE_INTERVAL" unset:"60s" doc:"interval at which they announce the reserved address again; 0: never"`
 	HealthListen     string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
 	Probe            string `envconfig:"EGRESS_PROBE" unset:"none" doc:"tcp: probe each tcp destination, from the reserved address"`

@@ -220,7 +220,8 @@ func TestContestedRepairWaits(t *testing.T) {
 	if waits := waits(); !slices.IsSorted(waits) {
 		t.Errorf("waits %v, want each longer than the one before", waits)
 	}
-	if code, out := p.Health(); code != 0 || !strings.Contains(out, "repair contested by another program") {
+	// The gateway may not have answered between two faults, so the exit code may be 1.
+	if code, out := p.Health(); !regexp.MustCompile(`(?m)^  kernel +warning .* repair contested by another program: set macvlan0 up$`).MatchString(out) {
 		t.Errorf("health: exit code %d\n%s", code, out)
 	}
 }

@@ -160,12 +160,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 				k.notBefore = k.eager
 			}
 		case <-clock.C:
-			due := clock.due()
+			announces = clock.due()[1] || announces
 			pending |= everything
-			announces = announces || due[1]
-			if due[0] || k.Interval == 0 {
-				k.surroundings.probe()
-			}
 			k.drops.refresh() // another program may delete the rules with their counters
 		case <-k.replaced:
 			pending |= everything

@@ -79,7 +79,7 @@ func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
 			s.stop()
 		}
 	})
-	_ = watch.ProbeGateway() // an error: the next probe is at the next interval
+	_ = watch.ProbeGateway() // an error is a miss
 }
 
 // stop closes the current watch. The caller holds the lock.
@@ -124,16 +124,6 @@ func (s *surroundings) note(holder net.HardwareAddr, at time.Time) {
 	defer s.mu.Unlock()
 	s.before.Conflicts++
 	s.before.ConflictMAC, s.before.ConflictAt = holder, at
-}
-
-// probe probes the gateway, if the interface has the source address for it.
-func (s *surroundings) probe() {
-	s.mu.Lock()
-	now := s.now
-	s.mu.Unlock()
-	if now != nil {
-		_ = now.ProbeGateway() // fails if the interface is down or missing, which the comparison reports
-	}
 }
 
 func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
