@@ -15,8 +15,8 @@ import (
 const (
 	// dropLogPause is the least time between two log lines with the same reason.
 	dropLogPause = 10 * time.Second
-	// dropLogDelay is the time between a packet and its log line. Counters are at most
-	// that old, so that they include the packet, and a client's first retries count too.
+	// dropLogDelay is the time between a packet and its log line, so that a client's
+	// first retries count too.
 	dropLogDelay = time.Second
 )
 
@@ -24,7 +24,7 @@ const (
 // dropLogPause.
 type dropLog struct {
 	log     *slog.Logger
-	dropped func() map[rules.Reason]uint64 // counters
+	dropped func(context.Context) map[rules.Reason]uint64 // current counters
 	reasons map[rules.Reason]*dropExample
 }
 
@@ -45,7 +45,7 @@ func (w *watch) logDrops(ctx context.Context, p Process, background *sync.WaitGr
 		return
 	}
 	// As the audit log it does not depend on the log level.
-	l := dropLog{log: logger(p.Stderr, config.Log{JSON: w.config.Log.JSON, Level: slog.LevelInfo}), dropped: w.keeper.Drops}
+	l := dropLog{log: logger(p.Stderr, config.Log{JSON: w.config.Log.JSON, Level: slog.LevelInfo}), dropped: w.keeper.ReadDrops}
 	packets := make(chan nflog.Packet)
 	background.Go(func() { l.run(ctx, packets) })
 	background.Go(func() {
@@ -74,7 +74,7 @@ func (l *dropLog) run(ctx context.Context, packets <-chan nflog.Packet) {
 			l.take(p, time.Now())
 		case <-timer.C:
 		}
-		if next := l.write(time.Now()); !next.IsZero() {
+		if next := l.write(ctx, time.Now()); !next.IsZero() {
 			timer.Reset(time.Until(next))
 		}
 	}
@@ -100,7 +100,7 @@ func (l *dropLog) take(p nflog.Packet, now time.Time) {
 
 // write writes the lines that are due, and returns the time of the next one, zero if
 // there is none.
-func (l *dropLog) write(now time.Time) (next time.Time) {
+func (l *dropLog) write(ctx context.Context, now time.Time) (next time.Time) {
 	var dropped map[rules.Reason]uint64
 	for _, reason := range rules.Reasons {
 		e := l.reasons[reason]
@@ -112,7 +112,7 @@ func (l *dropLog) write(now time.Time) (next time.Time) {
 			}
 		default:
 			if dropped == nil {
-				dropped = l.dropped()
+				dropped = l.dropped(ctx)
 			}
 			// The counter lags behind if it could not be read.
 			n := max(dropped[reason]-min(e.logged, dropped[reason]), e.read)

@@ -33,7 +33,11 @@ func TestDropLog(t *testing.T) {
 				}
 				return a
 			}})),
-			dropped: func() map[rules.Reason]uint64 { mu.Lock(); defer mu.Unlock(); return maps.Clone(counters) },
+			dropped: func(context.Context) map[rules.Reason]uint64 {
+				mu.Lock()
+				defer mu.Unlock()
+				return maps.Clone(counters)
+			},
 		}
 		packets := make(chan nflog.Packet)
 		ctx, cancel := context.WithCancel(t.Context())

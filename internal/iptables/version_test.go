@@ -3,11 +3,8 @@ package iptables_test
 import (
 	"errors"
 	"fmt"
-	"io"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -149,7 +146,7 @@ func TestRouterWithOtherFormRepairsNothing(t *testing.T) {
 		if nstest.Long() {
 			comparisons = 100
 		}
-		awaitComparisons(r, comparisons)
+		r.AwaitComparisons(comparisons)
 		wantQuiet(r)
 		for _, family := range []string{"iptables", "ip6tables"} {
 			// One load, and the canary's two.
@@ -184,7 +181,7 @@ func TestRouterWithOtherFormRepairsNothing(t *testing.T) {
 				}
 			}
 		}
-		awaitComparisons(r, 5)
+		r.AwaitComparisons(5)
 		wantQuiet(r)
 	})
 }
@@ -208,7 +205,7 @@ func TestCanaryCausesNoEndlessComparison(t *testing.T) {
 				if round == 50 {
 					t.Fatalf("after %d changes of the network it still runs iptables-save", round)
 				}
-				before, saves := comparisons(p), calls("iptables-save")
+				before, saves := p.Comparisons(), calls("iptables-save")
 				var err error
 				if round%2 == 0 {
 					err = h.LinkSetDown(loopback)
@@ -218,7 +215,7 @@ func TestCanaryCausesNoEndlessComparison(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				r.Until("the change of the network is compared", func() bool { return comparisons(p) > before })
+				r.Until("the change of the network is compared", func() bool { return p.Comparisons() > before })
 				if quiet++; calls("iptables-save") > saves {
 					quiet = 0
 				}
@@ -397,12 +394,12 @@ func TestRenderedFormNeedsNoCanary(t *testing.T) {
 		var r *labtest.Running
 		by(p, path, func() { r = p.Start("legacy") })
 		r.AwaitLog(1, "msg=ready")
-		awaitComparisons(r, 2)
+		r.AwaitComparisons(2)
 		before["iptables-restore"] = calls("iptables-restore")
 		for i, args := range [][]string{{"-I", "EGRESS-PREROUTING", "-p", "tcp", "-j", "ACCEPT"}, {"-F", "EGRESS-PREROUTING"}, {"-D", "PREROUTING", "-j", "EGRESS-PREROUTING"}} {
 			p.Iptables(append([]string{"-t", "nat"}, args...)...)
 			r.AwaitLog(i+1, labtest.RepairLogged)
-			awaitComparisons(r, 2)
+			r.AwaitComparisons(2)
 		}
 		if n := calls("iptables-restore") - before["iptables-restore"]; n != 3 {
 			p.Errorf("%d calls of iptables-restore for three repairs", n)
@@ -489,48 +486,10 @@ func TestEachVersionRecognisesItsRules(t *testing.T) {
 				p.Env["EGRESS_HEALTH_INTERVAL"] = "10ms"
 				r := p.Start("legacy")
 				r.AwaitLog(1, "msg=ready")
-				awaitComparisons(r, 10)
+				r.AwaitComparisons(10)
 				wantQuiet(r)
 			})
 		})
-	}
-}
-
-// metric returns a value of /metrics, asked from the cluster side.
-func metric(p *labtest.Pod, name string) int {
-	p.Helper()
-	conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 9465))
-	if err != nil {
-		p.Fatal(err)
-	}
-	defer conn.Close()
-	fmt.Fprint(conn, "GET /metrics HTTP/1.0\r\nHost: pod\r\n\r\n")
-	text, err := io.ReadAll(conn)
-	if err != nil {
-		p.Fatal(err)
-	}
-	for line := range strings.Lines(string(text)) {
-		if value, found := strings.CutPrefix(line, name+" "); found {
-			n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
-			if err != nil {
-				p.Fatal(err)
-			}
-			return int(n)
-		}
-	}
-	p.Fatalf("/metrics lacks %s:\n%s", name, text)
-	return 0
-}
-
-// comparisons returns the number of comparisons by the router so far.
-func comparisons(p *labtest.Pod) int { return metric(p, "egress_router_comparisons_total") }
-
-// awaitComparisons waits for n more comparisons.
-func awaitComparisons(r *labtest.Running, n int) {
-	r.Helper()
-	for want := comparisons(r.Pod) + n; comparisons(r.Pod) < want; {
-		next := comparisons(r.Pod) + 1
-		r.Until("one more comparison", func() bool { return comparisons(r.Pod) >= next })
 	}
 }
 
@@ -548,7 +507,7 @@ func wantQuiet(r *labtest.Running) {
 		r.Errorf("rules loaded %d times:\n%s", n, log)
 	}
 	for _, name := range []string{`egress_router_repairs_total{kind="rules"}`, "egress_router_repair_failures_total"} {
-		if n := metric(r.Pod, name); n != 0 {
+		if n := r.Metric(name); n != 0 {
 			r.Errorf("%s is %d:\n%s", name, n, log)
 		}
 	}

@@ -32,7 +32,7 @@ type drops struct {
 	rules   Rules      // rules in the kernel; nil: not known yet
 	plan    rules.Plan
 	total   map[rules.Reason]uint64
-	readAt  time.Time
+	readAt  time.Time     // start of the last reading
 	pending chan struct{} // closed at the end of the current reading; nil: there is none
 	failure string        // last error in the log
 }
@@ -68,13 +68,14 @@ func (d *drops) read(ctx context.Context, current Rules, plan rules.Plan) {
 	defer d.reading.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, dropsTimeout)
 	defer cancel()
+	begun := time.Now()
 	now, err := current.Drops(ctx, plan)
 	if err == nil {
 		d.add(now)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.readAt = time.Now()
+	d.readAt = begun
 	failure := ""
 	if err != nil {
 		failure = err.Error()
@@ -90,18 +91,33 @@ func (d *drops) read(ctx context.Context, current Rules, plan rules.Plan) {
 func (d *drops) refresh() <-chan struct{} {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.pending == nil && d.rules != nil && time.Since(d.readAt) >= dropsFresh {
-		done, current, plan := make(chan struct{}), d.rules, d.plan
-		d.pending = done
-		go func() {
-			d.read(context.Background(), current, plan)
-			d.mu.Lock()
-			d.pending = nil
-			d.mu.Unlock()
-			close(done)
-		}()
+	if time.Since(d.readAt) >= dropsFresh {
+		d.start()
 	}
 	return d.pending
+}
+
+// start starts a reading, unless one has not ended. The caller holds mu.
+func (d *drops) start() {
+	if d.pending != nil || d.rules == nil {
+		return
+	}
+	done, current, plan := make(chan struct{}), d.rules, d.plan
+	d.pending = done
+	go func() {
+		d.read(context.Background(), current, plan)
+		d.mu.Lock()
+		d.pending = nil
+		d.mu.Unlock()
+		close(done)
+	}()
+}
+
+// sums returns a copy of the totals.
+func (d *drops) sums() map[rules.Reason]uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return maps.Clone(d.total)
 }
 
 // Drops returns the packets that the rules have dropped or rejected, by reason: since
@@ -109,8 +125,7 @@ func (d *drops) refresh() <-chan struct{} {
 // loaded again. The values are at most a second old, unless the kernel or the programs
 // of iptables do not answer in time.
 func (k *Keeper) Drops() map[rules.Reason]uint64 {
-	d := &k.drops
-	if pending := d.refresh(); pending != nil {
+	if pending := k.drops.refresh(); pending != nil {
 		late := time.NewTimer(dropsPatience)
 		defer late.Stop()
 		select {
@@ -118,7 +133,28 @@ func (k *Keeper) Drops() map[rules.Reason]uint64 {
 		case <-late.C:
 		}
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return maps.Clone(d.total)
+	return k.drops.sums()
+}
+
+// ReadDrops is Drops with the values of a reading that begins after the call, for which
+// it waits. The values are older after an error, and after the end of ctx.
+func (k *Keeper) ReadDrops(ctx context.Context) map[rules.Reason]uint64 {
+	d, begun := &k.drops, time.Now()
+	for {
+		d.mu.Lock()
+		if d.readAt.Before(begun) {
+			d.start()
+		}
+		pending := d.pending
+		done := pending == nil || !d.readAt.Before(begun)
+		d.mu.Unlock()
+		if done {
+			return d.sums()
+		}
+		select {
+		case <-pending:
+		case <-ctx.Done():
+			return d.sums()
+		}
+	}
 }

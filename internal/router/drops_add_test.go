@@ -103,3 +103,39 @@ func TestDropsAreReadOnceASecond(t *testing.T) {
 		time.Sleep(dropsTimeout)
 	})
 }
+
+// ReadDrops waits for a reading that begins after the call, however long that takes, and
+// after an error returns what there is.
+func TestReadDropsIsCurrent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := NewKeeper(&Router{Log: slog.New(slog.DiscardHandler)})
+		if got := k.ReadDrops(t.Context()); len(got) > 0 {
+			t.Errorf("before the first comparison: %v", got)
+		}
+		rule := rules.DropRule{Reason: rules.Invalid}
+		const slow = 3 * time.Second
+		counter, err := uint64(1), error(nil)
+		k.drops.use(counting{read: func(context.Context) (rules.Drops, error) {
+			now := counter // at the start
+			time.Sleep(slow)
+			return rules.Drops{rule: now}, err
+		}}, rules.Plan{})
+		k.drops.refresh()
+		time.Sleep(time.Second)
+		counter = 100
+		begin := time.Now()
+		if got, took := k.ReadDrops(t.Context())[rules.Invalid], time.Since(begin); got != 100 || took != 2*slow-time.Second {
+			t.Errorf("%d drops after %s, want 100 with the second reading", got, took)
+		}
+		counter, err = 200, errors.New("injected failure")
+		if got := k.ReadDrops(t.Context())[rules.Invalid]; got != 100 {
+			t.Errorf("%d drops after a failure, want the 100 before", got)
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if got := k.ReadDrops(ended)[rules.Invalid]; got != 100 {
+			t.Errorf("%d drops after the end, want the 100 before", got)
+		}
+		time.Sleep(slow)
+	})
+}

@@ -725,18 +725,14 @@ func TestRepairAnnouncesIfNeighboursMustLearn(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_ANNOUNCE_INTERVAL"], p.Env["EGRESS_HEALTH_INTERVAL"] = "0", "100ms"
+	p.Env["EGRESS_HEALTH_LISTEN"] = fmt.Sprint(":", labtest.HealthAddr.Port())
 	capture, mac := captureLAN(p), macOf(p)
 	r := p.Start("legacy")
 	r.AwaitLog(1, gatewayAnswers)
-	compared := func() { // waits for five more comparisons
-		p.Helper()
-		n := count(capture, macOf(p), arpGateway) + 5
-		p.Until("five more comparisons are made", func() bool { return count(capture, macOf(p), arpGateway) >= n })
-	}
 	announced := func(what, mac string, n int) {
 		p.Helper()
 		p.Until(what, func() bool { return count(capture, mac, arpAnnounced) >= n*arpPair })
-		compared()
+		r.AwaitComparisons(5)
 		if got := count(capture, mac, arpAnnounced); got != n*arpPair {
 			t.Errorf("%s: %d announcement frames, want %d", what, got, n*arpPair)
 		}

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net/netip"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -115,6 +117,41 @@ func (p *Pod) Health() (code int, stdout string) {
 		return !strings.Contains(r.Stderr, "no answer in ")
 	})
 	return r.Code, r.Stdout
+}
+
+// Metric returns a value of /metrics, asked from the cluster side at HealthAddr.
+func (p *Pod) Metric(name string) int {
+	p.Helper()
+	conn := p.Dial(p.Lab.Client, "tcp", HealthAddr)
+	defer conn.Close()
+	fmt.Fprint(conn, "GET /metrics HTTP/1.0\r\nHost: pod\r\n\r\n")
+	text, err := io.ReadAll(conn)
+	if err != nil {
+		p.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, found := strings.CutPrefix(line, name+" "); found {
+			n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
+			if err != nil {
+				p.Fatal(err)
+			}
+			return int(n)
+		}
+	}
+	p.Fatalf("/metrics lacks %s:\n%s", name, text)
+	return 0
+}
+
+// Comparisons returns the number of comparisons by the router so far, from /metrics.
+func (p *Pod) Comparisons() int { return p.Metric("egress_router_comparisons_total") }
+
+// AwaitComparisons waits for n more comparisons.
+func (r *Running) AwaitComparisons(n int) {
+	r.Helper()
+	for want := r.Comparisons() + n; r.Comparisons() < want; {
+		next := r.Comparisons() + 1
+		r.Until("one more comparison", func() bool { return r.Comparisons() >= next })
+	}
 }
 
 // Visitors are a client that connects through the pod without pause.
