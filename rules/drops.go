@@ -59,21 +59,44 @@ func (p Plan) WithDropLog() Plan {
 	return logged
 }
 
-// logs reports whether the rule is one of WithDropLog.
-func (r Rule) logs() bool { return r.Target == LogPacket }
+// A Part is rules of a plan without which a router works, and whose modules a kernel may
+// lack.
+type Part Target
 
-// HasDropLog reports whether the plan has rules of WithDropLog.
-func (p Plan) HasDropLog() bool {
-	return slices.ContainsFunc(p.Chains, func(c Chain) bool { return slices.ContainsFunc(c.Rules, Rule.logs) })
+// The parts of plans.
+const (
+	DropLogPart  Part = Part(LogPacket) // rules of WithDropLog
+	MSSClampPart Part = Part(ClampMSS)  // without it large transfers hang if ICMP is filtered
+)
+
+// String returns the name of the part.
+func (p Part) String() string {
+	if p == DropLogPart {
+		return "drop log"
+	}
+	return "MSS clamp"
 }
 
-// WithoutDropLog returns the plan without the rules of WithDropLog, for a kernel that
-// cannot log.
-func (p Plan) WithoutDropLog() Plan {
+// Parts returns the parts that the plan has.
+func (p Plan) Parts() (parts []Part) {
+	for _, part := range []Part{DropLogPart, MSSClampPart} {
+		if slices.ContainsFunc(p.Chains, func(c Chain) bool { return slices.ContainsFunc(c.Rules, part.has) }) {
+			parts = append(parts, part)
+		}
+	}
+	return parts
+}
+
+func (p Part) has(r Rule) bool { return r.Target == Target(p) }
+
+// WithoutParts returns the plan without some parts.
+func (p Plan) WithoutParts(parts []Part) Plan {
 	without := p
 	without.Chains = slices.Clone(p.Chains)
 	for i, c := range without.Chains {
-		without.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), Rule.logs)
+		without.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool {
+			return slices.ContainsFunc(parts, func(part Part) bool { return part.has(r) })
+		})
 	}
 	return without
 }

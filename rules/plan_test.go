@@ -231,7 +231,8 @@ func TestDropsHaveReasons(t *testing.T) {
 func TestDropLog(t *testing.T) {
 	plan := NewPlan(exampleSet, sides)
 	logged := plan.WithDropLog()
-	if plan.HasDropLog() || !logged.HasDropLog() || !logged.WithoutDropLog().Equal(plan) {
+	if !slices.Equal(plan.Parts(), []Part{MSSClampPart}) || !slices.Equal(logged.Parts(), []Part{DropLogPart, MSSClampPart}) ||
+		!logged.WithoutParts([]Part{DropLogPart}).Equal(plan) || len(logged.WithoutParts(logged.Parts()).Parts()) > 0 {
 		t.Errorf("log rules:\n%s", logged)
 	}
 	want := `-A EGRESS-INPUT -i macvlan0 -m conntrack --ctstate INVALID,UNTRACKED -m limit --limit 1/sec -j NFLOG --nflog-prefix invalid --nflog-group 4711

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -27,8 +28,8 @@ type backend struct {
 	// The choice of auto, which a process keeps.
 	chosen  config.Backend
 	noGuard bool // the kernel does not support the source guard
-	// The kernel does not support the drop log.
-	noDropLog atomic.Bool
+	// The parts that the kernel does not support; nil: none.
+	unsupported atomic.Pointer[[]rules.Part]
 }
 
 // readPatience is the time for iptables' programs to read the rules, and to load and
@@ -71,8 +72,8 @@ func (b *backend) rules(ctx context.Context, plan rules.Plan) (router.Rules, err
 
 // supported returns the part of a plan that the kernel supports.
 func (b *backend) supported(plan rules.Plan) rules.Plan {
-	if b.noDropLog.Load() {
-		return plan.WithoutDropLog()
+	if parts := b.unsupported.Load(); parts != nil {
+		return plan.WithoutParts(*parts)
 	}
 	return plan
 }
@@ -147,24 +148,45 @@ func (g *guarded) Differs(plan rules.Plan) []string {
 	return differs
 }
 
-// Apply loads the plan, or, if the kernel refuses it, the plan without the drop log,
-// whose rules need modules of their own.
+// Apply loads the plan, or, if the kernel refuses it, the plan without a part whose rules
+// need modules of their own.
 func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	plan = g.backend.supported(plan)
 	undo, err = g.apply(ctx, plan)
-	if err == nil || !plan.HasDropLog() || ctx.Err() != nil || errors.Is(err, os.ErrPermission) {
+	_, refused := errors.AsType[*nft.LoadError](err)
+	if err == nil || ctx.Err() != nil || errors.Is(err, os.ErrPermission) || !refused && !iptables.IsUnsupported(err) {
 		return undo, err
 	}
-	if undo != nil && undo() != nil {
-		return undo, err
+	for _, without := range smaller(plan.Parts()) {
+		if undo != nil && undo() != nil {
+			return undo, err
+		}
+		var again error
+		if undo, again = g.apply(ctx, plan.WithoutParts(without)); again != nil {
+			continue
+		}
+		for _, part := range without {
+			g.backend.log.Warn(part.String()+" not loaded", "error", err)
+		}
+		if before := g.backend.unsupported.Load(); before != nil {
+			without = slices.Concat(*before, without)
+		}
+		g.backend.unsupported.Store(&without)
+		return undo, nil
 	}
-	undo, again := g.apply(ctx, plan.WithoutDropLog())
-	if again != nil {
-		return undo, err
+	return undo, err
+}
+
+// smaller returns what to leave out of a plan that the kernel refuses, in the order of
+// the attempts: a single part, then all.
+func smaller(parts []rules.Part) (attempts [][]rules.Part) {
+	for _, part := range parts {
+		attempts = append(attempts, []rules.Part{part})
 	}
-	g.backend.log.Warn("drop log not loaded", "error", err)
-	g.backend.noDropLog.Store(true)
-	return undo, nil
+	if len(parts) > 1 {
+		attempts = append(attempts, parts)
+	}
+	return attempts
 }
 
 // apply loads the plan into both, the source guard first, since it only drops
@@ -175,7 +197,7 @@ func (g *guarded) apply(ctx context.Context, plan rules.Plan) (undo func() error
 	}
 	undoGuard, err := g.guard.Apply(ctx, plan)
 	_, refused := errors.AsType[*nft.LoadError](err)
-	if _, optional := isIPTables(g); optional && refused && undoGuard == nil && !plan.HasDropLog() && !errors.Is(err, os.ErrPermission) {
+	if _, optional := isIPTables(g); optional && refused && undoGuard == nil && !slices.Contains(plan.Parts(), rules.DropLogPart) && !errors.Is(err, os.ErrPermission) {
 		g.backend.log.Warn("source guard not loaded", "error", err)
 		g.guard, g.backend.noGuard = nil, true
 		return g.Rules.Apply(ctx, plan)

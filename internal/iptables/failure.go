@@ -51,6 +51,7 @@ const (
 type failure struct {
 	printed []string // parts of the programs' messages
 	hint    string
+	lacks   bool // of an extension or a module
 }
 
 // failures are the kinds of failure, by the messages of iptables 1.6 to 1.8, of both
@@ -59,22 +60,27 @@ var failures = []failure{
 	{
 		[]string{"holding the xtables lock"},
 		"another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again",
+		false,
 	},
 	{
 		[]string{"lock file"},
 		"iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file",
+		false,
 	},
 	{
 		[]string{"rror while loading shared librar", "rror loading shared librar", "rror relocating"},
 		"the installation of iptables is incomplete: install the package again; or " + otherPrograms,
+		false,
 	},
 	{
 		[]string{"Couldn't load match", "Couldn't load target", "Couldn't find match", "Couldn't find target", "unknown option", "unrecognized option", "Unknown arg", "invalid option"},
 		"this iptables lacks an extension or an option that the rules need: " + otherPrograms,
+		true,
 	},
 	{
 		[]string{"is incompatible", "CHAIN_ADD failed (Operation not supported)", "CHAIN_ADD failed (File exists)", "newer iptables"},
 		"another program made a table of that name, by nft or by a newer iptables, in a form that this iptables cannot change: set EGRESS_ROUTER_BACKEND=nftables, which has tables of its own, or delete that table (nft list tables)",
+		false,
 	},
 	{
 		[]string{
@@ -82,18 +88,38 @@ var failures = []failure{
 			"Protocol not supported", "Protocol not available", "(No such file or directory)", "(Operation not supported)", "(Invalid argument)",
 		},
 		"the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy), and xt_conntrack xt_connmark xt_mark xt_nat xt_TCPMSS ipt_REJECT; " + otherBackend,
+		true,
 	},
+}
+
+// kind returns the kind of the failure, nil if it is none of the known.
+func (e *programError) kind() *failure {
+	for i, f := range failures {
+		for _, part := range f.printed {
+			if strings.Contains(e.printed, part) {
+				return &failures[i]
+			}
+		}
+	}
+	return nil
+}
+
+// IsUnsupported reports whether a program failed because it, or the kernel, lacks an
+// extension or a module that some rules need.
+func IsUnsupported(err error) bool {
+	e, ok := errors.AsType[*programError](err)
+	if !ok {
+		return false
+	}
+	kind := e.kind()
+	return kind != nil && kind.lacks
 }
 
 // Hint returns the remedy. It is empty for a call that the kernel refused, and for an
 // interruption: these are not specific to iptables.
 func (e *programError) Hint() string {
-	for _, f := range failures {
-		for _, part := range f.printed {
-			if strings.Contains(e.printed, part) {
-				return f.hint
-			}
-		}
+	if kind := e.kind(); kind != nil {
+		return kind.hint
 	}
 	_, ended := errors.AsType[*exec.ExitError](e.err)
 	switch {

@@ -260,21 +260,39 @@ func TestMonitorLogsDrops(t *testing.T) {
 	})
 }
 
-// A kernel without the modules of the drop log gets the other rules, which count.
-func TestKernelWithoutDropLog(t *testing.T) {
+// A kernel without the modules of the drop log, of the MSS clamp or of both gets the other
+// rules, which count.
+func TestKernelWithoutParts(t *testing.T) {
 	t.Parallel()
-	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
-		p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in *NFLOG*) echo 'Extension NFLOG revision 0 not supported, missing kernel module?' >&2; exit 2; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
-		p.Env["EGRESS_LOG_DROPS"] = "true"
-		r, replace := startWithFile(p, "53 udp 203.0.113.25\n")
-		r.AwaitLog(1, `msg="drop log not loaded"`)
-		sendUDP(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99", 7070)
-		wantDrops(p, "without a log", map[rules.Reason]int{rules.PhysicalNetwork: 1})
-		replace("53 udp 203.0.113.25\n9 udp 203.0.113.25\n")
-		r.AwaitLog(2, "rules loaded")
-		wantDrops(p, "after a reload", map[rules.Reason]int{rules.PhysicalNetwork: 1})
-		if log := r.Logged(); strings.Count(log, "drop log not loaded") != 1 || strings.Contains(log, "source guard not loaded") || r.Repaired() > 0 {
-			p.Errorf("want one warning, the source guard, and no repair")
-		}
-	})
+	for name, test := range map[string]struct{ targets, loaded string }{
+		"drop log":            {"*NFLOG*", "TCPMSS"},
+		"MSS clamp":           {"*TCPMSS*", "NFLOG"},
+		"drop log, MSS clamp": {"*NFLOG*|*TCPMSS*", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+				p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in " + test.targets + ") echo 'Extension revision 0 not supported, missing kernel module?' >&2; exit 2; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
+				p.Env["EGRESS_LOG_DROPS"] = "true"
+				r, replace := startWithFile(p, "53 udp 203.0.113.25\n")
+				for part := range strings.SplitSeq(name, ", ") {
+					r.AwaitLog(1, `msg="`+part+` not loaded"`)
+				}
+				sendUDP(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99", 7070)
+				wantDrops(p, "without "+name, map[rules.Reason]int{rules.PhysicalNetwork: 1})
+				replace("53 udp 203.0.113.25\n9 udp 203.0.113.25\n")
+				r.AwaitLog(2, "rules loaded")
+				wantDrops(p, "after a reload", map[rules.Reason]int{rules.PhysicalNetwork: 1})
+				log, save := r.Logged(), p.Tool(p.Program("iptables-save"))
+				if strings.Count(log, "not loaded") != 1+strings.Count(name, ",") || r.Repaired() > 0 {
+					p.Errorf("want one warning for each part, the source guard, and no repair:\n%s", log)
+				}
+				for _, target := range []string{"NFLOG", "TCPMSS"} {
+					if got, want := strings.Contains(save, "-j "+target), target == test.loaded; got != want {
+						p.Errorf("rules with %s: %v, want %v", target, got, want)
+					}
+				}
+			})
+		})
+	}
 }
