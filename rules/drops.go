@@ -69,14 +69,6 @@ const (
 	MSSClampPart Part = Part(ClampMSS)  // without it large transfers hang if ICMP is filtered
 )
 
-// String returns the name of the part.
-func (p Part) String() string {
-	if p == DropLogPart {
-		return "drop log"
-	}
-	return "MSS clamp"
-}
-
 // Parts returns the parts that the plan has.
 func (p Plan) Parts() (parts []Part) {
 	for _, part := range []Part{DropLogPart, MSSClampPart} {

@@ -166,7 +166,7 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 			continue
 		}
 		for _, part := range without {
-			g.backend.log.Warn(part.String()+" not loaded", "error", err)
+			g.backend.log.Warn(notLoaded[part], "error", err)
 		}
 		if before := g.backend.unsupported.Load(); before != nil {
 			without = slices.Concat(*before, without)
@@ -176,6 +176,9 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 	}
 	return undo, err
 }
+
+// notLoaded are the log messages about parts that the kernel does not support.
+var notLoaded = map[rules.Part]string{rules.DropLogPart: "drop log not loaded", rules.MSSClampPart: "MSS clamp not loaded"}
 
 // smaller returns what to leave out of a plan that the kernel refuses, in the order of
 // the attempts: a single part, then all.

@@ -31,8 +31,8 @@ func runVersion(_ context.Context, p Process) error {
 	return err
 }
 
-// runPlan prints the steps of runMode in a fresh namespace, in their order. It reads
-// only the variables.
+// runPlan prints the steps of runMode in a fresh namespace, in their order, and the
+// rules. It reads only the variables.
 func runPlan(_ context.Context, p Process) error {
 	c, err := parse(p)
 	if err != nil {
@@ -56,25 +56,22 @@ func planText(c config.Config) string {
 	fmt.Fprintf(&b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
 	fmt.Fprintf(&b, "address    %s, announced to the physical network\n", c.Source)
 	fmt.Fprintf(&b, "backend    %s\n\n", c.Backend)
+	if c.Mode.Redirects() {
+		b.WriteString(effect(c.Set, c.Source.Addr()) + "\n")
+	}
 	b.WriteString("steps, each skipped if the kernel is in that state already:\n")
 	number := 0
 	step := func(text string) {
 		number++
 		fmt.Fprintf(&b, "%2d. %s\n", number, text)
 	}
-	stepRules := func(heading string, p rules.Plan) {
-		step(heading)
-		for line := range strings.Lines(p.String()) {
-			b.WriteString("    " + line)
-		}
-	}
 	if m := macvlan(c); m != nil {
 		step(m.String())
 	}
 	if c.Mode.Redirects() {
-		stepRules("load rules that mark connections, set the source address and drop everything else", plan.WithoutRedirects())
+		step("load the rules below without redirects: they mark connections, set the source address and drop everything else")
 	} else {
-		stepRules("load rules that drop connections from the physical network", plan)
+		step("load the rules below, which drop connections from the physical network")
 	}
 	step(fmt.Sprintf("set sysctls of %s and %s: no router advertisements, no ICMP redirects, ARP for own addresses only, no reverse-path filter that drops replies, longer times of tracked TCP connections", c.Egress, c.Cluster))
 	claim := func(state link.State) {
@@ -101,7 +98,7 @@ func planText(c config.Config) string {
 	}
 	step("delete every other default route of the main table")
 	if c.Mode.Redirects() {
-		stepRules("load all rules", plan)
+		step("load all rules")
 		for _, s := range link.Forwarding(link.State{}) {
 			step(s.String())
 		}
@@ -114,9 +111,7 @@ func planText(c config.Config) string {
 		}
 		step(text)
 	}
-	if c.Mode.Redirects() {
-		b.WriteString("\n" + effect(c.Set, c.Source.Addr()))
-	}
+	fmt.Fprintf(&b, "\nrules:\n%s", plan)
 	return b.String()
 }
 
