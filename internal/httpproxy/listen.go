@@ -45,7 +45,7 @@ func (l *listener) accept() {
 				return
 			}
 		}
-		c := &clientConn{TCPConn: conn, from: remoteIP(conn), shares: l.shares}
+		c := &clientConn{TCPConn: conn, from: client(conn), shares: l.shares}
 		for !l.add(c) {
 			select {
 			case <-l.freed:
@@ -125,7 +125,7 @@ type clientConn struct {
 	ended      atomic.Int64 // requests
 	logins     logins
 	rest       atomic.Pointer[time.Time] // limit of reading the rest of a body; nil: none
-	from       netip.Addr
+	from       netip.Prefix              // client
 	shares     *shares
 	state      atomic.Int32 // see shares
 	once       sync.Once

@@ -6,6 +6,10 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/limit"
 )
 
 // shares decides which clients have one of a limited number of connections. Until the
@@ -19,7 +23,7 @@ type shares struct {
 	places atomic.Int64 // open, without the lock
 
 	mu      sync.Mutex
-	of      map[netip.Addr]map[*clientConn]struct{} // by client
+	of      map[netip.Prefix]map[*clientConn]struct{} // by client
 	open    int
 	waiting []*clientConn
 	waits   atomic.Bool      // there are waiting ones
@@ -32,7 +36,7 @@ const mostWaiting = 64
 
 func newShares(most int, full func() bool) *shares {
 	return &shares{
-		most: most, full: full, parked: min(max(1, most/32), mostWaiting), of: map[netip.Addr]map[*clientConn]struct{}{},
+		most: most, full: full, parked: min(max(1, most/32), mostWaiting), of: map[netip.Prefix]map[*clientConn]struct{}{},
 		ready: make(chan *clientConn, 2*most), freed: make(chan struct{}, 1),
 	}
 }
@@ -117,7 +121,7 @@ func (s *shares) evict(than int) bool {
 
 func (s *shares) evictFrom(conns map[*clientConn]struct{}) bool {
 	for c := range conns {
-		if c.state.CompareAndSwap(resting, evicted) {
+		if c.state.Load() == resting && !c.unread() && c.state.CompareAndSwap(resting, evicted) {
 			s.remove(c)
 			_ = c.TCPConn.Close()
 			return true
@@ -239,7 +243,19 @@ func (c *clientConn) begin() bool {
 	return c.state.CompareAndSwap(resting, active) || c.state.CompareAndSwap(finishing, active)
 }
 
-// remoteIP returns the address of a client.
-func remoteIP(conn *net.TCPConn) netip.Addr {
-	return conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+// unread reports whether the kernel has data of the client, as of a request that has just
+// come (tcp(7), SIOCINQ).
+func (c *clientConn) unread() bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	n := 0
+	_ = raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
+	return err == nil && n > 0
+}
+
+// client returns the client of a connection.
+func client(conn *net.TCPConn) netip.Prefix {
+	return limit.Client(conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr())
 }

@@ -22,7 +22,11 @@ type silence struct {
 }
 
 // saw records the result of a look-up. Any answer counts, also that there is no address.
+// A look-up that ended in favour of others shows nothing.
 func (s *silence) saw(err error) {
+	if overloaded(err) {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !isTimeout(err) {

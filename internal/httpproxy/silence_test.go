@@ -33,9 +33,19 @@ func TestSilentNameServers(t *testing.T) {
 	if n := strings.Count(p.log.String(), "name servers do not answer"); n != 1 {
 		t.Errorf("logged %d times:\n%s", n, p.log)
 	}
+	p.silence.saw(overloadError{}) // no sign of life
+	if s := p.Status(); s.LookupErr == nil {
+		t.Error("a look-up that ended for others counts as an answer")
+	}
 	ask("none.example", 502) // an answer
 	if s := p.Status(); s.LookupErr != nil || !strings.Contains(p.log.String(), "name servers answer again") {
 		t.Errorf("%v, log:\n%s", s.LookupErr, p.log)
+	}
+	for range 2 * silentAfter {
+		p.silence.saw(overloadError{})
+	}
+	if s := p.Status(); s.LookupErr != nil {
+		t.Errorf("look-ups that ended for others count: %v", s.LookupErr)
 	}
 }
 

@@ -131,15 +131,20 @@ func (l *Listener) victim() *Conn {
 	return victim
 }
 
-// clientOf returns the client of a connection: its IPv4 address, or its IPv6 network of
-// 64 bits, in which a host chooses its addresses itself (RFC 4291, section 2.5.4).
+// clientOf returns the client of a connection.
 func clientOf(a net.Addr) netip.Prefix {
-	const ipv6Network = 64
 	tcp, ok := a.(*net.TCPAddr)
 	if !ok {
 		return netip.Prefix{}
 	}
-	addr := tcp.AddrPort().Addr().Unmap().WithZone("")
+	return Client(tcp.AddrPort().Addr())
+}
+
+// Client returns what counts as one client: an IPv4 address, or an IPv6 network of 64
+// bits, in which a host chooses its addresses itself (RFC 4291, section 2.5.4).
+func Client(addr netip.Addr) netip.Prefix {
+	const ipv6Network = 64
+	addr = addr.Unmap().WithZone("")
 	bits := addr.BitLen()
 	if addr.Is6() {
 		bits = ipv6Network
