@@ -210,6 +210,8 @@ func TestQuickStartNamespace(t *testing.T) {
 		if out := h.do(t, dir, curl); out != want {
 			t.Errorf("%s: %q, want %q", curl, out, want)
 		}
+		h.do(t, dir, "ip netns delete egress")
+		await(t, "the end of the namespace", func() bool { return !strings.Contains(h.do(t, dir, "ip -brief link"), "egress-1") })
 	})
 	// A host that is a namespace of the node: process 1 is not in it.
 	t.Run("lab", func(t *testing.T) {

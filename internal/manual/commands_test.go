@@ -30,6 +30,9 @@ var commands = map[string]command{
 	"ip address add 10.128.0.1/24 dev egress-1 && ip link set egress-1 up && ip -n egress address add 10.128.0.98/24 dev eth0 && ip -n egress link set eth0 up":                                {test: "TestQuickStartNamespace"},
 	"ip netns exec egress env EGRESS_ROUTER_MODE=init EGRESS_MACVLAN_PARENT=eth1 EGRESS_SOURCE=192.168.12.99/24 EGRESS_GATEWAY=192.168.12.1 EGRESS_DESTINATION=203.0.113.27 bin/egress-router": {test: "TestQuickStartNamespace"},
 
+	"curl http://10.128.0.98/": {test: "TestQuickStartNamespace"},
+	"ip netns delete egress":   {test: "TestQuickStartNamespace"},
+
 	// The same commands, with other names and options that are a test's own.
 	"kubectl exec -n egress CLIENT -- curl http://egress-1:8080/": {test: "TestQuickStart"},
 	"kubectl describe pod":                               {test: "TestWrongManifests"},
