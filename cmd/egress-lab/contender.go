@@ -21,11 +21,13 @@ type contender struct {
 	at      netip.AddrPort // address for clients
 	process *os.Process
 	log     string // file
+	user    bool   // ours as an ordinary user, which is compared with ours as root
 }
 
 // The ports of the proxies in the pod.
 const (
 	portOurs    = 8080
+	portUser    = 8081
 	portTheirs  = 3128
 	portSpliced = 3129
 )
@@ -63,8 +65,31 @@ max_filedescriptors %d
 		return nil, fmt.Errorf("making the directory of squid: %w", err)
 	}
 	theirs, err := startContender(ctx, l, "squid", directory, nil, path, "-N", "-f", file)
+	if err != nil {
+		return nil, err
+	}
+	user, err := startUser(ctx, l, program, directory)
 	ours.at, theirs.at = netip.AddrPortFrom(lab.RouterAddr, portOurs), netip.AddrPortFrom(lab.RouterAddr, portTheirs)
-	return []contender{ours, theirs}, err
+	return []contender{ours, theirs, user}, err
+}
+
+// startUser starts the HTTP proxy as an ordinary user, whose pipes the kernel limits
+// (pipe-user-pages-soft in proc(5)).
+func startUser(ctx context.Context, l *lab.Lab, program, directory string) (contender, error) {
+	// The user may not reach the program's own directory.
+	content, err := os.ReadFile(program)
+	if err != nil {
+		return contender{}, fmt.Errorf("reading the program: %w", err)
+	}
+	program = filepath.Join(directory, "egress-router")
+	if err := os.WriteFile(program, content, 0o755); err != nil { //nolint:gosec // another user runs it
+		return contender{}, fmt.Errorf("copying the program: %w", err)
+	}
+	const nobody = "65534"
+	env := []string{"EGRESS_HTTP_PROXY_DESTINATION=*", fmt.Sprint("EGRESS_HTTP_PROXY_LISTEN=:", portUser)}
+	p, err := startContender(ctx, l, "ours as root", directory, env, "setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", program, "http-proxy")
+	p.at, p.user = netip.AddrPortFrom(lab.RouterAddr, portUser), true
+	return p, err
 }
 
 // startDNS starts the DNS proxy, and haproxy with a port for each way of copying.

@@ -32,6 +32,7 @@ var (
 	goalEqual   = atLeast(1)    // any other rate
 	goalTail    = atMost(1.2)   // the latency of the slowest hundredth, times squid's
 	goalSpliced = atLeast(1.2)  // bytes, times haproxy's
+	goalUser    = atLeast(0.9)  // bytes as an ordinary user, times those as root
 	goalShort   = atLeast(0.95) // connections, times haproxy's
 )
 
@@ -205,6 +206,9 @@ func (c contest) run(ctx context.Context, l *lab.Lab, contenders []contender, e 
 		slices.Reverse(order)
 		for i, t := range c.trials {
 			for _, k := range order {
+				if contenders[k].user && t.kind != drivePour {
+					continue
+				}
 				d, err := contenders[k].drive(ctx, l, drive{Kind: t.kind, Clients: t.clients, For: e.each})
 				if err != nil {
 					return nil, fmt.Errorf("%s: %w", contenders[k].name, err)
@@ -218,8 +222,8 @@ func (c contest) run(ctx context.Context, l *lab.Lab, contenders []contender, e 
 	return results, nil
 }
 
-// compare makes the rows. The first contender is ours; the reference is the best of the
-// others.
+// compare makes the rows. The first contender is ours as root; the reference is the best
+// of the others.
 func (c contest) compare(contenders []contender, results [][][]drove) []row {
 	var rows []row
 	for i, t := range c.trials {
@@ -232,11 +236,16 @@ func (c contest) compare(contenders []contender, results [][][]drove) []row {
 			}
 			best := 1
 			for k := 2; k < len(contenders); k++ {
-				if (quantile(figures(k), 0.5) < quantile(figures(best), 0.5)) == r.less {
+				if !contenders[k].user && (quantile(figures(k), 0.5) < quantile(figures(best), 0.5)) == r.less {
 					best = k
 				}
 			}
 			rows = append(rows, row{what: r.what, variant: contenders[best].name, pairs: pairs(figures(best), figures(0)), goal: r.goal})
+			for k, p := range contenders {
+				if p.user && t.kind == drivePour {
+					rows = append(rows, row{what: "the same as an ordinary user", variant: p.name, pairs: pairs(figures(0), figures(k)), goal: goalUser})
+				}
+			}
 		}
 	}
 	return rows

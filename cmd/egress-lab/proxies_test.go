@@ -37,6 +37,9 @@ func TestMeasureProxies(t *testing.T) {
 			want := 2 // readings of memory
 			for _, trial := range c.trials {
 				want += len(trial.readings)
+				if trial.kind == drivePour {
+					want++ // as an ordinary user
+				}
 			}
 			if len(rows) != want {
 				t.Errorf("%d rows, want %d", len(rows), want)
@@ -60,6 +63,27 @@ func TestCompareProxies(t *testing.T) {
 	want := []row{
 		{"rate", "other", []pair{{200, 100}, {210, 110}}, goalShort},
 		{"p99", "one", []pair{{2, 4}, {2, 5}}, goalTail},
+	}
+	if diff := cmp.Diff(want, rows, cmp.AllowUnexported(row{}, pair{}, goal{})); diff != "" {
+		t.Errorf("- want, + got:\n%s", diff)
+	}
+}
+
+// The proxy as an ordinary user is compared with itself as root, and is no reference.
+func TestCompareUser(t *testing.T) {
+	c := contest{trials: []trial{
+		{driveKept, 1, []reading{{"rate", rate, false, goalHTTP}}},
+		{drivePour, 1, []reading{{"one tunnel", gbit, false, goalEqual}}},
+	}}
+	contenders := []contender{{name: "ours"}, {name: "squid"}, {name: "ours as root", user: true}}
+	rows := c.compare(contenders, [][][]drove{
+		{{{Rate: 100}}, {{Rate: 50}}, nil},
+		{{{Gbit: 20}}, {{Gbit: 10}}, {{Gbit: 19}}},
+	})
+	want := []row{
+		{"rate", "squid", []pair{{50, 100}}, goalHTTP},
+		{"one tunnel", "squid", []pair{{10, 20}}, goalEqual},
+		{"the same as an ordinary user", "ours as root", []pair{{20, 19}}, goalUser},
 	}
 	if diff := cmp.Diff(want, rows, cmp.AllowUnexported(row{}, pair{}, goal{})); diff != "" {
 		t.Errorf("- want, + got:\n%s", diff)
