@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/sysctl"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -90,7 +91,7 @@ func (t *timeouts) get(name string, now time.Time) time.Duration {
 	}
 	value, ok := t.values[name]
 	if !ok {
-		text, _ := readSysctl("net.netfilter.nf_conntrack_" + name)
+		text, _ := sysctl.Read("net.netfilter.nf_conntrack_" + name)
 		seconds, _ := strconv.Atoi(text)
 		value = time.Duration(seconds) * time.Second
 		t.values[name] = value

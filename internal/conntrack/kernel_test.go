@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/sysctl"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -83,15 +84,15 @@ func forget(t *testing.T) {
 
 func setSysctl(t *testing.T, name, value string) {
 	t.Helper()
-	before, err := readSysctl(name)
+	before, err := sysctl.Read(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := writeSysctl(name, value); err != nil {
+	if err := sysctl.Write(name, value); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := writeSysctl(name, before); err != nil {
+		if err := sysctl.Write(name, before); err != nil {
 			t.Error(err)
 		}
 	})
@@ -457,7 +458,7 @@ func TestSysctls(t *testing.T) {
 	o := options
 	o.Log = slog.New(slog.NewTextHandler(&log, nil))
 	tracker := start(t, o)
-	if value, err := readSysctl(accountingSysctl); value != "1" || err != nil {
+	if value, err := sysctl.Read(accountingSysctl); value != "1" || err != nil {
 		t.Errorf("%s is %q, %v", accountingSysctl, value, err)
 	}
 	if s := log.String(); !strings.Contains(s, "level=WARN") || !strings.Contains(s, "net.netfilter.nf_conntrack_events=1") || strings.Contains(s, "nf_conntrack_acct") {
@@ -529,7 +530,7 @@ func TestFill(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, got := range map[string]int{"net.netfilter.nf_conntrack_count": entries, "net.netfilter.nf_conntrack_max": limit} {
-		if want, err := readSysctl(name); err != nil || fmt.Sprint(got) != want {
+		if want, err := sysctl.Read(name); err != nil || fmt.Sprint(got) != want {
 			t.Errorf("got %d, %s is %s (%v)", got, name, want, err)
 		}
 	}

@@ -3,8 +3,8 @@ package conntrack
 import (
 	"fmt"
 	"log/slog"
-	"os"
-	"strings"
+
+	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
 // The sysctls of the network namespace for counters and events
@@ -20,31 +20,6 @@ const (
 	// program was subscribed.
 	eventsSysctl = "net.netfilter.nf_conntrack_events"
 )
-
-// sysctlPath returns the file of a sysctl of the calling thread's network
-// namespace.
-func sysctlPath(name string) string { return "/proc/sys/" + strings.ReplaceAll(name, ".", "/") }
-
-func readSysctl(name string) (string, error) {
-	data, err := os.ReadFile(sysctlPath(name))
-	if err != nil {
-		return "", fmt.Errorf("read sysctl %s: %w", name, err)
-	}
-	return strings.TrimSpace(string(data)), nil
-}
-
-func writeSysctl(name, value string) error {
-	// Without O_CREATE and O_TRUNC, since a missing file is a missing sysctl.
-	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
-	if err != nil {
-		return fmt.Errorf("open sysctl %s: %w", name, err)
-	}
-	if _, err := f.WriteString(value); err != nil {
-		_ = f.Close() // the first error is the cause
-		return fmt.Errorf("set sysctl %s = %s: %w", name, value, err)
-	}
-	return f.Close()
-}
 
 // startAccounting enables packet and byte counters if they are off, and reports
 // whether they are on.
@@ -67,11 +42,14 @@ func startTimestamps(log *slog.Logger) {
 
 // enable sets a sysctl to 1 if it is 0.
 func enable(name string) error {
-	value, err := readSysctl(name)
-	if err == nil && value == "0" {
-		err = writeSysctl(name, "1")
+	value, err := sysctl.Read(name)
+	if err != nil || value != "0" {
+		return err
 	}
-	return err
+	if err := sysctl.Write(name, "1"); err != nil {
+		return fmt.Errorf("set sysctl %s = 1: %w", name, err)
+	}
+	return nil
 }
 
 // advice returns how to set a sysctl to 1 from outside.
@@ -81,7 +59,7 @@ func advice(name string) string {
 
 // checkEvents logs a warning if the kernel sends no events.
 func checkEvents(log *slog.Logger) {
-	if value, err := readSysctl(eventsSysctl); err == nil && value == "0" {
+	if value, err := sysctl.Read(eventsSysctl); err == nil && value == "0" {
 		log.Warn("conntrack events disabled", "sysctl", eventsSysctl, "value", value,
 			"effect", "only connections that are open when the counters are read are counted", "hint", advice(eventsSysctl))
 	}

@@ -210,14 +210,3 @@ func TestForwarding(t *testing.T) {
 		t.Errorf("not forwarding: %v", steps)
 	}
 }
-
-func TestSysctlPath(t *testing.T) {
-	for name, want := range map[string]string{
-		ipForward:                     "/proc/sys/net/ipv4/ip_forward",
-		promoteSecondaries("eth1.10"): "/proc/sys/net/ipv4/conf/eth1.10/promote_secondaries",
-	} {
-		if got := sysctlPath(name); got != want {
-			t.Errorf("sysctlPath(%q) = %q, want %q", name, got, want)
-		}
-	}
-}

@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
 // A Kernel observes and changes the network namespace in which it was opened. Its
@@ -408,7 +410,7 @@ func (k *Kernel) do(s Step) error {
 		if s.Sysctl == ipForward {
 			return writeForward(s.Value)
 		}
-		return writeSysctl(s.Sysctl, s.Value)
+		return sysctl.Write(s.Sysctl, s.Value)
 	}
 	return fmt.Errorf("unknown step %d", s.Op)
 }

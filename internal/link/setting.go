@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
 // A setting is a sysctl that the router sets. It works without it, less robustly or
@@ -154,7 +156,7 @@ func observeSettings(want Want) (Sysctls, error) {
 			if _, known := found[name]; known {
 				continue
 			}
-			value, err := readSysctl(name)
+			value, err := sysctl.ReadInt(name)
 			if errors.Is(err, os.ErrNotExist) {
 				continue
 			}

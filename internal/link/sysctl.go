@@ -5,9 +5,8 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
 // ipForward is the sysctl that enables forwarding of IPv4 packets between
@@ -40,39 +39,9 @@ func HasIPv6() bool {
 	return !errors.Is(err, os.ErrNotExist)
 }
 
-// sysctlPath returns the file of a sysctl. As with sysctl(8), a name with slashes
-// may have dots in its parts, as interface names have.
-func sysctlPath(name string) string {
-	if !strings.Contains(name, "/") {
-		name = strings.ReplaceAll(name, ".", "/")
-	}
-	return "/proc/sys/" + name
-}
-
-// readSysctl returns the value of an integer sysctl. It reads the file by three system
-// calls, since each comparison reads some thirty: package os also registers it with
-// the poller, which the kernel refuses.
-func readSysctl(name string) (int, error) {
-	fd, err := unix.Open(sysctlPath(name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("read sysctl %s: %w", name, err)
-	}
-	defer func() { _ = unix.Close(fd) }() // nothing was written
-	var b [32]byte
-	n, err := unix.Read(fd, b[:])
-	if err != nil {
-		return 0, fmt.Errorf("read sysctl %s: %w", name, err)
-	}
-	value, err := strconv.Atoi(strings.TrimSpace(string(b[:n])))
-	if err != nil {
-		return 0, fmt.Errorf("read sysctl %s: %w", name, err)
-	}
-	return value, nil
-}
-
 // isOn reports whether a sysctl is not 0.
 func isOn(name string) (bool, error) {
-	value, err := readSysctl(name)
+	value, err := sysctl.ReadInt(name)
 	return value != 0, err
 }
 
@@ -81,27 +50,14 @@ func isOn(name string) (bool, error) {
 // inet_forward_change), which is restored: it has a Step of its own.
 func writeForward(value string) error {
 	redirects := conf4("all", "accept_redirects")
-	before, err := readSysctl(redirects)
+	before, err := sysctl.ReadInt(redirects)
 	if err != nil {
 		return err
 	}
-	if err := writeSysctl(ipForward, value); err != nil {
+	if err := sysctl.Write(ipForward, value); err != nil {
 		return err
 	}
-	return writeSysctl(redirects, strconv.Itoa(before))
-}
-
-func writeSysctl(name, value string) error {
-	// Without O_CREATE and O_TRUNC, since a missing file is a missing sysctl.
-	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	if _, err := f.WriteString(value); err != nil {
-		_ = f.Close() // the first error is the cause
-		return err
-	}
-	return f.Close()
+	return sysctl.Write(redirects, strconv.Itoa(before))
 }
 
 // A ForwardingError reports that forwarding is off and cannot be enabled.
@@ -126,7 +82,7 @@ func (e *ForwardingError) Hint() string {
 // *ForwardingError. It changes nothing.
 func CanForward(have State) error {
 	for _, s := range Forwarding(have) {
-		f, err := os.OpenFile(sysctlPath(s.Sysctl), os.O_WRONLY, 0)
+		f, err := os.OpenFile(sysctl.Path(s.Sysctl), os.O_WRONLY, 0)
 		if err != nil {
 			return &ForwardingError{s.Sysctl, err}
 		}

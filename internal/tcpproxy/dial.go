@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
 // A dialer connects to servers, from ports that it chooses itself.
@@ -30,17 +32,17 @@ type dialer struct {
 	keepAlive    bool          // send keepalive probes to servers
 }
 
-// portRange is the file with the range of local ports (ip(7)).
-const portRange = "/proc/sys/net/ipv4/ip_local_port_range"
+// portRange is the sysctl with the range of local ports (ip(7)).
+const portRange = "net.ipv4.ip_local_port_range"
 
 func newDialer() *dialer {
 	var d dialer
-	text, err := os.ReadFile(portRange)
+	text, err := sysctl.Read(portRange)
 	if err != nil {
 		return &d // without /proc the kernel chooses the ports
 	}
 	var first, last uint32
-	if n, _ := fmt.Sscan(string(text), &first, &last); n == 2 && first <= last {
+	if n, _ := fmt.Sscan(text, &first, &last); n == 2 && first <= last {
 		d.first, d.count = first, last-first+1
 		d.next.Store(rand.Uint32()) // not the ports of a previous process (RFC 6056)
 	}
