@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 
@@ -80,6 +81,18 @@ func (k *Kernel) find(name string) (netlink.Link, error) {
 // Observe returns the state for want. A missing egress interface is a
 // *MissingError; a missing cluster interface is no error.
 func (k *Kernel) Observe(want Want) (State, error) {
+	const attempts = 20
+	for attempt := 1; ; attempt++ {
+		s, err := k.observe(want)
+		// An interface may disappear between two calls. The next attempt does not find
+		// it, or finds another one of that name.
+		if gone := errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO); !gone || attempt == attempts {
+			return s, err
+		}
+	}
+}
+
+func (k *Kernel) observe(want Want) (State, error) {
 	l, err := k.find(want.Interface)
 	if err != nil {
 		return State{}, err
