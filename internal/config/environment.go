@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/kelseyhightower/envconfig"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // An Environment contains the value of every variable; an unset variable is empty,
@@ -24,28 +26,29 @@ import (
 // prefix, envconfig falls back to the bare name and would take a stray SOURCE
 // or GATEWAY.
 //
-// The doc tag describes the variable, the unset tag its default.
+// The doc tag describes the variable, the unset tag its default, and the spec tag is the
+// field that it sets, if messages of other packages are about it.
 type Environment struct {
-	Mode             string `envconfig:"EGRESS_ROUTER_MODE" unset:"legacy" doc:"what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test"`
-	Source           string `envconfig:"EGRESS_SOURCE" unset:"required" doc:"reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32"`
-	Gateway          string `envconfig:"EGRESS_GATEWAY" unset:"required" doc:"IPv4 address of the gateway on the physical network"`
-	Destination      string `envconfig:"EGRESS_DESTINATION" unset:"required to redirect" doc:"redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT"`
+	Mode             string `envconfig:"EGRESS_ROUTER_MODE" spec:"mode" unset:"legacy" doc:"what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test"`
+	Source           string `envconfig:"EGRESS_SOURCE" spec:"source" unset:"required" doc:"reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32"`
+	Gateway          string `envconfig:"EGRESS_GATEWAY" spec:"gateway" unset:"required" doc:"IPv4 address of the gateway on the physical network"`
+	Destination      string `envconfig:"EGRESS_DESTINATION" spec:"destinations" unset:"required to redirect" doc:"redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT"`
 	DestinationFile  string `envconfig:"EGRESS_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_DESTINATION; legacy and monitor reload it when it changes"`
-	Interface        string `envconfig:"EGRESS_INTERFACE" unset:"macvlan0" doc:"interface of the egress side, on the physical network"`
-	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" unset:"eth0" doc:"interface of the cluster side, by which clients connect"`
+	Interface        string `envconfig:"EGRESS_INTERFACE" spec:"interface" unset:"macvlan0" doc:"interface of the egress side, on the physical network"`
+	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" spec:"cluster interface" unset:"eth0" doc:"interface of the cluster side, by which clients connect"`
 	ClusterCIDRs     string `envconfig:"EGRESS_CLUSTER_CIDRS" unset:"none" doc:"networks reached by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces"`
 	ReplyMark        string `envconfig:"EGRESS_REPLY_MARK" unset:"0x1000" doc:"mark bits of connections from the cluster side, to change if another program uses the default"`
 	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" unset:"4711" doc:"number of the routing table of their replies, to change if another program uses the default"`
-	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" unset:"auto" doc:"how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables"`
+	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" spec:"backend" unset:"auto" doc:"how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables"`
 	Forward          string `envconfig:"EGRESS_FORWARD" unset:"redirected" doc:"what is forwarded from the cluster side: redirected connections only, or open, all connections, for a pod that is the gateway of others"`
-	Helpers          string `envconfig:"EGRESS_HELPERS" unset:"none" doc:"protocols whose servers open further connections, separated by commas: amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp; the kernel's helpers are attached to destinations with the protocol's port on the server"`
-	MacvlanParent    string `envconfig:"EGRESS_MACVLAN_PARENT" unset:"none" doc:"NIC of the host on which the router creates the egress interface, a macvlan; true: the NIC of the host's IPv4 default route"`
+	Helpers          string `envconfig:"EGRESS_HELPERS" spec:"helpers" unset:"none" doc:"protocols whose servers open further connections, separated by commas: amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp; the kernel's helpers are attached to destinations with the protocol's port on the server"`
+	MacvlanParent    string `envconfig:"EGRESS_MACVLAN_PARENT" spec:"macvlan parent" unset:"none" doc:"NIC of the host on which the router creates the egress interface, a macvlan; true: the NIC of the host's IPv4 default route"`
 	MacvlanMode      string `envconfig:"EGRESS_MACVLAN_MODE" unset:"private" doc:"mode of that macvlan: private, bridge, vepa or passthru"`
-	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, which contains that NIC"`
-	Conflict         string `envconfig:"EGRESS_CONFLICT" unset:"warn" doc:"what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it"`
+	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" spec:"host network namespace" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, which contains that NIC"`
+	Conflict         string `envconfig:"EGRESS_CONFLICT" spec:"conflict" unset:"warn" doc:"what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it"`
 	HealthInterval   string `envconfig:"EGRESS_HEALTH_INTERVAL" unset:"10s" doc:"interval at which legacy and monitor reconcile everything, besides on kernel events; 0: never"`
 	AnnounceInterval string `envconfig:"EGRESS_ANNOUNCE_INTERVAL" unset:"60s" doc:"interval at which they announce the reserved address again; 0: never"`
-	HealthListen     string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
+	HealthListen     string `envconfig:"EGRESS_HEALTH_LISTEN" spec:"health address" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
 	Probe            string `envconfig:"EGRESS_PROBE" unset:"none" doc:"tcp: probe each tcp destination, from the reserved address"`
 	ProbeInterval    string `envconfig:"EGRESS_PROBE_INTERVAL" unset:"30s" doc:"interval of these probes"`
 	ProbeFailsReady  string `envconfig:"EGRESS_PROBE_FAILS_READY" unset:"false" doc:"true: not ready while no destination is reachable"`
@@ -83,7 +86,8 @@ func names() (set []string) {
 // A Variable describes one variable for help texts.
 type Variable struct {
 	Name  string
-	Unset string // default
+	Field spec.Field // empty: none
+	Unset string     // default
 	Doc   string
 }
 
@@ -99,7 +103,7 @@ func variables(environment reflect.Type) []Variable {
 		}
 		tag := field.Tag
 		if name := tag.Get("envconfig"); name != "" {
-			list = append(list, Variable{Name: name, Unset: tag.Get("unset"), Doc: tag.Get("doc")})
+			list = append(list, Variable{Name: name, Field: spec.Field(tag.Get("spec")), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
 		}
 	}
 	return list

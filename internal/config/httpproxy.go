@@ -13,9 +13,9 @@ import (
 // An HTTPProxyEnvironment contains the variables of the HTTP proxy, as Environment
 // does those of the router.
 type HTTPProxyEnvironment struct {
-	Destination      string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION" unset:"required" doc:"the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest"`
+	Destination      string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION" spec:"HTTP proxy destinations" unset:"required" doc:"the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest"`
 	DestinationFile  string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_HTTP_PROXY_DESTINATION; reloaded when it changes"`
-	Listen           string `envconfig:"EGRESS_HTTP_PROXY_LISTEN" unset:":8080" doc:"listen address: :PORT, IP:PORT or [IPv6]:PORT"`
+	Listen           string `envconfig:"EGRESS_HTTP_PROXY_LISTEN" spec:"HTTP proxy address" unset:":8080" doc:"listen address: :PORT, IP:PORT or [IPv6]:PORT"`
 	ConnectTimeout   string `envconfig:"EGRESS_HTTP_PROXY_CONNECT_TIMEOUT" unset:"10s" doc:"timeout of a name lookup, and of a connection to a server"`
 	HeaderTimeout    string `envconfig:"EGRESS_HTTP_PROXY_HEADER_TIMEOUT" unset:"30s" doc:"timeout for the header of a request"`
 	KeepAliveTimeout string `envconfig:"EGRESS_HTTP_PROXY_KEEPALIVE_TIMEOUT" unset:"2m" doc:"time that a client's connection is kept for its next request"`

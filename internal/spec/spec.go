@@ -1,0 +1,83 @@
+// Package spec describes what a router shall be, without regard to the front end that
+// configures it: environment variables, the JSON of a CNI plugin, the YAML of a
+// resource. At present it has the fields that messages are about.
+//
+// Only a front end knows what its users call a field. Packages below it write a Text
+// about fields, which the front end prints with its own Names.
+package spec
+
+import (
+	"fmt"
+	"slices"
+)
+
+// A Field is a part of the description that a message is about. Its text is the name
+// without a front end.
+type Field string
+
+// The fields of the router, and those of the two proxies.
+const (
+	Mode             Field = "mode"
+	Source           Field = "source"
+	Gateway          Field = "gateway"
+	Destinations     Field = "destinations"
+	Interface        Field = "interface"
+	ClusterInterface Field = "cluster interface"
+	Backend          Field = "backend"
+	Helpers          Field = "helpers"
+	MacvlanParent    Field = "macvlan parent"
+	HostNetns        Field = "host network namespace"
+	Conflict         Field = "conflict"
+	HealthListen     Field = "health address"
+
+	HTTPProxyDestinations Field = "HTTP proxy destinations"
+	HTTPProxyListen       Field = "HTTP proxy address"
+	DNSProxyDestinations  Field = "DNS proxy destinations"
+)
+
+// Names are the names of the fields for the users of a front end.
+type Names interface {
+	Name(Field) string                // EGRESS_CONFLICT
+	Set(f Field, value string) string // EGRESS_CONFLICT=warn
+}
+
+// A Setting is a field with a value, as an argument of Textf.
+type Setting struct {
+	Field Field
+	Value string
+}
+
+// A Text is a message about fields, before they have names. The zero Text is empty.
+type Text struct {
+	format string
+	args   []any
+}
+
+// Textf returns a Text with a format of package fmt. An argument that is a Field, a
+// Setting or a Text is a string for the format.
+func Textf(format string, args ...any) Text { return Text{format, args} }
+
+// In returns the text with the names of a front end; nil: without one.
+func (t Text) In(names Names) string {
+	if names == nil {
+		names = plain{}
+	}
+	args := slices.Clone(t.args)
+	for i, a := range args {
+		switch a := a.(type) {
+		case Field:
+			args[i] = names.Name(a)
+		case Setting:
+			args[i] = names.Set(a.Field, a.Value)
+		case Text:
+			args[i] = a.In(names)
+		}
+	}
+	return fmt.Sprintf(t.format, args...)
+}
+
+// plain is the names without a front end.
+type plain struct{}
+
+func (plain) Name(f Field) string              { return string(f) }
+func (plain) Set(f Field, value string) string { return string(f) + "=" + value }
