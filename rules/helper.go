@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Helper is a helper of the kernel's connection tracking: it reads a protocol whose
@@ -88,6 +90,6 @@ func (e *HelperError) Error() string {
 func (e *HelperError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *HelperError) Hint() string {
+func (e *HelperError) Hint(spec.Names) string {
 	return "load its modules on the node: modprobe -a " + e.Helper.Modules() + ", with iptables also xt_CT; or remove it from EGRESS_HELPERS"
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/egress-router/egress-router/internal/follow"
 	"github.com/egress-router/egress-router/internal/logqueue"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -233,7 +234,7 @@ func advised(err error) error {
 func (e *unadvisedError) Unwrap() error { return e.error }
 
 // Hint returns a way to find the cause.
-func (e *unadvisedError) Hint() string {
+func (e *unadvisedError) Hint(spec.Names) string {
 	return "EGRESS_ROUTER_DEBUG=1 logs every step and all rules, to find the cause"
 }
 
@@ -300,7 +301,7 @@ func oneLine(text string) string {
 
 // hint returns the hint of an error, or of one that it wraps.
 func hint(err error) string {
-	if h := router.Hint(err); h != "" {
+	if h := router.Hint(err, config.Names{}); h != "" {
 		return h
 	}
 	if errors.Is(err, os.ErrPermission) {

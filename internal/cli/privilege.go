@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A capability is a privilege of a process (capabilities(7)).
@@ -65,7 +66,7 @@ func checkPrivilege(c config.Config) error {
 }
 
 // Hint returns the remedy.
-func (e *privilegeError) Hint() string {
+func (e *privilegeError) Hint(spec.Names) string {
 	if slices.Contains(e.missing, hostCapabilities[0].name) {
 		return "EGRESS_MACVLAN_PARENT requires securityContext.privileged: true in the container's spec, and hostPID: true in the pod's (docker and podman: --privileged --pid=host)"
 	}

@@ -16,7 +16,7 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	}
 	b := &backend{choice: c.Backend, families: families, log: log}
 	return &router.Router{
-		Link: desired(c), Macvlan: macvlan(c), Plan: planOf(c), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict], Mode: string(c.Mode), Log: log,
+		Link: desired(c), Macvlan: macvlan(c), Plan: planOf(c), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict], Mode: string(c.Mode), Names: config.Names{}, Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
 		Rules:   b.rules, Next: b.next, Strays: b.strays,
 	}

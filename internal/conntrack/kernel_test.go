@@ -584,8 +584,8 @@ func TestErrors(t *testing.T) {
 	}
 	for err, want := range map[error]string{unix.EPERM: "NET_ADMIN", unix.EINVAL: "modprobe"} {
 		e := &KernelError{"list conntrack entries", err}
-		if !strings.Contains(e.Hint(), want) || !errors.Is(e, err) || !strings.HasPrefix(e.Error(), "list conntrack entries: ") {
-			t.Errorf("%v: %s", e, e.Hint())
+		if !strings.Contains(e.Hint(nil), want) || !errors.Is(e, err) || !strings.HasPrefix(e.Error(), "list conntrack entries: ") {
+			t.Errorf("%v: %s", e, e.Hint(nil))
 		}
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // maxReport is the size limit of a report, in bytes. The report of a DNS proxy with
@@ -26,7 +28,7 @@ type NoProgramError struct{}
 func (*NoProgramError) Error() string { return "querying health: no running egress-router found" }
 
 // Hint lists the programs that serve health.
-func (*NoProgramError) Hint() string {
+func (*NoProgramError) Hint(spec.Names) string {
 	return "the modes legacy and monitor and the HTTP and DNS proxies serve health while they run:\n" +
 		"run this command in the same container or network namespace"
 }
@@ -120,7 +122,7 @@ func (e *AskError) Error() string {
 func (e *AskError) Unwrap() error { return e.Err }
 
 // Hint returns what to do.
-func (e *AskError) Hint() string {
+func (e *AskError) Hint(spec.Names) string {
 	if errors.Is(e.Err, os.ErrPermission) {
 		return "the socket is open to every user: another program changed its mode or that of its directory"
 	}

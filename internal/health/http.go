@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/limit"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // Handler serves /healthz, with status 200 while alive returns nil, /readyz, with
@@ -153,7 +154,7 @@ func (e *ListenError) Error() string {
 func (e *ListenError) Unwrap() error { return e.Err }
 
 // Hint returns what to do.
-func (e *ListenError) Hint() string {
+func (e *ListenError) Hint(spec.Names) string {
 	switch {
 	case errors.Is(e.Err, syscall.EADDRINUSE):
 		return "another container of the pod, or this program for its clients, listens on this port: set another port in EGRESS_HEALTH_LISTEN"

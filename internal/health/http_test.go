@@ -135,11 +135,11 @@ func TestListenErrors(t *testing.T) {
 	} {
 		_, err := Listen(t.Context(), at, nil, new(book).logger())
 		failed, ok := errors.AsType[*ListenError](err)
-		if !ok || !errors.Is(err, want.err) || err.Error() != want.text || !strings.Contains(failed.Hint(), want.hint) || !strings.Contains(failed.Hint(), "EGRESS_HEALTH_LISTEN") {
+		if !ok || !errors.Is(err, want.err) || err.Error() != want.text || !strings.Contains(failed.Hint(nil), want.hint) || !strings.Contains(failed.Hint(nil), "EGRESS_HEALTH_LISTEN") {
 			t.Errorf("%s: %v", at, err)
 		}
 	}
-	if hint := (&ListenError{":80", os.ErrPermission}).Hint(); !strings.Contains(hint, "NET_BIND_SERVICE") {
+	if hint := (&ListenError{":80", os.ErrPermission}).Hint(nil); !strings.Contains(hint, "NET_BIND_SERVICE") {
 		t.Errorf("hint of a low port: %q", hint)
 	}
 }

@@ -240,7 +240,7 @@ func TestStuckProgram(t *testing.T) {
 		t.Errorf("reports: %v, %v", got, err)
 	}
 	failed, ok := errors.AsType[*AskError](err)
-	if !ok || !strings.HasSuffix(err.Error(), ".sock\": no answer in "+p.ask.String()) || failed.Hint() == "" {
+	if !ok || !strings.HasSuffix(err.Error(), ".sock\": no answer in "+p.ask.String()) || failed.Hint(nil) == "" {
 		t.Errorf("error: %v", err)
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A listener accepts connections whose requests are checked for their framing, at most
@@ -80,7 +82,7 @@ func (e *listenError) Error() string { return fmt.Sprintf("listening for clients
 func (e *listenError) Unwrap() error { return e.err }
 
 // Hint returns what to do.
-func (e *listenError) Hint() string {
+func (e *listenError) Hint(spec.Names) string {
 	switch {
 	case errors.Is(e.err, os.ErrPermission):
 		return "ports below 1024 need the capability NET_BIND_SERVICE: set another port in EGRESS_HTTP_PROXY_LISTEN"

@@ -19,6 +19,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // header reads a request's header.
@@ -1167,7 +1169,7 @@ func TestRun(t *testing.T) {
 	defer l.Close()
 	p := New(Config{Listen: netip.MustParseAddrPort(l.Addr().String())}, newLogger(&output{}), zone{})
 	err = p.Run(t.Context())
-	if hint, ok := err.(interface{ Hint() string }); !ok || !strings.Contains(err.Error(), "address already in use") || hint.Hint() == "" {
+	if hint, ok := err.(interface{ Hint(spec.Names) string }); !ok || !strings.Contains(err.Error(), "address already in use") || hint.Hint(nil) == "" {
 		t.Errorf("%v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

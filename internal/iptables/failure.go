@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os/exec"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A programError is the failure of a program.
@@ -117,7 +119,7 @@ func IsUnsupported(err error) bool {
 
 // Hint returns the remedy. It is empty for a call that the kernel refused, and for an
 // interruption: these are not specific to iptables.
-func (e *programError) Hint() string {
+func (e *programError) Hint(spec.Names) string {
 	if kind := e.kind(); kind != nil {
 		return kind.hint
 	}
@@ -144,6 +146,6 @@ func (e *versionError) Error() string { return e.err.Error() }
 func (e *versionError) Unwrap() error { return e.err }
 
 // Hint returns the remedy.
-func (e *versionError) Hint() string {
+func (e *versionError) Hint(spec.Names) string {
 	return "this iptables is broken or too old: " + otherPrograms
 }

@@ -39,6 +39,7 @@ import (
 	goiptables "github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -89,7 +90,7 @@ func (e *MissingError) Error() string { return fmt.Sprintf("looking for iptables
 func (e *MissingError) Unwrap() error { return e.Err }
 
 // Hint returns the remedy.
-func (e *MissingError) Hint() string {
+func (e *MissingError) Hint(spec.Names) string {
 	return `install the package "iptables", which contains iptables, iptables-save, iptables-restore and the same for IPv6; or use the router's container image, or EGRESS_ROUTER_BACKEND=nftables, which needs no program`
 }
 

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Macvlan describes the egress interface if the router creates it, in place of a
@@ -62,7 +64,7 @@ func (e *MacvlanError) Error() string { return e.Err.Error() }
 func (e *MacvlanError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *MacvlanError) Hint() string { return e.hint }
+func (e *MacvlanError) Hint(spec.Names) string { return e.hint }
 
 func macvlanError(hint, format string, args ...any) *MacvlanError {
 	return &MacvlanError{fmt.Errorf(format, args...), hint}

@@ -101,7 +101,7 @@ func TestChooseParent(t *testing.T) {
 			got := ""
 			if err != nil {
 				got = err.Error()
-				if h, ok := err.(*MacvlanError); !ok || !strings.Contains(h.Hint(), "EGRESS_MACVLAN_PARENT") {
+				if h, ok := err.(*MacvlanError); !ok || !strings.Contains(h.Hint(nil), "EGRESS_MACVLAN_PARENT") {
 					t.Errorf("%v has no hint", err)
 				}
 			} else {

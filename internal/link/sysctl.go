@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
@@ -74,7 +75,7 @@ func (e *ForwardingError) Error() string {
 func (e *ForwardingError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *ForwardingError) Hint() string {
+func (e *ForwardingError) Hint(spec.Names) string {
 	return "run the container privileged, or set the sysctl: " + ipForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + ipForward + "=1 with docker and podman"
 }
 

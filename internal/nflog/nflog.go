@@ -13,6 +13,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Packet is a logged packet.
@@ -42,7 +44,7 @@ func (e *KernelError) Error() string {
 func (e *KernelError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *KernelError) Hint() string {
+func (e *KernelError) Hint(spec.Names) string {
 	if errors.Is(e.Err, unix.EPERM) { // both have this error (nfulnl_recv_config)
 		return "reading logged packets requires the capability NET_ADMIN, and no other program of the pod that reads this group, such as a second router"
 	}

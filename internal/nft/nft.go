@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -51,7 +52,7 @@ func (e *KernelError) Error() string {
 func (e *KernelError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *KernelError) Hint() string {
+func (e *KernelError) Hint(spec.Names) string {
 	return "the kernel lacks nf_tables, or the module is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 on the node, or EGRESS_ROUTER_BACKEND=iptables"
 }
 

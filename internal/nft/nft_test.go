@@ -15,6 +15,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -208,7 +209,7 @@ func TestMissingHelper(t *testing.T) {
 		tx := beginTx(t)
 		_, err := tx.Apply(t.Context(), rules.NewPlan(rules.Set{}, with))
 		missing, ok := errors.AsType[*rules.HelperError](err)
-		if !ok || missing.Helper.Name != "none" || !strings.Contains(missing.Hint(), "modprobe -a nf_conntrack_none") {
+		if !ok || missing.Helper.Name != "none" || !strings.Contains(missing.Hint(nil), "modprobe -a nf_conntrack_none") {
 			t.Errorf("error %v, want one that names the helper", err)
 		}
 		if tx := beginTx(t); tx.Holds() {
@@ -402,7 +403,7 @@ func TestStrays(t *testing.T) {
 
 func TestHints(t *testing.T) {
 	for name, test := range map[string]struct {
-		err  interface{ Hint() string }
+		err  interface{ Hint(spec.Names) string }
 		want string
 	}{
 		"too long":      {&LoadError{unix.EMSGSIZE}, "net.core.wmem_max"},
@@ -410,7 +411,7 @@ func TestHints(t *testing.T) {
 		"no nf_tables":  {&KernelError{unix.EINVAL}, "modprobe nf_tables"},
 		"no privilege":  {&LoadError{os.ErrPermission}, ""},
 	} {
-		if got := test.err.Hint(); !strings.Contains(got, test.want) || (test.want == "") != (got == "") {
+		if got := test.err.Hint(nil); !strings.Contains(got, test.want) || (test.want == "") != (got == "") {
 			t.Errorf("%s: %q", name, got)
 		}
 	}

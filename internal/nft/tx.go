@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -253,7 +254,7 @@ func (e *LoadError) Error() string { return fmt.Sprintf("load nftables rules: %v
 func (e *LoadError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *LoadError) Hint() string {
+func (e *LoadError) Hint(spec.Names) string {
 	switch {
 	case errors.Is(e.Err, unix.EMSGSIZE):
 		return "the rules exceed net.core.wmem_max: raise it on the node, or run the pod without a user namespace of its own"

@@ -15,6 +15,7 @@ import (
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -453,7 +454,7 @@ func (e *UndoError) Error() string { return fmt.Sprintf("roll back changes: %v",
 func (e *UndoError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *UndoError) Hint() string {
+func (e *UndoError) Hint(spec.Names) string {
 	return "the pod is partly configured: restart the router, which repairs every part, or delete the pod"
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Conflict is the reaction to another host with the reserved address before the
@@ -37,7 +38,7 @@ func (e *ConflictError) Error() string {
 }
 
 // Hint returns advice for the user.
-func (e *ConflictError) Hint() string {
+func (e *ConflictError) Hint(spec.Names) string {
 	return stopHolder + ", or set EGRESS_CONFLICT=warn to take the address anyway"
 }
 

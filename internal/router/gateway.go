@@ -10,6 +10,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // The log messages about the gateway and the link below.
@@ -77,7 +78,7 @@ type GatewayError struct{ text string }
 func (e *GatewayError) Error() string { return e.text }
 
 // Hint returns advice for the user.
-func (e *GatewayError) Hint() string {
+func (e *GatewayError) Hint(spec.Names) string {
 	return "set EGRESS_GATEWAY to the router of the physical network; if both interfaces are in one network, set EGRESS_SOURCE with its length, for example 192.168.12.99/24"
 }
 

@@ -1,20 +1,22 @@
 package router
 
-// Hint returns the first hint in an error and the errors that it wraps, depth first;
-// empty if there is none. An error may have the method Hint and no hint for its case:
+import "github.com/egress-router/egress-router/internal/spec"
+
+// Hint returns the first hint in an error and the errors that it wraps, depth first, with
+// the names of a front end; empty if there is none. An error may have the method Hint and no hint for its case:
 // errors.As would stop there.
-func Hint(err error) string {
-	if h, ok := err.(interface{ Hint() string }); ok && h.Hint() != "" {
-		return h.Hint()
+func Hint(err error, names spec.Names) string {
+	if h, ok := err.(interface{ Hint(spec.Names) string }); ok && h.Hint(names) != "" {
+		return h.Hint(names)
 	}
 	switch wrapper := any(err).(type) {
 	case interface{ Unwrap() error }:
 		if wrapped := wrapper.Unwrap(); wrapped != nil {
-			return Hint(wrapped)
+			return Hint(wrapped, names)
 		}
 	case interface{ Unwrap() []error }:
 		for _, wrapped := range wrapper.Unwrap() {
-			if h := Hint(wrapped); h != "" {
+			if h := Hint(wrapped, names); h != "" {
 				return h
 			}
 		}
@@ -32,4 +34,4 @@ type advisedError struct {
 func (e *advisedError) Unwrap() error { return e.error }
 
 // Hint returns the hint.
-func (e *advisedError) Hint() string { return e.hint }
+func (e *advisedError) Hint(spec.Names) string { return e.hint }

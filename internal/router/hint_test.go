@@ -6,13 +6,14 @@ import (
 	"testing"
 
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // hinted is an error with a hint, empty in some cases.
 type hinted string
 
-func (hinted) Error() string  { return "failed" }
-func (h hinted) Hint() string { return string(h) }
+func (hinted) Error() string            { return "failed" }
+func (h hinted) Hint(spec.Names) string { return string(h) }
 
 func TestHintIsFirstInTree(t *testing.T) {
 	plain := errors.New("plain")
@@ -27,7 +28,7 @@ func TestHintIsFirstInTree(t *testing.T) {
 		"first of two":        {errors.Join(plain, hinted("first"), hinted("second")), "first"},
 		"several %w":          {fmt.Errorf("%w: %w", plain, hinted("do this")), "do this"},
 	} {
-		if got := router.Hint(test.err); got != test.want {
+		if got := router.Hint(test.err, nil); got != test.want {
 			t.Errorf("%s: hint %q, want %q", name, got, test.want)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A HostError reports that the host's network namespace is not accessible.
@@ -23,7 +24,7 @@ func (e *HostError) Error() string { return e.Err.Error() }
 func (e *HostError) Unwrap() error { return e.Err }
 
 // Hint returns ways to access it.
-func (e *HostError) Hint() string { return e.hint }
+func (e *HostError) Hint(spec.Names) string { return e.hint }
 
 const (
 	hostHint = `EGRESS_MACVLAN_PARENT is a NIC of the host; the container needs access to the host's network namespace, by one of:

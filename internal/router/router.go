@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -25,9 +26,10 @@ type Router struct {
 	// Forward enables forwarding between the two sides. Without it the plan has
 	// no redirects, and a proxy in the pod connects to servers.
 	Forward  bool
-	Conflict Conflict // what to do if another host has the address
-	Mode     string   // name of the mode, for the log
-	start    start    // result of Apply for a Keeper
+	Conflict Conflict   // what to do if another host has the address
+	Mode     string     // name of the mode, for the log
+	Names    spec.Names // of the front end, for hints in the log
+	start    start      // result of Apply for a Keeper
 	Log      *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
@@ -89,7 +91,7 @@ func (e *InterfaceError) Error() string { return e.Err.Error() }
 func (e *InterfaceError) Unwrap() error { return e.Err }
 
 // Hint returns ways to provide the interface.
-func (e *InterfaceError) Hint() string { return e.hint }
+func (e *InterfaceError) Hint(spec.Names) string { return e.hint }
 
 const egressHint = `the egress interface must exist before the router starts, or be created by it; ways to create it:
   the router   EGRESS_MACVLAN_PARENT=NIC, or true for the NIC of the host's default route, in a privileged pod with hostPID: true

@@ -290,7 +290,7 @@ func (k *Keeper) logFailure(err error) {
 	}
 	k.logged = text
 	attributes := []any{"error", text, "again", time.Until(k.notBefore).Round(time.Millisecond).String()}
-	if h := Hint(err); h != "" {
+	if h := Hint(err, k.Router.Names); h != "" {
 		attributes = append(attributes, "hint", strings.ReplaceAll(h, "\n", "; "))
 	}
 	k.Router.Log.Error("reconcile failed", attributes...)

@@ -249,7 +249,7 @@ func TestPortInUse(t *testing.T) {
 	}
 	err = p.Apply(list)
 	failed, ok := errors.AsType[*ListenError](err)
-	if !ok || failed.Port != 7002 || err.Error() != "listening on port 7002: bind: address already in use" || failed.Hint() == "" {
+	if !ok || failed.Port != 7002 || err.Error() != "listening on port 7002: bind: address already in use" || failed.Hint(nil) == "" {
 		t.Errorf("error %v", err)
 	}
 	connect(t, 7003).ask(t, "127.0.1.1:80")
