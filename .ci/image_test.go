@@ -25,7 +25,7 @@ func TestImageHasExtensions(t *testing.T) {
 			there = append(there, name)
 		}
 	}
-	set, err := rules.Parse("80 tcp 203.0.113.25\n53 udp 203.0.113.26 5353\n203.0.113.27")
+	set, err := rules.Parse("80 tcp 203.0.113.25\n53 udp 203.0.113.26 5353\n203.0.113.27", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Protocol is a protocol above IP by its IANA number. The grammar yields TCP
@@ -123,11 +125,12 @@ type ParseError struct {
 // Error returns the original's sentence.
 func (e *ParseError) Error() string { return e.Sentence }
 
-// Parse reads a destination list. The grammar is that of the original
-// EGRESS_DESTINATION, including the order of its checks: the first invalid line
-// ends the parse with a *ParseError. A list of only comments and blank lines is
-// an empty Set.
-func Parse(value string) (Set, error) {
+// Parse reads a destination list. The grammar is that of the original router,
+// including the order of its checks: the first invalid line ends the parse with a
+// *ParseError. Its sentences begin with the name of the list, in names, and are those of
+// the original if that is the name of its variable. A list of only comments and blank
+// lines is an empty Set.
+func Parse(value string, names spec.Names) (Set, error) {
 	var set Set
 	var fallback Line
 	seen := make([]int32, 1<<16) // local port -> line; zero: unused
@@ -138,12 +141,12 @@ func Parse(value string) (Set, error) {
 			continue
 		}
 		if set.Fallback.IsValid() {
-			return Set{}, &ParseError{line, "EGRESS_DESTINATION fallback IP must be the last line",
+			return Set{}, &ParseError{line, spec.Textf("%s fallback IP must be the last line", spec.Destinations).In(names),
 				fmt.Sprintf("line %d (%q) is the fallback: move it to the end", fallback.Number, fallback.Text)}
 		}
 		f, ok := parseLine(line.Text)
 		if !ok {
-			return Set{}, &ParseError{line, fmt.Sprintf("EGRESS_DESTINATION value '%s' is invalid", line.Text), hint(line.Text)}
+			return Set{}, &ParseError{line, spec.Textf("%s value '%s' is invalid", spec.Destinations, line.Text).In(names), hint(line.Text, names)}
 		}
 		if f.port == "" {
 			set.Fallback, fallback = f.to, line
@@ -161,7 +164,7 @@ func Parse(value string) (Set, error) {
 		}
 		if first := seen[r.Port]; first != 0 {
 			return Set{}, &ParseError{line,
-				fmt.Sprintf("EGRESS_DESTINATION localport %d is already used, must be unique for each destination", r.Port),
+				spec.Textf("%s localport %d is already used, must be unique for each destination", spec.Destinations, r.Port).In(names),
 				fmt.Sprintf("line %d uses it first; a local port is allowed once, whatever the protocol", first)}
 		}
 		seen[r.Port] = int32(line.Number)

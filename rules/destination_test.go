@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 func ip(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -48,7 +50,7 @@ func TestParse(t *testing.T) {
 		"a protected number sign comments": {`\# 80`, Set{}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := Parse(test.value)
+			got, err := Parse(test.value, variables{})
 			if err != nil {
 				t.Fatalf("Parse(%q): %v", test.value, err)
 			}
@@ -58,6 +60,14 @@ func TestParse(t *testing.T) {
 		})
 	}
 }
+
+// variables are the names of a front end that is configured by the original's variables.
+type variables struct{}
+
+func (variables) Name(f spec.Field) string {
+	return "EGRESS_" + strings.TrimSuffix(strings.ToUpper(string(f)), "S")
+}
+func (variables) Set(f spec.Field, value string) string { return string(f) + "=" + value }
 
 func TestParseErrors(t *testing.T) {
 	invalid := func(line string) string { return "EGRESS_DESTINATION value '" + line + "' is invalid" }
@@ -92,7 +102,7 @@ func TestParseErrors(t *testing.T) {
 		"IPv6":                       {"80 tcp 2001:db8::1", 1, invalid("80 tcp 2001:db8::1"), "IPv6"},
 		"IPv6 with a port":           {"[2001:db8::1]:80", 1, invalid("[2001:db8::1]:80"), "IPv6"},
 		"a host name":                {"80 tcp www.example.com", 1, invalid("80 tcp www.example.com"), "is a name"},
-		"a name as fallback":         {"www.example.com", 1, invalid("www.example.com"), "dns-proxy"},
+		"a name as fallback":         {"www.example.com", 1, invalid("www.example.com"), "(mode=dns-proxy serves names)"},
 		"a network":                  {"10.4.5.0/24", 1, invalid("10.4.5.0/24"), "not a network"},
 		"address:port":               {"80 tcp 10.4.5.6:80", 1, invalid("80 tcp 10.4.5.6:80"), "a field of its own"},
 		"octet out of range":         {"80 tcp 1.2.3.256", 1, invalid("80 tcp 1.2.3.256"), "0 to 255"},
@@ -114,7 +124,7 @@ func TestParseErrors(t *testing.T) {
 		"a port twice, by protocol":  {"53 tcp 10.4.5.6\n53 udp 10.4.5.6", 2, used(53), "whatever the protocol"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			set, err := Parse(test.value)
+			set, err := Parse(test.value, variables{})
 			e, ok := err.(*ParseError)
 			if !ok {
 				t.Fatalf("Parse(%q) = %v, %v; want a *ParseError", test.value, set, err)
@@ -145,7 +155,7 @@ func FuzzParse(f *testing.F) {
 	}
 	sides := Sides{Cluster: "eth0", Egress: "macvlan0", Source: ip("192.168.12.99")}
 	f.Fuzz(func(t *testing.T, value string) {
-		set, err := Parse(value)
+		set, err := Parse(value, variables{})
 		Unread(value)
 		if err != nil {
 			e := err.(*ParseError)
@@ -157,7 +167,7 @@ func FuzzParse(f *testing.F) {
 			}
 			return
 		}
-		again, err := Parse(set.String())
+		again, err := Parse(set.String(), nil)
 		if err != nil || !set.Equal(again) {
 			t.Errorf("%q gives %v, which reads back as %v, %v", value, set, again, err)
 		}

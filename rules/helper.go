@@ -90,6 +90,6 @@ func (e *HelperError) Error() string {
 func (e *HelperError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *HelperError) Hint(spec.Names) string {
-	return "load its modules on the node: modprobe -a " + e.Helper.Modules() + ", with iptables also xt_CT; or remove it from EGRESS_HELPERS"
+func (e *HelperError) Hint(names spec.Names) string {
+	return spec.Textf("load its modules on the node: modprobe -a %s, with iptables also xt_CT; or remove it from %s", e.Helper.Modules(), spec.Helpers).In(names)
 }

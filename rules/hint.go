@@ -5,11 +5,13 @@ import (
 	"net/netip"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // hint returns the probable cause of a parse error of a line. It checks the
 // mistakes that users of the original made, the most specific first.
-func hint(text string) string {
+func hint(text string, names spec.Names) string {
 	for i := 0; i < len(text); i++ {
 		switch c := text[i]; {
 		case c == '\t':
@@ -38,14 +40,14 @@ func hint(text string) string {
 	}
 	switch {
 	case len(words) == 1:
-		return addressHint(words[0])
+		return addressHint(words[0], names)
 	case len(words) == 2 && isDigits(words[0]):
 		if _, ok := parseProtocol(words[1]); ok {
 			return fmt.Sprintf(`the address is missing: write "%s %s IP"`, words[0], words[1])
 		}
 		return fmt.Sprintf(`the protocol is missing: write "%s tcp %s" or "%[1]s udp %[2]s"`, words[0], words[1])
 	case len(words) == 3 || len(words) == 4:
-		return redirectHint(words)
+		return redirectHint(words, names)
 	}
 	return forms
 }
@@ -72,7 +74,7 @@ func several(words []string) bool {
 	return addresses > 1
 }
 
-func redirectHint(words []string) string {
+func redirectHint(words []string, names spec.Names) string {
 	if !isDigits(words[0]) {
 		return fmt.Sprintf("%q is not a port: the first field is one number from 1 to 65535", words[0])
 	}
@@ -88,7 +90,7 @@ func redirectHint(words []string) string {
 		return fmt.Sprintf(`the remote port is a field of its own: "%s %s %s %d"`, words[0], words[1], ap.Addr(), ap.Port())
 	}
 	if _, ok := ParseIPv4(words[2]); !ok {
-		return addressHint(words[2])
+		return addressHint(words[2], names)
 	}
 	if len(words) == 4 && !isDigits(words[3]) {
 		return fmt.Sprintf("%q is not a port: the last field is one number from 1 to 65535", words[3])
@@ -97,7 +99,7 @@ func redirectHint(words []string) string {
 }
 
 // addressHint returns the reason why s is not an IPv4 address.
-func addressHint(s string) string {
+func addressHint(s string, names spec.Names) string {
 	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Addr().Is4() {
 		return fmt.Sprintf(`the remote port is a field of its own: "PORT PROTO %s %d"`, ap.Addr(), ap.Port())
 	}
@@ -113,5 +115,5 @@ func addressHint(s string) string {
 	if strings.HasPrefix(s, "[") || strings.Count(s, ":") > 1 {
 		return "IPv6 destinations are not supported: give an IPv4 address"
 	}
-	return fmt.Sprintf("%q is a name: redirects take an IPv4 address (EGRESS_ROUTER_MODE=dns-proxy serves names)", s)
+	return spec.Textf("%q is a name: redirects take an IPv4 address (%s serves names)", s, spec.Setting{Field: spec.Mode, Value: "dns-proxy"}).In(names)
 }

@@ -14,7 +14,7 @@ type Line struct {
 
 // Lines splits a destination list as the original does, with
 //
-//	while read dest; do ...; done <<< "$EGRESS_DESTINATION"
+//	while read dest; do ...; done <<< "$LIST"
 //
 // that is, by POSIX read without -r (IEEE Std 1003.1, XCU read): a backslash
 // before a newline joins two lines, any other backslash is dropped and takes

@@ -339,13 +339,11 @@ func addressHint(variable, value, expected string) string {
 
 // parseDestinations reads the destination list from the variable or the file.
 func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byte, error)) *Error {
-	l := list{"EGRESS_DESTINATION", env.Destination, env.DestinationFile}
+	l := list{"EGRESS_DESTINATION", env.Destination, env.DestinationFile,
+		rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `give it one line for each destination, for example "80 tcp 203.0.113.25"`}}
 	var unreachable []string
 	warning, fault := l.read(readFile, func(text string) (err error) {
-		if text == "" {
-			return &rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `give it one line for each destination, for example "80 tcp 203.0.113.25"`}
-		}
-		c.Set, err = rules.Parse(text)
+		c.Set, err = rules.Parse(text, Names{})
 		if err == nil {
 			unreachable = c.unreachable(l, text)
 		}

@@ -14,7 +14,7 @@ import (
 // A DNSProxyEnvironment contains the variables of the DNS proxy, as Environment
 // does those of the router.
 type DNSProxyEnvironment struct {
-	Destination     string `envconfig:"EGRESS_DNS_PROXY_DESTINATION" spec:"DNS proxy destinations" unset:"required" doc:"destinations, one a line: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name"`
+	Destination     string `envconfig:"EGRESS_DNS_PROXY_DESTINATION" unset:"required" doc:"destinations, one a line: PORT HOST, or PORT HOST REMOTEPORT; HOST is an IPv4 address or a name"`
 	DestinationFile string `envconfig:"EGRESS_DNS_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_DNS_PROXY_DESTINATION; reloaded when it changes"`
 	IdleTimeout     string `envconfig:"EGRESS_DNS_PROXY_IDLE_TIMEOUT" unset:"60s" doc:"time without data, either way, after which a connection ends; 0: never"`
 	SendProxy       string `envconfig:"EGRESS_DNS_PROXY_SEND_PROXY" unset:"false" doc:"true: send the client's address to servers, by the PROXY protocol, version 2"`
@@ -96,5 +96,6 @@ func DNSProxyDestinations(env DNSProxyEnvironment, readFile func(name string) ([
 }
 
 func (env DNSProxyEnvironment) list() list {
-	return list{"EGRESS_DNS_PROXY_DESTINATION", env.Destination, env.DestinationFile}
+	return list{"EGRESS_DNS_PROXY_DESTINATION", env.Destination, env.DestinationFile,
+		rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION", Hint: `write one line per destination, for example "8443 www.example.com 443"`}}
 }

@@ -45,10 +45,7 @@ func TestParseDNSProxy(t *testing.T) {
 
 // Each fault names its variable, and the line of the list.
 func TestDNSProxyErrors(t *testing.T) {
-	bad := func(list string) error {
-		if list == "" {
-			return &rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION", Hint: "give it a line"}
-		}
+	bad := func(string) error {
 		return &rules.ParseError{Line: rules.Line{Number: 2, Text: "x"}, Sentence: "Bad destination 'x'", Hint: "look"}
 	}
 	file := func(string) ([]byte, error) { return []byte("y\nx\n"), nil }
@@ -57,7 +54,7 @@ func TestDNSProxyErrors(t *testing.T) {
 		readFile func(string) ([]byte, error)
 		want     string
 	}{
-		"nothing":       {DNSProxyEnvironment{}, noFile, "hint: give it a line\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
+		"nothing":       {DNSProxyEnvironment{}, noFile, "hint: write one line per destination, for example \"8443 www.example.com 443\"\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
 		"an empty file": {DNSProxyEnvironment{DestinationFile: "/f"}, func(string) ([]byte, error) { return nil, nil }, "hint: the file \"/f\" is empty\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
 		"a line":        {DNSProxyEnvironment{Destination: "y\nx"}, noFile, "EGRESS_DNS_PROXY_DESTINATION line 2: \"x\"\nhint: look\nBad destination 'x'"},
 		"a file's line": {DNSProxyEnvironment{DestinationFile: "/f"}, file, "/f:2: \"x\"\nhint: look\nBad destination 'x'"},

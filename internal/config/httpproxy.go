@@ -8,12 +8,14 @@ import (
 	"time"
 
 	"github.com/kelseyhightower/envconfig"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // An HTTPProxyEnvironment contains the variables of the HTTP proxy, as Environment
 // does those of the router.
 type HTTPProxyEnvironment struct {
-	Destination      string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION" spec:"HTTP proxy destinations" unset:"required" doc:"the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest"`
+	Destination      string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION" unset:"required" doc:"the rules, one a line: IP, IP/LENGTH, NAME, *.NAME, any of them with ! in front to deny, and * at the end to allow the rest"`
 	DestinationFile  string `envconfig:"EGRESS_HTTP_PROXY_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_HTTP_PROXY_DESTINATION; reloaded when it changes"`
 	Listen           string `envconfig:"EGRESS_HTTP_PROXY_LISTEN" spec:"HTTP proxy address" unset:":8080" doc:"listen address: :PORT, IP:PORT or [IPv6]:PORT"`
 	ConnectTimeout   string `envconfig:"EGRESS_HTTP_PROXY_CONNECT_TIMEOUT" unset:"10s" doc:"timeout of a name lookup, and of a connection to a server"`
@@ -114,7 +116,8 @@ func HTTPProxyRules(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 }
 
 func (env HTTPProxyEnvironment) list() list {
-	return list{"EGRESS_HTTP_PROXY_DESTINATION", env.Destination, env.DestinationFile}
+	return list{"EGRESS_HTTP_PROXY_DESTINATION", env.Destination, env.DestinationFile,
+		rules.ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified", Hint: `write one rule per line, for example "*.example.com"; a line "*" allows everything`}}
 }
 
 func parseCount(variable, s string, least, most int, set *int) *Error {

@@ -12,8 +12,9 @@ import (
 // A list is a destination list, from a variable or from a file named by another
 // variable.
 type list struct {
-	variable    string // name of the variable; with _FILE, of the file's variable
-	value, file string // values of both variables
+	variable    string           // name of the variable; with _FILE, of the file's variable
+	value, file string           // values of both variables
+	unset       rules.ParseError // the error if both are empty, or the file
 }
 
 // from returns the variable that provides the list.
@@ -47,7 +48,10 @@ func (l list) read(readFile func(name string) ([]byte, error), grammar func(list
 		}
 		text = string(data)
 	}
-	err := grammar(text)
+	var err error = &l.unset
+	if text != "" {
+		err = grammar(text)
+	}
 	if parse, ok := errors.AsType[*rules.ParseError](err); ok {
 		return "", &Error{l.from(), parse.Sentence, l.hint(text, parse)}
 	} else if err != nil {

@@ -71,10 +71,6 @@ const MaxHostLength = 253
 // first invalid line ends the parse with a *rules.ParseError. A list of comments and
 // blank lines has no rule and denies every destination.
 func Parse(value string) (Rules, error) {
-	if value == "" {
-		return nil, &rules.ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified",
-			Hint: `write one rule per line, for example "*.example.com"; a line "*" allows everything`}
-	}
 	var list Rules
 	wildcard := false
 	for _, line := range rules.Lines(value) {

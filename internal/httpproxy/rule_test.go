@@ -80,7 +80,6 @@ func TestParseErrors(t *testing.T) {
 		sentence string
 		hint     string // part of it
 	}{
-		"nothing":                       {"", 0, "No EGRESS_HTTP_PROXY_DESTINATION specified", "one rule per line"},
 		"behind the wildcard":           {"*\nexample.com", 2, last, "move it to the end"},
 		"nonsense behind the wildcard":  {"*\n\na b", 3, last, ""},
 		"the first fault counts":        {"a b\n*\nx", 1, bad("a b"), "write one rule per line"},

@@ -56,7 +56,7 @@ func TestScratchNames(t *testing.T) {
 	for port := 1; port <= 65535; port += 9 {
 		fmt.Fprintf(&list, "%d tcp 203.0.113.25\n", port)
 	}
-	set, err := rules.Parse(list.String())
+	set, err := rules.Parse(list.String(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

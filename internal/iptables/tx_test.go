@@ -62,7 +62,7 @@ func TestParse(t *testing.T) {
 
 func plan(t *testing.T, source string) rules.Plan {
 	t.Helper()
-	set, err := rules.Parse("80 tcp 203.0.113.25")
+	set, err := rules.Parse("80 tcp 203.0.113.25", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

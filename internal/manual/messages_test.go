@@ -22,7 +22,8 @@ func TestMessages(t *testing.T) {
 			for _, quoted := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(row[1], -1) {
 				for _, fragment := range fragments(quoted[1]) {
 					found++
-					if !strings.Contains(code, fragment) {
+					// The front end inserts the name of the list.
+					if !strings.Contains(code, fragment) && !strings.Contains(code, strings.Replace(fragment, "EGRESS_DESTINATION", "%s", 1)) {
 						t.Errorf("%s: %q of %q is not in the code", p.Path, fragment, quoted[1])
 					}
 				}

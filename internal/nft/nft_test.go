@@ -25,7 +25,7 @@ var sides = rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: netip.MustP
 
 func parse(t *testing.T, list string) rules.Plan {
 	t.Helper()
-	set, err := rules.Parse(list)
+	set, err := rules.Parse(list, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -271,7 +271,7 @@ func TestOnlyWhatDiffersChanges(t *testing.T) {
 
 func TestSteps(t *testing.T) {
 	d := func(list string) destinations {
-		set, err := rules.Parse(list)
+		set, err := rules.Parse(list, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

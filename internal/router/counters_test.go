@@ -48,7 +48,7 @@ func track(p *labtest.Pod, audit func(conntrack.Event)) *conntrack.Tracker {
 // destinations returns the pod's list.
 func destinations(p *labtest.Pod) rules.Set {
 	p.Helper()
-	set, err := rules.Parse(p.Env["EGRESS_DESTINATION"])
+	set, err := rules.Parse(p.Env["EGRESS_DESTINATION"], nil)
 	if err != nil {
 		p.Fatal(err)
 	}

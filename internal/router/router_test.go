@@ -51,7 +51,7 @@ func (n failingNetwork) Do(s link.Step) error {
 
 func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Router {
 	t.Helper()
-	destinations, err := rules.Parse(set)
+	destinations, err := rules.Parse(set, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -83,7 +83,7 @@ func (k *kept) Do(s link.Step) error {
 
 func planFor(t *testing.T, destinations string) rules.Plan {
 	t.Helper()
-	set, err := rules.Parse(destinations)
+	set, err := rules.Parse(destinations, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,7 @@ import (
 // without a front end.
 type Field string
 
-// The fields of the router, and those of the two proxies.
+// The fields of the router and the HTTP proxy.
 const (
 	Mode             Field = "mode"
 	Source           Field = "source"
@@ -29,10 +29,7 @@ const (
 	HostNetns        Field = "host network namespace"
 	Conflict         Field = "conflict"
 	HealthListen     Field = "health address"
-
-	HTTPProxyDestinations Field = "HTTP proxy destinations"
-	HTTPProxyListen       Field = "HTTP proxy address"
-	DNSProxyDestinations  Field = "DNS proxy destinations"
+	HTTPProxyListen  Field = "HTTP proxy address"
 )
 
 // Names are the names of the fields for the users of a front end.

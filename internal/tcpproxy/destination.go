@@ -30,16 +30,11 @@ func (d Destination) String() string {
 	return s
 }
 
-// Parse parses a destination list, EGRESS_DNS_PROXY_DESTINATION: lines "PORT HOST" or
-// "PORT HOST REMOTEPORT", which are split as those of the router's list. The first
-// invalid line ends the parse with a *rules.ParseError, whose text is the sentence of
-// the original. A list of comments and blank lines is valid and has no destination; an
-// empty text is an error.
+// Parse parses a destination list: lines "PORT HOST" or "PORT HOST REMOTEPORT", which are
+// split as those of the router's list. The first invalid line ends the parse with a
+// *rules.ParseError, whose text is the sentence of the original. A list of comments and
+// blank lines is valid and has no destination.
 func Parse(value string) ([]Destination, error) {
-	if value == "" {
-		return nil, &rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION",
-			Hint: `write one line per destination, for example "8443 www.example.com 443"`}
-	}
 	var list []Destination
 	seen := map[rules.Port]int{} // port -> line
 	for _, line := range rules.Lines(value) {
@@ -140,7 +135,7 @@ func isBlank(s string) bool { return strings.Trim(s, " \t\n\v\f\r") == "" }
 
 func isDigits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
-// UnitTest returns the output of EGRESS_DNS_PROXY_MODE=unit-test: for each destination
+// UnitTest returns the output of mode unit-test: for each destination
 // the port to listen on, on all addresses, and the target.
 func UnitTest(list []Destination) []byte {
 	var b []byte

@@ -49,7 +49,6 @@ func TestParseErrors(t *testing.T) {
 		want  string
 		hint  string
 	}{
-		"nothing":              {"", 0, "Must specify EGRESS_DNS_PROXY_DESTINATION", "one line"},
 		"one field":            {"80", 1, bad("80"), forms},
 		"a host alone":         {"example.com", 1, bad("example.com"), `write "443 example.com"`},
 		"a tab":                {"80\texample.com", 1, bad("80\texample.com"), "a tab"},
