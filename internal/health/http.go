@@ -154,14 +154,15 @@ func (e *ListenError) Error() string {
 func (e *ListenError) Unwrap() error { return e.Err }
 
 // Hint returns what to do.
-func (e *ListenError) Hint(spec.Names) string {
+func (e *ListenError) Hint(names spec.Names) string {
+	hint := "set %s to the port alone, such as :9465"
 	switch {
 	case errors.Is(e.Err, syscall.EADDRINUSE):
-		return "another container of the pod, or this program for its clients, listens on this port: set another port in EGRESS_HEALTH_LISTEN"
+		hint = "another container of the pod, or this program for its clients, listens on this port: set another port in %s"
 	case errors.Is(e.Err, syscall.EADDRNOTAVAIL):
-		return "the pod does not have this address: set EGRESS_HEALTH_LISTEN to the port alone, such as :9465"
+		hint = "the pod does not have this address: " + hint
 	case errors.Is(e.Err, os.ErrPermission):
-		return "ports below 1024 need the capability NET_BIND_SERVICE: set another port in EGRESS_HEALTH_LISTEN"
+		hint = "ports below 1024 need the capability NET_BIND_SERVICE: set another port in %s"
 	}
-	return "set EGRESS_HEALTH_LISTEN to the port alone, such as :9465"
+	return spec.Textf(hint, spec.HealthListen).In(names)
 }

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 func TestHandler(t *testing.T) {
@@ -135,7 +137,7 @@ func TestListenErrors(t *testing.T) {
 	} {
 		_, err := Listen(t.Context(), at, nil, new(book).logger())
 		failed, ok := errors.AsType[*ListenError](err)
-		if !ok || !errors.Is(err, want.err) || err.Error() != want.text || !strings.Contains(failed.Hint(nil), want.hint) || !strings.Contains(failed.Hint(nil), "EGRESS_HEALTH_LISTEN") {
+		if !ok || !errors.Is(err, want.err) || err.Error() != want.text || !strings.Contains(failed.Hint(nil), want.hint) || !strings.Contains(failed.Hint(nil), string(spec.HealthListen)) {
 			t.Errorf("%s: %v", at, err)
 		}
 	}

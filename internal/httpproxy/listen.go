@@ -82,14 +82,15 @@ func (e *listenError) Error() string { return fmt.Sprintf("listening for clients
 func (e *listenError) Unwrap() error { return e.err }
 
 // Hint returns what to do.
-func (e *listenError) Hint(spec.Names) string {
+func (e *listenError) Hint(names spec.Names) string {
+	hint := "the pod may not have this address: set %s to the port alone, such as :8080"
 	switch {
 	case errors.Is(e.err, os.ErrPermission):
-		return "ports below 1024 need the capability NET_BIND_SERVICE: set another port in EGRESS_HTTP_PROXY_LISTEN"
+		hint = "ports below 1024 need the capability NET_BIND_SERVICE: set another port in %s"
 	case errors.Is(e.err, syscall.EADDRINUSE):
-		return "another container of the pod listens on this port: set another port in EGRESS_HTTP_PROXY_LISTEN"
+		hint = "another container of the pod listens on this port: set another port in %s"
 	}
-	return "the pod may not have this address: set EGRESS_HTTP_PROXY_LISTEN to the port alone, such as :8080"
+	return spec.Textf(hint, spec.HTTPProxyListen).In(names)
 }
 
 // Accept waits for a client with a place.
