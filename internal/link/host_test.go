@@ -229,7 +229,7 @@ func TestMacvlanOfMacvlanUsesNICBelow(t *testing.T) {
 
 	// A macvlan cannot reach the addresses of the NIC below, either.
 	p.Env["EGRESS_MACVLAN_PARENT"], p.Env["EGRESS_GATEWAY"] = "shim0", lab.NICAddr.String()
-	if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Last(), "check EGRESS_GATEWAY: 192.168.12.10 is an address of the host's") {
+	if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Last(), "check gateway: 192.168.12.10 is an address of the host's") {
 		t.Errorf("exit code %d:\n%s", r.Code, r.Stderr)
 	}
 }
@@ -383,12 +383,12 @@ func TestMacvlanFaultsAreRefused(t *testing.T) {
 		},
 		{
 			name: "gateway is the host", env: map[string]string{"EGRESS_GATEWAY": lab.NICAddr.String()},
-			last: `check EGRESS_GATEWAY: 192.168.12.10 is an address of the host's "nic0", which its macvlan cannot reach`,
+			last: `check gateway: 192.168.12.10 is an address of the host's "nic0", which its macvlan cannot reach`,
 			hint: "EGRESS_GATEWAY",
 		},
 		{
 			name: "source is the host's", env: map[string]string{"EGRESS_SOURCE": lab.NICAddr.String() + "/24"},
-			last: `check EGRESS_SOURCE: 192.168.12.10 is an address of the host's "nic0"`,
+			last: `check reserved address: 192.168.12.10 is an address of the host's "nic0"`,
 			hint: "EGRESS_SOURCE",
 		},
 		{

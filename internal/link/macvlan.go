@@ -33,8 +33,8 @@ func (m Macvlan) String() string {
 	return fmt.Sprintf("create %s, a macvlan of %s in mode %s, with its MTU", m.Interface, nic, m.Mode)
 }
 
-// macvlanModes are the modes of a macvlan. Only messages use source: no variable
-// accepts it.
+// macvlanModes are the modes of a macvlan. Only messages use source: it cannot be
+// configured.
 var macvlanModes = map[string]netlink.MacvlanMode{
 	"private":  netlink.MACVLAN_MODE_PRIVATE,
 	"bridge":   netlink.MACVLAN_MODE_BRIDGE,
@@ -55,7 +55,7 @@ func modeName(mode netlink.MacvlanMode) string {
 // A MacvlanError reports why the egress interface cannot be created.
 type MacvlanError struct {
 	Err  error
-	hint string
+	hint spec.Text
 }
 
 func (e *MacvlanError) Error() string { return e.Err.Error() }
@@ -64,9 +64,9 @@ func (e *MacvlanError) Error() string { return e.Err.Error() }
 func (e *MacvlanError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *MacvlanError) Hint(spec.Names) string { return e.hint }
+func (e *MacvlanError) Hint(names spec.Names) string { return e.hint.In(names) }
 
-func macvlanError(hint, format string, args ...any) *MacvlanError {
+func macvlanError(hint spec.Text, format string, args ...any) *MacvlanError {
 	return &MacvlanError{fmt.Errorf(format, args...), hint}
 }
 
@@ -146,7 +146,7 @@ func (k *Kernel) hostAddresses() (map[int][]netip.Prefix, error) {
 	return addresses, nil
 }
 
-const parentHint = "set EGRESS_MACVLAN_PARENT to a NIC of the host, or to true for the NIC of the host's IPv4 default route"
+var parentHint = spec.Textf("set %s to a NIC of the host, or to true for the NIC of the host's IPv4 default route", spec.MacvlanParent)
 
 // chooseParent returns the NIC called name, or, if the name is empty, the NIC of
 // the default route.
@@ -166,10 +166,10 @@ func chooseParent(name string, links []netlink.Link, routes []netlink.Route, add
 		}
 		switch {
 		case len(nics) == 0:
-			return nil, macvlanError("set EGRESS_MACVLAN_PARENT to a NIC of the host, or check that EGRESS_HOST_NETNS is the host's namespace",
+			return nil, macvlanError(spec.Textf("set %s to a NIC of the host, or check that %s is the host's namespace", spec.MacvlanParent, spec.HostNetns),
 				"find macvlan parent: the host has no IPv4 default route in its main table; %s", others())
 		case len(nics) > 1:
-			return nil, macvlanError("set EGRESS_MACVLAN_PARENT to the NIC on the network of EGRESS_GATEWAY",
+			return nil, macvlanError(spec.Textf("set %s to the NIC on the network of %s", spec.MacvlanParent, spec.Gateway),
 				"find macvlan parent: the host's IPv4 default route has several NICs: %s", strings.Join(names, ", "))
 		}
 		name, index = names[0], nics[0]
@@ -247,11 +247,11 @@ func (p Parent) Suits(want Want) error {
 	for _, a := range p.Addresses {
 		switch a.Addr() {
 		case want.Gateway:
-			return macvlanError("set EGRESS_GATEWAY to a router of the physical network, for example the host's own gateway (ip route show default)",
-				"check EGRESS_GATEWAY: %s is an address of the host's %q, which its macvlan cannot reach", want.Gateway, p.Name)
+			return macvlanError(spec.Textf("set %s to a router of the physical network, for example the host's own gateway (ip route show default)", spec.Gateway),
+				"check gateway: %s is an address of the host's %q, which its macvlan cannot reach", want.Gateway, p.Name)
 		case want.Address.Addr():
-			return macvlanError("set EGRESS_SOURCE to an address that no other host has",
-				"check EGRESS_SOURCE: %s is an address of the host's %q", want.Address.Addr(), p.Name)
+			return macvlanError(spec.Textf("set %s to an address that no other host has", spec.Source),
+				"check reserved address: %s is an address of the host's %q", want.Address.Addr(), p.Name)
 		}
 	}
 	return nil
@@ -282,7 +282,7 @@ func (k *Kernel) HasMacvlan(m Macvlan, p Parent, host *Kernel, hostFd int) (bool
 		}
 	}
 	return false, macvlanError(
-		fmt.Sprintf("to keep the interface, unset EGRESS_MACVLAN_PARENT; to replace it, delete it (ip link delete %s), or choose another name in EGRESS_INTERFACE", m.Interface),
+		spec.Textf("to keep the interface, unset %s; to replace it, delete it (ip link delete %s), or choose another name in %s", spec.MacvlanParent, m.Interface, spec.Interface),
 		"create %q: expected a macvlan of the host's %q in mode %s, found %s", m.Interface, p.Name, m.Mode, describe(l, name))
 }
 
@@ -332,22 +332,22 @@ func (k *Kernel) CreateMacvlan(m Macvlan, p Parent, podFd int) error {
 
 // creationHint returns the probable cause of the kernel's refusal of a macvlan
 // (drivers/net/macvlan.c), if known.
-func creationHint(m Macvlan, p Parent, err error) string {
+func creationHint(m Macvlan, p Parent, err error) spec.Text {
 	switch {
 	case errors.Is(err, unix.EBUSY) && p.master != "":
-		return fmt.Sprintf("%s is a port of %s, which takes its frames: set EGRESS_MACVLAN_PARENT to the interface that has the host's address on that network, or to another NIC", p.Name, p.master)
+		return spec.Textf("%s is a port of %s, which takes its frames: set %s to the interface that has the host's address on that network, or to another NIC", p.Name, p.master, spec.MacvlanParent)
 	case errors.Is(err, unix.EBUSY):
-		return fmt.Sprintf("another device takes the frames of %s, such as an ipvlan or a bridge: set EGRESS_MACVLAN_PARENT to another NIC", p.Name)
+		return spec.Textf("another device takes the frames of %s, such as an ipvlan or a bridge: set %s to another NIC", p.Name, spec.MacvlanParent)
 	case errors.Is(err, unix.EINVAL) && m.Mode == "passthru":
-		return fmt.Sprintf("mode passthru allows one macvlan for each NIC, and %s has another", p.Name)
+		return spec.Textf("mode passthru allows one macvlan for each NIC, and %s has another", p.Name)
 	case errors.Is(err, unix.EINVAL):
-		return fmt.Sprintf("mode passthru allows one macvlan for each NIC: %s may have one in that mode", p.Name)
+		return spec.Textf("mode passthru allows one macvlan for each NIC: %s may have one in that mode", p.Name)
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return "the host's kernel lacks macvlan: load the module (modprobe macvlan), or install the package that contains it"
+		return spec.Textf("the host's kernel lacks macvlan: load the module (modprobe macvlan), or install the package that contains it")
 	case errors.Is(err, unix.EPERM):
-		return hostPrivilege
+		return spec.Textf(hostPrivilege)
 	}
-	return ""
+	return spec.Text{}
 }
 
 const hostPrivilege = "creating a macvlan of a host NIC requires privilege on the host: securityContext.privileged: true, without a user namespace of the pod's own"

@@ -9,6 +9,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // everywhere is a default route of the main table.
@@ -101,7 +103,7 @@ func TestChooseParent(t *testing.T) {
 			got := ""
 			if err != nil {
 				got = err.Error()
-				if h, ok := err.(*MacvlanError); !ok || !strings.Contains(h.Hint(nil), "EGRESS_MACVLAN_PARENT") {
+				if h, ok := err.(*MacvlanError); !ok || !strings.Contains(h.Hint(nil), string(spec.MacvlanParent)) {
 					t.Errorf("%v has no hint", err)
 				}
 			} else {
@@ -157,8 +159,8 @@ func TestParentSuits(t *testing.T) {
 	p := Parent{Name: "ens3", Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.12.10/32"), netip.MustParsePrefix("192.168.12.11/32")}}
 	for _, test := range []struct{ source, gateway, fault string }{
 		{"192.168.12.99/24", "192.168.12.1", ""},
-		{"192.168.12.99/24", "192.168.12.11", `check EGRESS_GATEWAY: 192.168.12.11 is an address of the host's "ens3", which its macvlan cannot reach`},
-		{"192.168.12.10/24", "192.168.12.1", `check EGRESS_SOURCE: 192.168.12.10 is an address of the host's "ens3"`},
+		{"192.168.12.99/24", "192.168.12.11", `check gateway: 192.168.12.11 is an address of the host's "ens3", which its macvlan cannot reach`},
+		{"192.168.12.10/24", "192.168.12.1", `check reserved address: 192.168.12.10 is an address of the host's "ens3"`},
 	} {
 		err := p.Suits(Want{Interface: "macvlan0", Address: netip.MustParsePrefix(test.source), Gateway: netip.MustParseAddr(test.gateway)})
 		if (err == nil) != (test.fault == "") || err != nil && err.Error() != test.fault {
@@ -183,7 +185,7 @@ func TestCreationHint(t *testing.T) {
 		{"bridge", "", unix.EPERM, "privileged: true"},
 		{"bridge", "", unix.ENOMEM, ""},
 	} {
-		got := creationHint(Macvlan{Interface: "macvlan0", Mode: test.mode}, Parent{Name: "ens3", master: test.master}, fmt.Errorf("wrapped: %w", test.err))
+		got := creationHint(Macvlan{Interface: "macvlan0", Mode: test.mode}, Parent{Name: "ens3", master: test.master}, fmt.Errorf("wrapped: %w", test.err)).In(nil)
 		if !strings.Contains(got, test.want) || (got == "") != (test.want == "") {
 			t.Errorf("%v in mode %s: %q, want %q in it", test.err, test.mode, got, test.want)
 		}
