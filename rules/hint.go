@@ -115,5 +115,5 @@ func addressHint(s string, names spec.Names) string {
 	if strings.HasPrefix(s, "[") || strings.Count(s, ":") > 1 {
 		return "IPv6 destinations are not supported: give an IPv4 address"
 	}
-	return spec.Textf("%q is a name: redirects take an IPv4 address (%s serves names)", s, spec.Setting{Field: spec.Mode, Value: "dns-proxy"}).In(names)
+	return spec.Textf("%q is a name: redirects take an IPv4 address (%s serves names)", s, spec.Set(spec.Mode, "dns-proxy")).In(names)
 }

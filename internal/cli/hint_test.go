@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -17,9 +19,12 @@ func TestReportHasHint(t *testing.T) {
 		err        error
 		hint, last string
 	}{
-		"no hint":            {errors.New("no convergence"), "hint: EGRESS_ROUTER_DEBUG=1 logs every step", "egress-router: no convergence\n"},
-		"of several lines":   {errors.Join(errors.New("a"), errors.New("b")), "hint: EGRESS_ROUTER_DEBUG=1", "egress-router: a; b\n"},
-		"a hint":             {fmt.Errorf("load: %w", &router.UndoError{Err: os.ErrClosed}), "hint: the pod is partly configured", "egress-router: load: roll back changes: file already closed\n"},
+		"no hint":          {errors.New("no convergence"), "hint: EGRESS_ROUTER_DEBUG=1 logs every step", "egress-router: no convergence\n"},
+		"of several lines": {errors.Join(errors.New("a"), errors.New("b")), "hint: EGRESS_ROUTER_DEBUG=1", "egress-router: a; b\n"},
+		"a hint":           {fmt.Errorf("load: %w", &router.UndoError{Err: os.ErrClosed}), "hint: the pod is partly configured", "egress-router: load: roll back changes: file already closed\n"},
+		"with variables": {&router.ConflictError{Address: netip.MustParseAddr("192.168.12.99"), MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}},
+			"hint: stop the host with that hardware address (an older pod that still runs, or another pod with the same EGRESS_SOURCE), or set EGRESS_CONFLICT=warn to take the address anyway\n",
+			"egress-router: take reserved address 192.168.12.99: already in use by 02:00:00:00:00:01\n"},
 		"permission":         {os.ErrPermission, "hint: the container ", "egress-router: permission denied\n"},
 		"lacks privilege":    {&privilegeError{[]string{"NET_ADMIN"}}, "hint: ", "egress-router: check capabilities: NET_ADMIN missing, operation not permitted\n"},
 		"for the host":       {&privilegeError{[]string{"NET_ADMIN", "SYS_ADMIN"}}, "hint: EGRESS_MACVLAN_PARENT requires", "egress-router: check capabilities: NET_ADMIN, SYS_ADMIN missing, operation not permitted\n"},

@@ -142,8 +142,8 @@ func (c *change) prepare(ctx context.Context) error {
 	if c.announces && !c.have.NoARP {
 		// An announcement that cannot be built fails before any change.
 		if _, err := arp.Announcement(arp.Request, c.have.MAC, r.Link.Address.Addr()); err != nil {
-			return &advisedError{fmt.Errorf("check EGRESS_INTERFACE: %q is not Ethernet: %w", r.Link.Interface, err),
-				"set EGRESS_INTERFACE to an Ethernet interface on the physical network, such as a macvlan"}
+			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", r.Link.Interface, err),
+				spec.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", spec.Interface)}
 		}
 		if c.socket, err = arp.Open(c.have.Index); err != nil {
 			return err

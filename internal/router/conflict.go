@@ -38,12 +38,12 @@ func (e *ConflictError) Error() string {
 }
 
 // Hint returns advice for the user.
-func (e *ConflictError) Hint(spec.Names) string {
-	return stopHolder + ", or set EGRESS_CONFLICT=warn to take the address anyway"
+func (e *ConflictError) Hint(names spec.Names) string {
+	return spec.Textf("%s, or set %s to take the address anyway", stopHolder, spec.Set(spec.Conflict, "warn")).In(names)
 }
 
 // stopHolder is the advice for an address that both hosts have.
-const stopHolder = "stop the host with that hardware address (an older pod that still runs, or another pod with the same EGRESS_SOURCE)"
+var stopHolder = spec.Textf("stop the host with that hardware address (an older pod that still runs, or another pod with the same %s)", spec.Source)
 
 // inquires reports whether the address must be probed before it is taken.
 func (c *change) inquires() bool { return !c.have.NoARP && !c.want.HasAddress(c.have) }
@@ -111,7 +111,7 @@ func (c *change) answer(ctx context.Context) error {
 		return nil
 	}
 	r.start.holder, r.start.asked = holder, c.asked
-	r.Log.Warn("reserved address already in use", "address", r.Link.Address.Addr().String(), "mac", holder.String(), "hint", stopHolder)
+	r.Log.Warn("reserved address already in use", "address", r.Link.Address.Addr().String(), "mac", holder.String(), "hint", stopHolder.In(r.Names))
 	if r.Conflict != ConflictDefend {
 		return nil
 	}

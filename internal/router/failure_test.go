@@ -38,12 +38,12 @@ func TestFaultsAreRefused(t *testing.T) {
 		},
 		{
 			name: "source of the pod", env: map[string]string{"EGRESS_SOURCE": "10.128.0.98/24"},
-			last: "EGRESS_SOURCE is 10.128.0.98: expected an unused address of the physical network, found the pod's cluster address",
+			last: "reserved address 10.128.0.98: expected an unused address of the physical network, found the pod's cluster address",
 			hint: "hint: set EGRESS_SOURCE to an address of the physical network",
 		},
 		{
 			name: "gateway of the pod", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.98"},
-			last: "EGRESS_GATEWAY is 10.128.0.98: expected the router of the physical network, found an address of the pod",
+			last: "gateway 10.128.0.98: expected the router of the physical network, found an address of the pod",
 			hint: "hint: set EGRESS_GATEWAY to the router of the network of EGRESS_SOURCE",
 		},
 		{
@@ -59,7 +59,7 @@ func TestFaultsAreRefused(t *testing.T) {
 		{
 			name: "no Ethernet", env: map[string]string{"EGRESS_INTERFACE": "loopback0"},
 			prepare: renameLoopback,
-			last:    `check EGRESS_INTERFACE: "loopback0" is not Ethernet: announce 192.168.12.99: hardware address "": expected 6 bytes, found 0`,
+			last:    `check egress interface: "loopback0" is not Ethernet: announce 192.168.12.99: hardware address "": expected 6 bytes, found 0`,
 			hint:    "hint: set EGRESS_INTERFACE to an Ethernet interface",
 		},
 		{
@@ -79,12 +79,12 @@ func TestFaultsAreRefused(t *testing.T) {
 		},
 		{
 			name: "gateway of the cluster side", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.1"},
-			last: "EGRESS_GATEWAY is 10.128.0.1: expected the router of the physical network, found the cluster side's gateway",
+			last: "gateway 10.128.0.1: expected the router of the physical network, found the cluster side's gateway",
 			hint: "hint: set EGRESS_GATEWAY to the router of the physical network",
 		},
 		{
 			name: "gateway in the cluster side's network", env: map[string]string{"EGRESS_GATEWAY": "10.128.0.71", "EGRESS_SOURCE": "192.168.12.99"},
-			last: "EGRESS_GATEWAY is 10.128.0.71: expected the router of the physical network, found an address of the cluster side's network 10.128.0.0/23",
+			last: "gateway 10.128.0.71: expected the router of the physical network, found an address of the cluster side's network 10.128.0.0/23",
 			hint: "hint: set EGRESS_GATEWAY to the router of the physical network",
 		},
 		{

@@ -21,12 +21,12 @@ const (
 )
 
 // gatewayHint returns advice for a gateway that does not answer.
-func gatewayHint(want link.Want) string {
-	hint := "check that EGRESS_GATEWAY is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface"
+func (r *Router) gatewayHint(want link.Want) string {
+	hint := spec.Textf("check that %s is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface", spec.Gateway)
 	if !want.Address.IsSingleIP() && !want.Address.Contains(want.Gateway) {
-		hint = "EGRESS_GATEWAY is outside of the subnet of EGRESS_SOURCE, " + want.Address.Masked().String() + ": " + hint
+		hint = spec.Textf("%s is outside of the subnet of %s, %s: %s", spec.Gateway, spec.Source, want.Address.Masked(), hint)
 	}
-	return hint
+	return hint.In(r.Names)
 }
 
 // An answer is the result of a request to the gateway.
@@ -68,18 +68,18 @@ func (c *change) awaitGateway(ctx context.Context) {
 		r.Log.Warn("gateway probe failed", "error", a.err)
 	default:
 		r.start.misses = 1
-		r.Log.Warn(gatewaySilent, "gateway", c.want.Gateway.String(), "within", patience.String(), "hint", gatewayHint(c.want))
+		r.Log.Warn(gatewaySilent, "gateway", c.want.Gateway.String(), "within", patience.String(), "hint", r.gatewayHint(c.want))
 	}
 }
 
-// A GatewayError reports an EGRESS_GATEWAY on the cluster side.
+// A GatewayError reports a gateway on the cluster side.
 type GatewayError struct{ text string }
 
 func (e *GatewayError) Error() string { return e.text }
 
 // Hint returns advice for the user.
-func (e *GatewayError) Hint(spec.Names) string {
-	return "set EGRESS_GATEWAY to the router of the physical network; if both interfaces are in one network, set EGRESS_SOURCE with its length, for example 192.168.12.99/24"
+func (e *GatewayError) Hint(names spec.Names) string {
+	return spec.Textf("set %s to the router of the physical network; if both interfaces are in one network, set %s with its length, for example 192.168.12.99/24", spec.Gateway, spec.Source).In(names)
 }
 
 // doubtPatience is the time for the gateway's answer to that probe. Only a run that fails
@@ -134,5 +134,5 @@ func checkGateway(want link.Want, have link.State) error {
 	if found == "" {
 		return nil
 	}
-	return &GatewayError{fmt.Sprintf("EGRESS_GATEWAY is %s: expected the router of the physical network, found %s", gateway, found)}
+	return &GatewayError{fmt.Sprintf("gateway %s: expected the router of the physical network, found %s", gateway, found)}
 }

@@ -15,7 +15,7 @@ import (
 // A HostError reports that the host's network namespace is not accessible.
 type HostError struct {
 	Err  error
-	hint string
+	hint spec.Text
 }
 
 func (e *HostError) Error() string { return e.Err.Error() }
@@ -24,14 +24,15 @@ func (e *HostError) Error() string { return e.Err.Error() }
 func (e *HostError) Unwrap() error { return e.Err }
 
 // Hint returns ways to access it.
-func (e *HostError) Hint(spec.Names) string { return e.hint }
+func (e *HostError) Hint(names spec.Names) string { return e.hint.In(names) }
 
-const (
-	hostHint = `EGRESS_MACVLAN_PARENT is a NIC of the host; the container needs access to the host's network namespace, by one of:
-  hostPID: true in the pod's spec (docker and podman: --pid=host), and EGRESS_HOST_NETNS not set
-  the host's /proc as a hostPath volume at /host/proc, and EGRESS_HOST_NETNS=/host/proc/1/ns/net
-hostNetwork: true does not help: the router needs a network namespace of its own.`
-	hostPrivilegeHint = "entering the host's network namespace requires privilege: securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE for a file in /proc)"
+var (
+	hostHint = spec.Textf(`%s is a NIC of the host; the container needs access to the host's network namespace, by one of:
+  hostPID: true in the pod's spec (docker and podman: --pid=host), and %s not set
+  the host's /proc as a hostPath volume at /host/proc, and %s
+hostNetwork: true does not help: the router needs a network namespace of its own.`,
+		spec.MacvlanParent, spec.HostNetns, spec.Set(spec.HostNetns, "/host/proc/1/ns/net"))
+	hostPrivilegeHint = spec.Textf("entering the host's network namespace requires privilege: securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE for a file in /proc)")
 )
 
 // hostError adds a hint to an error of opening or entering the namespace.

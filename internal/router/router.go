@@ -80,9 +80,8 @@ type Stray interface {
 
 // An InterfaceError reports that one of the two interfaces is missing.
 type InterfaceError struct {
-	Variable string // the variable that names the interface
-	Err      error
-	hint     string
+	Err  error
+	hint spec.Text
 }
 
 func (e *InterfaceError) Error() string { return e.Err.Error() }
@@ -91,17 +90,17 @@ func (e *InterfaceError) Error() string { return e.Err.Error() }
 func (e *InterfaceError) Unwrap() error { return e.Err }
 
 // Hint returns ways to provide the interface.
-func (e *InterfaceError) Hint(spec.Names) string { return e.hint }
+func (e *InterfaceError) Hint(names spec.Names) string { return e.hint.In(names) }
 
 const egressHint = `the egress interface must exist before the router starts, or be created by it; ways to create it:
-  the router   EGRESS_MACVLAN_PARENT=NIC, or true for the NIC of the host's default route, in a privileged pod with hostPID: true
+  the router   %[2]s, or true for the NIC of the host's default route, in a privileged pod with hostPID: true
   Multus       the pod's annotation k8s.v1.cni.cncf.io/networks: NAME@%[1]s, NAME being a NetworkAttachmentDefinition of type macvlan
   OpenShift    the pod's annotation pod.network.openshift.io/assign-macvlan: "true" (its legacy cluster network only)
   podman       podman network create -d macvlan -o parent=NIC NAME, then --network NAME:interface_name=%[1]s
-  docker       docker network create -d macvlan -o parent=NIC NAME, then --network NAME, and EGRESS_INTERFACE for the name it gets
-If the interface has another name, set EGRESS_INTERFACE.`
+  docker       docker network create -d macvlan -o parent=NIC NAME, then --network NAME, and %[3]s for the name it gets
+If the interface has another name, set %[3]s.`
 
-const clusterHint = "set EGRESS_CLUSTER_INTERFACE to the interface by which clients reach the pod"
+var clusterHint = spec.Textf("set %s to the interface by which clients reach the pod", spec.ClusterInterface)
 
 // Apply configures the namespace. If there is no drift, it changes nothing and
 // only announces the address. After an error everything is as it was before.
@@ -163,19 +162,19 @@ func (r *Router) notRedirectedTo(addresses []netip.Prefix) []netip.Prefix {
 func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 	have, err := network.Observe(want)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
-		return have, &InterfaceError{"EGRESS_INTERFACE", err, fmt.Sprintf(egressHint, want.Interface)}
+		return have, &InterfaceError{err, spec.Textf(egressHint, want.Interface, spec.Set(spec.MacvlanParent, "NIC"), spec.Interface)}
 	}
 	if err != nil {
 		return have, err
 	}
 	isGateway := func(p netip.Prefix) bool { return p.Addr() == want.Gateway }
 	if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, want.Gateway) {
-		return have, &advisedError{fmt.Errorf("EGRESS_GATEWAY is %s: expected the router of the physical network, found an address of the pod", want.Gateway),
-			"set EGRESS_GATEWAY to the router of the network of EGRESS_SOURCE, for example the default gateway of the node (ip route show default)"}
+		return have, &advisedError{fmt.Errorf("gateway %s: expected the router of the physical network, found an address of the pod", want.Gateway),
+			spec.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", spec.Gateway, spec.Source)}
 	}
 	if slices.Contains(have.Cluster.Addresses, want.Address.Addr()) {
-		return have, &advisedError{fmt.Errorf("EGRESS_SOURCE is %s: expected an unused address of the physical network, found the pod's cluster address", want.Address.Addr()),
-			"set EGRESS_SOURCE to an address of the physical network that is reserved for this pod"}
+		return have, &advisedError{fmt.Errorf("reserved address %s: expected an unused address of the physical network, found the pod's cluster address", want.Address.Addr()),
+			spec.Textf("set %s to an address of the physical network that is reserved for this pod", spec.Source)}
 	}
 	return have, r.checkCluster(network)
 }
@@ -187,7 +186,7 @@ func (r *Router) checkCluster(network Network) error {
 	}
 	err := network.Exists(r.Link.Cluster.Interface)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
-		return &InterfaceError{"EGRESS_CLUSTER_INTERFACE", err, clusterHint}
+		return &InterfaceError{err, clusterHint}
 	}
 	return err
 }

@@ -127,7 +127,7 @@ func (s *surroundings) note(holder net.HardwareAddr, at time.Time) {
 }
 
 func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
-	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", stopHolder)
+	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", stopHolder.In(k.Router.Names))
 }
 
 func (k *Keeper) gatewayChanged(want link.Want, reachable bool, mac net.HardwareAddr) {
@@ -135,5 +135,5 @@ func (k *Keeper) gatewayChanged(want link.Want, reachable bool, mac net.Hardware
 		k.Router.Log.Info("gateway answers ARP", "gateway", want.Gateway.String(), "mac", mac.String())
 		return
 	}
-	k.Router.Log.Error(gatewaySilent, "gateway", want.Gateway.String(), "hint", gatewayHint(want))
+	k.Router.Log.Error(gatewaySilent, "gateway", want.Gateway.String(), "hint", k.Router.gatewayHint(want))
 }

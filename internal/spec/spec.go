@@ -38,21 +38,24 @@ type Names interface {
 	Set(f Field, value string) string // EGRESS_CONFLICT=warn
 }
 
-// A Setting is a field with a value, as an argument of Textf.
-type Setting struct {
-	Field Field
-	Value string
-}
-
 // A Text is a message about fields, before they have names. The zero Text is empty.
 type Text struct {
 	format string
 	args   []any
 }
 
-// Textf returns a Text with a format of package fmt. An argument that is a Field, a
-// Setting or a Text is a string for the format.
+// A setting is a field with a value.
+type setting struct {
+	field Field
+	value string
+}
+
+// Textf returns a Text with a format of package fmt, for which a Field and a Text among the
+// arguments are strings.
 func Textf(format string, args ...any) Text { return Text{format, args} }
+
+// Set returns a Text that is a field with a value.
+func Set(f Field, value string) Text { return Textf("%s", setting{f, value}) }
 
 // In returns the text with the names of a front end; nil: without one.
 func (t Text) In(names Names) string {
@@ -64,8 +67,8 @@ func (t Text) In(names Names) string {
 		switch a := a.(type) {
 		case Field:
 			args[i] = names.Name(a)
-		case Setting:
-			args[i] = names.Set(a.Field, a.Value)
+		case setting:
+			args[i] = names.Set(a.field, a.value)
 		case Text:
 			args[i] = a.In(names)
 		}

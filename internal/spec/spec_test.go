@@ -12,7 +12,7 @@ func (shouting) Name(f Field) string              { return strings.ToUpper(strin
 func (shouting) Set(f Field, value string) string { return string(f) + ": " + value }
 
 func TestTextHasNamesOfFrontEnd(t *testing.T) {
-	inner := Textf("set %s", Setting{Conflict, "warn"})
+	inner := Textf("set %s", Set(Conflict, "warn"))
 	for text, want := range map[*Text][2]string{
 		new(Text{}):        {"", ""},
 		new(Textf("none")): {"none", "none"},
