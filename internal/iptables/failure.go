@@ -44,15 +44,17 @@ func runError(program string, err error, printed string) error {
 	return &programError{program, printed, err}
 }
 
-const (
-	otherPrograms = "use the router's container image, or EGRESS_ROUTER_BACKEND=nftables, which needs no program"
-	otherBackend  = "or set EGRESS_ROUTER_BACKEND=nftables"
+// Remedies of several failures.
+var (
+	nftables      = spec.Set(spec.Backend, "nftables")
+	otherPrograms = spec.Textf("use the router's container image, or %s, which needs no program", nftables)
+	otherBackend  = spec.Textf("or set %s", nftables)
 )
 
 // A failure is one kind of failure of iptables.
 type failure struct {
 	printed []string // parts of the programs' messages
-	hint    string
+	hint    spec.Text
 	lacks   bool // of an extension or a module
 }
 
@@ -61,27 +63,27 @@ type failure struct {
 var failures = []failure{
 	{
 		[]string{"holding the xtables lock"},
-		"another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again",
+		spec.Textf("another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again"),
 		false,
 	},
 	{
 		[]string{"lock file"},
-		"iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file",
+		spec.Textf("iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file"),
 		false,
 	},
 	{
 		[]string{"rror while loading shared librar", "rror loading shared librar", "rror relocating"},
-		"the installation of iptables is incomplete: install the package again; or " + otherPrograms,
+		spec.Textf("the installation of iptables is incomplete: install the package again; or %s", otherPrograms),
 		false,
 	},
 	{
 		[]string{"Couldn't load match", "Couldn't load target", "Couldn't find match", "Couldn't find target", "unknown option", "unrecognized option", "Unknown arg", "invalid option"},
-		"this iptables lacks an extension or an option that the rules need: " + otherPrograms,
+		spec.Textf("this iptables lacks an extension or an option that the rules need: %s", otherPrograms),
 		true,
 	},
 	{
 		[]string{"is incompatible", "CHAIN_ADD failed (Operation not supported)", "CHAIN_ADD failed (File exists)", "newer iptables"},
-		"another program made a table of that name, by nft or by a newer iptables, in a form that this iptables cannot change: set EGRESS_ROUTER_BACKEND=nftables, which has tables of its own, or delete that table (nft list tables)",
+		spec.Textf("another program made a table of that name, by nft or by a newer iptables, in a form that this iptables cannot change: set %s, which has tables of its own, or delete that table (nft list tables)", nftables),
 		false,
 	},
 	{
@@ -89,7 +91,7 @@ var failures = []failure{
 			"Table does not exist", "unable to initialize table", "an't initialize", "Failed to initialize nft", "No chain/target/match by that name", "missing kernel module", "restore: line ",
 			"Protocol not supported", "Protocol not available", "(No such file or directory)", "(Operation not supported)", "(Invalid argument)",
 		},
-		"the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy), and xt_conntrack xt_connmark xt_mark xt_nat xt_TCPMSS ipt_REJECT; " + otherBackend,
+		spec.Textf("the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy), and xt_conntrack xt_connmark xt_mark xt_nat xt_TCPMSS ipt_REJECT; %s", otherBackend),
 		true,
 	},
 }
@@ -119,24 +121,24 @@ func IsUnsupported(err error) bool {
 
 // Hint returns the remedy. It is empty for a call that the kernel refused, and for an
 // interruption: these are not specific to iptables.
-func (e *programError) Hint(spec.Names) string {
+func (e *programError) Hint(names spec.Names) string {
 	if kind := e.kind(); kind != nil {
-		return kind.hint
+		return kind.hint.In(names)
 	}
 	_, ended := errors.AsType[*exec.ExitError](e.err)
 	switch {
 	case errors.Is(e.err, context.Canceled):
 		return ""
 	case errors.Is(e.err, context.DeadlineExceeded):
-		return "the program does not end: it may wait for the lock of iptables or for a file system; " + otherBackend
+		return spec.Textf("the program does not end: it may wait for the lock of iptables or for a file system; %s", otherBackend).In(names)
 	case e.printed == "" && !ended:
-		return "the program cannot be started: it is broken, or of another architecture; " + otherPrograms
+		return spec.Textf("the program cannot be started: it is broken, or of another architecture; %s", otherPrograms).In(names)
 	case errors.Is(e.err, fs.ErrPermission):
 		return ""
 	case e.printed == "":
-		return "the program ended without a message: it is broken, or was killed (out of memory); " + otherPrograms
+		return spec.Textf("the program ended without a message: it is broken, or was killed (out of memory); %s", otherPrograms).In(names)
 	}
-	return "run the program by hand in the pod's network namespace; " + otherBackend
+	return spec.Textf("run the program by hand in the pod's network namespace; %s", otherBackend).In(names)
 }
 
 // A versionError means that the version of iptables is unknown or too old.
@@ -146,6 +148,6 @@ func (e *versionError) Error() string { return e.err.Error() }
 func (e *versionError) Unwrap() error { return e.err }
 
 // Hint returns the remedy.
-func (e *versionError) Hint(spec.Names) string {
-	return "this iptables is broken or too old: " + otherPrograms
+func (e *versionError) Hint(names spec.Names) string {
+	return spec.Textf("this iptables is broken or too old: %s", otherPrograms).In(names)
 }

@@ -90,8 +90,8 @@ func (e *MissingError) Error() string { return fmt.Sprintf("looking for iptables
 func (e *MissingError) Unwrap() error { return e.Err }
 
 // Hint returns the remedy.
-func (e *MissingError) Hint(spec.Names) string {
-	return `install the package "iptables", which contains iptables, iptables-save, iptables-restore and the same for IPv6; or use the router's container image, or EGRESS_ROUTER_BACKEND=nftables, which needs no program`
+func (e *MissingError) Hint(names spec.Names) string {
+	return spec.Textf(`install the package "iptables", which contains iptables, iptables-save, iptables-restore and the same for IPv6; or %s`, otherPrograms).In(names)
 }
 
 // program returns the name of a family's program, with a suffix such as "save",
