@@ -34,8 +34,8 @@ const (
 
 // Names are the names of the fields for the users of a front end.
 type Names interface {
-	Name(Field) string                // EGRESS_CONFLICT
-	Set(f Field, value string) string // EGRESS_CONFLICT=warn
+	Name(Field) string
+	Set(f Field, value string) string // the field with a value, as users write it
 }
 
 // A Text is a message about fields, before they have names. The zero Text is empty.
