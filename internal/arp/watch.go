@@ -32,20 +32,22 @@ const (
 	// gateway is unreachable.
 	maxMisses = 3
 
-	// gatewayPoll is the time from the gateway's last packet to the next request. One
-	// request a second is the recommended maximum (RFC 1122 section 2.3.2.1, which also
+	// gatewayPoll is the time from the gateway's answer to the next request. One request
+	// a second is the recommended maximum (RFC 1122 section 2.3.2.1, which also
 	// recommends to poll by unicast), and the kernel's own rate (retrans_time_ms in
 	// Documentation/networking/ip-sysctl.rst).
 	gatewayPoll = time.Second
 
-	// gatewayRetry is the time for an answer until the gateway is unreachable, which is
-	// known within gatewayPoll + maxMisses*gatewayRetry, less than 3 s. After that
-	// requests follow each other by gatewayPoll again.
-	gatewayRetry = 500 * time.Millisecond
+	// gatewayPause is the time from another packet of the gateway to the next request.
+	// It is longer than the second between two requests of arping(8), which counts all
+	// answers and fails if it has more than requests: while it runs, its answers are
+	// enough.
+	gatewayPause = 1500 * time.Millisecond
 
-	// maxIgnored is the number of unanswered probes in a row, each followed by an
-	// answered request, after which only requests are sent. One can get lost.
-	maxIgnored = 2
+	// gatewayRetry is the time for an answer until the gateway is unreachable, which is
+	// known within gatewayPause + maxMisses*gatewayRetry, less than 3 s. After that
+	// requests follow each other by gatewayPoll again.
+	gatewayRetry = 450 * time.Millisecond
 )
 
 // Options configure a Watch.
@@ -107,8 +109,6 @@ type Watch struct {
 	asked    bool        // a request to the gateway is unanswered
 	retry    *time.Timer // calls repeat; stopped before ProbeGateway
 	polls    bool        // ProbeGateway was called
-	probed   bool        // that request is a probe
-	ignored  int         // probes in a row that the gateway did not answer
 	defended time.Time
 	reported map[string]time.Time // last report, by hardware address
 }
@@ -229,16 +229,17 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 }
 
 // ProbeGateway begins to request the gateway's hardware address: by broadcast, and a
-// second after each of its packets by a probe that is sent to the gateway only. The
-// answer to a probe is addressed to 0.0.0.0, so that other programs that wait for
-// answers to the reserved address, such as arping, do not count it. A gateway that does
-// not answer probes, see [AskGateway], gets requests. While the gateway does not answer, the
-// Watch repeats the request by broadcast, and counts a miss each time. After 3 misses in
-// a row the gateway is unreachable, until the next packet from it. A request that cannot
-// be sent is an error, and a miss unless a packet arrives in that time.
+// second after each answer by unicast. After another packet of the gateway, which may be
+// the answer to another program, it waits half a second longer. While the gateway does
+// not answer, the Watch repeats the request by broadcast, and counts a miss each time.
+// After 3 misses in a row the gateway is unreachable, until the next packet from it. A
+// request that cannot be sent is an error, and a miss unless a packet arrives in that
+// time.
 //
-// The sender of the request is the reserved address, so the interface must have it. A
-// second call does nothing.
+// The sender of the request is the reserved address, so the interface must have it. So
+// the gateway keeps the hardware address of this interface for it, and a gateway that
+// checks its own address for conflicts takes no request for one, as it would take a probe
+// (RFC 5227 section 2.1.1). A second call does nothing.
 func (w *Watch) ProbeGateway() error {
 	w.turn.Lock()
 	defer w.turn.Unlock()
@@ -266,17 +267,8 @@ func (w *Watch) request() error {
 	w.mu.Lock()
 	g := w.state.Gateway
 	w.mu.Unlock()
-	switch {
-	case w.asked && w.probed:
-		w.ignored++
-		w.probed = false
-	case !w.asked && g.MAC != nil:
-		if w.probed = w.ignored < maxIgnored; w.probed {
-			if frame, err = Probe(w.options.MAC, w.options.Gateway); err != nil {
-				return err
-			}
-		}
-		copy(frame, g.MAC) // the receiver
+	if !w.asked && g.MAC != nil {
+		copy(frame, g.MAC)
 	}
 	err = w.port.send(frame)
 	if errors.Is(err, os.ErrClosed) { // the Watch has ended
@@ -313,13 +305,13 @@ func (w *Watch) missed() {
 
 // answered records a packet of the gateway, which proves that it is reachable.
 func (w *Watch) answered(mac net.HardwareAddr) {
-	w.asked = false
-	if w.probed {
-		w.probed, w.ignored = false, 0
-	}
-	if w.polls {
+	switch {
+	case w.polls && w.asked:
 		w.retry.Reset(gatewayPoll)
+	case w.polls:
+		w.retry.Reset(gatewayPause)
 	}
+	w.asked = false
 	w.mu.Lock()
 	g := &w.state.Gateway
 	before := g.MAC
@@ -327,7 +319,6 @@ func (w *Watch) answered(mac net.HardwareAddr) {
 	changed := w.setReachable(true)
 	w.mu.Unlock()
 	if before != nil && !bytes.Equal(before, mac) {
-		w.ignored = 0
 		w.options.Log.Debug("gateway hardware address changed", "gateway", w.options.Gateway, "mac", mac.String(), "before", before.String())
 	}
 	if changed {

@@ -168,95 +168,80 @@ func TestGateway(t *testing.T) {
 		until(1.2)
 		check(GatewayState{Misses: 2})
 		until(1.7)
-		check(GatewayState{Known: true, Since: at(1.5), Misses: 3})
+		check(GatewayState{Known: true, Since: at(1.35), Misses: 3})
 		until(4.0)
-		check(GatewayState{Known: true, Since: at(1.5), Misses: 5}) // at 2.5 and 3.5
+		check(GatewayState{Known: true, Since: at(1.35), Misses: 5}) // at 2.35 and 3.35
 		w.say(reply)
 		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: otherMAC, Answered: at(4)})
 		until(5.4) // slow
 		w.say(reply)
 		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: otherMAC, Answered: at(5.4)})
-		until(7.4) // requests at 6.4 and 6.9, the third is just sent
+		until(7.4) // requests at 6.4, 6.85 and 7.3
 		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: otherMAC, Answered: at(5.4), Misses: 2})
 		// Another router takes over and sends a request.
 		vrrp := net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}
 		w.say(Packet{Request, vrrp, gateway, unknown(), neighbour})
 		check(GatewayState{Known: true, Reachable: true, Since: at(4), MAC: vrrp, Answered: at(7.4)})
 		until(10.2)
-		check(GatewayState{Known: true, Since: at(9.9), MAC: vrrp, Answered: at(7.4), Misses: 3})
+		check(GatewayState{Known: true, Since: at(9.75), MAC: vrrp, Answered: at(7.4), Misses: 3})
 		w.say(reply, reply)
 		check(GatewayState{Known: true, Reachable: true, Since: at(10.2), MAC: otherMAC, Answered: at(10.2)})
 
 		want := []string{
-			"gateway false  at 1.5s", "gateway true 02:00:5e:10:00:50 at 4s",
-			"gateway false 00:00:5e:00:01:01 at 9.9s", "gateway true 02:00:5e:10:00:50 at 10.2s",
+			"gateway false  at 1.35s", "gateway true 02:00:5e:10:00:50 at 4s",
+			"gateway false 00:00:5e:00:01:01 at 9.75s", "gateway true 02:00:5e:10:00:50 at 10.2s",
 		}
 		if diff := cmp.Diff(want, *reports); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
-		// After an answer a probe is for the gateway alone.
-		const all = " request ff:ff:ff:ff:ff:ff"
+		// The first request after an answer is for the gateway alone.
+		const all = " ff:ff:ff:ff:ff:ff"
 		if diff := cmp.Diff([]string{
-			"0s" + all, "500ms" + all, "1s" + all, "1.5s" + all, "2.5s" + all, "3.5s" + all,
-			"5s probe 02:00:5e:10:00:50",
-			"6.4s probe 02:00:5e:10:00:50", "6.9s" + all, "7.4s" + all,
-			"8.4s probe 00:00:5e:00:01:01", "8.9s" + all, "9.4s" + all, "9.9s" + all,
+			"0s" + all, "450ms" + all, "900ms" + all, "1.35s" + all, "2.35s" + all, "3.35s" + all,
+			"5s 02:00:5e:10:00:50",
+			"6.4s 02:00:5e:10:00:50", "6.85s" + all, "7.3s" + all,
+			"8.4s 00:00:5e:00:01:01", "8.85s" + all, "9.3s" + all, "9.75s" + all,
 		}, w.requests(t, start)); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
 	})
 }
 
-// requests returns the times, kinds and receivers of the frames that were sent, all for
-// the gateway.
+// requests returns the times and receivers of the requests that were sent.
 func (w *wire) requests(t *testing.T, start time.Time) (sent []string) {
 	t.Helper()
-	probe, err := Probe(ourMAC, gateway)
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, f := range w.frames() {
-		kind := "request"
-		if bytes.Equal(f.frame[6:], probe[6:]) {
-			kind = "probe"
-		} else if !bytes.Equal(f.frame[6:], unhex(t, gatewayRequest)[6:]) {
+		if !bytes.Equal(f.frame[6:], unhex(t, gatewayRequest)[6:]) {
 			t.Errorf("sent %x", f.frame)
 		}
-		sent = append(sent, fmt.Sprint(f.at.Sub(start), " ", kind, " ", net.HardwareAddr(f.frame[:6])))
+		sent = append(sent, fmt.Sprint(f.at.Sub(start), " ", net.HardwareAddr(f.frame[:6])))
 	}
 	return sent
 }
 
-// A gateway that does not answer probes gets requests after the second one, and probes
-// again once it has another hardware address.
-func TestGatewayIgnoresProbes(t *testing.T) {
+// While another program requests the gateway each second, as arping does, the Watch sends
+// nothing, and knows within 3 s if the gateway is lost.
+func TestGatewayAnswersAnotherProgram(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		mac := otherMAC
-		w.sending = func() {
-			last := w.sent[len(w.sent)-1].frame
-			if bytes.Equal(last[28:32], address.AsSlice()) || mac[0] == 0 {
-				w.packets <- Packet{Reply, mac, gateway, ourMAC, address}
-			}
-		}
 		watch, reports := run(t, w)
 		start := time.Now()
 		if err := watch.ProbeGateway(); err != nil {
 			t.Error(err)
 		}
-		time.Sleep(4500 * time.Millisecond)
-		mac = net.HardwareAddr{0, 0, 0x5e, 0, 1, 1}
+		w.say(Packet{Reply, otherMAC, gateway, ourMAC, address})
+		time.Sleep(500 * time.Millisecond)
+		for range 10 {
+			w.say(Packet{Reply, otherMAC, gateway, ourMAC, address})
+			time.Sleep(time.Second)
+		}
+		if sent := w.requests(t, start); len(sent) != 1 {
+			t.Errorf("sent %q, want the first request only", sent)
+		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		const all, one = " request ff:ff:ff:ff:ff:ff", " 02:00:5e:10:00:50"
-		if diff := cmp.Diff([]string{
-			"0s" + all, "1s probe" + one, "1.5s" + all, "2.5s probe" + one, "3s" + all,
-			"4s request" + one, "5s request" + one, "6s probe 00:00:5e:00:01:01",
-		}, w.requests(t, start)); diff != "" {
-			t.Errorf("-want +got:\n%s", diff)
-		}
-		if len(*reports) != 1 || watch.State().Gateway.Misses != 0 {
-			t.Errorf("reports %q, state %+v", *reports, watch.State())
+		if want := []string{"gateway true 02:00:5e:10:00:50 at 0s", "gateway false 02:00:5e:10:00:50 at 12.35s"}; !slices.Equal(*reports, want) {
+			t.Errorf("reports %q, want %q", *reports, want)
 		}
 	})
 }
@@ -296,8 +281,8 @@ func TestGatewayMissesBefore(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if after := unreachable.Sub(start); after != time.Second {
-			t.Errorf("unreachable after %s, want 1s", after)
+		if after := unreachable.Sub(start); after != 2*gatewayRetry {
+			t.Errorf("unreachable after %s, want 900ms", after)
 		}
 	})
 }
@@ -313,7 +298,7 @@ func TestGatewayRequestFails(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if want := []string{"gateway false  at 1.5s"}; !slices.Equal(*reports, want) {
+		if want := []string{"gateway false  at 1.35s"}; !slices.Equal(*reports, want) {
 			t.Errorf("reports %q, want %q", *reports, want)
 		}
 	})

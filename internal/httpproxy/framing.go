@@ -146,6 +146,14 @@ func (f *framing) begin(line string) {
 	f.old = strings.HasSuffix(line, " HTTP/1.0")
 }
 
+// headers returns the number of requests whose header is complete.
+func (f *framing) headers() int64 {
+	if f.phase == inHeader {
+		return f.begun - 1
+	}
+	return f.begun
+}
+
 func (f *framing) header(line string) error {
 	if line[0] == ' ' || line[0] == '\t' {
 		return errFoldedHeader

@@ -47,7 +47,7 @@ func (l *listener) accept() {
 				return
 			}
 		}
-		c := &clientConn{TCPConn: conn, from: client(conn), shares: l.shares}
+		c := &clientConn{TCPConn: conn, from: remoteIP(conn), shares: l.shares}
 		for !l.add(c) {
 			select {
 			case <-l.freed:
@@ -125,10 +125,11 @@ type clientConn struct {
 	// statusLine is the end of the next response's first line, with its own reason
 	// phrase, in place of that of net/http; empty: it stays.
 	statusLine string
+	headers    atomic.Int64 // of requests, read completely
 	ended      atomic.Int64 // requests
 	logins     logins
 	rest       atomic.Pointer[time.Time] // limit of reading the rest of a body; nil: none
-	from       netip.Prefix              // client
+	from       netip.Addr
 	shares     *shares
 	state      atomic.Int32 // see shares
 	once       sync.Once
@@ -157,6 +158,7 @@ func (c *clientConn) Read(p []byte) (int, error) {
 			n = 0 // nothing behind a fault is valid
 		} else {
 			n, c.fault = c.framing.scan(p[:n])
+			c.headers.Store(c.framing.headers())
 		}
 		if n > 0 || err != nil || len(p) == 0 {
 			return n, err

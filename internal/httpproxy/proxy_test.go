@@ -1008,7 +1008,7 @@ func TestClientShares(t *testing.T) {
 		if !await(func() bool {
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			return slices.ContainsFunc(l.waiting, func(c *clientConn) bool { return c.from.Addr() == ip("127.0.0.2") })
+			return slices.ContainsFunc(l.waiting, func(c *clientConn) bool { return c.from == ip("127.0.0.2") })
 		}) {
 			t.Fatal("the other client does not wait")
 		}

@@ -8,8 +8,6 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/egress-router/egress-router/internal/limit"
 )
 
 // shares decides which clients have one of a limited number of connections. Until the
@@ -23,7 +21,7 @@ type shares struct {
 	places atomic.Int64 // open, without the lock
 
 	mu      sync.Mutex
-	of      map[netip.Prefix]map[*clientConn]struct{} // by client
+	of      map[netip.Addr]map[*clientConn]struct{} // by client
 	open    int
 	waiting []*clientConn
 	waits   atomic.Bool      // there are waiting ones
@@ -36,7 +34,7 @@ const mostWaiting = 64
 
 func newShares(most int, full func() bool) *shares {
 	return &shares{
-		most: most, full: full, parked: min(max(1, most/32), mostWaiting), of: map[netip.Prefix]map[*clientConn]struct{}{},
+		most: most, full: full, parked: min(max(1, most/32), mostWaiting), of: map[netip.Addr]map[*clientConn]struct{}{},
 		ready: make(chan *clientConn, 2*most), freed: make(chan struct{}, 1),
 	}
 }
@@ -121,7 +119,7 @@ func (s *shares) evict(than int) bool {
 
 func (s *shares) evictFrom(conns map[*clientConn]struct{}) bool {
 	for c := range conns {
-		if c.state.Load() == resting && !c.unread() && c.state.CompareAndSwap(resting, evicted) {
+		if c.state.Load() == resting && !c.hasRequest() && !c.unread() && c.state.CompareAndSwap(resting, evicted) {
 			s.remove(c)
 			_ = c.TCPConn.Close()
 			return true
@@ -243,6 +241,10 @@ func (c *clientConn) begin() bool {
 	return c.state.CompareAndSwap(resting, active) || c.state.CompareAndSwap(finishing, active)
 }
 
+// hasRequest reports whether the header of a request was read that net/http has not begun
+// to handle.
+func (c *clientConn) hasRequest() bool { return c.headers.Load() > c.ended.Load() }
+
 // unread reports whether the kernel has data of the client, as of a request that has just
 // come (tcp(7), SIOCINQ).
 func (c *clientConn) unread() bool {
@@ -255,7 +257,8 @@ func (c *clientConn) unread() bool {
 	return err == nil && n > 0
 }
 
-// client returns the client of a connection.
-func client(conn *net.TCPConn) netip.Prefix {
-	return limit.Client(conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr())
+// remoteIP returns the address of a client. Addresses count, not networks: the pods of a
+// node share a network of IPv6, and none chooses its address.
+func remoteIP(conn *net.TCPConn) netip.Addr {
+	return conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 }

@@ -3,8 +3,6 @@ package httpproxy
 import (
 	"net"
 	"testing"
-
-	"github.com/egress-router/egress-router/internal/limit"
 )
 
 // A connection whose request has come and was not read yet keeps its place.
@@ -24,7 +22,7 @@ func TestEvictKeepsUnreadRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newShares(1, func() bool { return false })
-	c := &clientConn{TCPConn: near.(*net.TCPConn), from: client(near.(*net.TCPConn)), shares: s}
+	c := &clientConn{TCPConn: near.(*net.TCPConn), from: remoteIP(near.(*net.TCPConn)), shares: s}
 	defer c.Close()
 	if !s.add(c) {
 		t.Fatal("no place")
@@ -38,28 +36,29 @@ func TestEvictKeepsUnreadRequest(t *testing.T) {
 	if s.evictAny() {
 		t.Error("closed with a request")
 	}
-	if _, err := c.TCPConn.Read(make([]byte, 1)); err != nil {
+	read := func() {
+		t.Helper()
+		if _, err := c.Read(make([]byte, 100)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read()
+	if _, err := far.Write([]byte("ET http://x/ HTTP/1.1\r\nHost: x\r\n\r\n")); err != nil {
 		t.Fatal(err)
 	}
+	read()
+	// net/http has read the request, and not called the handler.
+	if c.unread() || s.evictAny() || !c.begin() {
+		t.Error("closed with a request that was read")
+	}
+	c.ended.Add(1)
+	c.state.Store(resting)
+	// A part of a request is none.
+	if _, err := far.Write([]byte("GET http://x/ HTTP/1.1\r\nHost: x")); err != nil {
+		t.Fatal(err)
+	}
+	read()
 	if !s.evictAny() || s.count() != 0 {
 		t.Error("a connection without a request stays")
-	}
-}
-
-// Addresses of one IPv6 network are one client.
-func TestClientOfIPv6(t *testing.T) {
-	for _, test := range []struct {
-		a, b string
-		same bool
-	}{
-		{"2001:db8::1", "2001:db8::2:0:0:1", true},
-		{"fe80::1", "fe80::2", true},
-		{"2001:db8::1", "2001:db8:0:1::1", false},
-		{"::ffff:192.0.2.1", "192.0.2.1", true},
-		{"192.0.2.1", "192.0.2.2", false},
-	} {
-		if same := limit.Client(ip(test.a)) == limit.Client(ip(test.b)); same != test.same {
-			t.Errorf("%s and %s are one client: %v, want %v", test.a, test.b, same, test.same)
-		}
 	}
 }

@@ -37,14 +37,14 @@ type Listener struct {
 	mu      sync.Mutex
 	changed *sync.Cond // a connection can be closed now, or one was
 	conns   map[*Conn]struct{}
-	clients map[netip.Prefix]int // number of their connections
+	clients map[netip.Addr]int // number of their connections
 	closed  bool
 }
 
 // New limits the connections of a listener. A client has more than its share if it has
 // more connections than that; share is smaller than slots.
 func New(l net.Listener, slots, share int) *Listener {
-	limited := &Listener{Listener: l, slots: slots, share: share, conns: make(map[*Conn]struct{}), clients: make(map[netip.Prefix]int)}
+	limited := &Listener{Listener: l, slots: slots, share: share, conns: make(map[*Conn]struct{}), clients: make(map[netip.Addr]int)}
 	limited.changed = sync.NewCond(&limited.mu)
 	return limited
 }
@@ -131,33 +131,21 @@ func (l *Listener) victim() *Conn {
 	return victim
 }
 
-// clientOf returns the client of a connection.
-func clientOf(a net.Addr) netip.Prefix {
+// clientOf returns the client of a connection: its address. Networks do not count: the
+// pods of a node share a network of IPv6, and none chooses its address.
+func clientOf(a net.Addr) netip.Addr {
 	tcp, ok := a.(*net.TCPAddr)
 	if !ok {
-		return netip.Prefix{}
+		return netip.Addr{}
 	}
-	return Client(tcp.AddrPort().Addr())
-}
-
-// Client returns what counts as one client: an IPv4 address, or an IPv6 network of 64
-// bits, in which a host chooses its addresses itself (RFC 4291, section 2.5.4).
-func Client(addr netip.Addr) netip.Prefix {
-	const ipv6Network = 64
-	addr = addr.Unmap().WithZone("")
-	bits := addr.BitLen()
-	if addr.Is6() {
-		bits = ipv6Network
-	}
-	client, _ := addr.Prefix(bits) // an invalid address is a client, too
-	return client
+	return tcp.AddrPort().Addr().Unmap().WithZone("")
 }
 
 // A Conn is a connection of a Listener.
 type Conn struct {
 	net.Conn
 	listener *Listener
-	client   netip.Prefix
+	client   netip.Addr
 
 	// Guarded by the listener's lock:
 	busy, writing bool

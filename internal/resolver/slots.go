@@ -92,13 +92,10 @@ func newSlots() *slots {
 }
 
 // join adds a client to those that wait for a look-up, whose queries then also wait
-// among those of this client. Networks of IPv6 clients count as one client: a host has
-// all addresses of a /64 (RFC 4291 section 2.5.4).
+// among those of this client. Addresses count, not networks: the pods of a node share a
+// network of IPv6, and none chooses its address.
 func (s *slots) join(c *callers, client netip.Addr) {
-	if client = client.Unmap().WithZone(""); client.Is6() {
-		network, _ := client.Prefix(64)
-		client = network.Addr()
-	}
+	client = client.Unmap().WithZone("")
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if slices.Contains(c.clients, client) {
