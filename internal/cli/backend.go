@@ -130,12 +130,16 @@ func isIPTables(r router.Rules) (*iptables.Tx, bool) {
 	return tx, ok
 }
 
-// Notes adds a note if there is no source guard.
+// Notes adds a note if there is no source guard or no MSS clamp.
 func (g *guarded) Notes() []string {
+	notes := g.Rules.Notes()
 	if g.guard == nil {
-		return append(g.Rules.Notes(), "no source guard, the kernel lacks nf_tables: while the SNAT rule is missing, new connections leave with another source")
+		notes = append(notes, "no source guard, the kernel lacks nf_tables: while the SNAT rule is missing, new connections leave with another source")
 	}
-	return g.Rules.Notes()
+	if parts := g.backend.unsupported.Load(); parts != nil && slices.Contains(*parts, rules.MSSClampPart) {
+		notes = append(notes, "no MSS clamp, the kernel refuses its rule: large transfers hang if ICMP is filtered on their path")
+	}
+	return notes
 }
 
 // Differs returns the differences of both from the plan.
@@ -148,8 +152,8 @@ func (g *guarded) Differs(plan rules.Plan) []string {
 	return differs
 }
 
-// Apply loads the plan, or, if the kernel refuses it, the plan without a part whose rules
-// need modules of their own.
+// Apply loads the plan, or, if the kernel refuses it twice, the plan without a part whose
+// rules need modules of their own.
 func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	plan = g.backend.supported(plan)
 	undo, err = g.apply(ctx, plan)
@@ -157,7 +161,12 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 	if err == nil || ctx.Err() != nil || errors.Is(err, os.ErrPermission) || !refused && !iptables.IsUnsupported(err) {
 		return undo, err
 	}
-	for _, without := range smaller(plan.Parts()) {
+	parts := g.dispensable(plan)
+	if len(parts) == 0 {
+		return undo, err
+	}
+	// The first one repeats the whole plan: the cause may have passed.
+	for _, without := range slices.Concat([][]rules.Part{nil}, smaller(parts)) {
 		if undo != nil && undo() != nil {
 			return undo, err
 		}
@@ -175,6 +184,16 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 		return undo, nil
 	}
 	return undo, err
+}
+
+// dispensable returns the parts that may be left out of a plan. Instead of the MSS clamp,
+// automatic choice leaves iptables, if the kernel has nf_tables.
+func (g *guarded) dispensable(plan rules.Plan) []rules.Part {
+	parts := plan.Parts()
+	if _, ok := isIPTables(g); ok && g.backend.choice == config.Auto && !g.backend.noGuard {
+		parts = slices.DeleteFunc(parts, func(p rules.Part) bool { return p == rules.MSSClampPart })
+	}
+	return parts
 }
 
 // notLoaded are the log messages about parts that the kernel does not support.

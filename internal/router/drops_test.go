@@ -273,7 +273,7 @@ func TestKernelWithoutParts(t *testing.T) {
 			t.Parallel()
 			labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
 				p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in " + test.targets + ") echo 'Extension revision 0 not supported, missing kernel module?' >&2; exit 2; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
-				p.Env["EGRESS_LOG_DROPS"] = "true"
+				p.Env["EGRESS_LOG_DROPS"], p.Env["EGRESS_ROUTER_BACKEND"] = "true", "iptables"
 				r, replace := startWithFile(p, "53 udp 203.0.113.25\n")
 				for part := range strings.SplitSeq(name, ", ") {
 					r.AwaitLog(1, `msg="`+part+` not loaded"`)
@@ -295,4 +295,47 @@ func TestKernelWithoutParts(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Where iptables lacks the MSS clamp and the kernel has nf_tables, automatic choice takes
+// nftables, with the clamp.
+func TestAutomaticChoiceKeepsClamp(t *testing.T) {
+	t.Parallel()
+	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in *TCPMSS*) echo 'Extension TCPMSS revision 0 not supported, missing kernel module?' >&2; exit 2; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
+		p.Env["EGRESS_ROUTER_BACKEND"] = "auto"
+		r := p.Start("legacy")
+		r.AwaitLog(1, "msg=ready")
+		if log := r.Logged(); !strings.Contains(log, "iptables load failed, using nftables") || strings.Contains(log, "not loaded") {
+			p.Errorf("log:\n%s", log)
+		}
+		if table := p.NFT("list table ip egress-router"); !strings.Contains(table, "maxseg size set rt mtu") {
+			p.Errorf("no clamp:\n%s", table)
+		}
+		p.WantExample()
+	})
+}
+
+// A load that fails once leaves no part of the rules out.
+func TestPassingFailureLeavesOutNothing(t *testing.T) {
+	t.Parallel()
+	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+		failed := filepath.Join(t.TempDir(), "failed")
+		p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in *EGRESS-FORWARD*) if mkdir " + failed + "; then echo 'iptables-restore: line 5 failed' >&2; exit 1; fi; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
+		p.Env["EGRESS_LOG_DROPS"], p.Env["EGRESS_ROUTER_BACKEND"] = "true", "iptables"
+		r := p.Start("legacy")
+		r.AwaitLog(1, "msg=ready")
+		if log := r.Logged(); strings.Contains(log, "not loaded") {
+			p.Errorf("log:\n%s", log)
+		}
+		if _, err := os.Stat(failed); err != nil {
+			p.Error("no load failed")
+		}
+		save := p.Tool(p.Program("iptables-save"))
+		for _, target := range []string{"NFLOG", "TCPMSS"} {
+			if !strings.Contains(save, "-j "+target) {
+				p.Errorf("no rules with %s:\n%s", target, save)
+			}
+		}
+	})
 }
