@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -114,20 +115,23 @@ func TestReadDropsIsCurrent(t *testing.T) {
 		}
 		rule := rules.DropRule{Reason: rules.Invalid}
 		const slow = 3 * time.Second
-		counter, err := uint64(1), error(nil)
+		var counter atomic.Uint64
+		counter.Store(1)
+		var err error
 		k.drops.use(counting{read: func(context.Context) (rules.Drops, error) {
-			now := counter // at the start
+			now := counter.Load() // at the start
 			time.Sleep(slow)
 			return rules.Drops{rule: now}, err
 		}}, rules.Plan{})
 		k.drops.refresh()
 		time.Sleep(time.Second)
-		counter = 100
+		counter.Store(100)
 		begin := time.Now()
 		if got, took := k.ReadDrops(t.Context())[rules.Invalid], time.Since(begin); got != 100 || took != 2*slow-time.Second {
 			t.Errorf("%d drops after %s, want 100 with the second reading", got, took)
 		}
-		counter, err = 200, errors.New("injected failure")
+		counter.Store(200)
+		err = errors.New("injected failure")
 		if got := k.ReadDrops(t.Context())[rules.Invalid]; got != 100 {
 			t.Errorf("%d drops after a failure, want the 100 before", got)
 		}
