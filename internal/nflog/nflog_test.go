@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/mdlayher/netlink"
@@ -137,8 +138,11 @@ func TestRun(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("after the end of the context: %v", err)
 	}
-	inside(func() error { // the group is free again
+	inside(func() error { // the group is free again, once the kernel has released the socket
 		l, err := Open(group)
+		for end := time.Now().Add(time.Minute); errors.Is(err, unix.EPERM) && time.Now().Before(end); l, err = Open(group) {
+			time.Sleep(time.Millisecond)
+		}
 		if err == nil {
 			err = l.Run(ctx, nil)
 		}
