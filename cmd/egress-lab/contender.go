@@ -87,7 +87,7 @@ func startUser(ctx context.Context, l *lab.Lab, program, directory string) (cont
 	}
 	const nobody = "65534"
 	env := []string{"EGRESS_HTTP_PROXY_DESTINATION=*", fmt.Sprint("EGRESS_HTTP_PROXY_LISTEN=:", portUser)}
-	p, err := startContender(ctx, l, "ours as root", directory, env, "setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", program, "http-proxy")
+	p, err := startContender(ctx, l, "ours as a user", directory, env, "setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", program, "http-proxy")
 	p.at, p.user = netip.AddrPortFrom(lab.RouterAddr, portUser), true
 	return p, err
 }

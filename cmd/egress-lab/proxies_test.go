@@ -75,7 +75,7 @@ func TestCompareUser(t *testing.T) {
 		{driveKept, 1, []reading{{"rate", rate, false, goalHTTP}}},
 		{drivePour, 1, []reading{{"one tunnel", gbit, false, goalEqual}}},
 	}}
-	contenders := []contender{{name: "ours"}, {name: "squid"}, {name: "ours as root", user: true}}
+	contenders := []contender{{name: "ours"}, {name: "squid"}, {name: "ours as a user", user: true}}
 	rows := c.compare(contenders, [][][]drove{
 		{{{Rate: 100}}, {{Rate: 50}}, nil},
 		{{{Gbit: 20}}, {{Gbit: 10}}, {{Gbit: 19}}},

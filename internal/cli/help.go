@@ -157,8 +157,8 @@ func runHelp(_ context.Context, p Process) error {
 }
 
 // argumentError returns the output for invalid arguments: for a mode instead of a
-// command, how to set it, otherwise the usage. As for
-// every error, the last line is the error.
+// command, how to set it, otherwise the usage. As for every error, the last
+// line is the error.
 func argumentError(args []string) string {
 	text := fmt.Sprintf("egress-router: invalid arguments: %q\n", args)
 	mode := args[len(args)-1]

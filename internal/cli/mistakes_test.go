@@ -58,13 +58,13 @@ var wrongOf = map[string][]string{
 	"EGRESS_HTTP_PROXY_IDLE_TIMEOUT":      {"0", "10", "-1s"},
 	"EGRESS_HTTP_PROXY_MAX_HEADER":        {"0", "64k", "64KiB", "1e6"},
 	"EGRESS_HTTP_PROXY_MAX_CONNECTIONS":   {"0", "many", "-5"},
-	"EGRESS_HTTP_PROXY_MODE":              {"Unit-Test", "serve"},
+	"EGRESS_HTTP_PROXY_MODE":              {"Unit-Test", "unittest"},
 	"EGRESS_DNS_PROXY_DESTINATION":        {"80", "80 intranet", "tcp 80 a.example", "80 a.example:80", "0 a.example", "80 a.example\n80 b.example", `80 a.example\n81 b.example`, "80 fd00::1"},
 	"EGRESS_DNS_PROXY_DESTINATION_FILE":   {"/nowhere", "/"},
 	"EGRESS_DNS_PROXY_IDLE_TIMEOUT":       {"60", "-1s", "1d"},
 	"EGRESS_ROUTER_DEBUG":                 {"0", "no", "false", "False", "off"}, // warnings: it is on
 	"EGRESS_DNS_PROXY_DEBUG":              {"0", "no", "false", "False", "off"},
-	"EGRESS_DNS_PROXY_MODE":               {"Unit-Test", "serve"},
+	"EGRESS_DNS_PROXY_MODE":               {"Unit-Test", "unittest"},
 }
 
 // isValid reports whether a value of the table is valid in a program: the kernel accepts

@@ -86,7 +86,7 @@ func ParseHTTPProxy(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 	if env.MaxConnections != "" {
 		report(parseCount("EGRESS_HTTP_PROXY_MAX_CONNECTIONS", env.MaxConnections, 1, 1<<24, &c.MaxConnections))
 	}
-	if env.Mode != "" && env.Mode != "unit-test" { // the original serves then, which a misspelt unit-test does not mean
+	if env.Mode != "" && env.Mode != serveMode && env.Mode != "unit-test" { // the original serves then, which a misspelt unit-test does not mean
 		report(&Error{"EGRESS_HTTP_PROXY_MODE", fmt.Sprintf("EGRESS_HTTP_PROXY_MODE %s is not a mode: the only one is unit-test", quote(env.Mode)), ""})
 		env.Mode = ""
 	}

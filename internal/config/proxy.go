@@ -26,10 +26,13 @@ type ProxyConfig struct {
 	Warnings []string // see Config
 }
 
+// serveMode is the documented default of the proxies' modes.
+const serveMode = "serve"
+
 // parse parses the mode, by the name of its variable, and the common variables.
 func (c *ProxyConfig) parse(variable, mode string, env ProxyEnvironment, report func(*Error)) {
 	c.UnitTest = mode == "unit-test"
-	if mode != "" && !c.UnitTest { // the original ignores it
+	if mode != "" && mode != serveMode && !c.UnitTest { // the original ignores it
 		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %q has no effect: the only mode is unit-test", variable, mode))
 	}
 	report(parseTime("EGRESS_SHUTDOWN_GRACE", orDefault(env.ShutdownGrace, "20s"), orZero, &c.Grace))

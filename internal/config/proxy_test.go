@@ -46,3 +46,16 @@ func TestReadProxies(t *testing.T) {
 		t.Errorf("error %v, - want, + got:\n%s", err, diff)
 	}
 }
+
+// The documented default may be written.
+func TestServeIsNoMistake(t *testing.T) {
+	accept := func(string) error { return nil }
+	http := HTTPProxyEnvironment{Mode: "serve", Destination: "*"}
+	if c, err := ParseHTTPProxy(http, nil, accept); err != nil || c.UnitTest || len(c.Warnings) > 0 {
+		t.Errorf("HTTP proxy: %+v, %v", c, err)
+	}
+	dns := DNSProxyEnvironment{Mode: "serve", Destination: "80 192.0.2.1 80"}
+	if c, err := ParseDNSProxy(dns, nil, accept); err != nil || c.UnitTest || len(c.Warnings) > 0 {
+		t.Errorf("DNS proxy: %+v, %v", c, err)
+	}
+}
