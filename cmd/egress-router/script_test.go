@@ -19,6 +19,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 )
 
 var update = flag.Bool("update", false, "rewrite what testdata/script expects to be printed")
@@ -126,7 +127,7 @@ func awaitDefaultRoute(ts *testscript.TestScript, neg bool, args []string) {
 				return err
 			}
 			defer kernel.Close()
-			s, err := kernel.Observe(link.Want{Interface: "macvlan0"})
+			s, err := kernel.Observe(plan.Network{Interface: "macvlan0"})
 			for _, r := range s.Routes {
 				found = found || s.Forwards && r.IsDefault() && r.Gateway == netip.MustParseAddr("192.168.12.1")
 			}

@@ -67,8 +67,8 @@ var (
 	}}
 )
 
-// commands are the commands by their argument. Only health accepts another one, besides
-// those that ask for help.
+// commands are the commands by their argument. Only health and plan accept another one,
+// besides those that ask for help.
 var commands = map[string]command{
 	"plan":       {run: runPlan},
 	"wait":       {run: runWait}, // has no error
@@ -131,7 +131,7 @@ func commandOf(p Process) (c command, ok bool) {
 		return byName(p.Name), true
 	case help:
 		return helpOf(name), true
-	case len(p.Args) == 1 || asksHealthJSON(p.Args):
+	case len(p.Args) == 1 || asksHealthJSON(p.Args) || asksKernelPlan(p.Args):
 		c, ok = commands[p.Args[0]]
 	}
 	return c, ok

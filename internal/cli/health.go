@@ -12,8 +12,7 @@ import (
 // errNotReady makes health exit with 1 after it has printed the reports.
 var errNotReady = errors.New("not ready")
 
-// asksHealthJSON reports whether the arguments are those for JSON: health -o json. No
-// other command has an option.
+// asksHealthJSON reports whether the arguments are those for JSON: health -o json.
 func asksHealthJSON(args []string) bool { return slices.Equal(args, []string{"health", "-o", "json"}) }
 
 // runHealth prints the health of the programs that run in this container or network

@@ -13,7 +13,8 @@ import (
 
 const usage = `usage:
   egress-router              run the mode of EGRESS_ROUTER_MODE
-  egress-router plan         print the steps of the mode, and change nothing
+  egress-router plan         print the steps of the mode, and change nothing; --kernel:
+                             those that are missing now
   egress-router wait         wait for SIGTERM: a pod's second container
   egress-router http-proxy   run the pod's HTTP proxy until SIGTERM
   egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
@@ -24,13 +25,16 @@ const usage = `usage:
 
 // commandHelp is the help of each command, without its variables.
 var commandHelp = map[string]string{
-	"plan": `usage: egress-router plan
+	"plan": `usage: egress-router plan [--kernel]
 
 Prints the steps of the mode of EGRESS_ROUTER_MODE, in order, and its rules. It reads the
 variables that the mode reads and the destination file, does not look at the machine, and
 changes nothing. egress-router help prints the variables.
 
-exit codes: 0 done; 1 a variable is invalid
+With --kernel it looks at the network namespace that it runs in, prints the steps that are
+missing there now, and changes nothing either. It needs the privilege of a run.
+
+exit codes: 0 done; 1 a variable is invalid, or the namespace cannot be read
 `,
 	"wait": `usage: egress-router wait
 

@@ -5,6 +5,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -16,35 +17,36 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	}
 	b := &backend{choice: c.Backend, families: families, log: log}
 	return &router.Router{
-		Link: desired(c), Macvlan: macvlan(c), Plan: planOf(c), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict], Mode: string(c.Mode), Names: config.Names{}, Log: log,
+		Want: wanted(c), Mode: string(c.Mode), Names: config.Names{}, Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
 		Rules:   b.rules, Next: b.next, Strays: b.strays,
 	}
 }
 
-func desired(c config.Config) link.Want {
-	return link.Want{
-		Interface: c.Egress, Address: c.Source, Gateway: c.Gateway,
-		Cluster: link.ClusterSide{
-			Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
-		},
-	}
-}
-
-// macvlan returns the egress interface to create; nil: none.
-func macvlan(c config.Config) *link.Macvlan {
-	if c.Macvlan == nil {
-		return nil
-	}
-	return &link.Macvlan{Interface: c.Egress, Parent: c.Macvlan.Parent, Mode: string(c.Macvlan.Mode), HostNetns: c.Macvlan.HostNetns}
-}
-
-// planOf returns the rules of a configuration, for the kernel's families.
-func planOf(c config.Config) rules.Plan {
+// wanted returns the namespace of a configuration, with rules for the kernel's families.
+func wanted(c config.Config) plan.Want {
+	want := configured(c)
 	if !link.HasIPv6() {
-		return c.Plan().Without(rules.IPv6)
+		want.Rules = want.Rules.Without(rules.IPv6)
 	}
-	return c.Plan()
+	return want
+}
+
+// configured returns the namespace of a configuration, for any kernel.
+func configured(c config.Config) plan.Want {
+	want := plan.Want{
+		Network: plan.Network{
+			Interface: c.Egress, Address: c.Source, Gateway: c.Gateway,
+			Cluster: plan.ClusterSide{
+				Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
+			},
+		},
+		Rules: c.Plan(), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict],
+	}
+	if m := c.Macvlan; m != nil {
+		want.Macvlan = &plan.Macvlan{Interface: c.Egress, Parent: m.Parent, Mode: string(m.Mode), HostNetns: m.HostNetns}
+	}
+	return want
 }
 
 // keepNameServers keeps the pod's name servers on the cluster side.
@@ -57,6 +59,6 @@ func keepNameServers(c *config.Config, log *slog.Logger) {
 }
 
 // conflicts maps the values of EGRESS_CONFLICT.
-var conflicts = map[config.Conflict]router.Conflict{
-	config.ConflictWarn: router.ConflictWarn, config.ConflictRefuse: router.ConflictRefuse, config.ConflictDefend: router.ConflictDefend,
+var conflicts = map[config.Conflict]plan.Conflict{
+	config.ConflictWarn: plan.ConflictWarn, config.ConflictRefuse: plan.ConflictRefuse, config.ConflictDefend: plan.ConflictDefend,
 }

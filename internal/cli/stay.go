@@ -113,7 +113,7 @@ func (w *watch) reload(written config.Config, env config.Environment) error {
 	}
 	keepNameServers(&c, w.log)
 	w.set.Store(&c.Set)
-	w.keeper.Replace(desired(c), planOf(c))
+	w.keeper.Replace(wanted(c))
 	return nil
 }
 

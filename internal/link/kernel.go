@@ -1,3 +1,6 @@
+// Package link is the adapter to the kernel's links, addresses, routes, routing rules and
+// sysctls: it observes their state (Kernel.Observe) and takes the changes of a plan
+// (Kernel.Do).
 package link
 
 import (
@@ -13,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
@@ -79,8 +83,8 @@ func (k *Kernel) find(name string) (netlink.Link, error) {
 }
 
 // Observe returns the state for want. A missing egress interface is a
-// *MissingError; a missing cluster interface is no error.
-func (k *Kernel) Observe(want Want) (State, error) {
+// *MissingError, with the state of the rest; a missing cluster interface is no error.
+func (k *Kernel) Observe(want plan.Network) (plan.State, error) {
 	const attempts = 20
 	for attempt := 1; ; attempt++ {
 		s, err := k.observe(want)
@@ -92,78 +96,86 @@ func (k *Kernel) Observe(want Want) (State, error) {
 	}
 }
 
-func (k *Kernel) observe(want Want) (State, error) {
-	l, err := k.find(want.Interface)
-	if err != nil {
-		return State{}, err
+func (k *Kernel) observe(want plan.Network) (plan.State, error) {
+	var s plan.State
+	l, missing := k.find(want.Interface)
+	if _, is := errors.AsType[*MissingError](missing); missing != nil && !is {
+		return s, missing
 	}
-	attrs := l.Attrs()
-	s := State{
-		Index:   attrs.Index,
-		Up:      attrs.Flags&net.FlagUp != 0,
-		Carrier: attrs.RawFlags&unix.IFF_LOWER_UP != 0,
-		NoARP:   attrs.RawFlags&unix.IFF_NOARP != 0,
-		MAC:     attrs.HardwareAddr,
+	var err error
+	if s.Sysctls, err = readSysctls(want.Sysctls()); err != nil {
+		return s, err
 	}
-	if s.Addresses, err = k.prefixes(l); err != nil {
-		return State{}, err
-	}
-	if s.Sysctls, err = observeSettings(want); err != nil {
-		return State{}, err
-	}
-	if _, hasIPv6 := s.Sysctls[conf6(want.Interface, "accept_ra")]; hasIPv6 {
-		if err := k.observeAdvertised(&s, l); err != nil {
-			return State{}, err
+	names := make(map[int]string)
+	var interfaces []string
+	if missing == nil {
+		if err := k.observeEgress(&s, l, want); err != nil {
+			return plan.State{}, err
 		}
+		names[s.Index], interfaces = want.Interface, append(interfaces, want.Interface)
 	}
-	names := map[int]string{attrs.Index: want.Interface}
 	if s.Routes, err = k.table(unix.RT_TABLE_MAIN, names); err != nil {
-		return State{}, err
+		return plan.State{}, err
 	}
-	if s.Forwards, err = isOn(ipForward); err != nil {
-		return State{}, err
-	}
-	if s.Promotes, err = isOn(promoteSecondaries(want.Interface)); err != nil {
-		return State{}, err
+	if s.Forwards, err = isOn(plan.IPForward); err != nil {
+		return plan.State{}, err
 	}
 	rules, err := k.rules()
 	if err != nil {
-		return State{}, fmt.Errorf("list routing rules: %w", err)
+		return plan.State{}, fmt.Errorf("list routing rules: %w", err)
 	}
 	s.Lost = lost(rules)
-	interfaces := []string{want.Interface}
 	if want.Cluster.Interface != "" {
 		if s.Cluster, err = k.observeCluster(want.Cluster, names, rules); err != nil {
-			return State{}, err
+			return plan.State{}, err
 		}
 		if s.Cluster.Index != 0 {
 			interfaces = append(interfaces, want.Cluster.Interface)
 		}
 	}
 	for _, name := range interfaces {
-		on, err := isOn(forwarding(name))
+		on, err := isOn(plan.ForwardingOf(name))
 		if err != nil {
-			return State{}, err
+			return plan.State{}, err
 		}
-		s.Forwarding = append(s.Forwarding, InterfaceForwarding{name, on})
+		s.Forwarding = append(s.Forwarding, plan.InterfaceForwarding{Interface: name, On: on})
 	}
-	return s, nil
+	return s, missing
+}
+
+// observeEgress reads the state of the egress interface.
+func (k *Kernel) observeEgress(s *plan.State, l netlink.Link, want plan.Network) (err error) {
+	attrs := l.Attrs()
+	s.Index, s.MAC = attrs.Index, attrs.HardwareAddr
+	s.Up = attrs.Flags&net.FlagUp != 0
+	s.Carrier = attrs.RawFlags&unix.IFF_LOWER_UP != 0
+	s.NoARP = attrs.RawFlags&unix.IFF_NOARP != 0
+	if s.Addresses, err = k.prefixes(l); err != nil {
+		return err
+	}
+	if s.Promotes, err = isOn(plan.PromoteSecondaries(want.Interface)); err != nil {
+		return err
+	}
+	if _, hasIPv6 := s.Sysctls[plan.AcceptRA(want.Interface)]; hasIPv6 {
+		return k.observeAdvertised(s, l)
+	}
+	return nil
 }
 
 // observeCluster returns the state of the cluster side, the zero State if its
 // interface does not exist.
-func (k *Kernel) observeCluster(want ClusterSide, names map[int]string, rules []netlink.Rule) (ClusterState, error) {
+func (k *Kernel) observeCluster(want plan.ClusterSide, names map[int]string, rules []netlink.Rule) (plan.ClusterState, error) {
 	l, err := k.find(want.Interface)
 	if _, missing := errors.AsType[*MissingError](err); missing {
-		return ClusterState{}, nil
+		return plan.ClusterState{}, nil
 	}
 	if err != nil {
-		return ClusterState{}, err
+		return plan.ClusterState{}, err
 	}
-	s := ClusterState{Index: l.Attrs().Index}
+	s := plan.ClusterState{Index: l.Attrs().Index}
 	prefixes, err := k.prefixes(l)
 	if err != nil {
-		return ClusterState{}, err
+		return plan.ClusterState{}, err
 	}
 	for _, p := range prefixes { // an address may have several lengths
 		if !slices.Contains(s.Addresses, p.Addr()) {
@@ -171,7 +183,7 @@ func (k *Kernel) observeCluster(want ClusterSide, names map[int]string, rules []
 		}
 	}
 	if s.Table, err = k.table(want.Table, names); err != nil {
-		return ClusterState{}, err
+		return plan.ClusterState{}, err
 	}
 	for _, r := range rules {
 		if r.Table == want.Table {
@@ -184,10 +196,10 @@ func (k *Kernel) observeCluster(want ClusterSide, names map[int]string, rules []
 // lost returns those of the kernel's own routing rules (ip-rule(8)) for the tables of
 // local addresses and for the main table that are missing: no rule selects the table
 // for every packet. A program may have moved one to another priority.
-func lost(rules []netlink.Rule) []Rule {
+func lost(rules []netlink.Rule) []plan.Rule {
 	every := *netlink.NewRule()
-	var missing []Rule
-	for _, own := range []Rule{{Priority: 0, Table: unix.RT_TABLE_LOCAL}, {Priority: mainPriority, Table: unix.RT_TABLE_MAIN}} {
+	var missing []plan.Rule
+	for _, own := range []plan.Rule{{Priority: 0, Table: unix.RT_TABLE_LOCAL}, {Priority: plan.MainPriority, Table: unix.RT_TABLE_MAIN}} {
 		if !slices.ContainsFunc(rules, func(r netlink.Rule) bool {
 			table := r.Table
 			r.Priority, r.Table, r.Family, r.Protocol = every.Priority, every.Table, every.Family, every.Protocol
@@ -205,7 +217,7 @@ func lost(rules []netlink.Rule) []Rule {
 // Their addresses have a lifetime, which others of an administrator's have not
 // (net/ipv6/addrconf.c). Their routes have a protocol of their own, except one to a
 // prefix on the link, which the kernel also adds for each permanent address.
-func (k *Kernel) observeAdvertised(s *State, l netlink.Link) error {
+func (k *Kernel) observeAdvertised(s *plan.State, l netlink.Link) error {
 	name := l.Attrs().Name
 	// The routes first: one that is added with an address between the two lists must not
 	// appear without it.
@@ -229,7 +241,7 @@ func (k *Kernel) observeAdvertised(s *State, l netlink.Link) error {
 			}
 			continue
 		}
-		s.Advertised = append(s.Advertised, Advertised{p, a})
+		s.Advertised = append(s.Advertised, plan.Advertised{Prefix: p, Kernel: a})
 	}
 	names := map[int]string{s.Index: name}
 	for _, r := range routes {
@@ -263,12 +275,12 @@ func (k *Kernel) prefixes(l netlink.Link) ([]netip.Prefix, error) {
 }
 
 // table returns the routes of one table.
-func (k *Kernel) table(number int, names map[int]string) ([]Route, error) {
+func (k *Kernel) table(number int, names map[int]string) ([]plan.Route, error) {
 	routes, err := k.routesOf(number)
 	if err != nil {
 		return nil, fmt.Errorf("list routes of table %d: %w", number, err)
 	}
-	var found []Route
+	var found []plan.Route
 	for _, r := range routes {
 		found = append(found, k.route(r, names))
 	}
@@ -281,7 +293,7 @@ const protocol netlink.RouteProtocol = 233
 
 // route converts a listed route and keeps the original for a complete restore.
 // names caches the names of interfaces.
-func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
+func (k *Kernel) route(r netlink.Route, names map[int]string) plan.Route {
 	name, known := names[r.LinkIndex]
 	if !known && r.LinkIndex != 0 {
 		// The name is only for logs, so an error leaves it empty.
@@ -309,7 +321,7 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 			}
 		}
 	}
-	return Route{
+	return plan.Route{
 		Table:       table,
 		Destination: prefix(r.Dst),
 		Gateway:     gateway.Unmap(),
@@ -317,33 +329,31 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) Route {
 		Interface:   name,
 		Source:      source.Unmap(),
 		Metric:      r.Priority,
-		Scope:       Scope(r.Scope),
+		Scope:       plan.Scope(r.Scope),
 		TOS:         r.Tos,
 		Type:        kind,
 		Kept:        r.Protocol == protocol,
-		kernel:      r,
+		Kernel:      listedRoute(r),
 	}
 }
 
-// by returns the part of a route that leads by one interface: the route itself, or its
-// next hops on that interface.
-func (r Route) by(index int) (Route, bool) {
-	listed, ok := r.kernel.(netlink.Route)
-	if r.Index != 0 || index == 0 || !ok {
-		return r, r.Index == index
-	}
+// A listedRoute is a route as netlink lists it.
+type listedRoute netlink.Route
+
+// By returns the part of a route that leads by one interface.
+func (l listedRoute) By(r plan.Route, index int) (plan.Route, bool) {
 	other := func(hop *netlink.NexthopInfo) bool { return hop.LinkIndex != index }
-	listed.MultiPath = slices.DeleteFunc(slices.Clone(listed.MultiPath), other)
-	switch len(listed.MultiPath) {
+	l.MultiPath = slices.DeleteFunc(slices.Clone(l.MultiPath), other)
+	switch len(l.MultiPath) {
 	case 0:
 		return r, false
 	case 1:
-		hop := listed.MultiPath[0]
-		listed.MultiPath, listed.Gw, listed.Via, listed.LinkIndex, listed.Flags = nil, hop.Gw, hop.Via, index, hop.Flags
+		hop := l.MultiPath[0]
+		l.MultiPath, l.Gw, l.Via, l.LinkIndex, l.Flags = nil, hop.Gw, hop.Via, index, hop.Flags
 		gateway, _ := netip.AddrFromSlice(hop.Gw)
 		r.Gateway = gateway.Unmap()
 	}
-	r.Index, r.kernel = index, listed
+	r.Index, r.Kernel = index, l
 	return r, true
 }
 
@@ -363,9 +373,9 @@ func ipNet(p netip.Prefix) *net.IPNet {
 
 // Do takes one step. Repeating a step is an error, except for setting a link up or
 // down, writing a sysctl, replacing a route and deleting what was advertised.
-func (k *Kernel) Do(s Step) error {
+func (k *Kernel) Do(s plan.Change) error {
 	if err := k.do(s); err != nil {
-		if s.Sysctl == ipForward || strings.HasSuffix(s.Sysctl, "/forwarding") {
+		if s.Sysctl == plan.IPForward || strings.HasSuffix(s.Sysctl, "/forwarding") {
 			return &ForwardingError{s.Sysctl, err}
 		}
 		return fmt.Errorf("%s: %w", s, err)
@@ -373,7 +383,7 @@ func (k *Kernel) Do(s Step) error {
 	return nil
 }
 
-func (k *Kernel) do(s Step) error {
+func (k *Kernel) do(s plan.Change) error {
 	iface := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: s.Index, Name: s.Interface}}
 	// A broadcast address of 0.0.0.0 keeps netlink from computing one: the
 	// original set none.
@@ -382,26 +392,26 @@ func (k *Kernel) do(s Step) error {
 		address.IPNet = ipNet(s.Address)
 	}
 	switch s.Op {
-	case AddAddress:
-		if listed, ok := s.kernel.(netlink.Addr); ok {
+	case plan.AddAddress:
+		if listed, ok := s.Kernel.(netlink.Addr); ok {
 			return k.handle.AddrAdd(iface, &netlink.Addr{IPNet: listed.IPNet, Flags: unix.IFA_F_NOPREFIXROUTE, ValidLft: listed.ValidLft, PreferedLft: listed.PreferedLft})
 		}
 		return k.handle.AddrAdd(iface, address)
-	case RemoveAddress:
+	case plan.RemoveAddress:
 		err := k.handle.AddrDel(iface, address)
-		if s.kernel != nil && errors.Is(err, unix.EADDRNOTAVAIL) {
+		if s.Kernel != nil && errors.Is(err, unix.EADDRNOTAVAIL) {
 			return nil // the kernel deletes advertised ones too, a temporary one with its origin
 		}
 		return err
-	case SetUp:
+	case plan.SetUp:
 		return k.handle.LinkSetUp(iface)
-	case SetDown:
+	case plan.SetDown:
 		return k.handle.LinkSetDown(iface)
-	case ReplaceRoute:
+	case plan.ReplaceRoute:
 		return k.handle.RouteReplace(kernelRoute(s.Route))
-	case AppendRoute:
+	case plan.AppendRoute:
 		return k.handle.RouteAppend(kernelRoute(s.Route))
-	case DeleteRoute:
+	case plan.DeleteRoute:
 		route := kernelRoute(s.Route)
 		err := k.handle.RouteDel(route)
 		if errors.Is(err, unix.ESRCH) {
@@ -415,12 +425,12 @@ func (k *Kernel) do(s Step) error {
 			return nil // an advertised one, whose time is over
 		}
 		return err
-	case AddRule:
+	case plan.AddRule:
 		return k.handle.RuleAdd(kernelRule(s.Rule))
-	case DeleteRule:
+	case plan.DeleteRule:
 		return k.handle.RuleDel(kernelRule(s.Rule))
-	case WriteSysctl:
-		if s.Sysctl == ipForward {
+	case plan.WriteSysctl:
+		if s.Sysctl == plan.IPForward {
 			return writeForward(s.Value)
 		}
 		return sysctl.Write(s.Sysctl, s.Value)
@@ -430,15 +440,15 @@ func (k *Kernel) do(s Step) error {
 
 // kernelRoute returns netlink's form of a route: the listed form, if any, with the
 // destination, source, metric and table of r.
-func kernelRoute(r Route) *netlink.Route {
-	route, listed := r.kernel.(netlink.Route)
-	if !listed {
-		route = netlink.Route{
-			Gw:        r.Gateway.AsSlice(),
-			LinkIndex: r.Index,
-			Scope:     netlink.Scope(r.Scope),
-			Type:      cmp.Or(r.Type, unix.RTN_UNICAST),
-		}
+func kernelRoute(r plan.Route) *netlink.Route {
+	route := netlink.Route{
+		Gw:        r.Gateway.AsSlice(),
+		LinkIndex: r.Index,
+		Scope:     netlink.Scope(r.Scope),
+		Type:      cmp.Or(r.Type, unix.RTN_UNICAST),
+	}
+	if listed, ok := r.Kernel.(listedRoute); ok {
+		route = netlink.Route(listed)
 	}
 	route.Dst = ipNet(r.Destination)
 	route.Src = r.Source.AsSlice()
@@ -461,8 +471,8 @@ func kernelRoute(r Route) *netlink.Route {
 }
 
 // rule converts a listed routing rule and keeps the original.
-func rule(r netlink.Rule) Rule {
-	found := Rule{Priority: r.Priority, Mark: r.Mark, Table: r.Table, kernel: r}
+func rule(r netlink.Rule) plan.Rule {
+	found := plan.Rule{Priority: r.Priority, Mark: r.Mark, Table: r.Table, Kernel: r}
 	if r.Mask != nil {
 		found.Mask = *r.Mask
 	}
@@ -472,8 +482,8 @@ func rule(r netlink.Rule) Rule {
 	return found
 }
 
-func kernelRule(r Rule) *netlink.Rule {
-	if listed, ok := r.kernel.(netlink.Rule); ok {
+func kernelRule(r plan.Rule) *netlink.Rule {
+	if listed, ok := r.Kernel.(netlink.Rule); ok {
 		return &listed
 	}
 	k := netlink.NewRule()

@@ -10,28 +10,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
 )
-
-// A Macvlan describes the egress interface if the router creates it, in place of a
-// CNI plugin or a container engine: a macvlan of a NIC in the host's network
-// namespace.
-type Macvlan struct {
-	Interface string // its name in the pod
-	Parent    string // NIC of the host; empty: the NIC of its IPv4 default route
-	Mode      string // notation of ip-link(8): private, bridge, vepa or passthru
-	HostNetns string // file of the host's network namespace
-}
-
-// String returns the creation of m as a sentence in the imperative, without a full
-// stop.
-func (m Macvlan) String() string {
-	nic := "the NIC of the host's IPv4 default route"
-	if m.Parent != "" {
-		nic = "the host's " + m.Parent
-	}
-	return fmt.Sprintf("create %s, a macvlan of %s in mode %s, with its MTU", m.Interface, nic, m.Mode)
-}
 
 // macvlanModes are the modes of a macvlan. Only messages use source: it cannot be
 // configured.
@@ -98,7 +79,7 @@ type lowerLink struct {
 //
 // If the parent is itself a macvlan, the kernel uses the NIC below it
 // (macvlan_common_newlink in drivers/net/macvlan.c), so that the two are siblings.
-func (k *Kernel) FindParent(m Macvlan) (Parent, error) {
+func (k *Kernel) FindParent(m plan.Macvlan) (Parent, error) {
 	links, err := k.links()
 	if err != nil {
 		return Parent{}, fmt.Errorf("list host interfaces: %w", err)
@@ -243,7 +224,7 @@ func linkName(links []netlink.Link, index int) string {
 // Suits returns nil if a macvlan of p works for want. A macvlan and its parent's
 // host cannot connect to each other in any mode, and neither an ARP request nor a
 // probe reveals the reason.
-func (p Parent) Suits(want Want) error {
+func (p Parent) Suits(want plan.Network) error {
 	for _, a := range p.Addresses {
 		switch a.Addr() {
 		case want.Gateway:
@@ -260,7 +241,7 @@ func (p Parent) Suits(want Want) error {
 // HasMacvlan reports whether the interface exists as m describes it. An interface
 // that differs is an error. k is the pod's namespace, host the host's, and hostFd
 // its descriptor.
-func (k *Kernel) HasMacvlan(m Macvlan, p Parent, host *Kernel, hostFd int) (bool, error) {
+func (k *Kernel) HasMacvlan(m plan.Macvlan, p Parent, host *Kernel, hostFd int) (bool, error) {
 	l, err := k.linkByName(m.Interface)
 	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
 		return false, nil
@@ -320,7 +301,7 @@ func describe(l netlink.Link, below string) string {
 // CreateMacvlan creates m from p in the namespace with the descriptor podFd. k is
 // the host's. A single request creates it inside the pod, so the host's namespace
 // never contains it, needs no cleanup, and may have an interface of the same name.
-func (k *Kernel) CreateMacvlan(m Macvlan, p Parent, podFd int) error {
+func (k *Kernel) CreateMacvlan(m plan.Macvlan, p Parent, podFd int) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.ParentIndex, attrs.MTU, attrs.Namespace = m.Interface, p.Index, p.MTU, netlink.NsFd(podFd)
 	err := k.handle.LinkAdd(&netlink.Macvlan{LinkAttrs: attrs, Mode: macvlanModes[m.Mode]})
@@ -332,7 +313,7 @@ func (k *Kernel) CreateMacvlan(m Macvlan, p Parent, podFd int) error {
 
 // creationHint returns the probable cause of the kernel's refusal of a macvlan
 // (drivers/net/macvlan.c), if known.
-func creationHint(m Macvlan, p Parent, err error) spec.Text {
+func creationHint(m plan.Macvlan, p Parent, err error) spec.Text {
 	switch {
 	case errors.Is(err, unix.EBUSY) && p.master != "":
 		return spec.Textf("%s is a port of %s, which takes its frames: set %s to the interface that has the host's address on that network, or to another NIC", p.Name, p.master, spec.MacvlanParent)
@@ -353,7 +334,7 @@ func creationHint(m Macvlan, p Parent, err error) spec.Text {
 const hostPrivilege = "creating a macvlan of a host NIC requires privilege on the host: securityContext.privileged: true, without a user namespace of the pod's own"
 
 // DeleteMacvlan reverts CreateMacvlan. k is the pod's namespace.
-func (k *Kernel) DeleteMacvlan(m Macvlan) error {
+func (k *Kernel) DeleteMacvlan(m plan.Macvlan) error {
 	l, err := k.linkByName(m.Interface)
 	if err == nil {
 		err = k.handle.LinkDel(l)

@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
@@ -162,7 +163,7 @@ func TestParentSuits(t *testing.T) {
 		{"192.168.12.99/24", "192.168.12.11", `check gateway: 192.168.12.11 is an address of the host's "ens3", which its macvlan cannot reach`},
 		{"192.168.12.10/24", "192.168.12.1", `check reserved address: 192.168.12.10 is an address of the host's "ens3"`},
 	} {
-		err := p.Suits(Want{Interface: "macvlan0", Address: netip.MustParsePrefix(test.source), Gateway: netip.MustParseAddr(test.gateway)})
+		err := p.Suits(plan.Network{Interface: "macvlan0", Address: netip.MustParsePrefix(test.source), Gateway: netip.MustParseAddr(test.gateway)})
 		if (err == nil) != (test.fault == "") || err != nil && err.Error() != test.fault {
 			t.Errorf("source %s, gateway %s: %v, want %q", test.source, test.gateway, err, test.fault)
 		}
@@ -185,7 +186,7 @@ func TestCreationHint(t *testing.T) {
 		{"bridge", "", unix.EPERM, "privileged: true"},
 		{"bridge", "", unix.ENOMEM, ""},
 	} {
-		got := creationHint(Macvlan{Interface: "macvlan0", Mode: test.mode}, Parent{Name: "ens3", master: test.master}, fmt.Errorf("wrapped: %w", test.err)).In(nil)
+		got := creationHint(plan.Macvlan{Interface: "macvlan0", Mode: test.mode}, Parent{Name: "ens3", master: test.master}, fmt.Errorf("wrapped: %w", test.err)).In(nil)
 		if !strings.Contains(got, test.want) || (got == "") != (test.want == "") {
 			t.Errorf("%v in mode %s: %q, want %q in it", test.err, test.mode, got, test.want)
 		}

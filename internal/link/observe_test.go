@@ -9,6 +9,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 )
 
 // An interface that disappears while its state is read is missing, and no error of a
@@ -44,7 +45,7 @@ func TestObserveInterfaceThatComesAndGoes(t *testing.T) {
 			return err
 		}
 		defer k.Close()
-		want := link.Want{Interface: "egress9", Cluster: link.ClusterSide{Interface: "eth0"}}
+		want := plan.Network{Interface: "egress9", Cluster: plan.ClusterSide{Interface: "eth0"}}
 		for n := 0; n < 100000 && (n < 1000 || seen == 0 || missing == 0); n++ {
 			_, err := k.Observe(want)
 			if _, isMissing := errors.AsType[*link.MissingError](err); isMissing {

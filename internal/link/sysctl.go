@@ -6,28 +6,14 @@ import (
 	"os"
 	"strconv"
 
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
-// ipForward is the sysctl that enables forwarding of IPv4 packets between
-// interfaces (ip-sysctl.rst). It belongs to the network namespace.
-const ipForward = "net.ipv4.ip_forward"
-
-// forwarding is the same for the input of one interface.
-func forwarding(name string) string { return conf4(name, "forwarding") }
-
 // conntrackCount is the number of connections that the kernel tracks in the
 // network namespace (nf_conntrack-sysctl.rst).
 const conntrackCount = "net.netfilter.nf_conntrack_count"
-
-// promoteSecondaries is the sysctl that keeps an interface's secondary
-// addresses when their primary one is deleted (ip-sysctl.rst).
-func promoteSecondaries(name string) string { return conf4(name, "promote_secondaries") }
-
-// conf4 and conf6 are sysctls of one interface, or, as "all", of the namespace.
-func conf4(name, key string) string { return "net/ipv4/conf/" + name + "/" + key }
-func conf6(name, key string) string { return "net/ipv6/conf/" + name + "/" + key }
 
 // addressesIPv6 lists the IPv6 addresses of the network namespace of the thread
 // that opens it (proc_pid_net(5)). It does not exist without IPv6 in the kernel,
@@ -46,16 +32,32 @@ func isOn(name string) (bool, error) {
 	return value != 0, err
 }
 
+// readSysctls reads sysctls. One that the kernel lacks is left out.
+func readSysctls(names []string) (plan.Sysctls, error) {
+	found := make(plan.Sysctls)
+	for _, name := range names {
+		value, err := sysctl.ReadInt(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		found[name] = value
+	}
+	return found, nil
+}
+
 // writeForward writes net.ipv4.ip_forward. The kernel then also sets
 // conf.all.accept_redirects to the opposite (net/ipv4/devinet.c,
-// inet_forward_change), which is restored: it has a Step of its own.
+// inet_forward_change), which is restored: it has a change of its own.
 func writeForward(value string) error {
-	redirects := conf4("all", "accept_redirects")
+	const redirects = "net.ipv4.conf.all.accept_redirects"
 	before, err := sysctl.ReadInt(redirects)
 	if err != nil {
 		return err
 	}
-	if err := sysctl.Write(ipForward, value); err != nil {
+	if err := sysctl.Write(plan.IPForward, value); err != nil {
 		return err
 	}
 	return sysctl.Write(redirects, strconv.Itoa(before))
@@ -76,13 +78,13 @@ func (e *ForwardingError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
 func (e *ForwardingError) Hint(spec.Names) string {
-	return "run the container privileged, or set the sysctl: " + ipForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + ipForward + "=1 with docker and podman"
+	return "run the container privileged, or set the sysctl: " + plan.IPForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + plan.IPForward + "=1 with docker and podman"
 }
 
 // CanForward returns nil if forwarding is enabled or can be enabled, otherwise a
 // *ForwardingError. It changes nothing.
-func CanForward(have State) error {
-	for _, s := range Forwarding(have) {
+func CanForward(have plan.State) error {
+	for _, s := range plan.Forwarding(have) {
 		f, err := os.OpenFile(sysctl.Path(s.Sysctl), os.O_WRONLY, 0)
 		if err != nil {
 			return &ForwardingError{s.Sysctl, err}

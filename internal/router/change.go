@@ -15,6 +15,7 @@ import (
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -23,40 +24,35 @@ import (
 type change struct {
 	router  *Router
 	network Network
-	want    link.Want // the router's, completed during the run
+	want    plan.Want // the router's, completed during the run
+	have    plan.Have
 
-	have     link.State
 	socket   *arp.Socket   // nil: the interface needs no announcement
 	question *arp.Question // nil: no answer is pending
 	asked    time.Time
-	doubt    error         // of checkGateway
 	gateway  <-chan answer // receives the gateway's answer; nil: it was not asked
 	rules    Rules
-	differs  []string // differences of the rules from the plan
-	strays   []Stray
+	strays   []Stray // those of have.Strays
 
+	looks   bool // only: nothing is created
 	done    undoList
-	changed bool     // at least one step was taken, or rules were loaded
-	left    []string // optional steps that failed and are not tried again
-	skipped skipped  // those of this run
+	skipped skipped  // optional changes that failed in this run
 	set     []string // sysctls that were set and are not logged yet
 
 	// For a router that stays, whose changes are repairs.
-	watches   bool
-	repairs   []Repair
-	reloads   bool                  // the rules changed because the destinations did
-	held      bool                  // the interface had the address before
-	announces bool                  // even without a change of address or link
-	moved     func(link.State) bool // whether the address moved; nil: it did not
-	announced bool
-	warned    map[string]bool // warnings logged before
-	known     Rules           // rules without drift; nil: read them
-	drops     *drops          // sums the counters that loading resets
+	watches bool
+	repairs []Repair
+	reloads bool                  // the rules changed because the destinations did
+	held    bool                  // the interface had the address before
+	moved   func(plan.State) bool // whether the address moved; nil: it did not
+	warned  map[string]bool       // warnings logged before
+	known   Rules                 // rules without drift; nil: read them
+	drops   *drops                // sums the counters that loading resets
 	// The host's addresses of the last run.
 	parentAddresses []netip.Prefix
 }
 
-// skipped are the optional steps that failed in one run.
+// skipped are the optional changes that failed in one run.
 type skipped struct {
 	sysctls []string
 	effects []string
@@ -93,28 +89,22 @@ func (c *change) warnOnce(text string, attributes ...any) {
 // loadAlone loads the plan while an interface is missing. Rules match interfaces
 // by name.
 func (c *change) loadAlone(ctx context.Context) error {
-	current, err := c.router.Rules(ctx, c.router.Plan)
+	current, err := c.router.Rules(ctx, c.want.Rules)
 	if err != nil {
 		return err
 	}
-	if err := c.use(ctx, current); err != nil {
+	if err := c.use(ctx, current); err != nil || len(c.have.Differs) == 0 {
 		return err
 	}
-	why := strings.Join(c.differs, "; ")
-	if err := c.load(ctx, c.router.Plan); err != nil || why == "" {
-		return err
-	}
-	c.note(RepairRules, why, "loaded by "+c.rules.String(), func() {})
-	return nil
+	return c.load(ctx, plan.Load{Rules: c.want.Rules})
 }
 
-// prepare reads the state that apply needs, and checks every precondition. It
-// changes nothing, except that it creates a macvlan, without which there is no
-// state to read.
-func (c *change) prepare(ctx context.Context) error {
+// observe reads the state of the network, and checks it. It changes nothing, except that
+// it creates a macvlan, without which there is no state to read; with looks not even that.
+func (c *change) observe(ctx context.Context) error {
 	r := c.router
 	parentAddresses, err := r.ensureMacvlan(ctx, c)
-	if err != nil && c.watches && c.network.Exists(r.Link.Interface) == nil {
+	if err != nil && c.watches && c.network.Exists(c.want.Network.Interface) == nil {
 		// The interface exists, and works without the host's addresses.
 		c.warnOnce("parent NIC not checked", "error", err)
 		parentAddresses, err = c.parentAddresses, nil
@@ -124,37 +114,44 @@ func (c *change) prepare(ctx context.Context) error {
 	}
 	c.parentAddresses = parentAddresses
 	// A macvlan does not reach its parent's addresses.
-	c.want.Cluster.Destinations = slices.Concat(c.want.Cluster.Destinations, r.notRedirectedTo(parentAddresses))
-	if c.have, err = r.observe(c.network, c.want); err != nil {
+	c.want.Network.Cluster.Destinations = slices.Concat(c.want.Network.Cluster.Destinations, r.notRedirectedTo(parentAddresses))
+	c.have.State, err = r.observe(c.network, c.want.Network)
+	if _, missing := errors.AsType[*link.MissingError](err); missing && c.have.Missing {
+		err = r.checkCluster(c.network)
+	}
+	return err
+}
+
+// prepare reads the state that apply needs, and checks every precondition, without a
+// change but that of observe.
+func (c *change) prepare(ctx context.Context) error {
+	r := c.router
+	if err := c.observe(ctx); err != nil {
 		return err
 	}
-	if !c.watches { // the cluster side may change while the router runs
-		c.doubt = checkGateway(c.want, c.have)
-		if c.have.Up { // otherwise apply asks
-			if err := c.settleDoubt(ctx); err != nil {
-				return err
-			}
-		}
+	if c.moved != nil && c.moved(c.have.State) {
+		c.want.Announce = true
 	}
-	if len(link.Claim(c.want, c.have)) > 0 || c.moved != nil && c.moved(c.have) {
-		c.announces = true
-	}
-	if c.announces && !c.have.NoARP {
-		// An announcement that cannot be built fails before any change.
-		if _, err := arp.Announcement(arp.Request, c.have.MAC, r.Link.Address.Addr()); err != nil {
-			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", r.Link.Interface, err),
+	groups := plan.Steps(c.want, c.have)
+	// An announcement that cannot be sent fails before any change.
+	if slices.ContainsFunc(groups, func(g plan.Group) bool { return slices.ContainsFunc(g.Steps, isAnnounce) }) {
+		_, err := arp.Announcement(arp.Request, c.have.State.MAC, c.want.Network.Address.Addr())
+		if err != nil {
+			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", c.want.Network.Interface, err),
 				spec.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", spec.Interface)}
 		}
-		if c.socket, err = arp.Open(c.have.Index); err != nil {
+		if c.socket, err = arp.Open(c.have.State.Index); err != nil {
 			return err
 		}
 	}
-	// A probe needs an interface that is up.
-	if c.inquires() && c.have.Up && r.Conflict != ConflictRefuse && !c.watches {
-		c.ask()
+	// The answers arrive while the rules are read.
+	if len(groups) > 0 && groups[0].Stage == plan.Inquiry {
+		if _, err := c.carryOut(ctx, groups[0]); err != nil {
+			return err
+		}
 	}
-	if r.Forward {
-		if err := link.CanForward(c.have); err != nil {
+	if c.want.Forward {
+		if err := link.CanForward(c.have.State); err != nil {
 			return err
 		}
 	}
@@ -162,11 +159,16 @@ func (c *change) prepare(ctx context.Context) error {
 		c.rules = c.known
 		return nil
 	}
-	current, err := r.Rules(ctx, r.Plan)
+	current, err := r.Rules(ctx, c.want.Rules)
 	if err != nil {
 		return err
 	}
 	return c.use(ctx, current)
+}
+
+func isAnnounce(s plan.Step) bool {
+	_, is := s.(plan.Announce)
+	return is
 }
 
 // use makes current the rules of this change.
@@ -175,118 +177,130 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 	if c.strays, err = r.Strays(ctx, current); err != nil {
 		return err
 	}
-	c.rules, c.differs = current, current.Differs(r.Plan)
+	c.have.Strays = nil
+	for _, s := range c.strays {
+		c.have.Strays = append(c.have.Strays, s.String())
+	}
+	c.rules, c.have.Differs, c.have.Redirects = current, current.Differs(c.want.Rules), current.Redirects()
 	for _, note := range c.rules.Notes() {
 		c.warnOnce("rules warning", "backend", c.rules.String(), "warning", note)
 	}
 	if !c.watches && r.Log.Enabled(ctx, slog.LevelDebug) { // the plan may be long
-		r.Log.Debug("desired rules", "backend", c.rules.String(), "plan", r.Plan.String(), "differs", strings.Join(c.differs, "; "))
+		r.Log.Debug("desired rules", "backend", c.rules.String(), "plan", c.want.Rules.String(), "differs", strings.Join(c.have.Differs, "; "))
 	}
 	return nil
 }
 
-// apply changes the namespace to the desired state.
-//
-// In the order of the steps, redirected traffic never has another source than the
-// reserved address or another path than the egress interface, and the physical
-// network never reaches the pod: rules come before the address and the routes;
-// redirects come after these if packets could already be redirected; forwarding is
-// enabled last. If the network is right, the new rules replace the old ones at
-// once, so that no new connection is rejected in between. Stale rules of another
-// backend work until they are removed, with the reserved address of their time.
+// rounds is the largest number of times that a stage is carried out. One is needed for
+// the steps; setting an interface up can add routes that need another. If more are
+// needed, another program reverts the steps.
+const rounds = 5
+
+// apply carries out the plan.
 func (c *change) apply(ctx context.Context) error {
-	plan := c.router.Plan
-	required := func(s link.Step) bool { return !s.Optional }
-	if slices.ContainsFunc(link.Diff(c.want, c.have), required) {
-		first := plan
-		if c.router.Forward && (c.rules.Redirects() || c.have.ForwardsAny()) {
-			first = plan.WithoutRedirects()
+	done := make(map[plan.Stage]int)
+	for {
+		groups := plan.Steps(c.want, c.have)
+		if len(groups) == 0 {
+			break
 		}
-		if err := c.load(ctx, first); err != nil {
-			return err
+		g := groups[0]
+		if done[g.Stage]++; done[g.Stage] > rounds {
+			return fmt.Errorf("configure %q: no convergence after %d rounds, another program reverts the step %q", c.want.Network.Interface, rounds, g.Steps[0].String())
 		}
-	}
-	if err := c.converge(ctx, link.Up); err != nil {
-		return err
-	}
-	if err := c.settleDoubt(ctx); err != nil {
-		return err
-	}
-	if err := c.inquire(ctx); err != nil {
-		return err
-	}
-	if err := c.converge(ctx, link.Claim); err != nil {
-		return err
-	}
-	// Announce at once: closing the socket takes some 10 ms, and the other steps
-	// run in that time.
-	if err := c.announce(); err != nil {
-		return err
-	}
-	c.askGateway(ctx)
-	if err := c.converge(ctx, link.Diff); err != nil {
-		return err
-	}
-	c.warnSkipped()
-	if err := c.load(ctx, plan); err != nil {
-		return err
-	}
-	if why := strings.Join(c.differs, "; "); why != "" {
-		c.note(RepairRules, why, "loaded by "+c.rules.String(), func() {
-			c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", why)
-		})
-	}
-	if c.router.Forward {
-		if err := c.take(ctx, link.Forwarding(c.have)...); err != nil {
-			return err
+		if g.Stage > plan.Routing {
+			c.warnSkipped()
 		}
-	}
-	if err := c.removeStrays(ctx); err != nil {
-		return err
-	}
-	if c.router.Forward && (len(c.differs) > 0 || len(c.strays) > 0 || c.changed) {
-		c.forget()
-	}
-	return nil
-}
-
-// removeStrays removes the rules of other backends. Until then they work beside
-// the rules in use.
-func (c *change) removeStrays(ctx context.Context) error {
-	for _, s := range c.strays {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		undo, err := s.Remove(ctx)
-		if undo != nil {
-			c.done.add(undo)
-		}
+		changed, err := c.carryOut(ctx, g)
 		if err != nil {
 			return err
 		}
-		c.note(RepairStrays, s.String(), "removed", func() {
-			c.router.Log.Info("stale rules removed", "backend", c.rules.String(), "removed", s.String())
-		})
+		if g.Stage == plan.Opening {
+			break
+		}
+		if changed {
+			if c.have.State, err = c.network.Observe(c.want.Network); err != nil {
+				return err
+			}
+		}
 	}
+	c.warnSkipped()
 	return nil
 }
 
-// load loads plan if the rules differ from the router's. If the backend fails,
-// another one replaces it, unless the first one holds rules of ours: they would
-// keep working beside the new ones.
-func (c *change) load(ctx context.Context, plan rules.Plan) error {
-	if len(c.differs) == 0 {
-		return nil
+// carryOut takes the steps of a stage. It reports whether the network has changed.
+func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err error) {
+	defer c.logSet()
+	for _, s := range g.Steps {
+		switch s := s.(type) {
+		case plan.Change:
+			err = c.take(ctx, s)
+			if changed = true; err != nil && s.Optional {
+				c.skip(s, err)
+				err = nil
+			}
+		case plan.Settle:
+			err = c.settle(ctx, s.Doubt)
+		case plan.Probe:
+			err = c.probe(ctx)
+		case plan.Load:
+			err = c.load(ctx, s)
+		case plan.Announce:
+			// Closing the socket takes some 10 ms, and the other steps run in that time.
+			err = c.announce()
+		case plan.Ask:
+			c.askGateway(ctx)
+		case plan.RemoveStray:
+			err = c.removeStray(ctx)
+		case plan.Forget:
+			c.forget()
+		}
+		if err != nil {
+			return changed, err
+		}
 	}
+	return changed, nil
+}
+
+// removeStray removes the first of the rules of other backends. Until then they work
+// beside the rules in use.
+func (c *change) removeStray(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	s := c.strays[0]
+	undo, err := s.Remove(ctx)
+	if undo != nil {
+		c.done.add(undo)
+	}
+	if err != nil {
+		return err
+	}
+	c.strays, c.have.Strays = c.strays[1:], c.have.Strays[1:]
+	c.note(RepairStrays, s.String(), "removed", func() {
+		c.router.Log.Info("stale rules removed", "backend", c.rules.String(), "removed", s.String())
+	})
+	return nil
+}
+
+// load loads rules. If the backend fails, another one replaces it, unless the first one
+// holds rules of ours: they would keep working beside the new ones.
+func (c *change) load(ctx context.Context, s plan.Load) error {
 	held := c.rules.Holds()
 	if c.drops != nil {
-		c.drops.read(ctx, c.rules, c.router.Plan)
-		defer func() { c.drops.read(ctx, c.rules, c.router.Plan) }()
+		c.drops.read(ctx, c.rules, c.want.Rules)
+		defer func() { c.drops.read(ctx, c.rules, c.want.Rules) }()
 	}
-	undo, err := c.rules.Apply(ctx, plan)
-	c.changed = c.changed || undo != nil
+	undo, err := c.rules.Apply(ctx, s.Rules)
+	c.have.Changed = c.have.Changed || undo != nil
 	if err == nil {
 		c.done.add(undo)
+		c.have.Loaded = &s.Rules
+		if why := strings.Join(c.have.Differs, "; "); !s.Part {
+			c.note(RepairRules, why, "loaded by "+c.rules.String(), func() {
+				c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", why)
+			})
+		}
 		return nil
 	}
 	// A router that stays keeps a partial repair.
@@ -303,10 +317,10 @@ func (c *change) load(ctx context.Context, plan rules.Plan) error {
 	if next == nil || nextErr != nil {
 		return errors.Join(err, nextErr)
 	}
-	if err := c.use(ctx, next); err != nil {
+	if err := c.use(ctx, next); err != nil || len(c.have.Differs) == 0 {
 		return err
 	}
-	return c.load(ctx, plan)
+	return c.load(ctx, s)
 }
 
 // announce announces the reserved address to the physical network.
@@ -314,13 +328,13 @@ func (c *change) announce() error {
 	if c.socket == nil {
 		return nil
 	}
-	address := c.want.Address.Addr()
-	if err := c.socket.Announce(c.have.MAC, address); err != nil {
+	address := c.want.Network.Address.Addr()
+	if err := c.socket.Announce(c.have.State.MAC, address); err != nil {
 		return err
 	}
 	c.socket.Close()
-	c.announced = true
-	c.router.Log.Debug("address announced", "address", address, "mac", c.have.MAC.String())
+	c.have.Announced = true
+	c.router.Log.Debug("address announced", "address", address, "mac", c.have.State.MAC.String())
 	return nil
 }
 
@@ -337,7 +351,7 @@ func (c *change) close() {
 // forget deletes the conntrack entries of stale connections.
 func (c *change) forget() {
 	// Computed only if there is a connection to check.
-	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.router.Plan.Stale(c.have.Cluster.Addresses) })
+	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.want.Rules.Stale(c.have.State.Cluster.Addresses) })
 	masters := sync.OnceValues(conntrack.Masters)
 	n, err := c.network.Forget(func(f link.Connection) bool {
 		found := rules.Connection{Protocol: rules.Protocol(f.Protocol), From: f.From, To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo}
@@ -359,42 +373,12 @@ func (c *change) forget() {
 	}
 }
 
-// rounds is the largest number of rounds of steps and observation. One is needed
-// for the steps and one for the check; setting an interface up can add routes that
-// need another. If more are needed, another program reverts the steps.
-const rounds = 5
+// sysctl describes a change that sets a sysctl.
+func sysctl(s plan.Change) string { return fmt.Sprintf("%s = %s", s.Sysctl, s.Value) }
 
-// converge takes the steps of diff until it returns none.
-func (c *change) converge(ctx context.Context, diff func(link.Want, link.State) []link.Step) error {
-	var steps []link.Step
-	for range rounds {
-		steps = slices.DeleteFunc(diff(c.want, c.have), func(s link.Step) bool { return slices.Contains(c.left, s.String()) })
-		if len(steps) == 0 {
-			return nil
-		}
-		for _, s := range steps {
-			err := c.take(ctx, s)
-			if err != nil && s.Optional {
-				c.skip(s, err)
-			} else if err != nil {
-				return err
-			}
-		}
-		c.logSet()
-		var err error
-		if c.have, err = c.network.Observe(c.want); err != nil {
-			return err
-		}
-	}
-	return fmt.Errorf("configure %q: no convergence after %d rounds, another program reverts the step %q", c.want.Interface, rounds, steps[0].String())
-}
-
-// sysctl describes a step that sets a sysctl.
-func sysctl(s link.Step) string { return fmt.Sprintf("%s = %s", s.Sysctl, s.Value) }
-
-// skip records an optional step that failed.
-func (c *change) skip(s link.Step, err error) {
-	c.left = append(c.left, s.String())
+// skip records an optional change that failed.
+func (c *change) skip(s plan.Change, err error) {
+	c.have.Failed = append(c.have.Failed, s.String())
 	c.skipped.sysctls = append(c.skipped.sysctls, sysctl(s))
 	if !slices.Contains(c.skipped.effects, s.Effect) {
 		c.skipped.effects = append(c.skipped.effects, s.Effect)
@@ -404,13 +388,14 @@ func (c *change) skip(s link.Step, err error) {
 	}
 }
 
-// warnSkipped logs the optional steps that failed, usually because /proc/sys is
+// warnSkipped logs the optional changes that failed, usually because /proc/sys is
 // read-only, and their effect.
 func (c *change) warnSkipped() {
 	if s := c.skipped; s.err != nil {
 		c.router.Log.Warn("sysctls not set", "sysctls", strings.Join(s.sysctls, ", "), "error", s.err, "effect", strings.Join(s.effects, "; "),
 			"hint", "run the container privileged")
 	}
+	c.skipped = skipped{}
 }
 
 // logSet logs the sysctls that were set, in one line.
@@ -421,27 +406,25 @@ func (c *change) logSet() {
 	c.set = nil
 }
 
-// take takes network steps, and records their rollback.
-func (c *change) take(ctx context.Context, steps ...link.Step) error {
-	for _, s := range steps {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := c.network.Do(s); err != nil {
-			return err
-		}
-		c.changed = true
-		inverse := s.Inverse()
-		c.done.add(func() error { return c.network.Do(inverse) })
-		c.note(kindOf(s, c.want), s.Found(), s.String(), func() {
-			if s.Optional {
-				c.set = append(c.set, sysctl(s))
-				return
-			}
-			c.logSet()
-			c.router.Log.Info("network changed", "step", s.String())
-		})
+// take changes the network, and records the rollback.
+func (c *change) take(ctx context.Context, s plan.Change) error {
+	if err := ctx.Err(); err != nil {
+		return err
 	}
+	if err := c.network.Do(s); err != nil {
+		return err
+	}
+	c.have.Changed = true
+	inverse := s.Inverse()
+	c.done.add(func() error { return c.network.Do(inverse) })
+	c.note(kindOf(s, c.want.Network), s.Found(), s.String(), func() {
+		if s.Optional {
+			c.set = append(c.set, sysctl(s))
+			return
+		}
+		c.logSet()
+		c.router.Log.Info("network changed", "step", s.String())
+	})
 	return nil
 }
 

@@ -9,18 +9,8 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
-)
-
-// A Conflict is the reaction to another host with the reserved address before the
-// router takes it (RFC 5227, section 2.1). The original did not check.
-type Conflict uint8
-
-// The reactions to a conflict.
-const (
-	ConflictWarn   Conflict = iota // take the address and log the other host
-	ConflictRefuse                 // probe in full, and do not take it
-	ConflictDefend                 // take it, and announce it again after another host's answer
 )
 
 // patience is the time for an answer to a single request. A host on the same
@@ -45,14 +35,11 @@ func (e *ConflictError) Hint(names spec.Names) string {
 // stopHolder is the advice for an address that both hosts have.
 var stopHolder = spec.Textf("stop the host with that hardware address (an older pod that still runs, or another pod with the same %s)", spec.Source)
 
-// inquires reports whether the address must be probed before it is taken.
-func (c *change) inquires() bool { return !c.have.NoARP && !c.want.HasAddress(c.have) }
-
 // ask sends the probe whose answer is read at the end of the run. A failure to
 // send it does not prevent taking the address.
 func (c *change) ask() {
 	r := c.router
-	question, err := arp.Ask(c.have.Index, c.have.MAC, r.Link.Address.Addr())
+	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, c.want.Network.Address.Addr())
 	if err != nil {
 		r.Log.Warn("address conflict probe failed", "error", err)
 		return
@@ -60,27 +47,26 @@ func (c *change) ask() {
 	c.question, c.asked = question, time.Now()
 }
 
-// inquire probes for another host with the address, as far as the router needs
-// the result before it takes the address.
-func (c *change) inquire(ctx context.Context) error {
-	r := c.router
+// probe looks for another host with the address, as far as the router needs the result
+// before it takes the address.
+func (c *change) probe(ctx context.Context) error {
+	c.have.Probed = true
 	switch {
-	case !c.inquires() || c.question != nil:
-	case r.Conflict == ConflictRefuse && c.held:
+	case c.want.Conflict != plan.ConflictRefuse:
+		c.ask()
+		return nil
+	case c.held:
 		// The address was this router's, after a full probe. Traffic stops for the
 		// time of another full one.
 		c.ask()
 		return c.refuse(ctx)
-	case r.Conflict == ConflictRefuse:
-		holder, err := arp.Acquire(ctx, c.have.Index, c.have.MAC, r.Link.Address.Addr())
-		if err == nil && holder != nil {
-			err = &ConflictError{r.Link.Address.Addr(), holder}
-		}
-		return err
-	case !c.watches: // the ARP watch of a router that stays detects the other host
-		c.ask()
 	}
-	return nil
+	address := c.want.Network.Address.Addr()
+	holder, err := arp.Acquire(ctx, c.have.State.Index, c.have.State.MAC, address)
+	if err == nil && holder != nil {
+		err = &ConflictError{address, holder}
+	}
+	return err
 }
 
 // refuse waits for the answer to the probe, and returns it as an error.
@@ -92,7 +78,7 @@ func (c *change) refuse(ctx context.Context) error {
 	}
 	holder, err := question.Answer(ctx, c.asked.Add(patience))
 	if err == nil && holder != nil {
-		err = &ConflictError{c.router.Link.Address.Addr(), holder}
+		err = &ConflictError{c.want.Network.Address.Addr(), holder}
 	}
 	return err
 }
@@ -111,11 +97,11 @@ func (c *change) answer(ctx context.Context) error {
 		return nil
 	}
 	r.start.holder, r.start.asked = holder, c.asked
-	r.Log.Warn("reserved address already in use", "address", r.Link.Address.Addr().String(), "mac", holder.String(), "hint", stopHolder.In(r.Names))
-	if r.Conflict != ConflictDefend {
+	r.Log.Warn("reserved address already in use", "address", c.want.Network.Address.Addr().String(), "mac", holder.String(), "hint", stopHolder.In(r.Names))
+	if c.want.Conflict != plan.ConflictDefend {
 		return nil
 	}
-	if c.socket, err = arp.Open(c.have.Index); err != nil {
+	if c.socket, err = arp.Open(c.have.State.Index); err != nil {
 		return err
 	}
 	return c.announce()

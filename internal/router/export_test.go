@@ -5,6 +5,3 @@ const (
 	FirstPause   = firstPause
 	LongestPause = longestPause
 )
-
-// CheckGateway is for tests of package router_test.
-var CheckGateway = checkGateway

@@ -44,16 +44,16 @@ func hostError(err error) error {
 }
 
 // ensureMacvlan creates the egress interface, if the router has to and it does not
-// exist, and adds its rollback to c. It returns the addresses of the host that the
-// interface cannot reach; none if r.Macvlan is nil.
+// exist, and adds its rollback to c; if c only looks, it records that it is missing. It returns the addresses of the host that the
+// interface cannot reach; none if r.Want.Macvlan is nil.
 //
 // It checks all preconditions before the change, and never changes the host's
 // namespace.
 func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, error) {
-	if r.Macvlan == nil {
+	if r.Want.Macvlan == nil {
 		return nil, nil
 	}
-	m := *r.Macvlan
+	m := *r.Want.Macvlan
 	pod, err := netns.Current()
 	if err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 	if err != nil {
 		return nil, err
 	}
-	if err := parent.Suits(r.Link); err != nil {
+	if err := parent.Suits(r.Want.Network); err != nil {
 		return nil, err
 	}
 	m.Parent = parent.Name
@@ -102,6 +102,9 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
+	}
+	if c.have.Missing = c.looks; c.looks {
+		return parent.Addresses, nil
 	}
 	if err := inHost.CreateMacvlan(m, parent, pod.Fd()); err != nil {
 		return nil, err

@@ -11,14 +11,14 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/egress-router/egress-router/internal/lab"
-	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 )
 
 // macvlanOf returns a macvlan of the lab's node.
-func macvlanOf(l *lab.Lab) *link.Macvlan {
-	return &link.Macvlan{Interface: "macvlan0", Mode: "private", HostNetns: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), l.Node.Fd())}
+func macvlanOf(l *lab.Lab) *plan.Macvlan {
+	return &plan.Macvlan{Interface: "macvlan0", Mode: "private", HostNetns: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), l.Node.Fd())}
 }
 
 // links describes the links of a namespace; their indexes distinguish a link from
@@ -58,7 +58,7 @@ func TestApplyDeletesItsMacvlan(t *testing.T) {
 			for n := 1; ; n++ {
 				left, steps := n, []string(nil)
 				r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
-				r.Macvlan = macvlanOf(l)
+				r.Want.Macvlan = macvlanOf(l)
 				err := inRouter(t, l, func() error { return r.Apply(t.Context()) })
 				if err == nil {
 					break
@@ -80,7 +80,7 @@ func TestApplyDeletesItsMacvlan(t *testing.T) {
 			after := links(t, l, l.Router)
 			left, steps := 0, []string(nil)
 			r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
-			r.Macvlan = macvlanOf(l)
+			r.Want.Macvlan = macvlanOf(l)
 			if err := inRouter(t, l, func() error { return r.Apply(t.Context()) }); err != nil || len(steps) > 0 {
 				t.Errorf("again: error %v, changes %v; want none", err, steps)
 			}
@@ -103,7 +103,7 @@ func TestApplyInterruptedWithMacvlan(t *testing.T) {
 	for _, before := range []bool{true, false} {
 		left, steps := 0, []string(nil)
 		r := newRouter(t, "80 tcp 203.0.113.25", &left, &steps)
-		r.Macvlan = macvlanOf(l)
+		r.Want.Macvlan = macvlanOf(l)
 		ctx, cancel := context.WithCancel(t.Context())
 		if before {
 			cancel()
@@ -146,7 +146,7 @@ func TestMacvlanIsNeverOnHost(t *testing.T) {
 	}
 	left, steps := 0, []string(nil)
 	r := newRouter(t, "203.0.113.27", &left, &steps)
-	r.Macvlan = macvlanOf(l)
+	r.Want.Macvlan = macvlanOf(l)
 	if err := inRouter(t, l, func() error { return r.Apply(t.Context()) }); err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -21,35 +22,35 @@ import (
 // A script records the actions of a router, in their order. It is the network and
 // the rules of a namespace in which every step takes effect.
 type script struct {
-	state     link.State
+	state     plan.State
 	redirects bool
 	loaded    rules.Plan
 	stray     bool
 	done      []string
 }
 
-func (s *script) Observe(link.Want) (link.State, error) { return s.state, nil }
-func (s *script) Watched() bool                         { return false }
-func (s *script) Holds() bool                           { return false }
-func (s *script) Exists(string) error                   { return nil }
-func (s *script) Close()                                {}
+func (s *script) Observe(plan.Network) (plan.State, error) { return s.state, nil }
+func (s *script) Watched() bool                            { return false }
+func (s *script) Holds() bool                              { return false }
+func (s *script) Exists(string) error                      { return nil }
+func (s *script) Close()                                   {}
 
-func (s *script) Do(step link.Step) error {
+func (s *script) Do(step plan.Change) error {
 	s.done = append(s.done, step.String())
 	switch step.Op {
-	case link.AddAddress:
+	case plan.AddAddress:
 		s.state.Addresses = append(s.state.Addresses, step.Address)
-		s.state.Routes = append(s.state.Routes, link.Route{
-			Destination: step.Address.Masked(), Index: s.state.Index, Source: step.Address.Addr(), Scope: link.ScopeLink,
+		s.state.Routes = append(s.state.Routes, plan.Route{
+			Destination: step.Address.Masked(), Index: s.state.Index, Source: step.Address.Addr(), Scope: plan.ScopeLink,
 		})
-	case link.SetUp:
+	case plan.SetUp:
 		s.state.Up = true
-	case link.ReplaceRoute:
+	case plan.ReplaceRoute:
 		if step.Old != nil {
-			s.state.Routes = slices.DeleteFunc(s.state.Routes, func(r link.Route) bool { return r.String() == step.Old.String() })
+			s.state.Routes = slices.DeleteFunc(s.state.Routes, func(r plan.Route) bool { return r.String() == step.Old.String() })
 		}
 		s.state.Routes = append(s.state.Routes, step.Route)
-	case link.WriteSysctl:
+	case plan.WriteSysctl:
 		s.state.Forwards = true
 	}
 	return nil
@@ -117,16 +118,20 @@ func TestOrder(t *testing.T) {
 		forget       = "forget connections"
 		stray        = "remove the stray"
 	)
-	cluster := link.Route{
+	cluster := plan.Route{
 		Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: lab.NodeAddr, Index: 2, Interface: "eth0",
 	}
-	plan := rules.NewPlan(rules.Set{Fallback: lab.Remote[0]}, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
+	redirects := rules.NewPlan(rules.Set{Fallback: lab.Remote[0]}, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
 	proxy := rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"})
 	ready := func(s *script) { // as after a run
-		want := link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}
+		want := plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}
 		s.state.Routes = nil
-		for _, step := range link.Diff(want, s.state) {
-			_ = s.Do(step)
+		for _, g := range plan.Steps(plan.Want{Network: want}, plan.Have{State: s.state}) {
+			for _, step := range g.Steps {
+				if c, is := step.(plan.Change); is {
+					_ = s.Do(c)
+				}
+			}
 		}
 		s.state.Forwards, s.redirects, s.done = true, true, nil
 	}
@@ -135,26 +140,27 @@ func TestOrder(t *testing.T) {
 		plan  rules.Plan
 		want  []string
 	}{
-		"fresh":                     {func(*script) {}, plan, []string{all, up, address, gateway, defaultRoute, forward, forget}},
-		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, plan, []string{guard, up, address, gateway, defaultRoute, all, forget}},
+		"fresh":                     {func(*script) {}, redirects, []string{all, up, address, gateway, defaultRoute, forward, forget}},
+		"fresh, forwarding already": {func(s *script) { s.state.Forwards = true }, redirects, []string{guard, up, address, gateway, defaultRoute, all, forget}},
 		"redirects already, other plan": {
-			func(s *script) { s.state.Forwards, s.redirects = true, true }, plan,
+			func(s *script) { s.state.Forwards, s.redirects = true, true }, redirects,
 			[]string{guard, up, address, gateway, defaultRoute, all, forget},
 		},
-		"only other rules in the plan": {ready, plan, []string{all, forget}},
-		"another backend's rules":      {func(s *script) { ready(s); s.stray = true }, plan, []string{all, stray, forget}},
-		"nothing but such rules":       {func(s *script) { ready(s); s.loaded, s.stray = plan, true }, plan, []string{stray, forget}},
+		"only other rules in the plan": {ready, redirects, []string{all, forget}},
+		"another backend's rules":      {func(s *script) { ready(s); s.stray = true }, redirects, []string{all, stray, forget}},
+		"nothing but such rules":       {func(s *script) { ready(s); s.loaded, s.stray = redirects, true }, redirects, []string{stray, forget}},
 		"a proxy's rules are first":    {func(*script) {}, proxy, []string{guard, up, address, gateway, defaultRoute}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := &script{state: link.State{
-				Index: 3, Carrier: true, NoARP: true, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Routes: []link.Route{cluster},
+			s := &script{state: plan.State{
+				Index: 3, Carrier: true, NoARP: true, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Routes: []plan.Route{cluster},
 			}}
 			test.start(s)
 			r := &router.Router{
-				Link:    link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
-				Plan:    test.plan,
-				Forward: len(test.plan.Destinations()) > 0,
+				Want: plan.Want{
+					Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
+					Rules:   test.plan, Forward: len(test.plan.Destinations()) > 0,
+				},
 				Log:     slog.New(slog.DiscardHandler),
 				Network: func() (router.Network, error) { return s, nil },
 				Rules:   func(context.Context, rules.Plan) (router.Rules, error) { return s, nil },
@@ -178,19 +184,19 @@ func TestOrder(t *testing.T) {
 // A run that cannot succeed is refused before any change, as far as possible.
 func TestRefusedBeforeChange(t *testing.T) {
 	for name, test := range map[string]struct {
-		state link.State
+		state plan.State
 		want  string
 	}{
 		"the gateway is the pod": {
-			link.State{Index: 3, NoARP: true, Cluster: link.ClusterState{Index: 2, Addresses: []netip.Addr{lab.GatewayAddr}}},
+			plan.State{Index: 3, NoARP: true, Cluster: plan.ClusterState{Index: 2, Addresses: []netip.Addr{lab.GatewayAddr}}},
 			"expected the router of the physical network, found an address of the pod",
 		},
-		"not Ethernet": {link.State{Index: 3, MAC: make([]byte, 20)}, "expected 6 bytes, found 20"},
+		"not Ethernet": {plan.State{Index: 3, MAC: make([]byte, 20)}, "expected 6 bytes, found 20"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &script{state: test.state}
 			r := &router.Router{
-				Link:    link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
+				Want:    plan.Want{Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}},
 				Log:     slog.New(slog.DiscardHandler),
 				Network: func() (router.Network, error) { return s, nil },
 			}
@@ -202,10 +208,9 @@ func TestRefusedBeforeChange(t *testing.T) {
 	}
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
-	s := &script{state: link.State{Index: 3, NoARP: true}}
+	s := &script{state: plan.State{Index: 3, NoARP: true}}
 	r := &router.Router{
-		Link:    link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
-		Plan:    rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"}),
+		Want:    plan.Want{Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}, Rules: rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"})},
 		Log:     slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) { return s, nil },
 		Rules:   func(context.Context, rules.Plan) (router.Rules, error) { return s, nil },

@@ -54,7 +54,7 @@ func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 
 func (k *Keeper) probeAll(ctx context.Context) {
 	k.mu.Lock()
-	inSync, source, targets := k.status.InSync, k.Router.Link.Address.Addr(), targets(k.Router.Plan)
+	inSync, source, targets := k.status.InSync, k.Router.Want.Network.Address.Addr(), targets(k.Router.Want.Rules)
 	k.mu.Unlock()
 	if !inSync { // there may be no source address
 		return

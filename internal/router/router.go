@@ -14,23 +14,20 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
 // A Router configures the network namespace of the process.
 type Router struct {
-	Link    link.Want
-	Macvlan *link.Macvlan // nil: another program creates the egress interface
-	Plan    rules.Plan
-	// Forward enables forwarding between the two sides. Without it the plan has
-	// no redirects, and a proxy in the pod connects to servers.
-	Forward  bool
-	Conflict Conflict   // what to do if another host has the address
-	Mode     string     // name of the mode, for the log
-	Names    spec.Names // of the front end, for hints in the log
-	start    start      // result of Apply for a Keeper
-	Log      *slog.Logger
+	// Want is what the namespace shall be. Without Forward its rules have no redirects,
+	// and a proxy in the pod connects to servers. Start and Announce do not matter.
+	Want  plan.Want
+	Mode  string     // name of the mode, for the log
+	Names spec.Names // of the front end, for hints in the log
+	start start      // result of Apply for a Keeper
+	Log   *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
 	Network func() (Network, error)
@@ -46,9 +43,9 @@ type Router struct {
 
 // A Network observes and changes the network; implemented by *link.Kernel.
 type Network interface {
-	Observe(link.Want) (link.State, error)
+	Observe(plan.Network) (plan.State, error)
 	Exists(name string) error
-	Do(link.Step) error
+	Do(plan.Change) error
 	Forget(func(link.Connection) bool) (int, error)
 	Close()
 }
@@ -117,7 +114,8 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	}
 	defer network.Close()
 
-	c := &change{router: r, network: network, want: r.Link, announces: true}
+	c := &change{router: r, network: network, want: r.Want}
+	c.want.Start = true
 	defer c.close()
 	defer func() {
 		if err != nil {
@@ -130,13 +128,41 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	if err := c.apply(ctx); err != nil {
 		return err
 	}
-	r.ready(c.have, c.rules, begin)
-	r.start.announced, r.start.left = c.announced, c.left
+	r.ready(c.have.State, c.rules, begin)
+	r.start.announced, r.start.failed = c.have.Announced, c.have.Failed
 	if err := c.answer(ctx); err != nil {
 		return err
 	}
 	c.awaitGateway(ctx)
 	return nil
+}
+
+// Check returns the steps that are missing to what the namespace shall be; none if it is
+// so. It changes nothing that a packet reaches: to compare rules that iptables prints in
+// another form, it loads them into chains without a jump.
+func (r *Router) Check(ctx context.Context) ([]plan.Group, error) {
+	release, err := lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	network, err := r.Network()
+	if err != nil {
+		return nil, err
+	}
+	defer network.Close()
+	c := &change{router: r, network: network, want: r.Want, looks: true}
+	if err := c.observe(ctx); err != nil {
+		return nil, err
+	}
+	current, err := r.Rules(ctx, c.want.Rules)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.use(ctx, current); err != nil {
+		return nil, err
+	}
+	return plan.Steps(c.want, c.have), nil
 }
 
 // A start is the result of Apply for a Keeper.
@@ -146,20 +172,20 @@ type start struct {
 	asked     time.Time
 	misses    int      // unanswered requests to the gateway
 	noCarrier bool     // the log has it
-	left      []string // optional steps that failed
+	failed    []string // optional changes that failed
 }
 
 // notRedirectedTo returns the addresses that are no destination: a destination is
 // reached by the egress interface, or not at all.
 func (r *Router) notRedirectedTo(addresses []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(addresses, func(a netip.Prefix) bool {
-		return slices.ContainsFunc(r.Plan.Destinations(), a.Contains)
+		return slices.ContainsFunc(r.Want.Rules.Destinations(), a.Contains)
 	})
 }
 
 // observe reads the state for want, and checks that the cluster interface exists
 // if it is needed.
-func (r *Router) observe(network Network, want link.Want) (link.State, error) {
+func (r *Router) observe(network Network, want plan.Network) (plan.State, error) {
 	have, err := network.Observe(want)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
 		return have, &InterfaceError{err, spec.Textf(egressHint, want.Interface, spec.Set(spec.MacvlanParent, "NIC"), spec.Interface)}
@@ -167,24 +193,18 @@ func (r *Router) observe(network Network, want link.Want) (link.State, error) {
 	if err != nil {
 		return have, err
 	}
-	isGateway := func(p netip.Prefix) bool { return p.Addr() == want.Gateway }
-	if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, want.Gateway) {
-		return have, &advisedError{fmt.Errorf("gateway %s: expected the router of the physical network, found an address of the pod", want.Gateway),
-			spec.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", spec.Gateway, spec.Source)}
-	}
-	if slices.Contains(have.Cluster.Addresses, want.Address.Addr()) {
-		return have, &advisedError{fmt.Errorf("reserved address %s: expected an unused address of the physical network, found the pod's cluster address", want.Address.Addr()),
-			spec.Textf("set %s to an address of the physical network that is reserved for this pod", spec.Source)}
+	if err := want.Refuse(have); err != nil {
+		return have, err
 	}
 	return have, r.checkCluster(network)
 }
 
 // checkCluster checks that the cluster interface exists if it is needed.
 func (r *Router) checkCluster(network Network) error {
-	if !r.Forward {
+	if !r.Want.Forward {
 		return nil
 	}
-	err := network.Exists(r.Link.Cluster.Interface)
+	err := network.Exists(r.Want.Network.Cluster.Interface)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
 		return &InterfaceError{err, clusterHint}
 	}
@@ -192,32 +212,32 @@ func (r *Router) checkCluster(network Network) error {
 }
 
 // ready logs the result of Apply.
-func (r *Router) ready(have link.State, current Rules, begin time.Time) {
+func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
 	if r.start.noCarrier = !have.Carrier; r.start.noCarrier {
-		r.Log.Warn(noCarrier, "interface", r.Link.Interface, "hint", noCarrierHint)
+		r.Log.Warn(noCarrier, "interface", r.Want.Network.Interface, "hint", noCarrierHint)
 	}
-	if r.Forward {
+	if r.Want.Forward {
 		r.warnOfOtherRoutes(have)
 	}
 	for _, a := range have.Addresses {
-		if a != r.Link.Address {
+		if a != r.Want.Network.Address {
 			r.Log.Warn("unused address on egress interface", "address", a.String())
 		}
 	}
-	attrs := []any{"mode", r.Mode, "interface", r.Link.Interface, "address", r.Link.Address.String(), "gateway", r.Link.Gateway.String()}
-	if r.Forward {
-		attrs = append(attrs, "redirects", len(r.Plan.Destinations()))
+	attrs := []any{"mode", r.Mode, "interface", r.Want.Network.Interface, "address", r.Want.Network.Address.String(), "gateway", r.Want.Network.Gateway.String()}
+	if r.Want.Forward {
+		attrs = append(attrs, "redirects", len(r.Want.Rules.Destinations()))
 	}
 	r.Log.Info("ready", append(attrs, "backend", current.String(), "took", time.Since(begin).Round(100*time.Microsecond).String())...)
 }
 
 // warnOfOtherRoutes logs the destinations that a route leads to another interface,
 // by which redirected packets are dropped.
-func (r *Router) warnOfOtherRoutes(have link.State) {
+func (r *Router) warnOfOtherRoutes(have plan.State) {
 	if _, known := have.ClusterDefault(); !known && have.Cluster.Index != 0 {
-		r.Log.Warn("no default route on cluster interface", "interface", r.Link.Cluster.Interface, "effect", "clients in other subnets get no replies")
+		r.Log.Warn("no default route on cluster interface", "interface", r.Want.Network.Cluster.Interface, "effect", "clients in other subnets get no replies")
 	}
-	destinations := r.Plan.Destinations()
+	destinations := r.Want.Rules.Destinations()
 	for _, other := range have.Routes {
 		if other.Index == have.Index || other.IsDefault() {
 			continue

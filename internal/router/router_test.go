@@ -18,6 +18,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -25,7 +26,7 @@ import (
 func TestMain(m *testing.M) { labtest.Main(m) }
 
 // clusterSide is the cluster side of eth0, with a destination outside of its routes.
-var clusterSide = link.ClusterSide{
+var clusterSide = plan.ClusterSide{
 	Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")},
 }
 
@@ -38,7 +39,7 @@ type failingNetwork struct {
 	steps *[]string
 }
 
-func (n failingNetwork) Do(s link.Step) error {
+func (n failingNetwork) Do(s plan.Change) error {
 	if !s.Optional {
 		*n.left--
 		if *n.left == 0 {
@@ -55,12 +56,14 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 	if err != nil {
 		t.Fatal(err)
 	}
-	plan := rules.NewPlan(destinations, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source, Mark: rules.Mark(clusterSide.Mark)})
+	wanted := rules.NewPlan(destinations, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source, Mark: rules.Mark(clusterSide.Mark)})
 	return &router.Router{
-		Link: link.Want{
-			Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr, Cluster: clusterSide,
+		Want: plan.Want{
+			Network: plan.Network{
+				Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr, Cluster: clusterSide,
+			},
+			Rules: wanted, Forward: true,
 		},
-		Plan: plan, Forward: true,
 		Log: slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) {
 			kernel, err := link.Open()
@@ -71,7 +74,7 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 			if err != nil {
 				return nil, err
 			}
-			return backend.Begin(ctx, plan)
+			return backend.Begin(ctx, wanted)
 		},
 		Next:   func(context.Context, router.Rules, error) (router.Rules, error) { return nil, nil },
 		Strays: func(context.Context, router.Rules) ([]router.Stray, error) { return nil, nil },
@@ -94,7 +97,7 @@ func state(t *testing.T, l *lab.Lab) string {
 			return err
 		}
 		defer kernel.Close()
-		s, err := kernel.Observe(link.Want{Interface: "macvlan0", Cluster: clusterSide})
+		s, err := kernel.Observe(plan.Network{Interface: "macvlan0", Cluster: clusterSide})
 		if err != nil {
 			return err
 		}
@@ -300,8 +303,8 @@ type cancelAfter struct {
 	cancel func()
 }
 
-func (n cancelAfter) Do(s link.Step) error {
-	if s.Op == link.ReplaceRoute {
+func (n cancelAfter) Do(s plan.Change) error {
+	if s.Op == plan.ReplaceRoute {
 		n.cancel()
 	}
 	return n.Network.Do(s)

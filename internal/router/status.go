@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
-	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 )
 
 // A RepairKind is the part of the namespace that a repair changes.
@@ -37,22 +37,22 @@ var RepairKinds = []RepairKind{
 }
 
 // kindOf returns the kind of repair that a step of the network is.
-func kindOf(s link.Step, want link.Want) RepairKind {
+func kindOf(s plan.Change, want plan.Network) RepairKind {
 	switch s.Op {
-	case link.SetUp, link.SetDown:
+	case plan.SetUp, plan.SetDown:
 		return RepairLink
-	case link.AddAddress, link.RemoveAddress:
+	case plan.AddAddress, plan.RemoveAddress:
 		return RepairAddress
-	case link.AddRule, link.DeleteRule:
+	case plan.AddRule, plan.DeleteRule:
 		if s.Rule.Table == want.Cluster.Table {
 			return RepairReplyPath
 		}
-	case link.WriteSysctl:
+	case plan.WriteSysctl:
 		if strings.HasSuffix(s.Sysctl, "forward") || strings.HasSuffix(s.Sysctl, "forwarding") {
 			return RepairForwarding
 		}
 		return RepairSysctl
-	case link.ReplaceRoute, link.AppendRoute, link.DeleteRoute:
+	case plan.ReplaceRoute, plan.AppendRoute, plan.DeleteRoute:
 		switch {
 		case s.Route.Table != 0:
 			return RepairReplyPath
@@ -111,7 +111,7 @@ type LinkStatus struct {
 }
 
 // reasons sets NotReady: a ready router forwards new connections.
-func (s *Status) reasons(want link.Want, probes bool) {
+func (s *Status) reasons(want plan.Network, probes bool) {
 	if !s.InSync {
 		s.NotReady = append(s.NotReady, s.Failure)
 	}

@@ -11,7 +11,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/events"
-	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -41,7 +41,7 @@ type Keeper struct {
 	// Neighbours watches the physical network.
 	Neighbours func(arp.Options) (Neighbours, error)
 
-	mu       sync.Mutex // guards status and reloading, and Router.Link and Router.Plan
+	mu       sync.Mutex // guards status, reloading and Router.Want
 	status   Status
 	replaced chan struct{} // receives a value after Replace
 	// The kernel does not yet have the destinations of Replace.
@@ -57,9 +57,9 @@ type Keeper struct {
 	notBefore time.Time       // earliest time of the next comparison
 	eager     time.Time       // the same after an event; zero: events do not change it
 	warned    map[string]bool // warnings logged before
-	left      []string        // optional steps that failed
+	failed    []string        // optional changes that failed
 	logged    string          // last failure in the log
-	want      link.Want       // the router's, completed by the last comparison; zero: none yet
+	network   plan.Network    // the router's, completed by the last comparison; zero: none yet
 	plan      rules.Plan      // plan in the kernel after the last comparison; empty: unknown
 	rules     Rules           // rules without drift, and without an event since; nil: read them
 	announced announced
@@ -73,7 +73,7 @@ func NewKeeper(r *Router) *Keeper {
 	now := time.Now()
 	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), drops: drops{log: r.Log}, status: Status{
 		Repairs: make(map[RepairKind]uint64), Since: now, Failure: "not reconciled yet",
-		Destinations: len(r.Plan.Destinations()), ReloadSince: now,
+		Destinations: len(r.Want.Rules.Destinations()), ReloadSince: now,
 	}}
 }
 
@@ -100,7 +100,7 @@ const eagerPause = 50 * time.Millisecond
 // Status returns the current status. It may be called at any time.
 func (k *Keeper) Status() Status {
 	k.mu.Lock()
-	s, want, servers := k.status.clone(), k.Router.Link, targets(k.Router.Plan)
+	s, want, servers := k.status.clone(), k.Router.Want.Network, targets(k.Router.Want.Rules)
 	k.mu.Unlock()
 	if held(s.contestedAt, time.Now()) {
 		s.Contested = ""
@@ -127,7 +127,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 	defer subscription.Close()
 	k.surroundings.watch = k.Neighbours
-	k.left = k.Router.start.left
+	k.failed = k.Router.start.failed
 	if k.Router.start.announced {
 		k.update(func(s *Status) { s.Announcements++ })
 	}
@@ -177,24 +177,26 @@ func (k *Keeper) Run(ctx context.Context) error {
 }
 
 // Replace sets new destinations and triggers a reconcile.
-func (k *Keeper) Replace(want link.Want, plan rules.Plan) {
+func (k *Keeper) Replace(want plan.Want) {
 	k.mu.Lock()
-	same := plan.Equal(k.Router.Plan) && slices.Equal(want.Cluster.Destinations, k.Router.Link.Cluster.Destinations)
+	before := k.Router.Want
+	same := want.Rules.Equal(before.Rules) && slices.Equal(want.Network.Cluster.Destinations, before.Network.Cluster.Destinations)
 	if !same || k.status.ReloadError != "" {
 		k.status.ReloadSince = time.Now()
 	}
 	k.status.ReloadError = ""
+	destinations := len(want.Rules.Destinations())
 	if !same {
 		k.status.Reloads++
-		k.status.Destinations = len(plan.Destinations())
+		k.status.Destinations = destinations
 		k.reloading = true
 	}
-	k.Router.Link, k.Router.Plan = want, plan
+	k.Router.Want = want
 	k.mu.Unlock()
 	if same {
 		return
 	}
-	k.Router.Log.Info("destinations changed", "destinations", len(plan.Destinations()))
+	k.Router.Log.Info("destinations changed", "destinations", destinations)
 	select {
 	case k.replaced <- struct{}{}:
 	default:
@@ -243,7 +245,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 		}
 		// An attempt that changed nothing caused no event: the next event has
 		// another cause, maybe the missing part.
-		if !c.changed && len(c.repairs) == 0 && !conflict {
+		if !c.have.Changed && len(c.repairs) == 0 && !conflict {
 			k.eager = now.Add(eagerPause)
 		}
 		k.logFailure(err)
@@ -309,7 +311,7 @@ func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 		for _, r := range c.repairs {
 			s.Repairs[r.Kind]++
 		}
-		if c.announced {
+		if c.have.Announced {
 			s.Announcements++
 		}
 		if err != nil {
@@ -343,10 +345,10 @@ func (k *Keeper) recordLink(c *change, err error, now time.Time) {
 		before, is = s.Link, s.Link
 		missing, _ := errors.AsType[*InterfaceError](err)
 		switch {
-		case c.have.Index != 0:
-			is.Found, is.MAC = true, c.have.MAC
-			if c.have.Up { // otherwise its carrier is unknown
-				is.Carrier = c.have.Carrier
+		case c.have.State.Index != 0:
+			is.Found, is.MAC = true, c.have.State.MAC
+			if c.have.State.Up { // otherwise its carrier is unknown
+				is.Carrier = c.have.State.Carrier
 			}
 		case missing != nil:
 			is = LinkStatus{Since: is.Since}
@@ -358,9 +360,9 @@ func (k *Keeper) recordLink(c *change, err error, now time.Time) {
 	})
 	switch {
 	case is.Found && !is.Carrier && (before.Carrier || !before.Found) && !k.Router.start.noCarrier:
-		k.Router.Log.Error(noCarrier, "interface", c.want.Interface, "hint", noCarrierHint)
+		k.Router.Log.Error(noCarrier, "interface", c.want.Network.Interface, "hint", noCarrierHint)
 	case is.Carrier && (before.Found && !before.Carrier || k.Router.start.noCarrier):
-		k.Router.Log.Info("egress interface carrier restored", "interface", c.want.Interface)
+		k.Router.Log.Info("egress interface carrier restored", "interface", c.want.Network.Interface)
 	}
 	k.Router.start.noCarrier = false
 }
@@ -374,9 +376,10 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	reloading := k.reloading
 	k.mu.Unlock()
 	c := &change{
-		router: r, want: r.Link, watches: true, reloads: reloading, held: k.held, announces: announces, moved: k.moved,
-		warned: k.warned, left: k.left, parentAddresses: k.parentAddresses, drops: &k.drops,
+		router: r, want: r.Want, have: plan.Have{Failed: k.failed}, watches: true, reloads: reloading, held: k.held, moved: k.moved,
+		warned: k.warned, parentAddresses: k.parentAddresses, drops: &k.drops,
 	}
+	c.want.Announce = announces
 	release, err := lock(ctx)
 	if err != nil {
 		return c, err
@@ -387,11 +390,11 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	}
 	defer c.network.Close()
 	defer c.close()
-	if what == events.Network && k.plan.Equal(r.Plan) {
+	if what == events.Network && k.plan.Equal(r.Want.Rules) {
 		if !announces && k.networkInSync(c) {
 			return c, nil
 		}
-		c.want, c.known = r.Link, k.rules
+		c.want.Network, c.known = r.Want.Network, k.rules
 	}
 	k.plan, k.rules = rules.Plan{}, nil
 	if err := c.prepare(ctx); err != nil {
@@ -400,32 +403,32 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 		}
 		return c, err
 	}
-	c.remember(k.want)
-	k.want, k.parentAddresses = c.want, c.parentAddresses
+	c.remember(k.network)
+	k.network, k.parentAddresses = c.want.Network, c.parentAddresses
 	if err := c.apply(ctx); err != nil {
 		return c, err
 	}
-	k.left, k.held = c.left, true
-	k.plan = r.Plan
-	k.drops.use(c.rules, r.Plan)
+	k.failed, k.held = c.have.Failed, true
+	k.plan = r.Want.Rules
+	k.drops.use(c.rules, r.Want.Rules)
 	if reloading {
-		k.reloaded(r.Plan)
+		k.reloaded(r.Want.Rules)
 	}
 	if c.rules.Watched() {
 		k.rules = c.rules
 	}
-	k.follow(ctx, c.want, c.have)
-	if c.announced {
-		k.announced = announcement(c.have)
+	k.follow(ctx, c.want.Network, c.have.State)
+	if c.have.Announced {
+		k.announced = announcement(c.have.State)
 	}
 	return c, nil
 }
 
 // reloaded records that the kernel has the new destinations, unless these have
 // been replaced in the meantime.
-func (k *Keeper) reloaded(plan rules.Plan) {
+func (k *Keeper) reloaded(loaded rules.Plan) {
 	k.mu.Lock()
-	still := plan.Equal(k.Router.Plan)
+	still := loaded.Equal(k.Router.Want.Rules)
 	k.reloading = k.reloading && !still
 	k.mu.Unlock()
 	if still && k.Replaced != nil {
@@ -437,13 +440,13 @@ func (k *Keeper) reloaded(plan rules.Plan) {
 	}
 }
 
-func announcement(have link.State) announced {
+func announcement(have plan.State) announced {
 	return announced{have.Index, have.MAC.String(), have.Carrier}
 }
 
 // moved reports whether neighbours need an announcement: the interface has another
 // hardware address, or its carrier came back, maybe at another port of a switch.
-func (k *Keeper) moved(have link.State) bool {
+func (k *Keeper) moved(have plan.State) bool {
 	now := announcement(have)
 	switch {
 	case k.announced == announced{}: // announced by the run that configured the address
@@ -456,28 +459,22 @@ func (k *Keeper) moved(have link.State) bool {
 
 // remember keeps the cluster side's default route from the last comparison, or
 // finds it, since another program may delete or change every copy.
-func (c *change) remember(before link.Want) {
-	c.want.Cluster.Default = before.Cluster.Default
-	if route, known := c.want.Cluster.ClusterDefault(c.have); known {
-		c.want.Cluster.Default = &route
+func (c *change) remember(before plan.Network) {
+	side := &c.want.Network.Cluster
+	side.Default = before.Cluster.Default
+	if route, known := side.ClusterDefault(c.have.State); known {
+		side.Default = &route
 	}
 }
 
 // networkInSync reports whether the network has no drift and needs no announcement.
 // Then the rules are not read, which can start processes.
 func (k *Keeper) networkInSync(c *change) bool {
-	c.want = k.want
-	have, err := c.router.observe(c.network, c.want)
+	c.want.Network = k.network
+	have, err := c.router.observe(c.network, c.want.Network)
 	if err != nil {
 		return false // the full comparison returns the error
 	}
-	c.have = have
-	if k.moved(have) {
-		return false
-	}
-	left := func(s link.Step) bool { return slices.Contains(c.left, s.String()) }
-	if len(slices.DeleteFunc(link.Diff(c.want, have), left)) > 0 {
-		return false
-	}
-	return !c.router.Forward || len(link.Forwarding(have)) == 0
+	c.have.State = have
+	return !k.moved(have) && len(plan.Steps(c.want, c.have)) == 0
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/events"
 	"github.com/egress-router/egress-router/internal/lab"
-	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -36,9 +36,9 @@ type kept struct {
 	logged bytes.Buffer
 	turn   atomic.Int32 // orders test and keeper, which passing time does not
 
-	attempts []time.Time           // starts of comparisons
-	cost     time.Duration         // duration of each
-	refuse   func(link.Step) error // nil: no step fails
+	attempts []time.Time             // starts of comparisons
+	cost     time.Duration           // duration of each
+	refuse   func(plan.Change) error // nil: no step fails
 	around   neighbours
 	watches  int // number of watches
 
@@ -72,7 +72,7 @@ func (k *kept) notify(kind events.Kind) {
 	}
 }
 
-func (k *kept) Do(s link.Step) error {
+func (k *kept) Do(s plan.Change) error {
 	if k.refuse != nil {
 		if err := k.refuse(s); err != nil {
 			return err
@@ -81,28 +81,30 @@ func (k *kept) Do(s link.Step) error {
 	return k.script.Do(s)
 }
 
-func planFor(t *testing.T, destinations string) rules.Plan {
+func wanted(t *testing.T, destinations string) plan.Want {
 	t.Helper()
 	set, err := rules.Parse(destinations, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
+	return plan.Want{
+		Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
+		Rules:   rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source}),
+		Forward: true,
+	}
 }
-
-var wantedLink = link.Want{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}
 
 // keep runs a test, with fake time and a keeper of a namespace without drift. Call
 // start to start the keeper.
 func keep(t *testing.T, test func(*kept)) {
 	synctest.Test(t, func(t *testing.T) {
-		k := &kept{T: t, wake: make(chan struct{}, 1), script: &script{state: link.State{
+		k := &kept{T: t, wake: make(chan struct{}, 1), script: &script{state: plan.State{
 			Index: 1, Carrier: true, NoARP: true, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1},
-			Routes: []link.Route{{Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: lab.NodeAddr, Index: 2, Interface: "eth0"}},
+			Routes: []plan.Route{{Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: lab.NodeAddr, Index: 2, Interface: "eth0"}},
 		}}}
 		r := &router.Router{
-			Link: wantedLink, Plan: planFor(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n"), Forward: true,
-			Log: slog.New(slog.NewTextHandler(&k.logged, nil)),
+			Want: wanted(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n"),
+			Log:  slog.New(slog.NewTextHandler(&k.logged, nil)),
 			Network: func() (router.Network, error) {
 				k.turn.Load()
 				k.attempts = append(k.attempts, time.Now())
@@ -271,7 +273,7 @@ func TestKeeperBacksOff(t *testing.T) {
 		k.start()
 		k.pass(time.Minute)
 		k.since()
-		k.refuse = func(link.Step) error { return errInjected }
+		k.refuse = func(plan.Change) error { return errInjected }
 		k.state.Up = false
 		k.notify(events.Network)
 		k.pass(10 * time.Minute)
@@ -300,7 +302,7 @@ func TestKeeperBacksOff(t *testing.T) {
 			k.Errorf("in sync %v, failure %q, not ready %q; want it repaired", s.InSync, s.Failure, s.NotReady)
 		}
 		// The next failure starts with the first pause.
-		k.refuse = func(link.Step) error { return errInjected }
+		k.refuse = func(plan.Change) error { return errInjected }
 		k.state.Up = false
 		k.since()
 		k.notify(events.Network)
@@ -314,15 +316,15 @@ func TestKeeperBacksOff(t *testing.T) {
 // An event triggers the next try if the last one changed nothing, since the event
 // then has another cause.
 func TestKeeperEager(t *testing.T) {
-	forwarding := func(s link.Step) error {
-		if s.Op == link.WriteSysctl {
+	forwarding := func(s plan.Change) error {
+		if s.Op == plan.WriteSysctl {
 			return errInjected
 		}
 		return nil
 	}
-	everything := func(link.Step) error { return errInjected }
+	everything := func(plan.Change) error { return errInjected }
 	for name, test := range map[string]struct {
-		refuse func(link.Step) error
+		refuse func(plan.Change) error
 		damage func(*kept)
 		eager  bool
 	}{
@@ -404,33 +406,33 @@ func TestKeeperReplace(t *testing.T) {
 		k.start()
 		k.pass(time.Minute)
 		k.since()
-		same := planFor(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n")
-		k.keeper.Replace(wantedLink, same)
+		same := wanted(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n")
+		k.keeper.Replace(same)
 		synctest.Wait()
 		if n := len(k.since()); n > 0 {
 			k.Errorf("%d comparisons for the same destinations", n)
 		}
 
-		other := planFor(t, "80 tcp 203.0.113.25\n")
+		other := wanted(t, "80 tcp 203.0.113.25\n")
 		now := time.Now()
-		k.keeper.Replace(wantedLink, other)
+		k.keeper.Replace(other)
 		synctest.Wait()
-		if !k.loaded.Equal(other) || !time.Now().Equal(now) {
+		if !k.loaded.Equal(other.Rules) || !time.Now().Equal(now) {
 			k.Error("new destinations are not applied at once")
 		}
 		if s := k.keeper.Status(); s.Reloads != 1 || s.Destinations != 1 || len(s.NotReady) > 0 {
 			k.Errorf("%d reloads, %d destinations, not ready %q", s.Reloads, s.Destinations, s.NotReady)
 		}
 
-		k.refuse = func(link.Step) error { return errInjected }
+		k.refuse = func(plan.Change) error { return errInjected }
 		k.state.Up = false
 		k.notify(events.Network)
 		k.pass(10 * time.Minute) // it retries slowly
 		k.refuse = nil
 		now = time.Now()
-		k.keeper.Replace(wantedLink, same)
+		k.keeper.Replace(same)
 		synctest.Wait()
-		if !k.loaded.Equal(same) || !k.state.Up || !time.Now().Equal(now) {
+		if !k.loaded.Equal(same.Rules) || !k.state.Up || !time.Now().Equal(now) {
 			k.Error("new destinations are not applied at once before a repair")
 		}
 	})
@@ -446,7 +448,7 @@ func TestKeeperRejected(t *testing.T) {
 		if s.ReloadFailures != 1 || s.Reloads != 0 || s.ReloadError != "line 1; is wrong" || len(s.NotReady) > 0 || s.Destinations != 2 {
 			k.Errorf("%d failures, %d reloads, error %q, not ready %q, %d destinations", s.ReloadFailures, s.Reloads, s.ReloadError, s.NotReady, s.Destinations)
 		}
-		k.keeper.Replace(wantedLink, planFor(t, "80 tcp 203.0.113.25\n"))
+		k.keeper.Replace(wanted(t, "80 tcp 203.0.113.25\n"))
 		synctest.Wait()
 		if s := k.keeper.Status(); s.ReloadFailures != 1 || s.Reloads != 1 || s.ReloadError != "" {
 			k.Errorf("after a valid reload: %d failures, %d reloads, error %q", s.ReloadFailures, s.Reloads, s.ReloadError)
@@ -459,7 +461,7 @@ func TestKeeperFailed(t *testing.T) {
 	keep(t, func(k *kept) {
 		k.keeper.Interval = time.Second
 		why := fmt.Errorf("taking it: %w", errInjected)
-		k.refuse = func(link.Step) error { return why }
+		k.refuse = func(plan.Change) error { return why }
 		k.state.Up = false
 		k.keeper.Failed(why)
 		if s := k.keeper.Status(); s.Failure != why.Error() || !slices.Equal(s.NotReady, []string{why.Error()}) {
@@ -595,7 +597,7 @@ func TestKeeperStatusTimes(t *testing.T) {
 				k.Errorf("%s since %s, want %s", what, times[0], times[1])
 			}
 		}
-		k.keeper.Replace(wantedLink, planFor(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n")) // the file is valid again
+		k.keeper.Replace(wanted(t, "80 tcp 203.0.113.25\n81 udp 203.0.113.26\n")) // the file is valid again
 		if s := k.keeper.Status(); !s.ReloadSince.Equal(time.Now()) || s.ReloadError != "" {
 			k.Errorf("reload since %s, error %q", s.ReloadSince, s.ReloadError)
 		}

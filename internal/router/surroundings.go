@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
-	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/plan"
 )
 
 // Neighbours watch the hosts of the physical network that claim the reserved
@@ -37,7 +37,7 @@ type surroundings struct {
 }
 
 // follow starts the ARP watch, again if the interface has changed.
-func (k *Keeper) follow(ctx context.Context, want link.Want, have link.State) {
+func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State) {
 	s := &k.surroundings
 	if s.watch == nil || have.NoARP || !want.HasAddress(have) {
 		return
@@ -130,7 +130,7 @@ func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
 	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", stopHolder.In(k.Router.Names))
 }
 
-func (k *Keeper) gatewayChanged(want link.Want, reachable bool, mac net.HardwareAddr) {
+func (k *Keeper) gatewayChanged(want plan.Network, reachable bool, mac net.HardwareAddr) {
 	if reachable {
 		k.Router.Log.Info("gateway answers ARP", "gateway", want.Gateway.String(), "mac", mac.String())
 		return

@@ -25,6 +25,7 @@ import (
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
+	"github.com/egress-router/egress-router/internal/plan"
 )
 
 // A Backend is one way for rules to get into the kernel.
@@ -373,9 +374,9 @@ func (p *Pod) state() (string, error) {
 			return err
 		}
 		defer kernel.Close()
-		s, err := kernel.Observe(link.Want{
+		s, err := kernel.Observe(plan.Network{
 			Interface: p.Lab.MacvlanName,
-			Cluster:   link.ClusterSide{Interface: p.Lab.ClusterName, Table: config.DefaultReplyTable},
+			Cluster:   plan.ClusterSide{Interface: p.Lab.ClusterName, Table: config.DefaultReplyTable},
 		})
 		if err != nil {
 			return err

@@ -1,14 +1,14 @@
-package link
+package plan
 
 import (
 	"fmt"
 	"net/netip"
 )
 
-// An Op is the kind of a Step.
+// An Op is the kind of a Change.
 type Op uint8
 
-// The kinds of steps.
+// The kinds of changes.
 const (
 	AddAddress Op = iota + 1
 	RemoveAddress
@@ -22,8 +22,8 @@ const (
 	DeleteRule
 )
 
-// A Step is one change of the kernel's state.
-type Step struct {
+// A Change is one change of the network.
+type Change struct {
 	Op        Op
 	Interface string
 	Index     int // index of Interface
@@ -37,11 +37,11 @@ type Step struct {
 	Optional  bool   // the router works without it, less robustly
 	Effect    string // what happens without an optional step
 
-	kernel any // netlink's form of Address, if an advertised one
+	Kernel any // the adapter's own form of Address, if an advertised one
 }
 
 // Inverse returns the step that reverts s.
-func (s Step) Inverse() Step {
+func (s Change) Inverse() Change {
 	switch s.Op {
 	case AddAddress:
 		s.Op = RemoveAddress
@@ -73,7 +73,7 @@ func (s Step) Inverse() Step {
 }
 
 // Found returns the state that made the step necessary.
-func (s Step) Found() string {
+func (s Change) Found() string {
 	switch s.Op {
 	case AddAddress:
 		return fmt.Sprintf("address %s is missing from %s", s.Address, s.Interface)
@@ -102,7 +102,7 @@ func (s Step) Found() string {
 }
 
 // String returns the step as a sentence in the imperative, without a full stop.
-func (s Step) String() string {
+func (s Change) String() string {
 	switch s.Op {
 	case AddAddress:
 		return fmt.Sprintf("add address %s to %s", s.Address, s.Interface)

@@ -1,31 +1,31 @@
-package link
+package plan
 
 import (
 	"net/netip"
 	"slices"
 )
 
-// Up returns the steps for the settings, which come before any packet arrives, and the
+// prepare returns the changes for the settings, which come before any packet arrives, and the
 // one that sets the egress interface up, if it is down. An interface without an address
 // can already send probes.
-func Up(want Want, have State) []Step { return append(set(want, have), up(want, have)...) }
+func prepare(want Network, have State) []Change { return append(set(want, have), up(want, have)...) }
 
-func up(want Want, have State) []Step {
+func up(want Network, have State) []Change {
 	if have.Up {
 		return nil
 	}
-	return []Step{{Op: SetUp, Interface: want.Interface, Index: have.Index}}
+	return []Change{{Op: SetUp, Interface: want.Interface, Index: have.Index}}
 }
 
 // HasAddress reports whether the egress interface has the reserved address.
-func (w Want) HasAddress(have State) bool { return slices.Contains(have.Addresses, w.Address) }
+func (n Network) HasAddress(have State) bool { return slices.Contains(have.Addresses, n.Address) }
 
-// Claim returns the steps that add the reserved address and set the egress
+// claim returns the changes that add the reserved address and set the egress
 // interface up. The kernel adds only the subnet's route with the address, so these
 // steps may come before the rules if nothing is redirected yet.
-func Claim(want Want, have State) []Step {
-	var steps []Step
-	take := func(s Step) {
+func claim(want Network, have State) []Change {
+	var steps []Change
+	take := func(s Change) {
 		s.Interface, s.Index = want.Interface, have.Index
 		steps = append(steps, s)
 	}
@@ -41,38 +41,38 @@ func Claim(want Want, have State) []Step {
 	// the kernel deletes it together with the first one (ip-sysctl.rst,
 	// promote_secondaries).
 	if shared && !have.Promotes {
-		take(Step{
-			Op: WriteSysctl, Sysctl: promoteSecondaries(want.Interface), Value: "1", OldValue: "0", Optional: true,
+		take(Change{
+			Op: WriteSysctl, Sysctl: PromoteSecondaries(want.Interface), Value: "1", OldValue: "0", Optional: true,
 			Effect: "the kernel deletes the reserved address with another one of its subnet",
 		})
 	}
 	if missing {
-		take(Step{Op: AddAddress, Address: want.Address})
+		take(Change{Op: AddAddress, Address: want.Address})
 	}
 	return append(steps, up(want, have)...)
 }
 
-// Diff returns the steps from have to want, in their order; none if there is no
+// diff returns the changes from have to want, in their order; none if there is no
 // drift. Call it again after the steps until it returns none: setting an
 // interface up makes the kernel add routes that may need further steps.
 //
 // No step deletes the last default route before the new one exists.
-func Diff(want Want, have State) []Step {
-	claim := Claim(want, have)
-	var steps []Step
-	take := func(s Step) {
+func diff(want Network, have State) []Change {
+	claim := claim(want, have)
+	var steps []Change
+	take := func(s Change) {
 		s.Interface, s.Index = want.Interface, have.Index
 		steps = append(steps, s)
 	}
 	for _, r := range have.Lost {
-		take(Step{Op: AddRule, Rule: r})
+		take(Change{Op: AddRule, Rule: r})
 	}
 	steps = slices.Concat(steps, set(want, have), diffCluster(want.Cluster, have), claim)
 	for _, r := range have.AdvertisedRoutes {
-		take(Step{Op: DeleteRoute, Route: r})
+		take(Change{Op: DeleteRoute, Route: r})
 	}
 	for _, a := range have.Advertised {
-		take(Step{Op: RemoveAddress, Address: a.Prefix, kernel: a.kernel})
+		take(Change{Op: RemoveAddress, Address: a.Prefix, Kernel: a.Kernel})
 	}
 	placed := make(map[int]Route) // desired routes after the steps, by index
 	for _, r := range want.Routes(have.Index) {
@@ -89,7 +89,7 @@ func Diff(want Want, have State) []Step {
 		}
 		// Another default route, or a route that hides a desired one.
 		if r.IsDefault() || have.isHalf(r) || hides(i, r, placed) {
-			take(Step{Op: DeleteRoute, Route: r})
+			take(Change{Op: DeleteRoute, Route: r})
 			continue
 		}
 		// Other routes of the egress interface get the reserved address as their
@@ -106,7 +106,7 @@ func Diff(want Want, have State) []Step {
 	}
 	there := func(r Route) bool { return key(r) == key(subnet) && r.Index == have.Index }
 	if len(claim) == 0 && want.Address.Bits() > 0 && !want.Address.IsSingleIP() && !slices.ContainsFunc(have.Routes, there) {
-		take(Step{Op: AppendRoute, Route: subnet})
+		take(Change{Op: AppendRoute, Route: subnet})
 	}
 	return steps
 }
@@ -123,18 +123,18 @@ func hides(i int, r Route, placed map[int]Route) bool {
 }
 
 // setRouteSource returns the steps that set the source of the route with index i.
-func setRouteSource(i int, source netip.Addr, routes []Route) []Step {
+func setRouteSource(i int, source netip.Addr, routes []Route) []Change {
 	r := routes[i]
 	changed := r
 	changed.Source = source
 	switch step, at := place(changed, routes); {
 	case step == nil: // such a route exists
-		return []Step{{Op: DeleteRoute, Route: r}}
+		return []Change{{Op: DeleteRoute, Route: r}}
 	case at == i:
-		return []Step{*step}
+		return []Change{*step}
 	}
 	// Replacing would affect another route.
-	return []Step{{Op: DeleteRoute, Route: r}, {Op: AppendRoute, Route: changed}}
+	return []Change{{Op: DeleteRoute, Route: r}, {Op: AppendRoute, Route: changed}}
 }
 
 // place returns the step that adds r to the routes, nil if r is one of them, and
@@ -143,16 +143,16 @@ func setRouteSource(i int, source netip.Addr, routes []Route) []Step {
 // The kernel replaces the first route with the same destination, TOS and
 // metric, with any type and interface, and refuses if another one of them
 // equals r (fib_table_insert in net/ipv4/fib_trie.c).
-func place(r Route, routes []Route) (step *Step, placed int) {
+func place(r Route, routes []Route) (step *Change, placed int) {
 	if i := slices.IndexFunc(routes, r.same); i >= 0 {
 		return nil, i
 	}
 	i := slices.IndexFunc(routes, func(have Route) bool { return key(have) == key(r) })
 	if i < 0 {
-		return &Step{Op: ReplaceRoute, Route: r}, i
+		return &Change{Op: ReplaceRoute, Route: r}, i
 	}
 	old := routes[i]
-	return &Step{Op: ReplaceRoute, Route: r, Old: &old}, i
+	return &Change{Op: ReplaceRoute, Route: r, Old: &old}, i
 }
 
 // A routeKey is the kernel's key of a route in a table: adding or replacing a
@@ -164,22 +164,22 @@ type routeKey struct {
 
 func key(r Route) routeKey { return routeKey{r.Destination, r.TOS, r.Metric} }
 
-// Forwarding returns the steps that enable forwarding between the two interfaces;
+// Forwarding returns the changes that enable forwarding between the two interfaces;
 // none if it is enabled. The original left this to the node, and did nothing if
 // the node did not forward.
 //
 // Writing net.ipv4.ip_forward sets the sysctl of every interface, also on
 // rollback; the steps of single interfaces come first, so that their rollback
 // comes last.
-func Forwarding(have State) []Step {
-	var steps []Step
+func Forwarding(have State) []Change {
+	var steps []Change
 	for _, i := range have.Forwarding {
 		if i.On != have.Forwards {
-			steps = append(steps, Step{Op: WriteSysctl, Sysctl: forwarding(i.Interface), Value: "1", OldValue: value(i.On)})
+			steps = append(steps, Change{Op: WriteSysctl, Sysctl: ForwardingOf(i.Interface), Value: "1", OldValue: value(i.On)})
 		}
 	}
 	if !have.Forwards {
-		steps = append(steps, Step{Op: WriteSysctl, Sysctl: ipForward, Value: "1", OldValue: "0"})
+		steps = append(steps, Change{Op: WriteSysctl, Sysctl: IPForward, Value: "1", OldValue: "0"})
 	}
 	return steps
 }

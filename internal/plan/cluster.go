@@ -1,4 +1,4 @@
-package link
+package plan
 
 import (
 	"cmp"
@@ -43,7 +43,7 @@ type Rule struct {
 	Source     netip.Prefix
 	Table      int
 
-	kernel any // netlink's form
+	Kernel any // the adapter's own form
 }
 
 // String returns the rule in the notation of ip-rule(8).
@@ -59,7 +59,7 @@ func (r Rule) String() string {
 }
 
 func (r Rule) same(other Rule) bool {
-	r.kernel, other.kernel = nil, nil
+	r.Kernel, other.Kernel = nil, nil
 	return r == other
 }
 
@@ -68,8 +68,8 @@ func (r Rule) same(other Rule) bool {
 // that few programs use.
 const rulePriority = 20000
 
-// mainPriority is the priority of the kernel's own rule for the main table (ip-rule(8)).
-const mainPriority = 32766
+// MainPriority is the priority of the kernel's own rule for the main table (ip-rule(8)).
+const MainPriority = 32766
 
 // unreachable is the type of a route that rejects packets (rtnetlink(7),
 // RTN_UNREACHABLE).
@@ -168,12 +168,12 @@ func (c ClusterSide) ClusterDefault(have State) (Route, bool) {
 
 // diffCluster returns the steps for the cluster side. They come before the change
 // of the default route, so that replies always have a route.
-func diffCluster(want ClusterSide, have State) []Step {
+func diffCluster(want ClusterSide, have State) []Change {
 	if want.Interface == "" || have.Cluster.Index == 0 {
 		return nil
 	}
-	var steps []Step
-	take := func(s Step) {
+	var steps []Change
+	take := func(s Change) {
 		s.Interface, s.Index = want.Interface, have.Cluster.Index
 		steps = append(steps, s)
 	}
@@ -190,18 +190,18 @@ func diffCluster(want ClusterSide, have State) []Step {
 	}
 	for i, r := range slices.Backward(have.Cluster.Table) {
 		if !placed[i] {
-			take(Step{Op: DeleteRoute, Route: r})
+			take(Change{Op: DeleteRoute, Route: r})
 		}
 	}
 	rules := want.rules(have.Cluster.Addresses)
 	for _, r := range rules {
 		if !slices.ContainsFunc(have.Cluster.Rules, r.same) {
-			take(Step{Op: AddRule, Rule: r})
+			take(Change{Op: AddRule, Rule: r})
 		}
 	}
 	for _, r := range have.Cluster.Rules {
 		if !slices.ContainsFunc(rules, r.same) {
-			take(Step{Op: DeleteRule, Rule: r})
+			take(Change{Op: DeleteRule, Rule: r})
 		}
 	}
 	kept := make(map[int]bool)
@@ -220,7 +220,7 @@ func diffCluster(want ClusterSide, have State) []Step {
 	// A destination that an earlier run kept may be a redirect's destination now.
 	for i, r := range slices.Backward(have.Routes) {
 		if r.Kept && !kept[i] {
-			take(Step{Op: DeleteRoute, Route: r})
+			take(Change{Op: DeleteRoute, Route: r})
 		}
 	}
 	return steps

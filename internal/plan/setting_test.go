@@ -1,4 +1,4 @@
-package link
+package plan
 
 import (
 	"maps"
@@ -68,7 +68,7 @@ func TestSet(t *testing.T) {
 				have.Sysctls = merged(defaults(), test.have)
 			}
 			var got []string
-			for _, s := range Up(clustered, have) {
+			for _, s := range prepare(clustered, have) {
 				if !s.Optional || s.Effect == "" {
 					t.Errorf("%s: optional %v, effect %q; want an optional step with an effect", s, s.Optional, s.Effect)
 				}

@@ -1,4 +1,4 @@
-package link
+package plan
 
 import (
 	"net/netip"
@@ -7,7 +7,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-var want = Want{
+var want = Network{
 	Interface: "macvlan0",
 	Address:   netip.MustParsePrefix("192.168.12.99/24"),
 	Gateway:   netip.MustParseAddr("192.168.12.1"),
@@ -65,7 +65,7 @@ func TestDiff(t *testing.T) {
 			func() State {
 				s := done()
 				for i := range s.Routes {
-					s.Routes[i].kernel = i
+					s.Routes[i].Kernel = i
 				}
 				return s
 			},
@@ -169,7 +169,7 @@ func TestDiff(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var got []string
-			for _, s := range Diff(want, test.have()) {
+			for _, s := range diff(want, test.have()) {
 				got = append(got, s.String())
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
@@ -183,12 +183,12 @@ func TestDiff(t *testing.T) {
 // restore appends it.
 func TestInverse(t *testing.T) {
 	old := cniDefault
-	for _, s := range []Step{
+	for _, s := range []Change{
 		{Op: AddAddress, Address: want.Address},
 		{Op: SetUp},
 		{Op: ReplaceRoute, Route: want.Routes(3)[1], Old: &old},
 		{Op: DeleteRoute, Route: cniDefault},
-		{Op: WriteSysctl, Sysctl: ipForward, Value: "1", OldValue: "0"},
+		{Op: WriteSysctl, Sysctl: IPForward, Value: "1", OldValue: "0"},
 	} {
 		if got := s.Inverse().Inverse(); got.String() != s.String() {
 			t.Errorf("%s: its inverse is %q, whose inverse is %q", s, s.Inverse(), got)
@@ -197,7 +197,7 @@ func TestInverse(t *testing.T) {
 			t.Errorf("%s: is its own inverse", s)
 		}
 	}
-	if got, want := (Step{Op: ReplaceRoute, Route: cniDefault}).Inverse().String(), "delete route default via 10.128.0.1 dev eth0"; got != want {
+	if got, want := (Change{Op: ReplaceRoute, Route: cniDefault}).Inverse().String(), "delete route default via 10.128.0.1 dev eth0"; got != want {
 		t.Errorf("inverse of a route where none was: %q, want %q", got, want)
 	}
 }

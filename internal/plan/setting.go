@@ -1,15 +1,31 @@
-package link
+package plan
 
 import (
-	"errors"
 	"maps"
-	"os"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
-
-	"github.com/egress-router/egress-router/internal/sysctl"
 )
+
+// IPForward is the sysctl that enables forwarding of IPv4 packets between interfaces
+// (ip-sysctl.rst). It belongs to the network namespace.
+const IPForward = "net.ipv4.ip_forward"
+
+// ForwardingOf is the same for the input of one interface.
+func ForwardingOf(name string) string { return conf4(name, "forwarding") }
+
+// PromoteSecondaries is the sysctl that keeps an interface's secondary addresses when
+// their primary one is deleted (ip-sysctl.rst).
+func PromoteSecondaries(name string) string { return conf4(name, "promote_secondaries") }
+
+// AcceptRA is the sysctl by which an interface believes router advertisements
+// (ip-sysctl.rst). The kernel lacks it without IPv6.
+func AcceptRA(name string) string { return conf6(name, "accept_ra") }
+
+// conf4 and conf6 are sysctls of one interface, or, as "all", of the namespace.
+func conf4(name, key string) string { return "net/ipv4/conf/" + name + "/" + key }
+func conf6(name, key string) string { return "net/ipv6/conf/" + name + "/" + key }
 
 // A setting is a sysctl that the router sets. It works without it, less robustly or
 // less safely.
@@ -108,10 +124,10 @@ const (
 // interface's hardware address for the reserved address, and its replies are dropped.
 // With proxy_arp, of all interfaces or of one, a pod that forwards answers for every
 // address that it has a route to by the other interface.
-func (w Want) settings() []setting {
-	egress := w.Interface
+func (n Network) settings() []setting {
+	egress := n.Interface
 	all := []setting{
-		off(conf6(egress, "accept_ra"), believes),
+		off(AcceptRA(egress), believes),
 		off(conf6(egress, "autoconf"), believes),
 		off(conf6(egress, "accept_redirects"), believes),
 		off(conf4("all", "accept_redirects"), believes),
@@ -126,7 +142,7 @@ func (w Want) settings() []setting {
 		// src_valid_mark the filter uses the mark too, and finds the cluster side.
 		loose(egress, dropsMarked, true),
 	}
-	if cluster := w.Cluster.Interface; cluster != "" {
+	if cluster := n.Cluster.Interface; cluster != "" {
 		all = append(all,
 			off(conf6(cluster, "accept_redirects"), believes),
 			off(conf4(cluster, "accept_redirects"), believes),
@@ -146,39 +162,46 @@ func (w Want) settings() []setting {
 	)
 }
 
-// observeSettings reads the sysctls of the settings. A sysctl is missing without its
-// interface, without IPv6 in the kernel, and before the first rules load connection
-// tracking.
-func observeSettings(want Want) (Sysctls, error) {
-	found := make(Sysctls)
-	for _, s := range want.settings() {
+// Sysctls returns the names of the sysctls that State.Sysctls has. The kernel may lack one:
+// without its interface, without IPv6, and before the first rules load connection tracking.
+func (n Network) Sysctls() []string {
+	var names []string
+	for _, s := range n.settings() {
 		for _, name := range append(s.reads, s.sysctl) {
-			if _, known := found[name]; known {
-				continue
+			if !slices.Contains(names, name) {
+				names = append(names, name)
 			}
-			value, err := sysctl.ReadInt(name)
-			if errors.Is(err, os.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				return nil, err
-			}
-			found[name] = value
 		}
 	}
-	return found, nil
+	return names
 }
 
 // set returns the steps for the settings.
-func set(want Want, have State) []Step {
-	var steps []Step
+func set(want Network, have State) []Change {
+	var steps []Change
 	for _, s := range want.settings() {
 		if value, exists := have.Sysctls[s.sysctl]; exists && !s.right(have.Sysctls) {
-			steps = append(steps, Step{
+			steps = append(steps, Change{
 				Op: WriteSysctl, Interface: want.Interface, Index: have.Index,
 				Sysctl: s.sysctl, Value: strconv.Itoa(s.value), OldValue: strconv.Itoa(value), Optional: true, Effect: s.effect,
 			})
 		}
 	}
 	return steps
+}
+
+// Defaults returns the kernel's own values of Sysctls, which most machines have in a fresh
+// namespace (ip-sysctl.rst, nf_conntrack-sysctl.rst).
+func (n Network) Defaults() Sysctls {
+	values := make(Sysctls)
+	for _, name := range n.Sysctls() {
+		values[name] = map[string]int{
+			"accept_ra": 1, "autoconf": 1, "accept_redirects": 1,
+			"nf_conntrack_tcp_timeout_established": 5 * 24 * 3600,
+			"nf_conntrack_tcp_timeout_close_wait":  60,
+			"nf_conntrack_tcp_timeout_fin_wait":    120,
+			"nf_conntrack_tcp_timeout_last_ack":    30,
+		}[path.Base(name)]
+	}
+	return values
 }

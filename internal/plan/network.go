@@ -1,10 +1,4 @@
-// Package link brings the egress interface into the state that the router
-// needs: address, link state, routes and the sysctls that go with them.
-//
-// It observes the kernel (Kernel.Observe), compares the result with the desired
-// state (Diff, which is pure), and takes the steps between the two (Kernel.Do).
-// Each Step has an inverse, for rollback.
-package link
+package plan
 
 import (
 	"fmt"
@@ -14,8 +8,8 @@ import (
 	"strings"
 )
 
-// A Want is the desired state of the network.
-type Want struct {
+// A Network is what the network of a namespace shall be.
+type Network struct {
 	Interface string       // name of the egress interface
 	Address   netip.Prefix // reserved address with its length, IPv4
 	Gateway   netip.Addr   // on the physical network, IPv4
@@ -45,14 +39,33 @@ type Route struct {
 	Type        int  // rtnetlink(7), rtm_type; zero: unicast
 	Kept        bool // added to keep a destination on the cluster side
 
-	kernel any // netlink's form, for a complete restore
+	// Kernel is the adapter's own form, for a complete restore; a Divided, if the
+	// route may have next hops.
+	Kernel any
+}
+
+// A Divided is a route that may have next hops on several interfaces, as an adapter to the
+// kernel has listed it.
+type Divided interface {
+	// By returns the part of r, which is this route, by the interface with an index,
+	// and whether there is one.
+	By(r Route, index int) (part Route, ok bool)
+}
+
+// by returns the part of a route that leads by one interface: the route itself, or its
+// next hops on that interface.
+func (r Route) by(index int) (Route, bool) {
+	if d, ok := r.Kernel.(Divided); ok && r.Index == 0 && index != 0 {
+		return d.By(r, index)
+	}
+	return r, r.Index == index
 }
 
 // same reports whether both routes have the same effect. Their protocol, which
 // identifies their creator, does not matter.
 func (r Route) same(other Route) bool {
 	r.Interface, other.Interface = "", ""
-	r.kernel, other.kernel = nil, nil
+	r.Kernel, other.Kernel = nil, nil
 	return r == other
 }
 
@@ -100,7 +113,7 @@ type InterfaceForwarding struct {
 	On        bool
 }
 
-// A State is the kernel's state for a Want.
+// A State is the kernel's state of a Network.
 type State struct {
 	Index     int // index of the egress interface
 	Up        bool
@@ -126,7 +139,7 @@ type State struct {
 // An Advertised is an IPv6 address from a router advertisement.
 type Advertised struct {
 	netip.Prefix
-	kernel any // netlink's form, for a complete restore
+	Kernel any // the adapter's own form, for a complete restore
 }
 
 // ForwardsAny reports whether the kernel could forward any packet.
@@ -148,15 +161,15 @@ func (s State) EgressHas(a netip.Addr, bits int) bool {
 // subnet, as with a /32 address. Both routes name the reserved address as the
 // source, so that the pod's own sockets use it if the interface has other addresses,
 // too.
-func (w Want) Routes(index int) []Route {
+func (n Network) Routes(index int) []Route {
 	gateway := Route{
-		Destination: netip.PrefixFrom(w.Gateway, w.Gateway.BitLen()),
-		Index:       index, Interface: w.Interface, Source: w.Address.Addr(), Scope: ScopeLink,
+		Destination: netip.PrefixFrom(n.Gateway, n.Gateway.BitLen()),
+		Index:       index, Interface: n.Interface, Source: n.Address.Addr(), Scope: ScopeLink,
 	}
 	defaultRoute := Route{
 		Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0),
-		Gateway:     w.Gateway,
-		Index:       index, Interface: w.Interface, Source: w.Address.Addr(), Scope: ScopeUniverse,
+		Gateway:     n.Gateway,
+		Index:       index, Interface: n.Interface, Source: n.Address.Addr(), Scope: ScopeUniverse,
 	}
 	return []Route{gateway, defaultRoute}
 }

@@ -1,0 +1,259 @@
+// Package plan orders what a router does to a network namespace. It is pure: from what the
+// namespace shall be and the state in which it was observed it derives the steps between
+// the two. An apply carries them out, a check asks whether there are any, and a person can
+// read them. Nothing else knows their order.
+package plan
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A Want is what a namespace shall be.
+type Want struct {
+	Network  Network
+	Macvlan  *Macvlan // nil: another program creates the egress interface
+	Rules    rules.Plan
+	Forward  bool // the namespace forwards between the two sides
+	Conflict Conflict
+	// Start: the address is announced and the gateway asked also without a change, and
+	// other holders are looked for before the address is taken. Without it the steps are
+	// repairs.
+	Start    bool
+	Announce bool // the address is announced also without a change
+}
+
+// A Have is the state of a namespace, and what a run has done to it.
+type Have struct {
+	Missing   bool     // the egress interface does not exist, and Macvlan creates it
+	State     State    // of the network
+	Differs   []string // the differences between the kernel's rules and those wanted
+	Redirects bool     // the kernel has redirects of ours
+	Strays    []string // the rules of other backends, for people
+
+	Failed    []string    // the optional changes that failed, which are not tried again
+	Loaded    *rules.Plan // what this run has loaded last; nil: nothing
+	Changed   bool        // this run has changed something
+	Trusted   bool        // the gateway is on the physical network, against appearances
+	Probed    bool
+	Announced bool
+	Asked     bool
+}
+
+// A Conflict is the reaction to another host with the reserved address before the
+// router takes it (RFC 5227, section 2.1). The original did not check.
+type Conflict uint8
+
+// The reactions to a conflict.
+const (
+	ConflictWarn   Conflict = iota // take the address and log the other host
+	ConflictRefuse                 // probe in full, and do not take it
+	ConflictDefend                 // take it, and announce it again after another host's answer
+)
+
+// A Stage is a part of the steps. The state is observed again between two stages if the
+// first one has changed the network: the kernel adds routes by itself.
+type Stage uint8
+
+// The stages, in their order.
+const (
+	Creation Stage = iota + 1 // of the egress interface
+	Inquiry                   // of the physical network, which changes nothing
+	Guard                     // rules and sysctls that close the pod, and the interface
+	Claim                     // of the address
+	Routing                   // of both sides
+	Rules                     // all of them
+	Opening                   // of the way between the sides, and the end of stale state
+)
+
+// A Step is one of the things that a run does: a Change, or one of the types below. Its text
+// is a sentence in the imperative, without a full stop.
+type Step interface{ fmt.Stringer }
+
+type (
+	// Create creates the egress interface.
+	Create struct{ Macvlan }
+	// Settle asks on the physical network for a gateway that seems to be on the
+	// cluster side.
+	Settle struct{ Doubt *RefusedError }
+	// Probe looks for another host with the reserved address.
+	Probe struct {
+		Address  netip.Addr
+		Conflict Conflict
+	}
+	// Load loads rules.
+	Load struct {
+		Rules rules.Plan
+		Part  bool // without the redirects
+	}
+	// Announce announces the reserved address to the physical network.
+	Announce struct{ Address netip.Addr }
+	// Ask sends a request to the gateway.
+	Ask struct{ Gateway netip.Addr }
+	// RemoveStray removes the rules of another backend, the first of Have.Strays.
+	RemoveStray struct{ Name string }
+	// Forget deletes the tracked connections that the rules would treat otherwise.
+	Forget struct{}
+)
+
+func (s Settle) String() string {
+	return "ask for the gateway on the physical network: " + s.Doubt.Error()
+}
+
+func (s Probe) String() string {
+	return fmt.Sprintf("probe for another host with %s, and %s", s.Address, map[Conflict]string{
+		ConflictWarn: "log it", ConflictRefuse: "end if there is one", ConflictDefend: "announce the address again if there is one",
+	}[s.Conflict])
+}
+
+func (s Load) String() string {
+	if s.Part {
+		return "load the rules without the redirects: they mark connections, set the source address and drop everything else"
+	}
+	return "load the rules"
+}
+
+func (s Announce) String() string {
+	return fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", s.Address)
+}
+
+func (s Ask) String() string { return fmt.Sprintf("request the gateway %s by ARP", s.Gateway) }
+
+func (s RemoveStray) String() string { return "remove " + s.Name }
+
+func (s Forget) String() string {
+	return "delete the tracked connections that the rules would treat otherwise"
+}
+
+// A Group is the steps of a stage.
+type Group struct {
+	Stage Stage
+	Steps []Step
+}
+
+// Steps returns the steps that lead from have to want, in their order; none if there is
+// nothing to do. The steps of later stages are those that the present state needs: another
+// observation after the first stage may show others.
+//
+// In this order, redirected traffic never has another source than the reserved address or
+// another path than the egress interface, and the physical network never reaches the pod:
+// rules come before the address and the routes; redirects come after these if packets could
+// already be redirected; forwarding is enabled last. If the network is right, the new rules
+// replace the old ones at once, so that no new connection is rejected in between. Stale
+// rules of another backend work until they are removed, with the reserved address of their
+// time.
+func Steps(want Want, have Have) []Group {
+	var groups []Group
+	add := func(stage Stage, steps ...Step) {
+		if len(steps) > 0 {
+			groups = append(groups, Group{stage, steps})
+		}
+	}
+	if have.Missing {
+		add(Creation, Create{*want.Macvlan})
+	}
+	prepare := have.remaining(prepare(want.Network, have.State))
+	claim := have.remaining(claim(want.Network, have.State))
+	all := have.remaining(diff(want.Network, have.State))
+	required := slices.ContainsFunc(all, func(c Change) bool { return !c.Optional })
+
+	questions := inquire(want, have)
+	if have.State.Up { // a question needs an interface that is up
+		add(Inquiry, questions...)
+	}
+	var guard []Step
+	loaded := have.Loaded
+	if required && len(have.Differs) > 0 && loaded == nil {
+		first := Load{Rules: want.Rules}
+		if want.Forward && (have.Redirects || have.State.ForwardsAny()) {
+			first = Load{want.Rules.WithoutRedirects(), true}
+		}
+		guard, loaded = append(guard, first), &first.Rules
+	}
+	add(Guard, append(guard, steps(prepare)...)...)
+	if !have.State.Up {
+		add(Inquiry, questions...)
+	}
+	claim = without(claim, prepare)
+	add(Claim, append(steps(claim), announce(want, have, len(claim) > 0)...)...)
+	add(Routing, steps(without(all, slices.Concat(prepare, claim)))...)
+	if len(have.Differs) > 0 && (loaded == nil || !loaded.Equal(want.Rules)) {
+		add(Rules, Load{Rules: want.Rules})
+	}
+	var opening []Step
+	if want.Forward {
+		opening = steps(have.remaining(Forwarding(have.State)))
+	}
+	for _, s := range have.Strays {
+		opening = append(opening, RemoveStray{s})
+	}
+	changes := have.Changed || len(opening) > 0 || slices.ContainsFunc(groups, Group.changes)
+	if want.Forward && changes {
+		opening = append(opening, Forget{})
+	}
+	add(Opening, opening...)
+	return groups
+}
+
+// changes reports whether a group changes the namespace.
+func (g Group) changes() bool {
+	return slices.ContainsFunc(g.Steps, func(s Step) bool {
+		switch s.(type) {
+		case Create, Load, Change:
+			return true
+		}
+		return false
+	})
+}
+
+// inquire returns the questions to the physical network that decide about the address.
+func inquire(want Want, have Have) []Step {
+	var questions []Step
+	if doubt := doubt(want.Network, have.State); want.Start && !have.Trusted && doubt != nil {
+		questions = append(questions, Settle{doubt})
+	}
+	// Of a repair the ARP watch detects the other host.
+	if !have.State.NoARP && !want.Network.HasAddress(have.State) && !have.Probed && (want.Start || want.Conflict == ConflictRefuse) {
+		questions = append(questions, Probe{want.Network.Address.Addr(), want.Conflict})
+	}
+	return questions
+}
+
+// announce returns the packets to the neighbours that learn the address.
+func announce(want Want, have Have, claims bool) []Step {
+	if have.State.NoARP {
+		return nil
+	}
+	var packets []Step
+	if (want.Start || want.Announce || claims) && !have.Announced {
+		packets = append(packets, Announce{want.Network.Address.Addr()})
+	}
+	// Of a repair the ARP watch asks.
+	if want.Start && !have.Asked && have.State.Carrier {
+		packets = append(packets, Ask{want.Network.Gateway})
+	}
+	return packets
+}
+
+// remaining returns the changes without those that failed before.
+func (h Have) remaining(changes []Change) []Change {
+	return slices.DeleteFunc(changes, func(c Change) bool { return slices.Contains(h.Failed, c.String()) })
+}
+
+// without returns the changes that are not among others.
+func without(changes, others []Change) []Change {
+	return slices.DeleteFunc(changes, func(c Change) bool {
+		return slices.ContainsFunc(others, func(o Change) bool { return o.String() == c.String() })
+	})
+}
+
+func steps(changes []Change) []Step {
+	var all []Step
+	for _, c := range changes {
+		all = append(all, c)
+	}
+	return all
+}
