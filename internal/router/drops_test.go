@@ -153,11 +153,12 @@ func TestDropsAreCountedByReason(t *testing.T) {
 		sendUDP(p, p.Lab.Client, "10.128.0.71", "10.128.0.98", 53)
 		want[rules.OtherInterface]++
 		wantDrops(p, "after a packet toward another interface", want)
+		r.AwaitLog(1, "add route 203.0.113.25 ") // the copy for replies
 		h := p.Handle(p.Lab.Router)
 		if err := h.RouteDel(&netlink.Route{Dst: labtest.IPNet("203.0.113.25/32")}); err != nil {
 			p.Fatal(err)
 		}
-		r.AwaitLog(1, "delete route 203.0.113.25 ") // of the copy for replies
+		r.AwaitLog(1, "delete route 203.0.113.25 ")
 
 		replace("53 udp 203.0.113.25\n9 udp 203.0.113.25\n")
 		r.AwaitLog(2, "rules loaded")
@@ -218,6 +219,7 @@ func TestDropsAreLogged(t *testing.T) {
 			r.AwaitLog(1, line+"\n")
 		}
 		r.AwaitLog(1, `reason=invalid packets=1 protocol=tcp source=203.0.113.25:40000 destination=192.168.12.99:4242 in=macvlan0`)
+		r.AwaitLog(1, "add route 203.0.113.25 ") // the copy for replies
 		h := p.Handle(p.Lab.Router)
 		if err := h.RouteDel(&netlink.Route{Dst: labtest.IPNet("203.0.113.25/32")}); err != nil {
 			p.Fatal(err)

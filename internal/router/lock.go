@@ -19,6 +19,11 @@ const lockName = "@egress-router"
 // run takes well under a second on an idle machine, and several on a busy one.
 const lockPatience = time.Minute
 
+// queueName is the name of the socket of the router that gets the lock next. The others
+// wait for this one: a router that stays and compares all the time would otherwise take the
+// lock again before one that waits has looked.
+const queueName = lockName + "-next"
+
 // lock serializes the changes of routers in one namespace, and returns the
 // function that unlocks it.
 //
@@ -26,7 +31,18 @@ const lockPatience = time.Minute
 // killed router keeps the lock until it ends, so that it does not undo the next
 // router's changes.
 func lock(ctx context.Context) (release func(), err error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
+	until := time.Now().Add(lockPatience)
+	next, err := take(ctx, queueName, unix.SOCK_CLOEXEC, until)
+	if err != nil {
+		return nil, err
+	}
+	defer next()
+	return take(ctx, lockName, 0, until)
+}
+
+// take waits until nobody has an abstract socket, and takes it.
+func take(ctx context.Context, name string, flags int, until time.Time) (release func(), err error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|flags, 0)
 	if err != nil {
 		return nil, fmt.Errorf("lock network namespace: %w", os.NewSyscallError("socket", err))
 	}
@@ -36,15 +52,15 @@ func lock(ctx context.Context) (release func(), err error) {
 			unlock()
 		}
 	}()
-	for begin := time.Now(); ; {
-		err := unix.Bind(fd, &unix.SockaddrUnix{Name: lockName})
+	for {
+		err := unix.Bind(fd, &unix.SockaddrUnix{Name: name})
 		if err == nil {
 			return unlock, nil
 		}
 		if !errors.Is(err, unix.EADDRINUSE) {
 			return nil, fmt.Errorf("lock network namespace: %w", os.NewSyscallError("bind", err))
 		}
-		if time.Since(begin) > lockPatience {
+		if time.Now().After(until) {
 			return nil, fmt.Errorf("lock network namespace: held by another egress-router for more than %s", lockPatience)
 		}
 		select {
