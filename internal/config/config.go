@@ -275,6 +275,10 @@ func (c *Config) parseGateway(s string) *Error {
 		if a == c.Source.Addr() {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q, the same as EGRESS_SOURCE: the gateway is another host", s))
 		}
+		// Legal, because the router adds a /32 route to the gateway, and probably a mistake.
+		if c.Source.IsValid() && !c.Source.IsSingleIP() && !c.Source.Contains(a) {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GATEWAY %s is outside of the subnet of EGRESS_SOURCE, %s: check both, and the length", a, c.Source.Masked()))
+		}
 	}
 	c.Gateway = a
 	return nil

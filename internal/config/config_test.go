@@ -88,8 +88,21 @@ func TestParse(t *testing.T) {
 		},
 		"modes":          {func(e *Environment) { e.Mode = "init" }, func(c *Config) { c.Mode = Init }},
 		"without length": {func(e *Environment) { e.Source = "192.168.12.99" }, func(c *Config) { c.Source = netip.MustParsePrefix("192.168.12.99/32") }},
-		"interfaces":     {func(e *Environment) { e.Interface, e.ClusterInterface = "net1", "net0" }, func(c *Config) { c.Egress, c.Cluster = "net1", "net0" }},
-		"a dotted name":  {func(e *Environment) { e.Interface = "eth1.100@x" }, func(c *Config) { c.Egress = "eth1.100@x" }},
+		"gateway outside of the subnet": {
+			func(e *Environment) { e.Gateway = "192.168.13.1" },
+			func(c *Config) {
+				c.Gateway = netip.MustParseAddr("192.168.13.1")
+				c.Warnings = []string{"EGRESS_GATEWAY 192.168.13.1 is outside of the subnet of EGRESS_SOURCE, 192.168.12.0/24: check both, and the length"}
+			},
+		},
+		"gateway without a subnet": {
+			func(e *Environment) { e.Source, e.Gateway = "192.168.12.99", "192.168.13.1" },
+			func(c *Config) {
+				c.Source, c.Gateway = netip.MustParsePrefix("192.168.12.99/32"), netip.MustParseAddr("192.168.13.1")
+			},
+		},
+		"interfaces":    {func(e *Environment) { e.Interface, e.ClusterInterface = "net1", "net0" }, func(c *Config) { c.Egress, c.Cluster = "net1", "net0" }},
+		"a dotted name": {func(e *Environment) { e.Interface = "eth1.100@x" }, func(c *Config) { c.Egress = "eth1.100@x" }},
 		"debug by 0": {func(e *Environment) { e.Debug = "0" }, func(c *Config) {
 			c.Log.Level = slog.LevelDebug
 			c.Warnings = []string{"EGRESS_ROUTER_DEBUG=0 turns debug logging on, as any value does: unset the variable to turn it off"}
