@@ -399,7 +399,7 @@ func TestMacvlanFaultsAreRefused(t *testing.T) {
 		{
 			name: "no such namespace", env: map[string]string{"EGRESS_HOST_NETNS": "/nowhere"},
 			last: `opening network namespace "/nowhere": no such file or directory`,
-			hint: "hostPID: true",
+			hint: `hint: the container has no file "/nowhere": check EGRESS_HOST_NETNS, and mount the volume that contains the file`,
 		},
 		{
 			name: "not a namespace", env: map[string]string{"EGRESS_HOST_NETNS": "/dev/null"},

@@ -35,10 +35,13 @@ hostNetwork: true does not help: the router needs a network namespace of its own
 	hostPrivilegeHint = spec.Textf("entering the host's network namespace requires privilege: securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE for a file in /proc)")
 )
 
-// hostError adds a hint to an error of opening or entering the namespace.
-func hostError(err error) error {
-	if errors.Is(err, os.ErrPermission) {
+// hostError adds a hint to an error of opening or entering the namespace of a file.
+func hostError(file string, err error) error {
+	switch {
+	case errors.Is(err, os.ErrPermission):
 		return &HostError{err, hostPrivilegeHint}
+	case errors.Is(err, os.ErrNotExist): // never the default file, which is in /proc
+		return &HostError{err, spec.Textf("the container has no file %q: check %s, and mount the volume that contains the file, such as the host's /proc at /host/proc", file, spec.HostNetns)}
 	}
 	return &HostError{err, hostHint}
 }
@@ -61,11 +64,11 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 	defer pod.Close()
 	host, err := netns.Open(m.HostNetns)
 	if err != nil {
-		return nil, hostError(err)
+		return nil, hostError(m.HostNetns, err)
 	}
 	defer host.Close()
 	if host.Equal(pod) {
-		return nil, hostError(fmt.Errorf("open host network namespace: %q is the pod's own", m.HostNetns))
+		return nil, hostError(m.HostNetns, fmt.Errorf("open host network namespace: %q is the pod's own", m.HostNetns))
 	}
 
 	inPod, err := link.Open()
@@ -78,7 +81,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 		inHost, err = link.Open()
 		return err
 	}); err != nil {
-		return nil, hostError(err)
+		return nil, hostError(m.HostNetns, err)
 	}
 	defer inHost.Close()
 
