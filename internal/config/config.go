@@ -326,7 +326,7 @@ func addressHint(variable, value, expected string) string {
 	m := mistake(value)
 	switch {
 	case value == "":
-		return fmt.Sprintf("%s is not set: give it %s", variable, expected)
+		return fmt.Sprintf("%s is not set: set it to %s", variable, expected)
 	case m != "" && strings.TrimSpace(value) == value:
 		return found + m
 	case strings.ContainsFunc(value, unicode.IsSpace):
@@ -344,7 +344,7 @@ func addressHint(variable, value, expected string) string {
 // parseDestinations reads the destination list from the variable or the file.
 func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byte, error)) *Error {
 	l := list{"EGRESS_DESTINATION", env.Destination, env.DestinationFile,
-		rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `give it one line for each destination, for example "80 tcp 203.0.113.25"`}}
+		rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `set EGRESS_DESTINATION to one line for each destination, for example "80 tcp 203.0.113.25"`}}
 	var unreachable []string
 	warning, fault := l.read(readFile, func(text string) (err error) {
 		c.Set, err = rules.Parse(text, Names{})

@@ -97,5 +97,5 @@ func DNSProxyDestinations(env DNSProxyEnvironment, readFile func(name string) ([
 
 func (env DNSProxyEnvironment) list() list {
 	return list{"EGRESS_DNS_PROXY_DESTINATION", env.Destination, env.DestinationFile,
-		rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION", Hint: `write one line per destination, for example "8443 www.example.com 443"`}}
+		rules.ParseError{Sentence: "Must specify EGRESS_DNS_PROXY_DESTINATION", Hint: `set EGRESS_DNS_PROXY_DESTINATION to one line for each destination, for example "8443 www.example.com 443"`}}
 }

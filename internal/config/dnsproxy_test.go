@@ -54,7 +54,7 @@ func TestDNSProxyErrors(t *testing.T) {
 		readFile func(string) ([]byte, error)
 		want     string
 	}{
-		"nothing":       {DNSProxyEnvironment{}, noFile, "hint: write one line per destination, for example \"8443 www.example.com 443\"\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
+		"nothing":       {DNSProxyEnvironment{}, noFile, "hint: set EGRESS_DNS_PROXY_DESTINATION to one line for each destination, for example \"8443 www.example.com 443\"\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
 		"an empty file": {DNSProxyEnvironment{DestinationFile: "/f"}, func(string) ([]byte, error) { return nil, nil }, "hint: the file \"/f\" is empty\nMust specify EGRESS_DNS_PROXY_DESTINATION"},
 		"a line":        {DNSProxyEnvironment{Destination: "y\nx"}, noFile, "EGRESS_DNS_PROXY_DESTINATION line 2: \"x\"\nhint: look\nBad destination 'x'"},
 		"a file's line": {DNSProxyEnvironment{DestinationFile: "/f"}, file, "/f:2: \"x\"\nhint: look\nBad destination 'x'"},

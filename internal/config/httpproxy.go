@@ -117,7 +117,7 @@ func HTTPProxyRules(env HTTPProxyEnvironment, readFile func(name string) ([]byte
 
 func (env HTTPProxyEnvironment) list() list {
 	return list{"EGRESS_HTTP_PROXY_DESTINATION", env.Destination, env.DestinationFile,
-		rules.ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified", Hint: `write one rule per line, for example "*.example.com"; a line "*" allows everything`}}
+		rules.ParseError{Sentence: "No EGRESS_HTTP_PROXY_DESTINATION specified", Hint: `set EGRESS_HTTP_PROXY_DESTINATION to one rule on each line, for example "*.example.com"; a line "*" allows everything`}}
 }
 
 func parseCount(variable, s string, least, most int, set *int) *Error {

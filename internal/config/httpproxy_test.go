@@ -109,7 +109,7 @@ func TestParseHTTPProxyFile(t *testing.T) {
 		"none":   {HTTPProxyEnvironment{DestinationFile: "f"}, "none", `EGRESS_HTTP_PROXY_DESTINATION_FILE "f" cannot be read: file does not exist`},
 		"a line": {HTTPProxyEnvironment{DestinationFile: "f"}, "b", "f:1: \"b\"\nhint: write a\nBad destination 'b'"},
 		"empty":  {HTTPProxyEnvironment{DestinationFile: "f"}, "", "hint: the file \"f\" is empty\nNo EGRESS_HTTP_PROXY_DESTINATION specified"},
-		"unset":  {HTTPProxyEnvironment{}, "", "hint: write one rule per line, for example \"*.example.com\"; a line \"*\" allows everything\nNo EGRESS_HTTP_PROXY_DESTINATION specified"},
+		"unset":  {HTTPProxyEnvironment{}, "", "hint: set EGRESS_HTTP_PROXY_DESTINATION to one rule on each line, for example \"*.example.com\"; a line \"*\" allows everything\nNo EGRESS_HTTP_PROXY_DESTINATION specified"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := ParseHTTPProxy(test.env, func(name string) ([]byte, error) {
