@@ -100,10 +100,14 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		add("address", health.OK, r.Started, "%s, no conflict", c.Source)
 	}
 
+	destinations := fmt.Sprintf("%d destinations", s.Destinations)
+	if s.Destinations == 1 {
+		destinations = "1 destination"
+	}
 	if s.ReloadError != "" {
-		add("destinations", health.Warning, s.ReloadSince, "%d, reload failed: %s", s.Destinations, s.ReloadError)
+		add("destinations", health.Warning, s.ReloadSince, "%s, reload failed: %s", destinations, s.ReloadError)
 	} else {
-		add("destinations", health.OK, s.ReloadSince, "%d", s.Destinations)
+		add("destinations", health.OK, s.ReloadSince, "%s", destinations)
 	}
 
 	if !c.Health.Probe {

@@ -211,19 +211,19 @@ func TestReportRouter(t *testing.T) {
 			[]health.Check{
 				check("kernel", health.Failed, "not reconciled yet", begin), check("interface", health.OK, "macvlan0, not read yet", begin),
 				check("gateway", health.OK, "192.168.12.1, no answer yet", begin), check("address", health.OK, "192.168.12.99/24, no conflict", begin),
-				check("destinations", health.OK, "2", begin), check("servers", health.OK, "not probed yet", begin),
+				check("destinations", health.OK, "2 destinations", begin), check("servers", health.OK, "not probed yet", begin),
 			},
 		},
 		{
 			router.Status{
 				InSync: true, Since: at, Backend: "nftables", Link: router.LinkStatus{Found: true, MAC: mac, Carrier: true, Since: at},
 				State:        arp.State{Gateway: arp.GatewayState{Known: true, Reachable: true, Since: at, MAC: other, Answered: at}},
-				Destinations: 2, ReloadSince: at, Probes: []router.Probe{{To: web}}, ProbesSince: at,
+				Destinations: 1, ReloadSince: at, Probes: []router.Probe{{To: web}}, ProbesSince: at,
 			},
 			[]health.Check{
 				check("kernel", health.OK, "no drift, backend nftables, 0 repairs", at), check("interface", health.OK, "macvlan0 at 02:00:00:00:00:01", at),
 				check("gateway", health.OK, "192.168.12.1 answers ARP, last answer 10s ago by 02:00:00:00:00:09", at),
-				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "2", at),
+				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "1 destination", at),
 				check("servers", health.OK, "1 reachable", at),
 			},
 		},
@@ -242,7 +242,7 @@ func TestReportRouter(t *testing.T) {
 				check("interface", health.Failed, "macvlan0 at 02:00:00:00:00:01, without carrier", at),
 				check("gateway", health.Failed, "192.168.12.1 does not answer ARP, last answer 10s ago by 02:00:00:00:00:09", at),
 				check("address", health.Warning, "192.168.12.99/24, claimed by 02:00:00:00:00:09, 3 conflicts", at),
-				check("destinations", health.Warning, "2, reload failed: line 1", at),
+				check("destinations", health.Warning, "2 destinations, reload failed: line 1", at),
 				check("servers", health.Warning, "1 of 2 unreachable: 203.0.113.25:80: refused", at),
 			},
 		},
@@ -251,7 +251,7 @@ func TestReportRouter(t *testing.T) {
 			[]health.Check{
 				check("kernel", health.Failed, "not found", at), check("interface", health.Failed, "macvlan0 not found", at),
 				check("gateway", health.Warning, "192.168.12.1, ARP watch not running: denied", at),
-				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "0", at), check("servers", health.OK, "0 reachable", at),
+				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "0 destinations", at), check("servers", health.OK, "0 reachable", at),
 			},
 		},
 	} {
