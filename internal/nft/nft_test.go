@@ -149,6 +149,9 @@ func TestFormerGuardTableIsReplaced(t *testing.T) {
 	inNamespace(t, func() {
 		key := tableKey{formerGuardName, rules.IPv4}
 		former := beginGuard()
+		if diff := cmp.Diff([]string{"no table egress-router-guard yet"}, former.Differs(plan)); diff != "" {
+			t.Errorf("differences of a fresh namespace: - want, + got:\n%s", diff)
+		}
 		if err := former.become(state{key: render(plan, guardName)[tableKey{guardName, rules.IPv4}]}); err != nil {
 			t.Fatal(err)
 		}

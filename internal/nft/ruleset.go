@@ -152,7 +152,7 @@ func (tx *Tx) differences(want state) []string {
 	var found []string
 	s := tx.now
 	if len(s) == 0 && len(want) > 0 {
-		return []string{"no tables yet"}
+		return []string{"no table " + tx.name + " yet"}
 	}
 	for _, key := range tx.keys() {
 		have, want := s[key], want[key]
