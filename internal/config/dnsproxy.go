@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"os"
 	"reflect"
 	"slices"
 	"time"
@@ -26,7 +27,7 @@ type DNSProxyEnvironment struct {
 // ReadDNSProxy returns the variables of this process.
 func ReadDNSProxy() (DNSProxyEnvironment, error) {
 	var env DNSProxyEnvironment
-	env.Names = names()
+	env.Names, env.RouterMode = names(), os.Getenv("EGRESS_ROUTER_MODE")
 	err := envconfig.Process("", &env)
 	return env, err
 }

@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"reflect"
 	"strconv"
 	"time"
@@ -31,7 +32,7 @@ type HTTPProxyEnvironment struct {
 // ReadHTTPProxy returns the variables of this process.
 func ReadHTTPProxy() (HTTPProxyEnvironment, error) {
 	var env HTTPProxyEnvironment
-	env.Names = names()
+	env.Names, env.RouterMode = names(), os.Getenv("EGRESS_ROUTER_MODE")
 	err := envconfig.Process("", &env)
 	return env, err
 }

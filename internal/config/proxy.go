@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -13,6 +14,7 @@ type ProxyEnvironment struct {
 	AccessLog     string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel"`
 	HealthListen  string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
 	LogEnvironment
+	RouterMode string `ignored:"true"` // value of EGRESS_ROUTER_MODE, which is no variable of a proxy
 }
 
 // A ProxyConfig is the common configuration of both proxies.
@@ -34,6 +36,9 @@ func (c *ProxyConfig) parse(variable, mode string, env ProxyEnvironment, report 
 	c.UnitTest = mode == "unit-test"
 	if mode != "" && mode != serveMode && !c.UnitTest { // the original ignores it
 		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %q has no effect: the only mode is unit-test", variable, mode))
+	}
+	if !c.UnitTest && !slices.Contains([]Mode{"", HTTPProxy, DNSProxy}, Mode(env.RouterMode)) {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_ROUTER_MODE %s has no effect on a proxy: its variable is %s", quote(env.RouterMode), variable))
 	}
 	report(parseTime("EGRESS_SHUTDOWN_GRACE", orDefault(env.ShutdownGrace, "20s"), orZero, &c.Grace))
 	report(parseBool("EGRESS_ACCESS_LOG", env.AccessLog, &c.AccessLog))

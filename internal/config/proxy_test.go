@@ -1,10 +1,12 @@
 package config
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 // proxies are the variables of both proxies.
@@ -44,6 +46,46 @@ func TestReadProxies(t *testing.T) {
 	http.Names = nil
 	if diff := cmp.Diff(HTTPProxyEnvironment{Destination: " a.example\n", ProxyEnvironment: both}, http); err != nil || diff != "" {
 		t.Errorf("error %v, - want, + got:\n%s", err, diff)
+	}
+}
+
+// The router's mode does not select what a proxy does. The modes that configure the
+// network for a proxy are no mistake, and no mode is one beside the proxy's own unit-test.
+func TestRouterModeOfProxyIsWarning(t *testing.T) {
+	accept := func(string) error { return nil }
+	for _, test := range []struct {
+		mode, own string
+		warns     bool
+	}{
+		{"", "", false},
+		{"http-proxy", "", false},
+		{"dns-proxy", "", false},
+		{"unit-test", "unit-test", false},
+		{"unit-test", "", true},
+		{"init", "", true},
+		{"x", "serve", true},
+	} {
+		t.Setenv("EGRESS_ROUTER_MODE", test.mode)
+		http, errHTTP := ReadHTTPProxy()
+		dns, errDNS := ReadDNSProxy()
+		if errHTTP != nil || errDNS != nil {
+			t.Fatal(errHTTP, errDNS)
+		}
+		http.Mode, http.Destination, dns.Mode, dns.Destination = test.own, "*", test.own, "80 192.0.2.1"
+		h, errHTTP := ParseHTTPProxy(http, nil, accept)
+		d, errDNS := ParseDNSProxy(dns, nil, accept)
+		if errHTTP != nil || errDNS != nil {
+			t.Fatal(errHTTP, errDNS)
+		}
+		for variable, found := range map[string][]string{"EGRESS_HTTP_PROXY_MODE": h.Warnings, "EGRESS_DNS_PROXY_MODE": d.Warnings} {
+			var want []string
+			if test.warns {
+				want = []string{fmt.Sprintf("EGRESS_ROUTER_MODE %q has no effect on a proxy: its variable is %s", test.mode, variable)}
+			}
+			if diff := cmp.Diff(want, found, cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("mode %q, own mode %q: - want, + got:\n%s", test.mode, test.own, diff)
+			}
+		}
 	}
 }
 
