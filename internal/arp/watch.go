@@ -67,7 +67,8 @@ type Options struct {
 
 	// GatewayChanged is called when the gateway becomes reachable or unreachable,
 	// and when its state is first known. The hardware address is that of the last
-	// answer; nil: there was none.
+	// answer; nil: there was none. Without a carrier it is not called for an
+	// unreachable gateway, but if that is still unreachable when the carrier is back.
 	GatewayChanged func(reachable bool, mac net.HardwareAddr)
 
 	Log *slog.Logger // may be nil
@@ -109,6 +110,8 @@ type Watch struct {
 	asked    bool        // a request to the gateway is unanswered
 	retry    *time.Timer // calls repeat; stopped before ProbeGateway
 	polls    bool        // ProbeGateway was called
+	cut      bool        // the interface has no carrier
+	lost     bool        // the gateway is unreachable, and GatewayChanged not yet called
 	defended time.Time
 	reported map[string]time.Time // last report, by hardware address
 }
@@ -250,6 +253,26 @@ func (w *Watch) ProbeGateway() error {
 	return w.request()
 }
 
+// SetCarrier sets whether the interface has a carrier; at first it has one. Requests
+// without a carrier are misses, too, but no fault of the gateway: after it is back, 3
+// other requests decide. A callback must not call it.
+func (w *Watch) SetCarrier(carrier bool) {
+	w.turn.Lock()
+	defer w.turn.Unlock()
+	back := carrier && w.cut
+	w.cut = !carrier
+	if !back || !w.polls {
+		return
+	}
+	w.mu.Lock()
+	if g := &w.state.Gateway; g.Known { // otherwise misses are all that is known of it
+		g.Misses = 0
+	}
+	w.mu.Unlock()
+	w.asked = false
+	_ = w.request() // an error is a miss
+}
+
 // repeat sends the next request.
 func (w *Watch) repeat() {
 	w.turn.Lock()
@@ -295,10 +318,12 @@ func (w *Watch) missed() {
 	w.mu.Lock()
 	g := &w.state.Gateway
 	g.Misses++
-	changed := g.Misses >= maxMisses && w.setReachable(false)
+	silent := g.Misses >= maxMisses
+	w.lost = silent && w.setReachable(false) || w.lost
 	mac := g.MAC
 	w.mu.Unlock()
-	if changed {
+	if w.lost && silent && !w.cut {
+		w.lost = false
 		w.options.GatewayChanged(false, mac)
 	}
 }
@@ -311,7 +336,7 @@ func (w *Watch) answered(mac net.HardwareAddr) {
 	case w.polls:
 		w.retry.Reset(gatewayPause)
 	}
-	w.asked = false
+	w.asked, w.lost = false, false
 	w.mu.Lock()
 	g := &w.state.Gateway
 	before := g.MAC

@@ -266,6 +266,61 @@ func TestSlowGateway(t *testing.T) {
 	})
 }
 
+// A gateway that is lost without a carrier is in the state at once, and is reported if 3
+// requests with a carrier are unanswered, once.
+func TestGatewayWithoutCarrier(t *testing.T) {
+	reply := Packet{Reply, otherMAC, gateway, ourMAC, address}
+	for name, test := range map[string]struct {
+		restored []time.Duration // carrier back, and lost again, in turn; from its loss at 500ms
+		answers  time.Duration   // 0: never
+		want     []string
+	}{
+		"still silent":       {[]time.Duration{10e9}, 0, []string{"gateway false 02:00:5e:10:00:50 at 11.85s"}},
+		"before it is lost":  {[]time.Duration{1e9}, 0, []string{"gateway false 02:00:5e:10:00:50 at 2.85s"}},
+		"answers":            {[]time.Duration{10e9}, 11e9, []string{"gateway true 02:00:5e:10:00:50 at 11.5s"}},
+		"never back":         {nil, 0, nil},
+		"back and lost":      {[]time.Duration{10e9, 11e9}, 0, nil},
+		"back, lost, back":   {[]time.Duration{10e9, 11e9, 20e9}, 0, []string{"gateway false 02:00:5e:10:00:50 at 21.85s"}},
+		"lost again, silent": {[]time.Duration{10e9, 15e9, 20e9}, 0, []string{"gateway false 02:00:5e:10:00:50 at 11.85s"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWire()
+				watch, reports := run(t, w)
+				begin := time.Now()
+				if err := watch.ProbeGateway(); err != nil {
+					t.Fatal(err)
+				}
+				w.say(reply)
+				*reports = nil
+				time.Sleep(500 * time.Millisecond)
+				lost := time.Now()
+				watch.SetCarrier(false)
+				if test.answers > 0 {
+					time.AfterFunc(test.answers, func() { w.packets <- reply })
+				}
+				for i, at := range test.restored {
+					time.Sleep(time.Until(lost.Add(at)))
+					if g := watch.State().Gateway; i == 0 && at > 3*time.Second && (g.Reachable || g.Since.Sub(begin) != 2350*time.Millisecond) {
+						t.Errorf("gateway %+v before the carrier is back, want unreachable after 2.35s", g)
+					}
+					watch.SetCarrier(i%2 == 0)
+					watch.SetCarrier(i%2 == 0) // changes nothing
+				}
+				if test.answers > 0 {
+					time.Sleep(time.Until(lost.Add(test.answers + time.Second)))
+				} else {
+					time.Sleep(time.Minute)
+				}
+				synctest.Wait()
+				if diff := cmp.Diff(test.want, *reports); diff != "" {
+					t.Errorf("-want +got:\n%s", diff)
+				}
+			})
+		})
+	}
+}
+
 // Earlier unanswered requests count.
 func TestGatewayMissesBefore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -358,11 +358,17 @@ func (k *Keeper) recordLink(c *change, err error, now time.Time) {
 		}
 		s.Link = is
 	})
+	if is.Found && !is.Carrier { // before the log has it, which then lacks the gateway
+		k.surroundings.setCarrier(false)
+	}
 	switch {
 	case is.Found && !is.Carrier && (before.Carrier || !before.Found) && !k.Router.start.noCarrier:
 		k.Router.Log.Error(noCarrier, "interface", c.want.Network.Interface, "hint", noCarrierHint)
 	case is.Carrier && (before.Found && !before.Carrier || k.Router.start.noCarrier):
 		k.Router.Log.Info("egress interface carrier restored", "interface", c.want.Network.Interface)
+	}
+	if is.Carrier {
+		k.surroundings.setCarrier(true)
 	}
 	k.Router.start.noCarrier = false
 }

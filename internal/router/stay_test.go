@@ -50,10 +50,12 @@ type kept struct {
 type neighbours struct {
 	state arp.State
 	asked int // gateway probes
+	cut   bool
 }
 
 func (n *neighbours) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 func (n *neighbours) ProbeGateway() error           { n.asked++; return nil }
+func (n *neighbours) SetCarrier(carrier bool)       { n.cut = !carrier }
 func (n *neighbours) State() arp.State              { return n.state }
 func (n *neighbours) Close()                        {}
 

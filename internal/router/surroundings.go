@@ -18,6 +18,7 @@ import (
 type Neighbours interface {
 	Run(context.Context) error
 	ProbeGateway() error
+	SetCarrier(bool)
 	State() arp.State
 	Close()
 }
@@ -80,6 +81,15 @@ func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State)
 		}
 	})
 	_ = watch.ProbeGateway() // an error is a miss
+}
+
+// setCarrier passes the state of the carrier to the current watch.
+func (s *surroundings) setCarrier(carrier bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.now != nil {
+		s.now.SetCarrier(carrier)
+	}
 }
 
 // stop closes the current watch. The caller holds the lock.

@@ -558,7 +558,8 @@ func TestGatewayLostAndFound(t *testing.T) {
 }
 
 // A router that stays reports that the NIC below has no link when the kernel notifies
-// it, and that the link is back.
+// it, and that the link is back. Meanwhile it does not blame the gateway, which no request
+// can reach.
 func TestCarrierLostAndFound(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
@@ -575,11 +576,60 @@ func TestCarrierLostAndFound(t *testing.T) {
 		!regexp.MustCompile(`  interface +failed +\S+ +macvlan0 at `+mac+`, without carrier\n`).MatchString(out) {
 		t.Errorf("health: exit code %d:\n%s", code, out)
 	}
+	p.Until("health has the silent gateway", func() bool {
+		_, out := p.Health()
+		return strings.Contains(out, "not ready: gateway 192.168.12.1 does not answer ARP\n")
+	})
+	if strings.Contains(after(r.Logged(), "without carrier"), gatewaySilent) {
+		t.Errorf("log of a router without carrier has a silent gateway:\n%s", labtest.Tail(r.Logged()))
+	}
 	if err := h.LinkSetUp(p.Link(h, lab.LANLink)); err != nil {
 		t.Fatal(err)
 	}
 	r.AwaitLog(1, `level=INFO msg="egress interface carrier restored" interface=macvlan0`)
 	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+}
+
+// after returns the part of a log after the first occurrence of a text.
+func after(log, text string) string {
+	_, rest, _ := strings.Cut(log, text)
+	return rest
+}
+
+// A gateway that is still silent when the link is back is reported then.
+func TestCarrierFoundWithoutGateway(t *testing.T) {
+	t.Parallel()
+	// A busy machine may notify of the link later than the gateway is lost.
+	for range 20 {
+		p := labtest.New(t, lab.Options{}, labtest.Nftables)
+		p.Env["EGRESS_HEALTH_INTERVAL"] = "1h"
+		r := p.Start("legacy")
+		r.AwaitLog(1, gatewayAnswers)
+		h := p.Handle(p.Lab.Outside)
+		if err := h.LinkSetDown(p.Link(h, lab.LANLink)); err != nil {
+			t.Fatal(err)
+		}
+		silence(p, true)
+		r.AwaitLog(1, "egress interface without carrier")
+		if before, _, _ := strings.Cut(r.Logged(), "egress interface without carrier"); strings.Contains(before, gatewaySilent) {
+			continue
+		}
+		p.Until("health has the silent gateway", func() bool {
+			_, out := p.Health()
+			return strings.Contains(out, "not ready: gateway 192.168.12.1 does not answer ARP\n")
+		})
+		if err := h.LinkSetUp(p.Link(h, lab.LANLink)); err != nil {
+			t.Fatal(err)
+		}
+		r.AwaitLog(1, "level=ERROR "+gatewaySilent)
+		if !strings.Contains(after(r.Logged(), "carrier restored"), gatewaySilent) {
+			t.Errorf("the gateway is logged before the link is back:\n%s", labtest.Tail(r.Logged()))
+		}
+		silence(p, false)
+		r.AwaitLog(2, gatewayAnswers)
+		return
+	}
+	t.Error("the link was never notified of before the gateway was lost")
 }
 
 // A router that starts without a link logs that once, and does not blame the gateway
