@@ -102,22 +102,24 @@ func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, 
 type guarded struct {
 	backend *backend
 	router.Rules
-	guard *nft.Tx // nil: the kernel has no nftables
+	guard    router.Rules // nil: the kernel has no nftables
+	optional bool         // Rules work without the guard, as those of iptables do
 }
 
 func (b *backend) withGuard(ctx context.Context, first router.Rules) (router.Rules, error) {
+	_, optional := first.(*iptables.Tx)
 	if b.noGuard {
-		return &guarded{b, first, nil}, nil
+		return &guarded{b, first, nil, optional}, nil
 	}
 	guard, err := nft.BeginGuard(ctx, b.families...)
 	if _, missing := errors.AsType[*nft.KernelError](err); missing {
 		b.noGuard = true
-		return &guarded{b, first, nil}, nil
+		return &guarded{b, first, nil, optional}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &guarded{b, first, guard}, nil
+	return &guarded{b, first, guard, optional}, nil
 }
 
 // isIPTables returns the rules as iptables', if they are.
@@ -153,7 +155,8 @@ func (g *guarded) Differs(plan rules.Plan) []string {
 }
 
 // Apply loads the plan, or, if the kernel refuses it twice, the plan without a part whose
-// rules need modules of their own.
+// rules need modules of their own. If the kernel refuses the plan without all of them, too,
+// none is to blame.
 func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	plan = g.backend.supported(plan)
 	undo, err = g.apply(ctx, plan)
@@ -166,13 +169,18 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 		return undo, err
 	}
 	// The first one repeats the whole plan: the cause may have passed.
-	for _, without := range slices.Concat([][]rules.Part{nil}, smaller(parts)) {
+	for _, without := range [][]rules.Part{nil, parts} {
 		if undo != nil && undo() != nil {
 			return undo, err
 		}
 		var again error
 		if undo, again = g.apply(ctx, plan.WithoutParts(without)); again != nil {
 			continue
+		}
+		if len(without) > 1 {
+			if undo, without, again = g.add(ctx, plan, without, undo); again != nil {
+				return undo, again
+			}
 		}
 		for _, part := range without {
 			g.backend.log.Warn(notLoaded[part], "error", err)
@@ -184,6 +192,26 @@ func (g *guarded) Apply(ctx context.Context, plan rules.Plan) (undo func() error
 		return undo, nil
 	}
 	return undo, err
+}
+
+// add replaces a plan that is loaded without some parts by one that lacks a single part, if
+// the kernel accepts one. It returns the rollback of both loads and the parts that are left
+// out.
+func (g *guarded) add(ctx context.Context, plan rules.Plan, without []rules.Part, undo func() error) (func() error, []rules.Part, error) {
+	for _, part := range without {
+		alone := []rules.Part{part}
+		undoMore, err := g.apply(ctx, plan.WithoutParts(alone))
+		both := func() error { return errors.Join(undoMore(), undo()) }
+		switch {
+		case err == nil:
+			return both, alone, nil
+		case undoMore != nil && undoMore() != nil:
+			return both, nil, err
+		case ctx.Err() != nil:
+			return undo, nil, err
+		}
+	}
+	return undo, without, nil
 }
 
 // dispensable returns the parts that may be left out of a plan. Instead of the MSS clamp,
@@ -199,30 +227,25 @@ func (g *guarded) dispensable(plan rules.Plan) []rules.Part {
 // notLoaded are the log messages about parts that the kernel does not support.
 var notLoaded = map[rules.Part]string{rules.DropLogPart: "drop log not loaded", rules.MSSClampPart: "MSS clamp not loaded"}
 
-// smaller returns what to leave out of a plan that the kernel refuses, in the order of
-// the attempts: a single part, then all.
-func smaller(parts []rules.Part) (attempts [][]rules.Part) {
-	for _, part := range parts {
-		attempts = append(attempts, []rules.Part{part})
-	}
-	if len(parts) > 1 {
-		attempts = append(attempts, parts)
-	}
-	return attempts
-}
-
-// apply loads the plan into both, the source guard first, since it only drops
-// packets. iptables works without a source guard.
+// apply loads the plan into both, the source guard first, since it only drops packets. The
+// rules of iptables are loaded without a source guard if the kernel refuses that also
+// without the drop log.
 func (g *guarded) apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	if g.guard == nil {
 		return g.Rules.Apply(ctx, plan)
 	}
 	undoGuard, err := g.guard.Apply(ctx, plan)
-	_, refused := errors.AsType[*nft.LoadError](err)
-	if _, optional := isIPTables(g); optional && refused && undoGuard == nil && !slices.Contains(plan.Parts(), rules.DropLogPart) && !errors.Is(err, os.ErrPermission) {
-		g.backend.log.Warn("source guard not loaded", "error", err)
-		g.guard, g.backend.noGuard = nil, true
-		return g.Rules.Apply(ctx, plan)
+	if _, refused := errors.AsType[*nft.LoadError](err); g.optional && refused && undoGuard == nil && !errors.Is(err, os.ErrPermission) {
+		smaller := plan.WithoutParts([]rules.Part{rules.DropLogPart})
+		var again error
+		switch undoGuard, again = g.guard.Apply(ctx, smaller); {
+		case again != nil && undoGuard == nil:
+			g.backend.log.Warn("source guard not loaded", "error", err)
+			g.guard, g.backend.noGuard = nil, true
+			return g.Rules.Apply(ctx, plan)
+		case again == nil && smaller.Equal(plan): // the cause has passed
+			err = nil
+		}
 	}
 	if err != nil {
 		return undoGuard, err
