@@ -318,6 +318,22 @@ func TestAutomaticChoiceKeepsClamp(t *testing.T) {
 	})
 }
 
+// Rules that no part is to blame for are loaded three times, and leave nothing behind.
+func TestHopelessLoadIsBounded(t *testing.T) {
+	t.Parallel()
+	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+		loads := filepath.Join(t.TempDir(), "loads")
+		p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in *EGRESS-FORWARD*) echo >>" + loads + "; echo 'iptables-restore: line 5 failed' >&2; exit 1; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
+		p.Env["EGRESS_LOG_DROPS"], p.Env["EGRESS_ROUTER_BACKEND"] = "true", "iptables"
+		before := p.State()
+		p.WantRefusal("", "loading rules", "")
+		p.WantState(before)
+		if n, err := os.ReadFile(loads); err != nil || len(n) != 3 {
+			p.Errorf("%d loads (%v), want 3", len(n), err)
+		}
+	})
+}
+
 // A load that fails once leaves no part of the rules out.
 func TestPassingFailureLeavesOutNothing(t *testing.T) {
 	t.Parallel()
