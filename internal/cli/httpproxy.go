@@ -46,6 +46,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		return err
 	}
 	defer runtime.KeepAlive(garbageFloor()) // allocated here
+	defer halveProcessors()()
 	proxy := httpproxy.New(httpproxy.Config{
 		Listen:           c.Listen,
 		Rules:            list,
