@@ -28,15 +28,21 @@ type Connection struct {
 // too.
 func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 	type local struct {
+		family   Family
 		protocol Protocol
 		port     Port
 	}
 	redirects := make(map[local]Redirect, len(p.Redirects))
 	for _, r := range p.Redirects {
-		redirects[local{r.Protocol, r.Port}] = r
+		redirects[local{FamilyOf(r.To), r.Protocol, r.Port}] = r
 	}
-	fallback, source := p.fallback(), p.source()
+	fallbacks, sources := make(map[Family]netip.Addr), make(map[Family]netip.Addr)
+	for _, f := range []Family{IPv4, IPv6} {
+		fallbacks[f], sources[f] = p.to(f, DNAT), p.to(f, SNAT)
+	}
 	return func(c Connection) bool {
+		family := FamilyOf(c.To.Addr())
+		fallback, source := fallbacks[family], sources[family]
 		// The pod's own sockets have the right source from the start. If they are
 		// redirected, it is by another program.
 		through := c.RepliesFrom != c.To && c.RepliesTo != c.From
@@ -44,7 +50,7 @@ func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 		if !slices.Contains(pod, c.To.Addr()) && (!through || own) {
 			return false
 		}
-		r, redirected := redirects[local{c.Protocol, Port(c.To.Port())}]
+		r, redirected := redirects[local{family, c.Protocol, Port(c.To.Port())}]
 		if !redirected {
 			r.To, redirected = fallback, fallback.IsValid()
 		}

@@ -75,7 +75,7 @@ func ParseIPv4(s string) (netip.Addr, bool) {
 type Redirect struct {
 	Protocol Protocol
 	Port     Port       // local port, on the pod
-	To       netip.Addr // IPv4
+	To       netip.Addr // IPv4 only, if read from the grammar
 	ToPort   Port       // remote port; zero: the same as Port
 }
 

@@ -10,8 +10,7 @@ import (
 // A Family is a version of the Internet Protocol, by its number.
 type Family uint8
 
-// The families of plans. Redirects have IPv4 destinations only; the IPv6 chains
-// only drop packets.
+// The families of plans.
 const (
 	IPv4 Family = 4
 	IPv6 Family = 6
@@ -66,7 +65,7 @@ type Target string
 // The targets of plans.
 const (
 	// Redirected changes the destination to that of the plan's redirect for
-	// the packet's protocol and port. A packet without a redirect continues
+	// the packet's family, protocol and port. A packet without a redirect continues
 	// with the next rule.
 	Redirected     Target = "REDIRECTS"
 	DNAT           Target = "DNAT"     // change the destination to Rule.To and Rule.ToPort
@@ -211,8 +210,8 @@ func (c Chain) String() string {
 // order in which a packet of a new connection traverses them, those of IPv6 last.
 type Plan struct {
 	Chains []Chain
-	// Redirects are the destinations of the target Redirected. No two have the
-	// same Port.
+	// Redirects are the destinations of the target Redirected, which takes those of
+	// its chain's family. No two of a family have the same Protocol and Port.
 	Redirects []Redirect
 	// Helpers are those that rules with the target AttachHelper may name.
 	Helpers []Helper
@@ -462,23 +461,32 @@ func (p Plan) String() string {
 	for _, c := range p.Chains {
 		fmt.Fprintln(&b, c)
 		for _, r := range c.Rules {
-			p.spellOut(r, func(r *Rule) { fmt.Fprintf(&b, "  %s\n", r.append(nil, c.Family, false)) })
+			p.spellOut(c.Family, r, func(r *Rule) { fmt.Fprintf(&b, "  %s\n", r.append(nil, c.Family, false)) })
 		}
 	}
 	return b.String()
 }
 
 // spellOut calls fn with the rule, or, for the target Redirected, with one rule
-// for each redirect. fn must not keep the rule.
-func (p Plan) spellOut(r Rule, fn func(*Rule)) {
+// for each redirect of the family. fn must not keep the rule.
+func (p Plan) spellOut(f Family, r Rule, fn func(*Rule)) {
 	if r.Target != Redirected {
 		fn(&r)
 		return
 	}
-	for _, to := range p.Redirects {
+	for _, to := range p.RedirectsOf(f) {
 		r.Protocol, r.Port, r.Target, r.To, r.ToPort = to.Protocol, to.Port, DNAT, to.To, to.ToPort
 		fn(&r)
 	}
+}
+
+// RedirectsOf returns the redirects to addresses of a family.
+func (p Plan) RedirectsOf(f Family) []Redirect {
+	other := func(r Redirect) bool { return FamilyOf(r.To) != f }
+	if !slices.ContainsFunc(p.Redirects, other) {
+		return p.Redirects
+	}
+	return slices.DeleteFunc(slices.Clone(p.Redirects), other)
 }
 
 // Destinations returns the addresses to which the plan redirects.
@@ -487,26 +495,24 @@ func (p Plan) Destinations() []netip.Addr {
 	for _, r := range p.Redirects {
 		to = append(to, r.To)
 	}
-	if f := p.fallback(); f.IsValid() {
-		to = append(to, f)
+	for _, f := range []Family{IPv4, IPv6} {
+		if fallback := p.to(f, DNAT); fallback.IsValid() {
+			to = append(to, fallback)
+		}
 	}
 	return to
 }
 
-// fallback returns the destination of connections without a redirect.
-func (p Plan) fallback() netip.Addr { return p.first(DNAT).To }
-
-// source returns the source of packets that leave by the egress side.
-func (p Plan) source() netip.Addr { return p.first(SNAT).To }
-
-// first returns the first rule with the given target.
-func (p Plan) first(t Target) Rule {
+// to returns the address of the first rule of a family with the given target: DNAT, the
+// destination of connections without a redirect; SNAT, the source of packets that leave
+// by the egress side.
+func (p Plan) to(f Family, t Target) netip.Addr {
 	for _, c := range p.Chains {
 		for _, r := range c.Rules {
-			if r.Target == t {
-				return r
+			if c.Family == f && r.Target == t {
+				return r.To
 			}
 		}
 	}
-	return Rule{}
+	return netip.Addr{}
 }

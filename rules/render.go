@@ -16,7 +16,7 @@ func UnitTest(set Set, sides Sides) []byte {
 			continue
 		}
 		for _, r := range c.Rules {
-			plan.spellOut(r, func(r *Rule) {
+			plan.spellOut(c.Family, r, func(r *Rule) {
 				b = append(b, "-A "...)
 				b = append(b, c.Hook...)
 				b = append(b, ' ')
@@ -48,11 +48,11 @@ func (p Plan) IPTables() []TextChain {
 		chain := TextChain{Family: c.Family, Table: c.Table, Name: c.Name(), Hook: c.Hook}
 		var reached []TextChain
 		for _, r := range c.Rules {
-			if r.Target == Redirected && len(p.Redirects) > plainRedirects {
+			if r.Target == Redirected && len(p.RedirectsOf(c.Family)) > plainRedirects {
 				chain.Saved, reached = p.appendTree(chain.Saved, chain, r)
 				continue
 			}
-			p.spellOut(r, chain.appendRule)
+			p.spellOut(c.Family, r, chain.appendRule)
 		}
 		chains = append(append(chains, chain), reached...)
 	}
@@ -68,7 +68,8 @@ func (c *TextChain) appendRule(r *Rule) {
 }
 
 // append writes the rule's match and target in iptables notation. If modules is
-// set, it names the match module of the protocol, as iptables-save does.
+// set, it names the match module of the protocol, as iptables-save does. The rule is
+// valid ([Plan.Validate]), or printed for its error.
 func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
 	for _, a := range []struct {
@@ -91,18 +92,15 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	if r.Protocol != 0 {
 		option("-p ", r.Protocol.String())
 	}
+	if modules && (r.Port != 0 || r.SYN) {
+		option("-m ", r.Protocol.String())
+	}
 	if r.Port != 0 {
-		if modules {
-			option("-m ", r.Protocol.String())
-		}
 		b = append(b, "--dport "...)
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 		b = append(b, ' ')
 	}
 	if r.SYN {
-		if modules {
-			option("-m ", "tcp")
-		}
 		option("--tcp-flags ", "SYN,RST SYN")
 	}
 	if r.Message != 0 {
@@ -147,10 +145,10 @@ func (r *Rule) appendConnection(b []byte) []byte {
 	if r.RepliesNotTo.IsValid() {
 		option("! --ctrepldst ", r.RepliesNotTo.String())
 	}
-	switch {
-	case r.Expected:
+	if r.Expected {
 		option("--ctstatus ", "EXPECTED")
-	case r.Confirmed:
+	}
+	if r.Confirmed {
 		option("--ctstatus ", "CONFIRMED")
 	}
 	if r.Original {
@@ -198,10 +196,8 @@ func (r *Rule) appendTarget(b []byte, family Family) []byte {
 	default:
 		return b
 	}
-	b = r.To.AppendTo(b)
-	if r.ToPort != 0 {
-		b = append(b, ':')
-		b = strconv.AppendUint(b, uint64(r.ToPort), 10)
+	if r.ToPort == 0 {
+		return r.To.AppendTo(b)
 	}
-	return b
+	return netip.AddrPortFrom(r.To, uint16(r.ToPort)).AppendTo(b)
 }

@@ -65,13 +65,13 @@ func IsTreeChain(name string) bool {
 }
 
 // appendTree appends the jumps to the trees of the plan's redirects to the text of
-// a chain, one for each protocol, and returns the chains of the trees. Except for
-// protocol and port, rule is the match of the jumps.
+// a chain, one for each protocol, and returns the chains of the trees. The jumps match
+// as rule does.
 func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextChain) {
 	var reached []TextChain
 	for _, protocol := range []Protocol{TCP, UDP} {
 		var redirects []Redirect
-		for _, r := range p.Redirects {
+		for _, r := range p.RedirectsOf(chain.Family) {
 			if r.Protocol == protocol {
 				redirects = append(redirects, r)
 			}
@@ -81,7 +81,8 @@ func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextCh
 		}
 		slices.SortFunc(redirects, func(a, b Redirect) int { return int(a.Port) - int(b.Port) })
 		root := allPorts(protocol)
-		jump := Rule{In: rule.In, Protocol: protocol, Target: Target(root.name())}
+		jump := rule
+		jump.Protocol, jump.Target = protocol, Target(root.name())
 		b = append(append(append(b, "-A "...), chain.Name...), ' ')
 		b = append(jump.append(b, chain.Family, true), '\n')
 		reached = appendRange(reached, chain, root, redirects)
@@ -96,7 +97,7 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 	if len(redirects) <= fanOut {
 		const line = 96 // bytes of a redirect, with room to spare
 		chain.Saved = make([]byte, 0, line*len(redirects))
-		Plan{Redirects: redirects}.spellOut(Rule{Target: Redirected}, chain.appendRule)
+		Plan{Redirects: redirects}.spellOut(of.Family, Rule{Target: Redirected}, chain.appendRule)
 		return append(chains, chain)
 	}
 	at := len(chains)

@@ -101,7 +101,7 @@ func programs(t *testing.T, saved string) (b *Backend, restored string) {
 }
 
 // A plan of one chain with one rule.
-var onlyDrop = rules.Plan{Chains: []rules.Chain{{Family: rules.IPv4, Table: rules.Filter, Hook: rules.Forward, Rules: []rules.Rule{{In: "eth0", Target: rules.Drop}}}}}
+var onlyDrop = rules.Plan{Chains: []rules.Chain{{Family: rules.IPv4, Table: rules.Filter, Hook: rules.Forward, Rules: []rules.Rule{{In: "eth0", Target: rules.Drop, Reason: rules.OtherInterface}}}}}
 
 // Scratch chains are loaded only if a chain has a text that is neither planned nor
 // known, and are removed.

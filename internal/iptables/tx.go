@@ -110,12 +110,15 @@ const tries = 3
 
 // Apply changes the kernel's rules into those of plan; equal rules stay. It returns
 // the rollback to the rules before this call. With an error the rollback is nil if
-// the rules are as before.
+// the rules are as before. An invalid plan is an error ([rules.Plan.Validate]).
 //
 // One restore for each family loads chains and jumps together. go-iptables changes
 // one rule a call: a chain would be reached before it is complete, and every jump
 // would take a process.
 func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
+	if err := plan.Validate(); err != nil {
+		return nil, err
+	}
 	before := make(map[*familyTx]state)
 	for _, f := range tx.families {
 		before[f] = f.now
@@ -126,7 +129,11 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	}
 	chains := tx.backend.text(plan)
 	if err := become(ctx, tx.families, func(f *familyTx) state { return f.wanted(chains) }, 1); err != nil {
-		err = tx.families[0].missingHelper(ctx, plan.Helpers, err)
+		for _, f := range tx.families {
+			if _, named := errors.AsType[*rules.HelperError](err); !named && f.wanted(chains)[rules.Raw] != nil {
+				err = f.missingHelper(ctx, plan.Helpers, err)
+			}
+		}
 		for _, f := range tx.families {
 			if len(f.now.script(before[f])) > 0 {
 				return undo, err
