@@ -26,7 +26,7 @@ type batch struct {
 }
 
 // writeBuffer is the size of a batch's buffer in bytes. The largest batch, with a
-// redirect for every port, has 2.3 MiB; the kernel reserves half of the size for
+// redirect to an IPv4 address for every port, has 2.3 MiB; the kernel reserves half of the size for
 // its accounting (socket(7), SO_SNDBUF).
 const writeBuffer = 8 << 20
 
@@ -133,6 +133,7 @@ func (b *batch) deleteRules(t *nftables.Table, chain string, handle uint64) {
 
 // addMap adds the map of redirects, without elements.
 func (b *batch) addMap(t *nftables.Table) {
+	value := valueTypes[t.Family]
 	b.add(unix.NFT_MSG_NEWSET, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_TABLE, t.Name)
 		e.String(unix.NFTA_SET_NAME, mapName)
@@ -140,8 +141,8 @@ func (b *batch) addMap(t *nftables.Table) {
 		e.Uint32(unix.NFTA_SET_FLAGS, unix.NFT_SET_MAP|nftables.NFT_SET_CONCAT)
 		e.Uint32(unix.NFTA_SET_KEY_TYPE, keyType.GetNFTMagic())
 		e.Uint32(unix.NFTA_SET_KEY_LEN, keyType.Bytes)
-		e.Uint32(unix.NFTA_SET_DATA_TYPE, valueType.GetNFTMagic())
-		e.Uint32(unix.NFTA_SET_DATA_LEN, valueType.Bytes)
+		e.Uint32(unix.NFTA_SET_DATA_TYPE, value.GetNFTMagic())
+		e.Uint32(unix.NFTA_SET_DATA_LEN, value.Bytes)
 		e.Nested(unix.NFTA_SET_DESC, func(e *netlink.AttributeEncoder) error {
 			e.Nested(nftables.NFTA_SET_DESC_CONCAT, func(e *netlink.AttributeEncoder) error {
 				for _, part := range nftables.ConcatSetTypeElements(keyType) {

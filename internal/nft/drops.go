@@ -27,7 +27,7 @@ func (tx *Tx) Drops(_ context.Context, plan rules.Plan) (rules.Drops, error) {
 		return tx.name, chainName(c)
 	}, func(c rules.Chain, found []*nftables.Rule, i int) int {
 		// Another program may have added rules.
-		return slices.IndexFunc(c.Rules, func(r rules.Rule) bool { return reflect.DeepEqual(expressions(r), found[i].Exprs) })
+		return slices.IndexFunc(c.Rules, func(r rules.Rule) bool { return reflect.DeepEqual(expressions(c.Family, r), found[i].Exprs) })
 	})
 }
 
@@ -66,7 +66,7 @@ func readDrops(plan rules.Plan, families []rules.Family, at func(rules.Chain) (t
 		if table == "" || !slices.Contains(families, c.Family) {
 			continue
 		}
-		found, err := conn.GetRules(&nftables.Table{Name: table, Family: tableFamilies[c.Family]}, &nftables.Chain{Name: chain})
+		found, err := conn.GetRules(&nftables.Table{Name: table, Family: formats[c.Family].number}, &nftables.Chain{Name: chain})
 		if errors.Is(err, unix.ENOENT) {
 			continue
 		}

@@ -21,9 +21,12 @@ import (
 type destinations []destination
 
 // A destination is an element of the map: the key is a protocol and a port, the
-// value an address and a port, each in a register of four bytes in network
-// byte order.
-type destination struct{ key, value [8]byte }
+// value an address and a port, each in registers of four bytes in network
+// byte order. The value has the length that an IPv6 address needs.
+type destination struct {
+	key   [8]byte
+	value [maxValueLen]byte
+}
 
 // mapName is the name of the map of redirects.
 const mapName = "redirects"
@@ -36,11 +39,9 @@ func newDestinations(redirects []rules.Redirect) destinations {
 		if port == 0 {
 			port = r.Port
 		}
-		a := r.To.As4()
-		d[i] = destination{
-			key:   [8]byte{0: byte(r.Protocol), 4: byte(r.Port >> 8), 5: byte(r.Port)},
-			value: [8]byte{a[0], a[1], a[2], a[3], byte(port >> 8), byte(port)},
-		}
+		d[i].key = [8]byte{0: byte(r.Protocol), 4: byte(r.Port >> 8), 5: byte(r.Port)}
+		n := copy(d[i].value[:], r.To.AsSlice())
+		binary.BigEndian.PutUint16(d[i].value[n:], uint16(port))
 	}
 	d.sort()
 	return d
@@ -82,11 +83,10 @@ func (d destinations) steps(want destinations) (gone, more destinations) {
 // with a header of four bytes, in one more attribute.
 const (
 	headerLen   = unix.NLA_HDRLEN
-	valueLen    = 8
-	partLen     = 2*headerLen + valueLen
-	elementLen  = headerLen + 2*partLen
+	keyLen      = 8
+	maxValueLen = 20 // with an IPv6 address
 	keyOffset   = 3 * headerLen
-	valueOffset = keyOffset + partLen
+	valueOffset = keyOffset + keyLen + 2*headerLen
 )
 
 // elementsInMessage is the number of elements in a message. Their list is one
@@ -95,30 +95,32 @@ const elementsInMessage = 1000
 
 // changeElements adds elements to the map or deletes them (NFT_MSG_DELSETELEM).
 func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.Table, d destinations) {
-	element := make([]byte, elementLen)
-	attribute := func(at, length int, kind uint16) {
-		binary.NativeEndian.PutUint16(element[at:], uint16(length))
+	valueLen := int(valueTypes[t.Family].Bytes)
+	element := make([]byte, valueOffset+valueLen)
+	// attribute writes the header of an attribute that ends at a value's end.
+	attribute := func(at, end int, kind uint16) {
+		binary.NativeEndian.PutUint16(element[at:], uint16(end-at)) //nolint:gosec // less than 100
 		binary.NativeEndian.PutUint16(element[at+2:], kind)
 	}
-	attribute(0, elementLen, unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED)
-	attribute(headerLen, partLen, unix.NFTA_SET_ELEM_KEY|unix.NLA_F_NESTED)
-	attribute(keyOffset-headerLen, headerLen+valueLen, unix.NFTA_DATA_VALUE)
-	attribute(headerLen+partLen, partLen, unix.NFTA_SET_ELEM_DATA|unix.NLA_F_NESTED)
-	attribute(valueOffset-headerLen, headerLen+valueLen, unix.NFTA_DATA_VALUE)
+	attribute(0, len(element), unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED)
+	attribute(headerLen, keyOffset+keyLen, unix.NFTA_SET_ELEM_KEY|unix.NLA_F_NESTED)
+	attribute(keyOffset-headerLen, keyOffset+keyLen, unix.NFTA_DATA_VALUE)
+	attribute(keyOffset+keyLen, len(element), unix.NFTA_SET_ELEM_DATA|unix.NLA_F_NESTED)
+	attribute(valueOffset-headerLen, len(element), unix.NFTA_DATA_VALUE)
 	for part := range slices.Chunk(d, elementsInMessage) {
 		b.add(kind, flags, t.Family, func(e *netlink.AttributeEncoder) {
 			e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
 			e.String(unix.NFTA_SET_ELEM_LIST_SET, mapName)
 		})
 		m := &b.messages[len(b.messages)-1]
-		length := headerLen + len(part)*elementLen
+		length := headerLen + len(part)*len(element)
 		list := make([]byte, 0, len(m.Data)+length)
 		list = append(list, m.Data...)
 		list = binary.NativeEndian.AppendUint16(list, uint16(length))
 		list = binary.NativeEndian.AppendUint16(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
 		for _, e := range part {
 			copy(element[keyOffset:], e.key[:])
-			copy(element[valueOffset:], e.value[:])
+			copy(element[valueOffset:], e.value[:valueLen])
 			list = append(list, element...)
 		}
 		m.Data = list
@@ -194,7 +196,7 @@ func listElements(conn *netlink.Conn, t *nftables.Table) (destinations, error) {
 				return nil
 			}
 			return attributes(list, func(_ uint16, element []byte) error {
-				e, err := parseElement(element)
+				e, err := parseElement(element, int(valueTypes[t.Family].Bytes))
 				d = append(d, e)
 				return err
 			})
@@ -252,16 +254,17 @@ func receive(conn *netlink.Conn, fn func(syscall.NetlinkMessage) error) error {
 	return nil
 }
 
-// parseElement reads the key and the value of an element.
-func parseElement(b []byte) (destination, error) {
+// parseElement reads the key and the value of an element. valueLen is the length of the
+// value in bytes.
+func parseElement(b []byte, valueLen int) (destination, error) {
 	var d destination
 	err := attributes(b, func(kind uint16, part []byte) error {
-		var into *[8]byte
+		var into []byte
 		switch kind {
 		case unix.NFTA_SET_ELEM_KEY:
-			into = &d.key
+			into = d.key[:]
 		case unix.NFTA_SET_ELEM_DATA:
-			into = &d.value
+			into = d.value[:valueLen]
 		default:
 			return nil
 		}
@@ -269,7 +272,7 @@ func parseElement(b []byte) (destination, error) {
 			if kind != unix.NFTA_DATA_VALUE || len(value) != len(into) {
 				return fmt.Errorf("element attribute %d: expected %d bytes, found %d", kind, len(into), len(value))
 			}
-			*into = [8]byte(value)
+			copy(into, value)
 			return nil
 		})
 	})

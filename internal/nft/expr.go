@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -13,11 +14,13 @@ import (
 )
 
 // register is the register of all comparisons, the kernel's first one. secondWord
-// is the number of the second word of its 16 bytes, which contains the second part
-// of a concatenation (linux/netfilter/nf_tables.h, nft_registers).
+// is the number of the second word of its 16 bytes, and nextRegister that of the first
+// word behind it: they contain the second part of a concatenation, behind a part of
+// four or 16 bytes (linux/netfilter/nf_tables.h, nft_registers).
 const (
-	register   = unix.NFT_REG_1
-	secondWord = unix.NFT_REG32_01
+	register     = unix.NFT_REG_1
+	secondWord   = unix.NFT_REG32_01
+	nextRegister = unix.NFT_REG_2
 )
 
 // Bits of a connection's status (linux/netfilter/nf_conntrack_common.h,
@@ -28,15 +31,27 @@ const (
 	statusDestinationNAT = 1 << 5
 )
 
-// portUnreachable is the ICMP code of a rejection (RFC 792).
-const portUnreachable = 3
+// A format is the parts of a family's rules that differ from the other family's.
+type format struct {
+	source, destination uint32     // offsets of the addresses in the header
+	length              uint32     // length of an address in bytes
+	port                uint32     // register of a port behind an address
+	repliesTo           expr.CtKey // destination of a connection's replies
+	portUnreachable     uint8      // code of the message of a rejection
+	number              nftables.TableFamily
+	name                string // as nft(8) prints it
+}
 
-// Offsets in headers.
+// formats are those of IPv4 (RFC 791, RFC 792) and IPv6 (RFC 8200, RFC 4443).
+var formats = map[rules.Family]format{
+	rules.IPv4: {12, 16, 4, secondWord, expr.CtKeyDSTIP, 3, nftables.TableFamilyIPv4, "ip"},
+	rules.IPv6: {8, 24, 16, nextRegister, expr.CtKeyDSTIP6, 4, nftables.TableFamilyIPv6, "ip6"},
+}
+
+// Offsets in the TCP and UDP headers (RFC 9293, RFC 768).
 const (
-	sourceAddress      = 12 // in the IPv4 header (RFC 791)
-	destinationAddress = 16
-	destinationPort    = 2 // in the TCP and UDP headers (RFC 9293, RFC 768)
-	tcpFlags           = 13
+	destinationPort = 2
+	tcpFlags        = 13
 )
 
 // Flags in the TCP header, and its option for the maximum segment size, whose value
@@ -48,18 +63,18 @@ const (
 	optionValue = 2
 )
 
-// expressions returns a rule as the kernel's expressions, in the form in which the
-// kernel lists them, so that drift can be detected by comparison.
-func expressions(r rules.Rule) []expr.Any {
-	e := matches(r)
+// expressions returns a rule of a family as the kernel's expressions, in the form in
+// which the kernel lists them, so that drift can be detected by comparison.
+func expressions(f rules.Family, r rules.Rule) []expr.Any {
+	e := formats[f].matches(r)
 	if r.Drops() {
 		e = append(e, &expr.Counter{})
 	}
-	return append(e, actions(r)...)
+	return append(e, formats[f].actions(r)...)
 }
 
 // matches returns the matches of the rule.
-func matches(r rules.Rule) []expr.Any {
+func (f format) matches(r rules.Rule) []expr.Any {
 	var e []expr.Any
 	add := func(more ...expr.Any) { e = append(e, more...) }
 	for _, i := range []struct {
@@ -91,7 +106,7 @@ func matches(r rules.Rule) []expr.Any {
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
 			compare(expr.CmpOpEq, []byte{byte(r.Message)}))
 	}
-	add(connectionMatches(r)...)
+	add(f.connectionMatches(r)...)
 	// The addresses are last, since most packets match them until their source
 	// is translated.
 	for _, a := range []struct {
@@ -99,13 +114,13 @@ func matches(r rules.Rule) []expr.Any {
 		offset uint32
 		op     expr.CmpOp
 	}{
-		{r.From, sourceAddress, expr.CmpOpEq},
-		{r.NotFrom, sourceAddress, expr.CmpOpNeq},
-		{r.Toward, destinationAddress, expr.CmpOpEq},
-		{r.NotToward, destinationAddress, expr.CmpOpNeq},
+		{r.From, f.source, expr.CmpOpEq},
+		{r.NotFrom, f.source, expr.CmpOpNeq},
+		{r.Toward, f.destination, expr.CmpOpEq},
+		{r.NotToward, f.destination, expr.CmpOpNeq},
 	} {
 		if a.addr.IsValid() {
-			add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: a.offset, Len: 4},
+			add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: a.offset, Len: f.length},
 				compare(a.op, a.addr.AsSlice()))
 		}
 	}
@@ -114,7 +129,7 @@ func matches(r rules.Rule) []expr.Any {
 
 // connectionMatches returns the matches of the packet's connection. For a packet
 // without a connection the kernel matches only the state.
-func connectionMatches(r rules.Rule) []expr.Any {
+func (f format) connectionMatches(r rules.Rule) []expr.Any {
 	var e []expr.Any
 	add := func(more ...expr.Any) { e = append(e, more...) }
 	if r.Unconnected {
@@ -130,7 +145,7 @@ func connectionMatches(r rules.Rule) []expr.Any {
 		add(anyBit(statusDestinationNAT)...)
 	}
 	if r.RepliesNotTo.IsValid() {
-		add(&expr.Ct{Key: expr.CtKeyDSTIP, Register: register, Direction: expr.CtDirReply},
+		add(&expr.Ct{Key: f.repliesTo, Register: register, Direction: expr.CtDirReply},
 			compare(expr.CmpOpNeq, r.RepliesNotTo.AsSlice()))
 	}
 	if r.Expected {
@@ -160,7 +175,7 @@ func connectionMatches(r rules.Rule) []expr.Any {
 }
 
 // actions returns the actions of the rule.
-func actions(r rules.Rule) []expr.Any {
+func (f format) actions(r rules.Rule) []expr.Any {
 	switch r.Target {
 	case rules.Redirected:
 		// The key is composed in the register. For other protocols than TCP and
@@ -171,19 +186,21 @@ func actions(r rules.Rule) []expr.Any {
 			&expr.Payload{DestRegister: secondWord, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
 			&expr.Lookup{SourceRegister: register, DestRegister: register, IsDestRegSet: true, SetName: mapName},
 			&expr.NAT{
-				Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: register, RegAddrMax: register,
-				RegProtoMin: secondWord, RegProtoMax: secondWord, Specified: true,
+				Type: expr.NATTypeDestNAT, Family: uint32(f.number), RegAddrMin: register, RegAddrMax: register,
+				RegProtoMin: f.port, RegProtoMax: f.port, Specified: true,
 			},
 		}
 	case rules.DNAT, rules.SNAT:
-		kind := expr.NATTypeDestNAT
+		nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.number), RegAddrMin: register, RegAddrMax: register}
 		if r.Target == rules.SNAT {
-			kind = expr.NATTypeSourceNAT
+			nat.Type = expr.NATTypeSourceNAT
 		}
-		return []expr.Any{
-			&expr.Immediate{Register: register, Data: r.To.AsSlice()},
-			&expr.NAT{Type: kind, Family: unix.NFPROTO_IPV4, RegAddrMin: register, RegAddrMax: register},
+		e := []expr.Any{&expr.Immediate{Register: register, Data: r.To.AsSlice()}}
+		if r.ToPort != 0 {
+			nat.RegProtoMin, nat.RegProtoMax, nat.Specified = nextRegister, nextRegister, true
+			e = append(e, &expr.Immediate{Register: nextRegister, Data: []byte{byte(r.ToPort >> 8), byte(r.ToPort)}})
 		}
+		return append(e, nat)
 	case rules.MarkPacket:
 		return []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
@@ -200,7 +217,7 @@ func actions(r rules.Rule) []expr.Any {
 		if r.Protocol == rules.TCP {
 			return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
 		}
-		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: portUnreachable}}
+		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.portUnreachable}}
 	case rules.AttachHelper:
 		return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_HELPER, Name: objectName(r.Helper, r.Protocol)}}
 	case rules.ClampMSS:

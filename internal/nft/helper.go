@@ -116,7 +116,7 @@ func missingHelper(target state, err error) error {
 	}
 	for key, t := range target {
 		for _, h := range t.helpers {
-			probe := &nftables.Table{Name: probeName, Family: tableFamilies[key.family]}
+			probe := &nftables.Table{Name: probeName, Family: formats[key.family].number}
 			var b batch
 			b.addTable(probe)
 			b.addHelper(probe, h)

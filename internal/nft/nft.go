@@ -108,14 +108,24 @@ func (tx *Tx) Redirects() bool {
 	return false
 }
 
-// Differs returns the differences of the kernel from the plan, one line each.
-func (tx *Tx) Differs(plan rules.Plan) []string { return tx.differences(render(plan, tx.name)) }
+// Differs returns the differences of the kernel from the plan, one line each; for an
+// invalid plan its error.
+func (tx *Tx) Differs(plan rules.Plan) []string {
+	if err := plan.Validate(); err != nil {
+		return []string{err.Error()}
+	}
+	return tx.differences(render(plan, tx.name))
+}
 
 // Apply loads the plan, and does nothing if there is no drift. It returns the
-// rollback to the state before; with an error only if that state has changed.
+// rollback to the state before; with an error only if that state has changed. An invalid
+// plan is an error ([rules.Plan.Validate]).
 func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	before := tx.now
 	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if err := plan.Validate(); err != nil {
 		return nil, err
 	}
 	undo = func() error { return tx.become(before) }

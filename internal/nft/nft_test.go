@@ -192,9 +192,12 @@ func TestRefused(t *testing.T) {
 		// An SNAT rule in a chain that cannot have one, the last one.
 		last := &bad.Chains[len(bad.Chains)-1]
 		last.Rules = append(last.Rules, rules.Rule{Target: rules.SNAT, To: sides.Source})
-		_, err := beginTx(t).Apply(t.Context(), bad)
-		if _, ok := errors.AsType[*LoadError](err); !ok {
-			t.Errorf("error %v, want a *LoadError", err)
+		tx := beginTx(t)
+		if _, ok := errors.AsType[*LoadError](tx.become(render(bad, tableName))); !ok {
+			t.Error("no *LoadError")
+		}
+		if _, err := tx.Apply(t.Context(), bad); err == nil || !strings.Contains(err.Error(), "invalid rule in chain") || len(tx.Differs(bad)) != 1 {
+			t.Errorf("error %v, differences %q: want the plan's fault", err, tx.Differs(bad))
 		}
 		if found := beginTx(t).Differs(before); len(found) > 0 {
 			t.Errorf("tables changed: %v", found)
@@ -311,7 +314,7 @@ func FuzzAttributes(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, data []byte) {
 		_ = attributes(data, func(_ uint16, list []byte) error {
 			return attributes(list, func(_ uint16, element []byte) error {
-				_, err := parseElement(element)
+				_, err := parseElement(element, keyLen)
 				return err
 			})
 		})
@@ -320,25 +323,28 @@ func FuzzAttributes(f *testing.F) {
 
 // An element is decoded as it was encoded.
 func TestElementRoundTrip(t *testing.T) {
-	want := newDestinations([]rules.Redirect{
-		{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("192.0.2.1")},
-		{Protocol: rules.UDP, Port: 65535, To: netip.MustParseAddr("203.0.113.255"), ToPort: 1},
-	})
-	var b batch
-	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableKey{tableName, rules.IPv4}), want)
-	var got destinations
-	err := attributes(b.messages[0].Data[4:], func(kind uint16, list []byte) error {
-		if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-			return nil
-		}
-		return attributes(list, func(_ uint16, element []byte) error {
-			d, err := parseElement(element)
-			got = append(got, d)
-			return err
+	for f, to := range map[rules.Family][2]string{rules.IPv4: {"192.0.2.1", "203.0.113.255"}, rules.IPv6: {"2001:db8::1", "2001:db8:ffff::ffff"}} {
+		want := newDestinations([]rules.Redirect{
+			{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr(to[0])},
+			{Protocol: rules.UDP, Port: 65535, To: netip.MustParseAddr(to[1]), ToPort: 1},
 		})
-	})
-	if err != nil || fmt.Sprint([]destination(got)) != fmt.Sprint([]destination(want)) {
-		t.Errorf("%v, %v; want %v", got, err, want)
+		table := tableOf(tableKey{tableName, f})
+		var b batch
+		b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, table, want)
+		var got destinations
+		err := attributes(b.messages[0].Data[4:], func(kind uint16, list []byte) error {
+			if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				return nil
+			}
+			return attributes(list, func(_ uint16, element []byte) error {
+				d, err := parseElement(element, int(valueTypes[table.Family].Bytes))
+				got = append(got, d)
+				return err
+			})
+		})
+		if err != nil || fmt.Sprint([]destination(got)) != fmt.Sprint([]destination(want)) {
+			t.Errorf("%s: %v, %v; want %v", f, got, err, want)
+		}
 	}
 }
 

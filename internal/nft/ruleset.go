@@ -24,7 +24,7 @@ type tableKey struct {
 }
 
 // String returns the table as nft(8) lists it.
-func (k tableKey) String() string { return fmt.Sprintf("table %s %s", familyNames[k.family], k.name) }
+func (k tableKey) String() string { return fmt.Sprintf("table %s %s", formats[k.family].name, k.name) }
 
 // A table is the content of one of our tables.
 type table struct {
@@ -86,7 +86,7 @@ var places = map[rules.Table]map[rules.Hook]place{
 // chainName returns the nftables name of a plan's chain.
 func chainName(c rules.Chain) string { return strings.ToLower(fmt.Sprintf("%s-%s", c.Table, c.Hook)) }
 
-// render returns the part of a plan that belongs to the tables called name.
+// render returns the part of a valid plan that belongs to the tables called name.
 func render(plan rules.Plan, name string) state {
 	want := make(state)
 	for _, c := range plan.Chains {
@@ -105,9 +105,9 @@ func render(plan rules.Plan, name string) state {
 		at := places[c.Table][c.Hook]
 		rendered := &chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}
 		for _, r := range c.Rules {
-			rendered.rules = append(rendered.rules, expressions(r))
+			rendered.rules = append(rendered.rules, expressions(c.Family, r))
 			if r.Target == rules.Redirected {
-				t.to = newDestinations(plan.Redirects)
+				t.to = newDestinations(plan.RedirectsOf(c.Family))
 			}
 		}
 		t.chains[chainName(c)] = rendered

@@ -32,7 +32,7 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 	defer func() { _ = conn.CloseLasting() }()
 	var s Stray
 	for _, f := range families {
-		chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])
+		chains, err := conn.ListChainsOfTableFamily(formats[f].number)
 		if missing(err) {
 			continue
 		}
@@ -40,7 +40,7 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 			return nil, fmt.Errorf("list nftables chains: %w", err)
 		}
 		if ours && slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == tableName }) {
-			s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", familyNames[f], tableName))
+			s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", formats[f].name, tableName))
 			s.batch.deleteTable(tableOf(tableKey{tableName, f}))
 		}
 		if iptables {
@@ -58,7 +58,7 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 // addIPTables adds our chains of iptables in one family.
 func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftables.Chain) error {
 	for _, name := range []rules.Table{rules.NAT, rules.Mangle, rules.Filter, rules.Raw} {
-		t := &nftables.Table{Name: string(name), Family: tableFamilies[f]}
+		t := &nftables.Table{Name: string(name), Family: formats[f].number}
 		var own, others []string
 		for _, c := range chains {
 			switch {
@@ -72,7 +72,7 @@ func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftab
 		if len(own) == 0 {
 			continue
 		}
-		s.found = append(s.found, fmt.Sprintf("%d chains of iptables (nf_tables) in table %s %s", len(own), familyNames[f], name))
+		s.found = append(s.found, fmt.Sprintf("%d chains of iptables (nf_tables) in table %s %s", len(own), formats[f].name, name))
 		referenced := make(map[string]bool)
 		for _, chain := range others {
 			list, err := conn.GetRules(t, &nftables.Chain{Name: chain})

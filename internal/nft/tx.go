@@ -16,22 +16,19 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// The families by nftables' numbers and names.
-var (
-	tableFamilies = map[rules.Family]nftables.TableFamily{rules.IPv4: nftables.TableFamilyIPv4, rules.IPv6: nftables.TableFamilyIPv6}
-	familyNames   = map[rules.Family]string{rules.IPv4: "ip", rules.IPv6: "ip6"}
-)
-
-// The types of the map's keys and values. The kernel pads each part of a
+// The types of the map's keys and, by family, values. The kernel pads each part of a
 // concatenation to four bytes.
 var (
-	keyType   = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
-	valueType = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
+	keyType    = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+	valueTypes = map[nftables.TableFamily]nftables.SetDatatype{
+		nftables.TableFamilyIPv4: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService),
+		nftables.TableFamilyIPv6: nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService),
+	}
 )
 
 // tableOf returns one of our tables as the library identifies it.
 func tableOf(key tableKey) *nftables.Table {
-	return &nftables.Table{Name: key.name, Family: tableFamilies[key.family]}
+	return &nftables.Table{Name: key.name, Family: formats[key.family].number}
 }
 
 // tries is the number of tries of a change, after concurrent changes of the
@@ -84,7 +81,7 @@ func readTables(keys []tableKey) (state, error) {
 
 // readTable returns the content of table t, nil if it does not exist.
 func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, error) {
-	tables, err := conn.ListTablesOfFamily(tableFamilies[f])
+	tables, err := conn.ListTablesOfFamily(formats[f].number)
 	if err != nil {
 		if missing(err) {
 			return nil, &KernelError{err}
@@ -108,7 +105,7 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 	}
 	for _, s := range sets {
 		if s.Name != mapName || !s.IsMap || s.Interval || s.Constant || s.Timeout != 0 ||
-			s.KeyType.Name != keyType.Name || s.DataType.Name != valueType.Name {
+			s.KeyType.Name != keyType.Name || s.DataType.Name != valueTypes[t.Family].Name {
 			found.others = append(found.others, "set "+s.Name)
 			continue
 		}
@@ -121,7 +118,7 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 
 // readChains reads the chains of table t.
 func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *table) error {
-	chains, err := conn.ListChainsOfTableFamily(tableFamilies[f])
+	chains, err := conn.ListChainsOfTableFamily(formats[f].number)
 	if err != nil {
 		return fmt.Errorf("list chains: %w", err)
 	}
