@@ -8,6 +8,10 @@ import (
 func TestStale(t *testing.T) {
 	stale := NewPlan(exampleSet, sides).Stale([]netip.Addr{ip("10.128.0.98")})
 	withoutFallback := NewPlan(Set{Redirects: exampleSet.Redirects}, sides).Stale([]netip.Addr{ip("10.128.0.98")})
+	six := NewPlan(exampleSet, sides)
+	six.Redirects = append(six.Redirects, Redirect{TCP, 80, ip("2001:db8::25"), 8080})
+	six.Chains = append(six.Chains, Chain{IPv6, NAT, Postrouting, []Rule{{Target: SNAT, To: ip("2001:db8:12::99")}}})
+	both := six.Stale([]netip.Addr{ip("10.128.0.98"), ip("fd00::98")})
 	at := netip.MustParseAddrPort
 	client, reserved := ip("10.128.0.71"), ip("192.168.12.99")
 	for name, test := range map[string]struct {
@@ -33,6 +37,11 @@ func TestStale(t *testing.T) {
 		"through it, not redirected":   {stale, Connection{TCP, client, at("198.51.100.7:80"), at("198.51.100.7:80"), reserved}, false},
 		"of the pod, by others":        {stale, Connection{UDP, ip("127.0.0.1"), at("127.0.0.11:53"), at("127.0.0.11:40000"), ip("127.0.0.1")}, false},
 		"of the pod, translated":       {stale, Connection{TCP, ip("10.128.0.98"), at("198.51.100.7:80"), at("198.51.100.8:80"), reserved}, false},
+		"IPv4 of both":                 {both, Connection{TCP, client, at("10.128.0.98:80"), at("203.0.113.25:80"), reserved}, false},
+		"IPv6":                         {both, Connection{TCP, ip("fd00::71"), at("[fd00::98]:80"), at("[2001:db8::25]:8080"), ip("2001:db8:12::99")}, false},
+		"IPv6, another server":         {both, Connection{TCP, ip("fd00::71"), at("[fd00::98]:80"), at("[2001:db8::26]:8080"), ip("2001:db8:12::99")}, true},
+		"IPv6, another source":         {both, Connection{TCP, ip("fd00::71"), at("[fd00::98]:80"), at("[2001:db8::25]:8080"), ip("fd00::71")}, true},
+		"IPv6, no fallback":            {both, Connection{TCP, ip("fd00::71"), at("[fd00::98]:8080"), at("[fd00::98]:8080"), ip("fd00::71")}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := test.stale(test.c); got != test.want {

@@ -121,7 +121,8 @@ const (
 	RedirectMessageIPv6 Message = 137 // ICMPv6 (RFC 4861)
 )
 
-// A Rule is one match and one target. A zero field matches every packet.
+// A Rule is one match and one target. A zero field matches every packet. Not every
+// combination is valid: see [Plan.Validate].
 type Rule struct {
 	From      netip.Addr // source of the packet
 	NotFrom   netip.Addr // any other source
@@ -149,7 +150,7 @@ type Rule struct {
 
 	Target Target
 	To     netip.Addr
-	ToPort Port // zero: the port is unchanged
+	ToPort Port // of DNAT; zero: the port is unchanged
 	Mark   Mark
 	Helper string // the kernel's name of a helper
 	Reason Reason // of Drop, Reject and LogPacket

@@ -25,9 +25,9 @@ type batch struct {
 	err        error // first encoding error
 }
 
-// writeBuffer is the size of a batch's buffer in bytes. The largest batch, with a
-// redirect to an IPv4 address for every port, has 2.3 MiB; the kernel reserves half of the size for
-// its accounting (socket(7), SO_SNDBUF).
+// writeBuffer is the size of a batch's buffer in bytes. The largest batch of one family
+// and protocol, with a redirect for every port, has 2.3 MiB, in IPv6 3.1; the kernel
+// reserves half of the size for its accounting (socket(7), SO_SNDBUF).
 const writeBuffer = 8 << 20
 
 // header returns the part of a message before its attributes

@@ -40,8 +40,8 @@ func newDestinations(redirects []rules.Redirect) destinations {
 			port = r.Port
 		}
 		d[i].key = [8]byte{0: byte(r.Protocol), 4: byte(r.Port >> 8), 5: byte(r.Port)}
-		n := copy(d[i].value[:], r.To.AsSlice())
-		binary.BigEndian.PutUint16(d[i].value[n:], uint16(port))
+		addr, _ := r.To.AppendBinary(d[i].value[:0]) // no error is possible
+		binary.BigEndian.PutUint16(d[i].value[len(addr):], uint16(port))
 	}
 	d.sort()
 	return d

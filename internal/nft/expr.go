@@ -219,7 +219,13 @@ func (f format) actions(r rules.Rule) []expr.Any {
 		}
 		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.portUnreachable}}
 	case rules.AttachHelper:
-		return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_HELPER, Name: objectName(r.Helper, r.Protocol)}}
+		// iptables attaches none to a connection that another helper expected (init_conntrack
+		// in net/netfilter/nf_conntrack_core.c).
+		return []expr.Any{
+			&expr.Ct{Key: expr.CtKeySTATUS, Register: register},
+			bits(binaryutil.NativeEndian.PutUint32(statusExpected), make([]byte, 4)), compare(expr.CmpOpEq, make([]byte, 4)),
+			&expr.Objref{Type: unix.NFT_OBJECT_CT_HELPER, Name: objectName(r.Helper, r.Protocol)},
+		}
 	case rules.ClampMSS:
 		return append(pathMSS(), &expr.Exthdr{SourceRegister: register, Type: optionMSS, Offset: optionValue, Len: 2, Op: expr.ExthdrOpTcpopt})
 	case rules.LogPacket:

@@ -86,6 +86,15 @@ func TestApply(t *testing.T) {
 		"no IPv6":     parse(t, example).Without(rules.IPv6),
 		"drop log":    parse(t, example).WithDropLog(),
 	}
+	six := parse(t, lines(1000))
+	six.Chains = append(six.Chains, rules.Chain{Family: rules.IPv6, Table: rules.NAT, Hook: rules.Prerouting, Rules: []rules.Rule{
+		{In: "eth0", Target: rules.Redirected},
+		{In: "eth0", Target: rules.DNAT, To: netip.MustParseAddr("2001:db8::27")},
+	}})
+	for port := range rules.Port(2000) {
+		six.Redirects = append(six.Redirects, rules.Redirect{Protocol: rules.TCP, Port: 1 + port, To: netip.MustParseAddr("2001:db8::25")})
+	}
+	plans["both families"] = six
 	for from := range plans {
 		t.Run(from, func(t *testing.T) {
 			for to := range plans {
