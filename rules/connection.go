@@ -27,15 +27,7 @@ type Connection struct {
 // and redirected ones of other hosts through the pod, which the original redirects
 // too.
 func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
-	type local struct {
-		family   Family
-		protocol Protocol
-		port     Port
-	}
-	redirects := make(map[local]Redirect, len(p.Redirects))
-	for _, r := range p.Redirects {
-		redirects[local{FamilyOf(r.To), r.Protocol, r.Port}] = r
-	}
+	lookup := NewLookup(p.Redirects)
 	fallbacks, sources := make(map[Family]netip.Addr), make(map[Family]netip.Addr)
 	for _, f := range []Family{IPv4, IPv6} {
 		fallbacks[f], sources[f] = p.to(f, DNAT), p.to(f, SNAT)
@@ -50,17 +42,15 @@ func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 		if !slices.Contains(pod, c.To.Addr()) && (!through || own) {
 			return false
 		}
-		r, redirected := redirects[local{family, c.Protocol, Port(c.To.Port())}]
-		if !redirected {
-			r.To, redirected = fallback, fallback.IsValid()
-		}
-		if !redirected {
+		local := Port(c.To.Port())
+		server := netip.AddrPortFrom(fallback, uint16(local))
+		i, redirected := lookup.Find(family, c.Protocol, local)
+		switch {
+		case redirected:
+			server = p.Redirects[i].Server(local)
+		case !fallback.IsValid():
 			return c.RepliesFrom != c.To
 		}
-		port := c.To.Port()
-		if r.ToPort != 0 {
-			port = uint16(r.ToPort)
-		}
-		return c.RepliesFrom != netip.AddrPortFrom(r.To, port) || c.RepliesTo != source
+		return c.RepliesFrom != server || c.RepliesTo != source
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
-// A Protocol is a protocol above IP by its IANA number. The grammar yields TCP
-// and UDP only.
+// A Protocol is a protocol above IP by its IANA number. The grammar yields TCP and UDP, the
+// extended one also SCTP.
 type Protocol uint8
 
 // The protocols of the grammar, and those that only rules use. The zero Protocol
@@ -21,6 +21,7 @@ const (
 	TCP    Protocol = 6
 	UDP    Protocol = 17
 	ICMPv6 Protocol = 58
+	SCTP   Protocol = 132
 )
 
 // String returns the protocol's name as the grammar and iptables write it.
@@ -36,6 +37,8 @@ func (p Protocol) String() string {
 		return "tcp"
 	case UDP:
 		return "udp"
+	case SCTP:
+		return "sctp"
 	}
 	return strconv.Itoa(int(p))
 }
@@ -71,26 +74,82 @@ func ParseIPv4(s string) (netip.Addr, bool) {
 	return a, err == nil && a.Is4()
 }
 
-// A Redirect sends the connections to one port of the pod to one address.
+// A Redirect sends the connections to one port of the pod, or to a range of ports, to one
+// address.
 type Redirect struct {
 	Protocol Protocol
-	Port     Port       // local port, on the pod
+	Port     Port       // local port, on the pod; the first one of a range
+	Last     Port       // the last port of a range; zero: there is only Port
 	To       netip.Addr // IPv4 only, if read from the grammar
-	ToPort   Port       // remote port; zero: the same as Port
+	ToPort   Port       // remote port; zero: the same as the local one
+	Shifts   bool       // ToPort is for Port, and the next ones are for the rest of the range
+}
+
+// last returns the last local port.
+func (r Redirect) last() Port { return max(r.Port, r.Last) }
+
+// Contains reports whether r redirects a local port.
+func (r Redirect) Contains(p Protocol, local Port) bool {
+	return r.Protocol == p && r.Port <= local && local <= r.last()
+}
+
+// Server returns the server for a local port of r.
+func (r Redirect) Server(local Port) netip.AddrPort {
+	to := local
+	switch {
+	case r.Shifts:
+		to = r.ToPort + (local - r.Port)
+	case r.ToPort != 0:
+		to = r.ToPort
+	}
+	return netip.AddrPortFrom(r.To, uint16(to))
+}
+
+// portsTo returns the local ports whose server has a port, like Port and Last, if there are
+// any.
+func (r Redirect) portsTo(remote Port) (first, last Port, ok bool) {
+	switch {
+	case r.ToPort == 0:
+		return remote, 0, r.Contains(r.Protocol, remote)
+	case !r.Shifts:
+		return r.Port, r.Last, r.ToPort == remote
+	}
+	local := r.Port + (remote - r.ToPort) // wraps around outside of the range
+	return local, 0, r.Contains(r.Protocol, local)
 }
 
 // String returns the redirect as a line of the grammar.
 func (r Redirect) String() string {
-	s := fmt.Sprintf("%d %s %s", r.Port, r.Protocol, r.To)
+	s := fmt.Sprintf("%s %s %s", r.LocalPorts(), r.Protocol, r.To)
 	if r.ToPort != 0 {
-		s += " " + strconv.Itoa(int(r.ToPort))
+		s += " " + r.ToPorts()
+	}
+	return s
+}
+
+// LocalPorts returns the local ports as the grammar writes them.
+func (r Redirect) LocalPorts() string { return ports(r.Port, r.last()) }
+
+// ToPorts returns the remote ports as the grammar writes them.
+func (r Redirect) ToPorts() string {
+	first := Port(r.Server(r.Port).Port())
+	if r.ToPort != 0 && !r.Shifts {
+		return ports(first, first)
+	}
+	return ports(first, Port(r.Server(r.last()).Port()))
+}
+
+func ports(first, last Port) string {
+	s := strconv.Itoa(int(first))
+	if last != first {
+		s += "-" + strconv.Itoa(int(last))
 	}
 	return s
 }
 
 // A Set is the content of a destination list.
 type Set struct {
-	Redirects []Redirect // in the order written; no two have the same Port
+	Redirects []Redirect // in the order written; no two have the same protocol and port
 	Fallback  netip.Addr // destination of all other ports; the zero Addr: none
 }
 

@@ -22,15 +22,15 @@ const example = `80   tcp 203.0.113.25
 
 var exampleSet = Set{
 	Redirects: []Redirect{
-		{TCP, 80, ip("203.0.113.25"), 0},
-		{TCP, 8080, ip("203.0.113.26"), 80},
-		{TCP, 8443, ip("203.0.113.26"), 443},
+		{Protocol: TCP, Port: 80, To: ip("203.0.113.25")},
+		{Protocol: TCP, Port: 8080, To: ip("203.0.113.26"), ToPort: 80},
+		{Protocol: TCP, Port: 8443, To: ip("203.0.113.26"), ToPort: 443},
 	},
 	Fallback: ip("203.0.113.27"),
 }
 
 func TestParse(t *testing.T) {
-	one := Set{Redirects: []Redirect{{UDP, 53, ip("10.4.5.6"), 0}}}
+	one := Set{Redirects: []Redirect{{Protocol: UDP, Port: 53, To: ip("10.4.5.6")}}}
 	for name, test := range map[string]struct {
 		value string
 		want  Set
@@ -43,8 +43,8 @@ func TestParse(t *testing.T) {
 		"comments behind the fallback":     {"10.1.2.3\n\n# nothing else\n", Set{Fallback: ip("10.1.2.3")}},
 		"nothing but comments":             {"# 80 tcp 10.4.5.6", Set{}},
 		"a continued line":                 {"53 udp \\\n10.4.5.6", one},
-		"a remote port that is the same":   {"53 udp 10.4.5.6 53", Set{Redirects: []Redirect{{UDP, 53, ip("10.4.5.6"), 53}}}},
-		"the highest port":                 {"65535 tcp 10.4.5.6 65535", Set{Redirects: []Redirect{{TCP, 65535, ip("10.4.5.6"), 65535}}}},
+		"a remote port that is the same":   {"53 udp 10.4.5.6 53", Set{Redirects: []Redirect{{Protocol: UDP, Port: 53, To: ip("10.4.5.6"), ToPort: 53}}}},
+		"the highest port":                 {"65535 tcp 10.4.5.6 65535", Set{Redirects: []Redirect{{Protocol: TCP, Port: 65535, To: ip("10.4.5.6"), ToPort: 65535}}}},
 		"protected blanks at the end":      {`53 udp 10.4.5.6\ `, one},
 		"a last line that is never read":   {"53 udp 10.4.5.6\n54 udp 10.4.5.6\\", one},
 		"a protected number sign comments": {`\# 80`, Set{}},

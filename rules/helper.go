@@ -53,8 +53,8 @@ func (h Helper) Modules() string {
 // it if it crosses all the same.
 func helperRules(set Set, sides Sides) []Rule {
 	var rules []Rule
-	add := func(h Helper, local Port) {
-		rules = append(rules, Rule{In: sides.Cluster, Protocol: h.Protocol, Port: local, Target: AttachHelper, Helper: h.Name})
+	add := func(h Helper, first, last Port) {
+		rules = append(rules, Rule{In: sides.Cluster, Protocol: h.Protocol, Port: first, Last: last, Target: AttachHelper, Helper: h.Name})
 	}
 	for _, h := range sides.Helpers {
 		crosses := set.Fallback.IsValid() || sides.Crossing == CrossAll
@@ -62,15 +62,15 @@ func helperRules(set Set, sides Sides) []Rule {
 			if r.Protocol != h.Protocol {
 				continue
 			}
-			if r.Port == h.Port {
+			if r.Contains(h.Protocol, h.Port) {
 				crosses = false // its own server decides
 			}
-			if r.ToPort == h.Port || r.ToPort == 0 && r.Port == h.Port {
-				add(h, r.Port)
+			if first, last, ok := r.portsTo(h.Port); ok {
+				add(h, first, last)
 			}
 		}
 		if crosses {
-			add(h, h.Port)
+			add(h, h.Port, 0)
 		}
 	}
 	return rules

@@ -1,9 +1,6 @@
 package rules
 
-import (
-	"slices"
-	"strings"
-)
+import "strings"
 
 // A Line is one logical line of a destination list, as the shell's read passes it
 // to the original router.
@@ -27,12 +24,6 @@ type Line struct {
 func Lines(value string) []Line {
 	lines, _ := split(value)
 	return lines
-}
-
-// Entries returns the lines of a valid list that are neither blank nor comments:
-// those of its redirects in their order, then that of its fallback.
-func Entries(value string) []Line {
-	return slices.DeleteFunc(Lines(value), Line.isSkipped)
 }
 
 // isSkipped reports whether the grammar skips the line: blank lines and comments.

@@ -132,7 +132,8 @@ type Rule struct {
 	Out       string     // output interface
 	NotOut    string     // any other output interface
 	Protocol  Protocol
-	Port      Port    // destination port
+	Port      Port    // destination port; the first one of a range
+	Last      Port    // the last one of a range; zero: Port alone
 	SYN       bool    // a TCP segment with SYN and without RST
 	Message   Message // type of ICMP or ICMPv6 messages, by Protocol
 	Marked    Mark    // mark of the connection

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -199,9 +198,8 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 	for _, l := range report.Lines {
 		labels := []string{"any", "fallback", l.To.String()}
 		if l.Protocol != 0 {
-			to := netip.AddrPortFrom(l.To, uint16(l.ToPort))
-			labels = []string{l.Protocol.String(), strconv.Itoa(int(l.Port)), to.String()}
-			if is, probed := up[to]; probed && l.Protocol == rules.TCP {
+			labels = []string{l.Protocol.String(), l.LocalPorts(), l.To.String() + ":" + l.ToPorts()}
+			if is, probed := up[l.Server(l.Port)]; probed && l.Protocol == rules.TCP {
 				emit(name+"destination_up", oneIf(is), labels...)
 			}
 		}

@@ -34,11 +34,7 @@ func effect(set rules.Set, source netip.Addr) string {
 	fmt.Fprintf(&b, "connections to the pod, with %s as their source:\n", source)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, r := range set.Redirects {
-		to := r.ToPort
-		if to == 0 {
-			to = r.Port
-		}
-		fmt.Fprintf(table, "  %s port %d\tto %s port %d\n", r.Protocol, r.Port, r.To, to)
+		fmt.Fprintf(table, "  %s %s\tto %s %s\n", r.Protocol, portText(r.LocalPorts()), r.To, portText(r.ToPorts()))
 	}
 	rest := "everything else"
 	if len(set.Redirects) == 0 {
@@ -51,4 +47,12 @@ func effect(set rules.Set, source netip.Addr) string {
 	}
 	table.Flush()
 	return b.String()
+}
+
+// portText returns one port, or a range, with its noun.
+func portText(ports string) string {
+	if strings.Contains(ports, "-") {
+		return "ports " + ports
+	}
+	return "port " + ports
 }

@@ -389,7 +389,7 @@ func (c *Config) unreachable(l list, text string) (warnings []string) {
 			continue
 		}
 		if entries == nil {
-			entries = rules.Entries(text)
+			entries = rules.Legacy.Entries(text)
 		}
 		warnings = append(warnings, fmt.Sprintf("%s: %s is %s: %s", l.place(entries[i].Number), a, is, why))
 	}

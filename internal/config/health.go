@@ -94,7 +94,7 @@ func (c *Config) parseLogDrops(s string) *Error {
 // checkHealthPort checks that no destination has the port of the health endpoint.
 func (c *Config) checkHealthPort() *Error {
 	port := rules.Port(c.Health.Listen.Port())
-	taken := func(r rules.Redirect) bool { return r.Protocol == rules.TCP && r.Port == port }
+	taken := func(r rules.Redirect) bool { return r.Contains(rules.TCP, port) }
 	if port == 0 || !slices.ContainsFunc(c.Set.Redirects, taken) {
 		return nil
 	}

@@ -39,7 +39,7 @@ type book struct {
 	audit func(Event) // nil: no audit log
 
 	lines    []*line // in the order of the set, the fallback last
-	byPort   map[service]*line
+	byPort   rules.Lookup // index of lines
 	fallback *line
 
 	start time.Time
@@ -48,12 +48,6 @@ type book struct {
 	dumps uint32 // number of dumps
 	waits timeouts
 	first bool // the current dump is the first one
-}
-
-// A service is a port of the pod.
-type service struct {
-	protocol rules.Protocol
-	port     rules.Port
 }
 
 // A line is a destination and its counters.
@@ -84,17 +78,16 @@ func newBook(set rules.Set, count bool, audit func(Event), now time.Time) *book 
 	return b
 }
 
-// destinations returns the destinations of a set.
-func destinations(set rules.Set) []Destination {
-	list := make([]Destination, 0, len(set.Redirects)+1)
-	for _, r := range set.Redirects {
-		if r.ToPort == 0 {
-			r.ToPort = r.Port
+// destinations returns the redirects of a set, the fallback last.
+func destinations(set rules.Set) []rules.Redirect {
+	list := slices.Clone(set.Redirects)
+	for i, r := range list {
+		if r.ToPort == 0 && r.Last == 0 {
+			list[i].ToPort = r.Port
 		}
-		list = append(list, Destination(r))
 	}
 	if set.Fallback.IsValid() {
-		list = append(list, Destination{To: set.Fallback})
+		list = append(list, rules.Redirect{To: set.Fallback})
 	}
 	return list
 }
@@ -103,24 +96,22 @@ func destinations(set rules.Set) []Destination {
 // while that is in the list. For a destination that it comes to, it is like a
 // connection older than the counters.
 func (b *book) replace(set rules.Set) {
-	before := make(map[Destination]*line, len(b.lines))
+	before := make(map[rules.Redirect]*line, len(b.lines))
 	for _, l := range b.lines {
-		before[l.Destination] = l
+		before[l.Redirect] = l
 		l.gone = true
 	}
 	list := destinations(set)
-	b.lines, b.byPort, b.fallback = make([]*line, 0, len(list)), make(map[service]*line, len(list)), nil
+	b.lines, b.byPort, b.fallback = make([]*line, 0, len(list)), rules.NewLookup(set.Redirects), nil
 	for _, d := range list {
 		l := before[d]
 		if l == nil {
-			l = &line{Line: Line{Destination: d}}
+			l = &line{Line: Line{Redirect: d}}
 		}
 		l.gone = false
 		b.lines = append(b.lines, l)
 		if d.Protocol == 0 {
 			b.fallback = l
-		} else {
-			b.byPort[service{d.Protocol, d.Port}] = l
 		}
 	}
 	for k, f := range b.open {
@@ -142,9 +133,9 @@ func (b *book) lineOf(k key, server endpoint) *line {
 	if !b.count {
 		return nil
 	}
-	to := netip.AddrFrom4(server.addr)
-	if l := b.byPort[service{k.protocol, rules.Port(k.local.port)}]; l != nil && l.To == to && l.ToPort == rules.Port(server.port) {
-		return l
+	to, local := netip.AddrFrom4(server.addr), rules.Port(k.local.port)
+	if i, ok := b.byPort.Find(rules.IPv4, k.protocol, local); ok && b.lines[i].Server(local) == netip.AddrPortFrom(to, server.port) {
+		return b.lines[i]
 	}
 	if b.fallback != nil && b.fallback.To == to {
 		return b.fallback

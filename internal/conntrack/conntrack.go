@@ -25,15 +25,6 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Destination is one line of the destination list. For the fallback, Protocol,
-// Port and ToPort are zero.
-type Destination struct {
-	Protocol rules.Protocol
-	Port     rules.Port // local port, on the pod
-	To       netip.Addr
-	ToPort   rules.Port // remote port, even if the line omits it
-}
-
 // Traffic counts IP packets and their bytes, including IP headers. Out is toward
 // the server. Segments joined by the network card or driver (GRO) are one packet.
 type Traffic struct {
@@ -65,9 +56,10 @@ type Counts struct {
 	Open int
 }
 
-// A Line is a destination with its counters.
+// A Line is a redirect with its counters. The fallback has only the address of its server;
+// another one that keeps the port of its connections has it as its remote port.
 type Line struct {
-	Destination
+	rules.Redirect
 	Counts
 }
 

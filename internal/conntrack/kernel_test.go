@@ -204,7 +204,7 @@ func wantUDP(t *testing.T, got Line, connections uint64, open, datagrams, payloa
 	packets, size := uint64(datagrams), uint64(datagrams*28+payload)
 	want := Counts{connections, Traffic{packets, size, packets, size}, open}
 	if got.Counts != want {
-		t.Errorf("%v: got %+v, want %+v", got.Destination, got.Counts, want)
+		t.Errorf("%v: got %+v, want %+v", got.Redirect, got.Counts, want)
 	}
 }
 
@@ -218,7 +218,7 @@ func TestCounts(t *testing.T) {
 	exchange(t, old, 5)
 	tracker := start(t, options)
 	r := counts(t, tracker)
-	if len(r.Lines) != 4 || !r.Accounted || r.Lines[3].Destination != (Destination{To: fallback}) || r.Lines[2].ToPort != 81 {
+	if len(r.Lines) != 4 || !r.Accounted || r.Lines[3].Redirect != (rules.Redirect{To: fallback}) || r.Lines[2].ToPort != 81 {
 		t.Fatalf("got %+v", r)
 	}
 	wantUDP(t, r.Lines[1], 0, 1, 0, 0)

@@ -73,7 +73,7 @@ func wantConnections(p *labtest.Pod, r conntrack.Report, want ...uint64) {
 	p.Helper()
 	for i, l := range r.Lines {
 		if l.Connections != want[i] {
-			p.Errorf("%v: %d connections, want %d", l.Destination, l.Connections, want[i])
+			p.Errorf("%v: %d connections, want %d", l.Redirect, l.Connections, want[i])
 		}
 	}
 }

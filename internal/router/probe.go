@@ -121,11 +121,7 @@ func targets(plan rules.Plan) []netip.AddrPort {
 	var all []netip.AddrPort
 	seen := make(map[netip.AddrPort]bool)
 	for _, r := range plan.Redirects {
-		port := r.ToPort
-		if port == 0 {
-			port = r.Port
-		}
-		to := netip.AddrPortFrom(r.To, uint16(port))
+		to := r.Server(r.Port)
 		if r.Protocol == rules.TCP && !seen[to] {
 			seen[to] = true
 			all = append(all, to)

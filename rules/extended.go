@@ -1,0 +1,244 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
+)
+
+// A Grammar is a form of destination lists.
+type Grammar uint8
+
+// The grammars.
+const (
+	Legacy   Grammar = iota // the original's
+	Extended                // see ParseExtended
+)
+
+// Parse reads a destination list in the grammar.
+func (g Grammar) Parse(value string, names spec.Names) (Set, error) {
+	if g == Extended {
+		return ParseExtended(value, names)
+	}
+	return Parse(value, names)
+}
+
+// Entries returns the lines of a valid list, for each redirect that of it, and then that
+// of the fallback.
+func (g Grammar) Entries(value string) []Line {
+	var entries []Line
+	for _, line := range Lines(value) {
+		if g == Extended {
+			line.Text = withoutComment(line.Text)
+		}
+		if line.isSkipped() {
+			continue
+		}
+		n := 1
+		if f, ok := parseExtendedLine(line.Text); ok && g == Extended {
+			n = max(1, len(f.protocols))
+		}
+		entries = append(entries, slices.Repeat([]Line{line}, n)...)
+	}
+	return entries
+}
+
+// ParseExtended reads a destination list in the extended grammar. It accepts every list
+// that Parse accepts, with the same meaning, and in a line also
+//
+//   - several protocols: 53 tcp,udp 203.0.113.53
+//   - the protocol sctp (RFC 9260)
+//   - a range of local ports, to the same ports of the server, to a range of the same
+//     length, or to one port: 30000-30100 udp 203.0.113.9 40000-40100
+//   - a comment at its end: a # behind a space
+//
+// A local port may stand once for each protocol. The first invalid line ends the parse
+// with a *ParseError, as in Parse.
+func ParseExtended(value string, names spec.Names) (Set, error) {
+	var set Set
+	var fallback Line
+	seen := make(map[Protocol][]int32) // by local port: the line; zero: unused
+	for _, line := range Lines(value) {
+		if line.Text = withoutComment(line.Text); line.isSkipped() {
+			continue
+		}
+		if set.Fallback.IsValid() {
+			return Set{}, &ParseError{line, spec.Textf("%s fallback IP must be the last line", spec.Destinations).In(names),
+				fmt.Sprintf("line %d (%q) is the fallback: move it to the end", fallback.Number, fallback.Text)}
+		}
+		f, ok := parseExtendedLine(line.Text)
+		if !ok {
+			return Set{}, invalid(line, names, extendedHint(line.Text, names))
+		}
+		if f.local == "" {
+			set.Fallback, fallback = f.to, line
+			continue
+		}
+		r, err := f.redirect(line, names)
+		if err != nil {
+			return Set{}, err
+		}
+		for _, r.Protocol = range f.protocols {
+			if seen[r.Protocol] == nil {
+				seen[r.Protocol] = make([]int32, 1<<16)
+			}
+			if err := r.claim(seen[r.Protocol], line, names); err != nil {
+				return Set{}, err
+			}
+			set.Redirects = append(set.Redirects, r)
+		}
+	}
+	return set, nil
+}
+
+// invalid returns the error about a line that does not have the form of one.
+func invalid(line Line, names spec.Names, hint string) error {
+	return &ParseError{line, spec.Textf("%s value '%s' is invalid", spec.Destinations, line.Text).In(names), hint}
+}
+
+// claim records that a line has the local ports of r.
+func (r Redirect) claim(used []int32, line Line, names spec.Names) error {
+	for port := int(r.Port); port <= int(r.last()); port++ {
+		if first := used[port]; first != 0 {
+			return &ParseError{line,
+				spec.Textf("%s localport %d is already used for %s, must be unique for each protocol", spec.Destinations, port, r.Protocol).In(names),
+				fmt.Sprintf("line %d uses it first", first)}
+		}
+		used[port] = int32(line.Number) //nolint:gosec // a list has fewer lines
+	}
+	return nil
+}
+
+// withoutComment returns a line without the comment at its end.
+func withoutComment(text string) string {
+	if before, _, found := strings.Cut(text, " #"); found {
+		return strings.TrimRight(before, " ")
+	}
+	return text
+}
+
+// parseExtendedLine accepts "IP", "PORTS PROTOCOLS IP" and "PORTS PROTOCOLS IP PORTS",
+// PORTS being PORT or PORT-PORT.
+func parseExtendedLine(text string) (f extendedFields, ok bool) {
+	if strings.Trim(text, " ") != text { // a backslash protected a space
+		return f, false
+	}
+	words := strings.FieldsFunc(text, func(c rune) bool { return c == ' ' })
+	switch len(words) {
+	case 1:
+		f.to, ok = ParseIPv4(words[0])
+		return f, ok
+	case 4:
+		f.remote = words[3]
+	case 3:
+	default:
+		return f, false
+	}
+	f.local = words[0]
+	if f.to, ok = ParseIPv4(words[2]); !ok || !isPorts(f.local) || f.remote != "" && !isPorts(f.remote) {
+		return f, false
+	}
+	for name := range strings.SplitSeq(words[1], ",") {
+		p, ok := parseExtendedProtocol(name)
+		if !ok || slices.Contains(f.protocols, p) {
+			return f, false
+		}
+		f.protocols = append(f.protocols, p)
+	}
+	return f, true
+}
+
+// extendedFields are the fields of one line, with its ports as text.
+type extendedFields struct {
+	local     string // empty: the line is the fallback
+	protocols []Protocol
+	to        netip.Addr
+	remote    string // empty: no remote port
+}
+
+// redirect returns the redirect of a line, without a protocol.
+func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) {
+	first, last, err := parsePorts(f.local, line, names)
+	if err != nil {
+		return Redirect{}, err
+	}
+	r := Redirect{Port: first, To: f.to}
+	if last != first {
+		r.Last = last
+	}
+	if f.remote == "" {
+		return r, nil
+	}
+	toFirst, toLast, err := parsePorts(f.remote, line, names)
+	switch {
+	case err != nil:
+		return Redirect{}, err
+	case toLast == toFirst || toLast-toFirst == last-first:
+	default:
+		return Redirect{}, invalid(line, names, fmt.Sprintf("the ranges have %d and %d ports: write two of the same length, or one remote port", int(last-first)+1, int(toLast-toFirst)+1))
+	}
+	if r.Shifts = toLast != toFirst; !r.Shifts || toFirst != first {
+		r.ToPort = toFirst
+	} else {
+		r.Shifts = false // the same ports
+	}
+	return r, nil
+}
+
+// isPorts reports whether a word has the form of PORT or PORT-PORT.
+func isPorts(s string) bool {
+	first, last, ranged := strings.Cut(s, "-")
+	return isDigits(first) && (!ranged || isDigits(last))
+}
+
+// parsePorts accepts PORT and PORT-PORT, and returns the first and the last port.
+func parsePorts(s string, line Line, names spec.Names) (first, last Port, err error) {
+	a, b, ranged := strings.Cut(s, "-")
+	first, ok := parsePort(a)
+	if !ok {
+		return 0, 0, badPort(line, a)
+	}
+	if !ranged {
+		return first, first, nil
+	}
+	if last, ok = parsePort(b); !ok {
+		return 0, 0, badPort(line, b)
+	}
+	if last < first {
+		return 0, 0, invalid(line, names, fmt.Sprintf("the range %s ends before it begins", s))
+	}
+	return first, last, nil
+}
+
+func parseExtendedProtocol(s string) (Protocol, bool) {
+	if s == "sctp" {
+		return SCTP, true
+	}
+	return parseProtocol(s)
+}
+
+// extendedHint returns the probable cause of a parse error of a line.
+func extendedHint(text string, names spec.Names) string {
+	words := strings.Fields(text)
+	if len(words) == 3 || len(words) == 4 {
+		seen := make(map[string]bool)
+		for name := range strings.SplitSeq(words[1], ",") {
+			switch _, ok := parseExtendedProtocol(name); {
+			case seen[name]:
+				return fmt.Sprintf("the protocol %q stands twice", name)
+			case !ok && name == strings.ToLower(name) && isPorts(words[0]):
+				return fmt.Sprintf(`%q is not a protocol: "tcp", "udp" and "sctp" are, or several with commas between them`, clip(name))
+			}
+			seen[name] = true
+		}
+		for _, i := range []int{0, 3} {
+			if i < len(words) && !isPorts(words[i]) && words[i] != "" {
+				return fmt.Sprintf("%q is no port and no range of ports: write PORT or PORT-PORT, with numbers from 1 to 65535", clip(words[i]))
+			}
+		}
+	}
+	return hint(text, names)
+}
