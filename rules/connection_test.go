@@ -9,7 +9,7 @@ func TestStale(t *testing.T) {
 	stale := NewPlan(exampleSet, sides).Stale([]netip.Addr{ip("10.128.0.98")})
 	withoutFallback := NewPlan(Set{Redirects: exampleSet.Redirects}, sides).Stale([]netip.Addr{ip("10.128.0.98")})
 	six := NewPlan(exampleSet, sides)
-	six.Redirects = append(six.Redirects, Redirect{TCP, 80, ip("2001:db8::25"), 8080})
+	six.Redirects = append(six.Redirects, Redirect{Protocol: TCP, Port: 80, To: ip("2001:db8::25"), ToPort: 8080})
 	six.Chains = append(six.Chains, Chain{IPv6, NAT, Postrouting, []Rule{{Target: SNAT, To: ip("2001:db8:12::99")}}})
 	both := six.Stale([]netip.Addr{ip("10.128.0.98"), ip("fd00::98")})
 	at := netip.MustParseAddrPort

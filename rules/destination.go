@@ -43,6 +43,9 @@ func (p Protocol) String() string {
 	return strconv.Itoa(int(p))
 }
 
+// hasPorts reports whether packets of the protocol have ports, which rules match.
+func (p Protocol) hasPorts() bool { return p == TCP || p == UDP || p == SCTP }
+
 // parseProtocol accepts the names that the original accepts: lower case only.
 func parseProtocol(s string) (Protocol, bool) {
 	switch s {
@@ -105,6 +108,28 @@ func (r Redirect) Server(local Port) netip.AddrPort {
 	return netip.AddrPortFrom(r.To, uint16(to))
 }
 
+// ToOnePort reports whether all connections go to one port of the server.
+func (r Redirect) ToOnePort() bool { return r.Last == 0 || r.ToPort != 0 && !r.Shifts }
+
+// Halves returns two redirects in place of a range.
+func (r Redirect) Halves() (low, high Redirect) {
+	middle := r.Port + (r.Last-r.Port)/2
+	return r.part(r.Port, middle), r.part(middle+1, r.Last)
+}
+
+// part returns the redirect of a part of the range.
+func (r Redirect) part(first, last Port) Redirect {
+	if r.ToPort != 0 {
+		r.ToPort = Port(r.Server(first).Port())
+	}
+	r.Port, r.Last = first, last
+	if first == last {
+		r.Last = 0
+	}
+	r.Shifts = r.Shifts && r.Last != 0
+	return r
+}
+
 // portsTo returns the local ports whose server has a port, like Port and Last, if there are
 // any.
 func (r Redirect) portsTo(remote Port) (first, last Port, ok bool) {
@@ -132,11 +157,7 @@ func (r Redirect) LocalPorts() string { return ports(r.Port, r.last()) }
 
 // ToPorts returns the remote ports as the grammar writes them.
 func (r Redirect) ToPorts() string {
-	first := Port(r.Server(r.Port).Port())
-	if r.ToPort != 0 && !r.Shifts {
-		return ports(first, first)
-	}
-	return ports(first, Port(r.Server(r.last()).Port()))
+	return ports(Port(r.Server(r.Port).Port()), Port(r.Server(r.last()).Port()))
 }
 
 func ports(first, last Port) string {
@@ -205,7 +226,7 @@ func Parse(value string, names spec.Names) (Set, error) {
 		}
 		f, ok := parseLine(line.Text)
 		if !ok {
-			return Set{}, &ParseError{line, spec.Textf("%s value '%s' is invalid", spec.Destinations, line.Text).In(names), hint(line.Text, names)}
+			return Set{}, invalid(line, names, hint(line.Text, names)+orExtended(line.Text, names))
 		}
 		if f.port == "" {
 			set.Fallback, fallback = f.to, line
@@ -224,7 +245,7 @@ func Parse(value string, names spec.Names) (Set, error) {
 		if first := seen[r.Port]; first != 0 {
 			return Set{}, &ParseError{line,
 				spec.Textf("%s localport %d is already used, must be unique for each destination", spec.Destinations, r.Port).In(names),
-				fmt.Sprintf("line %d uses it first; a local port is allowed once, whatever the protocol", first)}
+				fmt.Sprintf("line %d uses it first; a local port is allowed once, whatever the protocol", first) + orExtended(value, names)}
 		}
 		seen[r.Port] = int32(line.Number)
 		set.Redirects = append(set.Redirects, r)

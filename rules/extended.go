@@ -220,6 +220,15 @@ func parseExtendedProtocol(s string) (Protocol, bool) {
 	return parseProtocol(s)
 }
 
+// orExtended returns the end of a hint about a list that the legacy grammar refuses: that
+// the extended one accepts it, if it does.
+func orExtended(value string, names spec.Names) string {
+	if _, err := ParseExtended(value, nil); err != nil {
+		return ""
+	}
+	return spec.Textf("; %s accepts it", spec.Set(spec.Grammar, "extended")).In(names)
+}
+
 // extendedHint returns the probable cause of a parse error of a line.
 func extendedHint(text string, names spec.Names) string {
 	words := strings.Fields(text)

@@ -152,6 +152,7 @@ type Rule struct {
 	Target Target
 	To     netip.Addr
 	ToPort Port // of DNAT; zero: the port is unchanged
+	Shifts bool // as in Redirect
 	Mark   Mark
 	Helper string // the kernel's name of a helper
 	Reason Reason // of Drop, Reject and LogPacket
@@ -477,7 +478,7 @@ func (p Plan) spellOut(f Family, r Rule, fn func(*Rule)) {
 		return
 	}
 	for _, to := range p.RedirectsOf(f) {
-		r.Protocol, r.Port, r.Target, r.To, r.ToPort = to.Protocol, to.Port, DNAT, to.To, to.ToPort
+		r.Protocol, r.Port, r.Last, r.Target, r.To, r.ToPort, r.Shifts = to.Protocol, to.Port, to.Last, DNAT, to.To, to.ToPort, to.Shifts
 		fn(&r)
 	}
 }

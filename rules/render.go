@@ -98,6 +98,10 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	if r.Port != 0 {
 		b = append(b, "--dport "...)
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
+		if r.Last != 0 {
+			b = append(b, ':')
+			b = strconv.AppendUint(b, uint64(r.Last), 10)
+		}
 		b = append(b, ' ')
 	}
 	if r.SYN {
@@ -199,5 +203,12 @@ func (r *Rule) appendTarget(b []byte, family Family) []byte {
 	if r.ToPort == 0 {
 		return r.To.AppendTo(b)
 	}
-	return netip.AddrPortFrom(r.To, uint16(r.ToPort)).AppendTo(b)
+	b = netip.AddrPortFrom(r.To, uint16(r.ToPort)).AppendTo(b)
+	if r.Shifts { // the base of the range is behind the slash (iptables-extensions(8), DNAT)
+		b = append(b, '-')
+		b = strconv.AppendUint(b, uint64(r.ToPort+r.Last-r.Port), 10)
+		b = append(b, '/')
+		b = strconv.AppendUint(b, uint64(r.Port), 10)
+	}
+	return b
 }

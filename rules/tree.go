@@ -35,6 +35,9 @@ type portRange struct {
 	first, last uint32 // as numbers; 65536 exceeds a Port
 }
 
+// treeProtocols are the protocols with trees, in the order of their jumps.
+var treeProtocols = []Protocol{TCP, UDP, SCTP}
+
 // allPorts returns the range of a tree's root.
 func allPorts(p Protocol) portRange { return portRange{p, 0, 1<<16 - 1} }
 
@@ -49,7 +52,7 @@ func (r portRange) name() string {
 
 // IsTreeChain reports whether a chain has a name of the trees of redirects.
 func IsTreeChain(name string) bool {
-	for _, p := range []Protocol{TCP, UDP} {
+	for _, p := range treeProtocols {
 		root := allPorts(p).name()
 		if name == root {
 			return true
@@ -69,7 +72,7 @@ func IsTreeChain(name string) bool {
 // as rule does.
 func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextChain) {
 	var reached []TextChain
-	for _, protocol := range []Protocol{TCP, UDP} {
+	for _, protocol := range treeProtocols {
 		var redirects []Redirect
 		for _, r := range p.RedirectsOf(chain.Family) {
 			if r.Protocol == protocol {
@@ -104,15 +107,32 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 	chains = append(chains, chain) // before the chains below it
 	size := (in.last - in.first + 1) / fanOut
 	for len(redirects) > 0 {
-		first := uint32(redirects[0].Port) / size * size
+		r := redirects[0]
+		first := uint32(r.Port) / size * size
 		part := portRange{in.protocol, first, first + size - 1}
-		n := 0
-		for n < len(redirects) && uint32(redirects[n].Port) <= part.last {
-			n++
+		if whole := (uint32(r.last()) + 1) / size * size; uint32(r.Port) == first && whole > first {
+			// It has all ports of one or more parts, which need no chain.
+			if whole <= uint32(r.last()) {
+				redirects[0] = r.part(Port(whole), r.last())
+				r = r.part(r.Port, Port(whole-1))
+			} else {
+				redirects = redirects[1:]
+			}
+			Plan{Redirects: []Redirect{r}}.spellOut(of.Family, Rule{Target: Redirected}, chain.appendRule)
+			continue
+		}
+		var below []Redirect
+		for len(redirects) > 0 && uint32(redirects[0].Port) <= part.last {
+			r := redirects[0]
+			if uint32(r.last()) > part.last {
+				redirects[0] = r.part(Port(part.last+1), r.last())
+				below = append(below, r.part(r.Port, Port(part.last)))
+				break
+			}
+			below, redirects = append(below, r), redirects[1:]
 		}
 		chain.appendRange(part)
-		chains = appendRange(chains, of, part, redirects[:n])
-		redirects = redirects[n:]
+		chains = appendRange(chains, of, part, below)
 	}
 	chains[at] = chain
 	return chains

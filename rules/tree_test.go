@@ -2,8 +2,8 @@ package rules
 
 import (
 	"bytes"
-	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"strconv"
 	"strings"
 	"testing"
@@ -88,6 +88,50 @@ func (w *walker) walk(chain string, protocol Protocol, port int) (to string, fou
 	return "", false
 }
 
+// server returns the destination of a port by the target of its rule.
+func server(t *testing.T, target string, port int) netip.AddrPort {
+	t.Helper()
+	shifted, base, shifts := strings.Cut(target, "/")
+	address, ports, changes := strings.Cut(shifted, ":")
+	to := port
+	if changes {
+		first, _, _ := strings.Cut(ports, "-")
+		to, _ = strconv.Atoi(first)
+	}
+	if shifts {
+		from, _ := strconv.Atoi(base)
+		to += port - from
+	}
+	a, err := netip.ParseAddr(address)
+	if err != nil {
+		t.Fatalf("target %q: %v", target, err)
+	}
+	return netip.AddrPortFrom(a, uint16(to))
+}
+
+// mixed returns redirects of single ports and of ranges of any length.
+func mixed(n int) []Redirect {
+	random := rand.New(rand.NewPCG(7, 3))
+	var redirects []Redirect
+	for _, p := range []Protocol{TCP, SCTP} {
+		for port := 1; port < 65000 && len(redirects) < n; port += 1 + random.IntN(40) {
+			r := Redirect{Protocol: p, Port: Port(port), To: ip("203.0.113.25"), ToPort: Port(1 + random.IntN(30000))}
+			if random.IntN(3) == 0 {
+				port += 1 + random.IntN([]int{3, 100, 9000}[random.IntN(3)])
+				r.Last = Port(min(port, 65535))
+				switch random.IntN(3) {
+				case 0:
+					r.ToPort = 0
+				case 1:
+					r.Shifts = true
+				}
+			}
+			redirects = append(redirects, r)
+		}
+	}
+	return redirects
+}
+
 // In every set, every port leads to the destination of its line, and ports without
 // a line to the fallback.
 func TestTreeLeads(t *testing.T) {
@@ -109,32 +153,29 @@ func TestTreeLeads(t *testing.T) {
 		"every port":      portsFrom(UDP, 1, 65535, 1),
 		"scattered":       scattered,
 		"all in one leaf": portsFrom(TCP, 4096, 16, 1),
+		"few ranges":      mixed(20),
+		"ranges":          mixed(3000),
+		"all but some":    append(portsFrom(TCP, 1, 40, 1), Redirect{Protocol: TCP, Port: 41, Last: 65535, To: ip("203.0.113.25")}),
 	} {
 		t.Run(name, func(t *testing.T) {
-			want := make(map[Protocol]map[int]string)
-			for _, p := range []Protocol{TCP, UDP} {
-				want[p] = make(map[int]string)
-			}
-			for _, r := range redirects {
-				want[r.Protocol][int(r.Port)] = fmt.Sprintf("%s:%d", r.To, r.ToPort)
-			}
+			lookup := NewLookup(redirects)
 			w := newWalker(NewPlan(Set{Redirects: redirects, Fallback: ip("203.0.113.27")}, sides))
 			most := 0
 			for port := 1; port < 1<<16; port++ {
-				for _, p := range []Protocol{TCP, UDP} {
-					to := want[p][port]
-					if to == "" {
-						to = "203.0.113.27"
+				for _, p := range []Protocol{TCP, UDP, SCTP} {
+					to := netip.AddrPortFrom(ip("203.0.113.27"), uint16(port))
+					if i, ok := lookup.Find(IPv4, p, Port(port)); ok {
+						to = redirects[i].Server(Port(port))
 					}
 					w.rules = 0
-					if got, _ := w.walk("EGRESS-PREROUTING", p, port); got != to {
-						t.Fatalf("%s port %d leads to %q, want %q", p, port, got, to)
+					if got, _ := w.walk("EGRESS-PREROUTING", p, port); server(t, got, port) != to {
+						t.Fatalf("%s port %d leads to %q, want %s", p, port, got, to)
 					}
 					most = max(most, w.rules)
 				}
 			}
-			// Two jumps, four levels, the fallback.
-			if limit := max(2+4*fanOut+1, plainRedirects+1); most > limit {
+			// A jump for each protocol, four levels, the fallback.
+			if limit := max(3+4*(fanOut+1)+1, plainRedirects+1); most > limit {
 				t.Errorf("a packet meets %d rules, want %d at most", most, limit)
 			}
 			for chain, rules := range w.chains {

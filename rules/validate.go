@@ -90,22 +90,30 @@ func (p Plan) Validate() error {
 // validateRedirects is the part of Validate for the redirects, of which takes has the
 // families with a rule for them.
 func (p Plan) validateRedirects(takes [IPv6 + 1]bool) error {
-	var used [2][2][1 << 16]bool // by family, protocol and port
+	used := make(map[service]*[1 << 16]bool) // by local port; the services have none
 	for _, r := range p.Redirects {
 		family := FamilyOf(r.To)
 		switch {
 		case family == 0 || r.To.IsUnspecified() || r.Port == 0:
 			return fmt.Errorf("invalid redirect %s: expected a port and an address", r)
-		case r.Protocol != TCP && r.Protocol != UDP:
+		case !r.Protocol.hasPorts():
 			return fmt.Errorf("invalid redirect %s: protocol %s has no ports", r, r.Protocol)
+		case r.Last != 0 && r.Last <= r.Port || r.Shifts && (r.Last == 0 || r.ToPort == 0 || int(r.ToPort)+int(r.Last-r.Port) > 65535):
+			return fmt.Errorf("invalid redirect %s: expected a range of ports", r)
 		case !takes[family]:
 			return fmt.Errorf("invalid redirect %s: no chain redirects %s", r, family)
 		}
-		port := &used[family/IPv6][r.Protocol/UDP][r.Port]
-		if *port {
-			return fmt.Errorf("invalid redirect %s: port %d of %s has another one", r, r.Port, r.Protocol)
+		ports := used[service{family, r.Protocol, 0}]
+		if ports == nil {
+			ports = new([1 << 16]bool)
+			used[service{family, r.Protocol, 0}] = ports
 		}
-		*port = true
+		for port := int(r.Port); port <= int(r.last()); port++ {
+			if ports[port] {
+				return fmt.Errorf("invalid redirect %s: port %d of %s has another one", r, port, r.Protocol)
+			}
+			ports[port] = true
+		}
 	}
 	return nil
 }
@@ -154,8 +162,10 @@ func faultOfPacket(c Chain, r Rule) string {
 		return "iptables matches an interface or an address once"
 	case (r.Protocol == ICMP || r.Protocol == ICMPv6) && r.Protocol != icmp:
 		return fmt.Sprintf("%s is not a protocol of %s", r.Protocol, c.Family)
-	case r.Port != 0 && r.Protocol != TCP && r.Protocol != UDP:
-		return "a port needs the protocol TCP or UDP"
+	case r.Port != 0 && !r.Protocol.hasPorts():
+		return "a port needs the protocol TCP, UDP or SCTP"
+	case r.Last != 0 && (r.Port == 0 || r.Last <= r.Port):
+		return "a range of ports has two ends"
 	case r.SYN && r.Protocol != TCP:
 		return "SYN needs the protocol TCP"
 	case r.Message != 0 && r.Protocol != icmp:
@@ -191,8 +201,10 @@ func (p Plan) faultOfTarget(c Chain, r Rule) string {
 	switch {
 	case translates != r.To.IsValid() || r.To.IsValid() && r.To.IsUnspecified():
 		return "only DNAT and SNAT need an address"
-	case r.ToPort != 0 && (r.Target != DNAT || r.Protocol != TCP && r.Protocol != UDP):
-		return "a port to translate to needs DNAT and the protocol TCP or UDP"
+	case r.ToPort != 0 && (r.Target != DNAT || !r.Protocol.hasPorts()):
+		return "a port to translate to needs DNAT and the protocol TCP, UDP or SCTP"
+	case r.Shifts:
+		return "only redirects shift ports"
 	case marks != (r.Mark != 0):
 		return "only MARK and CONNMARK need a mark"
 	case attaches != (r.Helper != ""):

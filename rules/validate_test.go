@@ -122,7 +122,9 @@ func TestInvalidPlans(t *testing.T) {
 	both := Plan{
 		Chains: []Chain{{IPv4, NAT, Prerouting, []Rule{{Target: Redirected}}}, {IPv6, NAT, Prerouting, []Rule{{Target: Redirected}}}},
 		Redirects: []Redirect{
-			{TCP, 53, ip("192.0.2.1"), 0}, {UDP, 53, ip("192.0.2.1"), 0}, {TCP, 53, ip("2001:db8::1"), 0}, {UDP, 53, ip("2001:db8::1"), 5353},
+			{Protocol: TCP, Port: 53, To: ip("192.0.2.1")}, {Protocol: UDP, Port: 53, To: ip("192.0.2.1")},
+			{Protocol: TCP, Port: 53, To: ip("2001:db8::1")}, {Protocol: UDP, Port: 53, To: ip("2001:db8::1"), ToPort: 5353},
+			{Protocol: SCTP, Port: 53, Last: 60, To: ip("2001:db8::1"), ToPort: 153, Shifts: true},
 		},
 	}
 	if err := both.Validate(); err != nil {
@@ -134,6 +136,7 @@ func TestInvalidPlans(t *testing.T) {
 table nat, hook PREROUTING, chain EGRESS-PREROUTING, IPv6
   -p tcp --dport 53 -j DNAT --to-destination 2001:db8::1
   -p udp --dport 53 -j DNAT --to-destination [2001:db8::1]:5353
+  -p sctp --dport 53:60 -j DNAT --to-destination [2001:db8::1]:153-160/53
 `; got != want {
 		t.Errorf("plan of both families:\n%swant:\n%s", got, want)
 	}

@@ -38,6 +38,10 @@ var environments = map[string]config.Environment{
 	"helpers": {
 		Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: "2121 tcp 203.0.113.25 21\n203.0.113.27", Helpers: "ftp,sip",
 	},
+	"extended": {
+		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Grammar: "extended",
+		Destination: "53 tcp,udp 203.0.113.25 # names\n3868 sctp 203.0.113.26\n6000-6010 udp 203.0.113.26\n7000-7100 tcp 203.0.113.26 17000-17100\n40000-41000 tcp 203.0.113.25 443\n",
+	},
 	"large": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: manyLines(40)},
 	"macvlan": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",

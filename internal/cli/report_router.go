@@ -199,7 +199,7 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 		labels := []string{"any", "fallback", l.To.String()}
 		if l.Protocol != 0 {
 			labels = []string{l.Protocol.String(), l.LocalPorts(), l.To.String() + ":" + l.ToPorts()}
-			if is, probed := up[l.Server(l.Port)]; probed && l.Protocol == rules.TCP {
+			if is, probed := up[l.Server(l.Port)]; probed && l.Protocol == rules.TCP && l.ToOnePort() {
 				emit(name+"destination_up", oneIf(is), labels...)
 			}
 		}

@@ -57,10 +57,11 @@ type Config struct {
 	Mode    Mode
 	Source  netip.Prefix // reserved address and the length it is configured with
 	Gateway netip.Addr
-	Set     rules.Set // empty if the mode does not redirect
-	Egress  string    // interface on the physical network
-	Cluster string    // interface by which clients connect
-	Macvlan *Macvlan  // nil: another program creates the egress interface
+	Grammar rules.Grammar // of the destinations
+	Set     rules.Set     // empty if the mode does not redirect
+	Egress  string        // interface on the physical network
+	Cluster string        // interface by which clients connect
+	Macvlan *Macvlan      // nil: another program creates the egress interface
 	Log     Log
 
 	Conflict Conflict // what to do if another host has the reserved address
@@ -181,12 +182,14 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	unknown := unknownVariables(env.Names, Variables())
 	report(c.parseSource(env.Source))
 	report(c.parseGateway(env.Gateway))
+	grammar := c.parseGrammar(env.Grammar)
 	switch {
 	case !slices.Contains(Modes, c.Mode):
 		report(&Error{"EGRESS_ROUTER_MODE", fmt.Sprintf("Unrecognized EGRESS_ROUTER_MODE '%s'", c.Mode), modeHint(env.Mode)})
-	case c.Mode.Redirects():
+	case c.Mode.Redirects() && grammar == nil:
 		report(c.parseDestinations(env, readFile))
 	}
+	report(grammar)
 	report(c.parseBackend(env.Backend))
 	report(c.parseForward(env.Forward))
 	report(c.parseHelpers(env.Helpers))
@@ -347,7 +350,7 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 		rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `set EGRESS_DESTINATION to one line for each destination, for example "80 tcp 203.0.113.25"`}}
 	var unreachable []string
 	warning, fault := l.read(readFile, func(text string) (err error) {
-		c.Set, err = rules.Parse(text, Names{})
+		c.Set, err = c.Grammar.Parse(text, Names{})
 		if err == nil {
 			unreachable = c.unreachable(l, text)
 		}
@@ -362,6 +365,21 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 	c.Warnings = append(c.Warnings, unreachable...)
 	if len(c.Set.Redirects) == 0 && !c.Set.Fallback.IsValid() {
 		c.Warnings = append(c.Warnings, l.from()+" contains no destination: nothing is redirected")
+	}
+	return nil
+}
+
+// grammars are the values of EGRESS_GRAMMAR.
+var grammars = map[string]rules.Grammar{"legacy": rules.Legacy, "extended": rules.Extended}
+
+// parseGrammar parses the form of the destinations.
+func (c *Config) parseGrammar(s string) *Error {
+	var known bool
+	if c.Grammar, known = grammars[orDefault(s, "legacy")]; !known {
+		return choose("EGRESS_GRAMMAR", s, "legacy", "extended")
+	}
+	if c.Grammar == rules.Extended && !c.Mode.Redirects() && slices.Contains(Modes, c.Mode) {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GRAMMAR=extended has no effect in mode %s: nothing is redirected", c.Mode))
 	}
 	return nil
 }
@@ -389,7 +407,7 @@ func (c *Config) unreachable(l list, text string) (warnings []string) {
 			continue
 		}
 		if entries == nil {
-			entries = rules.Legacy.Entries(text)
+			entries = c.Grammar.Entries(text)
 		}
 		warnings = append(warnings, fmt.Sprintf("%s: %s is %s: %s", l.place(entries[i].Number), a, is, why))
 	}

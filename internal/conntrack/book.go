@@ -38,7 +38,7 @@ type book struct {
 	count bool
 	audit func(Event) // nil: no audit log
 
-	lines    []*line // in the order of the set, the fallback last
+	lines    []*line      // in the order of the set, the fallback last
 	byPort   rules.Lookup // index of lines
 	fallback *line
 

@@ -112,6 +112,9 @@ func (b *batch) addRule(t *nftables.Table, chain string, rule []expr.Any) {
 				if err != nil {
 					return fmt.Errorf("encode expression %T: %w", x, err)
 				}
+				if _, moves := x.(*movingNAT); moves { // the flags are last
+					data[len(data)-1] |= rangeOffset
+				}
 				e.Bytes(unix.NFTA_LIST_ELEM|netlink.Nested, data)
 			}
 			return nil
@@ -131,14 +134,18 @@ func (b *batch) deleteRules(t *nftables.Table, chain string, handle uint64) {
 	})
 }
 
-// addMap adds the map of redirects, without elements.
-func (b *batch) addMap(t *nftables.Table) {
-	value := valueTypes[t.Family]
+// addMap adds a map of redirects, without elements.
+func (b *batch) addMap(t *nftables.Table, k mapKind) {
+	flags, valueType := uint32(unix.NFT_SET_MAP|nftables.NFT_SET_CONCAT), k.valueType(t.Family)
+	if k.ranges {
+		flags |= unix.NFT_SET_INTERVAL
+	}
+	value := valueType
 	b.add(unix.NFT_MSG_NEWSET, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_TABLE, t.Name)
-		e.String(unix.NFTA_SET_NAME, mapName)
-		e.Uint32(unix.NFTA_SET_ID, 1) // within the batch
-		e.Uint32(unix.NFTA_SET_FLAGS, unix.NFT_SET_MAP|nftables.NFT_SET_CONCAT)
+		e.String(unix.NFTA_SET_NAME, k.name)
+		e.Uint32(unix.NFTA_SET_ID, k.id)
+		e.Uint32(unix.NFTA_SET_FLAGS, flags)
 		e.Uint32(unix.NFTA_SET_KEY_TYPE, keyType.GetNFTMagic())
 		e.Uint32(unix.NFTA_SET_KEY_LEN, keyType.Bytes)
 		e.Uint32(unix.NFTA_SET_DATA_TYPE, value.GetNFTMagic())

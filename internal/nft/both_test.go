@@ -136,7 +136,7 @@ func (b backend) observe(ctx context.Context, number int, plans []rules.Plan) (o
 			return err
 		}
 		invalid := rules.Plan{Chains: []rules.Chain{{Family: rules.IPv6, Table: rules.Filter, Hook: rules.Input, Rules: []rules.Rule{{Port: 80, Target: rules.Return}}}}}
-		if _, err := tx.Apply(ctx, invalid); err == nil || !strings.Contains(err.Error(), "a port needs the protocol TCP or UDP") {
+		if _, err := tx.Apply(ctx, invalid); err == nil || !strings.Contains(err.Error(), "a port needs the protocol TCP, UDP or SCTP") {
 			return fmt.Errorf("load an invalid rule: %v", err)
 		}
 		for n, plan := range plans {
@@ -208,6 +208,7 @@ func matches(f rules.Family) []rules.Rule {
 		{In: links[clusterSide]}, {In: links[egressSide]}, {Out: links[egressSide]}, {Out: links[clusterSide]}, {NotOut: links[egressSide]},
 		{Protocol: rules.TCP}, {Protocol: rules.UDP}, {Protocol: icmp}, {Protocol: 253},
 		{Protocol: rules.TCP, Port: 80}, {Protocol: rules.TCP, Port: 8080}, {Protocol: rules.UDP, Port: 53}, {Protocol: rules.UDP, Port: 69}, {Protocol: rules.TCP, SYN: true},
+		{Protocol: rules.TCP, Port: 70, Last: 80}, {Protocol: rules.UDP, Port: 53, Last: 68}, {Protocol: rules.SCTP, Port: 80},
 		{Protocol: icmp, Message: echo}, {Protocol: icmp, Message: unreachable}, {Protocol: icmp, Message: redirect},
 		{Marked: connectionMark}, {Unmarked: connectionMark}, {RepliesNotTo: h.source}, {RepliesNotTo: h.client},
 		{Confirmed: true}, {Redirected: true}, {Expected: true}, {Original: true}, {Reply: true}, {Unconnected: true}, {Invalid: true},
@@ -243,8 +244,8 @@ func environment() rules.Plan {
 	for _, f := range families {
 		h := of[f]
 		plan.Redirects = append(plan.Redirects,
-			rules.Redirect{Protocol: rules.TCP, Port: 80, To: h.server, ToPort: 8080},
-			rules.Redirect{Protocol: rules.UDP, Port: 53, To: h.server}, rules.Redirect{Protocol: rules.UDP, Port: 69, To: h.server})
+			rules.Redirect{Protocol: rules.TCP, Port: 79, Last: 90, To: h.server, ToPort: 8079, Shifts: true},
+			rules.Redirect{Protocol: rules.UDP, Port: 50, Last: 60, To: h.server}, rules.Redirect{Protocol: rules.UDP, Port: 69, To: h.server})
 		plan.Chains = append(plan.Chains,
 			rules.Chain{Family: f, Table: rules.Raw, Hook: rules.Prerouting, Rules: []rules.Rule{
 				{In: links[clusterSide], Protocol: rules.UDP, Port: 69, Target: rules.AttachHelper, Helper: "tftp"},
@@ -365,6 +366,7 @@ func generate(t *testing.T) (plans []rules.Plan) {
 		add(32, pairs(c4), pairs(c6))
 		add(perPlan, draw(c4, perChain*perPlan, random), draw(c6, perChain*perPlan, random))
 	}
+	delete(missing, "Shifts") // of redirects only, which the environment has
 	if len(missing) > 0 {
 		t.Errorf("fields of no rule: %v", missing)
 	}

@@ -17,34 +17,103 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// destinations is the content of the map of redirects, sorted by key.
+// destinations is the content of a map of redirects, sorted by key.
 type destinations []destination
 
-// A destination is an element of the map: the key is a protocol and a port, the
-// value an address and a port, each in registers of four bytes in network
-// byte order. The value has the length that an IPv6 address needs.
+// A destination is an element of a map: the key is a protocol and a port, the value what
+// the map's kind says, each part in registers of four bytes in network byte order. The
+// value has the length that an IPv6 address and two ports need.
 type destination struct {
-	key   [8]byte
-	value [maxValueLen]byte
+	key, end [8]byte // end is the end of a range, in a map of ranges
+	value    [maxValueLen]byte
 }
 
-// mapName is the name of the map of redirects.
-const mapName = "redirects"
+// A mapKind is one of the maps of redirects. The kernel looks a port up in a table of
+// hashes, a range in a set of trees for each part of the key (net/netfilter/nft_set_pipapo.c).
+type mapKind struct {
+	name   string
+	id     uint32 // within a batch
+	ranges bool
+	ports  int // number of ports behind the address of a value
+	of     func(rules.Redirect) bool
+}
 
-// newDestinations returns the elements for redirects.
-func newDestinations(redirects []rules.Redirect) destinations {
-	d := make(destinations, len(redirects))
-	for i, r := range redirects {
-		port := r.ToPort
-		if port == 0 {
-			port = r.Port
+// mapKinds are the maps, in the order in which rules look them up. A table has those that
+// have elements, and always the first.
+var mapKinds = []mapKind{
+	{"redirects", 1, false, 1, func(r rules.Redirect) bool { return r.Last == 0 }},
+	{"ranges", 2, true, 0, func(r rules.Redirect) bool { return r.Last != 0 && r.ToPort == 0 }},
+	// To one port, or to as many others.
+	{"moved-ranges", 3, true, 2, func(r rules.Redirect) bool { return r.Last != 0 && r.ToPort != 0 }},
+}
+
+// newMaps returns the maps of a table for redirects.
+func newMaps(redirects []rules.Redirect) map[string]destinations {
+	maps := make(map[string]destinations)
+	for i, k := range mapKinds {
+		var d destinations
+		if i == 0 {
+			d = make(destinations, 0, len(redirects))
 		}
-		d[i].key = [8]byte{0: byte(r.Protocol), 4: byte(r.Port >> 8), 5: byte(r.Port)}
-		addr, _ := r.To.AppendBinary(d[i].value[:0]) // no error is possible
-		binary.BigEndian.PutUint16(d[i].value[len(addr):], uint16(port))
+		for _, r := range redirects {
+			if k.of(r) {
+				d = k.add(d, r)
+			}
+		}
+		if d.sort(); d != nil {
+			maps[k.name] = d
+		}
 	}
-	d.sort()
-	return d
+	return maps
+}
+
+// add adds the elements for a redirect: one, or a few for a range to other ports.
+func (k mapKind) add(d destinations, r rules.Redirect) destinations {
+	var e destination
+	addr, _ := r.To.AppendBinary(e.value[:0]) // no error is possible
+	n := len(addr)
+	switch k.ports {
+	case 1:
+		binary.BigEndian.PutUint16(e.value[n:], r.Server(r.Port).Port())
+	case 2:
+		first, last, ok := offsets(r)
+		if !ok {
+			low, high := r.Halves()
+			return k.add(k.add(d, low), high)
+		}
+		binary.BigEndian.PutUint16(e.value[n:], first)
+		binary.BigEndian.PutUint16(e.value[n+4:], last)
+	}
+	key := func(port rules.Port) [8]byte { return [8]byte{0: byte(r.Protocol), 4: byte(port >> 8), 5: byte(port)} }
+	if e.key = key(r.Port); k.ranges {
+		e.end = key(max(r.Port, r.Last))
+	}
+	return append(d, e)
+}
+
+// offsets returns the range of ports from which the kernel takes the server's port for a
+// range of local ports: its first port plus the remainder of the local port divided by its
+// length (nf_nat_l4proto_unique_tuple in net/netfilter/nf_nat_core.c, with
+// NF_NAT_RANGE_PROTO_OFFSET and the base 0, which is all that nf_tables sets). So it has to
+// be a range whose length divides all local ports with the same quotient k. Sometimes
+// there is none.
+func offsets(r rules.Redirect) (first, last uint16, ok bool) {
+	to := int(r.Server(r.Port).Port())
+	if !r.Shifts {
+		return uint16(to), uint16(to), true //nolint:gosec // a port
+	}
+	low, high := int(r.Port), int(r.Last)
+	for k := 0; k <= low; k++ {
+		length := high/(k+1) + 1 // the shortest one with that quotient of the last port
+		if length <= high-low {
+			break
+		}
+		begin := to - low + k*length
+		if end := begin + length - 1; k*length <= low && begin >= 0 && end < 1<<16 {
+			return uint16(begin), uint16(end), true //nolint:gosec // ports
+		}
+	}
+	return 0, 0, false
 }
 
 func (d destinations) sort() {
@@ -84,19 +153,24 @@ func (d destinations) steps(want destinations) (gone, more destinations) {
 const (
 	headerLen   = unix.NLA_HDRLEN
 	keyLen      = 8
-	maxValueLen = 20 // with an IPv6 address
+	maxValueLen = 24 // with an IPv6 address and two ports
 	keyOffset   = 3 * headerLen
 	valueOffset = keyOffset + keyLen + 2*headerLen
+	endLen      = 2*headerLen + keyLen
 )
+
+// keyEnd is the attribute with the end of a range (linux/netfilter/nf_tables.h,
+// NFTA_SET_ELEM_KEY_END).
+const keyEnd = 10
 
 // elementsInMessage is the number of elements in a message. Their list is one
 // attribute, whose length has 16 bits.
 const elementsInMessage = 1000
 
-// changeElements adds elements to the map or deletes them (NFT_MSG_DELSETELEM).
-func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.Table, d destinations) {
-	valueLen := int(valueTypes[t.Family].Bytes)
-	element := make([]byte, valueOffset+valueLen)
+// changeElements adds elements to a map or deletes them (NFT_MSG_DELSETELEM).
+func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.Table, m mapKind, d destinations) {
+	valueLen := m.valueLen(t.Family)
+	element := make([]byte, valueOffset+valueLen, valueOffset+valueLen+endLen)
 	// attribute writes the header of an attribute that ends at a value's end.
 	attribute := func(at, end int, kind uint16) {
 		binary.NativeEndian.PutUint16(element[at:], uint16(end-at)) //nolint:gosec // less than 100
@@ -107,23 +181,33 @@ func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.
 	attribute(keyOffset-headerLen, keyOffset+keyLen, unix.NFTA_DATA_VALUE)
 	attribute(keyOffset+keyLen, len(element), unix.NFTA_SET_ELEM_DATA|unix.NLA_F_NESTED)
 	attribute(valueOffset-headerLen, len(element), unix.NFTA_DATA_VALUE)
+	endOffset := len(element) + 2*headerLen
+	if m.ranges {
+		element = element[:len(element)+endLen]
+		attribute(0, len(element), unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED)
+		attribute(endOffset-2*headerLen, len(element), keyEnd|unix.NLA_F_NESTED)
+		attribute(endOffset-headerLen, len(element), unix.NFTA_DATA_VALUE)
+	}
 	for part := range slices.Chunk(d, elementsInMessage) {
 		b.add(kind, flags, t.Family, func(e *netlink.AttributeEncoder) {
 			e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
-			e.String(unix.NFTA_SET_ELEM_LIST_SET, mapName)
+			e.String(unix.NFTA_SET_ELEM_LIST_SET, m.name)
 		})
-		m := &b.messages[len(b.messages)-1]
+		message := &b.messages[len(b.messages)-1]
 		length := headerLen + len(part)*len(element)
-		list := make([]byte, 0, len(m.Data)+length)
-		list = append(list, m.Data...)
+		list := make([]byte, 0, len(message.Data)+length)
+		list = append(list, message.Data...)
 		list = binary.NativeEndian.AppendUint16(list, uint16(length))
 		list = binary.NativeEndian.AppendUint16(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
 		for _, e := range part {
 			copy(element[keyOffset:], e.key[:])
 			copy(element[valueOffset:], e.value[:valueLen])
+			if m.ranges {
+				copy(element[endOffset:], e.end[:])
+			}
 			list = append(list, element...)
 		}
-		m.Data = list
+		message.Data = list
 	}
 }
 
@@ -131,14 +215,14 @@ func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.
 // (linux/netfilter/nf_tables.h, NFTA_SET_COUNT).
 const countAttribute = 20
 
-// countElements returns the number of elements of the map of redirects of a table.
-func countElements(t *nftables.Table) (int, error) {
+// countElements returns the number of elements of a map of a table.
+func countElements(t *nftables.Table, m mapKind) (int, error) {
 	n, there, err := ask(unix.NFT_MSG_GETSET, t.Family, countAttribute, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_TABLE, t.Name)
-		e.String(unix.NFTA_SET_NAME, mapName)
+		e.String(unix.NFTA_SET_NAME, m.name)
 	})
 	if err == nil && !there { // an older kernel: a dump takes as long as the load
-		d, err := readElements(t)
+		d, err := readElements(t, m)
 		return len(d), err
 	}
 	return int(n), err
@@ -160,15 +244,15 @@ const (
 // lacks as many others.
 var errInterrupted = errors.New("map changed during every listing")
 
-// readElements returns the elements of the map of redirects of a table.
-func readElements(t *nftables.Table) (destinations, error) {
+// readElements returns the elements of a map of a table.
+func readElements(t *nftables.Table, m mapKind) (destinations, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer conn.Close()
 	for try := 1; ; try++ {
-		d, err := listElements(conn, t)
+		d, err := listElements(conn, t, m)
 		if !errors.Is(err, errInterrupted) || try == readTries {
 			return d, err
 		}
@@ -176,11 +260,11 @@ func readElements(t *nftables.Table) (destinations, error) {
 	}
 }
 
-func listElements(conn *netlink.Conn, t *nftables.Table) (destinations, error) {
+func listElements(conn *netlink.Conn, t *nftables.Table, m mapKind) (destinations, error) {
 	var b batch
 	b.add(unix.NFT_MSG_GETSETELEM, netlink.Dump, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
-		e.String(unix.NFTA_SET_ELEM_LIST_SET, mapName)
+		e.String(unix.NFTA_SET_ELEM_LIST_SET, m.name)
 	})
 	if b.err != nil {
 		return nil, b.err
@@ -189,14 +273,14 @@ func listElements(conn *netlink.Conn, t *nftables.Table) (destinations, error) {
 		return nil, reason(err)
 	}
 	d, interrupted := destinations{}, false
-	err := receive(conn, func(m syscall.NetlinkMessage) error {
-		interrupted = interrupted || m.Header.Flags&unix.NLM_F_DUMP_INTR != 0
-		return attributes(m.Data[len(header(0, 0)):], func(kind uint16, list []byte) error {
+	err := receive(conn, func(part syscall.NetlinkMessage) error {
+		interrupted = interrupted || part.Header.Flags&unix.NLM_F_DUMP_INTR != 0
+		return attributes(part.Data[len(header(0, 0)):], func(kind uint16, list []byte) error {
 			if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 				return nil
 			}
 			return attributes(list, func(_ uint16, element []byte) error {
-				e, err := parseElement(element, int(valueTypes[t.Family].Bytes))
+				e, err := parseElement(element, m.valueLen(t.Family))
 				d = append(d, e)
 				return err
 			})
@@ -265,6 +349,8 @@ func parseElement(b []byte, valueLen int) (destination, error) {
 			into = d.key[:]
 		case unix.NFTA_SET_ELEM_DATA:
 			into = d.value[:valueLen]
+		case keyEnd:
+			into = d.end[:]
 		default:
 			return nil
 		}

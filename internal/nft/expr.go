@@ -35,7 +35,7 @@ const (
 type format struct {
 	source, destination uint32     // offsets of the addresses in the header
 	length              uint32     // length of an address in bytes
-	port                uint32     // register of a port behind an address
+	port, lastPort      uint32     // registers of two ports behind an address
 	repliesTo           expr.CtKey // destination of a connection's replies
 	portUnreachable     uint8      // code of the message of a rejection
 	number              nftables.TableFamily
@@ -44,8 +44,8 @@ type format struct {
 
 // formats are those of IPv4 (RFC 791, RFC 792) and IPv6 (RFC 8200, RFC 4443).
 var formats = map[rules.Family]format{
-	rules.IPv4: {12, 16, 4, secondWord, expr.CtKeyDSTIP, 3, nftables.TableFamilyIPv4, "ip"},
-	rules.IPv6: {8, 24, 16, nextRegister, expr.CtKeyDSTIP6, 4, nftables.TableFamilyIPv6, "ip6"},
+	rules.IPv4: {12, 16, 4, secondWord, unix.NFT_REG32_02, expr.CtKeyDSTIP, 3, nftables.TableFamilyIPv4, "ip"},
+	rules.IPv6: {8, 24, 16, nextRegister, unix.NFT_REG32_05, expr.CtKeyDSTIP6, 4, nftables.TableFamilyIPv6, "ip6"},
 }
 
 // Offsets in the TCP and UDP headers (RFC 9293, RFC 768).
@@ -93,9 +93,14 @@ func (f format) matches(r rules.Rule) []expr.Any {
 	if r.Protocol != 0 {
 		add(protocol(r.Protocol)...)
 	}
+	port := func(op expr.CmpOp, p rules.Port) expr.Any { return compare(op, []byte{byte(p >> 8), byte(p)}) }
 	if r.Port != 0 {
-		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
-			compare(expr.CmpOpEq, []byte{byte(r.Port >> 8), byte(r.Port)}))
+		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2})
+		if r.Last == 0 {
+			add(port(expr.CmpOpEq, r.Port))
+		} else {
+			add(port(expr.CmpOpGte, r.Port), port(expr.CmpOpLte, r.Last))
+		}
 	}
 	if r.SYN {
 		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: tcpFlags, Len: 1},
@@ -177,19 +182,6 @@ func (f format) connectionMatches(r rules.Rule) []expr.Any {
 // actions returns the actions of the rule.
 func (f format) actions(r rules.Rule) []expr.Any {
 	switch r.Target {
-	case rules.Redirected:
-		// The key is composed in the register. For other protocols than TCP and
-		// UDP its port is arbitrary, which does not matter: the map has no key
-		// with them.
-		return []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
-			&expr.Payload{DestRegister: secondWord, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
-			&expr.Lookup{SourceRegister: register, DestRegister: register, IsDestRegSet: true, SetName: mapName},
-			&expr.NAT{
-				Type: expr.NATTypeDestNAT, Family: uint32(f.number), RegAddrMin: register, RegAddrMax: register,
-				RegProtoMin: f.port, RegProtoMax: f.port, Specified: true,
-			},
-		}
 	case rules.DNAT, rules.SNAT:
 		nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.number), RegAddrMin: register, RegAddrMax: register}
 		if r.Target == rules.SNAT {
@@ -239,6 +231,36 @@ func (f format) actions(r rules.Rule) []expr.Any {
 	return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}
 }
 
+// rangeOffset is the flag of a translation to a port of a range at the offset of the
+// original port (linux/netfilter/nf_nat.h, NF_NAT_RANGE_PROTO_OFFSET), which the library
+// lacks.
+const rangeOffset = 1 << 5
+
+// A movingNAT is a translation with rangeOffset.
+type movingNAT struct{ expr.NAT }
+
+// lookUp returns the rule that redirects packets that match r by a map. For other protocols
+// than those with ports the port in the key is arbitrary, which does not matter: the map
+// has no key with them.
+func lookUp(family rules.Family, r rules.Rule, k mapKind) []expr.Any {
+	f := formats[family]
+	e := append(f.matches(r),
+		// The key is composed in the register.
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
+		&expr.Payload{DestRegister: secondWord, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
+		&expr.Lookup{SourceRegister: register, DestRegister: register, IsDestRegSet: true, SetName: k.name},
+	)
+	nat := expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.number), RegAddrMin: register, RegAddrMax: register}
+	switch k.ports {
+	case 1:
+		nat.RegProtoMin, nat.RegProtoMax, nat.Specified = f.port, f.port, true
+	case 2:
+		nat.RegProtoMin, nat.RegProtoMax, nat.Specified = f.port, f.lastPort, true
+		return append(e, &movingNAT{nat})
+	}
+	return append(e, &nat)
+}
+
 // pathMSS loads the maximum segment size of the path, in network byte order. The
 // kernel never raises a segment size to it, as with iptables
 // (net/netfilter/nft_exthdr.c, nft_exthdr_tcp_set_eval).
@@ -249,11 +271,14 @@ func pathMSS() []expr.Any {
 	}
 }
 
-// listed returns a rule as the kernel has it. The library cannot decode the two
+// listed returns a rule as the kernel has it. The library does not know rangeOffset. The library cannot decode the two
 // expressions of pathMSS and leaves them out, which would break the rule in a
 // rollback. No other rule with a TCP option at its end is ours.
 func listed(rule []expr.Any) []expr.Any {
 	if last := len(rule) - 1; last >= 0 {
+		if nat, is := rule[last].(*expr.NAT); is && nat.RegProtoMin != nat.RegProtoMax {
+			rule[last] = &movingNAT{*nat}
+		}
 		if _, writes := rule[last].(*expr.Exthdr); writes {
 			return slices.Insert(rule, last, pathMSS()...)
 		}

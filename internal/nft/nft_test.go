@@ -1,8 +1,10 @@
 package nft
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"strings"
@@ -290,7 +292,7 @@ func TestSteps(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return newDestinations(set.Redirects)
+		return newMaps(set.Redirects)[mapKinds[0].name]
 	}
 	for name, test := range map[string]struct{ have, want, gone, more string }{
 		"nothing":     {"", "", "", ""},
@@ -315,9 +317,9 @@ func TestSteps(t *testing.T) {
 // A truncated answer of the kernel is an error, not a panic.
 func FuzzAttributes(f *testing.F) {
 	var b batch
-	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableKey{tableName, rules.IPv4}), newDestinations([]rules.Redirect{
+	b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, tableOf(tableKey{tableName, rules.IPv4}), mapKinds[0], newMaps([]rules.Redirect{
 		{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("192.0.2.1")},
-	}))
+	})[mapKinds[0].name])
 	f.Add(b.messages[0].Data[4:])
 	f.Add([]byte{3, 0, 0, 0})
 	f.Fuzz(func(_ *testing.T, data []byte) {
@@ -333,27 +335,66 @@ func FuzzAttributes(f *testing.F) {
 // An element is decoded as it was encoded.
 func TestElementRoundTrip(t *testing.T) {
 	for f, to := range map[rules.Family][2]string{rules.IPv4: {"192.0.2.1", "203.0.113.255"}, rules.IPv6: {"2001:db8::1", "2001:db8:ffff::ffff"}} {
-		want := newDestinations([]rules.Redirect{
+		maps := newMaps([]rules.Redirect{
 			{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr(to[0])},
 			{Protocol: rules.UDP, Port: 65535, To: netip.MustParseAddr(to[1]), ToPort: 1},
+			{Protocol: rules.UDP, Port: 100, Last: 200, To: netip.MustParseAddr(to[1])},
+			{Protocol: rules.SCTP, Port: 100, Last: 200, To: netip.MustParseAddr(to[0]), ToPort: 1000, Shifts: true},
 		})
 		table := tableOf(tableKey{tableName, f})
-		var b batch
-		b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, table, want)
-		var got destinations
-		err := attributes(b.messages[0].Data[4:], func(kind uint16, list []byte) error {
-			if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-				return nil
-			}
-			return attributes(list, func(_ uint16, element []byte) error {
-				d, err := parseElement(element, int(valueTypes[table.Family].Bytes))
-				got = append(got, d)
-				return err
+		for _, k := range mapKinds {
+			var b batch
+			b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, table, k, maps[k.name])
+			var got destinations
+			err := attributes(b.messages[0].Data[4:], func(kind uint16, list []byte) error {
+				if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+					return nil
+				}
+				return attributes(list, func(_ uint16, element []byte) error {
+					d, err := parseElement(element, k.valueLen(table.Family))
+					got = append(got, d)
+					return err
+				})
 			})
-		})
-		if err != nil || fmt.Sprint([]destination(got)) != fmt.Sprint([]destination(want)) {
-			t.Errorf("%s: %v, %v; want %v", f, got, err, want)
+			if err != nil || len(got) == 0 || fmt.Sprint([]destination(got)) != fmt.Sprint([]destination(maps[k.name])) {
+				t.Errorf("%s, %s: %v, %v; want %v", f, k.name, got, err, maps[k.name])
+			}
 		}
+	}
+}
+
+// The kernel finds the server's port of each port of a range by the elements of the range,
+// of which there are few.
+func TestOffsets(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	moved, most := mapKinds[2], 0
+	for range 20000 {
+		n := 1 + random.IntN([]int{2, 10, 1000, 65534}[random.IntN(4)])
+		first, to := 1+random.IntN(65535-n), 1+random.IntN(65535-n)
+		r := rules.Redirect{Protocol: rules.UDP, Port: rules.Port(first), Last: rules.Port(first + n), To: netip.MustParseAddr("192.0.2.1"), ToPort: rules.Port(to), Shifts: true}
+		elements := moved.add(nil, r)
+		most = max(most, len(elements))
+		number := func(b []byte) int { return int(binary.BigEndian.Uint16(b)) }
+		next := first
+		for _, e := range elements {
+			low, high := number(e.key[4:]), number(e.end[4:])
+			begin, end := number(e.value[4:]), number(e.value[8:])
+			if low != next || high < low {
+				t.Fatalf("%v: elements %v", r, elements)
+			}
+			next = high + 1
+			for _, local := range []int{low, high, (low + high) / 2, low + random.IntN(high-low+1)} {
+				if got := begin + local%(end-begin+1); got != to+local-first {
+					t.Fatalf("%v: port %d of the server for %d, by %d-%d", r, got, local, begin, end)
+				}
+			}
+		}
+		if next != first+n+1 {
+			t.Fatalf("%v: elements up to %d", r, next-1)
+		}
+	}
+	if most > 16 {
+		t.Errorf("%d elements for one range", most)
 	}
 }
 

@@ -30,7 +30,7 @@ func (k tableKey) String() string { return fmt.Sprintf("table %s %s", formats[k.
 type table struct {
 	flags   nftables.TableFlags // such as dormant, which disables it
 	chains  map[string]*chain
-	to      destinations // nil: it has no map
+	to      map[string]destinations // by the name of the map
 	helpers []helper
 	others  []string // names of other objects in it
 }
@@ -105,9 +105,15 @@ func render(plan rules.Plan, name string) state {
 		at := places[c.Table][c.Hook]
 		rendered := &chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}
 		for _, r := range c.Rules {
-			rendered.rules = append(rendered.rules, expressions(c.Family, r))
-			if r.Target == rules.Redirected {
-				t.to = newDestinations(plan.RedirectsOf(c.Family))
+			if r.Target != rules.Redirected {
+				rendered.rules = append(rendered.rules, expressions(c.Family, r))
+				continue
+			}
+			t.to = newMaps(plan.RedirectsOf(c.Family))
+			for _, k := range mapKinds {
+				if _, there := t.to[k.name]; there {
+					rendered.rules = append(rendered.rules, lookUp(c.Family, r, k))
+				}
 			}
 		}
 		t.chains[chainName(c)] = rendered
@@ -117,8 +123,10 @@ func render(plan rules.Plan, name string) state {
 
 // redirects reports whether the table contains redirects.
 func (t *table) redirects() bool {
-	if len(t.to) > 0 {
-		return true
+	for _, d := range t.to {
+		if len(d) > 0 {
+			return true
+		}
 	}
 	for _, c := range t.chains {
 		for _, r := range c.rules {
@@ -205,12 +213,16 @@ func (t *table) differences(want *table) []string {
 			say("chain %s not in the plan", name)
 		}
 	}
-	switch {
-	case (t.to == nil) != (want.to == nil):
-		say("map %s missing or not in the plan", mapName)
-	case !slices.Equal(t.to, want.to):
-		gone, more := t.to.steps(want.to)
-		say("map %s: %d elements differ", mapName, max(len(gone), len(more)))
+	for _, k := range mapKinds {
+		have, there := t.to[k.name]
+		to, planned := want.to[k.name]
+		switch {
+		case there != planned:
+			say("map %s missing or not in the plan", k.name)
+		case !slices.Equal(have, to):
+			gone, more := have.steps(to)
+			say("map %s: %d elements differ", k.name, max(len(gone), len(more)))
+		}
 	}
 	return found
 }

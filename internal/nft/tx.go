@@ -16,15 +16,25 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// The types of the map's keys and, by family, values. The kernel pads each part of a
-// concatenation to four bytes.
-var (
-	keyType    = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
-	valueTypes = map[nftables.TableFamily]nftables.SetDatatype{
-		nftables.TableFamilyIPv4: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService),
-		nftables.TableFamilyIPv6: nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService),
+// keyType is the type of the maps' keys. The kernel pads each part of a concatenation to
+// four bytes.
+var keyType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+
+// valueType returns the type of a map's values.
+func (k mapKind) valueType(f nftables.TableFamily) nftables.SetDatatype {
+	address := nftables.TypeIPAddr
+	if f == nftables.TableFamilyIPv6 {
+		address = nftables.TypeIP6Addr
 	}
-)
+	if k.ports == 0 {
+		return address
+	}
+	ports := slices.Repeat([]nftables.SetDatatype{nftables.TypeInetService}, k.ports)
+	return nftables.MustConcatSetType(append([]nftables.SetDatatype{address}, ports...)...)
+}
+
+// valueLen returns the length of a map's values in bytes.
+func (k mapKind) valueLen(f nftables.TableFamily) int { return int(k.valueType(f).Bytes) }
 
 // tableOf returns one of our tables as the library identifies it.
 func tableOf(key tableKey) *nftables.Table {
@@ -92,7 +102,7 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 	if i < 0 {
 		return nil, nil
 	}
-	found := &table{flags: tables[i].Flags, chains: make(map[string]*chain)}
+	found := &table{flags: tables[i].Flags, chains: make(map[string]*chain), to: make(map[string]destinations)}
 	if err := readChains(conn, t, f, found); err != nil {
 		return nil, err
 	}
@@ -104,16 +114,22 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 		return nil, fmt.Errorf("list sets: %w", err)
 	}
 	for _, s := range sets {
-		if s.Name != mapName || !s.IsMap || s.Interval || s.Constant || s.Timeout != 0 ||
-			s.KeyType.Name != keyType.Name || s.DataType.Name != valueTypes[t.Family].Name {
+		at := slices.IndexFunc(mapKinds, func(k mapKind) bool { return k.sameSet(s, t.Family) })
+		if at < 0 {
 			found.others = append(found.others, "set "+s.Name)
 			continue
 		}
-		if found.to, err = readElements(t); err != nil {
-			return nil, fmt.Errorf("list elements of map %s: %w", mapName, err)
+		if found.to[s.Name], err = readElements(t, mapKinds[at]); err != nil {
+			return nil, fmt.Errorf("list elements of map %s: %w", s.Name, err)
 		}
 	}
 	return found, nil
+}
+
+// sameSet reports whether a set of the kernel is a map of this kind.
+func (k mapKind) sameSet(s *nftables.Set, f nftables.TableFamily) bool {
+	return s.Name == k.name && s.IsMap && s.Interval == k.ranges && !s.Constant && s.Timeout == 0 &&
+		s.KeyType.Name == keyType.Name && s.DataType.Name == k.valueType(f).Name
 }
 
 // readChains reads the chains of table t.
@@ -171,16 +187,19 @@ func (tx *Tx) become(target state) error {
 	}
 	tx.now = target
 	for key, t := range target {
-		if t.to == nil {
-			continue
-		}
-		n, err := countElements(tableOf(key))
-		if err == nil && n != len(t.to) {
-			err = fmt.Errorf("expected %d elements, found %d", len(t.to), n)
-		}
-		if err != nil {
-			// Undo starts from the kernel's state.
-			return errors.Join(fmt.Errorf("check map %s: %w", mapName, err), tx.read())
+		for _, k := range mapKinds {
+			want, there := t.to[k.name]
+			if !there {
+				continue
+			}
+			n, err := countElements(tableOf(key), k)
+			if err == nil && n != len(want) {
+				err = fmt.Errorf("expected %d elements, found %d", len(want), n)
+			}
+			if err != nil {
+				// Undo starts from the kernel's state.
+				return errors.Join(fmt.Errorf("check map %s: %w", k.name, err), tx.read())
+			}
 		}
 	}
 	return nil
@@ -204,13 +223,17 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 		}
 		have = &table{}
 	}
-	if want.to != nil {
-		if have.to == nil {
-			b.addMap(t)
+	for _, k := range mapKinds {
+		to, planned := want.to[k.name]
+		if !planned {
+			continue
 		}
-		gone, more := have.to.steps(want.to)
-		b.changeElements(unix.NFT_MSG_DELSETELEM, 0, t, gone)
-		b.changeElements(unix.NFT_MSG_NEWSETELEM, netlink.Create, t, more)
+		if _, there := have.to[k.name]; !there {
+			b.addMap(t, k)
+		}
+		gone, more := have.to[k.name].steps(to)
+		b.changeElements(unix.NFT_MSG_DELSETELEM, 0, t, k, gone)
+		b.changeElements(unix.NFT_MSG_NEWSETELEM, netlink.Create, t, k, more)
 	}
 	for _, name := range slices.Sorted(maps.Keys(want.chains)) {
 		c, old := want.chains[name], have.chains[name]
@@ -231,7 +254,7 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 // sameFrame reports whether both tables have the same chains and maps. It ignores
 // their content.
 func (t *table) sameFrame(want *table) bool {
-	if t.flags != want.flags || len(t.others) > 0 || !slices.Equal(t.helpers, want.helpers) || (t.to == nil) != (want.to == nil) || len(t.chains) != len(want.chains) {
+	if t.flags != want.flags || len(t.others) > 0 || !slices.Equal(t.helpers, want.helpers) || !sameKeys(t.to, want.to) || len(t.chains) != len(want.chains) {
 		return false
 	}
 	for name, c := range want.chains {
@@ -240,6 +263,11 @@ func (t *table) sameFrame(want *table) bool {
 		}
 	}
 	return true
+}
+
+// sameKeys reports whether two maps have the same keys.
+func sameKeys[V any](a, b map[string]V) bool {
+	return slices.Equal(slices.Sorted(maps.Keys(a)), slices.Sorted(maps.Keys(b)))
 }
 
 // A LoadError reports that the kernel refused the rules.

@@ -116,13 +116,13 @@ func (p *probes) of(targets []netip.AddrPort) ([]Probe, time.Time) {
 }
 
 // targets returns the servers of the plan's TCP redirects, each once, in its
-// order.
+// order. The ports of a range on a server are not probed: which are open is unknown.
 func targets(plan rules.Plan) []netip.AddrPort {
 	var all []netip.AddrPort
 	seen := make(map[netip.AddrPort]bool)
 	for _, r := range plan.Redirects {
 		to := r.Server(r.Port)
-		if r.Protocol == rules.TCP && !seen[to] {
+		if r.Protocol == rules.TCP && r.ToOnePort() && !seen[to] {
 			seen[to] = true
 			all = append(all, to)
 		}

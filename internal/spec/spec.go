@@ -21,6 +21,7 @@ const (
 	Source           Field = "source"
 	Gateway          Field = "gateway"
 	Destinations     Field = "destinations"
+	Grammar          Field = "grammar"
 	Interface        Field = "interface"
 	ClusterInterface Field = "cluster interface"
 	Backend          Field = "backend"

@@ -122,14 +122,8 @@ func (p *Pod) Health() (code int, stdout string) {
 // Metric returns a value of /metrics, asked from the cluster side at HealthAddr.
 func (p *Pod) Metric(name string) int {
 	p.Helper()
-	conn := p.Dial(p.Lab.Client, "tcp", HealthAddr)
-	defer conn.Close()
-	fmt.Fprint(conn, "GET /metrics HTTP/1.0\r\nHost: pod\r\n\r\n")
-	text, err := io.ReadAll(conn)
-	if err != nil {
-		p.Fatal(err)
-	}
-	for line := range strings.Lines(string(text)) {
+	text := p.Metrics()
+	for line := range strings.Lines(text) {
 		if value, found := strings.CutPrefix(line, name+" "); found {
 			n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
 			if err != nil {
@@ -140,6 +134,19 @@ func (p *Pod) Metric(name string) int {
 	}
 	p.Fatalf("/metrics lacks %s:\n%s", name, text)
 	return 0
+}
+
+// Metrics returns the page /metrics.
+func (p *Pod) Metrics() string {
+	p.Helper()
+	conn := p.Dial(p.Lab.Client, "tcp", HealthAddr)
+	defer conn.Close()
+	fmt.Fprint(conn, "GET /metrics HTTP/1.0\r\nHost: pod\r\n\r\n")
+	text, err := io.ReadAll(conn)
+	if err != nil {
+		p.Fatal(err)
+	}
+	return string(text)
 }
 
 // Comparisons returns the number of comparisons by the router so far, from /metrics.

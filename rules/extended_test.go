@@ -1,0 +1,133 @@
+package rules
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestParseExtended(t *testing.T) {
+	server := ip("203.0.113.9")
+	for name, test := range map[string]struct {
+		value string
+		want  Set
+	}{
+		"the legacy grammar's example": {example, exampleSet},
+		"several protocols":            {"53 tcp,udp 203.0.113.9", Set{Redirects: []Redirect{{Protocol: TCP, Port: 53, To: server}, {Protocol: UDP, Port: 53, To: server}}}},
+		"sctp":                         {"3868 sctp 203.0.113.9 3869", Set{Redirects: []Redirect{{Protocol: SCTP, Port: 3868, To: server, ToPort: 3869}}}},
+		"once for each protocol":       {"53 tcp 203.0.113.9\n53 udp 203.0.113.9 54", Set{Redirects: []Redirect{{Protocol: TCP, Port: 53, To: server}, {Protocol: UDP, Port: 53, To: server, ToPort: 54}}}},
+		"a range":                      {"30000-30100 udp 203.0.113.9", Set{Redirects: []Redirect{{Protocol: UDP, Port: 30000, Last: 30100, To: server}}}},
+		"a shifted range":              {"30000-30100 udp 203.0.113.9 40000-40100", Set{Redirects: []Redirect{{Protocol: UDP, Port: 30000, Last: 30100, To: server, ToPort: 40000, Shifts: true}}}},
+		"a range to itself":            {"30000-30100 udp 203.0.113.9 30000-30100", Set{Redirects: []Redirect{{Protocol: UDP, Port: 30000, Last: 30100, To: server}}}},
+		"a range to one port":          {"30000-30100 tcp 203.0.113.9 443", Set{Redirects: []Redirect{{Protocol: TCP, Port: 30000, Last: 30100, To: server, ToPort: 443}}}},
+		"a range of one port":          {"80-80 tcp 203.0.113.9 90-90", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server, ToPort: 90}}}},
+		"all ports":                    {"1-65535 tcp 203.0.113.9", Set{Redirects: []Redirect{{Protocol: TCP, Port: 1, Last: 65535, To: server}}}},
+		"comments":                     {"80 tcp 203.0.113.9 # web, #1\n203.0.113.9 #\n# rest", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server}}, Fallback: server}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := Extended.Parse(test.value, variables{})
+			if err != nil {
+				t.Fatalf("%q: %v", test.value, err)
+			}
+			if diff := cmp.Diff(test.want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+				t.Errorf("%q, - want, + got:\n%s", test.value, diff)
+			}
+			if entries := Extended.Entries(test.value); len(entries) < len(got.Redirects) {
+				t.Errorf("%d entries for %d redirects", len(entries), len(got.Redirects))
+			}
+		})
+	}
+}
+
+func TestParseExtendedError(t *testing.T) {
+	for name, test := range map[string]struct {
+		value          string
+		line           int
+		sentence, hint string
+	}{
+		"overlap":                  {"80-90 tcp 10.4.5.6\n85 udp 10.4.5.6\n90-95 tcp 10.4.5.6", 3, "localport 90 is already used for tcp", "line 1 uses it first"},
+		"overlap in a list":        {"53 udp 10.4.5.6\n53 tcp,udp 10.4.5.6", 2, "localport 53 is already used for udp", "line 1"},
+		"a protocol twice":         {"53 udp,udp 10.4.5.6", 1, "value '53 udp,udp 10.4.5.6' is invalid", `the protocol "udp" stands twice`},
+		"an unknown protocol":      {"53 icmp 10.4.5.6", 1, "is invalid", `"icmp" is not a protocol`},
+		"no protocol in a list":    {"53 tcp, 10.4.5.6", 1, "is invalid", `"" is not a protocol`},
+		"ranges of other lengths":  {"80-90 tcp 10.4.5.6 180-191", 1, "is invalid", "the ranges have 11 and 12 ports"},
+		"one port to a range":      {"80 tcp 10.4.5.6 80-90", 1, "is invalid", "the ranges have 1 and 11 ports"},
+		"a range that ends before": {"90-80 tcp 10.4.5.6", 1, "is invalid", "the range 90-80 ends before it begins"},
+		"port zero":                {"0-80 tcp 10.4.5.6", 1, "Invalid port: 0, must be in the range 1 to 65535", ""},
+		"port too high":            {"80-65536 tcp 10.4.5.6", 1, "Invalid port: 65536", ""},
+		"no range":                 {"80- tcp 10.4.5.6", 1, "is invalid", `"80-" is no port and no range of ports`},
+		"a comment without space":  {"80 tcp 10.4.5.6# web", 1, "is invalid", ""},
+		"behind the fallback":      {"10.4.5.6 # all\n80 tcp 10.4.5.6", 2, "fallback IP must be the last line", "move it to the end"},
+		"IPv6":                     {"80 tcp 2001:db8::1", 1, "is invalid", "IPv6"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			set, err := Extended.Parse(test.value, variables{})
+			e, ok := err.(*ParseError)
+			if !ok {
+				t.Fatalf("%q gives %v, %v; want a *ParseError", test.value, set, err)
+			}
+			if !strings.Contains(e.Error(), test.sentence) || e.Line.Number != test.line || !strings.Contains(e.Hint, test.hint) {
+				t.Errorf("%q: line %d: %s\nhint: %s", test.value, e.Line.Number, e, e.Hint)
+			}
+		})
+	}
+}
+
+// Each port of a range has its server, also by a Lookup.
+func TestServer(t *testing.T) {
+	set, err := ParseExtended("10-20 tcp 10.4.5.6\n30-40 tcp 10.4.5.6 130-140\n50-60 tcp 10.4.5.6 443\n70 tcp 10.4.5.6\n80 tcp 10.4.5.6 8080\n10-20 udp 10.4.5.6 9-19", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lookup := NewLookup(set.Redirects)
+	found := 0
+	for p := range map[Protocol]bool{TCP: true, UDP: true, SCTP: true} {
+		for local := Port(1); local < 100; local++ {
+			want := map[bool]Port{
+				p == TCP && (local >= 10 && local <= 20 || local == 70): local, p == TCP && local >= 30 && local <= 40: local + 100,
+				p == TCP && local >= 50 && local <= 60: 443, p == TCP && local == 80: 8080, p == UDP && local >= 10 && local <= 20: local - 1,
+			}[true]
+			i, ok := lookup.Find(IPv4, p, local)
+			if ok != (want != 0) || ok && Port(set.Redirects[i].Server(local).Port()) != want {
+				t.Errorf("%s %d: found %v, want port %d", p, local, ok, want)
+			}
+			if !ok {
+				continue
+			}
+			found++
+			first, last, there := set.Redirects[i].portsTo(want)
+			if !there || local < first || local > max(first, last) {
+				t.Errorf("%s %d: the ports to %d are %d to %d, %v", p, local, want, first, last, there)
+			}
+		}
+	}
+	if found != 11*4+2 {
+		t.Errorf("%d ports found", found)
+	}
+}
+
+func FuzzParseExtended(f *testing.F) {
+	for _, seed := range []string{
+		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", `80 tcp 1.2.3.4\ # x`,
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, value string) {
+		set, err := ParseExtended(value, variables{})
+		legacy, legacyErr := Parse(value, variables{})
+		if legacyErr == nil && (err != nil || !set.Equal(legacy)) {
+			t.Errorf("%q is %v in the legacy grammar and %v, %v in the extended one", value, legacy, set, err)
+		}
+		if err != nil {
+			if e := err.(*ParseError); e.Line.Number < 1 || e.Line.Number > strings.Count(value, "\n")+1 {
+				t.Errorf("error in line %d of %q", e.Line.Number, value)
+			}
+			return
+		}
+		if again, err := ParseExtended(set.String(), nil); err != nil || !set.Equal(again) {
+			t.Errorf("%q gives %v, which reads back as %v, %v", value, set, again, err)
+		}
+	})
+}
