@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ import (
 type drive struct {
 	Kind    driveKind
 	Clients int            // clients at once
+	Rate    int            // requests a second of all clients of driveKept; zero: as many as are answered
 	For     time.Duration  // measured time, after warmUp
 	To      netip.AddrPort // proxy
 	Server  netip.AddrPort // server in the requests to an HTTP proxy
@@ -96,6 +98,10 @@ type generator struct {
 	tunnel, request []byte // first and second request
 	again           bool   // repeat the request on the same connection
 
+	timer   int       // timerfd_create(2), for the next of those that rest
+	due     time.Time // of the next request, with a rate
+	resting []*visit  // in the order of their requests
+
 	counting  bool
 	begin     time.Time
 	stopping  bool
@@ -142,8 +148,13 @@ func newGenerator(d drive) (*generator, error) {
 	}
 	g.request = fmt.Appendf(nil, "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: egress-lab\r\nAccept: */*\r\n%s\r\n", url, d.Server, closing)
 	var err error
-	g.poller, err = newPoller()
-	return g, err
+	if g.poller, err = newPoller(); err != nil || d.Rate == 0 {
+		return g, err
+	}
+	if g.timer, err = unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC|unix.TFD_NONBLOCK); err != nil {
+		return g, fmt.Errorf("making a timer: %w", err)
+	}
+	return g, g.poller.add(g.timer, unix.EPOLLIN)
 }
 
 // close closes all connections.
@@ -152,6 +163,9 @@ func (g *generator) close() {
 		_ = unix.Close(socket)
 	}
 	_ = unix.Close(g.poller.epoll)
+	if g.Rate > 0 {
+		_ = unix.Close(g.timer)
+	}
 }
 
 func (g *generator) run() (drove, error) {
@@ -191,6 +205,7 @@ func (g *generator) run() (drove, error) {
 	}
 	// Requests without an answer count for the latency: they may be the slow ones.
 	g.stopping = true
+	g.open -= len(g.resting)
 	if err := g.until(time.Now().Add(lastWait), func() bool { return g.open == 0 }); err != nil {
 		return drove{}, err
 	}
@@ -246,6 +261,12 @@ func (g *generator) connect(v *visit) error {
 
 // handle continues a visit.
 func (g *generator) handle(socket int, events uint32) error {
+	if g.Rate > 0 && socket == g.timer {
+		if _, err := read(g.timer, g.buf[:8]); err != nil && !errors.Is(err, unix.EAGAIN) {
+			return fmt.Errorf("reading the timer: %w", err)
+		}
+		return g.wake()
+	}
 	v := g.byFD[socket]
 	if v == nil {
 		return nil
@@ -353,6 +374,8 @@ func (g *generator) finish(v *visit) error {
 			return g.connect(&visit{})
 		}
 		return nil
+	case g.again && !g.stopping && g.Rate > 0:
+		return g.rest(v, now)
 	case g.again && !g.stopping:
 		v.begin, v.answer = now, v.answer[:0]
 		return send(v.socket, g.request)
@@ -363,6 +386,34 @@ func (g *generator) finish(v *visit) error {
 		return err
 	}
 	return g.connect(v)
+}
+
+// rest lets a visit wait until its next request is due. The time of the answer begins then,
+// also if all clients were waiting for answers.
+func (g *generator) rest(v *visit, now time.Time) error {
+	if g.due.IsZero() {
+		g.due = now
+	}
+	g.due = g.due.Add(time.Second / time.Duration(g.Rate))
+	v.begin, v.answer = g.due, v.answer[:0]
+	g.resting = append(g.resting, v)
+	return g.wake()
+}
+
+// wake begins the requests that are due, and sets the timer for the next one.
+func (g *generator) wake() error {
+	for len(g.resting) > 0 {
+		v := g.resting[0]
+		if wait := time.Until(v.begin); wait > 0 {
+			at := unix.ItimerSpec{Value: unix.NsecToTimespec(wait.Nanoseconds())}
+			return os.NewSyscallError("timerfd_settime", unix.TimerfdSettime(g.timer, 0, &at, nil))
+		}
+		g.resting = g.resting[1:]
+		if err := send(v.socket, g.request); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // send sends bytes that fit into the socket's buffer.

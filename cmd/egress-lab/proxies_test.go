@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -50,7 +52,7 @@ func TestMeasureProxies(t *testing.T) {
 
 // Each reading is compared to the better of the other proxies.
 func TestCompareProxies(t *testing.T) {
-	c := contest{trials: []trial{{driveDirect, 8, []reading{
+	c := contest{trials: []trial{{driveDirect, 8, 0, []reading{
 		{"rate", rate, false, goalShort},
 		{"p99", p99, true, goalTail},
 	}}}}
@@ -72,8 +74,8 @@ func TestCompareProxies(t *testing.T) {
 // The proxy as an ordinary user is compared with itself as root, and is no reference.
 func TestCompareUser(t *testing.T) {
 	c := contest{trials: []trial{
-		{driveKept, 1, []reading{{"rate", rate, false, goalHTTP}}},
-		{drivePour, 1, []reading{{"one tunnel", gbit, false, goalEqual}}},
+		{driveKept, 1, 0, []reading{{"rate", rate, false, goalHTTP}}},
+		{drivePour, 1, 0, []reading{{"one tunnel", gbit, false, goalEqual}}},
 	}}
 	contenders := []contender{{name: "ours"}, {name: "squid"}, {name: "ours as a user", user: true}}
 	rows := c.compare(contenders, [][][]drove{
@@ -144,6 +146,32 @@ func TestDriveRefusesWrongAnswers(t *testing.T) {
 	defer g.close()
 	if _, err := g.run(); err == nil || !strings.Contains(err.Error(), "connecting: connection refused") {
 		t.Errorf("error %v, want a refusal", err)
+	}
+}
+
+// A drive with a rate has that many requests a second, and no more.
+func TestDriveKeepsRate(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", strconv.Itoa(answerSize))
+		_, _ = w.Write(smallBody)
+	})}
+	go func() { _ = server.Serve(l) }()
+	defer server.Close()
+	at := netip.MustParseAddrPort(l.Addr().String())
+	g, err := newGenerator(drive{Kind: driveKept, Clients: 4, Rate: 200, For: 500 * time.Millisecond, To: at, Server: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.close()
+	begin := time.Now()
+	result, err := g.run()
+	took := time.Since(begin)
+	if most := int(200*took.Seconds()) + 4 + 1; err != nil || result.Answers <= 4 || result.Answers > most {
+		t.Errorf("%d answers in %v, error %v; want at most %d", result.Answers, took, err, most)
 	}
 }
 
