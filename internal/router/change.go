@@ -323,17 +323,20 @@ func (c *change) load(ctx context.Context, s plan.Load) error {
 	return c.load(ctx, s)
 }
 
-// announce announces the reserved address to the physical network.
-func (c *change) announce() error {
+// announce announces the reserved address to the physical network. prepare has opened the
+// socket, unless the reason to announce came later.
+func (c *change) announce() (err error) {
 	if c.socket == nil {
-		return nil
+		if c.socket, err = arp.Open(c.have.State.Index); err != nil {
+			return err
+		}
 	}
 	address := c.want.Network.Address.Addr()
 	if err := c.socket.Announce(c.have.State.MAC, address); err != nil {
 		return err
 	}
 	c.socket.Close()
-	c.have.Announced = true
+	c.socket, c.have.Announced = nil, true
 	c.router.Log.Debug("address announced", "address", address, "mac", c.have.State.MAC.String())
 	return nil
 }

@@ -101,8 +101,5 @@ func (c *change) answer(ctx context.Context) error {
 	if c.want.Conflict != plan.ConflictDefend {
 		return nil
 	}
-	if c.socket, err = arp.Open(c.have.State.Index); err != nil {
-		return err
-	}
 	return c.announce()
 }

@@ -1,0 +1,179 @@
+package plan
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// simulate changes a state as the kernel does.
+func simulate(s *State, c Change) {
+	table := &s.Routes
+	if c.Route.Table != 0 {
+		table = &s.Cluster.Table
+	}
+	remove := func(r Route) {
+		if i := slices.IndexFunc(*table, r.same); i >= 0 {
+			*table = slices.Delete(*table, i, i+1)
+		}
+	}
+	switch c.Op {
+	case AddAddress:
+		s.Addresses = append(s.Addresses, c.Address)
+		if s.Up {
+			s.Routes = append(s.Routes, Route{Destination: c.Address.Masked(), Index: c.Index, Source: c.Address.Addr(), Scope: ScopeLink})
+		}
+	case SetUp:
+		s.Up = true
+		for _, a := range s.Addresses {
+			s.Routes = append(s.Routes, Route{Destination: a.Masked(), Index: c.Index, Source: a.Addr(), Scope: ScopeLink})
+		}
+	case ReplaceRoute:
+		if i := slices.IndexFunc(*table, func(r Route) bool { return key(r) == key(c.Route) }); i >= 0 {
+			(*table)[i] = c.Route
+		} else {
+			*table = append(*table, c.Route)
+		}
+	case AppendRoute:
+		*table = append(*table, c.Route)
+	case DeleteRoute:
+		remove(c.Route)
+	case AddRule:
+		s.Cluster.Rules = append(s.Cluster.Rules, c.Rule)
+	case DeleteRule:
+		s.Cluster.Rules = slices.DeleteFunc(s.Cluster.Rules, c.Rule.same)
+	case WriteSysctl:
+		value, _ := strconv.Atoi(c.Value)
+		switch {
+		case c.Sysctl == IPForward:
+			s.Forwards = value == 1
+			for i := range s.Forwarding {
+				s.Forwarding[i].On = s.Forwards
+			}
+		case strings.HasSuffix(c.Sysctl, "/forwarding"):
+			for i, f := range s.Forwarding {
+				if ForwardingOf(f.Interface) == c.Sysctl {
+					s.Forwarding[i].On = value == 1
+				}
+			}
+		case c.Sysctl == PromoteSecondaries("macvlan0"):
+			s.Promotes = true
+		default:
+			s.Sysctls[c.Sysctl] = value
+		}
+	}
+}
+
+// random returns a state that other programs may have left.
+func random(r *rand.Rand, n Network) State {
+	some := func() bool { return r.IntN(2) == 0 }
+	s := State{Index: 3, Up: some(), Carrier: true, NoARP: some(), Promotes: some(), Forwards: some(), Sysctls: n.Defaults()}
+	s.Cluster = ClusterState{Index: 2, Addresses: []netip.Addr{addr("10.128.0.98")}}
+	s.Forwarding = []InterfaceForwarding{{"macvlan0", some()}, {"eth0", some()}}
+	for name := range s.Sysctls {
+		if some() {
+			s.Sysctls[name] = r.IntN(3)
+		}
+	}
+	for _, a := range []string{"192.168.12.99/24", "192.168.12.98/24", "192.168.13.7/32"} {
+		if r.IntN(3) == 0 {
+			s.Addresses = append(s.Addresses, netip.MustParsePrefix(a))
+		}
+	}
+	all := append(n.Routes(3), cluster, cniDefault, route("0.0.0.0/0", "10.128.0.2", 2, "", 100), route("192.168.12.1/32", "10.128.0.1", 2, "", 0),
+		route("192.168.12.0/24", "", 3, "192.168.12.98", 0), subnet, route("10.96.0.0/12", "10.128.0.1", 2, "", 0))
+	for _, i := range r.Perm(len(all)) {
+		if some() && !slices.ContainsFunc(s.Routes, func(have Route) bool { return key(have) == key(all[i]) && have.Index == all[i].Index }) {
+			s.Routes = append(s.Routes, all[i])
+		}
+	}
+	for _, rule := range n.Cluster.rules(s.Cluster.Addresses) {
+		if some() {
+			s.Cluster.Rules = append(s.Cluster.Rules, rule)
+		}
+	}
+	if some() {
+		s.Cluster.Rules = append(s.Cluster.Rules, Rule{Priority: rulePriority, Mark: 1, Mask: 1, Table: n.Cluster.Table})
+	}
+	return s
+}
+
+// From any state the steps lead to one without steps, in few rounds of each stage. Until
+// all rules are loaded, nothing opens the way between the sides, and the address comes
+// after rules and sysctls.
+func TestStepsConverge(t *testing.T) {
+	source := rand.New(rand.NewPCG(16, 2))
+	set, err := rules.Parse("80 tcp 203.0.113.25", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range 2000 {
+		network := want
+		network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
+		goal := Want{
+			Network: network, Forward: source.IntN(4) > 0, Start: source.IntN(2) == 0, Conflict: Conflict(source.IntN(3)),
+			Rules: rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: addr("192.168.12.99")}),
+		}
+		have := Have{State: random(source, network), Redirects: source.IntN(2) == 0}
+		if source.IntN(3) > 0 {
+			have.Differs = []string{"other rules"}
+		}
+		if source.IntN(3) == 0 {
+			have.Strays = []string{"stale rules"}
+		}
+		begin := fmt.Sprintf("%+v", have)
+		var log []string
+		rounds, last := make(map[Stage]int), Stage(0)
+		for {
+			groups := Steps(goal, have)
+			if len(groups) == 0 {
+				break
+			}
+			g := groups[0]
+			if rounds[g.Stage]++; rounds[g.Stage] > 3 {
+				t.Fatalf("%d: stage %d does not end: %v\nfrom %s\nafter %s", n, g.Stage, g.Steps, begin, strings.Join(log, "\n"))
+			}
+			for _, s := range g.Steps {
+				log = append(log, s.String())
+				switch s := s.(type) {
+				case Change:
+					opens := !s.Optional && s.Op == WriteSysctl
+					open := have.Loaded == nil && len(have.Differs) > 0 || have.Loaded != nil && !have.Loaded.Equal(goal.Rules)
+					if opens && open || !opens && !s.Optional && have.Loaded == nil && len(have.Differs) > 0 {
+						t.Fatalf("%d: %q before the rules, after\n%s", n, s, strings.Join(log, "\n"))
+					}
+					simulate(&have.State, s)
+					have.Changed = true
+				case Load:
+					have.Loaded, have.Changed = &s.Rules, true
+				case Probe:
+					have.Probed = true
+				case Settle:
+					have.Trusted = true
+				case Announce:
+					if !goal.Network.HasAddress(have.State) {
+						t.Fatalf("%d: announced before it is there: %s", n, strings.Join(log, "\n"))
+					}
+					have.Announced = true
+				case Ask:
+					have.Asked = true
+				case RemoveStray:
+					have.Strays = have.Strays[1:]
+				}
+			}
+			if last = g.Stage; last == Opening {
+				break
+			}
+		}
+		have.Differs, have.Changed, goal.Start = nil, false, false
+		if left := Steps(goal, have); len(left) > 0 {
+			t.Fatalf("%d: left %v\nfrom %s\nafter %s", n, left, begin, strings.Join(log, "\n"))
+		}
+	}
+}
