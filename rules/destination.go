@@ -226,7 +226,7 @@ func Parse(value string, names spec.Names) (Set, error) {
 		}
 		f, ok := parseLine(line.Text)
 		if !ok {
-			return Set{}, invalid(line, names, hint(line.Text, names)+orExtended(line.Text, names))
+			return Set{}, invalid(line, names, hint(line.Text, names)+orExtended("line", line.Text, names))
 		}
 		if f.port == "" {
 			set.Fallback, fallback = f.to, line
@@ -245,7 +245,7 @@ func Parse(value string, names spec.Names) (Set, error) {
 		if first := seen[r.Port]; first != 0 {
 			return Set{}, &ParseError{line,
 				spec.Textf("%s localport %d is already used, must be unique for each destination", spec.Destinations, r.Port).In(names),
-				fmt.Sprintf("line %d uses it first; a local port is allowed once, whatever the protocol", first) + orExtended(value, names)}
+				fmt.Sprintf("line %d uses it first; a local port is allowed once, whatever the protocol", first) + orExtended("list", value, names)}
 		}
 		seen[r.Port] = int32(line.Number)
 		set.Redirects = append(set.Redirects, r)

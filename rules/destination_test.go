@@ -96,7 +96,7 @@ func TestParseErrors(t *testing.T) {
 		"a carriage return":          {"80 tcp 10.4.5.6\r\n", 1, invalid("80 tcp 10.4.5.6\r"), "carriage return"},
 		"a no-break space":           {"80\u00a0tcp 10.4.5.6", 1, invalid("80\u00a0tcp 10.4.5.6"), "U+00A0"},
 		"a byte order mark":          {"\ufeff80 tcp 10.4.5.6", 1, invalid("\ufeff80 tcp 10.4.5.6"), "U+FEFF"},
-		"a trailing comment":         {"80 tcp 10.4.5.6 # web", 1, invalid("80 tcp 10.4.5.6 # web"), "as its first character; grammar=extended accepts it"},
+		"a trailing comment":         {"80 tcp 10.4.5.6 # web", 1, invalid("80 tcp 10.4.5.6 # web"), "as its first character; grammar=extended accepts this line"},
 		"no address":                 {"80 tcp", 1, invalid("80 tcp"), `the address is missing: write "80 tcp IP"`},
 		"no protocol":                {"80 10.4.5.6", 1, invalid("80 10.4.5.6"), `"80 tcp 10.4.5.6"`},
 		"IPv6":                       {"80 tcp 2001:db8::1", 1, invalid("80 tcp 2001:db8::1"), "IPv6"},
@@ -108,9 +108,10 @@ func TestParseErrors(t *testing.T) {
 		"octet out of range":         {"80 tcp 1.2.3.256", 1, invalid("80 tcp 1.2.3.256"), "0 to 255"},
 		"octet with a leading zero":  {"01.2.3.4", 1, invalid("01.2.3.4"), "leading zeros"},
 		"three octets":               {"1.2.3", 1, invalid("1.2.3"), "four numbers"},
-		"a range of ports":           {"80-90 tcp 10.4.5.6", 1, invalid("80-90 tcp 10.4.5.6"), "one number from 1 to 65535; grammar=extended accepts it"},
+		"a range of ports":           {"80-90 tcp 10.4.5.6", 1, invalid("80-90 tcp 10.4.5.6"), "one number from 1 to 65535; grammar=extended accepts this line"},
 		"a remote range":             {"80 tcp 10.4.5.6 80-90", 1, invalid("80 tcp 10.4.5.6 80-90"), "one number"},
 		"folded by YAML":             {"80 tcp 10.4.5.6 81 tcp 10.4.5.7", 1, invalid("80 tcp 10.4.5.6 81 tcp 10.4.5.7"), "YAML"},
+		"several protocols":          {"53 tcp,udp 10.4.5.6", 1, invalid("53 tcp,udp 10.4.5.6"), `a line has one protocol: "tcp" or "udp"; grammar=extended accepts this line`},
 		"commas":                     {"80,81 tcp 10.4.5.6", 1, invalid("80,81 tcp 10.4.5.6"), "separated by spaces"},
 		"a protected space in front": {`\ 10.4.5.6`, 1, invalid(" 10.4.5.6"), ""},
 		"port zero":                  {"0 tcp 10.4.5.6", 1, port("0"), ""},
@@ -121,7 +122,7 @@ func TestParseErrors(t *testing.T) {
 		"remote port first":          {"70000 tcp 10.4.5.6 70001", 1, port("70001"), ""},
 		"the port before its use":    {"80 tcp 10.4.5.6\n80 tcp 10.4.5.6 0", 2, port("0"), ""},
 		"a port twice":               {"80 tcp 10.4.5.6\n81 tcp 10.4.5.6\n80 tcp 10.7.8.9 900", 3, used(80), "line 1 uses it first"},
-		"a port twice, by protocol":  {"53 tcp 10.4.5.6\n53 udp 10.4.5.6", 2, used(53), "whatever the protocol; grammar=extended accepts it"},
+		"a port twice, by protocol":  {"53 tcp 10.4.5.6\n53 udp 10.4.5.6", 2, used(53), "whatever the protocol; grammar=extended accepts this list"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			set, err := Parse(test.value, variables{})

@@ -220,34 +220,49 @@ func parseExtendedProtocol(s string) (Protocol, bool) {
 	return parseProtocol(s)
 }
 
-// orExtended returns the end of a hint about a list that the legacy grammar refuses: that
-// the extended one accepts it, if it does.
-func orExtended(value string, names spec.Names) string {
-	if _, err := ParseExtended(value, nil); err != nil {
+// orExtended returns the end of a hint about what the legacy grammar refuses: that the
+// extended one accepts it, if it does.
+func orExtended(what, text string, names spec.Names) string {
+	if _, err := ParseExtended(text, nil); err != nil {
 		return ""
 	}
-	return spec.Textf("; %s accepts it", spec.Set(spec.Grammar, "extended")).In(names)
+	return spec.Textf("; %s accepts this %s", spec.Set(spec.Grammar, "extended"), what).In(names)
 }
+
+// extendedForms are the forms of a line.
+const extendedForms = `a line is "IP" or "PORTS PROTOCOLS IP", with the server's ports behind it if they differ, for example "8080-8089 tcp,udp 203.0.113.26 80-89"`
 
 // extendedHint returns the probable cause of a parse error of a line.
 func extendedHint(text string, names spec.Names) string {
+	if i := strings.IndexByte(text, '#'); i > 0 {
+		return "a comment needs a space in front of #"
+	}
 	words := strings.Fields(text)
+	if len(words) > 2 && (strings.HasSuffix(words[1], ",") || strings.HasPrefix(words[2], ",")) {
+		return "protocols are separated by commas without spaces"
+	}
+	if len(words) > 0 && strings.Contains(words[0], ",") {
+		return "a line has one port, or one range: write a line for each"
+	}
 	if len(words) == 3 || len(words) == 4 {
+		for _, i := range []int{0, 3} {
+			if i < len(words) && !isPorts(words[i]) {
+				return fmt.Sprintf("%q is no port and no range of ports: write PORT or PORT-PORT, with numbers from 1 to 65535", clip(words[i]))
+			}
+		}
 		seen := make(map[string]bool)
 		for name := range strings.SplitSeq(words[1], ",") {
 			switch _, ok := parseExtendedProtocol(name); {
 			case seen[name]:
 				return fmt.Sprintf("the protocol %q stands twice", name)
-			case !ok && name == strings.ToLower(name) && isPorts(words[0]):
+			case !ok && name == strings.ToLower(name):
 				return fmt.Sprintf(`%q is not a protocol: "tcp", "udp" and "sctp" are, or several with commas between them`, clip(name))
 			}
 			seen[name] = true
 		}
-		for _, i := range []int{0, 3} {
-			if i < len(words) && !isPorts(words[i]) && words[i] != "" {
-				return fmt.Sprintf("%q is no port and no range of ports: write PORT or PORT-PORT, with numbers from 1 to 65535", clip(words[i]))
-			}
-		}
 	}
-	return hint(text, names)
+	if h := hint(text, names); h != forms {
+		return h
+	}
+	return extendedForms
 }

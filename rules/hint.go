@@ -35,6 +35,9 @@ func hint(text string, names spec.Names) string {
 	if several(words) {
 		return `several destinations are on one line: write one a line (in YAML, "|" keeps line ends and ">" does not)`
 	}
+	if len(words) > 2 && strings.Contains(words[1], ",") && isDigits(words[0]) {
+		return `a line has one protocol: "tcp" or "udp"`
+	}
 	if strings.ContainsAny(text, ",;") {
 		return "fields are separated by spaces, destinations by line ends"
 	}

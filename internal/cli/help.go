@@ -14,7 +14,7 @@ import (
 const usage = `usage:
   egress-router              run the mode of EGRESS_ROUTER_MODE
   egress-router plan         print the steps of the mode, and change nothing; --kernel:
-                             those that are missing now
+                             those that a run would take now
   egress-router wait         wait for SIGTERM: a pod's second container
   egress-router http-proxy   run the pod's HTTP proxy until SIGTERM
   egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
@@ -31,8 +31,8 @@ Prints the steps of the mode of EGRESS_ROUTER_MODE, in order, and its rules. It 
 variables that the mode reads and the destination file, does not look at the machine, and
 changes nothing. egress-router help prints the variables.
 
-With --kernel it looks at the network namespace that it runs in, prints the steps that are
-missing there now, and changes nothing either. It needs the privilege of a run.
+With --kernel it looks at the network namespace that it runs in, prints the steps that a run
+would take there now, and changes nothing either. It needs the privilege of a run.
 
 exit codes: 0 done; 1 a variable is invalid, or the namespace cannot be read
 `,

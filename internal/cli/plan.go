@@ -49,19 +49,19 @@ func missingText(ctx context.Context, p Process, c config.Config) (string, error
 		return "", advised(err)
 	}
 	var b strings.Builder
-	writeSummary(&b, c)
-	if len(missing) == 0 {
+	writeSummary(&b, c, missing.Backend)
+	if len(missing.Steps) == 0 {
 		b.WriteString("nothing is missing: the namespace is as configured\n")
 	} else {
-		b.WriteString("steps that are missing now:\n")
-		writeSteps(&b, missing)
+		b.WriteString("steps of a run now:\n")
+		writeSteps(&b, missing.Steps)
 	}
 	return b.String(), nil
 }
 
 func planText(c config.Config) string {
 	var b strings.Builder
-	writeSummary(&b, c)
+	writeSummary(&b, c, string(c.Backend))
 	if c.Mode == config.UnitTest {
 		b.Write(rules.UnitTest(c.Set, c.Sides()))
 		return b.String()
@@ -84,7 +84,7 @@ func planText(c config.Config) string {
 }
 
 // writeSummary writes the configuration and its effect.
-func writeSummary(b *strings.Builder, c config.Config) {
+func writeSummary(b *strings.Builder, c config.Config, backend string) {
 	for _, w := range c.Warnings {
 		fmt.Fprintf(b, "warning    %s\n", w)
 	}
@@ -94,7 +94,7 @@ func writeSummary(b *strings.Builder, c config.Config) {
 	}
 	fmt.Fprintf(b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
 	fmt.Fprintf(b, "address    %s, announced to the physical network\n", c.Source)
-	fmt.Fprintf(b, "backend    %s\n\n", c.Backend)
+	fmt.Fprintf(b, "backend    %s\n\n", backend)
 	if c.Mode.Redirects() {
 		b.WriteString(effect(c.Set, c.Source.Addr()) + "\n")
 	}
@@ -163,6 +163,6 @@ func (e example) fresh(want plan.Want) plan.Have {
 			Routes:  []plan.Route{route(netip.PrefixFrom(netip.IPv4Unspecified(), 0), e.gateway, netip.Addr{}), subnet},
 			Cluster: plan.ClusterState{Index: cluster, Addresses: []netip.Addr{e.address.Addr()}},
 		},
-		Differs: []string{"no rules"},
+		Differs: []string{""}, // the reason is plain
 	}
 }

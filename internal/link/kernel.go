@@ -103,7 +103,13 @@ func (k *Kernel) observe(want plan.Network) (plan.State, error) {
 		return s, missing
 	}
 	var err error
-	if s.Sysctls, err = readSysctls(want.Sysctls()); err != nil {
+	if s.Sysctls, err = readSysctls(want.Sysctls(), func(name string) string {
+		if missing == nil {
+			return name
+		}
+		// An interface begins with these values (ip-sysctl.rst, conf/default).
+		return strings.Replace(name, "/conf/"+want.Interface+"/", "/conf/default/", 1)
+	}); err != nil {
 		return s, err
 	}
 	names := make(map[int]string)

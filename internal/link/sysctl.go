@@ -32,11 +32,12 @@ func isOn(name string) (bool, error) {
 	return value != 0, err
 }
 
-// readSysctls reads sysctls. One that the kernel lacks is left out.
-func readSysctls(names []string) (plan.Sysctls, error) {
+// readSysctls reads sysctls, each at a place of its own. One that the kernel lacks is left
+// out.
+func readSysctls(names []string, place func(string) string) (plan.Sysctls, error) {
 	found := make(plan.Sysctls)
 	for _, name := range names {
-		value, err := sysctl.ReadInt(name)
+		value, err := sysctl.ReadInt(place(name))
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}

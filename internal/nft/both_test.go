@@ -31,6 +31,7 @@ import (
 //
 // Each backend has a router of its own. A plan has rules of both families.
 func TestBackendsDoTheSame(t *testing.T) {
+	t.Setenv("XTABLES_LOCKFILE", filepath.Join(t.TempDir(), "lock")) // that of the machine has other users
 	plans := generate(t)
 	backends := []backend{
 		{name: "nftables", begin: func(ctx context.Context, _ rules.Plan) (transaction, error) {

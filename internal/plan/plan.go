@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/egress-router/egress-router/rules"
 )
@@ -87,7 +88,8 @@ type (
 	// Load loads rules.
 	Load struct {
 		Rules rules.Plan
-		Part  bool // without the redirects
+		Part  bool   // without the redirects
+		Why   string // the differences of the kernel's rules
 	}
 	// Announce announces the reserved address to the physical network.
 	Announce struct{ Address netip.Addr }
@@ -113,7 +115,10 @@ func (s Load) String() string {
 	if s.Part {
 		return "load the rules without the redirects: they mark connections, set the source address and drop everything else"
 	}
-	return "load the rules"
+	if s.Why == "" {
+		return "load the rules"
+	}
+	return "load the rules, because " + s.Why
 }
 
 func (s Announce) String() string {
@@ -165,11 +170,11 @@ func Steps(want Want, have Have) []Group {
 		add(Inquiry, questions...)
 	}
 	var guard []Step
-	loaded := have.Loaded
+	loaded, why := have.Loaded, strings.Join(have.Differs, "; ")
 	if required && len(have.Differs) > 0 && loaded == nil {
-		first := Load{Rules: want.Rules}
+		first := Load{Rules: want.Rules, Why: why}
 		if want.Forward && (have.Redirects || have.State.ForwardsAny()) {
-			first = Load{want.Rules.WithoutRedirects(), true}
+			first = Load{Rules: want.Rules.WithoutRedirects(), Part: true}
 		}
 		guard, loaded = append(guard, first), &first.Rules
 	}
@@ -181,7 +186,7 @@ func Steps(want Want, have Have) []Group {
 	add(Claim, append(steps(claim), announce(want, have, len(claim) > 0)...)...)
 	add(Routing, steps(without(all, slices.Concat(prepare, claim)))...)
 	if len(have.Differs) > 0 && (loaded == nil || !loaded.Equal(want.Rules)) {
-		add(Rules, Load{Rules: want.Rules})
+		add(Rules, Load{Rules: want.Rules, Why: why})
 	}
 	var opening []Step
 	if want.Forward {
@@ -190,7 +195,7 @@ func Steps(want Want, have Have) []Group {
 	for _, s := range have.Strays {
 		opening = append(opening, RemoveStray{s})
 	}
-	changes := have.Changed || len(opening) > 0 || slices.ContainsFunc(groups, Group.changes)
+	changes := have.Changed || len(opening) > 0 || slices.ContainsFunc(groups, Group.Changes)
 	if want.Forward && changes {
 		opening = append(opening, Forget{})
 	}
@@ -198,11 +203,11 @@ func Steps(want Want, have Have) []Group {
 	return groups
 }
 
-// changes reports whether a group changes the namespace.
-func (g Group) changes() bool {
+// Changes reports whether a group changes the namespace.
+func (g Group) Changes() bool {
 	return slices.ContainsFunc(g.Steps, func(s Step) bool {
 		switch s.(type) {
-		case Create, Load, Change:
+		case Create, Load, Change, RemoveStray:
 			return true
 		}
 		return false
@@ -231,8 +236,8 @@ func announce(want Want, have Have, claims bool) []Step {
 	if (want.Start || want.Announce || claims) && !have.Announced {
 		packets = append(packets, Announce{want.Network.Address.Addr()})
 	}
-	// Of a repair the ARP watch asks.
-	if want.Start && !have.Asked && have.State.Carrier {
+	// Of a repair the ARP watch asks. The carrier of an interface that is down is unknown.
+	if want.Start && !have.Asked && (have.State.Carrier || !have.State.Up) {
 		packets = append(packets, Ask{want.Network.Gateway})
 	}
 	return packets

@@ -96,7 +96,7 @@ func (c *change) loadAlone(ctx context.Context) error {
 	if err := c.use(ctx, current); err != nil || len(c.have.Differs) == 0 {
 		return err
 	}
-	return c.load(ctx, plan.Load{Rules: c.want.Rules})
+	return c.load(ctx, plan.Load{Rules: c.want.Rules, Why: strings.Join(c.have.Differs, "; ")})
 }
 
 // observe reads the state of the network, and checks it. It changes nothing, except that
@@ -296,9 +296,9 @@ func (c *change) load(ctx context.Context, s plan.Load) error {
 	if err == nil {
 		c.done.add(undo)
 		c.have.Loaded = &s.Rules
-		if why := strings.Join(c.have.Differs, "; "); !s.Part {
-			c.note(RepairRules, why, "loaded by "+c.rules.String(), func() {
-				c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", why)
+		if !s.Part {
+			c.note(RepairRules, s.Why, "loaded by "+c.rules.String(), func() {
+				c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", s.Why)
 			})
 		}
 		return nil
@@ -319,6 +319,9 @@ func (c *change) load(ctx context.Context, s plan.Load) error {
 	}
 	if err := c.use(ctx, next); err != nil || len(c.have.Differs) == 0 {
 		return err
+	}
+	if s.Why != "" {
+		s.Why = strings.Join(c.have.Differs, "; ")
 	}
 	return c.load(ctx, s)
 }

@@ -71,7 +71,13 @@ func loggedSteps(t *testing.T, log string) []string {
 func TestPlanIsWhatRunDoes(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
-		planned := networkSteps(missingSteps(p))
+		text := missingSteps(p)
+		for _, want := range []string{"load the rules, because ", "probe for another host with 192.168.12.99, and log it", "announce 192.168.12.99 by gratuitous ARP", "request the gateway 192.168.12.1 by ARP", "backend    "} {
+			if !strings.Contains(text, want) || strings.Contains(text, "backend    auto") {
+				p.Errorf("the plan lacks %q, or has no backend:\n%s", want, text)
+			}
+		}
+		planned := networkSteps(text)
 		if len(planned) < 10 {
 			p.Errorf("%d steps: %q", len(planned), planned)
 		}
@@ -110,6 +116,16 @@ func TestPlanFindsDamage(t *testing.T) {
 			}
 		}
 	})
+}
+
+// plan --kernel prints that a run would doubt the gateway, and refuse it without an answer.
+func TestPlanDoubtsGateway(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.Env["EGRESS_GATEWAY"] = lab.NodeAddr.String()
+	if text := missingSteps(p); !strings.Contains(text, ". ask for the gateway on the physical network: gateway 10.128.0.1: expected the router of the physical network, found the cluster side's gateway\n") {
+		t.Errorf("plan:\n%s", text)
+	}
 }
 
 // plan --kernel prints the creation of the egress interface, and creates none.

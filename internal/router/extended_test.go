@@ -108,7 +108,7 @@ func TestExtendedHint(t *testing.T) {
 	t.Parallel()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_DESTINATION"] = "3868 sctp 203.0.113.27"
-	p.WantRefusal("", "EGRESS_DESTINATION value '3868 sctp 203.0.113.27' is invalid", "EGRESS_GRAMMAR=extended accepts it")
+	p.WantRefusal("", "EGRESS_DESTINATION value '3868 sctp 203.0.113.27' is invalid", "EGRESS_GRAMMAR=extended accepts this line")
 }
 
 // Chunks of SCTP (RFC 9260, section 3.2), and the tags of both ends.

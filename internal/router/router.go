@@ -137,32 +137,43 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	return nil
 }
 
-// Check returns the steps that are missing to what the namespace shall be; none if it is
-// so. It changes nothing that a packet reaches: to compare rules that iptables prints in
-// another form, it loads them into chains without a jump.
-func (r *Router) Check(ctx context.Context) ([]plan.Group, error) {
+// A Missing is what a run would do now.
+type Missing struct {
+	Steps   []plan.Group // none if it would change nothing
+	Backend string
+}
+
+// Check returns the steps that are missing to what the namespace shall be. It changes
+// nothing that a packet reaches: to compare rules that iptables prints in another form, it
+// loads them into chains without a jump.
+func (r *Router) Check(ctx context.Context) (Missing, error) {
 	release, err := lock(ctx)
 	if err != nil {
-		return nil, err
+		return Missing{}, err
 	}
 	defer release()
 	network, err := r.Network()
 	if err != nil {
-		return nil, err
+		return Missing{}, err
 	}
 	defer network.Close()
 	c := &change{router: r, network: network, want: r.Want, looks: true}
+	c.want.Start = true
 	if err := c.observe(ctx); err != nil {
-		return nil, err
+		return Missing{}, err
 	}
 	current, err := r.Rules(ctx, c.want.Rules)
 	if err != nil {
-		return nil, err
+		return Missing{}, err
 	}
 	if err := c.use(ctx, current); err != nil {
-		return nil, err
+		return Missing{}, err
 	}
-	return plan.Steps(c.want, c.have), nil
+	found := Missing{Backend: current.String()}
+	if steps := plan.Steps(c.want, c.have); slices.ContainsFunc(steps, plan.Group.Changes) {
+		found.Steps = steps
+	}
+	return found, nil
 }
 
 // A start is the result of Apply for a Keeper.
