@@ -255,7 +255,9 @@ func extendedHint(text string, names spec.Names) string {
 			switch _, ok := parseExtendedProtocol(name); {
 			case seen[name]:
 				return fmt.Sprintf("the protocol %q stands twice", name)
-			case !ok && name == strings.ToLower(name):
+			case !ok && name != strings.ToLower(name):
+				return "protocols are written in lower case"
+			case !ok:
 				return fmt.Sprintf(`%q is not a protocol: "tcp", "udp" and "sctp" are, or several with commas between them`, clip(name))
 			}
 			seen[name] = true

@@ -52,6 +52,7 @@ func TestParseExtendedError(t *testing.T) {
 		"a protocol twice":         {"53 udp,udp 10.4.5.6", 1, "value '53 udp,udp 10.4.5.6' is invalid", `the protocol "udp" stands twice`},
 		"an unknown protocol":      {"53 icmp 10.4.5.6", 1, "is invalid", `"icmp" is not a protocol`},
 		"no protocol in a list":    {"53 tcp, 10.4.5.6", 1, "is invalid", "protocols are separated by commas without spaces"},
+		"upper case":               {"53 TCP,udp 10.4.5.6", 1, "is invalid", "lower case"},
 		"spaces around a hyphen":   {"80 - 90 tcp 10.4.5.6", 1, "is invalid", "\"8080-8089 tcp,udp 203.0.113.26 80-89\""},
 		"several ports":            {"80,443 tcp 10.4.5.6", 1, "is invalid", "a line for each"},
 		"ranges of other lengths":  {"80-90 tcp 10.4.5.6 180-191", 1, "is invalid", "the ranges have 11 and 12 ports"},

@@ -61,13 +61,14 @@ type Stage uint8
 
 // The stages, in their order.
 const (
-	Creation Stage = iota + 1 // of the egress interface
-	Inquiry                   // of the physical network, which changes nothing
-	Guard                     // rules and sysctls that close the pod, and the interface
-	Claim                     // of the address
-	Routing                   // of both sides
-	Rules                     // all of them
-	Opening                   // of the way between the sides, and the end of stale state
+	Creation   Stage = iota + 1 // of the egress interface
+	Inquiry                     // of the physical network: answers that come later, or end the run
+	Guard                       // rules and sysctls that close the pod, and the interface
+	Permission                  // to claim the address, which may not come for long
+	Claim                       // of the address
+	Routing                     // of both sides
+	Rules                       // all of them
+	Opening                     // of the way between the sides, and the end of stale state
 )
 
 // A Step is one of the things that a run does: a Change, or one of the types below. Its text
@@ -165,10 +166,13 @@ func Steps(want Want, have Have) []Group {
 	all := have.remaining(diff(want.Network, have.State))
 	required := slices.ContainsFunc(all, func(c Change) bool { return !c.Optional })
 
-	questions := inquire(want, have)
-	if have.State.Up { // a question needs an interface that is up
-		add(Inquiry, questions...)
+	// A question needs an interface that is up. While another host has the address, the
+	// pod is closed, and its rules are repaired.
+	early, late := inquire(want, have)
+	if !have.State.Up {
+		early, late = nil, append(early, late...)
 	}
+	add(Inquiry, early...)
 	var guard []Step
 	loaded, why := have.Loaded, strings.Join(have.Differs, "; ")
 	if required && len(have.Differs) > 0 && loaded == nil {
@@ -179,9 +183,7 @@ func Steps(want Want, have Have) []Group {
 		guard, loaded = append(guard, first), &first.Rules
 	}
 	add(Guard, append(guard, steps(prepare)...)...)
-	if !have.State.Up {
-		add(Inquiry, questions...)
-	}
+	add(Permission, late...)
 	claim = without(claim, prepare)
 	add(Claim, append(steps(claim), announce(want, have, len(claim) > 0)...)...)
 	add(Routing, steps(without(all, slices.Concat(prepare, claim)))...)
@@ -214,17 +216,24 @@ func (g Group) Changes() bool {
 	})
 }
 
-// inquire returns the questions to the physical network that decide about the address.
-func inquire(want Want, have Have) []Step {
-	var questions []Step
+// inquire returns the questions to the physical network that decide about the address:
+// those that a start may ask at once, and the one whose answer decides whether the address
+// may be claimed.
+func inquire(want Want, have Have) (early, late []Step) {
 	if doubt := doubt(want.Network, have.State); want.Start && !have.Trusted && doubt != nil {
-		questions = append(questions, Settle{doubt})
+		early = append(early, Settle{doubt})
 	}
-	// Of a repair the ARP watch detects the other host.
-	if !have.State.NoARP && !want.Network.HasAddress(have.State) && !have.Probed && (want.Start || want.Conflict == ConflictRefuse) {
-		questions = append(questions, Probe{want.Network.Address.Addr(), want.Conflict})
+	if have.State.NoARP || want.Network.HasAddress(have.State) || have.Probed {
+		return early, nil
 	}
-	return questions
+	probe := Probe{want.Network.Address.Addr(), want.Conflict}
+	switch {
+	case want.Conflict == ConflictRefuse:
+		late = append(late, probe)
+	case want.Start: // of a repair the ARP watch detects the other host
+		early = append(early, probe)
+	}
+	return early, late
 }
 
 // announce returns the packets to the neighbours that learn the address.

@@ -133,13 +133,11 @@ func (c *change) prepare(ctx context.Context) error {
 		c.want.Announce = true
 	}
 	groups := plan.Steps(c.want, c.have)
-	// An announcement that cannot be sent fails before any change.
-	if slices.ContainsFunc(groups, func(g plan.Group) bool { return slices.ContainsFunc(g.Steps, isAnnounce) }) {
-		_, err := arp.Announcement(arp.Request, c.have.State.MAC, c.want.Network.Address.Addr())
-		if err != nil {
-			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", c.want.Network.Interface, err),
-				spec.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", spec.Interface)}
-		}
+	if err := c.feasible(groups); err != nil {
+		return err
+	}
+	if announces(groups) {
+		var err error
 		if c.socket, err = arp.Open(c.have.State.Index); err != nil {
 			return err
 		}
@@ -147,11 +145,6 @@ func (c *change) prepare(ctx context.Context) error {
 	// The answers arrive while the rules are read.
 	if len(groups) > 0 && groups[0].Stage == plan.Inquiry {
 		if _, err := c.carryOut(ctx, groups[0]); err != nil {
-			return err
-		}
-	}
-	if c.want.Forward {
-		if err := link.CanForward(c.have.State); err != nil {
 			return err
 		}
 	}
@@ -166,9 +159,29 @@ func (c *change) prepare(ctx context.Context) error {
 	return c.use(ctx, current)
 }
 
-func isAnnounce(s plan.Step) bool {
-	_, is := s.(plan.Announce)
-	return is
+// feasible returns an error if an announcement among the steps cannot be sent, or if the
+// pod cannot forward, so that a run fails before any change.
+func (c *change) feasible(groups []plan.Group) error {
+	if announces(groups) && !c.have.Missing {
+		if _, err := arp.Announcement(arp.Request, c.have.State.MAC, c.want.Network.Address.Addr()); err != nil {
+			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", c.want.Network.Interface, err),
+				spec.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", spec.Interface)}
+		}
+	}
+	if c.want.Forward {
+		return link.CanForward(c.have.State)
+	}
+	return nil
+}
+
+// announces reports whether a step announces the address.
+func announces(groups []plan.Group) bool {
+	return slices.ContainsFunc(groups, func(g plan.Group) bool {
+		return slices.ContainsFunc(g.Steps, func(s plan.Step) bool {
+			_, is := s.(plan.Announce)
+			return is
+		})
+	})
 }
 
 // use makes current the rules of this change.

@@ -173,7 +173,7 @@ func (r *Router) Check(ctx context.Context) (Missing, error) {
 	if steps := plan.Steps(c.want, c.have); slices.ContainsFunc(steps, plan.Group.Changes) {
 		found.Steps = steps
 	}
-	return found, nil
+	return found, c.feasible(found.Steps)
 }
 
 // A start is the result of Apply for a Keeper.

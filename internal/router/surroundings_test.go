@@ -378,6 +378,50 @@ func TestConflictRefuseWaitsUntilFree(t *testing.T) {
 	p.WantExample()
 }
 
+// While another host has the address, a router that stays closes the pod, and repairs its
+// rules.
+func TestConflictRefuseKeepsPodClosed(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_CONFLICT"] = "refuse"
+		other := addHost(p)
+		setMacvlanUp(p)
+		p.Strict()
+		r := p.Start("legacy")
+		r.AwaitLog(1, other.mac)
+		closed := func() bool {
+			state := p.State()
+			return strings.Contains(state, "net/ipv6/conf/macvlan0/accept_ra = 0\n") && strings.Contains(p.Rules(), "192.168.12.99")
+		}
+		p.Until("the pod is closed", closed)
+		if hasSource(p) {
+			p.Error("macvlan0 has the reserved address, which is in use")
+		}
+		other.leave()
+		p.Until("macvlan0 has the reserved address", func() bool { return hasSource(p) })
+		p.Until("the example works", func() bool {
+			_, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+			return err == nil
+		})
+		translates := func() bool { return strings.Contains(strings.ToLower(p.Rules()), "snat") }
+
+		second := addHost(p)
+		h := p.Handle(p.Lab.Router)
+		if err := h.AddrDel(p.Link(h, "macvlan0"), reserved()); err != nil {
+			p.Fatal(err)
+		}
+		r.AwaitLog(1, second.mac)
+		if !translates() {
+			p.Errorf("no SNAT rule in\n%s", p.Rules())
+		}
+		p.FlushSourceRule()
+		p.Until("the SNAT rule is back", translates)
+		if hasSource(p) {
+			p.Error("macvlan0 has the reserved address, which is in use")
+		}
+	})
+}
+
 // A router that is stopped while it probes leaves the namespace as it was.
 func TestConflictProbeStopped(t *testing.T) {
 	t.Parallel()
