@@ -206,6 +206,7 @@ func (g *generator) run() (drove, error) {
 	// Requests without an answer count for the latency: they may be the slow ones.
 	g.stopping = true
 	g.open -= len(g.resting)
+	g.resting = nil
 	if err := g.until(time.Now().Add(lastWait), func() bool { return g.open == 0 }); err != nil {
 		return drove{}, err
 	}
