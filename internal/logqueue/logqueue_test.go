@@ -202,7 +202,7 @@ func TestNonblockingPipe(t *testing.T) {
 				t.Fatal(err)
 			}
 			out := os.NewFile(uintptr(fd), "log")
-			defer out.Close() // not before: the collector closes a file that nobody has
+			defer out.Close() // keeps it: the collector closes a file without references
 			_ = to.Close()
 			if err := unix.SetNonblock(fd, true); err != nil {
 				t.Fatal(err)

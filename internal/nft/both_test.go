@@ -117,7 +117,7 @@ func (flavoured) Drops(_ context.Context, plan rules.Plan) (rules.Drops, error) 
 }
 
 // observe loads each plan into a router, and returns a text for each: the way of every
-// packet, and what they leave behind.
+// packet, and the connections and counters afterwards.
 func (b backend) observe(ctx context.Context, number int, plans []rules.Plan) (observed []string, err error) {
 	s, err := newStation()
 	if err != nil {

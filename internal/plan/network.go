@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// A Network is what the network of a namespace shall be.
+// A Network is the desired state of a namespace's network.
 type Network struct {
 	Interface string       // name of the egress interface
 	Address   netip.Prefix // reserved address with its length, IPv4

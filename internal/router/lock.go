@@ -40,7 +40,7 @@ func lock(ctx context.Context) (release func(), err error) {
 	return take(ctx, lockName, 0, until)
 }
 
-// take waits until nobody has an abstract socket, and takes it.
+// take binds a socket to an abstract name, after it has waited until no other has it.
 func take(ctx context.Context, name string, flags int, until time.Time) (release func(), err error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|flags, 0)
 	if err != nil {
