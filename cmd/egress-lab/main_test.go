@@ -19,6 +19,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
@@ -244,9 +245,9 @@ func interrupt(t *testing.T, name string, s syscall.Signal) {
 // eventually waits for a condition that the kernel establishes in the background.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); !is(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(lab.Patience); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("timeout after a minute: %s", what)
+			t.Fatalf("timeout after %s: %s", lab.Patience, what)
 		}
 	}
 }

@@ -129,7 +129,7 @@ func claim(mac net.HardwareAddr) []byte {
 }
 
 // soon returns a time later than any event of a test.
-func soon() time.Time { return time.Now().Add(time.Minute) }
+func soon() time.Time { return time.Now().Add(lab.Patience) }
 
 // The socket receives exactly the frames that the filter accepts, out of all on the
 // physical network, and the kernel counts no others for it. The receiver is a

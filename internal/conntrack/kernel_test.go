@@ -160,7 +160,7 @@ func serve(t *testing.T, tcp, udp string) {
 // exchange sends n bytes to the echo server, reads them back and returns the connection.
 func exchange(t *testing.T, conn net.Conn, n int) {
 	t.Helper()
-	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(10 * time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := conn.Write(make([]byte, n)); err != nil {
@@ -259,7 +259,7 @@ func TestCounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = tcp.Close()
-	for deadline := time.Now().Add(time.Minute); r.Lines[0].Open != 0 && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(10 * time.Minute); r.Lines[0].Open != 0 && time.Now().Before(deadline); {
 		r = counts(t, tracker) // the last acknowledgement may be pending
 	}
 	if l := r.Lines[0]; l.Connections != 1 || l.Open != 0 || len(r.Ports) != 1 {

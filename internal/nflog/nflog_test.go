@@ -140,7 +140,7 @@ func TestRun(t *testing.T) {
 	}
 	inside(func() error { // the group is free again, once the kernel has released the socket
 		l, err := Open(group)
-		for end := time.Now().Add(time.Minute); errors.Is(err, unix.EPERM) && time.Now().Before(end); l, err = Open(group) {
+		for end := time.Now().Add(10 * time.Minute); errors.Is(err, unix.EPERM) && time.Now().Before(end); l, err = Open(group) {
 			time.Sleep(time.Millisecond)
 		}
 		if err == nil {

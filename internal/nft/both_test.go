@@ -145,7 +145,7 @@ func (b backend) observe(ctx context.Context, number int, plans []rules.Plan) (o
 			// The programs of both families wait for the same lock, on a busy machine for
 			// longer than they are patient.
 			_, err := tx.Apply(ctx, plan)
-			for begin := time.Now(); err != nil && strings.Contains(err.Error(), "xtables lock") && time.Since(begin) < 2*time.Minute; {
+			for begin := time.Now(); err != nil && strings.Contains(err.Error(), "xtables lock") && time.Since(begin) < 10*time.Minute; {
 				_, err = tx.Apply(ctx, plan)
 			}
 			if err != nil {

@@ -238,7 +238,7 @@ func (s *station) receives() error {
 
 // until waits for a state of the kernel of which it does not notify.
 func until(what string, reached func() bool) error {
-	for end := time.Now().Add(time.Minute); !reached(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(10 * time.Minute); !reached(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			return fmt.Errorf("waiting until %s", what)
 		}

@@ -194,7 +194,7 @@ func want(t *testing.T, from, protocol, address, server string) {
 	t.Helper()
 	a, err := ask(from, protocol, address)
 	// A Service gets its endpoint a moment after the pod is ready.
-	for end := time.Now().Add(time.Minute); err != nil && time.Now().Before(end); {
+	for end := time.Now().Add(patience); err != nil && time.Now().Before(end); {
 		a, err = ask(from, protocol, address)
 	}
 	if err != nil {
@@ -220,13 +220,16 @@ func wantExample(t *testing.T, router string) {
 	}
 }
 
+// patience is the limit of a wait, which only ends a test that hangs.
+const patience = 10 * time.Minute
+
 // await waits until a condition holds.
-func await(t *testing.T, what string, within time.Duration, is func() error) {
+func await(t *testing.T, what string, is func() error) {
 	t.Helper()
 	err := errors.New("not tried")
-	for end := time.Now().Add(within); err != nil; time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(patience); err != nil; time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("timeout after %s waiting for %s: %v", within, what, err)
+			t.Fatalf("timeout after %s waiting for %s: %v", patience, what, err)
 		}
 		err = is()
 	}

@@ -51,7 +51,7 @@ func TestDeployment(t *testing.T) {
 			event.cause(t, before)
 			caused := time.Now()
 			if event.moves {
-				await(t, "a new ready pod", 90*time.Second, func() error {
+				await(t, "a new ready pod", func() error {
 					p := router(t)
 					if started(p) == started(before) || !isReady(p) {
 						return errors.New("old pod or not ready: " + p.Name)
@@ -59,7 +59,7 @@ func TestDeployment(t *testing.T) {
 					return nil
 				})
 			} else {
-				await(t, "the node's kubelet", 90*time.Second, func() error {
+				await(t, "the node's kubelet", func() error {
 					_, err := peer("ask", "tcp", w.service)
 					return err
 				})
@@ -123,7 +123,7 @@ func TestRollingUpdate(t *testing.T) {
 	t.Run("warn", func(t *testing.T) {
 		kubectl(t, "rollout", "restart", deployment)
 		kubectl(t, "rollout", "status", deployment, "--timeout=90s")
-		await(t, "the old pod's end", time.Minute, func() error {
+		await(t, "the old pod's end", func() error {
 			if p := router(t); p.Name == old.Name {
 				return errors.New(p.Name + " exists")
 			}
@@ -147,7 +147,7 @@ func TestRollingUpdate(t *testing.T) {
 		}
 		// The new pod fails, so the Deployment keeps the old one.
 		var message string
-		await(t, "the failure of the new pod", 90*time.Second, func() error {
+		await(t, "the failure of the new pod", func() error {
 			for _, p := range routers(t) {
 				for _, s := range p.Status.InitContainerStatuses {
 					for _, state := range []corev1.ContainerState{s.State, s.LastTerminationState} {
@@ -226,7 +226,7 @@ func kubeletStart(t *testing.T) string {
 	t.Helper()
 	node := strings.TrimSpace(kubectl(t, "get", "pod", "client", "-o", "jsonpath={.spec.nodeName}"))
 	var start string
-	await(t, "the kubelet's metrics", time.Minute, func() error {
+	await(t, "the kubelet's metrics", func() error {
 		text, err := run("kubectl", "get", "--raw", "/api/v1/nodes/"+node+"/proxy/metrics")
 		for line := range strings.Lines(text) {
 			if value, is := strings.CutPrefix(line, "process_start_time_seconds "); is {
@@ -266,7 +266,7 @@ func startWatcher(t *testing.T) watcher {
 	w := watcher{strings.TrimSpace(kubectl(t, "get", "service", "egress-demo-controller", "-o", "jsonpath={.spec.clusterIP}")) + ":80"}
 	apply(t, peerPod("watcher", "watch", w.service))
 	ready(t, "pod/watcher")
-	await(t, "the first answer", 30*time.Second, func() error {
+	await(t, "the first answer", func() error {
 		if log := kubectl(t, "logs", "watcher"); !strings.Contains(log, reserved.String()) {
 			return errors.New(log)
 		}
@@ -286,7 +286,7 @@ func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
 	}
 	var questions []question
 	var wrong string
-	await(t, "answers to the latest requests", time.Minute, func() error {
+	await(t, "answers to the latest requests", func() error {
 		questions, wrong = nil, ""
 		for line := range strings.Lines(kubectl(t, "logs", "watcher")) {
 			at, answer, _ := strings.Cut(strings.TrimSpace(line), " ")
@@ -418,7 +418,7 @@ func watchNeighbour(t *testing.T) func(t *testing.T, mac string) time.Time {
 	}()
 	return func(t *testing.T, mac string) time.Time {
 		t.Helper()
-		deadline := time.After(5 * time.Second)
+		deadline := time.After(patience)
 		for {
 			select {
 			case c := <-changes:

@@ -264,7 +264,7 @@ func wantClosed(t *testing.T, ports ...string) {
 	if _, err := peer("send", listener+":9999", text); err != nil {
 		t.Fatal(err)
 	}
-	await(t, "a datagram of another pod", 10*time.Second, func() error {
+	await(t, "a datagram of another pod", func() error {
 		log := kubectl(t, "logs", "listener")
 		if !strings.Contains(log, text+" from ") {
 			return errors.New("log of the listener: " + log)

@@ -51,7 +51,7 @@ func TestHTTPProxy(t *testing.T) {
 				// A Service gets its endpoint a moment after the pod is ready, and until
 				// then may lead to that of an earlier Service of this name.
 				var out string
-				for end := time.Now().Add(time.Minute); ; {
+				for end := time.Now().Add(patience); ; {
 					var err error
 					if out, err = get(); err != nil {
 						out = err.Error()

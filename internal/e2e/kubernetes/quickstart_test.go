@@ -73,7 +73,7 @@ func TestQuickStart(t *testing.T) {
 			sh(strings.ReplaceAll(line, "REGISTRY/egress-router:TAG", "localhost/egress-router:"+tag))
 		}
 		want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")
-		await(t, "the annotation of the pod", time.Minute, func() error {
+		await(t, "the annotation of the pod", func() error {
 			_, err := run("sh", "-ec", commands(t, "testdata/manifests/README.md", "kubectl annotate")[0])
 			return err
 		})

@@ -47,7 +47,7 @@ func TestWrongManifests(t *testing.T) {
 			if test.file == "http-proxy-restricted.yaml" {
 				container, states = "egress-router-pod", []string{"Error", "CrashLoopBackOff"}
 			}
-			await(t, "the failure of the pod", time.Minute, func() error {
+			await(t, "the failure of the pod", func() error {
 				state := strings.Fields(kubectl(t, "get", "pod", name, "--no-headers"))[2]
 				if !slices.Contains(states, state) {
 					return fmt.Errorf("pod in state %s", state)
@@ -55,7 +55,7 @@ func TestWrongManifests(t *testing.T) {
 				return nil
 			})
 			// A container that is restarting has no log for a moment.
-			await(t, "the error in the log", 30*time.Second, func() error {
+			await(t, "the error in the log", func() error {
 				log, err := run("kubectl", "-n", namespace, "logs", name, "-c", container)
 				if err != nil {
 					return err
@@ -67,7 +67,7 @@ func TestWrongManifests(t *testing.T) {
 				return nil
 			})
 			// The section of the container, without the events of the pod.
-			await(t, "the error in kubectl describe", 30*time.Second, func() error {
+			await(t, "the error in kubectl describe", func() error {
 				description := kubectl(t, "describe", "pod", name)
 				_, part, _ := strings.Cut(description, "\n  "+container+":\n")
 				part, _, _ = strings.Cut(part, "\n    Mounts:")

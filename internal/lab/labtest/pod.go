@@ -56,9 +56,8 @@ type Pod struct {
 	lock string // file of the xtables lock, which pods of parallel tests must not share
 }
 
-// Patience is how long a test waits for an event, such as an answer. A busy machine
-// needs a part of it.
-const Patience = time.Minute
+// Patience is how long a test waits for an event, such as an answer.
+const Patience = lab.Patience
 
 // Example is the environment of the documentation's example.
 func Example() map[string]string {
