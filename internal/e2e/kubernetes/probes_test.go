@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 )
 
 // counted returns a counter of a destination in the text of /metrics, zero if it is

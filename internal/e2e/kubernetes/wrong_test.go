@@ -5,7 +5,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 // A pod with an error in its manifest fails. Its log and kubectl describe contain the
