@@ -29,7 +29,7 @@ func TestImageHasExtensions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sides := rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: netip.MustParseAddr("192.168.12.99"), Mark: 0x1000, Health: 9465}
+	sides := rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{netip.MustParseAddr("192.168.12.99")}, Mark: 0x1000, Health: 9465}
 	for _, group := range rules.HelperGroups {
 		sides.Helpers = append(sides.Helpers, group.Helpers...)
 	}

@@ -154,7 +154,7 @@ func FuzzParse(f *testing.F) {
 	} {
 		f.Add(seed)
 	}
-	sides := Sides{Cluster: "eth0", Egress: "macvlan0", Source: ip("192.168.12.99")}
+	sides := Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{ip("192.168.12.99")}}
 	f.Fuzz(func(t *testing.T, value string) {
 		set, err := Parse(value, variables{})
 		Unread(value)

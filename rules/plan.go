@@ -222,14 +222,29 @@ type Plan struct {
 
 // Sides describes the two sides of the router and the reserved address.
 type Sides struct {
-	Cluster string     // interface by which clients connect
-	Egress  string     // interface on the physical network
-	Source  netip.Addr // the reserved address, IPv4
-	Mark    Mark       // mark of connections from the cluster side
-	Health  Port       // TCP port of the pod that the fallback does not redirect; zero: none
+	Cluster string // interface by which clients connect
+	Egress  string // interface on the physical network
+	// The reserved addresses of both families, in the order of the configuration. The
+	// pod's own sockets have the first one of their family.
+	Sources []netip.Addr
+	Mark    Mark // mark of connections from the cluster side
+	Health  Port // TCP port of the pod that the fallback does not redirect; zero: none
 	// The connections that may cross to the egress side.
 	Crossing Crossing
 	Helpers  []Helper // helpers to attach, by the port of the server
+}
+
+// SourcesOf returns the reserved addresses of a family.
+func (s Sides) SourcesOf(f Family) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(s.Sources), func(a netip.Addr) bool { return FamilyOf(a) != f })
+}
+
+// sourceOf returns the first reserved address of a family, the zero Addr if there is none.
+func (s Sides) sourceOf(f Family) netip.Addr {
+	if sources := s.SourcesOf(f); len(sources) > 0 {
+		return sources[0]
+	}
+	return netip.Addr{}
 }
 
 // A Crossing selects the connections that may cross from the cluster side to the
@@ -315,13 +330,13 @@ func NewPlan(set Set, sides Sides) Plan {
 		}
 		translate = append(translate, Rule{In: sides.Cluster, Target: DNAT, To: set.Fallback})
 	}
-	closed := sides.Crossing == CrossRedirected
+	closed, source := sides.Crossing == CrossRedirected, sides.sourceOf(IPv4)
 	plan := Plan{
 		Redirects: set.Redirects,
 		Chains: []Chain{
 			{IPv4, Mangle, Prerouting, []Rule{
 				{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
-				{In: sides.Egress, NotToward: sides.Source, Target: Drop, Reason: PhysicalNetwork},
+				{In: sides.Egress, NotToward: source, Target: Drop, Reason: PhysicalNetwork},
 				{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
 			}},
 			{IPv4, NAT, Prerouting, translate},
@@ -343,16 +358,16 @@ func NewPlan(set Set, sides Sides) Plan {
 				{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
 			}},
 			{IPv4, Mangle, Postrouting, []Rule{
-				{Out: sides.Egress, RepliesNotTo: sides.Source, Confirmed: true, Original: true, Target: Drop, Reason: WrongSource},
-				{Out: sides.Egress, NotFrom: sides.Source, Unconnected: true, Target: Drop, Reason: Invalid},
-				{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
+				{Out: sides.Egress, RepliesNotTo: source, Confirmed: true, Original: true, Target: Drop, Reason: WrongSource},
+				{Out: sides.Egress, NotFrom: source, Unconnected: true, Target: Drop, Reason: Invalid},
+				{Out: sides.Cluster, From: source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
 				{Protocol: TCP, SYN: true, Target: ClampMSS},
 			}},
 			{IPv4, NAT, Postrouting, []Rule{
-				{Out: sides.Egress, Target: SNAT, To: sides.Source},
+				{Out: sides.Egress, Target: SNAT, To: source},
 			}},
 			{IPv4, SourceGuard, Postrouting, []Rule{
-				{Out: sides.Egress, NotFrom: sides.Source, Target: Drop, Reason: WrongSource},
+				{Out: sides.Egress, NotFrom: source, Target: Drop, Reason: WrongSource},
 			}},
 		},
 	}
@@ -371,15 +386,16 @@ func NewPlan(set Set, sides Sides) Plan {
 // connections without the mark.
 func NewProxyPlan(sides Sides) Plan {
 	sides.Crossing = CrossRedirected
+	source := sides.sourceOf(IPv4)
 	return Plan{Chains: append([]Chain{
 		{IPv4, Mangle, Prerouting, []Rule{
 			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
-			{In: sides.Egress, NotToward: sides.Source, Target: Drop, Reason: PhysicalNetwork},
+			{In: sides.Egress, NotToward: source, Target: Drop, Reason: PhysicalNetwork},
 		}},
 		{IPv4, Filter, Forward, forwardNothing(sides)},
 		{IPv4, Filter, Input, inputRulesIPv4(sides)},
 		{IPv4, Mangle, Postrouting, []Rule{
-			{Out: sides.Cluster, From: sides.Source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
+			{Out: sides.Cluster, From: source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
 		}},
 	}, chainsIPv6(sides)...)}
 }
@@ -390,11 +406,12 @@ func NewProxyPlan(sides Sides) Plan {
 // quotes a packet of a connection to that connection, and the kernel would believe
 // anybody's for minutes. The sysctls against them may be out of reach.
 func inputRulesIPv4(sides Sides) []Rule {
+	source := sides.sourceOf(IPv4)
 	return []Rule{
 		{Protocol: ICMP, Message: RedirectMessage, Target: Drop, Reason: Invalid},
 		{In: sides.Egress, Reply: true, Target: Return},
-		{In: sides.Egress, Toward: sides.Source, Protocol: ICMP, Message: EchoRequest, Target: Return},
-		{In: sides.Egress, Toward: sides.Source, Protocol: TCP, Original: true, Target: Reject, Reason: PhysicalNetwork},
+		{In: sides.Egress, Toward: source, Protocol: ICMP, Message: EchoRequest, Target: Return},
+		{In: sides.Egress, Toward: source, Protocol: TCP, Original: true, Target: Reject, Reason: PhysicalNetwork},
 		{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
 		{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
 	}

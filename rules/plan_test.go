@@ -10,7 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-var sides = Sides{Cluster: "eth0", Egress: "macvlan0", Source: ip("192.168.12.99"), Mark: 0x1000}
+var sides = Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{ip("192.168.12.99")}, Mark: 0x1000}
 
 // The cases are the contract's example of the unit-test mode and its table.
 func TestUnitTest(t *testing.T) {

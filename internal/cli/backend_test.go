@@ -40,7 +40,7 @@ func (k *partial) Apply(_ context.Context, plan rules.Plan) (undo func() error, 
 // without every part is tried three times.
 func TestLargestPlanIsLoaded(t *testing.T) {
 	plan := rules.NewPlan(rules.Set{Fallback: netip.MustParseAddr("203.0.113.27")},
-		rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: netip.MustParseAddr("192.168.12.99"), Mark: 0x1000}).WithDropLog()
+		rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{netip.MustParseAddr("192.168.12.99")}, Mark: 0x1000}).WithDropLog()
 	has := func(parts ...rules.Part) func(rules.Plan) bool {
 		return func(p rules.Plan) bool {
 			return slices.ContainsFunc(parts, func(part rules.Part) bool { return slices.Contains(p.Parts(), part) })

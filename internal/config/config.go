@@ -81,7 +81,7 @@ type Config struct {
 
 // Sides returns the input of a rule plan.
 func (c Config) Sides() rules.Sides {
-	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Source: c.Source.Addr(), Mark: c.ReplyMark, Crossing: c.Crossing, Helpers: c.Helpers}
+	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Sources: []netip.Addr{c.Source.Addr()}, Mark: c.ReplyMark, Crossing: c.Crossing, Helpers: c.Helpers}
 	if c.Mode != UnitTest { // it prints the rules of the original
 		sides.Health = rules.Port(c.Health.Listen.Port())
 	}

@@ -66,7 +66,7 @@ func plan(t *testing.T, source string) rules.Plan {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: netip.MustParseAddr(source), Mark: 0x1000})
+	return rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{netip.MustParseAddr(source)}, Mark: 0x1000})
 }
 
 func TestDiffers(t *testing.T) {

@@ -23,7 +23,7 @@ import (
 
 func TestMain(m *testing.M) { nstest.Main(m) }
 
-var sides = rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: netip.MustParseAddr("192.168.12.99"), Mark: 0x1000}
+var sides = rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{netip.MustParseAddr("192.168.12.99")}, Mark: 0x1000}
 
 func parse(t *testing.T, list string) rules.Plan {
 	t.Helper()
@@ -202,7 +202,7 @@ func TestRefused(t *testing.T) {
 		}
 		// An SNAT rule in a chain that cannot have one, the last one.
 		last := &bad.Chains[len(bad.Chains)-1]
-		last.Rules = append(last.Rules, rules.Rule{Target: rules.SNAT, To: sides.Source})
+		last.Rules = append(last.Rules, rules.Rule{Target: rules.SNAT, To: sides.Sources[0]})
 		tx := beginTx(t)
 		if _, ok := errors.AsType[*LoadError](tx.become(render(bad, tableName))); !ok {
 			t.Error("no *LoadError")

@@ -121,7 +121,7 @@ func TestOrder(t *testing.T) {
 	cluster := plan.Route{
 		Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: lab.NodeAddr, Index: 2, Interface: "eth0",
 	}
-	redirects := rules.NewPlan(rules.Set{Fallback: lab.Remote[0]}, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source})
+	redirects := rules.NewPlan(rules.Set{Fallback: lab.Remote[0]}, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{lab.Source}})
 	proxy := rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"})
 	ready := func(s *script) { // as after a run
 		want := plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}

@@ -56,7 +56,7 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 	if err != nil {
 		t.Fatal(err)
 	}
-	wanted := rules.NewPlan(destinations, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source, Mark: rules.Mark(clusterSide.Mark)})
+	wanted := rules.NewPlan(destinations, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{lab.Source}, Mark: rules.Mark(clusterSide.Mark)})
 	return &router.Router{
 		Want: plan.Want{
 			Network: plan.Network{

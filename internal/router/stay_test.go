@@ -91,7 +91,7 @@ func wanted(t *testing.T, destinations string) plan.Want {
 	}
 	return plan.Want{
 		Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
-		Rules:   rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Source: lab.Source}),
+		Rules:   rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{lab.Source}}),
 		Forward: true,
 	}
 }
