@@ -6,9 +6,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/netns"
 )
@@ -26,7 +28,7 @@ func (l *Lab) build() error {
 		if *n, err = netns.New(); err != nil {
 			return err
 		}
-		if err := (*n).Do(kernelDefaults); err != nil {
+		if err := (*n).Do(func() error { return kernelDefaults(l.IPv6) }); err != nil {
 			return err
 		}
 		if handles[n], err = l.Netlink(*n); err != nil {
@@ -91,6 +93,15 @@ func (l *Lab) build() error {
 	if err := setUp(node, Bridge); err != nil {
 		return err
 	}
+	if l.IPv6 {
+		if err := l.SetSysctl(l.Node, "net/ipv6/conf/all/forwarding", "1"); err != nil {
+			return err
+		}
+		// The router's macvlan0 has the kernel's default.
+		if err := l.SetSysctl(l.Router, "net/ipv6/conf/default/accept_dad", "1"); err != nil {
+			return err
+		}
+	}
 	if !l.NoMacvlan {
 		parent, err := node.LinkByName(NIC)
 		if err != nil {
@@ -107,11 +118,12 @@ func (l *Lab) build() error {
 		}
 	}
 
-	for _, a := range []struct {
+	type address struct {
 		h      *netlink.Handle
 		link   string
 		prefix netip.Prefix
-	}{
+	}
+	addresses := []address{
 		{client, ClientLink, netip.PrefixFrom(ClientAddr, Cluster.Bits())},
 		{far, ClientLink, netip.PrefixFrom(FarAddr, FarCluster.Bits())},
 		{node, FarPort, netip.PrefixFrom(FarGateway, FarCluster.Bits())},
@@ -123,21 +135,46 @@ func (l *Lab) build() error {
 		{outside, "lo", netip.PrefixFrom(Remote[0], 32)},
 		{outside, "lo", netip.PrefixFrom(Remote[1], 32)},
 		{outside, "lo", netip.PrefixFrom(Remote[2], 32)},
-	} {
-		if err := addAddr(a.h, a.link, a.prefix); err != nil {
-			return err
-		}
 	}
-	for _, r := range []struct {
+	type route struct {
 		h    *netlink.Handle
 		link string
 		via  netip.Addr
-	}{
+	}
+	routes := []route{
 		{client, ClientLink, NodeAddr},
 		{far, ClientLink, FarGateway},
 		{router, l.ClusterName, NodeAddr},
 		{node, NIC, GatewayAddr},
-	} {
+	}
+	if l.IPv6 {
+		addresses = append(addresses, []address{
+			{client, ClientLink, netip.PrefixFrom(ClientAddr6, Cluster6.Bits())},
+			{far, ClientLink, netip.PrefixFrom(FarAddr6, FarCluster6.Bits())},
+			{node, FarPort, netip.PrefixFrom(FarGateway6, FarCluster6.Bits())},
+			{router, l.ClusterName, netip.PrefixFrom(RouterAddr6, Cluster6.Bits())},
+			{node, Bridge, netip.PrefixFrom(NodeAddr6, Cluster6.Bits())},
+			{node, NIC, netip.PrefixFrom(NICAddr6, LAN6.Bits())},
+			{outside, LANLink, netip.PrefixFrom(GatewayAddr6, LAN6.Bits())},
+			{outside, LANLink, netip.PrefixFrom(GatewayLinkLocal, 64)},
+			{outside, LANLink, netip.PrefixFrom(LANServer6, LAN6.Bits())},
+			{outside, "lo", netip.PrefixFrom(Remote6[0], 128)},
+			{outside, "lo", netip.PrefixFrom(Remote6[1], 128)},
+			{outside, "lo", netip.PrefixFrom(Remote6[2], 128)},
+		}...)
+		routes = append(routes, []route{
+			{client, ClientLink, NodeAddr6},
+			{far, ClientLink, FarGateway6},
+			{router, l.ClusterName, NodeAddr6},
+			{node, NIC, GatewayAddr6},
+		}...)
+	}
+	for _, a := range addresses {
+		if err := addAddr(a.h, a.link, a.prefix); err != nil {
+			return err
+		}
+	}
+	for _, r := range routes {
 		if err := addDefault(r.h, r.link, r.via); err != nil {
 			return err
 		}
@@ -154,14 +191,20 @@ func (l *Lab) build() error {
 			return err
 		}
 	}
+	for _, a := range addresses {
+		if err := awaitAddr(a.h, a.link, a.prefix.Addr()); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
 // kernelDefaults sets the kernel's own defaults in the current namespace. A new namespace
 // starts with the machine's IPv4 settings (net.core.devconf_inherit_init_net), and a
-// machine that runs containers forwards. IPv6 is off: captures would contain neighbour
-// discovery.
-func kernelDefaults() error {
+// machine that runs containers forwards. Without IPv6 captures contain no neighbour
+// discovery. With it, addresses are valid at once (RFC 4862, section 5.4: duplicate address
+// detection takes a second).
+func kernelDefaults(ipv6 bool) error {
 	if err := setSysctl("net/ipv4/ip_forward", "0"); err != nil {
 		return err
 	}
@@ -174,7 +217,14 @@ func kernelDefaults() error {
 				return err
 			}
 		}
-		err := setSysctl("net/ipv6/conf/"+scope+"/disable_ipv6", "1")
+		off := "1"
+		if ipv6 {
+			off = "0"
+			if err := setSysctl("net/ipv6/conf/"+scope+"/accept_dad", "0"); err != nil {
+				return err
+			}
+		}
+		err := setSysctl("net/ipv6/conf/"+scope+"/disable_ipv6", off)
 		if err != nil && !errors.Is(err, os.ErrNotExist) { // a kernel without IPv6
 			return err
 		}
@@ -230,6 +280,27 @@ func addDefault(h *netlink.Handle, name string, via netip.Addr) error {
 		return fmt.Errorf("adding default route via %q on link %q: %w", via, name, err)
 	}
 	return nil
+}
+
+// awaitAddr waits until an address can be used. The kernel completes those of IPv6 in a
+// work item of its own (net/ipv6/addrconf.c, addrconf_dad_work).
+func awaitAddr(h *netlink.Handle, name string, addr netip.Addr) error {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("finding link %q: %w", name, err)
+	}
+	if addr.Is4() {
+		return nil
+	}
+	for end := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
+		list, err := h.AddrList(link, netlink.FAMILY_V6)
+		if err == nil && slices.ContainsFunc(list, func(a netlink.Addr) bool { return a.IP.Equal(addr.AsSlice()) && a.Flags&unix.IFA_F_TENTATIVE == 0 }) {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("waiting for address %q of link %q: not valid after %s, error %v", addr, name, Patience, err)
+		}
+	}
 }
 
 // awaitUp waits until a link passes frames. The kernel sets the flag IFF_UP at once,

@@ -51,7 +51,7 @@ func (f Frame) Destination() net.HardwareAddr {
 	return net.HardwareAddr(bytes.Clone(f.Data[:sourceOffset]))
 }
 
-// Packet is an IPv4 packet (RFC 791). The ports are 0 if the packet has none: for protocols
+// Packet is an IPv4 or IPv6 packet (RFC 791, RFC 8200). The ports are 0 if the packet has none: for protocols
 // other than TCP, UDP, UDP-Lite and SCTP, and for fragments after the first.
 type Packet struct {
 	Protocol uint8 // unix.IPPROTO_TCP for example
@@ -82,6 +82,29 @@ func (f Frame) IPv4() (Packet, bool) {
 	}
 	p.Src = netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[12:16])), src)
 	p.Dst = netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[16:20])), dst)
+	return p, true
+}
+
+// IPv6 decodes an IPv6 packet without extension headers. Of another one Protocol is the
+// number of the first extension header.
+func (f Frame) IPv6() (Packet, bool) {
+	if f.EtherType() != unix.ETH_P_IPV6 {
+		return Packet{}, false
+	}
+	b := f.Data[headerLen:]
+	if len(b) < 40 || b[0]>>4 != 6 {
+		return Packet{}, false
+	}
+	p := Packet{Protocol: b[6]}
+	var src, dst uint16
+	switch p.Protocol {
+	case unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE, unix.IPPROTO_SCTP:
+		if ports := b[40:]; len(ports) >= 4 {
+			src, dst = binary.BigEndian.Uint16(ports), binary.BigEndian.Uint16(ports[2:])
+		}
+	}
+	p.Src = netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[8:24])), src)
+	p.Dst = netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[24:40])), dst)
 	return p, true
 }
 
@@ -124,6 +147,9 @@ func (f Frame) String() string {
 	}
 	if p, ok := f.IPv4(); ok {
 		return fmt.Sprintf("%s %s > %s ip protocol %d %s > %s", way, f.Source(), f.Destination(), p.Protocol, p.Src, p.Dst)
+	}
+	if p, ok := f.IPv6(); ok {
+		return fmt.Sprintf("%s %s > %s ipv6 protocol %d %s > %s", way, f.Source(), f.Destination(), p.Protocol, p.Src, p.Dst)
 	}
 	if a, ok := f.ARP(); ok {
 		return fmt.Sprintf("%s %s > %s arp op %d %s is-at %s for %s (%s)", way, f.Source(), f.Destination(),

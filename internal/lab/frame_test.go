@@ -66,6 +66,37 @@ func TestIPv4(t *testing.T) {
 	}
 }
 
+func TestIPv6(t *testing.T) {
+	const header, addresses = "020000000001 020000000002 86dd 60000000 0008", "20010db8001200000000000000000099 20010db8000000000000000000000025"
+	with := func(src, dst uint16, proto uint8) Packet {
+		return Packet{
+			Protocol: proto,
+			Src:      netip.AddrPortFrom(netip.MustParseAddr("2001:db8:12::99"), src),
+			Dst:      netip.AddrPortFrom(netip.MustParseAddr("2001:db8::25"), dst),
+		}
+	}
+	for _, test := range []struct {
+		name, frame string
+		want        Packet
+		ok          bool
+	}{
+		{"udp", header + "1140" + addresses + "0035 d431 00080000", with(53, 54321, 17), true},
+		{"icmp", header + "3aff" + addresses + "8000 0000 00010001", with(0, 0, 58), true},
+		{"extension header", header + "0001" + addresses + "3a00050200000000", with(0, 0, 0), true},
+		{"ports cut off", header + "1140" + addresses + "0035", with(0, 0, 17), true},
+		{"header cut off", header + "1140" + addresses[:32], Packet{}, false},
+		{"ip", tcp, Packet{}, false},
+		{"empty", "", Packet{}, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got, ok := frame(t, test.frame).IPv6()
+			if diff := cmp.Diff(test.want, got, compareAddrs); diff != "" || ok != test.ok {
+				t.Errorf("IPv6 = %v, want %v; want -, got +:\n%s", ok, test.ok, diff)
+			}
+		})
+	}
+}
+
 func TestARP(t *testing.T) {
 	const body = "0001 020000000002 c0a80c63 000000000000 "
 	announcement := ARP{
@@ -123,6 +154,7 @@ func TestFrameString(t *testing.T) {
 func FuzzFrame(f *testing.F) {
 	f.Add(frame(f, tcp).Data)
 	f.Add(frame(f, ethARP+"0001 0800 06 04 0001 020000000002 c0a80c63 000000000000 c0a80c01").Data)
+	f.Add(frame(f, "020000000001 020000000002 86dd 60000000 0008 1140"+strings.Repeat("20010db8001200000000000000000099", 2)+"0035 d431 00080000").Data)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		_ = Frame{Data: data}.String()
 	})

@@ -17,6 +17,10 @@
 // (10.129.0.71/24), which node routes: the router reaches it by its default route
 // only.
 //
+// With [Options.IPv6] the same hosts have IPv6 addresses, too: the pods in a unique local
+// range (RFC 4193), the physical network and the servers in the range for documentation
+// (RFC 3849). Without it, IPv6 is off.
+//
 // The router is in the state in which a CNI plugin leaves a pod: the default route goes to
 // the cluster, forwarding is off. Outside has no route to the cluster: a connection whose
 // source was not translated gets no answer.
@@ -73,6 +77,32 @@ var Remote = [3]netip.Addr{
 	netip.MustParseAddr("203.0.113.27"),
 }
 
+// The same for IPv6. The gateway answers for its link-local address, too.
+var (
+	Cluster6 = netip.MustParsePrefix("fd00:10:128::/64")
+	LAN6     = netip.MustParsePrefix("2001:db8:12::/64")
+
+	FarCluster6 = netip.MustParsePrefix("fd00:10:129::/64")
+
+	NodeAddr6        = netip.MustParseAddr("fd00:10:128::1")
+	ClientAddr6      = netip.MustParseAddr("fd00:10:128::71")
+	FarAddr6         = netip.MustParseAddr("fd00:10:129::71")
+	FarGateway6      = netip.MustParseAddr("fd00:10:129::1")
+	RouterAddr6      = netip.MustParseAddr("fd00:10:128::98")
+	NICAddr6         = netip.MustParseAddr("2001:db8:12::10")
+	GatewayAddr6     = netip.MustParseAddr("2001:db8:12::1")
+	GatewayLinkLocal = netip.MustParseAddr("fe80::1")
+	LANServer6       = netip.MustParseAddr("2001:db8:12::80")
+	Source6          = netip.MustParseAddr("2001:db8:12::99")
+)
+
+// Remote6 is the list of servers behind the gateway with IPv6 addresses.
+var Remote6 = [3]netip.Addr{
+	netip.MustParseAddr("2001:db8::25"),
+	netip.MustParseAddr("2001:db8::26"),
+	netip.MustParseAddr("2001:db8::27"),
+}
+
 // The names of links that [Options] does not change.
 const (
 	Bridge     = "tun0"        // node; the name of the bridge in OpenShift's SDN
@@ -84,9 +114,10 @@ const (
 	RouterPort = "port-router" // node, the port of Bridge to router
 )
 
-// Options change the router's namespace, for tests of faulty pods. The zero value is a pod
-// without faults.
+// Options change the router's namespace, for tests of faulty pods, and the families of all.
+// The zero value is a pod without faults.
 type Options struct {
+	IPv6        bool   // addresses of both families
 	NoMacvlan   bool   // no macvlan0, as without the pod's annotation
 	MacvlanName string // instead of macvlan0
 	ClusterName string // instead of eth0 in router

@@ -125,6 +125,34 @@ func TestNewManyAtOnce(t *testing.T) {
 	all.Wait()
 }
 
+// With IPv6 the hosts reach each other in both families as without it in one, at once.
+func TestIPv6Lab(t *testing.T) {
+	l := newLab(t, lab.Options{IPv6: true})
+	for _, test := range []struct {
+		from, to *netns.Namespace
+		addr     netip.Addr
+		peer     netip.Addr
+	}{
+		{l.Client, l.Node, lab.NodeAddr6, lab.ClientAddr6},
+		{l.Client, l.Far, lab.FarAddr6, lab.ClientAddr6},
+		{l.Far, l.Client, lab.ClientAddr6, lab.FarAddr6},
+		{l.Far, l.Router, lab.RouterAddr6, lab.FarAddr6},
+		{l.Router, l.Client, lab.ClientAddr6, lab.RouterAddr6},
+		{l.Node, l.Outside, lab.LANServer6, lab.NICAddr6},
+		{l.Node, l.Outside, lab.Remote6[0], lab.NICAddr6},
+		{l.Client, l.Node, lab.NodeAddr, lab.ClientAddr},
+		{l.Node, l.Outside, lab.Remote[0], lab.NICAddr},
+	} {
+		for _, proto := range []string{"tcp", "udp"} {
+			s := serve(t, l, test.to, proto, test.addr, 0)
+			a, err := l.Ask(t.Context(), test.from, proto, s.Addr)
+			if err != nil || a.Server != s.Addr || a.Peer.Addr() != test.peer {
+				t.Errorf("%s %s: answer %v, error %v; want one that sees %s", proto, s.Addr, a, err, test.peer)
+			}
+		}
+	}
+}
+
 // describe returns links with flags and addresses, routes and forwarding of a namespace.
 func describe(t *testing.T, l *lab.Lab, ns *netns.Namespace) string {
 	t.Helper()
