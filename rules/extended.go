@@ -54,6 +54,7 @@ func (g Grammar) Entries(value string) []Line {
 //   - a range of local ports, to the same ports of the server, to a range of the same
 //     length, or to one port: 30000-30100 udp 203.0.113.9 40000-40100
 //   - a comment at its end: a # behind a space
+//   - options behind the ports, each KEY=VALUE: see [options]
 //
 // A local port may stand once for each protocol. The first invalid line ends the parse
 // with a *ParseError, as in Parse.
@@ -74,6 +75,9 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 			return Set{}, invalid(line, names, extendedHint(line.Text, names))
 		}
 		if f.local == "" {
+			if len(f.options) > 0 {
+				return Set{}, invalid(line, names, "the fallback has no options")
+			}
 			set.Fallback, fallback = f.to, line
 			continue
 		}
@@ -121,12 +125,13 @@ func withoutComment(text string) string {
 }
 
 // parseExtendedLine accepts "IP", "PORTS PROTOCOLS IP" and "PORTS PROTOCOLS IP PORTS",
-// PORTS being PORT or PORT-PORT.
+// PORTS being PORT or PORT-PORT, with words of the form KEY=VALUE behind them.
 func parseExtendedLine(text string) (f extendedFields, ok bool) {
 	if strings.Trim(text, " ") != text { // a backslash protected a space
 		return f, false
 	}
-	words := strings.FieldsFunc(text, func(c rune) bool { return c == ' ' })
+	words, options := cutOptions(strings.FieldsFunc(text, func(c rune) bool { return c == ' ' }))
+	f.options = options
 	switch len(words) {
 	case 1:
 		f.to, ok = ParseIPv4(words[0])
@@ -157,6 +162,59 @@ type extendedFields struct {
 	protocols []Protocol
 	to        netip.Addr
 	remote    string // empty: no remote port
+	options   []string
+}
+
+// An option is a KEY=VALUE of a line.
+type option struct {
+	key string
+	// set reads the value. Its fault is the hint about a value that it refuses.
+	set func(r *Redirect, value string) (fault string)
+}
+
+// options are the options of a line, in the order in which String writes them.
+var options = []option{}
+
+// cutOptions returns the words of a line and, without them, its options at the end.
+func cutOptions(words []string) (fields, options []string) {
+	n := len(words)
+	for n > 0 && strings.Contains(words[n-1], "=") {
+		n--
+	}
+	return words[:n], words[n:]
+}
+
+// setOptions reads the options of a line. The fault is the hint about the first invalid
+// one.
+func (r *Redirect) setOptions(words []string) (fault string) {
+	seen := make(map[string]bool)
+	for _, word := range words {
+		key, value, _ := strings.Cut(word, "=")
+		at := slices.IndexFunc(options, func(o option) bool { return o.key == key })
+		switch {
+		case at < 0:
+			return fmt.Sprintf("%q is not an option%s", clip(key), knownOptions())
+		case seen[key]:
+			return fmt.Sprintf("the option %q stands twice", key)
+		}
+		seen[key] = true
+		if fault := options[at].set(r, value); fault != "" {
+			return fault
+		}
+	}
+	return ""
+}
+
+// knownOptions returns the end of a hint about an unknown option.
+func knownOptions() string {
+	var keys []string
+	for _, o := range options {
+		keys = append(keys, o.key)
+	}
+	if len(keys) == 0 {
+		return ""
+	}
+	return ": " + strings.Join(keys, ", ") + " are"
 }
 
 // redirect returns the redirect of a line, without a protocol.
@@ -168,6 +226,9 @@ func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) 
 	r := Redirect{Port: first, To: f.to}
 	if last != first {
 		r.Last = last
+	}
+	if fault := r.setOptions(f.options); fault != "" {
+		return Redirect{}, invalid(line, names, fault)
 	}
 	if f.remote == "" {
 		return r, nil
@@ -237,7 +298,13 @@ func extendedHint(text string, names spec.Names) string {
 	if i := strings.IndexByte(text, '#'); i > 0 {
 		return "a comment needs a space in front of #"
 	}
-	words := strings.Fields(text)
+	words, options := cutOptions(strings.Fields(text))
+	if i := slices.IndexFunc(words, func(w string) bool { return strings.Contains(w, "=") }); i >= 0 {
+		return fmt.Sprintf("the option %q has to stand at the end of the line", clip(words[i]))
+	}
+	if len(options) > 0 && len(words) == 0 {
+		return extendedForms
+	}
 	if len(words) > 2 && (strings.HasSuffix(words[1], ",") || strings.HasPrefix(words[2], ",")) {
 		return "protocols are separated by commas without spaces"
 	}
@@ -262,6 +329,9 @@ func extendedHint(text string, names spec.Names) string {
 			}
 			seen[name] = true
 		}
+	}
+	if len(options) > 0 {
+		text, _, _ = strings.Cut(text, " "+options[0])
 	}
 	if h := hint(text, names); h != forms {
 		return h

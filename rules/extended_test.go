@@ -47,23 +47,28 @@ func TestParseExtendedError(t *testing.T) {
 		line           int
 		sentence, hint string
 	}{
-		"overlap":                  {"80-90 tcp 10.4.5.6\n85 udp 10.4.5.6\n90-95 tcp 10.4.5.6", 3, "localport 90 is already used for tcp", "line 1 uses it first"},
-		"overlap in a list":        {"53 udp 10.4.5.6\n53 tcp,udp 10.4.5.6", 2, "localport 53 is already used for udp", "line 1"},
-		"a protocol twice":         {"53 udp,udp 10.4.5.6", 1, "value '53 udp,udp 10.4.5.6' is invalid", `the protocol "udp" stands twice`},
-		"an unknown protocol":      {"53 icmp 10.4.5.6", 1, "is invalid", `"icmp" is not a protocol`},
-		"no protocol in a list":    {"53 tcp, 10.4.5.6", 1, "is invalid", "protocols are separated by commas without spaces"},
-		"upper case":               {"53 TCP,udp 10.4.5.6", 1, "is invalid", "lower case"},
-		"spaces around a hyphen":   {"80 - 90 tcp 10.4.5.6", 1, "is invalid", "\"8080-8089 tcp,udp 203.0.113.26 80-89\""},
-		"several ports":            {"80,443 tcp 10.4.5.6", 1, "is invalid", "a line for each"},
-		"ranges of other lengths":  {"80-90 tcp 10.4.5.6 180-191", 1, "is invalid", "the ranges have 11 and 12 ports"},
-		"one port to a range":      {"80 tcp 10.4.5.6 80-90", 1, "is invalid", "the ranges have 1 and 11 ports"},
-		"a range that ends before": {"90-80 tcp 10.4.5.6", 1, "is invalid", "the range 90-80 ends before it begins"},
-		"port zero":                {"0-80 tcp 10.4.5.6", 1, "Invalid port: 0, must be in the range 1 to 65535", ""},
-		"port too high":            {"80-65536 tcp 10.4.5.6", 1, "Invalid port: 65536", ""},
-		"no range":                 {"80- tcp 10.4.5.6", 1, "is invalid", `"80-" is no port and no range of ports`},
-		"a comment without space":  {"80 tcp 10.4.5.6# web", 1, "is invalid", "a comment needs a space in front of #"},
-		"behind the fallback":      {"10.4.5.6 # all\n80 tcp 10.4.5.6", 2, "fallback IP must be the last line", "move it to the end"},
-		"IPv6":                     {"80 tcp 2001:db8::1", 1, "is invalid", "IPv6"},
+		"overlap":                   {"80-90 tcp 10.4.5.6\n85 udp 10.4.5.6\n90-95 tcp 10.4.5.6", 3, "localport 90 is already used for tcp", "line 1 uses it first"},
+		"overlap in a list":         {"53 udp 10.4.5.6\n53 tcp,udp 10.4.5.6", 2, "localport 53 is already used for udp", "line 1"},
+		"a protocol twice":          {"53 udp,udp 10.4.5.6", 1, "value '53 udp,udp 10.4.5.6' is invalid", `the protocol "udp" stands twice`},
+		"an unknown protocol":       {"53 icmp 10.4.5.6", 1, "is invalid", `"icmp" is not a protocol`},
+		"no protocol in a list":     {"53 tcp, 10.4.5.6", 1, "is invalid", "protocols are separated by commas without spaces"},
+		"upper case":                {"53 TCP,udp 10.4.5.6", 1, "is invalid", "lower case"},
+		"spaces around a hyphen":    {"80 - 90 tcp 10.4.5.6", 1, "is invalid", "\"8080-8089 tcp,udp 203.0.113.26 80-89\""},
+		"several ports":             {"80,443 tcp 10.4.5.6", 1, "is invalid", "a line for each"},
+		"ranges of other lengths":   {"80-90 tcp 10.4.5.6 180-191", 1, "is invalid", "the ranges have 11 and 12 ports"},
+		"one port to a range":       {"80 tcp 10.4.5.6 80-90", 1, "is invalid", "the ranges have 1 and 11 ports"},
+		"a range that ends before":  {"90-80 tcp 10.4.5.6", 1, "is invalid", "the range 90-80 ends before it begins"},
+		"port zero":                 {"0-80 tcp 10.4.5.6", 1, "Invalid port: 0, must be in the range 1 to 65535", ""},
+		"port too high":             {"80-65536 tcp 10.4.5.6", 1, "Invalid port: 65536", ""},
+		"no range":                  {"80- tcp 10.4.5.6", 1, "is invalid", `"80-" is no port and no range of ports`},
+		"a comment without space":   {"80 tcp 10.4.5.6# web", 1, "is invalid", "a comment needs a space in front of #"},
+		"behind the fallback":       {"10.4.5.6 # all\n80 tcp 10.4.5.6", 2, "fallback IP must be the last line", "move it to the end"},
+		"an unknown option":         {"80 tcp 10.4.5.6 180 color=red", 1, "value '80 tcp 10.4.5.6 180 color=red' is invalid", `"color" is not an option`},
+		"an option before the end":  {"80 tcp color=red 10.4.5.6", 1, "is invalid", `the option "color=red" has to stand at the end`},
+		"an option of the fallback": {"10.4.5.6 color=red", 1, "is invalid", "the fallback has no options"},
+		"only an option":            {"color=red", 1, "is invalid", "a line is"},
+		"a name with an option":     {"80 tcp db.example.com color=red", 1, "is invalid", `"db.example.com" is a name`},
+		"IPv6":                      {"80 tcp 2001:db8::1", 1, "is invalid", "IPv6"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			set, err := Extended.Parse(test.value, variables{})
@@ -113,7 +118,7 @@ func TestServer(t *testing.T) {
 
 func FuzzParseExtended(f *testing.F) {
 	for _, seed := range []string{
-		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", `80 tcp 1.2.3.4\ # x`,
+		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", `80 tcp 1.2.3.4\ # x`, "80 tcp 1.2.3.4 90 x=y",
 	} {
 		f.Add(seed)
 	}
