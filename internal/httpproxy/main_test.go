@@ -40,7 +40,7 @@ func (p prepared) Run() int {
 }
 
 // patience is how long a test waits for an event, which a busy machine may delay.
-const patience = time.Minute
+const patience = 10 * time.Minute
 
 // await polls a condition until it holds, and reports whether it does.
 func await(condition func() bool) bool {

@@ -160,7 +160,7 @@ func logState(t *testing.T) {
 // ready waits until pods, given by names or a selector, are ready.
 func ready(t *testing.T, pods ...string) {
 	t.Helper()
-	kubectl(t, append([]string{"wait", "--for=condition=Ready", "--timeout=90s"}, pods...)...)
+	kubectl(t, append([]string{"wait", "--for=condition=Ready", "--timeout=600s"}, pods...)...)
 }
 
 // pod returns the pod from the API server.

@@ -24,7 +24,7 @@ import (
 func TestDeployment(t *testing.T) {
 	guard(t)
 	apply(t, manifest(t, "deployment.yaml"))
-	kubectl(t, "rollout", "status", "deployment/egress-demo-controller", "--timeout=90s")
+	kubectl(t, "rollout", "status", "deployment/egress-demo-controller", "--timeout=600s")
 	w := startWatcher(t)
 	askWhoHas(t)
 
@@ -115,14 +115,14 @@ func TestRollingUpdate(t *testing.T) {
 	text := manifest(t, "deployment.yaml", "    type: Recreate\n", "    type: RollingUpdate\n    rollingUpdate:\n      maxSurge: 1\n      maxUnavailable: 0\n")
 	apply(t, text)
 	const deployment = "deployment/egress-demo-controller"
-	kubectl(t, "rollout", "status", deployment, "--timeout=90s")
+	kubectl(t, "rollout", "status", deployment, "--timeout=600s")
 	old := router(t)
 	want(t, "client", "tcp", "egress-demo-controller:80", "203.0.113.25:80") // the gateway learns the hardware address
 	mac := macOf(t)
 
 	t.Run("warn", func(t *testing.T) {
 		kubectl(t, "rollout", "restart", deployment)
-		kubectl(t, "rollout", "status", deployment, "--timeout=90s")
+		kubectl(t, "rollout", "status", deployment, "--timeout=600s")
 		await(t, "the old pod's end", func() error {
 			if p := router(t); p.Name == old.Name {
 				return errors.New(p.Name + " exists")

@@ -201,13 +201,13 @@ func prepareCluster() (remove func() error, err error) {
 		return remove, err
 	}
 	// The API server refuses pods until the namespace has its service account.
-	if _, err := run("kubectl", "wait", "--for=create", "serviceaccount/default", "-n", namespace, "--timeout=60s"); err != nil {
+	if _, err := run("kubectl", "wait", "--for=create", "serviceaccount/default", "-n", namespace, "--timeout=600s"); err != nil {
 		return remove, err
 	}
 	if err := tryApply(peerPod("client", "wait") + "---\n" + peerPod("listener", "receive", ":9999")); err != nil {
 		return remove, err
 	}
-	_, err = run("kubectl", "wait", "-n", namespace, "--for=condition=Ready", "pod/client", "pod/listener", "--timeout=60s")
+	_, err = run("kubectl", "wait", "-n", namespace, "--for=condition=Ready", "pod/client", "pod/listener", "--timeout=600s")
 	return remove, err
 }
 
@@ -236,7 +236,7 @@ func addZones() (restore func() error, err error) {
 		if _, err := run("kubectl", "rollout", "restart", "deployment/coredns", "-n", "kube-system"); err != nil {
 			return err
 		}
-		_, err = run("kubectl", "rollout", "status", "deployment/coredns", "-n", "kube-system", "--timeout=90s")
+		_, err = run("kubectl", "rollout", "status", "deployment/coredns", "-n", "kube-system", "--timeout=600s")
 		return err
 	}
 	if !strings.HasSuffix(was, "\n") {

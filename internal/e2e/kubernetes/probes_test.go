@@ -82,7 +82,7 @@ func TestGatewayGone(t *testing.T) {
 	}
 	answers("8") // no reply for any local address (ip-sysctl)
 	t.Cleanup(func() { answers("0") })
-	kubectl(t, "wait", "--for=condition=Ready=false", "--timeout=60s", "pod/egress-1")
+	kubectl(t, "wait", "--for=condition=Ready=false", "--timeout=600s", "pod/egress-1")
 	await(t, "the Service's refusal", func() error {
 		if a, err := ask("client", "tcp", "egress-1:80"); err == nil {
 			return fmt.Errorf("answer %s", a)
