@@ -43,14 +43,12 @@ func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 			return false
 		}
 		local := Port(c.To.Port())
-		server := netip.AddrPortFrom(fallback, uint16(local))
-		i, redirected := lookup.Find(family, c.Protocol, local)
-		switch {
-		case redirected:
-			server = p.Redirects[i].Server(local)
-		case !fallback.IsValid():
+		if i, redirected := lookup.Find(family, c.Protocol, local); redirected {
+			return !p.Redirects[i].Reaches(c.RepliesFrom, local) || c.RepliesTo != source
+		}
+		if !fallback.IsValid() {
 			return c.RepliesFrom != c.To
 		}
-		return c.RepliesFrom != server || c.RepliesTo != source
+		return c.RepliesFrom != netip.AddrPortFrom(fallback, uint16(local)) || c.RepliesTo != source
 	}
 }

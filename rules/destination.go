@@ -78,14 +78,15 @@ func ParseIPv4(s string) (netip.Addr, bool) {
 }
 
 // A Redirect sends the connections to one port of the pod, or to a range of ports, to one
-// address.
+// address, or each to one of several.
 type Redirect struct {
 	Protocol Protocol
+	Shifts   bool       // ToPort is for Port, and the next ones are for the rest of the range
 	Port     Port       // local port, on the pod; the first one of a range
 	Last     Port       // the last port of a range; zero: there is only Port
-	To       netip.Addr // IPv4 only, if read from the grammar
 	ToPort   Port       // remote port; zero: the same as the local one
-	Shifts   bool       // ToPort is for Port, and the next ones are for the rest of the range
+	To       netip.Addr // the first address; IPv4 only, if read from the grammar
+	More     Addresses  // the other ones, see Spread
 }
 
 // last returns the last local port.
@@ -96,7 +97,7 @@ func (r Redirect) Contains(p Protocol, local Port) bool {
 	return r.Protocol == p && r.Port <= local && local <= r.last()
 }
 
-// Server returns the server for a local port of r.
+// Server returns the server for a local port of r, with the first address.
 func (r Redirect) Server(local Port) netip.AddrPort {
 	to := local
 	switch {
@@ -145,7 +146,7 @@ func (r Redirect) portsTo(remote Port) (first, last Port, ok bool) {
 
 // String returns the redirect as a line of the grammar.
 func (r Redirect) String() string {
-	s := fmt.Sprintf("%s %s %s", r.LocalPorts(), r.Protocol, r.To)
+	s := fmt.Sprintf("%s %s %s", r.LocalPorts(), r.Protocol, r.Destination())
 	if r.ToPort != 0 {
 		s += " " + r.ToPorts()
 	}

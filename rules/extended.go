@@ -53,6 +53,7 @@ func (g Grammar) Entries(value string) []Line {
 //   - the protocol sctp (RFC 9260)
 //   - a range of local ports, to the same ports of the server, to a range of the same
 //     length, or to one port: 30000-30100 udp 203.0.113.9 40000-40100
+//   - several addresses, up to MaxAddresses: 443 tcp 203.0.113.25,203.0.113.26
 //   - a comment at its end: a # behind a space
 //   - options behind the ports, each KEY=VALUE: see [options]
 //
@@ -143,7 +144,7 @@ func parseExtendedLine(text string) (f extendedFields, ok bool) {
 		return f, false
 	}
 	f.local = words[0]
-	if f.to, ok = ParseIPv4(words[2]); !ok || !isPorts(f.local) || f.remote != "" && !isPorts(f.remote) {
+	if f.to, f.more, ok = parseAddresses(words[2]); !ok || !isPorts(f.local) || f.remote != "" && !isPorts(f.remote) {
 		return f, false
 	}
 	for name := range strings.SplitSeq(words[1], ",") {
@@ -161,7 +162,8 @@ type extendedFields struct {
 	local     string // empty: the line is the fallback
 	protocols []Protocol
 	to        netip.Addr
-	remote    string // empty: no remote port
+	more      []netip.Addr // all of them if there are several
+	remote    string       // empty: no remote port
 	options   []string
 }
 
@@ -224,6 +226,9 @@ func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) 
 		return Redirect{}, err
 	}
 	r := Redirect{Port: first, To: f.to}
+	if f.more != nil {
+		r = r.Spread(f.more)
+	}
 	if last != first {
 		r.Last = last
 	}
@@ -247,6 +252,22 @@ func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) 
 		r.Shifts = false // the same ports
 	}
 	return r, nil
+}
+
+// parseAddresses accepts IP and IP,IP,... with up to MaxAddresses that differ.
+func parseAddresses(s string) (first netip.Addr, all []netip.Addr, ok bool) {
+	if !strings.Contains(s, ",") {
+		first, ok = ParseIPv4(s)
+		return first, nil, ok
+	}
+	for word := range strings.SplitSeq(s, ",") {
+		a, ok := ParseIPv4(word)
+		if !ok || slices.Contains(all, a) || len(all) == MaxAddresses {
+			return netip.Addr{}, nil, false
+		}
+		all = append(all, a)
+	}
+	return all[0], all, true
 }
 
 // isPorts reports whether a word has the form of PORT or PORT-PORT.
@@ -291,7 +312,41 @@ func orExtended(what, text string, names spec.Names) string {
 }
 
 // extendedForms are the forms of a line.
-const extendedForms = `a line is "IP" or "PORTS PROTOCOLS IP", with the server's ports behind it if they differ, for example "8080-8089 tcp,udp 203.0.113.26 80-89"`
+const extendedForms = `a line is "IP" or "PORTS PROTOCOLS IP", with the server's ports behind it if they differ, for example "8080-8089 tcp,udp 203.0.113.26 80-89"; several addresses have commas between them`
+
+// addressesHint returns the probable cause of a parse error of several addresses.
+func addressesHint(words []string, names spec.Names) string {
+	addresses := ""
+	switch {
+	case len(words) > 3 && (strings.HasSuffix(words[2], ",") || strings.HasPrefix(words[3], ",")):
+		return "addresses are separated by commas without spaces"
+	case len(words) == 1:
+		addresses = words[0]
+	case len(words) == 3 || len(words) == 4:
+		addresses = words[2]
+	}
+	if !strings.Contains(addresses, ",") {
+		return ""
+	}
+	seen := make(map[string]bool)
+	for word := range strings.SplitSeq(addresses, ",") {
+		if _, ok := ParseIPv4(word); !ok && word == "" {
+			return "a comma has an address at each side"
+		} else if !ok {
+			return addressHint(clip(word), names)
+		} else if seen[word] {
+			return fmt.Sprintf("the address %s stands twice", word)
+		}
+		seen[word] = true
+	}
+	switch {
+	case len(words) == 1:
+		return "the fallback is one address"
+	case len(seen) > MaxAddresses:
+		return fmt.Sprintf("a line has at most %d addresses, this one has %d", MaxAddresses, len(seen))
+	}
+	return ""
+}
 
 // extendedHint returns the probable cause of a parse error of a line.
 func extendedHint(text string, names spec.Names) string {
@@ -304,6 +359,9 @@ func extendedHint(text string, names spec.Names) string {
 	}
 	if len(options) > 0 && len(words) == 0 {
 		return extendedForms
+	}
+	if h := addressesHint(words, names); h != "" {
+		return h
 	}
 	if len(words) > 2 && (strings.HasSuffix(words[1], ",") || strings.HasPrefix(words[2], ",")) {
 		return "protocols are separated by commas without spaces"

@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -24,7 +25,11 @@ func TestParseExtended(t *testing.T) {
 		"a range to one port":          {"30000-30100 tcp 203.0.113.9 443", Set{Redirects: []Redirect{{Protocol: TCP, Port: 30000, Last: 30100, To: server, ToPort: 443}}}},
 		"a range of one port":          {"80-80 tcp 203.0.113.9 90-90", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server, ToPort: 90}}}},
 		"all ports":                    {"1-65535 tcp 203.0.113.9", Set{Redirects: []Redirect{{Protocol: TCP, Port: 1, Last: 65535, To: server}}}},
-		"comments":                     {"80 tcp 203.0.113.9 # web, #1\n203.0.113.9 #\n# rest", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server}}, Fallback: server}},
+		"several addresses": {"443 tcp,udp 203.0.113.9,203.0.113.8 8443", Set{Redirects: []Redirect{
+			Redirect{Protocol: TCP, Port: 443, ToPort: 8443}.Spread([]netip.Addr{server, ip("203.0.113.8")}),
+			Redirect{Protocol: UDP, Port: 443, ToPort: 8443}.Spread([]netip.Addr{server, ip("203.0.113.8")}),
+		}}},
+		"comments": {"80 tcp 203.0.113.9 # web, #1\n203.0.113.9 #\n# rest", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server}}, Fallback: server}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := Extended.Parse(test.value, variables{})
@@ -69,6 +74,14 @@ func TestParseExtendedError(t *testing.T) {
 		"only an option":            {"color=red", 1, "is invalid", "a line is"},
 		"a name with an option":     {"80 tcp db.example.com color=red", 1, "is invalid", `"db.example.com" is a name`},
 		"IPv6":                      {"80 tcp 2001:db8::1", 1, "is invalid", "IPv6"},
+
+		"an address twice":         {"80 tcp 10.4.5.6,10.4.5.7,10.4.5.6 90", 1, "is invalid", "the address 10.4.5.6 stands twice"},
+		"no address in a list":     {"80 tcp 10.4.5.6,,10.4.5.7", 1, "is invalid", "a comma has an address at each side"},
+		"a comma at the end":       {"80 tcp 10.4.5.6,", 1, "is invalid", "a comma has an address at each side"},
+		"spaces around a comma":    {"80 tcp 10.4.5.6, 10.4.5.7", 1, "is invalid", "addresses are separated by commas without spaces"},
+		"several fallbacks":        {"10.4.5.6,10.4.5.7", 1, "is invalid", "the fallback is one address"},
+		"a bad address of several": {"80 tcp 10.4.5.6,10.4.5.256", 1, "is invalid", `"10.4.5.256" is not an IPv4 address`},
+		"too many addresses":       {"80 tcp " + strings.Trim(strings.Join(strings.Fields(fmt.Sprint(addresses(IPv4, 65))), ","), "[]"), 1, "is invalid", "a line has at most 64 addresses, this one has 65"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			set, err := Extended.Parse(test.value, variables{})

@@ -152,6 +152,9 @@ type Rule struct {
 	Target Target
 	To     netip.Addr
 	ToPort Port // of DNAT; zero: the port is unchanged
+	// OneOf matches one of that many packets, at random; zero: every one. Redirects to
+	// several addresses have it.
+	OneOf  uint8
 	Shifts bool // as in Redirect
 	Mark   Mark
 	Helper string // the kernel's name of a helper
@@ -488,7 +491,7 @@ func (p Plan) String() string {
 }
 
 // spellOut calls fn with the rule, or, for the target Redirected, with one rule
-// for each redirect of the family. fn must not keep the rule.
+// for each redirect of the family and each of its addresses. fn must not keep the rule.
 func (p Plan) spellOut(f Family, r Rule, fn func(*Rule)) {
 	if r.Target != Redirected {
 		fn(&r)
@@ -496,7 +499,18 @@ func (p Plan) spellOut(f Family, r Rule, fn func(*Rule)) {
 	}
 	for _, to := range p.RedirectsOf(f) {
 		r.Protocol, r.Port, r.Last, r.Target, r.To, r.ToPort, r.Shifts = to.Protocol, to.Port, to.Last, DNAT, to.To, to.ToPort, to.Shifts
-		fn(&r)
+		if !to.Several() {
+			fn(&r)
+			continue
+		}
+		left := to.Number()
+		for r.To = range to.All() {
+			if r.OneOf = uint8(left); left == 1 { //nolint:gosec // at most MaxAddresses
+				r.OneOf = 0
+			}
+			fn(&r)
+			left--
+		}
 	}
 }
 
@@ -509,11 +523,22 @@ func (p Plan) RedirectsOf(f Family) []Redirect {
 	return slices.DeleteFunc(slices.Clone(p.Redirects), other)
 }
 
+// Size returns the number of redirects and fallbacks.
+func (p Plan) Size() int {
+	n := len(p.Redirects)
+	for _, f := range []Family{IPv4, IPv6} {
+		if p.to(f, DNAT).IsValid() {
+			n++
+		}
+	}
+	return n
+}
+
 // Destinations returns the addresses to which the plan redirects.
 func (p Plan) Destinations() []netip.Addr {
 	var to []netip.Addr
 	for _, r := range p.Redirects {
-		to = append(to, r.To)
+		to = slices.AppendSeq(to, r.All())
 	}
 	for _, f := range []Family{IPv4, IPv6} {
 		if fallback := p.to(f, DNAT); fallback.IsValid() {

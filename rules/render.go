@@ -48,7 +48,7 @@ func (p Plan) IPTables() []TextChain {
 		chain := TextChain{Family: c.Family, Table: c.Table, Name: c.Name(), Hook: c.Hook}
 		var reached []TextChain
 		for _, r := range c.Rules {
-			if r.Target == Redirected && len(p.RedirectsOf(c.Family)) > plainRedirects {
+			if r.Target == Redirected && weight(p.RedirectsOf(c.Family)) > plainRedirects {
 				chain.Saved, reached = p.appendTree(chain.Saved, chain, r)
 				continue
 			}
@@ -118,6 +118,9 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 		option(name, strconv.Itoa(int(r.Message)))
 	}
 	b = r.appendConnection(b)
+	if r.OneOf != 0 {
+		b = appendOneOf(b, r.OneOf)
+	}
 	if r.Target == LogPacket {
 		b = append(b, "-m limit --limit 1/sec "...)
 	}

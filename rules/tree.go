@@ -19,7 +19,9 @@ import (
 // The first step is a jump, so that a packet without a redirect returns to the
 // fallback; the others are without return (-g), since no other range contains the
 // port. Ranges do not depend on their content: one more line in a list changes
-// only the chains from the root to that line.
+// only the chains from the root to that line. A redirect to several addresses has a chain
+// of its own, so that it is one rule in that of its range, and a change of its addresses
+// changes that chain alone.
 const (
 	// plainRedirects is the largest number of redirects in a plain chain, which
 	// is easy to read. They delay a connection by at most a microsecond.
@@ -97,13 +99,17 @@ func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextCh
 // The redirects are those in the range, sorted by port.
 func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Redirect) []TextChain {
 	chain := TextChain{Family: of.Family, Table: of.Table, Name: in.name()}
+	at := len(chains)
 	if len(redirects) <= fanOut {
 		const line = 96 // bytes of a redirect, with room to spare
 		chain.Saved = make([]byte, 0, line*len(redirects))
-		Plan{Redirects: redirects}.spellOut(of.Family, Rule{Target: Redirected}, chain.appendRule)
-		return append(chains, chain)
+		chains = append(chains, chain)
+		for _, r := range redirects {
+			chains = chain.appendRedirect(chains, r)
+		}
+		chains[at] = chain
+		return chains
 	}
-	at := len(chains)
 	chains = append(chains, chain) // before the chains below it
 	size := (in.last - in.first + 1) / fanOut
 	for len(redirects) > 0 {
@@ -118,7 +124,7 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 			} else {
 				redirects = redirects[1:]
 			}
-			Plan{Redirects: []Redirect{r}}.spellOut(of.Family, Rule{Target: Redirected}, chain.appendRule)
+			chains = chain.appendRedirect(chains, r)
 			continue
 		}
 		var below []Redirect
@@ -138,12 +144,37 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 	return chains
 }
 
+// appendRedirect appends the rule of a redirect. One to several addresses has a chain of
+// its own, which is appended to chains. No other chain has its name: the chains of ranges
+// have ports of several redirects.
+func (c *TextChain) appendRedirect(chains []TextChain, r Redirect) []TextChain {
+	if !r.Several() {
+		Plan{Redirects: []Redirect{r}}.spellOut(c.Family, Rule{Target: Redirected}, c.appendRule)
+		return chains
+	}
+	in := portRange{r.Protocol, uint32(r.Port), uint32(r.last())}
+	c.appendRange(in)
+	own := TextChain{Family: c.Family, Table: c.Table, Name: in.name()}
+	Plan{Redirects: []Redirect{r}}.spellOut(c.Family, Rule{Target: Redirected}, own.appendRule)
+	return append(chains, own)
+}
+
+// weight returns the number of rules of a plain chain with redirects.
+func weight(redirects []Redirect) (n int) {
+	for _, r := range redirects {
+		n += r.Number()
+	}
+	return n
+}
+
 // appendRange appends the rule that leads to the chain of a range.
 func (c *TextChain) appendRange(to portRange) {
 	protocol := to.protocol.String()
 	c.Saved = append(c.Saved, "-A "+c.Name+" -p "+protocol+" -m "+protocol+" --dport "...)
 	c.Saved = strconv.AppendUint(c.Saved, uint64(to.first), 10)
-	c.Saved = append(c.Saved, ':')
-	c.Saved = strconv.AppendUint(c.Saved, uint64(to.last), 10)
+	if to.last != to.first {
+		c.Saved = append(c.Saved, ':')
+		c.Saved = strconv.AppendUint(c.Saved, uint64(to.last), 10)
+	}
 	c.Saved = append(c.Saved, " -g "+to.name()+"\n"...)
 }

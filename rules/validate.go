@@ -98,6 +98,8 @@ func (p Plan) validateRedirects(takes [IPv6 + 1]bool) error {
 			return fmt.Errorf("invalid redirect %s: expected a port and an address", r)
 		case !r.Protocol.hasPorts():
 			return fmt.Errorf("invalid redirect %s: protocol %s has no ports", r, r.Protocol)
+		case r.Several() && !r.spreads():
+			return fmt.Errorf("invalid redirect %s: expected up to %d addresses of %s, each once", r, MaxAddresses, family)
 		case r.Last != 0 && r.Last <= r.Port || r.Shifts && (r.Last == 0 || r.ToPort == 0 || int(r.ToPort)+int(r.Last-r.Port) > 65535):
 			return fmt.Errorf("invalid redirect %s: expected a range of ports", r)
 		case !takes[family]:
@@ -205,6 +207,8 @@ func (p Plan) faultOfTarget(c Chain, r Rule) string {
 		return "a port to translate to needs DNAT and the protocol TCP, UDP or SCTP"
 	case r.Shifts:
 		return "only redirects shift ports"
+	case r.OneOf != 0:
+		return "only redirects have several addresses"
 	case marks != (r.Mark != 0):
 		return "only MARK and CONNMARK need a mark"
 	case attaches != (r.Helper != ""):

@@ -40,7 +40,7 @@ var environments = map[string]config.Environment{
 	},
 	"extended": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Grammar: "extended",
-		Destination: "53 tcp,udp 203.0.113.25 # names\n3868 sctp 203.0.113.26\n6000-6010 udp 203.0.113.26\n7000-7100 tcp 203.0.113.26 17000-17100\n40000-41000 tcp 203.0.113.25 443\n",
+		Destination: "53 tcp,udp 203.0.113.25 # names\n3868 sctp 203.0.113.26\n6000-6010 udp 203.0.113.26\n7000-7100 tcp 203.0.113.26 17000-17100\n40000-41000 tcp 203.0.113.25 443\n443 tcp 203.0.113.25,203.0.113.26,203.0.113.27 8443\n",
 	},
 	"large": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: manyLines(40)},
 	"macvlan": {

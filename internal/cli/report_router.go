@@ -198,9 +198,16 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 	for _, l := range report.Lines {
 		labels := []string{"any", "fallback", l.To.String()}
 		if l.Protocol != 0 {
-			labels = []string{l.Protocol.String(), l.LocalPorts(), l.To.String() + ":" + l.ToPorts()}
-			if is, probed := up[l.Server(l.Port)]; probed && l.Protocol == rules.TCP && l.ToOnePort() {
-				emit(name+"destination_up", oneIf(is), labels...)
+			labels = []string{l.Protocol.String(), l.LocalPorts(), l.Destination() + ":" + l.ToPorts()}
+			if l.Protocol == rules.TCP && l.ToOnePort() {
+				reached, probed := false, false
+				for a := range l.All() {
+					is, known := up[netip.AddrPortFrom(a, l.Server(l.Port).Port())]
+					reached, probed = reached || is, probed || known
+				}
+				if probed {
+					emit(name+"destination_up", oneIf(reached), labels...)
+				}
 			}
 		}
 		emit(name+"connections_total", float64(l.Connections), labels...)

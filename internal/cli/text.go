@@ -34,7 +34,7 @@ func effect(set rules.Set, source netip.Addr) string {
 	fmt.Fprintf(&b, "connections to the pod, with %s as their source:\n", source)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, r := range set.Redirects {
-		fmt.Fprintf(table, "  %s %s\tto %s %s\n", r.Protocol, portText(r.LocalPorts()), r.To, portText(r.ToPorts()))
+		fmt.Fprintf(table, "  %s %s\tto %s %s\n", r.Protocol, portText(r.LocalPorts()), r.Destination(), portText(r.ToPorts()))
 	}
 	rest := "everything else"
 	if len(set.Redirects) == 0 {

@@ -393,7 +393,7 @@ const mostUnreachable = 10
 func (c *Config) unreachable(l list, text string) (warnings []string) {
 	more := 0
 	var entries []rules.Line // only needed for a warning
-	for i, a := range c.destinations() {
+	for i, a := range c.numbered() {
 		why := "connections redirected to it fail"
 		is := unusable(a, c.Source)
 		if a == c.Source.Addr() {

@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"iter"
 	"math"
 	"net/netip"
 	"slices"
@@ -111,15 +112,28 @@ func cidrHint(word string) string {
 }
 
 // destinations returns the addresses of all destinations.
-func (c *Config) destinations() []netip.Addr {
-	var to []netip.Addr
-	for _, r := range c.Set.Redirects {
-		to = append(to, r.To)
-	}
-	if c.Set.Fallback.IsValid() {
-		to = append(to, c.Set.Fallback)
+func (c *Config) destinations() (to []netip.Addr) {
+	for _, a := range c.numbered() {
+		to = append(to, a)
 	}
 	return to
+}
+
+// numbered returns the addresses of all destinations, each with the index of its entry
+// (rules.Grammar.Entries).
+func (c *Config) numbered() iter.Seq2[int, netip.Addr] {
+	return func(yield func(int, netip.Addr) bool) {
+		for i, r := range c.Set.Redirects {
+			for a := range r.All() {
+				if !yield(i, a) {
+					return
+				}
+			}
+		}
+		if c.Set.Fallback.IsValid() {
+			yield(len(c.Set.Redirects), c.Set.Fallback)
+		}
+	}
 }
 
 // KeepNameServers adds the name servers of a resolv.conf(5) to the destinations of

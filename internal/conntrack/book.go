@@ -134,7 +134,7 @@ func (b *book) lineOf(k key, server endpoint) *line {
 		return nil
 	}
 	to, local := netip.AddrFrom4(server.addr), rules.Port(k.local.port)
-	if i, ok := b.byPort.Find(rules.IPv4, k.protocol, local); ok && b.lines[i].Server(local) == netip.AddrPortFrom(to, server.port) {
+	if i, ok := b.byPort.Find(rules.IPv4, k.protocol, local); ok && b.lines[i].Reaches(netip.AddrPortFrom(to, server.port), local) {
 		return b.lines[i]
 	}
 	if b.fallback != nil && b.fallback.To == to {

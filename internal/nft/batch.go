@@ -140,7 +140,7 @@ func (b *batch) addMap(t *nftables.Table, k mapKind) {
 	if k.ranges {
 		flags |= unix.NFT_SET_INTERVAL
 	}
-	value := valueType
+	keyType, value := k.keyType(), valueType
 	b.add(unix.NFT_MSG_NEWSET, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_TABLE, t.Name)
 		e.String(unix.NFTA_SET_NAME, k.name)
@@ -162,6 +162,14 @@ func (b *batch) addMap(t *nftables.Table, k mapKind) {
 			})
 			return nil
 		})
+	})
+}
+
+// deleteMap deletes a map that no rule looks up.
+func (b *batch) deleteMap(t *nftables.Table, k mapKind) {
+	b.add(unix.NFT_MSG_DELSET, 0, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_SET_TABLE, t.Name)
+		e.String(unix.NFTA_SET_NAME, k.name)
 	})
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"syscall"
@@ -22,7 +23,9 @@ type destinations []destination
 
 // A destination is an element of a map: the key is a protocol and a port, the value what
 // the map's kind says, each part in registers of four bytes in network byte order. The
-// value has the length that an IPv6 address and two ports need.
+// value has the length that an IPv6 address and two ports need. In a map for several
+// addresses the key has a third part, the number of the address from 0, which is kept in
+// the last byte of the first one.
 type destination struct {
 	key, end [8]byte // end is the end of a range, in a map of ranges
 	value    [maxValueLen]byte
@@ -36,41 +39,86 @@ type mapKind struct {
 	ranges bool
 	ports  int // number of ports behind the address of a value
 	of     func(rules.Redirect) bool
+	// A map for redirects to several addresses is for those with this number of them, and a
+	// rule draws one of that many. So a port has one element for each address, each address
+	// is as probable as the others, and one look-up is as fast as that of one address: with
+	// intervals of a random number in the key, the kernel's trees would have ten entries for
+	// an address in place of one, and its look-ups would become slower with their number.
+	oneOf int // zero: redirects to one address
 }
 
-// mapKinds are the maps, in the order in which rules look them up. A table has those that
-// have elements, and always the first.
-var mapKinds = []mapKind{
-	{"redirects", 1, false, 1, func(r rules.Redirect) bool { return r.Last == 0 }},
-	{"ranges", 2, true, 0, func(r rules.Redirect) bool { return r.Last != 0 && r.ToPort == 0 }},
-	// To one port, or to as many others.
-	{"moved-ranges", 3, true, 2, func(r rules.Redirect) bool { return r.Last != 0 && r.ToPort != 0 }},
-}
+// mapKinds are the maps, in the order in which rules look them up: at first those of one
+// address, which most redirects have. A table has those that have elements, and always the
+// first.
+var mapKinds = func() []mapKind {
+	single := []mapKind{
+		{"redirects", 1, false, 1, func(r rules.Redirect) bool { return r.Last == 0 }, 0},
+		{"ranges", 2, true, 0, func(r rules.Redirect) bool { return r.Last != 0 && r.ToPort == 0 }, 0},
+		// To one port, or to as many others.
+		{"moved-ranges", 3, true, 2, func(r rules.Redirect) bool { return r.Last != 0 && r.ToPort != 0 }, 0},
+	}
+	kinds := slices.Clone(single)
+	for n := 2; n <= rules.MaxAddresses; n++ {
+		for _, k := range single {
+			k.name, k.id, k.oneOf = fmt.Sprintf("%s-one-of-%d", k.name, n), uint32(len(kinds)+1), n //nolint:gosec // some hundreds
+			kinds = append(kinds, k)
+		}
+	}
+	return kinds
+}()
 
 // newMaps returns the maps of a table for redirects.
 func newMaps(redirects []rules.Redirect) map[string]destinations {
+	const forms = 3 // of redirects, each a kind for one address and for each number of them
 	maps := make(map[string]destinations)
-	for i, k := range mapKinds {
+	for i, k := range mapKinds[:forms] {
 		var d destinations
 		if i == 0 {
 			d = make(destinations, 0, len(redirects))
 		}
 		for _, r := range redirects {
-			if k.of(r) {
+			if !r.Several() && k.of(r) {
 				d = k.add(d, r)
 			}
 		}
-		if d.sort(); d != nil {
+		if d != nil {
 			maps[k.name] = d
 		}
+	}
+	for _, r := range redirects {
+		if !r.Several() {
+			continue
+		}
+		for _, k := range mapKinds[forms*(r.Number()-1):][:forms] {
+			if k.of(r) {
+				maps[k.name] = k.add(maps[k.name], r)
+			}
+		}
+	}
+	for _, d := range maps {
+		d.sort()
 	}
 	return maps
 }
 
-// add adds the elements for a redirect: one, or a few for a range to other ports.
+// add adds the elements for a redirect: for each address one, or a few for a range to other
+// ports.
 func (k mapKind) add(d destinations, r rules.Redirect) destinations {
+	if k.oneOf == 0 {
+		return k.addOne(d, r, r.To, 0)
+	}
+	number := byte(0)
+	for to := range r.All() {
+		d = k.addOne(d, r, to, number)
+		number++
+	}
+	return d
+}
+
+// addOne adds the elements for one address, which has a number among those of its redirect.
+func (k mapKind) addOne(d destinations, r rules.Redirect, to netip.Addr, number byte) destinations {
 	var e destination
-	addr, _ := r.To.AppendBinary(e.value[:0]) // no error is possible
+	addr, _ := to.AppendBinary(e.value[:0]) // no error is possible
 	n := len(addr)
 	switch k.ports {
 	case 1:
@@ -79,12 +127,14 @@ func (k mapKind) add(d destinations, r rules.Redirect) destinations {
 		first, last, ok := offsets(r)
 		if !ok {
 			low, high := r.Halves()
-			return k.add(k.add(d, low), high)
+			return k.addOne(k.addOne(d, low, to, number), high, to, number)
 		}
 		binary.BigEndian.PutUint16(e.value[n:], first)
 		binary.BigEndian.PutUint16(e.value[n+4:], last)
 	}
-	key := func(port rules.Port) [8]byte { return [8]byte{0: byte(r.Protocol), 4: byte(port >> 8), 5: byte(port)} }
+	key := func(port rules.Port) [8]byte {
+		return [8]byte{0: byte(r.Protocol), keyNumber: number, 4: byte(port >> 8), 5: byte(port)}
+	}
 	if e.key = key(r.Port); k.ranges {
 		e.end = key(max(r.Port, r.Last))
 	}
@@ -152,12 +202,32 @@ func (d destinations) steps(want destinations) (gone, more destinations) {
 // with a header of four bytes, in one more attribute.
 const (
 	headerLen   = unix.NLA_HDRLEN
-	keyLen      = 8
+	keyNumber   = 3  // offset in a key of the number of an address
+	maxKeyLen   = 12 // with that number as a part of its own
 	maxValueLen = 24 // with an IPv6 address and two ports
 	keyOffset   = 3 * headerLen
-	valueOffset = keyOffset + keyLen + 2*headerLen
-	endLen      = 2*headerLen + keyLen
 )
+
+// keyLen returns the length of the map's keys in bytes.
+func (k mapKind) keyLen() int { return int(k.keyType().Bytes) }
+
+// putKey writes the key of an element as the kernel has it: the random number is a word in
+// the order of the machine.
+func (k mapKind) putKey(b []byte, key [8]byte) {
+	if k.oneOf != 0 {
+		binary.NativeEndian.PutUint32(b[len(key):], uint32(key[keyNumber]))
+		key[keyNumber] = 0
+	}
+	copy(b, key[:])
+}
+
+// takeKey reads a key that putKey has written.
+func (k mapKind) takeKey(b []byte) (key [8]byte) {
+	if copy(key[:], b); k.oneOf != 0 {
+		key[keyNumber] = byte(min(binary.NativeEndian.Uint32(b[len(key):]), 255)) // ours are less than MaxAddresses
+	}
+	return key
+}
 
 // keyEnd is the attribute with the end of a range (linux/netfilter/nf_tables.h,
 // NFTA_SET_ELEM_KEY_END).
@@ -169,7 +239,8 @@ const elementsInMessage = 1000
 
 // changeElements adds elements to a map or deletes them (NFT_MSG_DELSETELEM).
 func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.Table, m mapKind, d destinations) {
-	valueLen := m.valueLen(t.Family)
+	keyLen, valueLen := m.keyLen(), m.valueLen(t.Family)
+	valueOffset, endLen := keyOffset+keyLen+2*headerLen, 2*headerLen+keyLen
 	element := make([]byte, valueOffset+valueLen, valueOffset+valueLen+endLen)
 	// attribute writes the header of an attribute that ends at a value's end.
 	attribute := func(at, end int, kind uint16) {
@@ -200,10 +271,10 @@ func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.
 		list = binary.NativeEndian.AppendUint16(list, uint16(length))
 		list = binary.NativeEndian.AppendUint16(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
 		for _, e := range part {
-			copy(element[keyOffset:], e.key[:])
+			m.putKey(element[keyOffset:], e.key)
 			copy(element[valueOffset:], e.value[:valueLen])
 			if m.ranges {
-				copy(element[endOffset:], e.end[:])
+				m.putKey(element[endOffset:], e.end)
 			}
 			list = append(list, element...)
 		}
@@ -280,7 +351,7 @@ func listElements(conn *netlink.Conn, t *nftables.Table, m mapKind) (destination
 				return nil
 			}
 			return attributes(list, func(_ uint16, element []byte) error {
-				e, err := parseElement(element, m.valueLen(t.Family))
+				e, err := m.parseElement(element, m.valueLen(t.Family))
 				d = append(d, e)
 				return err
 			})
@@ -340,17 +411,18 @@ func receive(conn *netlink.Conn, fn func(syscall.NetlinkMessage) error) error {
 
 // parseElement reads the key and the value of an element. valueLen is the length of the
 // value in bytes.
-func parseElement(b []byte, valueLen int) (destination, error) {
+func (k mapKind) parseElement(b []byte, valueLen int) (destination, error) {
 	var d destination
+	var key, end [maxKeyLen]byte
 	err := attributes(b, func(kind uint16, part []byte) error {
 		var into []byte
 		switch kind {
 		case unix.NFTA_SET_ELEM_KEY:
-			into = d.key[:]
+			into = key[:k.keyLen()]
 		case unix.NFTA_SET_ELEM_DATA:
 			into = d.value[:valueLen]
 		case keyEnd:
-			into = d.end[:]
+			into = end[:k.keyLen()]
 		default:
 			return nil
 		}
@@ -362,6 +434,7 @@ func parseElement(b []byte, valueLen int) (destination, error) {
 			return nil
 		})
 	})
+	d.key, d.end = k.takeKey(key[:]), k.takeKey(end[:])
 	return d, err
 }
 

@@ -13,13 +13,14 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// register is the register of all comparisons, the kernel's first one. secondWord
-// is the number of the second word of its 16 bytes, and nextRegister that of the first
+// register is the register of all comparisons, the kernel's first one. secondWord and
+// thirdWord are the numbers of the second and third word of its 16 bytes, and nextRegister that of the first
 // word behind it: they contain the second part of a concatenation, behind a part of
 // four or 16 bytes (linux/netfilter/nf_tables.h, nft_registers).
 const (
 	register     = unix.NFT_REG_1
 	secondWord   = unix.NFT_REG32_01
+	thirdWord    = unix.NFT_REG32_02
 	nextRegister = unix.NFT_REG_2
 )
 
@@ -248,8 +249,11 @@ func lookUp(family rules.Family, r rules.Rule, k mapKind) []expr.Any {
 		// The key is composed in the register.
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
 		&expr.Payload{DestRegister: secondWord, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
-		&expr.Lookup{SourceRegister: register, DestRegister: register, IsDestRegSet: true, SetName: k.name},
 	)
+	if k.oneOf != 0 {
+		e = append(e, &expr.Numgen{Register: thirdWord, Modulus: uint32(k.oneOf), Type: unix.NFT_NG_RANDOM}) //nolint:gosec // at most MaxAddresses
+	}
+	e = append(e, &expr.Lookup{SourceRegister: register, DestRegister: register, IsDestRegSet: true, SetName: k.name})
 	nat := expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.number), RegAddrMin: register, RegAddrMax: register}
 	switch k.ports {
 	case 1:

@@ -286,6 +286,96 @@ func TestOnlyWhatDiffersChanges(t *testing.T) {
 	}
 }
 
+// spread returns a redirect to several addresses.
+func spread(r rules.Redirect, to ...string) rules.Redirect {
+	var all []netip.Addr
+	for _, a := range to {
+		all = append(all, netip.MustParseAddr(a))
+	}
+	return r.Spread(all)
+}
+
+// A change of a few addresses changes their elements alone, and if a line gets another
+// number of them, the map of that number and the rules that look up. Nothing else is loaded
+// again, also in the kernel, which has all elements afterwards.
+func TestOnlyChangedAddressesChange(t *testing.T) {
+	lists := func(changed int, to ...string) rules.Plan {
+		var set rules.Set
+		for i := range 10_000 {
+			r := rules.Redirect{Protocol: rules.TCP, Port: rules.Port(10_001 + i)}
+			switch {
+			case i < changed:
+				r = spread(r, to...)
+			case i%4 == 0:
+				r = spread(r, "203.0.113.25", "203.0.113.26")
+			case i%4 == 1:
+				r = spread(r, "203.0.113.25", "203.0.113.26", "203.0.113.27")
+			default:
+				r = spread(r, "203.0.113.25")
+			}
+			set.Redirects = append(set.Redirects, r)
+		}
+		return rules.NewPlan(set, sides)
+	}
+	key := tableKey{tableName, rules.IPv4}
+	plans := []rules.Plan{
+		lists(10, "203.0.113.28", "203.0.113.29"), lists(10, "203.0.113.30", "203.0.113.29"), lists(10, "203.0.113.30"),
+		lists(10, "203.0.113.25", "203.0.113.26", "203.0.113.27", "203.0.113.28"), lists(10, "203.0.113.25"),
+	}
+	// Messages for elements, rules, and maps.
+	expected := [][3]int{{20, 0, 0}, {30, 0, 0}, {50, 4, 1}, {10, 3, 1}}
+	for i, want := range expected {
+		var b batch
+		b.change(tableOf(key), render(plans[i], tableName)[key], render(plans[i+1], tableName)[key])
+		var got [3]int
+		for _, m := range b.messages {
+			switch int(m.Header.Type) & 0xff {
+			case unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM:
+				_ = attributes(m.Data[4:], func(kind uint16, list []byte) error {
+					if kind == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+						return attributes(list, func(uint16, []byte) error { got[0]++; return nil })
+					}
+					return nil
+				})
+			case unix.NFT_MSG_NEWRULE:
+				got[1]++
+			case unix.NFT_MSG_DELRULE:
+			case unix.NFT_MSG_NEWSET, unix.NFT_MSG_DELSET:
+				got[2]++
+			default:
+				t.Errorf("a message of type %d", m.Header.Type&0xff)
+			}
+		}
+		if got != want {
+			t.Errorf("change %d has %d elements, rules and maps; want %d", i, got, want)
+		}
+	}
+	inNamespace(t, func() {
+		tx := beginTx(t)
+		for i, plan := range plans {
+			undo, err := tx.Apply(t.Context(), plan)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if found := beginTx(t).Differs(plan); len(found) > 0 {
+				t.Errorf("plan %d: drift after load: %v", i, found)
+			}
+			if i == 0 {
+				continue
+			}
+			if err := undo(); err != nil {
+				t.Fatal(err)
+			}
+			if found := beginTx(t).Differs(plans[i-1]); len(found) > 0 {
+				t.Errorf("plan %d: drift after rollback: %v", i, found)
+			}
+			if _, err := tx.Apply(t.Context(), plan); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
 func TestSteps(t *testing.T) {
 	d := func(list string) destinations {
 		set, err := rules.Parse(list, nil)
@@ -325,8 +415,9 @@ func FuzzAttributes(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, data []byte) {
 		_ = attributes(data, func(_ uint16, list []byte) error {
 			return attributes(list, func(_ uint16, element []byte) error {
-				_, err := parseElement(element, keyLen)
-				return err
+				_, err := mapKinds[0].parseElement(element, 8)
+				_, numbered := mapKinds[3].parseElement(element, 8)
+				return errors.Join(err, numbered)
 			})
 		})
 	})
@@ -340,9 +431,12 @@ func TestElementRoundTrip(t *testing.T) {
 			{Protocol: rules.UDP, Port: 65535, To: netip.MustParseAddr(to[1]), ToPort: 1},
 			{Protocol: rules.UDP, Port: 100, Last: 200, To: netip.MustParseAddr(to[1])},
 			{Protocol: rules.SCTP, Port: 100, Last: 200, To: netip.MustParseAddr(to[0]), ToPort: 1000, Shifts: true},
+			spread(rules.Redirect{Protocol: rules.TCP, Port: 81}, to[:]...),
+			spread(rules.Redirect{Protocol: rules.TCP, Port: 100, Last: 200}, to[:]...),
+			spread(rules.Redirect{Protocol: rules.TCP, Port: 300, Last: 400, ToPort: 1}, to[:]...),
 		})
 		table := tableOf(tableKey{tableName, f})
-		for _, k := range mapKinds {
+		for _, k := range mapKinds[:6] {
 			var b batch
 			b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, table, k, maps[k.name])
 			var got destinations
@@ -351,7 +445,7 @@ func TestElementRoundTrip(t *testing.T) {
 					return nil
 				}
 				return attributes(list, func(_ uint16, element []byte) error {
-					d, err := parseElement(element, k.valueLen(table.Family))
+					d, err := k.parseElement(element, k.valueLen(table.Family))
 					got = append(got, d)
 					return err
 				})

@@ -16,9 +16,19 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// keyType is the type of the maps' keys. The kernel pads each part of a concatenation to
-// four bytes.
-var keyType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+// keyType returns the type of a map's keys. The kernel pads each part of a concatenation to
+// four bytes. A random number is a number in the order of the machine, as a mark is.
+func (k mapKind) keyType() nftables.SetDatatype {
+	if k.oneOf == 0 {
+		return plainKey
+	}
+	return numberedKey
+}
+
+var (
+	plainKey    = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+	numberedKey = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeMark)
+)
 
 // valueType returns the type of a map's values.
 func (k mapKind) valueType(f nftables.TableFamily) nftables.SetDatatype {
@@ -129,7 +139,7 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 // sameSet reports whether a set of the kernel is a map of this kind.
 func (k mapKind) sameSet(s *nftables.Set, f nftables.TableFamily) bool {
 	return s.Name == k.name && s.IsMap && s.Interval == k.ranges && !s.Constant && s.Timeout == 0 &&
-		s.KeyType.Name == keyType.Name && s.DataType.Name == k.valueType(f).Name
+		s.KeyType.Name == k.keyType().Name && s.DataType.Name == k.valueType(f).Name
 }
 
 // readChains reads the chains of table t.
@@ -249,12 +259,18 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 			b.addRule(t, name, r)
 		}
 	}
+	for _, k := range mapKinds { // that no rule looks up any more
+		_, there := have.to[k.name]
+		if _, planned := want.to[k.name]; there && !planned {
+			b.deleteMap(t, k)
+		}
+	}
 }
 
-// sameFrame reports whether both tables have the same chains and maps. It ignores
-// their content.
+// sameFrame reports whether both tables have the same chains. It ignores their content, and
+// the maps.
 func (t *table) sameFrame(want *table) bool {
-	if t.flags != want.flags || len(t.others) > 0 || !slices.Equal(t.helpers, want.helpers) || !sameKeys(t.to, want.to) || len(t.chains) != len(want.chains) {
+	if t.flags != want.flags || len(t.others) > 0 || !slices.Equal(t.helpers, want.helpers) || len(t.chains) != len(want.chains) {
 		return false
 	}
 	for name, c := range want.chains {
@@ -263,11 +279,6 @@ func (t *table) sameFrame(want *table) bool {
 		}
 	}
 	return true
-}
-
-// sameKeys reports whether two maps have the same keys.
-func sameKeys[V any](a, b map[string]V) bool {
-	return slices.Equal(slices.Sorted(maps.Keys(a)), slices.Sorted(maps.Keys(b)))
 }
 
 // A LoadError reports that the kernel refused the rules.

@@ -121,10 +121,14 @@ func targets(plan rules.Plan) []netip.AddrPort {
 	var all []netip.AddrPort
 	seen := make(map[netip.AddrPort]bool)
 	for _, r := range plan.Redirects {
-		to := r.Server(r.Port)
-		if r.Protocol == rules.TCP && r.ToOnePort() && !seen[to] {
-			seen[to] = true
-			all = append(all, to)
+		if r.Protocol != rules.TCP || !r.ToOnePort() {
+			continue
+		}
+		for a := range r.All() {
+			if to := netip.AddrPortFrom(a, r.Server(r.Port).Port()); !seen[to] {
+				seen[to] = true
+				all = append(all, to)
+			}
 		}
 	}
 	return all

@@ -237,7 +237,7 @@ func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
 	}
 	attrs := []any{"mode", r.Mode, "interface", r.Want.Network.Interface, "address", r.Want.Network.Address.String(), "gateway", r.Want.Network.Gateway.String()}
 	if r.Want.Forward {
-		attrs = append(attrs, "redirects", len(r.Want.Rules.Destinations()))
+		attrs = append(attrs, "redirects", r.Want.Rules.Size())
 	}
 	r.Log.Info("ready", append(attrs, "backend", current.String(), "took", time.Since(begin).Round(100*time.Microsecond).String())...)
 }

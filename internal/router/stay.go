@@ -73,7 +73,7 @@ func NewKeeper(r *Router) *Keeper {
 	now := time.Now()
 	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), drops: drops{log: r.Log}, status: Status{
 		Repairs: make(map[RepairKind]uint64), Since: now, Failure: "not reconciled yet",
-		Destinations: len(r.Want.Rules.Destinations()), ReloadSince: now,
+		Destinations: r.Want.Rules.Size(), ReloadSince: now,
 	}}
 }
 
@@ -185,7 +185,7 @@ func (k *Keeper) Replace(want plan.Want) {
 		k.status.ReloadSince = time.Now()
 	}
 	k.status.ReloadError = ""
-	destinations := len(want.Rules.Destinations())
+	destinations := want.Rules.Size()
 	if !same {
 		k.status.Reloads++
 		k.status.Destinations = destinations
