@@ -73,6 +73,7 @@ fuzz: ## fuzz the grammars, the framing of HTTP requests and ARP, 30 s each
 
 golden: ## rewrite testdata/golden, script and the READMEs' tables after an intended change
 	$(GO) test ./internal/cli -run Golden -update
+	$(GO) test ./rules -run Sources -update
 	$(GO) test ./cmd/egress-router -run Scripts -update
 	$(GO) test ./internal/config ./internal/metrics -run Documentation -update
 

@@ -28,27 +28,32 @@ type Connection struct {
 // too.
 func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 	lookup := NewLookup(p.Redirects)
-	fallbacks, sources := make(map[Family]netip.Addr), make(map[Family]netip.Addr)
+	fallbacks, sources := make(map[Family][]netip.Addr), make(map[Family][]netip.Addr)
 	for _, f := range []Family{IPv4, IPv6} {
 		fallbacks[f], sources[f] = p.to(f, DNAT), p.to(f, SNAT)
 	}
 	return func(c Connection) bool {
 		family := FamilyOf(c.To.Addr())
-		fallback, source := fallbacks[family], sources[family]
+		var fallback netip.Addr
+		if to := fallbacks[family]; len(to) > 0 {
+			fallback = to[0]
+		}
+		// With several sources, a client keeps the one that it has.
+		source := slices.Contains(sources[family], c.RepliesTo)
 		// The pod's own sockets have the right source from the start. If they are
 		// redirected, it is by another program.
 		through := c.RepliesFrom != c.To && c.RepliesTo != c.From
-		own := c.From == source || slices.Contains(pod, c.From)
+		own := slices.Contains(sources[family], c.From) || slices.Contains(pod, c.From)
 		if !slices.Contains(pod, c.To.Addr()) && (!through || own) {
 			return false
 		}
 		local := Port(c.To.Port())
 		if i, redirected := lookup.Find(family, c.Protocol, local); redirected {
-			return !p.Redirects[i].Reaches(c.RepliesFrom, local) || c.RepliesTo != source
+			return !p.Redirects[i].Reaches(c.RepliesFrom, local) || !source
 		}
 		if !fallback.IsValid() {
 			return c.RepliesFrom != c.To
 		}
-		return c.RepliesFrom != netip.AddrPortFrom(fallback, uint16(local)) || c.RepliesTo != source
+		return c.RepliesFrom != netip.AddrPortFrom(fallback, uint16(local)) || !source
 	}
 }

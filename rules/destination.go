@@ -171,13 +171,34 @@ func ports(first, last Port) string {
 
 // A Set is the content of a destination list.
 type Set struct {
-	Redirects []Redirect // in the order written; no two have the same protocol and port
-	Fallback  netip.Addr // destination of all other ports; the zero Addr: none
+	Redirects []Redirect // in the order written; no two of a family have the same protocol and port
+	Fallback  netip.Addr // destination of all other ports with IPv4; the zero Addr: none
+	Fallback6 netip.Addr // the same with IPv6
+}
+
+// FallbackOf returns the fallback of a family.
+func (s Set) FallbackOf(f Family) netip.Addr {
+	if f == IPv6 {
+		return s.Fallback6
+	}
+	return s.Fallback
+}
+
+// Fallbacks returns the fallbacks that there are, that of IPv4 first.
+func (s Set) Fallbacks() []netip.Addr {
+	return slices.DeleteFunc([]netip.Addr{s.Fallback, s.Fallback6}, func(a netip.Addr) bool { return !a.IsValid() })
+}
+
+// Families returns the families of the destinations, IPv4 first.
+func (s Set) Families() []Family {
+	return slices.DeleteFunc([]Family{IPv4, IPv6}, func(f Family) bool {
+		return !s.FallbackOf(f).IsValid() && !slices.ContainsFunc(s.Redirects, func(r Redirect) bool { return FamilyOf(r.To) == f })
+	})
 }
 
 // Equal reports whether both sets redirect the same things in the same order.
 func (s Set) Equal(other Set) bool {
-	return s.Fallback == other.Fallback && slices.Equal(s.Redirects, other.Redirects)
+	return s.Fallback == other.Fallback && s.Fallback6 == other.Fallback6 && slices.Equal(s.Redirects, other.Redirects)
 }
 
 // String returns the set as a destination list, one line for each redirect,
@@ -188,8 +209,8 @@ func (s Set) String() string {
 		b.WriteString(r.String())
 		b.WriteByte('\n')
 	}
-	if s.Fallback.IsValid() {
-		b.WriteString(s.Fallback.String())
+	for _, a := range s.Fallbacks() {
+		b.WriteString(a.String())
 		b.WriteByte('\n')
 	}
 	return b.String()

@@ -48,18 +48,29 @@ func (h Helper) Modules() string {
 	return "nf_conntrack_" + strings.ToLower(h.Name)
 }
 
+// onlyIPv4 are the helpers that the kernel has for IPv4 alone (net/netfilter,
+// nf_conntrack_irc.c, nf_conntrack_netbios_ns.c, nf_conntrack_pptp.c and
+// nf_conntrack_snmp.c).
+var onlyIPv4 = []string{"irc", "netbios-ns", "pptp", "snmp"}
+
+// has reports whether the kernel has the helper for a family.
+func (h Helper) has(f Family) bool { return f == IPv4 || !slices.Contains(onlyIPv4, h.Name) }
+
 // helperRules returns the rules that attach the helpers to connections, by the port
 // of their server. Without a redirect for it, a connection to a helper's port has
 // it if it crosses all the same.
-func helperRules(set Set, sides Sides) []Rule {
+func helperRules(f Family, set Set, sides Sides) []Rule {
 	var rules []Rule
 	add := func(h Helper, first, last Port) {
 		rules = append(rules, Rule{In: sides.Cluster, Protocol: h.Protocol, Port: first, Last: last, Target: AttachHelper, Helper: h.Name})
 	}
 	for _, h := range sides.Helpers {
-		crosses := set.Fallback.IsValid() || sides.Crossing == CrossAll
+		if !h.has(f) {
+			continue
+		}
+		crosses := set.FallbackOf(f).IsValid() || sides.Crossing == CrossAll
 		for _, r := range set.Redirects {
-			if r.Protocol != h.Protocol {
+			if r.Protocol != h.Protocol || FamilyOf(r.To) != f {
 				continue
 			}
 			if r.Contains(h.Protocol, h.Port) {

@@ -2,6 +2,7 @@ package rules
 
 import (
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"strings"
@@ -115,22 +116,29 @@ type Message uint8
 
 // The types of messages in plans.
 const (
-	RedirectMessage     Message = 5   // ICMP (RFC 792)
-	EchoRequest         Message = 8   // ICMP (RFC 792)
-	RouterAdvertisement Message = 134 // ICMPv6 (RFC 4861)
-	RedirectMessageIPv6 Message = 137 // ICMPv6 (RFC 4861)
+	RedirectMessage       Message = 5   // ICMP (RFC 792)
+	EchoRequest           Message = 8   // ICMP (RFC 792)
+	EchoRequestIPv6       Message = 128 // ICMPv6 (RFC 4443)
+	ListenerQuery         Message = 130 // ICMPv6 (RFC 2710)
+	ListenerReport        Message = 131 // ICMPv6 (RFC 2710)
+	ListenerDone          Message = 132 // ICMPv6 (RFC 2710)
+	RouterAdvertisement   Message = 134 // ICMPv6 (RFC 4861)
+	NeighbourSolicitation Message = 135 // ICMPv6 (RFC 4861)
+	NeighbourAdvert       Message = 136 // ICMPv6 (RFC 4861)
+	RedirectMessageIPv6   Message = 137 // ICMPv6 (RFC 4861)
+	ListenerReportV2      Message = 143 // ICMPv6 (RFC 3810)
 )
 
 // A Rule is one match and one target. A zero field matches every packet. Not every
 // combination is valid: see [Plan.Validate].
 type Rule struct {
-	From      netip.Addr // source of the packet
-	NotFrom   netip.Addr // any other source
-	Toward    netip.Addr // destination of the packet
-	NotToward netip.Addr // any other destination
-	In        string     // input interface
-	Out       string     // output interface
-	NotOut    string     // any other output interface
+	From      netip.Prefix // source of the packet
+	NotFrom   netip.Prefix // any other source
+	Toward    netip.Prefix // destination of the packet
+	NotToward netip.Prefix // any other destination
+	In        string       // input interface
+	Out       string       // output interface
+	NotOut    string       // any other output interface
 	Protocol  Protocol
 	Port      Port    // destination port; the first one of a range
 	Last      Port    // the last one of a range; zero: Port alone
@@ -138,7 +146,9 @@ type Rule struct {
 	Message   Message // type of ICMP or ICMPv6 messages, by Protocol
 	Marked    Mark    // mark of the connection
 	Unmarked  Mark    // any other mark of the connection
+	Clients   Share   // source of the packet
 	// Matches of the packet's connection:
+	RepliesTo    netip.Addr // destination of its replies
 	RepliesNotTo netip.Addr // any other destination of its replies
 	Confirmed    bool       // its first packet has left
 	Redirected   bool       // its destination was changed by DNAT
@@ -160,6 +170,10 @@ type Rule struct {
 	Helper string // the kernel's name of a helper
 	Reason Reason // of Drop, Reject and LogPacket
 }
+
+// A Share is the addresses with the value End in their last Bits bits, at most eight. The
+// zero Share is all addresses.
+type Share struct{ Bits, End uint8 }
 
 // A Chain is an ordered list of our rules. A packet at Hook traverses it before
 // any rule of another program.
@@ -237,17 +251,13 @@ type Sides struct {
 	Helpers  []Helper // helpers to attach, by the port of the server
 }
 
+// MostSources is the largest number of reserved addresses of one family. Rules for each
+// packet match each of them.
+const MostSources = 32
+
 // SourcesOf returns the reserved addresses of a family.
 func (s Sides) SourcesOf(f Family) []netip.Addr {
 	return slices.DeleteFunc(slices.Clone(s.Sources), func(a netip.Addr) bool { return FamilyOf(a) != f })
-}
-
-// sourceOf returns the first reserved address of a family, the zero Addr if there is none.
-func (s Sides) sourceOf(f Family) netip.Addr {
-	if sources := s.SourcesOf(f); len(sources) > 0 {
-		return sources[0]
-	}
-	return netip.Addr{}
 }
 
 // A Crossing selects the connections that may cross from the cluster side to the
@@ -311,8 +321,8 @@ const (
 // so that its connection continues after a repair. Nothing else crosses:
 // otherwise any host with a route to the pod could use the reserved address, and
 // hosts of the physical network could send packets into the cluster or to local
-// services of the pod. The original forwarded all of these. No IPv6 packet
-// crosses, since there is no reserved IPv6 address.
+// services of the pod. The original forwarded all of these. No packet of a family
+// without a reserved address crosses.
 //
 // A packet of a client that conntrack finds invalid, such as a segment outside of
 // TCP's window, is not redirected and reaches the pod itself, whose reset would end
@@ -325,61 +335,39 @@ const (
 // do not wait for a timeout. Each answer is one segment without data and without
 // options, never larger than the packet that it answers: a flood with forged
 // sources is not amplified. It leaves by the egress side or not at all.
+//
+// A client has one of several reserved addresses for as long as these stay. Sockets of the
+// pod keep the one that they have. A rule for each of several addresses returns in front
+// of the one that drops all others.
 func NewPlan(set Set, sides Sides) Plan {
-	translate := []Rule{{In: sides.Cluster, Target: Redirected}}
-	if set.Fallback.IsValid() {
-		if sides.Health != 0 {
-			translate = append(translate, Rule{In: sides.Cluster, Protocol: TCP, Port: sides.Health, Target: Return})
+	plan := Plan{Redirects: set.Redirects, Helpers: sides.Helpers}
+	for _, f := range []Family{IPv4, IPv6} {
+		if len(sides.SourcesOf(f)) > 0 {
+			plan.Chains = append(plan.Chains, redirectChains(f, set, sides)...)
+		} else {
+			plan.Chains = append(plan.Chains, closedChains(f, sides)...)
 		}
-		translate = append(translate, Rule{In: sides.Cluster, Target: DNAT, To: set.Fallback})
 	}
-	closed, source := sides.Crossing == CrossRedirected, sides.sourceOf(IPv4)
-	plan := Plan{
-		Redirects: set.Redirects,
-		Chains: []Chain{
-			{IPv4, Mangle, Prerouting, []Rule{
-				{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
-				{In: sides.Egress, NotToward: source, Target: Drop, Reason: PhysicalNetwork},
-				{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark},
-			}},
-			{IPv4, NAT, Prerouting, translate},
-			{IPv4, Filter, Forward, []Rule{
-				{In: sides.Cluster, Out: sides.Egress, Redirected: closed, Original: true, Target: Return},
-				{In: sides.Egress, Out: sides.Cluster, Redirected: closed, Reply: true, Target: Return},
-				{In: sides.Egress, Out: sides.Cluster, Redirected: true, Expected: true, Original: true, Target: Return},
-				{In: sides.Cluster, Out: sides.Egress, Redirected: true, Expected: true, Reply: true, Target: Return},
-				{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop, Reason: OtherInterface},
-				{In: sides.Cluster, Protocol: TCP, Original: true, Target: Reject, Reason: NotRedirected},
-				{In: sides.Cluster, Original: true, Target: Reject, Reason: NotRedirected},
-				{In: sides.Cluster, Target: Drop, Reason: Invalid},
-				{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
-				{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
-				{Target: Drop, Reason: OtherInterface},
-			}},
-			{IPv4, Filter, Input, append(inputRulesIPv4(sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop, Reason: Invalid})},
-			{IPv4, Mangle, Output, []Rule{
-				{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
-			}},
-			{IPv4, Mangle, Postrouting, []Rule{
-				{Out: sides.Egress, RepliesNotTo: source, Confirmed: true, Original: true, Target: Drop, Reason: WrongSource},
-				{Out: sides.Egress, NotFrom: source, Unconnected: true, Target: Drop, Reason: Invalid},
-				{Out: sides.Cluster, From: source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
-				{Protocol: TCP, SYN: true, Target: ClampMSS},
-			}},
-			{IPv4, NAT, Postrouting, []Rule{
-				{Out: sides.Egress, Target: SNAT, To: source},
-			}},
-			{IPv4, SourceGuard, Postrouting, []Rule{
-				{Out: sides.Egress, NotFrom: source, Target: Drop, Reason: WrongSource},
-			}},
-		},
-	}
-	if len(sides.Helpers) > 0 {
-		plan.Helpers = sides.Helpers
-		plan.Chains = slices.Insert(plan.Chains, 0, Chain{IPv4, Raw, Prerouting, helperRules(set, sides)})
-	}
-	plan.Chains = append(plan.Chains, chainsIPv6(sides)...)
 	return plan
+}
+
+// redirectChains returns the chains for a family that has a source.
+func redirectChains(f Family, set Set, sides Sides) (chains []Chain) {
+	if len(sides.Helpers) > 0 {
+		chains = append(chains, Chain{f, Raw, Prerouting, helperRules(f, set, sides)})
+	}
+	return append(chains,
+		Chain{f, Mangle, Prerouting, arrivalRules(f, sides, true)},
+		Chain{f, NAT, Prerouting, redirectRules(set.FallbackOf(f), sides)},
+		Chain{f, Filter, Forward, forwardRules(sides)},
+		Chain{f, Filter, Input, append(inputRules(f, sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop, Reason: Invalid})},
+		Chain{f, Mangle, Output, []Rule{
+			{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
+		}},
+		Chain{f, Mangle, Postrouting, departureRules(f, sides)},
+		Chain{f, NAT, Postrouting, sourceRules(f, sides)},
+		Chain{f, SourceGuard, Postrouting, guardRules(f, sides)},
+	)
 }
 
 // NewProxyPlan returns the chains of a pod with a proxy and without redirects.
@@ -387,36 +375,117 @@ func NewPlan(set Set, sides Sides) Plan {
 // pod, which forwards nothing. Connections are marked as in [NewPlan], so that
 // answers to forged sources can be dropped: those by the cluster side on
 // connections without the mark.
-func NewProxyPlan(sides Sides) Plan {
+func NewProxyPlan(sides Sides) (plan Plan) {
 	sides.Crossing = CrossRedirected
-	source := sides.sourceOf(IPv4)
-	return Plan{Chains: append([]Chain{
-		{IPv4, Mangle, Prerouting, []Rule{
-			{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark},
-			{In: sides.Egress, NotToward: source, Target: Drop, Reason: PhysicalNetwork},
-		}},
-		{IPv4, Filter, Forward, forwardNothing(sides)},
-		{IPv4, Filter, Input, inputRulesIPv4(sides)},
-		{IPv4, Mangle, Postrouting, []Rule{
-			{Out: sides.Cluster, From: source, Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork},
-		}},
-	}, chainsIPv6(sides)...)}
+	for _, f := range []Family{IPv4, IPv6} {
+		if len(sides.SourcesOf(f)) == 0 {
+			plan.Chains = append(plan.Chains, closedChains(f, sides)...)
+			continue
+		}
+		plan.Chains = append(plan.Chains,
+			Chain{f, Mangle, Prerouting, arrivalRules(f, sides, false)},
+			Chain{f, Filter, Forward, forwardNothing(sides)},
+			Chain{f, Filter, Input, inputRules(f, sides)},
+			Chain{f, Mangle, Postrouting, forgedRules(f, sides)},
+		)
+	}
+	return plan
 }
 
-// inputRulesIPv4 returns the rules that drop input from the physical network, except
-// for replies to the pod's own connections and echo requests to the reserved
-// address. Redirects are dropped first, from either side: conntrack relates one that
-// quotes a packet of a connection to that connection, and the kernel would believe
-// anybody's for minutes. The sysctls against them may be out of reach.
-func inputRulesIPv4(sides Sides) []Rule {
-	source := sides.sourceOf(IPv4)
+// only returns the network of one address.
+func only(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// alone reports whether one rule can match all packets without a reserved address of the
+// family: there is only one of IPv4. With IPv6 neighbour discovery has others.
+func alone(f Family, sources []netip.Addr) bool { return f == IPv4 && len(sources) == 1 }
+
+// arrivalRules returns the rules for packets that arrive, before routing. marks is set if
+// replies are routed by the mark of their connection.
+func arrivalRules(f Family, sides Sides, marks bool) []Rule {
+	rules := []Rule{{In: sides.Cluster, Original: true, Target: MarkConnection, Mark: sides.Mark}}
+	drop := Rule{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork}
+	var replies []Rule
+	if marks {
+		replies = []Rule{{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark}}
+	}
+	sources := sides.SourcesOf(f)
+	if alone(f, sources) {
+		drop.NotToward = only(sources[0])
+		return append(append(rules, drop), replies...)
+	}
+	rules = append(rules, replies...)
+	for _, s := range sources {
+		rules = append(rules, Rule{In: sides.Egress, Toward: only(s), Target: Return})
+	}
+	if f == IPv6 {
+		for _, d := range discovery {
+			for _, m := range d.received {
+				rules = append(rules, Rule{In: sides.Egress, Toward: d.addresses, Protocol: ICMPv6, Message: m, Target: Return})
+			}
+		}
+	}
+	return append(rules, drop)
+}
+
+// discovery has the messages by which the hosts of a link find each other (RFC 4861), and
+// by which they have a switch pass on those to multicast addresses (RFC 2710, RFC 3810),
+// with addresses of the pod other than a reserved one: those received by their
+// destination, those sent by their source. The unspecified address is the source of
+// duplicate address detection (RFC 4862), and of reports during it. The kernel sends no
+// others if it neither solicits routers nor is one that advertises itself.
+var discovery = []struct {
+	addresses      netip.Prefix
+	received, sent []Message
+}{
+	{netip.MustParsePrefix("ff02::/16"), []Message{ListenerQuery, NeighbourSolicitation, NeighbourAdvert}, nil},
+	{
+		netip.MustParsePrefix("fe80::/10"), []Message{NeighbourSolicitation, NeighbourAdvert},
+		[]Message{ListenerReport, ListenerDone, NeighbourSolicitation, NeighbourAdvert, ListenerReportV2},
+	},
+	{netip.MustParsePrefix("::/128"), nil, []Message{ListenerReport, NeighbourSolicitation, ListenerReportV2}},
+}
+
+// departingDiscovery returns the rules for neighbour discovery that leaves by the egress
+// side with another source than a reserved address.
+func departingDiscovery(f Family, sides Sides) (rules []Rule) {
+	if f != IPv6 {
+		return nil
+	}
+	for _, d := range discovery {
+		for _, m := range d.sent {
+			rules = append(rules, Rule{Out: sides.Egress, From: d.addresses, Protocol: ICMPv6, Message: m, Target: Return})
+		}
+	}
+	return rules
+}
+
+// redirectRules returns the rules that change destinations.
+func redirectRules(fallback netip.Addr, sides Sides) []Rule {
+	rules := []Rule{{In: sides.Cluster, Target: Redirected}}
+	if fallback.IsValid() {
+		if sides.Health != 0 {
+			rules = append(rules, Rule{In: sides.Cluster, Protocol: TCP, Port: sides.Health, Target: Return})
+		}
+		rules = append(rules, Rule{In: sides.Cluster, Target: DNAT, To: fallback})
+	}
+	return rules
+}
+
+// forwardRules returns the rules for packets that cross.
+func forwardRules(sides Sides) []Rule {
+	closed := sides.Crossing == CrossRedirected
 	return []Rule{
-		{Protocol: ICMP, Message: RedirectMessage, Target: Drop, Reason: Invalid},
-		{In: sides.Egress, Reply: true, Target: Return},
-		{In: sides.Egress, Toward: source, Protocol: ICMP, Message: EchoRequest, Target: Return},
-		{In: sides.Egress, Toward: source, Protocol: TCP, Original: true, Target: Reject, Reason: PhysicalNetwork},
+		{In: sides.Cluster, Out: sides.Egress, Redirected: closed, Original: true, Target: Return},
+		{In: sides.Egress, Out: sides.Cluster, Redirected: closed, Reply: true, Target: Return},
+		{In: sides.Egress, Out: sides.Cluster, Redirected: true, Expected: true, Original: true, Target: Return},
+		{In: sides.Cluster, Out: sides.Egress, Redirected: true, Expected: true, Reply: true, Target: Return},
+		{In: sides.Cluster, NotOut: sides.Egress, Redirected: true, Original: true, Target: Drop, Reason: OtherInterface},
+		{In: sides.Cluster, Protocol: TCP, Original: true, Target: Reject, Reason: NotRedirected},
+		{In: sides.Cluster, Original: true, Target: Reject, Reason: NotRedirected},
+		{In: sides.Cluster, Target: Drop, Reason: Invalid},
 		{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
 		{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
+		{Target: Drop, Reason: OtherInterface},
 	}
 }
 
@@ -428,28 +497,152 @@ func forwardNothing(sides Sides) []Rule {
 	}
 }
 
-// chainsIPv6 returns the chains for IPv6, which uses ICMP in place of ARP
-// (RFC 4861). Of that, the physical network may not set routes, addresses and next
+// inputRules returns the rules that drop input from the physical network, except
+// for replies to the pod's own connections, echo requests to a reserved address and
+// neighbour discovery. Redirects are dropped first, from either side: conntrack relates
+// one that quotes a packet of a connection to that connection, and the kernel would
+// believe anybody's for minutes. The sysctls against them may be out of reach.
+func inputRules(f Family, sides Sides) []Rule {
+	icmp, redirect, echo := ICMP, RedirectMessage, EchoRequest
+	if f == IPv6 {
+		icmp, redirect, echo = ICMPv6, RedirectMessageIPv6, EchoRequestIPv6
+	}
+	rules := []Rule{{Protocol: icmp, Message: redirect, Target: Drop, Reason: Invalid}}
+	if f == IPv6 {
+		rules = append(rules, Rule{In: sides.Egress, Protocol: ICMPv6, Message: RouterAdvertisement, Target: Drop, Reason: PhysicalNetwork})
+	}
+	rules = append(rules, Rule{In: sides.Egress, Reply: true, Target: Return})
+	if f == IPv6 {
+		for _, m := range discovery[0].received { // arrivalRules checks their destination
+			rules = append(rules, Rule{In: sides.Egress, Protocol: ICMPv6, Message: m, Target: Return})
+		}
+	}
+	for _, s := range sides.SourcesOf(f) {
+		rules = append(rules, Rule{In: sides.Egress, Toward: only(s), Protocol: icmp, Message: echo, Target: Return})
+	}
+	for _, s := range sides.SourcesOf(f) {
+		rules = append(rules, Rule{In: sides.Egress, Toward: only(s), Protocol: TCP, Original: true, Target: Reject, Reason: PhysicalNetwork})
+	}
+	return append(rules,
+		Rule{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
+		Rule{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
+	)
+}
+
+// departureRules returns the rules for packets that leave, before their source changes.
+func departureRules(f Family, sides Sides) []Rule {
+	clamp := Rule{Protocol: TCP, SYN: true, Target: ClampMSS}
+	sources := sides.SourcesOf(f)
+	confirmed := Rule{Out: sides.Egress, Confirmed: true, Original: true, Target: Drop, Reason: WrongSource}
+	unconnected := Rule{Out: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid}
+	if alone(f, sources) {
+		confirmed.RepliesNotTo, unconnected.NotFrom = sources[0], only(sources[0])
+		return append(append([]Rule{confirmed, unconnected}, forgedRules(f, sides)...), clamp)
+	}
+	rules := append([]Rule{clamp}, forgedRules(f, sides)...)
+	for _, s := range sources {
+		rules = append(rules, Rule{Out: sides.Egress, RepliesTo: s, Confirmed: true, Original: true, Target: Return})
+	}
+	rules = append(rules, confirmed)
+	for _, s := range sources {
+		rules = append(rules, Rule{Out: sides.Egress, From: only(s), Unconnected: true, Target: Return})
+	}
+	return append(append(rules, departingDiscovery(f, sides)...), unconnected)
+}
+
+// forgedRules returns the rules that drop the pod's answers, by the cluster side, to
+// packets from the physical network with a forged source.
+func forgedRules(f Family, sides Sides) (rules []Rule) {
+	for _, s := range sides.SourcesOf(f) {
+		rules = append(rules, Rule{Out: sides.Cluster, From: only(s), Unmarked: sides.Mark, Reply: true, Target: Drop, Reason: PhysicalNetwork})
+	}
+	return rules
+}
+
+// sourceRules returns the rules that set the source.
+func sourceRules(f Family, sides Sides) (rules []Rule) {
+	sources := sides.SourcesOf(f)
+	if len(sources) > 1 {
+		for _, s := range sources { // of the pod's sockets
+			rules = append(rules, Rule{Out: sides.Egress, From: only(s), Target: SNAT, To: s})
+		}
+	}
+	for i, s := range sources {
+		if i == 0 {
+			continue // has the clients that no other one has
+		}
+		for _, clients := range shares(i, len(sources)) {
+			rules = append(rules, Rule{Out: sides.Egress, Clients: clients, Target: SNAT, To: s})
+		}
+	}
+	return append(rules, Rule{Out: sides.Egress, Target: SNAT, To: sources[0]})
+}
+
+// shares returns the clients of the source number i of n, from 0. Addresses of clients
+// differ at their end, since pods get them one after the other, or at random. So the values
+// of their last bits are divided among the sources: the sources have equal numbers of
+// values, up to an eighth, and consecutive addresses are of different sources.
+//
+// No hash of the kernel is in both backends: that of iptables (net/netfilter/xt_cluster.c)
+// uses the first four bytes of an IPv6 address, and the range of SNAT needs consecutive
+// sources.
+func shares(i, n int) (shares []Share) {
+	width := bits.Len(uint(n - 1)) //nolint:gosec // at least one source
+	if n != 1<<width {
+		width = min(bits.Len(uint(8*n-1)), 8) //nolint:gosec // as above
+	}
+	// The values in the order of their reversed bits, in which those with an equal end are
+	// a range whose first value is a multiple of its length.
+	first, end := i<<width/n, (i+1)<<width/n
+	for first < end {
+		free := bits.TrailingZeros(uint(first | 1<<width)) //nolint:gosec // a value of some bits
+		for first+1<<free > end {
+			free--
+		}
+		fixed := width - free
+		shares = append(shares, Share{uint8(fixed), bits.Reverse8(uint8(first>>free)) >> (8 - fixed)}) //nolint:gosec // eight bits
+		first += 1 << free
+	}
+	return shares
+}
+
+// guardRules returns the source guard.
+func guardRules(f Family, sides Sides) (rules []Rule) {
+	sources := sides.SourcesOf(f)
+	drop := Rule{Out: sides.Egress, Target: Drop, Reason: WrongSource}
+	if alone(f, sources) {
+		drop.NotFrom = only(sources[0])
+		return []Rule{drop}
+	}
+	for _, s := range sources {
+		rules = append(rules, Rule{Out: sides.Egress, From: only(s), Target: Return})
+	}
+	return append(append(rules, departingDiscovery(f, sides)...), drop)
+}
+
+// closedChains returns the chains for a family without a source. IPv6 uses ICMP in place
+// of ARP (RFC 4861). Of that, the physical network may not set routes, addresses and next
 // hops.
-func chainsIPv6(sides Sides) []Chain {
+func closedChains(f Family, sides Sides) []Chain {
 	forward := forwardNothing(sides)
-	if sides.Crossing == CrossAll {
+	if f == IPv6 && sides.Crossing == CrossAll {
 		forward = []Rule{
 			{In: sides.Egress, Reply: true, Target: Return},
 			{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
 		}
 	}
-	return []Chain{
-		{IPv6, Filter, Forward, forward},
-		{IPv6, Filter, Input, []Rule{
+	input := inputRules(f, Sides{Egress: sides.Egress})
+	if f == IPv6 {
+		input = []Rule{
 			{In: sides.Egress, Protocol: ICMPv6, Message: RouterAdvertisement, Target: Drop, Reason: PhysicalNetwork},
 			{In: sides.Egress, Protocol: ICMPv6, Message: RedirectMessageIPv6, Target: Drop, Reason: PhysicalNetwork},
 			{In: sides.Egress, Reply: true, Target: Return},
 			{In: sides.Egress, Protocol: ICMPv6, Target: Return},
 			{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
 			{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
-		}},
+		}
 	}
+	return []Chain{{f, Filter, Forward, forward}, {f, Filter, Input, input}}
 }
 
 // WithoutRedirects returns the plan without its redirects. It is loaded before the
@@ -463,8 +656,12 @@ func (p Plan) WithoutRedirects() Plan {
 	return without
 }
 
-// Without returns the plan without the chains of a family that the kernel lacks.
+// Without returns the plan without the chains and redirects of a family that the kernel
+// lacks.
 func (p Plan) Without(f Family) Plan {
+	if len(p.RedirectsOf(f)) > 0 {
+		p.Redirects = slices.DeleteFunc(slices.Clone(p.Redirects), func(r Redirect) bool { return FamilyOf(r.To) == f })
+	}
 	p.Chains = slices.DeleteFunc(slices.Clone(p.Chains), func(c Chain) bool { return c.Family == f })
 	return p
 }
@@ -527,9 +724,7 @@ func (p Plan) RedirectsOf(f Family) []Redirect {
 func (p Plan) Size() int {
 	n := len(p.Redirects)
 	for _, f := range []Family{IPv4, IPv6} {
-		if p.to(f, DNAT).IsValid() {
-			n++
-		}
+		n += len(p.to(f, DNAT))
 	}
 	return n
 }
@@ -541,23 +736,26 @@ func (p Plan) Destinations() []netip.Addr {
 		to = slices.AppendSeq(to, r.All())
 	}
 	for _, f := range []Family{IPv4, IPv6} {
-		if fallback := p.to(f, DNAT); fallback.IsValid() {
-			to = append(to, fallback)
-		}
+		to = append(to, p.to(f, DNAT)...)
 	}
 	return to
 }
 
-// to returns the address of the first rule of a family with the given target: DNAT, the
-// destination of connections without a redirect; SNAT, the source of packets that leave
+// to returns the addresses of the rules of a family with the given target: DNAT, the
+// destination of connections without a redirect; SNAT, the sources of packets that leave
 // by the egress side.
-func (p Plan) to(f Family, t Target) netip.Addr {
+func (p Plan) to(f Family, t Target) (addresses []netip.Addr) {
 	for _, c := range p.Chains {
 		for _, r := range c.Rules {
-			if c.Family == f && r.Target == t {
-				return r.To
+			if c.Family == f && r.Target == t && !slices.Contains(addresses, r.To) {
+				addresses = append(addresses, r.To)
 			}
 		}
 	}
-	return netip.Addr{}
+	return addresses
+}
+
+// HelpersOf returns the helpers of the plan that the kernel has for a family.
+func (p Plan) HelpersOf(f Family) []Helper {
+	return slices.DeleteFunc(slices.Clone(p.Helpers), func(h Helper) bool { return !h.has(f) })
 }

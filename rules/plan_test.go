@@ -20,7 +20,7 @@ func TestUnitTest(t *testing.T) {
 		want string
 	}{
 		"contract": {
-			Set{[]Redirect{{Protocol: TCP, Port: 8080, To: ip("203.0.113.26"), ToPort: 80}}, ip("203.0.113.27")},
+			Set{Redirects: []Redirect{{Protocol: TCP, Port: 8080, To: ip("203.0.113.26"), ToPort: 80}}, Fallback: ip("203.0.113.27")},
 			"-A PREROUTING -i eth0 -p tcp --dport 8080 -j DNAT --to-destination 203.0.113.26:80\n" +
 				"-A PREROUTING -i eth0 -j DNAT --to-destination 203.0.113.27\n" + snat,
 		},
@@ -167,11 +167,11 @@ func TestHelperRules(t *testing.T) {
 	}{
 		"nothing":        {Set{}, CrossRedirected, ""},
 		"open":           {Set{}, CrossAll, ftpAt("21") + tftpAt("69")},
-		"fallback":       {Set{nil, server}, CrossRedirected, ftpAt("21") + tftpAt("69")},
-		"same port":      {Set{[]Redirect{{Protocol: TCP, Port: 21, To: server}, {Protocol: UDP, Port: 21, To: server}}, netip.Addr{}}, CrossRedirected, ftpAt("21")},
-		"other port":     {Set{[]Redirect{{Protocol: TCP, Port: 2121, To: server, ToPort: 21}, {Protocol: UDP, Port: 2169, To: server, ToPort: 69}}, netip.Addr{}}, CrossRedirected, ftpAt("2121") + tftpAt("2169")},
-		"other protocol": {Set{[]Redirect{{Protocol: UDP, Port: 21, To: server}, {Protocol: TCP, Port: 69, To: server}}, netip.Addr{}}, CrossRedirected, ""},
-		"other server":   {Set{[]Redirect{{Protocol: TCP, Port: 21, To: server, ToPort: 2121}}, server}, CrossAll, tftpAt("69")},
+		"fallback":       {Set{Fallback: server}, CrossRedirected, ftpAt("21") + tftpAt("69")},
+		"same port":      {Set{Redirects: []Redirect{{Protocol: TCP, Port: 21, To: server}, {Protocol: UDP, Port: 21, To: server}}}, CrossRedirected, ftpAt("21")},
+		"other port":     {Set{Redirects: []Redirect{{Protocol: TCP, Port: 2121, To: server, ToPort: 21}, {Protocol: UDP, Port: 2169, To: server, ToPort: 69}}}, CrossRedirected, ftpAt("2121") + tftpAt("2169")},
+		"other protocol": {Set{Redirects: []Redirect{{Protocol: UDP, Port: 21, To: server}, {Protocol: TCP, Port: 69, To: server}}}, CrossRedirected, ""},
+		"other server":   {Set{Redirects: []Redirect{{Protocol: TCP, Port: 21, To: server, ToPort: 2121}}, Fallback: server}, CrossAll, tftpAt("69")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			with := sides

@@ -74,11 +74,15 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
 	for _, a := range []struct {
 		name string
-		addr netip.Addr
+		addr netip.Prefix
 	}{{"-s ", r.From}, {"! -s ", r.NotFrom}, {"-d ", r.Toward}, {"! -d ", r.NotToward}} {
 		if a.addr.IsValid() {
-			option(a.name, netip.PrefixFrom(a.addr, a.addr.BitLen()).String())
+			option(a.name, a.addr.String())
 		}
+	}
+	if r.Clients != (Share{}) {
+		end, mask := r.Clients.masked(family)
+		option("-s ", end.String()+"/"+mask.String())
 	}
 	if r.In != "" {
 		option("-i ", r.In)
@@ -129,6 +133,22 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	return r.appendTarget(b, family)
 }
 
+// masked returns the addresses of the share as an address and a mask.
+func (s Share) masked(f Family) (end, mask netip.Addr) {
+	value := netip.IPv4Unspecified().AsSlice()
+	if f == IPv6 {
+		value = netip.IPv6Unspecified().AsSlice()
+	}
+	value[len(value)-1] = s.End
+	end, _ = netip.AddrFromSlice(value)
+	value[len(value)-1] = s.Mask()
+	mask, _ = netip.AddrFromSlice(value)
+	return end, mask
+}
+
+// Mask returns the mask for the last byte of an address.
+func (s Share) Mask() uint8 { return uint8(1<<s.Bits - 1) } //nolint:gosec // at most eight bits
+
 func appendOption(b []byte, name, value string) []byte {
 	return append(append(append(b, name...), value...), ' ')
 }
@@ -137,7 +157,7 @@ func appendOption(b []byte, name, value string) []byte {
 // order of iptables-save.
 func (r *Rule) appendConnection(b []byte) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
-	if r.Unconnected || r.Invalid || r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Expected || r.Original || r.Reply {
+	if r.Unconnected || r.Invalid || r.Redirected || r.RepliesTo.IsValid() || r.RepliesNotTo.IsValid() || r.Confirmed || r.Expected || r.Original || r.Reply {
 		b = append(b, "-m conntrack "...)
 	}
 	if r.Unconnected {
@@ -148,6 +168,9 @@ func (r *Rule) appendConnection(b []byte) []byte {
 	}
 	if r.Redirected {
 		option("--ctstate ", "DNAT")
+	}
+	if r.RepliesTo.IsValid() {
+		option("--ctrepldst ", r.RepliesTo.String())
 	}
 	if r.RepliesNotTo.IsValid() {
 		option("! --ctrepldst ", r.RepliesNotTo.String())

@@ -125,9 +125,14 @@ func (p Plan) fault(c Chain, r Rule) string {
 	if !slices.Contains(targets[c.Table][c.Hook], r.Target) {
 		return fmt.Sprintf("this chain has no target %s", r.Target)
 	}
-	for _, a := range []netip.Addr{r.From, r.NotFrom, r.Toward, r.NotToward, r.RepliesNotTo, r.To} {
+	for _, a := range []netip.Addr{r.From.Addr(), r.NotFrom.Addr(), r.Toward.Addr(), r.NotToward.Addr(), r.RepliesTo, r.RepliesNotTo, r.To} {
 		if a.IsValid() && FamilyOf(a) != c.Family {
 			return fmt.Sprintf("%s is not an address of packets of %s", a, c.Family)
+		}
+	}
+	for _, n := range []netip.Prefix{r.From, r.NotFrom, r.Toward, r.NotToward} {
+		if n != (netip.Prefix{}) && (n.Bits() < 1 || n != n.Masked()) { // iptables prints neither
+			return fmt.Sprintf("%s is not a network", n)
 		}
 	}
 	for _, name := range []string{r.In, r.Out, r.NotOut} {
@@ -160,10 +165,12 @@ func faultOfPacket(c Chain, r Rule) string {
 		return "packets have no input interface here" // Postrouting: with some kernels
 	case (r.Out != "" || r.NotOut != "") && (c.Hook == Prerouting || c.Hook == Input):
 		return "packets have no output interface here"
-	case r.Out != "" && r.NotOut != "", r.From.IsValid() && r.NotFrom.IsValid(), r.Toward.IsValid() && r.NotToward.IsValid():
+	case r.Out != "" && r.NotOut != "", r.From.IsValid() && r.NotFrom.IsValid(), r.Clients.Bits > 0 && (r.From.IsValid() || r.NotFrom.IsValid()), r.Toward.IsValid() && r.NotToward.IsValid():
 		return "iptables matches an interface or an address once"
 	case (r.Protocol == ICMP || r.Protocol == ICMPv6) && r.Protocol != icmp:
 		return fmt.Sprintf("%s is not a protocol of %s", r.Protocol, c.Family)
+	case r.Clients.Bits > 8 || r.Clients.End&^r.Clients.Mask() != 0:
+		return "a share of clients is a value of at most eight bits"
 	case r.Port != 0 && !r.Protocol.hasPorts():
 		return "a port needs the protocol TCP, UDP or SCTP"
 	case r.Last != 0 && (r.Port == 0 || r.Last <= r.Port):
@@ -180,15 +187,15 @@ func faultOfPacket(c Chain, r Rule) string {
 
 // faultOfConnection returns the fault in the matches of the packet's connection.
 func faultOfConnection(c Chain, r Rule) string {
-	with := r.Redirected || r.RepliesNotTo.IsValid() || r.Confirmed || r.Expected || r.Original || r.Reply || r.Marked != 0 || r.Unmarked != 0
+	with := r.Redirected || r.RepliesTo.IsValid() || r.RepliesNotTo.IsValid() || r.Confirmed || r.Expected || r.Original || r.Reply || r.Marked != 0 || r.Unmarked != 0
 	without := r.Unconnected || r.Invalid
 	switch {
 	case (with || without) && c.Table == Raw:
 		return "packets have no connection before conntrack"
 	case with && without:
 		return "a packet without connection has no properties of one"
-	case r.Unconnected && r.Invalid, r.Expected && r.Confirmed:
-		return "iptables matches one state and one status" // of two, any
+	case r.Unconnected && r.Invalid, r.Expected && r.Confirmed, r.RepliesTo.IsValid() && r.RepliesNotTo.IsValid():
+		return "iptables matches one state, one status and one destination of replies" // of two, any
 	case r.Original && r.Reply:
 		return "a packet has one direction"
 	}
@@ -213,7 +220,7 @@ func (p Plan) faultOfTarget(c Chain, r Rule) string {
 		return "only MARK and CONNMARK need a mark"
 	case attaches != (r.Helper != ""):
 		return "only CT needs a helper"
-	case attaches && !slices.ContainsFunc(p.Helpers, func(h Helper) bool { return h.Name == r.Helper && h.Protocol == r.Protocol }):
+	case attaches && !slices.ContainsFunc(p.Helpers, func(h Helper) bool { return h.Name == r.Helper && h.Protocol == r.Protocol && h.has(c.Family) }):
 		return "the plan has no such helper for the rule's protocol"
 	case (r.Reason != "") != (r.Drops() || r.Target == LogPacket):
 		return "only rules that drop or log need a reason"

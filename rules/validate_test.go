@@ -43,18 +43,25 @@ func TestInvalidRules(t *testing.T) {
 		"drop in raw":                 {IPv4, Raw, Prerouting, drop(Rule{}), "has no target DROP"},
 		"reject in mangle":            {IPv4, Mangle, Output, Rule{Target: Reject, Reason: Invalid}, "has no target REJECT"},
 		"clamp before routing":        {IPv4, Mangle, Prerouting, Rule{Protocol: TCP, SYN: true, Target: ClampMSS}, "has no target TCPMSS"},
-		"IPv6 address in IPv4":        {IPv4, Filter, Input, drop(Rule{From: v6}), "not an address of packets of IPv4"},
-		"IPv4 address in IPv6":        {IPv6, Filter, Input, drop(Rule{NotToward: v4}), "not an address of packets of IPv6"},
-		"mapped address":              {IPv6, Filter, Input, drop(Rule{From: ip("::ffff:192.0.2.1")}), "not an address"},
-		"zone":                        {IPv6, Filter, Input, drop(Rule{From: ip("fe80::1%eth0")}), "not an address"},
+		"IPv6 address in IPv4":        {IPv4, Filter, Input, drop(Rule{From: only(v6)}), "not an address of packets of IPv4"},
+		"IPv4 address in IPv6":        {IPv6, Filter, Input, drop(Rule{NotToward: only(v4)}), "not an address of packets of IPv6"},
+		"mapped address":              {IPv6, Filter, Input, drop(Rule{From: only(ip("::ffff:192.0.2.1"))}), "not an address"},
+		"zone":                        {IPv6, Filter, Input, drop(Rule{RepliesNotTo: ip("fe80::1%eth0")}), "not an address"},
 		"translation to other family": {IPv4, NAT, Prerouting, Rule{Target: DNAT, To: v6}, "not an address"},
+		"network with host bits":      {IPv6, Filter, Input, drop(Rule{From: netip.MustParsePrefix("fe80::1/10")}), "not a network"},
+		"every network":               {IPv4, Filter, Input, drop(Rule{NotToward: netip.MustParsePrefix("0.0.0.0/0")}), "not a network"},
+		"clients of no share":         {IPv4, NAT, Postrouting, Rule{Clients: Share{2, 4}, Target: SNAT, To: v4}, "a share of clients is"},
+		"clients of a long share":     {IPv6, NAT, Postrouting, Rule{Clients: Share{9, 4}, Target: SNAT, To: v6}, "a share of clients is"},
+		"source and share":            {IPv4, NAT, Postrouting, Rule{From: only(v4), Clients: Share{1, 0}, Target: SNAT, To: v4}, "once"},
+		"two destinations of replies": {IPv4, Filter, Input, drop(Rule{RepliesTo: v4, RepliesNotTo: v4}), "one destination of replies"},
+		"helper of IPv4 alone":        {IPv6, Raw, Prerouting, Rule{Protocol: UDP, Target: AttachHelper, Helper: "snmp"}, "no such helper"},
 		"pattern of interfaces":       {IPv4, Filter, Input, drop(Rule{In: "eth+"}), "not a literal name"},
 		"long name":                   {IPv4, Filter, Input, drop(Rule{In: "abcdefghijklmnop"}), "not a literal name"},
 		"quote in a name":             {IPv4, Filter, Forward, drop(Rule{NotOut: `a"b`}), "not a literal name"},
 		"input interface at output":   {IPv4, Mangle, Output, drop(Rule{In: "eth0"}), "no input interface"},
 		"output interface at input":   {IPv4, Filter, Input, drop(Rule{NotOut: "eth0"}), "no output interface"},
 		"two output interfaces":       {IPv4, Filter, Forward, drop(Rule{Out: "eth0", NotOut: "eth1"}), "once"},
-		"two sources":                 {IPv4, Filter, Forward, drop(Rule{From: v4, NotFrom: ip("192.0.2.2")}), "once"},
+		"two sources":                 {IPv4, Filter, Forward, drop(Rule{From: only(v4), NotFrom: only(ip("192.0.2.2"))}), "once"},
 		"ICMP in IPv6":                {IPv6, Filter, Input, drop(Rule{Protocol: ICMP}), "not a protocol of IPv6"},
 		"ICMPv6 in IPv4":              {IPv4, Filter, Input, drop(Rule{Protocol: ICMPv6}), "not a protocol of IPv4"},
 		"port without protocol":       {IPv4, Filter, Input, drop(Rule{Port: 80}), "a port needs"},
@@ -86,7 +93,7 @@ func TestInvalidRules(t *testing.T) {
 		"redirects of a protocol":     {IPv4, NAT, Prerouting, Rule{Protocol: TCP, Target: Redirected}, "those of the redirects"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			plan := Plan{Chains: []Chain{{test.family, test.table, test.hook, []Rule{test.rule}}}, Helpers: []Helper{{"ftp", TCP, 21}}}
+			plan := Plan{Chains: []Chain{{test.family, test.table, test.hook, []Rule{test.rule}}}, Helpers: []Helper{{"ftp", TCP, 21}, {"snmp", UDP, 161}}}
 			if err := plan.Validate(); err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want one with %q", err, test.want)
 			}

@@ -131,7 +131,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 	if err := become(ctx, tx.families, func(f *familyTx) state { return f.wanted(chains) }, 1); err != nil {
 		for _, f := range tx.families {
 			if _, named := errors.AsType[*rules.HelperError](err); !named && f.wanted(chains)[rules.Raw] != nil {
-				err = f.missingHelper(ctx, plan.Helpers, err)
+				err = f.missingHelper(ctx, plan.HelpersOf(f.family), err)
 			}
 		}
 		for _, f := range tx.families {

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"bytes"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -116,7 +117,7 @@ func (f format) matches(r rules.Rule) []expr.Any {
 	// The addresses are last, since most packets match them until their source
 	// is translated.
 	for _, a := range []struct {
-		addr   netip.Addr
+		addr   netip.Prefix
 		offset uint32
 		op     expr.CmpOp
 	}{
@@ -126,9 +127,18 @@ func (f format) matches(r rules.Rule) []expr.Any {
 		{r.NotToward, f.destination, expr.CmpOpNeq},
 	} {
 		if a.addr.IsValid() {
-			add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: a.offset, Len: f.length},
-				compare(a.op, a.addr.AsSlice()))
+			add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: a.offset, Len: f.length})
+			if !a.addr.IsSingleIP() {
+				mask := net.CIDRMask(a.addr.Bits(), a.addr.Addr().BitLen())
+				add(&expr.Bitwise{SourceRegister: register, DestRegister: register, Len: f.length, Mask: mask, Xor: make([]byte, f.length)})
+			}
+			add(compare(a.op, a.addr.Addr().AsSlice()))
 		}
+	}
+	if r.Clients.Bits != 0 {
+		add(&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: f.source + f.length - 1, Len: 1},
+			&expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 1, Mask: []byte{r.Clients.Mask()}, Xor: []byte{0}},
+			compare(expr.CmpOpEq, []byte{r.Clients.End}))
 	}
 	return e
 }
@@ -150,9 +160,13 @@ func (f format) connectionMatches(r rules.Rule) []expr.Any {
 		add(&expr.Ct{Key: expr.CtKeySTATUS, Register: register})
 		add(anyBit(statusDestinationNAT)...)
 	}
-	if r.RepliesNotTo.IsValid() {
-		add(&expr.Ct{Key: f.repliesTo, Register: register, Direction: expr.CtDirReply},
-			compare(expr.CmpOpNeq, r.RepliesNotTo.AsSlice()))
+	for _, a := range []struct {
+		addr netip.Addr
+		op   expr.CmpOp
+	}{{r.RepliesTo, expr.CmpOpEq}, {r.RepliesNotTo, expr.CmpOpNeq}} {
+		if a.addr.IsValid() {
+			add(&expr.Ct{Key: f.repliesTo, Register: register, Direction: expr.CtDirReply}, compare(a.op, a.addr.AsSlice()))
+		}
 	}
 	if r.Expected {
 		add(&expr.Ct{Key: expr.CtKeySTATUS, Register: register})

@@ -100,7 +100,7 @@ func render(plan rules.Plan, name string) state {
 			want[key] = t
 		}
 		if c.Table == rules.Raw {
-			t.helpers = newHelpers(plan.Helpers)
+			t.helpers = newHelpers(plan.HelpersOf(c.Family))
 		}
 		at := places[c.Table][c.Hook]
 		rendered := &chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}

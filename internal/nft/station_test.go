@@ -61,6 +61,14 @@ func addresses(text string) hosts {
 	return hosts{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)}
 }
 
+// clients returns more clients, since rules match one in so many.
+func (h hosts) clients() (all []netip.Addr) {
+	for a := h.client; len(all) < 8; all = append(all, a) {
+		a = a.Next()
+	}
+	return all
+}
+
 var families = []rules.Family{rules.IPv4, rules.IPv6}
 
 var of = map[rules.Family]hosts{
@@ -157,7 +165,7 @@ func (s *station) connect() error {
 		}
 		for _, f := range families {
 			h, bits := of[f], map[rules.Family]int{rules.IPv4: 24, rules.IPv6: 64}[f]
-			own, peers := []netip.Addr{h.router, h.source, h.third}[i], [][]netip.Addr{{h.client}, {h.gateway, h.free}, {h.other}}[i]
+			own, peers := []netip.Addr{h.router, h.source, h.third}[i], [][]netip.Addr{append(h.clients(), h.client), {h.gateway, h.free}, {h.other}}[i]
 			addr := &netlink.Addr{IPNet: &net.IPNet{IP: own.AsSlice(), Mask: net.CIDRMask(bits, own.BitLen())}}
 			if f == rules.IPv6 {
 				addr.Flags = unix.IFA_F_NODAD
@@ -662,6 +670,22 @@ func traffic(f rules.Family) []packet {
 	message("echo reply of no connection, by the router", itself, h.source, h.server, reply, 0, 6, nil)
 	message("error by the router", itself, h.source, h.server, unreachable, closed, 0, ip(h.server, h.source, unix.IPPROTO_UDP, udp(53, 2101, nil)))
 	message("redirect by the router", itself, h.router, h.client, redirect, 0, 0, append(h.free.AsSlice(), ip(h.client, h.server, unix.IPPROTO_UDP, udp(2003, 53, nil))...))
+	for i, client := range h.clients() {
+		datagram(fmt.Sprintf("UDP of client %d", i), clusterSide, client, 2200+uint16(i), h.router, 53) //nolint:gosec // a few
+	}
+	datagram("UDP of the router's other address", itself, h.router, 2300, h.server, 53)
+	if f == rules.IPv6 { // without the hop limit of neighbour discovery, so that the kernel does not answer
+		group, unspecified := netip.MustParseAddr("ff02::1:ff00:99"), netip.IPv6Unspecified()
+		near, far := netip.MustParseAddr("fe80::1"), netip.MustParseAddr("fe80::2")
+		message("solicitation", egressSide, h.gateway, group, 135, 0, 0, h.source.AsSlice())
+		message("solicitation of duplicate address detection", egressSide, unspecified, group, 135, 0, 0, h.source.AsSlice())
+		message("solicitation to a link-local address", egressSide, far, near, 135, 0, 0, near.AsSlice())
+		message("advertisement", egressSide, h.gateway, h.source, 136, 0, 0, h.gateway.AsSlice())
+		message("advertisement, by the cluster side", clusterSide, h.client, h.router, 136, 0, 0, h.client.AsSlice())
+		message("query", egressSide, h.gateway, group, 130, 0, 0, group.AsSlice())
+		message("solicitation by the router", itself, h.source, h.gateway, 135, 0, 0, h.gateway.AsSlice())
+		message("advertisement by the router", itself, h.router, h.gateway, 136, 0, 0, h.router.AsSlice())
+	}
 	add("other protocol by the router", itself, h.source, h.server, 253, make([]byte, 8))
 	add("other protocol", clusterSide, h.client, h.router, 253, make([]byte, 8))
 	add("other protocol through the router", clusterSide, h.client, h.server, 253, make([]byte, 8))
