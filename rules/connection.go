@@ -49,7 +49,7 @@ func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 		}
 		local := Port(c.To.Port())
 		if i, redirected := lookup.Find(family, c.Protocol, local); redirected {
-			return !p.Redirects[i].Reaches(c.RepliesFrom, local) || !source
+			return !p.Redirects[i].keeps(c.RepliesFrom, local) || !source
 		}
 		if !fallback.IsValid() {
 			return c.RepliesFrom != c.To

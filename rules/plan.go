@@ -729,11 +729,12 @@ func (p Plan) Size() int {
 	return n
 }
 
-// Destinations returns the addresses to which the plan redirects.
+// Destinations returns the addresses to which the plan redirects, or lets connections be
+// redirected.
 func (p Plan) Destinations() []netip.Addr {
 	var to []netip.Addr
 	for _, r := range p.Redirects {
-		to = slices.AppendSeq(to, r.All())
+		to = slices.AppendSeq(slices.AppendSeq(to, r.All()), r.kept())
 	}
 	for _, f := range []Family{IPv4, IPv6} {
 		to = append(to, p.to(f, DNAT)...)

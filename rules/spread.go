@@ -12,54 +12,120 @@ import (
 // MaxAddresses is the largest number of addresses of a line.
 const MaxAddresses = 64
 
-// Addresses are further addresses of a redirect. The zero value is none. They have the
-// size of a pointer, since nearly all redirects have none, and are comparable, since
-// redirects are.
+// Addresses are what a redirect has beside its first address. The zero value is nothing.
+// They have the size of a pointer, since nearly all redirects have nothing, and are
+// comparable, since redirects are.
 type Addresses struct {
-	packed unique.Handle[string] // their bytes; zero: none
+	handle unique.Handle[rest]
+}
+
+// A rest is the bytes of addresses of one family.
+type rest struct {
+	more string // further ones for new connections
+	kept string // others, for existing connections alone
 }
 
 // Equal reports whether both are the same addresses in the same order.
 func (a Addresses) Equal(other Addresses) bool { return a == other }
 
+func (a Addresses) get() rest {
+	if a == (Addresses{}) {
+		return rest{}
+	}
+	return a.handle.Value()
+}
+
+func pack(all []netip.Addr) string {
+	var b []byte
+	for _, a := range all {
+		b, _ = a.AppendBinary(b) // no error is possible
+	}
+	return string(b)
+}
+
 // Spread returns r to addresses of one family, of which each new connection gets one at
 // random.
-func (r Redirect) Spread(to []netip.Addr) Redirect {
+func (r Redirect) Spread(to []netip.Addr) Redirect { return r.spread(to, nil) }
+
+// spread does the same, with addresses that existing connections keep.
+func (r Redirect) spread(to, kept []netip.Addr) Redirect {
 	r.To, r.More = to[0], Addresses{}
-	if len(to) == 1 {
-		return r
+	if len(to) > 1 || len(kept) > 0 {
+		r.More.handle = unique.Make(rest{pack(to[1:]), pack(kept)})
 	}
-	var packed []byte
-	for _, a := range to[1:] {
-		packed, _ = a.AppendBinary(packed) // no error is possible
-	}
-	r.More.packed = unique.Make(string(packed))
 	return r
 }
 
-// Several reports whether r has more than one address.
-func (r Redirect) Several() bool { return r.More != Addresses{} }
+// Several reports whether new connections get more than one address.
+func (r Redirect) Several() bool { return r.More.get().more != "" }
 
-// Number returns the number of addresses.
+// Number returns the number of addresses for new connections.
 func (r Redirect) Number() int {
 	if !r.Several() {
 		return 1
 	}
-	return 1 + len(r.More.packed.Value())/(r.To.BitLen()/8)
+	return 1 + len(r.More.get().more)/(r.To.BitLen()/8)
 }
 
-// All returns the addresses, in the order of the line.
+// All returns the addresses for new connections, in the order of the line.
 func (r Redirect) All() iter.Seq[netip.Addr] {
 	return func(yield func(netip.Addr) bool) {
-		if !yield(r.To) || !r.Several() {
-			return
-		}
-		for bytes := range slices.Chunk([]byte(r.More.packed.Value()), r.To.BitLen()/8) {
-			if a, ok := netip.AddrFromSlice(bytes); !ok || !yield(a) {
-				return
-			}
+		if yield(r.To) && r.More != (Addresses{}) {
+			r.each(r.More.get().more, yield)
 		}
 	}
+}
+
+// kept returns the addresses that existing connections keep, and new ones do not get.
+func (r Redirect) kept() iter.Seq[netip.Addr] {
+	return func(yield func(netip.Addr) bool) { r.each(r.More.get().kept, yield) }
+}
+
+func (r Redirect) each(packed string, yield func(netip.Addr) bool) {
+	for bytes := range slices.Chunk([]byte(packed), r.To.BitLen()/8) {
+		if a, ok := netip.AddrFromSlice(bytes); !ok || !yield(a) {
+			return
+		}
+	}
+}
+
+// keeps reports whether an existing connection to a local port of r may stay at a server.
+func (r Redirect) keeps(server netip.AddrPort, local Port) bool {
+	return r.Reaches(server, local) ||
+		server.Port() == r.Server(local).Port() && slices.Contains(slices.Collect(r.kept()), server.Addr())
+}
+
+// WithoutServers returns the plan without the addresses at which out reports that a server
+// of a TCP redirect does not answer, and calls left with each. Existing connections to them
+// stay. A redirect whose addresses are all out keeps all of them: that new connections fail
+// with certainty would be worse. Ranges of several ports of a server are left alone.
+func (p Plan) WithoutServers(out func(netip.AddrPort) bool, left func(netip.AddrPort)) Plan {
+	cloned := false
+	for i, r := range p.Redirects {
+		if !r.Several() || r.Protocol != TCP || !r.ToOnePort() {
+			continue
+		}
+		port := r.Server(r.Port).Port()
+		var to, without []netip.Addr
+		for a := range r.All() {
+			if out(netip.AddrPortFrom(a, port)) {
+				without = append(without, a)
+			} else {
+				to = append(to, a)
+			}
+		}
+		if len(to) == 0 || len(without) == 0 {
+			continue
+		}
+		if !cloned {
+			p.Redirects, cloned = slices.Clone(p.Redirects), true
+		}
+		for _, a := range without {
+			left(netip.AddrPortFrom(a, port))
+		}
+		p.Redirects[i] = r.spread(to, slices.AppendSeq(without, r.kept()))
+	}
+	return p
 }
 
 // Reaches reports whether new connections to a local port of r get a server.

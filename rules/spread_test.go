@@ -166,3 +166,32 @@ func TestPlanWithSeveralAddresses(t *testing.T) {
 		}
 	}
 }
+
+// A plan without some servers has the others, and all of a redirect if none would be left.
+func TestWithoutServers(t *testing.T) {
+	set, err := ParseExtended("1 tcp 10.0.0.1,10.0.0.2,10.0.0.3 80\n2 tcp 10.0.0.1,10.0.0.2 80\n3 tcp 10.0.0.1 80\n4 tcp 10.0.0.1,10.0.0.3\n5 udp 10.0.0.1,10.0.0.3 80\n6-7 tcp 10.0.0.1,10.0.0.3\n8-9 tcp 10.0.0.3,10.0.0.1 80", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan := NewPlan(set, sides)
+	out := map[string]bool{"10.0.0.1:80": true, "10.0.0.2:80": true}
+	left := make(map[string]bool)
+	got := plan.WithoutServers(func(a netip.AddrPort) bool { return out[a.String()] }, func(a netip.AddrPort) { left[a.String()] = true })
+	want := "1 tcp 10.0.0.3 80\n2 tcp 10.0.0.1,10.0.0.2 80\n3 tcp 10.0.0.1 80\n4 tcp 10.0.0.1,10.0.0.3\n5 udp 10.0.0.1,10.0.0.3 80\n6-7 tcp 10.0.0.1,10.0.0.3\n8-9 tcp 10.0.0.3 80\n"
+	if diff := cmp.Diff(want, (Set{Redirects: got.Redirects}).String()); diff != "" {
+		t.Errorf("- want, + got:\n%s", diff)
+	}
+	if !NewPlan(set, sides).Equal(plan) || got.Equal(plan) {
+		t.Error("the plan itself has changed")
+	}
+	if len(left) != 2 {
+		t.Errorf("left out: %v", left)
+	}
+	if len(got.Destinations()) != len(plan.Destinations()) {
+		t.Errorf("destinations %v, want those of existing connections too", got.Destinations())
+	}
+	stale := got.Stale([]netip.Addr{ip("10.128.0.98")})
+	if stale(Connection{TCP, ip("10.128.0.71"), netip.MustParseAddrPort("10.128.0.98:1"), netip.MustParseAddrPort("10.0.0.2:80"), sides.Sources[0]}) {
+		t.Error("a connection to an address that is left out is stale")
+	}
+}

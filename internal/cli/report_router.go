@@ -113,13 +113,20 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		return
 	}
 	down := slices.DeleteFunc(slices.Clone(s.Probes), func(p router.Probe) bool { return p.Err == "" })
+	out, leftOut := slices.DeleteFunc(slices.Clone(s.Probes), func(p router.Probe) bool { return !p.Out }), ""
+	if len(out) > 0 {
+		leftOut = fmt.Sprintf("; %d left out: %s", len(out), out[0].To)
+		if len(out) > 1 {
+			leftOut += " and others"
+		}
+	}
 	switch {
 	case s.ProbesSince.IsZero():
 		add("servers", health.OK, r.Started, "not probed yet")
 	case len(down) > 0:
-		add("servers", health.Warning, s.ProbesSince, "%d of %d unreachable: %s: %s", len(down), len(s.Probes), down[0].To, down[0].Err)
+		add("servers", health.Warning, s.ProbesSince, "%d of %d unreachable: %s: %s%s", len(down), len(s.Probes), down[0].To, down[0].Err, leftOut)
 	default:
-		add("servers", health.OK, s.ProbesSince, "%d reachable", len(s.Probes))
+		add("servers", health.OK, s.ProbesSince, "%d reachable%s", len(s.Probes), leftOut)
 	}
 }
 
@@ -191,23 +198,29 @@ const mostPorts = 200
 
 func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Probe) {
 	const name = "egress_router_"
-	up := make(map[netip.AddrPort]bool)
+	up, out := make(map[netip.AddrPort]bool), make(map[netip.AddrPort]bool)
 	for _, p := range probes {
-		up[p.To] = p.Err == ""
+		up[p.To], out[p.To] = p.Err == "", p.Out
 	}
 	for _, l := range report.Lines {
 		labels := []string{"any", "fallback", l.To.String()}
 		if l.Protocol != 0 {
 			labels = []string{l.Protocol.String(), l.LocalPorts(), l.Destination() + ":" + l.ToPorts()}
-			if l.Protocol == rules.TCP && l.ToOnePort() {
-				reached, probed := false, false
-				for a := range l.All() {
-					is, known := up[netip.AddrPortFrom(a, l.Server(l.Port).Port())]
-					reached, probed = reached || is, probed || known
+			probes := l.Protocol == rules.TCP && l.ToOnePort()
+			reached, probed, used := false, false, 0
+			for a := range l.All() {
+				to := netip.AddrPortFrom(a, l.Server(l.Port).Port())
+				is, known := up[to]
+				reached, probed = reached || is, probed || known
+				if !probes || !out[to] {
+					used++
 				}
-				if probed {
-					emit(name+"destination_up", oneIf(reached), labels...)
-				}
+			}
+			if probes && probed {
+				emit(name+"destination_up", oneIf(reached), labels...)
+			}
+			if l.Several() {
+				emit(name+"destination_addresses", float64(used), labels...)
 			}
 		}
 		emit(name+"connections_total", float64(l.Connections), labels...)

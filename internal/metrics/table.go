@@ -20,6 +20,7 @@ var Router = []Metric{
 	{"egress_router_reloads_total", Counter, nil, "Changes of the destinations at run time."},
 	{"egress_router_reload_failures_total", Counter, nil, "Destination files that were invalid, so that the previous destinations stayed in effect."},
 	{"egress_router_destination_up", Gauge, redirect, "1 while the destination accepts connections, otherwise 0; only if probes are enabled."},
+	{"egress_router_destination_addresses", Gauge, redirect, "Addresses of the destination that new connections get, without those that do not answer probes; only for a destination with several."},
 	{"egress_router_connections_total", Counter, redirect, "Connections that were redirected."},
 	{"egress_router_open_connections", Gauge, redirect, "Redirected connections in the connection tracking table."},
 	{"egress_router_sent_packets_total", Counter, redirect, "Packets to the destination."},

@@ -16,12 +16,35 @@ const (
 	probeTimeout = 5 * time.Second
 	// probesAtOnce is the number of concurrent probes.
 	probesAtOnce = 16
+	// outAfter is the number of failed probes in a row after which new connections no
+	// longer get an address of a destination with several, inAfter the number of answered
+	// ones after which they get it again. So a server that flaps changes the rules at most
+	// twice in five intervals.
+	outAfter = 3
+	inAfter  = 2
 )
 
 // A Probe is the last result for one destination.
 type Probe struct {
 	To  netip.AddrPort
 	Err string // empty: reachable
+	Out bool   // new connections to a destination with several addresses do not get it
+
+	silent bool // it failed outAfter times in a row, and has not answered inAfter times since
+	streak int  // results in a row that are the opposite
+}
+
+// after returns the result of a probe after the previous one.
+func (p Probe) after(before Probe) Probe {
+	p.silent, p.streak = before.silent, before.streak
+	if p.unreachable() == p.silent {
+		p.streak = 0
+		return p
+	}
+	if p.streak++; !p.silent && p.streak == outAfter || p.silent && p.streak == inAfter {
+		p.silent, p.streak = !p.silent, 0
+	}
+	return p
 }
 
 // probes are the last results of all tcp destinations.
@@ -54,14 +77,14 @@ func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 
 func (k *Keeper) probeAll(ctx context.Context) {
 	k.mu.Lock()
-	inSync, source, targets := k.status.InSync, k.Router.Want.Network.Address.Addr(), targets(k.Router.Want.Rules)
+	inSync, source, targets := k.status.InSync, k.Router.Want.Network.Address.Addr(), targets(k.wanted)
 	k.mu.Unlock()
 	if !inSync { // there may be no source address
 		return
 	}
-	before := make(map[netip.AddrPort]string)
+	before := make(map[netip.AddrPort]Probe)
 	for _, p := range k.probes.state() {
-		before[p.To] = p.Err
+		before[p.To] = p
 	}
 	found := make([]Probe, len(targets))
 	room := make(chan struct{}, probesAtOnce)
@@ -69,7 +92,7 @@ func (k *Keeper) probeAll(ctx context.Context) {
 	for i, to := range targets {
 		room <- struct{}{}
 		all.Go(func() {
-			found[i] = Probe{To: to, Err: probe(ctx, source, to)}
+			found[i] = Probe{To: to, Err: probe(ctx, source, to)}.after(before[to])
 			<-room
 		})
 	}
@@ -78,15 +101,59 @@ func (k *Keeper) probeAll(ctx context.Context) {
 		return
 	}
 	for _, p := range found {
-		why, known := before[p.To]
+		last, known := before[p.To]
 		switch {
-		case p.Err != "" && (!known || why == ""):
+		case p.unreachable() && (!known || !last.unreachable()):
 			k.Router.Log.Warn("destination unreachable", "destination", p.To.String(), "error", p.Err)
-		case p.Err == "" && why != "":
+		case !p.unreachable() && last.unreachable():
 			k.Router.Log.Info("destination reachable again", "destination", p.To.String())
 		}
 	}
 	k.probes.set(found, time.Now())
+	k.leaveOut()
+}
+
+// leaveOut makes the rules those for the last probes: an address of a destination with
+// several that does not answer gets no new connections.
+func (k *Keeper) leaveOut() {
+	k.mu.Lock()
+	changed := k.narrow()
+	k.mu.Unlock()
+	if changed {
+		k.trigger()
+	}
+}
+
+// narrow sets the rules of the router to the wanted ones without the addresses that do not
+// answer probes. It reports whether they have changed. k.mu is locked.
+func (k *Keeper) narrow() bool {
+	before := k.Router.Want.Rules
+	last, silent, left := k.probes.state(), make(map[netip.AddrPort]bool), make(map[netip.AddrPort]bool)
+	for _, p := range last {
+		if p.silent {
+			silent[p.To] = true
+		}
+	}
+	k.Router.Want.Rules = k.wanted
+	if len(silent) > 0 {
+		k.Router.Want.Rules = k.wanted.WithoutServers(func(to netip.AddrPort) bool { return silent[to] }, func(to netip.AddrPort) { left[to] = true })
+	}
+	for _, p := range last {
+		switch to := p.To.String(); {
+		case left[p.To] && !k.left[p.To]:
+			k.Router.Log.Warn("address left out", "destination", to, "probes", outAfter, "error", p.Err)
+		case !left[p.To] && k.left[p.To] && p.silent:
+			k.Router.Log.Warn("address used again", "destination", to, "because", "no other address answers")
+		case !left[p.To] && k.left[p.To]:
+			k.Router.Log.Info("address used again", "destination", to, "because", "it answers")
+		}
+	}
+	k.left = left
+	if k.Router.Want.Rules.Equal(before) {
+		return false
+	}
+	k.reloading = true
+	return true
 }
 
 // unreachable reports whether p failed.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // severalAddresses is a list with several addresses on each line. Numbers of addresses
@@ -225,4 +226,94 @@ func TestSeveralAddressesReload(t *testing.T) {
 			return strings.Contains(m, `egress_router_connections_total{destination="203.0.113.26,203.0.113.27:80",port="80",protocol="tcp"}`) && !strings.Contains(m, "203.0.113.25,")
 		})
 	})
+}
+
+// An address that does not answer probes gets no new connections while another one of its
+// destination answers; its existing connections continue. It gets them again when it
+// answers, and if no other one does.
+func TestSilentAddressIsLeftOut(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_HEALTH_LISTEN"] = "extended", fmt.Sprint(":", labtest.HealthAddr.Port())
+		p.Env["EGRESS_PROBE"], p.Env["EGRESS_PROBE_INTERVAL"] = "tcp", "100ms"
+		p.Env["EGRESS_DESTINATION"] = "443 tcp 203.0.113.25,203.0.113.26 8443\n80 tcp 203.0.113.25\n"
+		first, second := "203.0.113.25:8443", "203.0.113.26:8443"
+		p.Serve(p.Lab.Outside, "tcp", first)
+		p.Serve(p.Lab.Outside, "tcp", second)
+		outside := func(lines string) {
+			p.Helper()
+			if out, err := runIn(p, p.Lab.Outside, "nft", lines); err != nil {
+				p.Fatalf("%v\n%s", err, out)
+			}
+		}
+		refuse := func(address string) {
+			p.Helper()
+			outside("add rule ip refusing in ip daddr " + address + " tcp dport 8443 tcp flags & (syn | ack) == syn reject with tcp reset")
+		}
+		outside("add table ip refusing; add chain ip refusing in { type filter hook input priority 0 ; }")
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		var conn net.Conn
+		var reader *bufio.Reader
+		p.Until("a connection to the first address", func() bool {
+			conn = p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 443))
+			reader = bufio.NewReader(conn)
+			a, err := lab.ReadAnswer(reader)
+			return err == nil && a.Server.String() == first
+		})
+		metric := func(line string) {
+			p.Helper()
+			p.Until(line, func() bool { return strings.Contains(p.Metrics(), line+"\n") })
+		}
+		const labels = `{destination="203.0.113.25,203.0.113.26:8443",port="443",protocol="tcp"}`
+		metric("egress_router_destination_addresses" + labels + " 2")
+
+		refuse("203.0.113.25")
+		r.AwaitLog(1, `msg="address left out" destination=`+first+" probes=3")
+		r.AwaitLog(2, "rules loaded")
+		count := make(map[string]int)
+		for range 40 {
+			countAnswer(p, "tcp", 443, count)
+		}
+		if count[second] != 40 {
+			p.Errorf("answers of %v, want those of %s", count, second)
+		}
+		p.WantEcho("while the address is left out", conn, reader)
+		metric("egress_router_destination_addresses" + labels + " 1")
+		metric("egress_router_destination_up" + labels + " 1")
+		p.Until("health names the address", func() bool {
+			code, out := p.Health()
+			return code == 0 && strings.Contains(out, "1 of 3 unreachable: "+first) && strings.Contains(out, "1 left out: "+first)
+		})
+
+		refuse("203.0.113.26")
+		r.AwaitLog(1, `msg="address used again" destination=`+first+` because="no other address answers"`)
+		metric("egress_router_destination_up" + labels + " 0")
+		metric("egress_router_destination_addresses" + labels + " 2")
+		p.WantEcho("while no address answers", conn, reader)
+
+		outside("flush chain ip refusing in")
+		metric("egress_router_destination_up" + labels + " 1")
+		wantAll(p, "tcp", 443, first, second)
+		p.WantEcho("at the end", conn, reader)
+		if n := strings.Count(r.Logged(), "address left out"); n < 1 || n > 2 { // the one that answers first may be faster by two probes
+			p.Errorf("%d addresses were left out:\n%s", n, labtest.Tail(r.Logged()))
+		}
+		if n := p.Metric("egress_router_reloads_total"); n != 0 {
+			p.Errorf("%d reloads", n)
+		}
+		if r.Repaired() != 0 {
+			p.Errorf("a repair:\n%s", labtest.Tail(r.Logged()))
+		}
+	})
+}
+
+// runIn runs a program in a namespace of the lab.
+func runIn(p *labtest.Pod, ns *netns.Namespace, name string, args ...string) (string, error) {
+	p.Helper()
+	var out strings.Builder
+	cmd := p.Command(name, args...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := p.Lab.Run(ns, cmd)
+	return out.String(), err
 }

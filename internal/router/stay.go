@@ -41,11 +41,14 @@ type Keeper struct {
 	// Neighbours watches the physical network.
 	Neighbours func(arp.Options) (Neighbours, error)
 
-	mu       sync.Mutex // guards status, reloading and Router.Want
+	mu       sync.Mutex // guards status, reloading, reprobe, left, wanted and Router.Want
 	status   Status
-	replaced chan struct{} // receives a value after Replace
-	// The kernel does not yet have the destinations of Replace.
+	left     map[netip.AddrPort]bool // addresses that new connections do not get, since they do not answer probes
+	wanted   rules.Plan              // the rules of Router.Want, with the addresses that do not answer probes
+	replaced chan struct{}           // receives a value after a change of Router.Want
+	// The kernel does not yet have the destinations of Router.Want.
 	reloading bool
+	reprobe   bool          // the destinations of Replace are not probed yet
 	probeNow  chan struct{} // receives a value after a change of destinations
 	settled   chan struct{} // closed after the first successful comparison
 
@@ -71,7 +74,7 @@ type Keeper struct {
 // NewKeeper returns a Keeper for the configuration of r.
 func NewKeeper(r *Router) *Keeper {
 	now := time.Now()
-	return &Keeper{Router: r, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), drops: drops{log: r.Log}, status: Status{
+	return &Keeper{Router: r, wanted: r.Want.Rules, replaced: make(chan struct{}, 1), settled: make(chan struct{}), probeNow: make(chan struct{}, 1), warned: make(map[string]bool), drops: drops{log: r.Log}, status: Status{
 		Repairs: make(map[RepairKind]uint64), Since: now, Failure: "not reconciled yet",
 		Destinations: r.Want.Rules.Size(), ReloadSince: now,
 	}}
@@ -100,13 +103,16 @@ const eagerPause = 50 * time.Millisecond
 // Status returns the current status. It may be called at any time.
 func (k *Keeper) Status() Status {
 	k.mu.Lock()
-	s, want, servers := k.status.clone(), k.Router.Want.Network, targets(k.Router.Want.Rules)
+	s, want, servers, left := k.status.clone(), k.Router.Want.Network, targets(k.wanted), k.left
 	k.mu.Unlock()
 	if held(s.contestedAt, time.Now()) {
 		s.Contested = ""
 	}
 	s.State, s.Unwatched, s.UnwatchedSince = k.surroundings.state()
 	s.Probes, s.ProbesSince = k.probes.of(servers)
+	for i, p := range s.Probes {
+		s.Probes[i].Out = left[p.To]
+	}
 	s.reasons(want, k.ProbeFailsReady)
 	return s
 }
@@ -180,7 +186,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 func (k *Keeper) Replace(want plan.Want) {
 	k.mu.Lock()
 	before := k.Router.Want
-	same := want.Rules.Equal(before.Rules) && slices.Equal(want.Network.Cluster.Destinations, before.Network.Cluster.Destinations)
+	same := want.Rules.Equal(k.wanted) && slices.Equal(want.Network.Cluster.Destinations, before.Network.Cluster.Destinations)
 	if !same || k.status.ReloadError != "" {
 		k.status.ReloadSince = time.Now()
 	}
@@ -189,14 +195,22 @@ func (k *Keeper) Replace(want plan.Want) {
 	if !same {
 		k.status.Reloads++
 		k.status.Destinations = destinations
-		k.reloading = true
+		k.reloading, k.reprobe = true, true
 	}
+	k.wanted = want.Rules
+	want.Rules = before.Rules
 	k.Router.Want = want
+	k.narrow()
 	k.mu.Unlock()
 	if same {
 		return
 	}
 	k.Router.Log.Info("destinations changed", "destinations", destinations)
+	k.trigger()
+}
+
+// trigger makes Run reconcile, after a change of Router.Want.
+func (k *Keeper) trigger() {
 	select {
 	case k.replaced <- struct{}{}:
 	default:
@@ -436,9 +450,14 @@ func (k *Keeper) reloaded(loaded rules.Plan) {
 	k.mu.Lock()
 	still := loaded.Equal(k.Router.Want.Rules)
 	k.reloading = k.reloading && !still
+	reprobe := k.reprobe
+	k.reprobe = false
 	k.mu.Unlock()
 	if still && k.Replaced != nil {
 		k.Replaced()
+	}
+	if !reprobe {
+		return
 	}
 	select {
 	case k.probeNow <- struct{}{}:
