@@ -202,7 +202,7 @@ func runMode(ctx context.Context, p Process) error {
 	for _, w := range c.Warnings {
 		log.Warn("configuration warning", "warning", w)
 	}
-	log.Debug("configuration", "mode", c.Mode, "source", c.Source, "gateway", c.Gateway,
+	log.Debug("configuration", "mode", c.Mode, "source", c.Sources.String(), "gateway", c.Sources.Gateways(),
 		"egress", c.Egress, "cluster", c.Cluster, "redirects", len(c.Set.Redirects), "fallback", c.Set.Fallback)
 	if c.Mode == config.UnitTest {
 		_, err := p.Stdout.Write(rules.UnitTest(c.Set, c.Sides()))

@@ -11,6 +11,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -94,10 +95,10 @@ func writeSummary(b *strings.Builder, c config.Config, backend string) {
 		return
 	}
 	fmt.Fprintf(b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
-	fmt.Fprintf(b, "address    %s, announced to the physical network\n", c.Source)
+	fmt.Fprintf(b, "address    %s, announced to the physical network\n", c.Sources)
 	fmt.Fprintf(b, "backend    %s\n\n", backend)
 	if c.Mode.Redirects() {
-		b.WriteString(effect(c.Set, c.Source.Addr()) + "\n")
+		b.WriteString(effect(c.Set, c.Sources[0].Prefix.Addr()) + "\n")
 	}
 }
 
@@ -136,7 +137,9 @@ func exampleOf(c config.Config) example {
 	var free []netip.Addr
 	for _, a := range []string{"198.51.100.0", "192.0.2.0", "203.0.113.0"} {
 		network := netip.PrefixFrom(netip.MustParseAddr(a), 24)
-		if !network.Contains(c.Source.Addr()) && !network.Contains(c.Gateway) {
+		if !slices.ContainsFunc(c.Sources, func(s spec.SourceAddress) bool {
+			return network.Contains(s.Prefix.Addr()) || network.Contains(s.Gateway)
+		}) {
 			free = append(free, network.Addr())
 		}
 	}

@@ -82,21 +82,21 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 	}
 	switch g := s.Gateway; {
 	case s.Unwatched != "":
-		add("gateway", health.Warning, s.UnwatchedSince, "%s, ARP watch not running: %s", c.Gateway, s.Unwatched)
+		add("gateway", health.Warning, s.UnwatchedSince, "%s, ARP watch not running: %s", c.Sources.Gateways(), s.Unwatched)
 	case !g.Known && g.Misses == 0:
-		add("gateway", health.OK, r.Started, "%s, %s", c.Gateway, last)
+		add("gateway", health.OK, r.Started, "%s, %s", c.Sources.Gateways(), last)
 	case !g.Known:
-		add("gateway", health.Failed, r.Started, "%s does not answer ARP, %s", c.Gateway, last)
+		add("gateway", health.Failed, r.Started, "%s does not answer ARP, %s", c.Sources.Gateways(), last)
 	case g.Reachable:
-		add("gateway", health.OK, g.Since, "%s answers ARP, %s", c.Gateway, last)
+		add("gateway", health.OK, g.Since, "%s answers ARP, %s", c.Sources.Gateways(), last)
 	default:
-		add("gateway", health.Failed, g.Since, "%s does not answer ARP, %s", c.Gateway, last)
+		add("gateway", health.Failed, g.Since, "%s does not answer ARP, %s", c.Sources.Gateways(), last)
 	}
 
 	if s.Conflicts > 0 {
-		add("address", health.Warning, s.ConflictAt, "%s, claimed by %s, %d conflicts", c.Source, s.ConflictMAC, s.Conflicts)
+		add("address", health.Warning, s.ConflictAt, "%s, claimed by %s, %d conflicts", c.Sources, s.ConflictMAC, s.Conflicts)
 	} else {
-		add("address", health.OK, r.Started, "%s, no conflict", c.Source)
+		add("address", health.OK, r.Started, "%s, no conflict", c.Sources)
 	}
 
 	destinations := fmt.Sprintf("%d destinations", s.Destinations)
@@ -153,7 +153,7 @@ func total(repairs map[router.RepairKind]uint64) (n uint64) {
 func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	const name = "egress_router_"
 	s := w.keeper.Status()
-	emit(name+"info", 1, r.Version, r.Mode, s.Backend, w.config.Source.String(), w.config.Gateway.String())
+	emit(name+"info", 1, r.Version, r.Mode, s.Backend, w.config.Sources.String(), w.config.Sources.Gateways())
 	emit(name+"ready", oneIf(r.Ready))
 	if !s.Compared.IsZero() {
 		emit(name+"last_comparison_timestamp_seconds", float64(s.Compared.UnixMilli())/1000)

@@ -36,7 +36,7 @@ func wanted(c config.Config) plan.Want {
 func configured(c config.Config) plan.Want {
 	want := plan.Want{
 		Network: plan.Network{
-			Interface: c.Egress, Address: c.Source, Gateway: c.Gateway,
+			Interface: c.Egress, Sources: c.Sources,
 			Cluster: plan.ClusterSide{
 				Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
 			},

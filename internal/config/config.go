@@ -10,6 +10,7 @@ import (
 	"strings"
 	"unicode"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -55,8 +56,7 @@ const (
 // A Config is the complete and valid configuration of a run.
 type Config struct {
 	Mode    Mode
-	Source  netip.Prefix // reserved address and the length it is configured with
-	Gateway netip.Addr
+	Sources spec.Sources
 	Grammar rules.Grammar // of the destinations
 	Set     rules.Set     // empty if the mode does not redirect
 	Egress  string        // interface on the physical network
@@ -81,7 +81,7 @@ type Config struct {
 
 // Sides returns the input of a rule plan.
 func (c Config) Sides() rules.Sides {
-	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Sources: []netip.Addr{c.Source.Addr()}, Mark: c.ReplyMark, Crossing: c.Crossing, Helpers: c.Helpers}
+	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Sources: c.Sources.Addresses(), Mark: c.ReplyMark, Crossing: c.Crossing, Helpers: c.Helpers}
 	if c.Mode != UnitTest { // it prints the rules of the original
 		sides.Health = rules.Port(c.Health.Listen.Port())
 	}
@@ -259,8 +259,16 @@ func (c *Config) parseSource(s string) *Error {
 	if why := unusable(a, source); why != "" && c.Mode != UnitTest {
 		return bad(fmt.Sprintf("EGRESS_SOURCE is %q: %s cannot be the source of connections", s, why))
 	}
-	c.Source = source
+	c.Sources = spec.Sources{{Prefix: source}}
 	return nil
+}
+
+// source returns the first source; the zero one after an error.
+func (c *Config) source() spec.SourceAddress {
+	if len(c.Sources) == 0 {
+		return spec.SourceAddress{}
+	}
+	return c.Sources[0]
 }
 
 func (c *Config) parseGateway(s string) *Error {
@@ -271,19 +279,21 @@ func (c *Config) parseGateway(s string) *Error {
 	if !ok {
 		return bad(addressHint("EGRESS_GATEWAY", s, "the address of the physical network's gateway, for example 192.168.12.1"))
 	}
-	if c.Mode != UnitTest {
-		if why := unusable(a, c.Source); why != "" {
+	if source := c.source().Prefix; c.Mode != UnitTest {
+		if why := unusable(a, source); why != "" {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: %s cannot be a gateway", s, why))
 		}
-		if a == c.Source.Addr() {
+		if a == source.Addr() {
 			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q, the same as EGRESS_SOURCE: the gateway is another host", s))
 		}
 		// Legal, because the router adds a /32 route to the gateway, and probably a mistake.
-		if c.Source.IsValid() && !c.Source.IsSingleIP() && !c.Source.Contains(a) {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GATEWAY %s is outside of the subnet of EGRESS_SOURCE, %s: check both, and the length", a, c.Source.Masked()))
+		if source.IsValid() && !source.IsSingleIP() && !source.Contains(a) {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GATEWAY %s is outside of the subnet of EGRESS_SOURCE, %s: check both, and the length", a, source.Masked()))
 		}
 	}
-	c.Gateway = a
+	for i := range c.Sources {
+		c.Sources[i].Gateway = a
+	}
 	return nil
 }
 
@@ -395,8 +405,8 @@ func (c *Config) unreachable(l list, text string) (warnings []string) {
 	var entries []rules.Line // only needed for a warning
 	for i, a := range c.numbered() {
 		why := "connections redirected to it fail"
-		is := unusable(a, c.Source)
-		if a == c.Source.Addr() {
+		is := unusable(a, c.source().Prefix)
+		if c.Sources.Have(a) {
 			is, why = "the reserved address", "connections redirected to it end in the pod"
 		}
 		if is == "" {

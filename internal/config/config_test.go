@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/egress-router/egress-router/internal/manual"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -28,11 +29,15 @@ func good() Environment {
 	return Environment{Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25"}
 }
 
+// sources returns one source with its gateway.
+func sources(prefix, gateway string) spec.Sources {
+	return spec.Sources{{Prefix: netip.MustParsePrefix(prefix), Gateway: netip.MustParseAddr(gateway)}}
+}
+
 func TestParse(t *testing.T) {
 	want := Config{
 		Mode:    Legacy,
-		Source:  netip.MustParsePrefix("192.168.12.99/24"),
-		Gateway: netip.MustParseAddr("192.168.12.1"),
+		Sources: sources("192.168.12.99/24", "192.168.12.1"),
 		Set:     rules.Set{Redirects: []rules.Redirect{{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("203.0.113.25")}}},
 		Egress:  "macvlan0",
 		Cluster: "eth0",
@@ -87,18 +92,18 @@ func TestParse(t *testing.T) {
 			},
 		},
 		"modes":          {func(e *Environment) { e.Mode = "init" }, func(c *Config) { c.Mode = Init }},
-		"without length": {func(e *Environment) { e.Source = "192.168.12.99" }, func(c *Config) { c.Source = netip.MustParsePrefix("192.168.12.99/32") }},
+		"without length": {func(e *Environment) { e.Source = "192.168.12.99" }, func(c *Config) { c.Sources = sources("192.168.12.99/32", "192.168.12.1") }},
 		"gateway outside of the subnet": {
 			func(e *Environment) { e.Gateway = "192.168.13.1" },
 			func(c *Config) {
-				c.Gateway = netip.MustParseAddr("192.168.13.1")
+				c.Sources = sources("192.168.12.99/24", "192.168.13.1")
 				c.Warnings = []string{"EGRESS_GATEWAY 192.168.13.1 is outside of the subnet of EGRESS_SOURCE, 192.168.12.0/24: check both, and the length"}
 			},
 		},
 		"gateway without a subnet": {
 			func(e *Environment) { e.Source, e.Gateway = "192.168.12.99", "192.168.13.1" },
 			func(c *Config) {
-				c.Source, c.Gateway = netip.MustParsePrefix("192.168.12.99/32"), netip.MustParseAddr("192.168.13.1")
+				c.Sources = sources("192.168.12.99/32", "192.168.13.1")
 			},
 		},
 		"interfaces":    {func(e *Environment) { e.Interface, e.ClusterInterface = "net1", "net0" }, func(c *Config) { c.Egress, c.Cluster = "net1", "net0" }},

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"unicode"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -79,8 +80,10 @@ func (c *Config) clusterCIDR(word string) (p netip.Prefix, why, hint string) {
 		return p, "it begins with " + is, remedy("leave it out: it is not a network of hosts")
 	}
 	const leaveOut = "write smaller networks that do not contain it: their addresses are reached by the cluster side"
-	if p.Contains(c.Gateway) {
-		return p, fmt.Sprintf("it contains EGRESS_GATEWAY (%s), which is on the physical network", c.Gateway), remedy(leaveOut)
+	for _, s := range c.Sources {
+		if p.Contains(s.Gateway) {
+			return p, fmt.Sprintf("it contains EGRESS_GATEWAY (%s), which is on the physical network", s.Gateway), remedy(leaveOut)
+		}
 	}
 	for _, to := range c.destinations() {
 		if p.Contains(to) {
@@ -148,7 +151,10 @@ func (c *Config) KeepNameServers(resolvConf []byte) {
 			continue
 		}
 		a, ok := rules.ParseIPv4(words[1])
-		if !ok || unusable(a, c.Source) != "" || a == c.Gateway || c.Source.Contains(a) || slices.Contains(c.destinations(), a) {
+		near := func(s spec.SourceAddress) bool {
+			return unusable(a, s.Prefix) != "" || a == s.Gateway || s.Prefix.Contains(a)
+		}
+		if !ok || slices.ContainsFunc(c.Sources, near) || slices.Contains(c.destinations(), a) {
 			continue
 		}
 		if p := netip.PrefixFrom(a, a.BitLen()); !slices.Contains(c.ClusterDestinations, p) {

@@ -226,13 +226,13 @@ func linkName(links []netlink.Link, index int) string {
 // probe reveals the reason.
 func (p Parent) Suits(want plan.Network) error {
 	for _, a := range p.Addresses {
-		switch a.Addr() {
-		case want.Gateway:
+		switch {
+		case want.Sources.HaveGateway(a.Addr()):
 			return macvlanError(spec.Textf("set %s to a router of the physical network, for example the host's own gateway (ip route show default)", spec.Gateway),
-				"check gateway: %s is an address of the host's %q, which its macvlan cannot reach", want.Gateway, p.Name)
-		case want.Address.Addr():
+				"check gateway: %s is an address of the host's %q, which its macvlan cannot reach", a.Addr(), p.Name)
+		case want.Sources.Have(a.Addr()):
 			return macvlanError(spec.Textf("set %s to an address that no other host has", spec.Source),
-				"check reserved address: %s is an address of the host's %q", want.Address.Addr(), p.Name)
+				"check reserved address: %s is an address of the host's %q", a.Addr(), p.Name)
 		}
 	}
 	return nil

@@ -163,7 +163,7 @@ func TestParentSuits(t *testing.T) {
 		{"192.168.12.99/24", "192.168.12.11", `check gateway: 192.168.12.11 is an address of the host's "ens3", which its macvlan cannot reach`},
 		{"192.168.12.10/24", "192.168.12.1", `check reserved address: 192.168.12.10 is an address of the host's "ens3"`},
 	} {
-		err := p.Suits(plan.Network{Interface: "macvlan0", Address: netip.MustParsePrefix(test.source), Gateway: netip.MustParseAddr(test.gateway)})
+		err := p.Suits(plan.Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: netip.MustParsePrefix(test.source), Gateway: netip.MustParseAddr(test.gateway)}}})
 		if (err == nil) != (test.fault == "") || err != nil && err.Error() != test.fault {
 			t.Errorf("source %s, gateway %s: %v, want %q", test.source, test.gateway, err, test.fault)
 		}

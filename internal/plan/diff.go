@@ -3,6 +3,8 @@ package plan
 import (
 	"net/netip"
 	"slices"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // prepare returns the changes for the settings, which come before any packet arrives, and the
@@ -17,11 +19,16 @@ func up(want Network, have State) []Change {
 	return []Change{{Op: SetUp, Interface: want.Interface, Index: have.Index}}
 }
 
-// HasAddress reports whether the egress interface has the reserved address.
-func (n Network) HasAddress(have State) bool { return slices.Contains(have.Addresses, n.Address) }
+// missing returns the sources that the egress interface does not have.
+func (n Network) missing(have State) spec.Sources {
+	return slices.DeleteFunc(slices.Clone(n.Sources), func(s spec.SourceAddress) bool { return slices.Contains(have.Addresses, s.Prefix) })
+}
 
-// claim returns the changes that add the reserved address and set the egress
-// interface up. The kernel adds only the subnet's route with the address, so these
+// HasAddresses reports whether the egress interface has the reserved addresses.
+func (n Network) HasAddresses(have State) bool { return len(n.missing(have)) == 0 }
+
+// claim returns the changes that add the reserved addresses and set the egress
+// interface up. The kernel adds only the subnet's route with an address, so these
 // steps may come before the rules if nothing is redirected yet.
 func claim(want Network, have State) []Change {
 	var steps []Change
@@ -29,27 +36,31 @@ func claim(want Network, have State) []Change {
 		s.Interface, s.Index = want.Interface, have.Index
 		steps = append(steps, s)
 	}
-	missing, shared := true, false
-	for _, a := range have.Addresses {
-		if a == want.Address {
-			missing = false
-		} else if a.Bits() == want.Address.Bits() && a.Masked() == want.Address.Masked() {
-			shared = true
-		}
-	}
 	// In a shared subnet the later address is a secondary one, and by default
 	// the kernel deletes it together with the first one (ip-sysctl.rst,
 	// promote_secondaries).
-	if shared && !have.Promotes {
+	if want.sharesSubnet(have) && !have.Promotes {
 		take(Change{
 			Op: WriteSysctl, Sysctl: PromoteSecondaries(want.Interface), Value: "1", OldValue: "0", Optional: true,
 			Effect: "the kernel deletes the reserved address with another one of its subnet",
 		})
 	}
-	if missing {
-		take(Change{Op: AddAddress, Address: want.Address})
+	for _, s := range want.missing(have) {
+		take(Change{Op: AddAddress, Address: s.Prefix})
 	}
 	return append(steps, up(want, have)...)
+}
+
+// sharesSubnet reports whether a reserved address has another address of its subnet, also
+// a reserved one.
+func (n Network) sharesSubnet(have State) bool {
+	others := have.Addresses
+	for _, s := range n.Sources {
+		others = append(slices.Clip(others), s.Prefix)
+	}
+	return slices.ContainsFunc(n.Sources, func(s spec.SourceAddress) bool {
+		return slices.ContainsFunc(others, func(a netip.Prefix) bool { return a != s.Prefix && a.Masked() == s.Prefix.Masked() })
+	})
 }
 
 // diff returns the changes from have to want, in their order; none if there is no
@@ -74,6 +85,7 @@ func diff(want Network, have State) []Change {
 	for _, a := range have.Advertised {
 		take(Change{Op: RemoveAddress, Address: a.Prefix, Kernel: a.Kernel})
 	}
+	source := want.Sources[0].Prefix.Addr()
 	placed := make(map[int]Route) // desired routes after the steps, by index
 	for _, r := range want.Routes(have.Index) {
 		step, i := place(r, have.Routes)
@@ -94,19 +106,24 @@ func diff(want Network, have State) []Change {
 		}
 		// Other routes of the egress interface get the reserved address as their
 		// source too, above all those of another address's subnet.
-		if r.Index == have.Index && r.Type == 0 && r.Source != want.Address.Addr() {
-			for _, s := range setRouteSource(i, want.Address.Addr(), have.Routes) {
+		if r.Index == have.Index && r.Type == 0 && r.Source != source {
+			for _, s := range setRouteSource(i, source, have.Routes) {
 				take(s)
 			}
 		}
 	}
-	// The kernel adds this route with the address; another program deleted it.
-	subnet := Route{
-		Destination: want.Address.Masked(), Index: have.Index, Interface: want.Interface, Source: want.Address.Addr(), Scope: ScopeLink,
+	if len(claim) > 0 {
+		return steps
 	}
-	there := func(r Route) bool { return key(r) == key(subnet) && r.Index == have.Index }
-	if len(claim) == 0 && want.Address.Bits() > 0 && !want.Address.IsSingleIP() && !slices.ContainsFunc(have.Routes, there) {
-		take(Change{Op: AppendRoute, Route: subnet})
+	// The kernel adds these routes with the addresses; another program deleted one.
+	var subnets []Route
+	for _, s := range want.Sources {
+		subnet := Route{Destination: s.Prefix.Masked(), Index: have.Index, Interface: want.Interface, Source: source, Scope: ScopeLink}
+		same := func(r Route) bool { return key(r) == key(subnet) && r.Index == have.Index }
+		if s.Prefix.Bits() > 0 && !s.Prefix.IsSingleIP() && !slices.ContainsFunc(slices.Concat(have.Routes, subnets), same) {
+			subnets = append(subnets, subnet)
+			take(Change{Op: AppendRoute, Route: subnet})
+		}
 	}
 	return steps
 }

@@ -5,12 +5,15 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
+
+var reserved = netip.MustParsePrefix("192.168.12.99/24")
 
 var want = Network{
 	Interface: "macvlan0",
-	Address:   netip.MustParsePrefix("192.168.12.99/24"),
-	Gateway:   netip.MustParseAddr("192.168.12.1"),
+	Sources:   spec.Sources{{Prefix: reserved, Gateway: netip.MustParseAddr("192.168.12.1")}},
 }
 
 func addr(s string) netip.Addr {
@@ -41,7 +44,7 @@ var (
 // done is a state without drift.
 func done() State {
 	return State{
-		Index: 3, Up: true, Addresses: []netip.Prefix{want.Address},
+		Index: 3, Up: true, Addresses: []netip.Prefix{reserved},
 		Routes: append(want.Routes(3), cluster, subnet),
 	}
 }
@@ -149,7 +152,7 @@ func TestDiff(t *testing.T) {
 		"another address of the subnet": {
 			func() State {
 				s := done()
-				s.Addresses = []netip.Prefix{netip.MustParsePrefix("192.168.12.50/24"), want.Address}
+				s.Addresses = []netip.Prefix{netip.MustParsePrefix("192.168.12.50/24"), reserved}
 				s.Routes = append(want.Routes(3), route("192.168.12.0/24", "", 3, "192.168.12.50", 0))
 				return s
 			},
@@ -184,7 +187,7 @@ func TestDiff(t *testing.T) {
 func TestInverse(t *testing.T) {
 	old := cniDefault
 	for _, s := range []Change{
-		{Op: AddAddress, Address: want.Address},
+		{Op: AddAddress, Address: reserved},
 		{Op: SetUp},
 		{Op: ReplaceRoute, Route: want.Routes(3)[1], Old: &old},
 		{Op: DeleteRoute, Route: cniDefault},

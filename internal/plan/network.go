@@ -6,13 +6,14 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Network is the desired state of a namespace's network.
 type Network struct {
-	Interface string       // name of the egress interface
-	Address   netip.Prefix // reserved address with its length, IPv4
-	Gateway   netip.Addr   // on the physical network, IPv4
+	Interface string // name of the egress interface
+	Sources   spec.Sources
 	Cluster   ClusterSide
 }
 
@@ -158,18 +159,22 @@ func (s State) EgressHas(a netip.Addr, bits int) bool {
 // Routes returns the desired routes, with index as the interface's.
 //
 // The gateway has a route of its own because it may be outside of the address's
-// subnet, as with a /32 address. Both routes name the reserved address as the
+// subnet, as with a /32 address. Both routes name the first reserved address as the
 // source, so that the pod's own sockets use it if the interface has other addresses,
 // too.
 func (n Network) Routes(index int) []Route {
-	gateway := Route{
-		Destination: netip.PrefixFrom(n.Gateway, n.Gateway.BitLen()),
-		Index:       index, Interface: n.Interface, Source: n.Address.Addr(), Scope: ScopeLink,
+	var routes []Route
+	for _, s := range n.Sources.Families() {
+		gateway := Route{
+			Destination: netip.PrefixFrom(s.Gateway, s.Gateway.BitLen()),
+			Index:       index, Interface: n.Interface, Source: s.Prefix.Addr(), Scope: ScopeLink,
+		}
+		defaultRoute := Route{
+			Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0),
+			Gateway:     s.Gateway,
+			Index:       index, Interface: n.Interface, Source: s.Prefix.Addr(), Scope: ScopeUniverse,
+		}
+		routes = append(routes, gateway, defaultRoute)
 	}
-	defaultRoute := Route{
-		Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0),
-		Gateway:     n.Gateway,
-		Index:       index, Interface: n.Interface, Source: n.Address.Addr(), Scope: ScopeUniverse,
-	}
-	return []Route{gateway, defaultRoute}
+	return routes
 }

@@ -81,10 +81,10 @@ type (
 	// Settle asks on the physical network for a gateway that seems to be on the
 	// cluster side.
 	Settle struct{ Doubt *RefusedError }
-	// Probe looks for another host with the reserved address.
+	// Probe looks for other hosts with reserved addresses.
 	Probe struct {
-		Address  netip.Addr
-		Conflict Conflict
+		Addresses []netip.Addr
+		Conflict  Conflict
 	}
 	// Load loads rules.
 	Load struct {
@@ -92,8 +92,8 @@ type (
 		Part  bool   // without the redirects
 		Why   string // the differences of the kernel's rules
 	}
-	// Announce announces the reserved address to the physical network.
-	Announce struct{ Address netip.Addr }
+	// Announce announces the reserved addresses to the physical network.
+	Announce struct{ Addresses []netip.Addr }
 	// Ask sends a request to the gateway.
 	Ask struct{ Gateway netip.Addr }
 	// RemoveStray removes the rules of another backend, the first of Have.Strays.
@@ -107,9 +107,18 @@ func (s Settle) String() string {
 }
 
 func (s Probe) String() string {
-	return fmt.Sprintf("probe for another host with %s, and %s", s.Address, map[Conflict]string{
+	return fmt.Sprintf("probe for another host with %s, and %s", list(s.Addresses), map[Conflict]string{
 		ConflictWarn: "log it", ConflictRefuse: "end if there is one", ConflictDefend: "announce the address again if there is one",
 	}[s.Conflict])
+}
+
+// list returns addresses for people.
+func list(addresses []netip.Addr) string {
+	var all []string
+	for _, a := range addresses {
+		all = append(all, a.String())
+	}
+	return strings.Join(all, ", ")
 }
 
 func (s Load) String() string {
@@ -123,7 +132,7 @@ func (s Load) String() string {
 }
 
 func (s Announce) String() string {
-	return fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", s.Address)
+	return fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", list(s.Addresses))
 }
 
 func (s Ask) String() string { return fmt.Sprintf("request the gateway %s by ARP", s.Gateway) }
@@ -223,10 +232,11 @@ func inquire(want Want, have Have) (early, late []Step) {
 	if doubt := doubt(want.Network, have.State); want.Start && !have.Trusted && doubt != nil {
 		early = append(early, Settle{doubt})
 	}
-	if have.State.NoARP || want.Network.HasAddress(have.State) || have.Probed {
+	missing := want.Network.missing(have.State)
+	if have.State.NoARP || len(missing) == 0 || have.Probed {
 		return early, nil
 	}
-	probe := Probe{want.Network.Address.Addr(), want.Conflict}
+	probe := Probe{missing.Addresses(), want.Conflict}
 	switch {
 	case want.Conflict == ConflictRefuse:
 		late = append(late, probe)
@@ -243,11 +253,11 @@ func announce(want Want, have Have, claims bool) []Step {
 	}
 	var packets []Step
 	if (want.Start || want.Announce || claims) && !have.Announced {
-		packets = append(packets, Announce{want.Network.Address.Addr()})
+		packets = append(packets, Announce{want.Network.Sources.Addresses()})
 	}
 	// Of a repair the ARP watch asks. The carrier of an interface that is down is unknown.
 	if want.Start && !have.Asked && (have.State.Carrier || !have.State.Up) {
-		packets = append(packets, Ask{want.Network.Gateway})
+		packets = append(packets, Ask{want.Network.Sources[0].Gateway})
 	}
 	return packets
 }

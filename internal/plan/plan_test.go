@@ -157,7 +157,7 @@ func TestStepsConverge(t *testing.T) {
 				case Settle:
 					have.Trusted = true
 				case Announce:
-					if !goal.Network.HasAddress(have.State) {
+					if !goal.Network.HasAddresses(have.State) {
 						t.Fatalf("%d: announced before it is there: %s", n, strings.Join(log, "\n"))
 					}
 					have.Announced = true

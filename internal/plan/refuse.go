@@ -23,17 +23,19 @@ func (e *RefusedError) Hint(names spec.Names) string { return e.hint.In(names) }
 // Refuse returns a *RefusedError if the reserved address or the gateway is the pod's own,
 // otherwise nil.
 func (n Network) Refuse(have State) error {
-	isGateway := func(p netip.Prefix) bool { return p.Addr() == n.Gateway }
-	if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, n.Gateway) {
-		return &RefusedError{
-			fmt.Sprintf("gateway %s: expected the router of the physical network, found an address of the pod", n.Gateway),
-			spec.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", spec.Gateway, spec.Source),
+	for _, s := range n.Sources {
+		isGateway := func(p netip.Prefix) bool { return p.Addr() == s.Gateway }
+		if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, s.Gateway) {
+			return &RefusedError{
+				fmt.Sprintf("gateway %s: expected the router of the physical network, found an address of the pod", s.Gateway),
+				spec.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", spec.Gateway, spec.Source),
+			}
 		}
-	}
-	if slices.Contains(have.Cluster.Addresses, n.Address.Addr()) {
-		return &RefusedError{
-			fmt.Sprintf("reserved address %s: expected an unused address of the physical network, found the pod's cluster address", n.Address.Addr()),
-			spec.Textf("set %s to an address of the physical network that is reserved for this pod", spec.Source),
+		if slices.Contains(have.Cluster.Addresses, s.Prefix.Addr()) {
+			return &RefusedError{
+				fmt.Sprintf("reserved address %s: expected an unused address of the physical network, found the pod's cluster address", s.Prefix.Addr()),
+				spec.Textf("set %s to an address of the physical network that is reserved for this pod", spec.Source),
+			}
 		}
 	}
 	return nil
@@ -43,9 +45,9 @@ func (n Network) Refuse(have State) error {
 // which servers would see the pod's own address. Both interfaces may be in one network:
 // then the reserved address is in it, too, or the gateway answers on the physical side.
 func doubt(want Network, have State) *RefusedError {
-	source, gateway := want.Address.Addr(), want.Gateway
+	source, gateway := want.Sources[0].Prefix.Addr(), want.Sources[0].Gateway
 	contains := func(a netip.Prefix) bool { return a.Contains(gateway) }
-	if contains(want.Address) || slices.ContainsFunc(have.Addresses, contains) {
+	if slices.ContainsFunc(want.Sources, func(s spec.SourceAddress) bool { return contains(s.Prefix) }) || slices.ContainsFunc(have.Addresses, contains) {
 		return nil
 	}
 	found := ""

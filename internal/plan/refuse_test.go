@@ -3,6 +3,8 @@ package plan
 import (
 	"net/netip"
 	"testing"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A gateway of the cluster side is an error, unless both interfaces are in one network.
@@ -47,7 +49,7 @@ func TestDoubt(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			want := Network{Interface: "macvlan0", Address: prefix(test.source), Gateway: netip.MustParseAddr(test.gateway)}
+			want := Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: prefix(test.source), Gateway: netip.MustParseAddr(test.gateway)}}}
 			have := test.have
 			have.Index, have.Cluster.Index, have.Routes = 1, cluster, test.routes
 			if err := doubt(want, have); (err != nil) != test.refused {

@@ -163,7 +163,7 @@ func (c *change) prepare(ctx context.Context) error {
 // pod cannot forward, so that a run fails before any change.
 func (c *change) feasible(groups []plan.Group) error {
 	if announces(groups) && !c.have.Missing {
-		if _, err := arp.Announcement(arp.Request, c.have.State.MAC, c.want.Network.Address.Addr()); err != nil {
+		if _, err := arp.Announcement(arp.Request, c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr()); err != nil {
 			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", c.want.Network.Interface, err),
 				spec.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", spec.Interface)}
 		}
@@ -347,7 +347,7 @@ func (c *change) announce() (err error) {
 			return err
 		}
 	}
-	address := c.want.Network.Address.Addr()
+	address := c.want.Network.Sources[0].Prefix.Addr()
 	if err := c.socket.Announce(c.have.State.MAC, address); err != nil {
 		return err
 	}

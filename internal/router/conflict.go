@@ -39,7 +39,7 @@ var stopHolder = spec.Textf("stop the host with that hardware address (an older 
 // send it does not prevent taking the address.
 func (c *change) ask() {
 	r := c.router
-	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, c.want.Network.Address.Addr())
+	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr())
 	if err != nil {
 		r.Log.Warn("address conflict probe failed", "error", err)
 		return
@@ -61,7 +61,7 @@ func (c *change) probe(ctx context.Context) error {
 		c.ask()
 		return c.refuse(ctx)
 	}
-	address := c.want.Network.Address.Addr()
+	address := c.want.Network.Sources[0].Prefix.Addr()
 	holder, err := arp.Acquire(ctx, c.have.State.Index, c.have.State.MAC, address)
 	if err == nil && holder != nil {
 		err = &ConflictError{address, holder}
@@ -78,7 +78,7 @@ func (c *change) refuse(ctx context.Context) error {
 	}
 	holder, err := question.Answer(ctx, c.asked.Add(patience))
 	if err == nil && holder != nil {
-		err = &ConflictError{c.want.Network.Address.Addr(), holder}
+		err = &ConflictError{c.want.Network.Sources[0].Prefix.Addr(), holder}
 	}
 	return err
 }
@@ -97,7 +97,7 @@ func (c *change) answer(ctx context.Context) error {
 		return nil
 	}
 	r.start.holder, r.start.asked = holder, c.asked
-	r.Log.Warn("reserved address already in use", "address", c.want.Network.Address.Addr().String(), "mac", holder.String(), "hint", stopHolder.In(r.Names))
+	r.Log.Warn("reserved address already in use", "address", c.want.Network.Sources[0].Prefix.Addr().String(), "mac", holder.String(), "hint", stopHolder.In(r.Names))
 	if c.want.Conflict != plan.ConflictDefend {
 		return nil
 	}

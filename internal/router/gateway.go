@@ -20,8 +20,8 @@ const (
 // gatewayHint returns advice for a gateway that does not answer.
 func (r *Router) gatewayHint(want plan.Network) string {
 	hint := spec.Textf("check that %s is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface", spec.Gateway)
-	if !want.Address.IsSingleIP() && !want.Address.Contains(want.Gateway) {
-		hint = spec.Textf("%s is outside of the subnet of %s, %s: %s", spec.Gateway, spec.Source, want.Address.Masked(), hint)
+	if source := want.Sources[0]; !source.Prefix.IsSingleIP() && !source.Prefix.Contains(source.Gateway) {
+		hint = spec.Textf("%s is outside of the subnet of %s, %s: %s", spec.Gateway, spec.Source, source.Prefix.Masked(), hint)
 	}
 	return hint.In(r.Names)
 }
@@ -36,7 +36,7 @@ type answer struct {
 // steps run: closing the socket takes some 10 ms.
 func (c *change) askGateway(ctx context.Context) {
 	c.have.Asked = true
-	question, err := arp.AskGateway(c.have.State.Index, c.have.State.MAC, c.want.Network.Address.Addr(), c.want.Network.Gateway)
+	question, err := arp.AskGateway(c.have.State.Index, c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr(), c.want.Network.Sources[0].Gateway)
 	if err != nil {
 		c.router.Log.Warn("gateway probe failed", "error", err)
 		return
@@ -62,7 +62,7 @@ func (c *change) awaitGateway(ctx context.Context) {
 		r.Log.Warn("gateway probe failed", "error", a.err)
 	default:
 		r.start.misses = 1
-		r.Log.Warn(gatewaySilent, "gateway", c.want.Network.Gateway.String(), "within", patience.String(), "hint", r.gatewayHint(c.want.Network))
+		r.Log.Warn(gatewaySilent, "gateway", c.want.Network.Sources[0].Gateway.String(), "within", patience.String(), "hint", r.gatewayHint(c.want.Network))
 	}
 }
 
@@ -78,7 +78,7 @@ func (c *change) settle(ctx context.Context, doubt error) error {
 	if c.have.State.NoARP {
 		return doubt
 	}
-	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, c.want.Network.Gateway)
+	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, c.want.Network.Sources[0].Gateway)
 	if err != nil {
 		return doubt
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -124,7 +125,7 @@ func TestOrder(t *testing.T) {
 	redirects := rules.NewPlan(rules.Set{Fallback: lab.Remote[0]}, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{lab.Source}})
 	proxy := rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"})
 	ready := func(s *script) { // as after a run
-		want := plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}
+		want := plan.Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}}}
 		s.state.Routes = nil
 		for _, g := range plan.Steps(plan.Want{Network: want}, plan.Have{State: s.state}) {
 			for _, step := range g.Steps {
@@ -158,7 +159,7 @@ func TestOrder(t *testing.T) {
 			test.start(s)
 			r := &router.Router{
 				Want: plan.Want{
-					Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
+					Network: plan.Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}}},
 					Rules:   test.plan, Forward: len(test.plan.Destinations()) > 0,
 				},
 				Log:     slog.New(slog.DiscardHandler),
@@ -196,7 +197,7 @@ func TestRefusedBeforeChange(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := &script{state: test.state}
 			r := &router.Router{
-				Want:    plan.Want{Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}},
+				Want:    plan.Want{Network: plan.Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}}}},
 				Log:     slog.New(slog.DiscardHandler),
 				Network: func() (router.Network, error) { return s, nil },
 			}
@@ -210,7 +211,7 @@ func TestRefusedBeforeChange(t *testing.T) {
 	cancel()
 	s := &script{state: plan.State{Index: 3, NoARP: true}}
 	r := &router.Router{
-		Want:    plan.Want{Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}, Rules: rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"})},
+		Want:    plan.Want{Network: plan.Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}}}, Rules: rules.NewProxyPlan(rules.Sides{Egress: "macvlan0"})},
 		Log:     slog.New(slog.DiscardHandler),
 		Network: func() (router.Network, error) { return s, nil },
 		Rules:   func(context.Context, rules.Plan) (router.Rules, error) { return s, nil },

@@ -77,7 +77,7 @@ func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 
 func (k *Keeper) probeAll(ctx context.Context) {
 	k.mu.Lock()
-	inSync, source, targets := k.status.InSync, k.Router.Want.Network.Address.Addr(), targets(k.wanted)
+	inSync, source, targets := k.status.InSync, k.Router.Want.Network.Sources[0].Prefix.Addr(), targets(k.wanted)
 	k.mu.Unlock()
 	if !inSync { // there may be no source address
 		return

@@ -231,11 +231,11 @@ func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
 		r.warnOfOtherRoutes(have)
 	}
 	for _, a := range have.Addresses {
-		if a != r.Want.Network.Address {
+		if !slices.ContainsFunc(r.Want.Network.Sources, func(s spec.SourceAddress) bool { return s.Prefix == a }) {
 			r.Log.Warn("unused address on egress interface", "address", a.String())
 		}
 	}
-	attrs := []any{"mode", r.Mode, "interface", r.Want.Network.Interface, "address", r.Want.Network.Address.String(), "gateway", r.Want.Network.Gateway.String()}
+	attrs := []any{"mode", r.Mode, "interface", r.Want.Network.Interface, "address", r.Want.Network.Sources.String(), "gateway", r.Want.Network.Sources.Gateways()}
 	if r.Want.Forward {
 		attrs = append(attrs, "redirects", r.Want.Rules.Size())
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -60,7 +61,7 @@ func newRouter(t *testing.T, set string, left *int, steps *[]string) *router.Rou
 	return &router.Router{
 		Want: plan.Want{
 			Network: plan.Network{
-				Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr, Cluster: clusterSide,
+				Interface: "macvlan0", Sources: spec.Sources{{Prefix: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}}, Cluster: clusterSide,
 			},
 			Rules: wanted, Forward: true,
 		},

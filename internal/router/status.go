@@ -58,7 +58,7 @@ func kindOf(s plan.Change, want plan.Network) RepairKind {
 			return RepairReplyPath
 		case s.Route.IsDefault():
 			return RepairDefaultRoute
-		case s.Route.Destination.IsSingleIP() && s.Route.Destination.Addr() == want.Gateway:
+		case s.Route.Destination.IsSingleIP() && want.Sources.HaveGateway(s.Route.Destination.Addr()):
 			return RepairGatewayRoute
 		}
 	}
@@ -119,7 +119,7 @@ func (s *Status) reasons(want plan.Network, probes bool) {
 		s.NotReady = append(s.NotReady, fmt.Sprintf("egress interface %s without carrier", want.Interface))
 	}
 	if g := s.Gateway; !g.Reachable && (g.Known || g.Misses > 0) {
-		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", want.Gateway))
+		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", want.Sources[0].Gateway))
 	}
 	up := func(p Probe) bool { return p.Err == "" }
 	if probes && len(s.Probes) > 0 && !slices.ContainsFunc(s.Probes, up) {

@@ -23,6 +23,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -90,7 +91,7 @@ func wanted(t *testing.T, destinations string) plan.Want {
 		t.Fatal(err)
 	}
 	return plan.Want{
-		Network: plan.Network{Interface: "macvlan0", Address: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr},
+		Network: plan.Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: netip.PrefixFrom(lab.Source, 24), Gateway: lab.GatewayAddr}}},
 		Rules:   rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{lab.Source}}),
 		Forward: true,
 	}

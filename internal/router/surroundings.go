@@ -40,12 +40,13 @@ type surroundings struct {
 // follow starts the ARP watch, again if the interface has changed.
 func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State) {
 	s := &k.surroundings
-	if s.watch == nil || have.NoARP || !want.HasAddress(have) {
+	if s.watch == nil || have.NoARP || !want.HasAddresses(have) {
 		return
 	}
+	address := want.Sources[0].Prefix.Addr()
 	o := arp.Options{
-		Index: have.Index, MAC: have.MAC, Address: want.Address.Addr(), Gateway: want.Gateway,
-		Conflict:       func(mac net.HardwareAddr) { k.conflict(want.Address.Addr(), mac) },
+		Index: have.Index, MAC: have.MAC, Address: address, Gateway: want.Sources[0].Gateway,
+		Conflict:       func(mac net.HardwareAddr) { k.conflict(address, mac) },
 		GatewayChanged: func(reachable bool, mac net.HardwareAddr) { k.gatewayChanged(want, reachable, mac) },
 		Misses:         k.Router.start.misses,
 		Log:            k.Router.Log,
@@ -142,8 +143,8 @@ func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
 
 func (k *Keeper) gatewayChanged(want plan.Network, reachable bool, mac net.HardwareAddr) {
 	if reachable {
-		k.Router.Log.Info("gateway answers ARP", "gateway", want.Gateway.String(), "mac", mac.String())
+		k.Router.Log.Info("gateway answers ARP", "gateway", want.Sources[0].Gateway.String(), "mac", mac.String())
 		return
 	}
-	k.Router.Log.Error(gatewaySilent, "gateway", want.Gateway.String(), "hint", k.Router.gatewayHint(want))
+	k.Router.Log.Error(gatewaySilent, "gateway", want.Sources[0].Gateway.String(), "hint", k.Router.gatewayHint(want))
 }
