@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/ndp"
 )
 
 // ErrGone reports that the interface was deleted, or moved to another network
@@ -38,21 +40,26 @@ type conn struct {
 	index  int
 	file   *os.File
 	raw    syscall.RawConn
+	ipv6   bool
 	closed atomic.Bool
 
 	// Used only by receive.
-	buf  [packetEnd]byte
+	buf  [largest]byte
 	down bool // the interface was down at the last check
 }
 
-// listen opens a conn that receives packets about address and gateway only;
-// gateway may be the zero Addr. The interface belongs to the calling thread's
+// largest is the largest number of bytes of a frame that are received: enough for a
+// neighbour advertisement with several options.
+const largest = 256
+
+// listen opens a conn that receives packets about addresses and gateway only, of one
+// family; gateway may be the zero Addr. The interface belongs to the calling thread's
 // network namespace; it may be down.
-func listen(index int, address, gateway netip.Addr) (*conn, error) {
+func listen(index int, addresses []netip.Addr, gateway netip.Addr) (*conn, error) {
 	if index <= 0 {
 		return nil, fmt.Errorf("listen for ARP: invalid interface index %d", index) // 0 would bind to all interfaces (packet(7))
 	}
-	p, err := program(address, gateway)
+	p, err := program(addresses, gateway)
 	if err != nil {
 		return nil, err
 	}
@@ -63,12 +70,15 @@ func listen(index int, address, gateway netip.Addr) (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open packet socket: %w", os.NewSyscallError("socket", err))
 	}
-	c := &conn{index: index, file: os.NewFile(uintptr(fd), "packet")} // uses the runtime's poller
+	c := &conn{index: index, file: os.NewFile(uintptr(fd), "packet"), ipv6: addresses[0].Is6()} // uses the runtime's poller
 	if err := attach(fd, p); err != nil {
 		c.close()
 		return nil, err
 	}
-	const protocol = etherTypeARP&0xff<<8 | etherTypeARP>>8 // network byte order
+	protocol := uint16(etherTypeARP&0xff<<8 | etherTypeARP>>8) // network byte order
+	if c.ipv6 {
+		protocol = ndp.EtherType&0xff<<8 | ndp.EtherType>>8
+	}
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: index}); err != nil {
 		c.close()
 		return nil, fmt.Errorf("listen for ARP: %w", os.NewSyscallError("bind", err))
@@ -115,7 +125,7 @@ func (c *conn) receive(until time.Time) (Packet, error) {
 		switch {
 		case err == nil:
 			// A frame that passes the filter but does not parse is ignored.
-			if p, err := Parse(c.buf[:n]); err == nil {
+			if p, err := parse(c.buf[:n], c.ipv6); err == nil {
 				return p, nil
 			}
 		case errors.Is(err, unix.ENETDOWN), errors.Is(err, os.ErrDeadlineExceeded) && !end.Equal(until):

@@ -4,50 +4,61 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/ndp"
 )
 
-// program returns the filter of a socket for address and gateway (classic BPF,
+// program returns the filter of a socket for addresses and gateway (classic BPF,
 // Documentation/networking/filter.rst): ARP packets whose sender has or claims one
-// of them, and probes for address. The ARP of other hosts does not wake the
+// of them, and probes for an address. The ARP of other hosts does not wake the
 // process.
 //
 // Frames for other hosts (PACKET_OTHERHOST) and outgoing frames (PACKET_OUTGOING)
 // are dropped too, as in the kernel (arp_rcv in net/ipv4/arp.c).
-func program(address, gateway netip.Addr) ([]bpf.Instruction, error) {
-	if !gateway.IsValid() {
-		gateway = address
+func program(addresses []netip.Addr, gateway netip.Addr) ([]bpf.Instruction, error) {
+	senders := slices.Clone(addresses)
+	if gateway.IsValid() {
+		senders = append(senders, gateway)
 	}
-	for _, a := range []netip.Addr{address, gateway} {
-		if !a.Is4() {
-			return nil, fmt.Errorf("build ARP filter: %q is not an IPv4 address", a)
-		}
+	if addresses[0].Is6() {
+		return ndp.Filter(largest, senders...)
 	}
-	number := func(a netip.Addr) uint32 { return binary.BigEndian.Uint32(a.AsSlice()) }
 	const types, lengths = hardwareEther<<16 | etherTypeIPv4, macLength<<8 | ipv4Length
-	return []bpf.Instruction{
+	drop, accept := bpf.RetConstant{Val: 0}, bpf.RetConstant{Val: packetEnd} // without the padding
+	p := []bpf.Instruction{
 		// To this host, broadcast, multicast: 0, 1, 2 (linux/if_packet.h).
 		bpf.LoadExtension{Num: bpf.ExtType},
-		bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: unix.PACKET_MULTICAST, SkipTrue: 13},
+		bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: unix.PACKET_MULTICAST, SkipTrue: 6},
 		bpf.LoadAbsolute{Off: etherTypeOffset, Size: 2},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: etherTypeARP, SkipTrue: 11},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: etherTypeARP, SkipTrue: 4},
 		bpf.LoadAbsolute{Off: fixedOffset, Size: 4},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: types, SkipTrue: 9},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: types, SkipTrue: 2},
 		bpf.LoadAbsolute{Off: lengthsOffset, Size: 2},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: lengths, SkipTrue: 7},
-
-		bpf.LoadAbsolute{Off: senderIPOffset, Size: 4},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: number(address), SkipTrue: 4},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: number(gateway), SkipTrue: 3},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 0, SkipTrue: 3},
-		bpf.LoadAbsolute{Off: targetIPOffset, Size: 4},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: number(address), SkipTrue: 1},
-
-		bpf.RetConstant{Val: packetEnd}, // accept, without the padding
-		bpf.RetConstant{Val: 0},         // drop; the kernel also drops a frame too short for a load
-	}, nil
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: lengths, SkipTrue: 1},
+		drop,
+	}
+	among := func(addresses []netip.Addr) error {
+		for _, a := range addresses {
+			if !a.Is4() {
+				return fmt.Errorf("build ARP filter: %q is not an IPv4 address", a)
+			}
+			p = append(p, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(a.AsSlice()), SkipTrue: 1}, accept)
+		}
+		return nil
+	}
+	p = append(p, bpf.LoadAbsolute{Off: senderIPOffset, Size: 4})
+	if err := among(senders); err != nil {
+		return nil, err
+	}
+	p = append(p, bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0, SkipTrue: 1}, drop, bpf.LoadAbsolute{Off: targetIPOffset, Size: 4})
+	if err := among(addresses); err != nil {
+		return nil, err
+	}
+	return append(p, drop), nil // the kernel also drops a frame too short for a load
 }
 
 // attach sets p as the filter of a socket (SO_ATTACH_FILTER, socket(7)).

@@ -40,7 +40,7 @@ func framesBy(t testing.TB) (accepted, dropped map[string][]byte) {
 }
 
 func TestFilter(t *testing.T) {
-	p, err := program(address, gateway)
+	p, err := program([]netip.Addr{address}, gateway)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,7 +65,7 @@ func TestFilter(t *testing.T) {
 
 // Without a gateway only the address matters.
 func TestFilterWithoutGateway(t *testing.T) {
-	p, err := program(address, netip.Addr{})
+	p, err := program([]netip.Addr{address}, netip.Addr{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,8 +84,32 @@ func TestFilterRefuses(t *testing.T) {
 	for _, addresses := range [][2]netip.Addr{
 		{{}, gateway}, {netip.MustParseAddr("2001:db8::1"), gateway}, {address, netip.MustParseAddr("2001:db8::1")},
 	} {
-		if _, err := program(addresses[0], addresses[1]); err == nil {
+		if _, err := program(addresses[:1], addresses[1]); err == nil {
 			t.Errorf("%v: want an error", addresses)
+		}
+	}
+}
+
+// A second address counts as the first one does.
+func TestFilterOfTwoAddresses(t *testing.T) {
+	p, err := program([]netip.Addr{address, neighbour}, gateway)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm, err := bpf.NewVM(p[2:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	third := netip.MustParseAddr("192.168.12.81")
+	for _, test := range []struct {
+		sender, target netip.Addr
+		want           int
+	}{
+		{address, third, packetEnd}, {neighbour, third, packetEnd}, {gateway, third, packetEnd}, {zeroIP, neighbour, packetEnd}, {zeroIP, address, packetEnd},
+		{third, neighbour, 0}, {zeroIP, gateway, 0}, {zeroIP, third, 0},
+	} {
+		if n, err := vm.Run(Packet{Request, otherMAC, test.sender, unknown(), test.target}.frame()); err != nil || n != test.want {
+			t.Errorf("from %s to %s: %d, %v, want %d", test.sender, test.target, n, err, test.want)
 		}
 	}
 }

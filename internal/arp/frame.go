@@ -1,12 +1,15 @@
-// Package arp announces the reserved address to the physical network, and detects
-// other holders of the address and a missing gateway.
+// Package arp announces the reserved addresses to the physical network, and detects
+// other holders of an address and a missing gateway.
 //
-// Neighbours with an older entry for the address would keep sending to another
+// Neighbours with an older entry for an address would keep sending to another
 // node until the entry expires (minutes). A gratuitous announcement updates the
 // entry at once.
 //
-// [Ask] and [Acquire] probe for another holder before the address is taken; a
+// [Ask] and [Acquire] probe for another holder before an address is taken; a
 // [Watch] detects claims afterwards (RFC 5227).
+//
+// For IPv6 addresses it does the same by the messages of package ndp, except for Acquire:
+// the kernel detects duplicates itself before it uses an address (RFC 4862, section 5.4).
 package arp
 
 import (
@@ -15,6 +18,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+
+	"github.com/egress-router/egress-router/internal/ndp"
 )
 
 // An Operation is the ARP opcode (RFC 826).
@@ -53,7 +58,8 @@ const (
 
 var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-// A Packet is an ARP packet for IPv4 over Ethernet (RFC 826).
+// A Packet is an ARP packet for IPv4 over Ethernet (RFC 826), or the same of IPv6: a
+// solicitation is a request, and an advertisement a reply, with its target as the sender.
 type Packet struct {
 	Operation Operation
 	SenderMAC net.HardwareAddr
@@ -88,10 +94,25 @@ func Parse(frame []byte) (Packet, error) {
 	}, nil
 }
 
+// parse parses a frame of the family of an address.
+func parse(frame []byte, ipv6 bool) (Packet, error) {
+	if !ipv6 {
+		return Parse(frame)
+	}
+	m, err := ndp.Parse(frame)
+	if err != nil {
+		return Packet{}, err
+	}
+	if m.Type == ndp.Advertisement {
+		return Packet{Operation: Reply, SenderMAC: m.MAC, SenderIP: m.Target}, nil
+	}
+	return Packet{Operation: Request, SenderMAC: m.MAC, SenderIP: m.Source, TargetIP: m.Target}, nil
+}
+
 // probes reports whether p is a probe for address, which does not claim it
 // (RFC 5227 section 1.1, "ARP Probe").
 func (p Packet) probes(address netip.Addr) bool {
-	return p.Operation == Request && p.SenderIP == netip.IPv4Unspecified() && p.TargetIP == address
+	return p.Operation == Request && p.SenderIP.IsUnspecified() && p.TargetIP == address
 }
 
 // frame returns p as a broadcast Ethernet frame.
@@ -147,18 +168,57 @@ func Announcement(form Operation, mac net.HardwareAddr, address netip.Addr) ([]b
 	return Packet{form, mac, address, target, address}.frame(), nil
 }
 
+// announcements returns the frames that announce address at mac.
+func announcements(mac net.HardwareAddr, address netip.Addr) (frames [][]byte, err error) {
+	if address.Is6() {
+		frame, err := ndp.Announce(mac, address)
+		return [][]byte{frame}, err
+	}
+	for _, form := range []Operation{Reply, Request} {
+		frame, err := Announcement(form, mac, address)
+		if err != nil {
+			return nil, err
+		}
+		frames = append(frames, frame)
+	}
+	return frames, nil
+}
+
+// CheckAnnouncement returns an error if address cannot be announced at mac.
+func CheckAnnouncement(mac net.HardwareAddr, address netip.Addr) error {
+	_, err := announcements(mac, address)
+	return err
+}
+
 // Probe returns a broadcast Ethernet frame that requests address. Its sender IP
 // address is zero, so that it updates no neighbour's entry (RFC 5227 section 1.1).
 func Probe(mac net.HardwareAddr, address netip.Addr) ([]byte, error) {
+	if address.Is6() {
+		return ndp.Solicit(address, nil, mac, netip.IPv6Unspecified())
+	}
 	if err := check(mac, address); err != nil {
 		return nil, fmt.Errorf("probe %s: %w", address, err)
 	}
 	return Packet{Request, mac, netip.IPv4Unspecified(), unknown(), address}.frame(), nil
 }
 
+// requestBy returns a request as RequestFor does, by unicast to the hardware address via,
+// unless that is nil.
+func requestBy(via net.HardwareAddr, target netip.Addr, mac net.HardwareAddr, sender netip.Addr) ([]byte, error) {
+	if target.Is6() {
+		return ndp.Solicit(target, via, mac, sender)
+	}
+	frame, err := RequestFor(target, mac, sender)
+	copy(frame, via)
+	return frame, err
+}
+
 // RequestFor returns a broadcast Ethernet frame in which the holder of sender, at
 // mac, requests the hardware address of target (RFC 826).
 func RequestFor(target netip.Addr, mac net.HardwareAddr, sender netip.Addr) ([]byte, error) {
+	if target.Is6() {
+		return ndp.Solicit(target, nil, mac, sender)
+	}
 	if err := check(mac, target, sender); err != nil {
 		return nil, fmt.Errorf("request %s: %w", target, err)
 	}

@@ -99,6 +99,9 @@ func TestFramesRefuse(t *testing.T) {
 			"request":      func() ([]byte, error) { return RequestFor(gateway, try.mac, address) },
 			"request for":  func() ([]byte, error) { return RequestFor(address, try.mac, gateway) },
 		} {
+			if kind == "probe" && name == "IPv6" {
+				continue // a solicitation
+			}
 			if frame, err := make(); err == nil {
 				t.Errorf("%s, %s: got %x, want an error", kind, name, frame)
 			}

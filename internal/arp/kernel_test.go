@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/ndp"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
@@ -96,7 +97,7 @@ func (h *host) listen() *conn {
 	h.t.Helper()
 	var c *conn
 	h.must(h.do(func() (err error) {
-		c, err = listen(h.index, lab.Source, lab.GatewayAddr)
+		c, err = listen(h.index, []netip.Addr{lab.Source}, lab.GatewayAddr)
 		return err
 	}))
 	h.t.Cleanup(c.close)
@@ -249,7 +250,7 @@ func TestKernelGone(t *testing.T) {
 			l, router, _ := network(t)
 			var w *Watch
 			router.must(router.do(func() (err error) {
-				w, err = NewWatch(Options{Index: router.index, MAC: router.mac, Address: lab.Source, Gateway: lab.GatewayAddr})
+				w, err = NewWatch(Options{Index: router.index, MAC: router.mac, Addresses: []netip.Addr{lab.Source}, Gateway: lab.GatewayAddr})
 				return err
 			}))
 			ended := make(chan error)
@@ -390,7 +391,7 @@ func TestKernelAskGateway(t *testing.T) {
 			var w *Watch
 			router.must(router.do(func() (err error) {
 				w, err = NewWatch(Options{
-					Index: router.index, MAC: router.mac, Address: lab.Source, Gateway: test.gateway,
+					Index: router.index, MAC: router.mac, Addresses: []netip.Addr{lab.Source}, Gateway: test.gateway,
 					GatewayChanged: func(now bool, _ net.HardwareAddr) { reachable <- now },
 				})
 				return err
@@ -463,8 +464,8 @@ func TestKernelWatch(t *testing.T) {
 	var w *Watch
 	router.must(router.do(func() (err error) {
 		w, err = NewWatch(Options{
-			Index: router.index, MAC: router.mac, Address: lab.Source, Gateway: lab.GatewayAddr,
-			Conflict:       func(mac net.HardwareAddr) { conflicts <- mac },
+			Index: router.index, MAC: router.mac, Addresses: []netip.Addr{lab.Source}, Gateway: lab.GatewayAddr,
+			Conflict:       func(_ netip.Addr, mac net.HardwareAddr) { conflicts <- mac },
 			GatewayChanged: func(reachable bool, _ net.HardwareAddr) { gateway <- reachable },
 		})
 		return err
@@ -511,6 +512,102 @@ func TestKernelWatch(t *testing.T) {
 		t.Errorf("state %+v", s)
 	}
 
+	cancel()
+	router.must(<-ended)
+}
+
+// The same by neighbour discovery, with two addresses and a link-local gateway.
+func TestKernelWatchIPv6(t *testing.T) {
+	l, err := lab.New(lab.Options{IPv6: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	router, outside := newHost(t, l.Router.Do, l.MacvlanName), newHost(t, l.Outside.Do, lab.LANLink)
+	second := lab.Source6.Next()
+	addresses := []netip.Addr{lab.Source6, second}
+	router.must(l.SetSysctl(l.Router, "net/ipv6/conf/macvlan0/accept_dad", "0"))
+	router.up()
+	for _, a := range addresses {
+		router.must(router.AddrAdd(router.link, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}))
+	}
+	router.must(router.do(func() error {
+		held, err := Ask(router.index, router.mac, lab.LANServer6)
+		if err != nil {
+			return err
+		}
+		if mac, err := held.Answer(t.Context(), soon()); !bytes.Equal(mac, outside.mac) {
+			t.Errorf("holder %v, %v, want %v", mac, err, outside.mac)
+		}
+		gateway, err := AskGateway(router.index, router.mac, lab.Source6, lab.GatewayLinkLocal)
+		if err != nil {
+			return err
+		}
+		if mac, err := gateway.Answer(t.Context(), soon()); !bytes.Equal(mac, outside.mac) {
+			t.Errorf("gateway %v, %v, want %v", mac, err, outside.mac)
+		}
+		return nil
+	}))
+
+	type conflict struct {
+		address netip.Addr
+		mac     string
+	}
+	conflicts, gateway := make(chan conflict, 10), make(chan bool, 10)
+	var w *Watch
+	router.must(router.do(func() (err error) {
+		w, err = NewWatch(Options{
+			Index: router.index, MAC: router.mac, Addresses: addresses, Gateway: lab.GatewayLinkLocal,
+			Conflict:       func(a netip.Addr, mac net.HardwareAddr) { conflicts <- conflict{a, mac.String()} },
+			GatewayChanged: func(reachable bool, _ net.HardwareAddr) { gateway <- reachable },
+		})
+		return err
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- w.Run(ctx) }()
+	capture, err := l.Capture(l.Outside, lab.LANLink)
+	router.must(err)
+	router.must(w.ProbeGateway())
+	if !<-gateway {
+		t.Error("the gateway answers, and counts as unreachable")
+	}
+	message := func(counts func(ndp.Message, lab.Frame) bool) func(lab.Frame) bool {
+		return func(f lab.Frame) bool {
+			m, err := ndp.Parse(f.Data)
+			return err == nil && counts(m, f)
+		}
+	}
+	// The poll after the answer is by unicast.
+	if _, err := capture.Wait(t.Context(), message(func(m ndp.Message, f lab.Frame) bool {
+		return m.Type == ndp.Solicitation && m.Source == lab.Source6 && m.Target == lab.GatewayLinkLocal && bytes.Equal(f.Destination(), outside.mac)
+	})); err != nil {
+		t.Error(err)
+	}
+	outside.must(outside.LinkSetDown(outside.link))
+	if <-gateway {
+		t.Error("reachable after three misses")
+	}
+	outside.must(outside.LinkSetUp(outside.link))
+	outside.must(outside.AddrReplace(outside.link, &netlink.Addr{IPNet: &net.IPNet{IP: lab.GatewayLinkLocal.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}))
+	if !<-gateway {
+		t.Error("the gateway answers again, and counts as unreachable")
+	}
+
+	claim, err := ndp.Announce(outside.mac, second)
+	outside.must(err)
+	outside.transmit(claim)
+	if c := <-conflicts; c != (conflict{second, outside.mac.String()}) {
+		t.Errorf("conflict %v, want %s at %s", c, second, outside.mac)
+	}
+	if _, err := capture.Wait(t.Context(), message(func(m ndp.Message, _ lab.Frame) bool {
+		return m.Type == ndp.Advertisement && m.Target == second && bytes.Equal(m.MAC, router.mac)
+	})); err != nil {
+		t.Error(err)
+	}
+	if s := w.State(); s.Conflicts != 1 || s.Defences != 1 || s.Conflicting != second {
+		t.Errorf("state %+v", s)
+	}
 	cancel()
 	router.must(<-ended)
 }

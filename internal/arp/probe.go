@@ -49,7 +49,7 @@ func AskGateway(index int, mac net.HardwareAddr, address, gateway netip.Addr) (*
 }
 
 func ask(index int, mac net.HardwareAddr, address netip.Addr, frame []byte) (*Question, error) {
-	c, err := listen(index, address, netip.Addr{})
+	c, err := listen(index, []netip.Addr{address}, netip.Addr{})
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +103,7 @@ func Acquire(ctx context.Context, index int, mac net.HardwareAddr, address netip
 	if err != nil {
 		return nil, err
 	}
-	c, err := listen(index, address, netip.Addr{})
+	c, err := listen(index, []netip.Addr{address}, netip.Addr{})
 	if err != nil {
 		return nil, err
 	}

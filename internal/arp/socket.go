@@ -38,17 +38,18 @@ func (s *Socket) Close() {
 }
 
 // Announce sends both forms of announcement, since some neighbours ignore one of
-// them: first the reply, then the request, as the original did.
+// them: first the reply, then the request, as the original did. For an IPv6 address it
+// sends an unsolicited advertisement.
 func (s *Socket) Announce(mac net.HardwareAddr, address netip.Addr) error {
 	return announce(func(frame []byte) error { return send(s.fd, s.index, frame) }, mac, address)
 }
 
 func announce(send func(frame []byte) error, mac net.HardwareAddr, address netip.Addr) error {
-	for _, form := range []Operation{Reply, Request} {
-		frame, err := Announcement(form, mac, address)
-		if err != nil {
-			return err
-		}
+	frames, err := announcements(mac, address)
+	if err != nil {
+		return err
+	}
+	for _, frame := range frames {
 		if err := send(frame); err != nil {
 			return fmt.Errorf("announce %s at %s: %w", address, mac, err)
 		}
@@ -56,7 +57,7 @@ func announce(send func(frame []byte) error, mac net.HardwareAddr, address netip
 	return nil
 }
 
-// send sends a broadcast frame.
+// send sends a frame, whose destination is in it.
 func send(fd, index int, frame []byte) error {
 	to := &unix.SockaddrLinklayer{Ifindex: index, Halen: macLength}
 	copy(to.Addr[:], broadcast)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 )
@@ -55,15 +56,15 @@ const (
 // The callbacks are called one at a time and in order. A callback must not call
 // ProbeGateway, and blocks the Watch.
 type Options struct {
-	Index   int              // index of the interface
-	MAC     net.HardwareAddr // its own; if it changes, make another Watch
-	Address netip.Addr       // the reserved address
-	Gateway netip.Addr       // the zero Addr: no gateway
-	Misses  int              // unanswered requests to the gateway before the Watch
+	Index     int              // index of the interface
+	MAC       net.HardwareAddr // its own; if it changes, make another Watch
+	Addresses []netip.Addr     // the reserved addresses of one family, at least one
+	Gateway   netip.Addr       // the zero Addr: no gateway
+	Misses    int              // unanswered requests to the gateway before the Watch
 
-	// Conflict is called for another host that claims the address: for each
+	// Conflict is called for another host that claims an address: for each address and
 	// hardware address at most once in 10 s, for at most 16 of them in that time.
-	Conflict func(mac net.HardwareAddr)
+	Conflict func(address netip.Addr, mac net.HardwareAddr)
 
 	// GatewayChanged is called when the gateway becomes reachable or unreachable,
 	// and when its state is first known. The hardware address is that of the last
@@ -76,8 +77,9 @@ type Options struct {
 
 // State is the state of a Watch.
 type State struct {
-	Conflicts   int              // packets of other hosts that claim the address
+	Conflicts   int              // packets of other hosts that claim an address
 	ConflictMAC net.HardwareAddr // sender of the last one
+	Conflicting netip.Addr       // the address that it claimed
 	ConflictAt  time.Time
 	Defences    int // announcements after conflicts
 
@@ -94,9 +96,9 @@ type GatewayState struct {
 	Misses    int              // unanswered requests in a row
 }
 
-// A Watch detects other hosts that claim a router's address, defends the address,
-// and tracks whether the gateway is reachable. Only ARP of those two addresses
-// wakes it.
+// A Watch detects other hosts that claim a router's addresses, defends them,
+// and tracks whether the gateway is reachable. Only ARP, or neighbour discovery, of those
+// addresses wakes it.
 type Watch struct {
 	options Options
 	port    port
@@ -112,27 +114,32 @@ type Watch struct {
 	polls    bool        // ProbeGateway was called
 	cut      bool        // the interface has no carrier
 	lost     bool        // the gateway is unreachable, and GatewayChanged not yet called
-	defended time.Time
-	reported map[string]time.Time // last report, by hardware address
+	defended map[netip.Addr]time.Time
+	reported map[string]time.Time // last report, by address and hardware address
 }
 
 // NewWatch makes a Watch for an interface in the network namespace of the calling
 // thread. It receives packets from now on; Run reads them. Call Close unless you
 // call Run.
 func NewWatch(o Options) (*Watch, error) {
-	if err := check(o.MAC, o.Address); err != nil {
-		return nil, fmt.Errorf("watch %s: %w", o.Address, err)
+	if len(o.Addresses) == 0 {
+		return nil, errors.New("watch: no address")
 	}
-	c, err := listen(o.Index, o.Address, o.Gateway)
+	for _, a := range o.Addresses {
+		if err := CheckAnnouncement(o.MAC, a); err != nil {
+			return nil, fmt.Errorf("watch %s: %w", a, err)
+		}
+	}
+	c, err := listen(o.Index, o.Addresses, o.Gateway)
 	if err != nil {
-		return nil, fmt.Errorf("watch %s: %w", o.Address, err)
+		return nil, fmt.Errorf("watch %s: %w", o.Addresses[0], err)
 	}
 	return newWatch(o, c), nil
 }
 
 func newWatch(o Options, p port) *Watch {
 	if o.Conflict == nil {
-		o.Conflict = func(net.HardwareAddr) {}
+		o.Conflict = func(netip.Addr, net.HardwareAddr) {}
 	}
 	if o.GatewayChanged == nil {
 		o.GatewayChanged = func(bool, net.HardwareAddr) {}
@@ -140,7 +147,7 @@ func newWatch(o Options, p port) *Watch {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	w := &Watch{options: o, port: p, reported: map[string]time.Time{}}
+	w := &Watch{options: o, port: p, defended: map[netip.Addr]time.Time{}, reported: map[string]time.Time{}}
 	w.state.Gateway.Misses = o.Misses
 	w.retry = time.AfterFunc(gatewayPoll, w.repeat)
 	w.retry.Stop()
@@ -159,7 +166,7 @@ func (w *Watch) Run(ctx context.Context) error {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("watch %s: %w", w.options.Address, err)
+			return fmt.Errorf("watch %s: %w", w.options.Addresses[0], err)
 		}
 		w.see(p)
 	}
@@ -179,8 +186,10 @@ func (w *Watch) State() State {
 	return w.state
 }
 
-// Announce announces the address, as [Socket.Announce] does.
-func (w *Watch) Announce() error { return announce(w.port.send, w.options.MAC, w.options.Address) }
+// announce announces an address, as [Socket.Announce] does.
+func (w *Watch) announce(address netip.Addr) error {
+	return announce(w.port.send, w.options.MAC, address)
+}
 
 // see processes a packet.
 func (w *Watch) see(p Packet) {
@@ -189,10 +198,10 @@ func (w *Watch) see(p Packet) {
 	}
 	w.turn.Lock()
 	defer w.turn.Unlock()
-	switch p.SenderIP {
-	case w.options.Address:
-		w.conflict(p.SenderMAC)
-	case w.options.Gateway:
+	switch {
+	case slices.Contains(w.options.Addresses, p.SenderIP):
+		w.conflict(p.SenderIP, p.SenderMAC)
+	case p.SenderIP == w.options.Gateway:
 		w.answered(p.SenderMAC)
 	}
 	// Other packets that pass the filter are probes for the address, which the
@@ -200,19 +209,19 @@ func (w *Watch) see(p Packet) {
 }
 
 // conflict counts, defends and reports a conflict.
-func (w *Watch) conflict(mac net.HardwareAddr) {
+func (w *Watch) conflict(address netip.Addr, mac net.HardwareAddr) {
 	now := time.Now()
 	w.mu.Lock()
 	w.state.Conflicts++
-	w.state.ConflictMAC, w.state.ConflictAt = mac, now
+	w.state.ConflictMAC, w.state.Conflicting, w.state.ConflictAt = mac, address, now
 	w.mu.Unlock()
 
-	if w.defended.IsZero() || now.Sub(w.defended) >= defendInterval {
-		w.defended = now // even after an error, which the next one would repeat
+	if last, defended := w.defended[address]; !defended || now.Sub(last) >= defendInterval {
+		w.defended[address] = now // even after an error, which the next one would repeat
 		// Neighbours have just learned the other host's hardware address. The two
 		// forms count as one announcement.
-		if err := w.Announce(); err != nil {
-			w.options.Log.Warn("address defence failed", "address", w.options.Address, "mac", mac.String(), "error", err)
+		if err := w.announce(address); err != nil {
+			w.options.Log.Warn("address defence failed", "address", address, "mac", mac.String(), "error", err)
 		} else {
 			w.mu.Lock()
 			w.state.Defences++
@@ -220,14 +229,15 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 		}
 	}
 
-	for mac, at := range w.reported {
+	for claim, at := range w.reported {
 		if now.Sub(at) >= reportInterval {
-			delete(w.reported, mac)
+			delete(w.reported, claim)
 		}
 	}
-	if _, recently := w.reported[string(mac)]; !recently && len(w.reported) < maxReported {
-		w.reported[string(mac)] = now
-		w.options.Conflict(mac)
+	claim := address.String() + string(mac)
+	if _, recently := w.reported[claim]; !recently && len(w.reported) < maxReported {
+		w.reported[claim] = now
+		w.options.Conflict(address, mac)
 	}
 }
 
@@ -239,7 +249,7 @@ func (w *Watch) conflict(mac net.HardwareAddr) {
 // request that cannot be sent is an error, and a miss unless a packet arrives in that
 // time.
 //
-// The sender of the request is the reserved address, so the interface must have it. So
+// The sender of the request is the first reserved address, so the interface must have it. So
 // the gateway keeps the hardware address of this interface for it, and a gateway that
 // checks its own address for conflicts takes no request for one, as it would take a probe
 // (RFC 5227 section 2.1.1). A second call does nothing.
@@ -283,15 +293,16 @@ func (w *Watch) repeat() {
 // request sends a request to the gateway, and counts a miss if the last one is
 // unanswered. The caller holds turn.
 func (w *Watch) request() error {
-	frame, err := RequestFor(w.options.Gateway, w.options.MAC, w.options.Address)
-	if err != nil {
-		return err
-	}
 	w.mu.Lock()
 	g := w.state.Gateway
 	w.mu.Unlock()
-	if !w.asked && g.MAC != nil {
-		copy(frame, g.MAC)
+	var via net.HardwareAddr // nil: to all hosts
+	if !w.asked {
+		via = g.MAC
+	}
+	frame, err := requestBy(via, w.options.Gateway, w.options.MAC, w.options.Addresses[0])
+	if err != nil {
+		return err
 	}
 	err = w.port.send(frame)
 	if errors.Is(err, os.ErrClosed) { // the Watch has ended

@@ -25,8 +25,8 @@ func run(t *testing.T, w *wire) (watch *Watch, reports *[]string) {
 		*reports = append(*reports, fmt.Sprintf(format, a...)+fmt.Sprintf(" at %v", time.Since(start)))
 	}
 	watch = newWatch(Options{
-		MAC: ourMAC, Address: address, Gateway: gateway,
-		Conflict:       func(mac net.HardwareAddr) { tell("conflict %s", mac) },
+		MAC: ourMAC, Addresses: []netip.Addr{address}, Gateway: gateway,
+		Conflict:       func(_ netip.Addr, mac net.HardwareAddr) { tell("conflict %s", mac) },
 		GatewayChanged: func(reachable bool, mac net.HardwareAddr) { tell("gateway %t %v", reachable, mac) },
 	}, w)
 	ended := make(chan error)
@@ -326,7 +326,7 @@ func TestGatewayMissesBefore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var unreachable time.Time
 		watch := newWatch(Options{
-			MAC: ourMAC, Address: address, Gateway: gateway, Misses: 1,
+			MAC: ourMAC, Addresses: []netip.Addr{address}, Gateway: gateway, Misses: 1,
 			GatewayChanged: func(bool, net.HardwareAddr) { unreachable = time.Now() },
 		}, newWire())
 		defer watch.Close()
@@ -363,7 +363,7 @@ func TestGatewayRequestFails(t *testing.T) {
 func TestGatewayClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire()
-		watch := newWatch(Options{MAC: ourMAC, Address: address, Gateway: gateway}, w)
+		watch := newWatch(Options{MAC: ourMAC, Addresses: []netip.Addr{address}, Gateway: gateway}, w)
 		if err := watch.ProbeGateway(); err != nil {
 			t.Error(err)
 		}
@@ -380,7 +380,7 @@ func TestGatewayClosed(t *testing.T) {
 
 func TestNoGateway(t *testing.T) {
 	w := newWire()
-	watch := newWatch(Options{MAC: ourMAC, Address: address}, w)
+	watch := newWatch(Options{MAC: ourMAC, Addresses: []netip.Addr{address}}, w)
 	for range 10 {
 		if err := watch.ProbeGateway(); err != nil {
 			t.Error(err)
@@ -398,29 +398,46 @@ func TestCallbacks(t *testing.T) {
 		var watch *Watch
 		var seen State
 		watch = newWatch(Options{
-			MAC: ourMAC, Address: address, Gateway: gateway,
-			Conflict: func(net.HardwareAddr) { seen = watch.State() },
+			MAC: ourMAC, Addresses: []netip.Addr{address}, Gateway: gateway,
+			Conflict: func(netip.Addr, net.HardwareAddr) { seen = watch.State() },
 		}, w)
 		watch.see(theirClaim)
 		watch.see(Packet{Reply, otherMAC, gateway, ourMAC, address})
 		if seen.Conflicts != 1 || seen.Defences != 1 {
 			t.Errorf("state in the callback: %+v", seen)
 		}
-		newWatch(Options{MAC: ourMAC, Address: address}, newWire()).see(theirClaim)
+		newWatch(Options{MAC: ourMAC, Addresses: []netip.Addr{address}}, newWire()).see(theirClaim)
 	})
 }
 
 func TestNewWatchRefuses(t *testing.T) {
 	for name, o := range map[string]Options{
-		"no interface":        {MAC: ourMAC, Address: address},
-		"no hardware address": {Index: 1, Address: address},
+		"no interface":        {MAC: ourMAC, Addresses: []netip.Addr{address}},
+		"no hardware address": {Index: 1, Addresses: []netip.Addr{address}},
 		"no address":          {Index: 1, MAC: ourMAC},
-		"an IPv6 gateway":     {Index: 1, MAC: ourMAC, Address: address, Gateway: netip.MustParseAddr("2001:db8::1")},
-		"another's index":     {Index: 1 << 30, MAC: ourMAC, Address: address},
+		"an IPv6 gateway":     {Index: 1, MAC: ourMAC, Addresses: []netip.Addr{address}, Gateway: netip.MustParseAddr("2001:db8::1")},
+		"another's index":     {Index: 1 << 30, MAC: ourMAC, Addresses: []netip.Addr{address}},
 	} {
 		if w, err := NewWatch(o); err == nil {
 			w.Close()
 			t.Errorf("%s: want an error", name)
 		}
 	}
+}
+
+// Each address is defended and reported on its own.
+func TestConflictsOfTwoAddresses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWire()
+		watch, _ := run(t, w)
+		watch.options.Addresses = []netip.Addr{address, neighbour}
+		var claimed []netip.Addr
+		watch.options.Conflict = func(a netip.Addr, _ net.HardwareAddr) { claimed = append(claimed, a) }
+		second := theirClaim
+		second.SenderIP = neighbour
+		w.say(theirClaim, second, theirClaim, second)
+		if s := watch.State(); s.Conflicts != 4 || s.Defences != 2 || s.Conflicting != neighbour || !slices.Equal(claimed, []netip.Addr{address, neighbour}) {
+			t.Errorf("state %+v, reported %v", s, claimed)
+		}
+	})
 }

@@ -76,27 +76,23 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		add("interface", health.OK, l.Since, "%s at %s", c.Egress, l.MAC)
 	}
 
-	last := "no answer yet"
-	if g := s.Gateway; !g.Answered.IsZero() {
-		last = fmt.Sprintf("last answer %s ago by %s", health.Age(g.Answered, now), g.MAC)
-	}
-	switch g := s.Gateway; {
-	case s.Unwatched != "":
-		add("gateway", health.Warning, s.UnwatchedSince, "%s, ARP watch not running: %s", c.Sources.Gateways(), s.Unwatched)
-	case !g.Known && g.Misses == 0:
-		add("gateway", health.OK, r.Started, "%s, %s", c.Sources.Gateways(), last)
-	case !g.Known:
-		add("gateway", health.Failed, r.Started, "%s does not answer ARP, %s", c.Sources.Gateways(), last)
-	case g.Reachable:
-		add("gateway", health.OK, g.Since, "%s answers ARP, %s", c.Sources.Gateways(), last)
-	default:
-		add("gateway", health.Failed, g.Since, "%s does not answer ARP, %s", c.Sources.Gateways(), last)
-	}
-
-	if s.Conflicts > 0 {
-		add("address", health.Warning, s.ConflictAt, "%s, claimed by %s, %d conflicts", c.Sources, s.ConflictMAC, s.Conflicts)
-	} else {
-		add("address", health.OK, r.Started, "%s, no conflict", c.Sources)
+	for i, first := range c.Sources.Families() {
+		suffix := "" // of the checks of the second family
+		if i > 0 {
+			suffix = "-ipv6"
+		}
+		around := s.Surroundings[i]
+		state, since, detail := gatewayCheck(around, first.Gateway, r.Started, now)
+		add("gateway"+suffix, state, since, "%s", detail)
+		sources := c.Sources.Of(first.Prefix.Addr().Is6())
+		switch {
+		case around.Conflicts == 0:
+			add("address"+suffix, health.OK, r.Started, "%s, no conflict", sources)
+		case len(sources) == 1:
+			add("address"+suffix, health.Warning, around.ConflictAt, "%s, claimed by %s, %d conflicts", sources, around.ConflictMAC, around.Conflicts)
+		default:
+			add("address"+suffix, health.Warning, around.ConflictAt, "%s, %s claimed by %s, %d conflicts", sources, around.Conflicting, around.ConflictMAC, around.Conflicts)
+		}
 	}
 
 	destinations := fmt.Sprintf("%d destinations", s.Destinations)
@@ -127,6 +123,27 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		add("servers", health.Warning, s.ProbesSince, "%d of %d unreachable: %s: %s%s", len(down), len(s.Probes), down[0].To, down[0].Err, leftOut)
 	default:
 		add("servers", health.OK, s.ProbesSince, "%d reachable%s", len(s.Probes), leftOut)
+	}
+}
+
+// gatewayCheck returns the state of a gateway.
+func gatewayCheck(around router.Surroundings, gateway netip.Addr, started, now time.Time) (state health.State, since time.Time, detail string) {
+	protocol, last := router.ProtocolOf(gateway), "no answer yet"
+	if g := around.Gateway; !g.Answered.IsZero() {
+		last = fmt.Sprintf("last answer %s ago by %s", health.Age(g.Answered, now), g.MAC)
+	}
+	answers, silent := fmt.Sprintf("%s answers %s, %s", gateway, protocol, last), fmt.Sprintf("%s does not answer %s, %s", gateway, protocol, last)
+	switch g := around.Gateway; {
+	case around.Unwatched != "":
+		return health.Warning, around.UnwatchedSince, fmt.Sprintf("%s, %s watch not running: %s", gateway, protocol, around.Unwatched)
+	case !g.Known && g.Misses == 0:
+		return health.OK, started, fmt.Sprintf("%s, %s", gateway, last)
+	case !g.Known:
+		return health.Failed, started, silent
+	case g.Reachable:
+		return health.OK, g.Since, answers
+	default:
+		return health.Failed, g.Since, silent
 	}
 }
 
@@ -164,9 +181,14 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	}
 	emit(name+"repair_failures_total", float64(s.RepairFailures))
 	emit(name+"announcements_total", float64(s.Announcements))
-	emit(name+"address_conflicts_total", float64(s.Conflicts))
-	if s.Gateway.Known {
-		emit(name+"gateway_reachable", oneIf(s.Gateway.Reachable))
+	conflicts, known, reachable := 0, false, false
+	for _, around := range s.Surroundings {
+		conflicts += around.Conflicts
+		known, reachable = known || around.Gateway.Known, reachable || around.Gateway.Reachable
+	}
+	emit(name+"address_conflicts_total", float64(conflicts))
+	if known {
+		emit(name+"gateway_reachable", oneIf(reachable))
 	}
 	emit(name+"reloads_total", float64(s.Reloads))
 	emit(name+"reload_failures_total", float64(s.ReloadFailures))

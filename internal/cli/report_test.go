@@ -208,7 +208,7 @@ func TestReportRouter(t *testing.T) {
 		want   []health.Check
 	}{
 		{
-			router.Status{Failure: "not reconciled yet", Since: begin, Destinations: 2, ReloadSince: begin},
+			router.Status{Failure: "not reconciled yet", Since: begin, Destinations: 2, ReloadSince: begin, Surroundings: []router.Surroundings{{}}},
 			[]health.Check{
 				check("kernel", health.Failed, "not reconciled yet", begin), check("interface", health.OK, "macvlan0, not read yet", begin),
 				check("gateway", health.OK, "192.168.12.1, no answer yet", begin), check("address", health.OK, "192.168.12.99/24, no conflict", begin),
@@ -218,7 +218,7 @@ func TestReportRouter(t *testing.T) {
 		{
 			router.Status{
 				InSync: true, Since: at, Backend: "nftables", Link: router.LinkStatus{Found: true, MAC: mac, Carrier: true, Since: at},
-				State:        arp.State{Gateway: arp.GatewayState{Known: true, Reachable: true, Since: at, MAC: other, Answered: at}},
+				Surroundings: []router.Surroundings{{State: arp.State{Gateway: arp.GatewayState{Known: true, Reachable: true, Since: at, MAC: other, Answered: at}}}},
 				Destinations: 1, ReloadSince: at, Probes: []router.Probe{{To: web}}, ProbesSince: at,
 			},
 			[]health.Check{
@@ -231,10 +231,10 @@ func TestReportRouter(t *testing.T) {
 		{
 			router.Status{
 				InSync: true, Since: begin, Contested: "set macvlan0 up", ContestedSince: at, Link: router.LinkStatus{Found: true, MAC: mac, Since: at},
-				State: arp.State{
+				Surroundings: []router.Surroundings{{State: arp.State{
 					Gateway:   arp.GatewayState{Known: true, Since: at, MAC: other, Answered: at},
 					Conflicts: 3, ConflictMAC: other, ConflictAt: at,
-				},
+				}}},
 				Destinations: 2, ReloadError: "line 1", ReloadSince: at,
 				Probes: []router.Probe{{To: web, Err: "refused"}, {}}, ProbesSince: at,
 			},
@@ -248,7 +248,7 @@ func TestReportRouter(t *testing.T) {
 			},
 		},
 		{
-			router.Status{Failure: "not found", Since: at, Link: router.LinkStatus{Since: at}, Unwatched: "denied", UnwatchedSince: at, ReloadSince: at, ProbesSince: at},
+			router.Status{Failure: "not found", Since: at, Link: router.LinkStatus{Since: at}, Surroundings: []router.Surroundings{{Unwatched: "denied", UnwatchedSince: at}}, ReloadSince: at, ProbesSince: at},
 			[]health.Check{
 				check("kernel", health.Failed, "not found", at), check("interface", health.Failed, "macvlan0 not found", at),
 				check("gateway", health.Warning, "192.168.12.1, ARP watch not running: denied", at),

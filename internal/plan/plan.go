@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -94,8 +95,8 @@ type (
 	}
 	// Announce announces the reserved addresses to the physical network.
 	Announce struct{ Addresses []netip.Addr }
-	// Ask sends a request to the gateway.
-	Ask struct{ Gateway netip.Addr }
+	// Ask sends a request to the gateway of a source.
+	Ask struct{ spec.SourceAddress }
 	// RemoveStray removes the rules of another backend, the first of Have.Strays.
 	RemoveStray struct{ Name string }
 	// Forget deletes the tracked connections that the rules would treat otherwise.
@@ -257,7 +258,7 @@ func announce(want Want, have Have, claims bool) []Step {
 	}
 	// Of a repair the ARP watch asks. The carrier of an interface that is down is unknown.
 	if want.Start && !have.Asked && (have.State.Carrier || !have.State.Up) {
-		packets = append(packets, Ask{want.Network.Sources[0].Gateway})
+		packets = append(packets, Ask{want.Network.Sources[0]})
 	}
 	return packets
 }

@@ -11,8 +11,9 @@ import (
 
 // A RefusedError reports a namespace in which the router cannot work as configured.
 type RefusedError struct {
-	text string
-	hint spec.Text
+	Gateway netip.Addr // that it is about; the zero Addr: none
+	text    string
+	hint    spec.Text
 }
 
 func (e *RefusedError) Error() string { return e.text }
@@ -27,12 +28,14 @@ func (n Network) Refuse(have State) error {
 		isGateway := func(p netip.Prefix) bool { return p.Addr() == s.Gateway }
 		if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, s.Gateway) {
 			return &RefusedError{
+				s.Gateway,
 				fmt.Sprintf("gateway %s: expected the router of the physical network, found an address of the pod", s.Gateway),
 				spec.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", spec.Gateway, spec.Source),
 			}
 		}
 		if slices.Contains(have.Cluster.Addresses, s.Prefix.Addr()) {
 			return &RefusedError{
+				netip.Addr{},
 				fmt.Sprintf("reserved address %s: expected an unused address of the physical network, found the pod's cluster address", s.Prefix.Addr()),
 				spec.Textf("set %s to an address of the physical network that is reserved for this pod", spec.Source),
 			}
@@ -67,6 +70,7 @@ func doubt(want Network, have State) *RefusedError {
 		return nil
 	}
 	return &RefusedError{
+		gateway,
 		fmt.Sprintf("gateway %s: expected the router of the physical network, found %s", gateway, found),
 		spec.Textf("set %s to the router of the physical network; if both interfaces are in one network, set %s with its length, for example 192.168.12.99/24", spec.Gateway, spec.Source),
 	}

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/conntrack"
@@ -27,12 +26,11 @@ type change struct {
 	want    plan.Want // the router's, completed during the run
 	have    plan.Have
 
-	socket   *arp.Socket   // nil: the interface needs no announcement
-	question *arp.Question // nil: no answer is pending
-	asked    time.Time
-	gateway  <-chan answer // receives the gateway's answer; nil: it was not asked
-	rules    Rules
-	strays   []Stray // those of have.Strays
+	socket    *arp.Socket     // nil: the interface needs no announcement
+	questions []question      // probes whose answers are pending
+	gateways  []<-chan answer // receive the answers of the gateways that were asked
+	rules     Rules
+	strays    []Stray // those of have.Strays
 
 	looks   bool // only: nothing is created
 	done    undoList
@@ -163,7 +161,7 @@ func (c *change) prepare(ctx context.Context) error {
 // pod cannot forward, so that a run fails before any change.
 func (c *change) feasible(groups []plan.Group) error {
 	if announces(groups) && !c.have.Missing {
-		if _, err := arp.Announcement(arp.Request, c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr()); err != nil {
+		if err := arp.CheckAnnouncement(c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr()); err != nil {
 			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", c.want.Network.Interface, err),
 				spec.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", spec.Interface)}
 		}
@@ -255,14 +253,16 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 		case plan.Settle:
 			err = c.settle(ctx, s.Doubt)
 		case plan.Probe:
-			err = c.probe(ctx)
+			err = c.probe(ctx, s.Addresses)
 		case plan.Load:
 			err = c.load(ctx, s)
 		case plan.Announce:
 			// Closing the socket takes some 10 ms, and the other steps run in that time.
-			err = c.announce()
+			err = c.announce(s.Addresses)
+			c.have.Announced = true
 		case plan.Ask:
-			c.askGateway(ctx)
+			c.have.Asked = true
+			c.askGateway(ctx, s.SourceAddress)
 		case plan.RemoveStray:
 			err = c.removeStray(ctx)
 		case plan.Forget:
@@ -339,21 +339,22 @@ func (c *change) load(ctx context.Context, s plan.Load) error {
 	return c.load(ctx, s)
 }
 
-// announce announces the reserved address to the physical network. prepare has opened the
+// announce announces reserved addresses to the physical network. prepare has opened the
 // socket, unless the reason to announce came later.
-func (c *change) announce() (err error) {
+func (c *change) announce(addresses []netip.Addr) (err error) {
 	if c.socket == nil {
 		if c.socket, err = arp.Open(c.have.State.Index); err != nil {
 			return err
 		}
 	}
-	address := c.want.Network.Sources[0].Prefix.Addr()
-	if err := c.socket.Announce(c.have.State.MAC, address); err != nil {
-		return err
+	for _, a := range addresses {
+		if err := c.socket.Announce(c.have.State.MAC, a); err != nil {
+			return err
+		}
+		c.router.Log.Debug("address announced", "address", a, "mac", c.have.State.MAC.String())
 	}
 	c.socket.Close()
-	c.socket, c.have.Announced = nil, true
-	c.router.Log.Debug("address announced", "address", address, "mac", c.have.State.MAC.String())
+	c.socket = nil
 	return nil
 }
 
@@ -362,8 +363,8 @@ func (c *change) close() {
 	if c.socket != nil {
 		c.socket.Close()
 	}
-	if c.question != nil {
-		c.question.Close()
+	for _, q := range c.questions {
+		q.Close()
 	}
 }
 

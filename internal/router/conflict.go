@@ -1,11 +1,13 @@
 package router
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
@@ -35,71 +37,101 @@ func (e *ConflictError) Hint(names spec.Names) string {
 // stopHolder is the advice for an address that both hosts have.
 var stopHolder = spec.Textf("stop the host with that hardware address (an older pod that still runs, or another pod with the same %s)", spec.Source)
 
-// ask sends the probe whose answer is read at the end of the run. A failure to
+// A question is a probe for an address whose answer is not read yet.
+type question struct {
+	*arp.Question
+	address netip.Addr
+	asked   time.Time
+}
+
+// A holder is another host with a reserved address.
+type holder struct {
+	address netip.Addr
+	mac     net.HardwareAddr
+	at      time.Time
+}
+
+// ask sends a probe whose answer is read at the end of the run. A failure to
 // send it does not prevent taking the address.
-func (c *change) ask() {
-	r := c.router
-	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr())
+func (c *change) ask(address netip.Addr) {
+	q, err := arp.Ask(c.have.State.Index, c.have.State.MAC, address)
 	if err != nil {
-		r.Log.Warn("address conflict probe failed", "error", err)
+		c.router.Log.Warn("address conflict probe failed", "error", err)
 		return
 	}
-	c.question, c.asked = question, time.Now()
+	c.questions = append(c.questions, question{q, address, time.Now()})
 }
 
-// probe looks for another host with the address, as far as the router needs the result
-// before it takes the address.
-func (c *change) probe(ctx context.Context) error {
+// probe looks for other hosts with addresses, as far as the router needs the result
+// before it takes them.
+func (c *change) probe(ctx context.Context, addresses []netip.Addr) error {
 	c.have.Probed = true
-	switch {
-	case c.want.Conflict != plan.ConflictRefuse:
-		c.ask()
+	if c.want.Conflict == plan.ConflictRefuse && !c.held {
+		return c.acquire(ctx, addresses)
+	}
+	for _, a := range addresses {
+		c.ask(a)
+	}
+	if c.want.Conflict != plan.ConflictRefuse {
 		return nil
-	case c.held:
-		// The address was this router's, after a full probe. Traffic stops for the
-		// time of another full one.
-		c.ask()
-		return c.refuse(ctx)
 	}
-	address := c.want.Network.Sources[0].Prefix.Addr()
-	holder, err := arp.Acquire(ctx, c.have.State.Index, c.have.State.MAC, address)
-	if err == nil && holder != nil {
-		err = &ConflictError{address, holder}
+	// The addresses were this router's, after a full probe. Traffic stops for the
+	// time of another full one.
+	return c.refuse(ctx)
+}
+
+// acquire makes the full probe for all addresses at a time.
+func (c *change) acquire(ctx context.Context, addresses []netip.Addr) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var all sync.WaitGroup
+	for _, a := range addresses {
+		all.Go(func() {
+			holder, err := arp.Acquire(ctx, c.have.State.Index, c.have.State.MAC, a)
+			if err == nil && holder != nil {
+				err = &ConflictError{a, holder}
+			}
+			if err != nil {
+				cancel(err) // the first one counts
+			}
+		})
 	}
+	all.Wait()
+	return context.Cause(ctx)
+}
+
+// refuse waits for the answers to the probes, and returns one as an error.
+func (c *change) refuse(ctx context.Context) (err error) {
+	for _, q := range c.questions {
+		holder, failed := q.Answer(ctx, q.asked.Add(patience))
+		if failed == nil && holder != nil {
+			failed = &ConflictError{q.address, holder}
+		}
+		err = cmp.Or(err, failed)
+	}
+	c.questions = nil
 	return err
 }
 
-// refuse waits for the answer to the probe, and returns it as an error.
-func (c *change) refuse(ctx context.Context) error {
-	question := c.question
-	c.question = nil
-	if question == nil {
-		return nil
-	}
-	holder, err := question.Answer(ctx, c.asked.Add(patience))
-	if err == nil && holder != nil {
-		err = &ConflictError{c.want.Network.Sources[0].Prefix.Addr(), holder}
-	}
-	return err
-}
-
-// answer waits for the answer to a probe that was sent, and logs it.
+// answer waits for the answers to the probes that were sent, and logs them.
 func (c *change) answer(ctx context.Context) error {
-	if c.question == nil {
-		return nil
-	}
 	r := c.router
-	holder, err := c.question.Answer(ctx, c.asked.Add(patience))
-	if err != nil && !errors.Is(err, ctx.Err()) {
-		r.Log.Warn("address conflict probe failed", "error", err)
+	var contested []netip.Addr
+	for _, q := range c.questions {
+		mac, err := q.Answer(ctx, q.asked.Add(patience))
+		if err != nil && !errors.Is(err, ctx.Err()) {
+			r.Log.Warn("address conflict probe failed", "error", err)
+		}
+		if mac == nil {
+			continue
+		}
+		r.start.holders = append(r.start.holders, holder{q.address, mac, q.asked})
+		r.Log.Warn("reserved address already in use", "address", q.address.String(), "mac", mac.String(), "hint", stopHolder.In(r.Names))
+		contested = append(contested, q.address)
 	}
-	if holder == nil {
+	c.questions = nil
+	if c.want.Conflict != plan.ConflictDefend || len(contested) == 0 {
 		return nil
 	}
-	r.start.holder, r.start.asked = holder, c.asked
-	r.Log.Warn("reserved address already in use", "address", c.want.Network.Sources[0].Prefix.Addr().String(), "mac", holder.String(), "hint", stopHolder.In(r.Names))
-	if c.want.Conflict != plan.ConflictDefend {
-		return nil
-	}
-	return c.announce()
+	return c.announce(contested)
 }

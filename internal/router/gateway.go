@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
@@ -10,33 +11,44 @@ import (
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
-// The log messages about the gateway and the link below.
+// The log messages about the gateway, followed by the protocol of its family, and the link
+// below.
 const (
-	gatewaySilent = "gateway does not answer ARP"
-	noCarrier     = "egress interface without carrier"
-	noCarrierHint = "the parent NIC is down or unplugged"
+	gatewaySilent  = "gateway does not answer "
+	gatewayAnswers = "gateway answers "
+	noCarrier      = "egress interface without carrier"
+	noCarrierHint  = "the parent NIC is down or unplugged"
 )
 
-// gatewayHint returns advice for a gateway that does not answer.
-func (r *Router) gatewayHint(want plan.Network) string {
+// ProtocolOf returns the name of the protocol that finds neighbours with addresses of a's
+// family.
+func ProtocolOf(a netip.Addr) string {
+	if a.Is6() {
+		return "NDP"
+	}
+	return "ARP"
+}
+
+// gatewayHint returns advice for the gateway of a family that does not answer.
+func (r *Router) gatewayHint(source spec.SourceAddress) string {
 	hint := spec.Textf("check that %s is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface", spec.Gateway)
-	if source := want.Sources[0]; !source.Prefix.IsSingleIP() && !source.Prefix.Contains(source.Gateway) {
+	if !source.Prefix.IsSingleIP() && !source.Prefix.Contains(source.Gateway) && !source.Gateway.IsLinkLocalUnicast() {
 		hint = spec.Textf("%s is outside of the subnet of %s, %s: %s", spec.Gateway, spec.Source, source.Prefix.Masked(), hint)
 	}
 	return hint.In(r.Names)
 }
 
-// An answer is the result of a request to the gateway.
+// An answer is the result of a request to a gateway.
 type answer struct {
-	mac net.HardwareAddr // nil: there was no answer in time
-	err error
+	source spec.SourceAddress // with the gateway
+	mac    net.HardwareAddr   // nil: there was no answer in time
+	err    error
 }
 
-// askGateway sends a request to the gateway, whose answer is received while the other
-// steps run: closing the socket takes some 10 ms.
-func (c *change) askGateway(ctx context.Context) {
-	c.have.Asked = true
-	question, err := arp.AskGateway(c.have.State.Index, c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr(), c.want.Network.Sources[0].Gateway)
+// askGateway sends a request to the gateway of a source, whose answer is received while the
+// other steps run: closing the socket takes some 10 ms.
+func (c *change) askGateway(ctx context.Context, source spec.SourceAddress) {
+	question, err := arp.AskGateway(c.have.State.Index, c.have.State.MAC, source.Prefix.Addr(), source.Gateway)
 	if err != nil {
 		c.router.Log.Warn("gateway probe failed", "error", err)
 		return
@@ -44,26 +56,26 @@ func (c *change) askGateway(ctx context.Context) {
 	until, answers := time.Now().Add(patience), make(chan answer, 1)
 	go func() {
 		mac, err := question.Answer(ctx, until)
-		answers <- answer{mac, err}
+		answers <- answer{source, mac, err}
 	}()
-	c.gateway = answers
+	c.gateways = append(c.gateways, answers)
 }
 
-// awaitGateway waits for the answer to the request, and logs if there is none. It is
+// awaitGateways waits for the answers to the requests, and logs if there is none. It is
 // no error: a gateway may be slow, or start later. The original did not check.
-func (c *change) awaitGateway(ctx context.Context) {
-	if c.gateway == nil {
-		return
-	}
+func (c *change) awaitGateways(ctx context.Context) {
 	r := c.router
-	switch a := <-c.gateway; {
-	case a.mac != nil || ctx.Err() != nil:
-	case a.err != nil:
-		r.Log.Warn("gateway probe failed", "error", a.err)
-	default:
-		r.start.misses = 1
-		r.Log.Warn(gatewaySilent, "gateway", c.want.Network.Sources[0].Gateway.String(), "within", patience.String(), "hint", r.gatewayHint(c.want.Network))
+	for _, answers := range c.gateways {
+		switch a := <-answers; {
+		case a.mac != nil || ctx.Err() != nil:
+		case a.err != nil:
+			r.Log.Warn("gateway probe failed", "error", a.err)
+		default:
+			r.start.missed = append(r.start.missed, a.source.Gateway)
+			r.Log.Warn(gatewaySilent+ProtocolOf(a.source.Gateway), "gateway", a.source.Gateway.String(), "within", patience.String(), "hint", r.gatewayHint(a.source))
+		}
 	}
+	c.gateways = nil
 }
 
 // doubtPatience is the time for the gateway's answer to that probe. Only a run that fails
@@ -74,11 +86,11 @@ const doubtPatience = time.Second
 // egress side: both interfaces may be in one network, and the reserved address in another
 // one, whose packets that gateway forwards. A probe is not answered by proxy ARP
 // (arp_process in net/ipv4/arp.c).
-func (c *change) settle(ctx context.Context, doubt error) error {
+func (c *change) settle(ctx context.Context, doubt *plan.RefusedError) error {
 	if c.have.State.NoARP {
 		return doubt
 	}
-	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, c.want.Network.Sources[0].Gateway)
+	question, err := arp.Ask(c.have.State.Index, c.have.State.MAC, doubt.Gateway)
 	if err != nil {
 		return doubt
 	}

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -133,7 +132,7 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	if err := c.answer(ctx); err != nil {
 		return err
 	}
-	c.awaitGateway(ctx)
+	c.awaitGateways(ctx)
 	return nil
 }
 
@@ -179,11 +178,10 @@ func (r *Router) Check(ctx context.Context) (Missing, error) {
 // A start is the result of Apply for a Keeper.
 type start struct {
 	announced bool
-	holder    net.HardwareAddr // host that answered for the address; nil: none
-	asked     time.Time
-	misses    int      // unanswered requests to the gateway
-	noCarrier bool     // the log has it
-	failed    []string // optional changes that failed
+	holders   []holder     // hosts that answered for an address
+	missed    []netip.Addr // gateways that did not answer a request
+	noCarrier bool         // the log has it
+	failed    []string     // optional changes that failed
 }
 
 // notRedirectedTo returns the addresses that are no destination: a destination is

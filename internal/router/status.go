@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/plan"
 )
 
@@ -93,11 +92,9 @@ type Status struct {
 	ReloadError    string    // error of the last reload; empty: none
 	ReloadSince    time.Time // time of the last change of destinations, or of the first error of a reload
 
-	arp.State                // state of the physical network
-	Unwatched      string    // error of the ARP watch; empty: none
-	UnwatchedSince time.Time // time of the first such error
-	Probes         []Probe
-	ProbesSince    time.Time // time since which all are reachable, or some are not; zero: no probe yet
+	Surroundings []Surroundings // for each family with a source, IPv4 first
+	Probes       []Probe
+	ProbesSince  time.Time // time since which all are reachable, or some are not; zero: no probe yet
 
 	NotReady []string // reasons, one line each; empty: it is ready
 }
@@ -118,13 +115,27 @@ func (s *Status) reasons(want plan.Network, probes bool) {
 	if s.Link.Found && !s.Link.Carrier {
 		s.NotReady = append(s.NotReady, fmt.Sprintf("egress interface %s without carrier", want.Interface))
 	}
-	if g := s.Gateway; !g.Reachable && (g.Known || g.Misses > 0) {
-		s.NotReady = append(s.NotReady, fmt.Sprintf("gateway %s does not answer ARP", want.Sources[0].Gateway))
+	// With a gateway of the other family the router is ready: a probe that failed would
+	// keep clients from that family, too.
+	var silent []string
+	families := want.Sources.Families()
+	for i, first := range families {
+		if s.Surroundings[i].silent() {
+			silent = append(silent, fmt.Sprintf("gateway %s does not answer %s", first.Gateway, ProtocolOf(first.Gateway)))
+		}
+	}
+	if len(silent) == len(families) {
+		s.NotReady = append(s.NotReady, silent...)
 	}
 	up := func(p Probe) bool { return p.Err == "" }
 	if probes && len(s.Probes) > 0 && !slices.ContainsFunc(s.Probes, up) {
 		s.NotReady = append(s.NotReady, "no destination reachable")
 	}
+}
+
+// silent reports whether the gateway does not answer.
+func (s Surroundings) silent() bool {
+	return !s.Gateway.Reachable && (s.Gateway.Known || s.Gateway.Misses > 0)
 }
 
 // clone returns an independent copy.

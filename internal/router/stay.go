@@ -38,7 +38,7 @@ type Keeper struct {
 
 	// Events subscribes to the kernel's events.
 	Events func() (Events, error)
-	// Neighbours watches the physical network.
+	// Neighbours watches the physical network, for one family; nil: nothing does.
 	Neighbours func(arp.Options) (Neighbours, error)
 
 	mu       sync.Mutex // guards status, reloading, reprobe, left, wanted and Router.Want
@@ -52,7 +52,7 @@ type Keeper struct {
 	probeNow  chan struct{} // receives a value after a change of destinations
 	settled   chan struct{} // closed after the first successful comparison
 
-	surroundings surroundings
+	surroundings [2]surroundings // of IPv4 and IPv6
 	probes       probes
 	drops        drops
 
@@ -108,7 +108,9 @@ func (k *Keeper) Status() Status {
 	if held(s.contestedAt, time.Now()) {
 		s.Contested = ""
 	}
-	s.State, s.Unwatched, s.UnwatchedSince = k.surroundings.state()
+	for _, first := range want.Sources.Families() {
+		s.Surroundings = append(s.Surroundings, k.surroundings[family(first.Gateway)].state())
+	}
 	s.Probes, s.ProbesSince = k.probes.of(servers)
 	for i, p := range s.Probes {
 		s.Probes[i].Out = left[p.To]
@@ -132,17 +134,22 @@ func (k *Keeper) Run(ctx context.Context) error {
 		return err
 	}
 	defer subscription.Close()
-	k.surroundings.watch = k.Neighbours
 	k.failed = k.Router.start.failed
 	if k.Router.start.announced {
 		k.update(func(s *Status) { s.Announcements++ })
 	}
-	if holder := k.Router.start.holder; holder != nil {
-		k.surroundings.note(holder, k.Router.start.asked)
+	for _, h := range k.Router.start.holders {
+		k.note(h)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
-	defer func() { cancel(); background.Wait(); k.surroundings.running.Wait() }()
+	defer func() {
+		cancel()
+		background.Wait()
+		for i := range k.surroundings {
+			k.surroundings[i].running.Wait()
+		}
+	}()
 	if k.ProbeInterval > 0 {
 		background.Go(func() { k.probeEvery(ctx, k.ProbeInterval) })
 	}
@@ -252,7 +259,7 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 		k.notBefore = now.Add(k.pace.failed())
 		taken, conflict := errors.AsType[*ConflictError](err)
 		if conflict {
-			k.surroundings.note(taken.MAC, now)
+			k.note(holder{taken.Address, taken.MAC, now})
 		}
 		if conflict && k.pace.failures > maxConflicts {
 			k.notBefore = now.Add(rateLimit)
@@ -373,7 +380,7 @@ func (k *Keeper) recordLink(c *change, err error, now time.Time) {
 		s.Link = is
 	})
 	if is.Found && !is.Carrier { // before the log has it, which then lacks the gateway
-		k.surroundings.setCarrier(false)
+		k.setCarrier(false)
 	}
 	switch {
 	case is.Found && !is.Carrier && (before.Carrier || !before.Found) && !k.Router.start.noCarrier:
@@ -382,7 +389,7 @@ func (k *Keeper) recordLink(c *change, err error, now time.Time) {
 		k.Router.Log.Info("egress interface carrier restored", "interface", c.want.Network.Interface)
 	}
 	if is.Carrier {
-		k.surroundings.setCarrier(true)
+		k.setCarrier(true)
 	}
 	k.Router.start.noCarrier = false
 }

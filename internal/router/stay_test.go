@@ -593,7 +593,7 @@ func TestKeeperStatusTimes(t *testing.T) {
 		s := k.keeper.Status()
 		for what, times := range map[string][2]time.Time{
 			"reload":    {s.ReloadSince, at},
-			"ARP watch": {s.UnwatchedSince, begin},
+			"ARP watch": {s.Surroundings[0].UnwatchedSince, begin},
 			"probes":    {s.ProbesSince, begin},
 		} {
 			if !times[0].Equal(times[1]) {

@@ -11,10 +11,11 @@ import (
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // Neighbours watch the hosts of the physical network that claim the reserved
-// address, and the gateway; implemented by *arp.Watch.
+// addresses of one family, and its gateway; implemented by *arp.Watch.
 type Neighbours interface {
 	Run(context.Context) error
 	ProbeGateway() error
@@ -23,10 +24,16 @@ type Neighbours interface {
 	Close()
 }
 
-// surroundings is the ARP watch of the current interface, with the counts of
+// Surroundings are the state of the physical network for one family of addresses.
+type Surroundings struct {
+	arp.State
+	Unwatched      string    // error of the watch; empty: none
+	UnwatchedSince time.Time // time of the first such error
+}
+
+// surroundings is the watch of the current interface for one family, with the counts of
 // earlier watches.
 type surroundings struct {
-	watch   func(arp.Options) (Neighbours, error)
 	options arp.Options // options of the current watch
 
 	mu           sync.Mutex
@@ -37,30 +44,49 @@ type surroundings struct {
 	running      sync.WaitGroup
 }
 
-// follow starts the ARP watch, again if the interface has changed.
+// family returns the index of an address's family.
+func family(a netip.Addr) int {
+	if a.Is6() {
+		return 1
+	}
+	return 0
+}
+
+// follow starts the watch of each family, again if the interface has changed.
 func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State) {
-	s := &k.surroundings
-	if s.watch == nil || have.NoARP || !want.HasAddresses(have) {
+	if k.Neighbours == nil || have.NoARP || !want.HasAddresses(have) {
 		return
 	}
-	address := want.Sources[0].Prefix.Addr()
+	for _, first := range want.Sources.Families() {
+		k.watch(ctx, first, want.Sources.Of(first.Prefix.Addr().Is6()).Addresses(), have)
+	}
+}
+
+// watch starts the watch of a family, whose first source has its gateway.
+func (k *Keeper) watch(ctx context.Context, first spec.SourceAddress, addresses []netip.Addr, have plan.State) {
+	s := &k.surroundings[family(first.Gateway)]
+	misses := 0
+	if slices.Contains(k.Router.start.missed, first.Gateway) {
+		misses = 1
+	}
 	o := arp.Options{
-		Index: have.Index, MAC: have.MAC, Address: address, Gateway: want.Sources[0].Gateway,
-		Conflict:       func(mac net.HardwareAddr) { k.conflict(address, mac) },
-		GatewayChanged: func(reachable bool, mac net.HardwareAddr) { k.gatewayChanged(want, reachable, mac) },
-		Misses:         k.Router.start.misses,
+		Index: have.Index, MAC: have.MAC, Addresses: addresses, Gateway: first.Gateway,
+		Conflict:       k.conflict,
+		GatewayChanged: func(reachable bool, mac net.HardwareAddr) { k.gatewayChanged(first, reachable, mac) },
+		Misses:         misses,
 		Log:            k.Router.Log,
 	}
+	protocol := ProtocolOf(first.Gateway)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.now != nil && o.Index == s.options.Index && slices.Equal(o.MAC, s.options.MAC) {
 		return
 	}
 	s.stop()
-	watch, err := s.watch(o)
+	watch, err := k.Neighbours(o)
 	if err != nil {
 		if s.startError != err.Error() {
-			k.Router.Log.Warn("ARP watch not started", "error", err)
+			k.Router.Log.Warn(protocol+" watch not started", "error", err)
 		}
 		if s.startError == "" {
 			s.startErrorAt = time.Now()
@@ -69,11 +95,11 @@ func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State)
 		return
 	}
 	s.now, s.options, s.startError = watch, o, ""
-	k.Router.start.misses = 0
+	k.Router.start.missed = slices.DeleteFunc(k.Router.start.missed, func(g netip.Addr) bool { return g == first.Gateway })
 	s.running.Go(func() {
 		err := watch.Run(ctx)
 		if err != nil && !errors.Is(err, arp.ErrGone) {
-			k.Router.Log.Warn("ARP watch ended", "error", err)
+			k.Router.Log.Warn(protocol+" watch ended", "error", err)
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -84,12 +110,15 @@ func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State)
 	_ = watch.ProbeGateway() // an error is a miss
 }
 
-// setCarrier passes the state of the carrier to the current watch.
-func (s *surroundings) setCarrier(carrier bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.now != nil {
-		s.now.SetCarrier(carrier)
+// setCarrier passes the state of the carrier to the current watches.
+func (k *Keeper) setCarrier(carrier bool) {
+	for i := range k.surroundings {
+		s := &k.surroundings[i]
+		s.mu.Lock()
+		if s.now != nil {
+			s.now.SetCarrier(carrier)
+		}
+		s.mu.Unlock()
 	}
 }
 
@@ -116,35 +145,36 @@ func (s *surroundings) sum() arp.State {
 	total.Defences += now.Defences
 	total.Gateway = now.Gateway
 	if now.ConflictMAC != nil {
-		total.ConflictMAC, total.ConflictAt = now.ConflictMAC, now.ConflictAt
+		total.ConflictMAC, total.Conflicting, total.ConflictAt = now.ConflictMAC, now.Conflicting, now.ConflictAt
 	}
 	return total
 }
 
-// state returns the state of the ARP watch, and the error if it does not run, with
-// the time of the first one.
-func (s *surroundings) state() (state arp.State, unwatched string, since time.Time) {
+// state returns the state of the watch, and the error if it does not run.
+func (s *surroundings) state() Surroundings {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sum(), s.startError, s.startErrorAt
+	return Surroundings{s.sum(), s.startError, s.startErrorAt}
 }
 
-// note adds a holder of the address that a probe found.
-func (s *surroundings) note(holder net.HardwareAddr, at time.Time) {
+// note adds a holder of an address that a probe found.
+func (k *Keeper) note(h holder) {
+	s := &k.surroundings[family(h.address)]
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.before.Conflicts++
-	s.before.ConflictMAC, s.before.ConflictAt = holder, at
+	s.before.ConflictMAC, s.before.Conflicting, s.before.ConflictAt = h.mac, h.address, h.at
 }
 
 func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
 	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", stopHolder.In(k.Router.Names))
 }
 
-func (k *Keeper) gatewayChanged(want plan.Network, reachable bool, mac net.HardwareAddr) {
+func (k *Keeper) gatewayChanged(source spec.SourceAddress, reachable bool, mac net.HardwareAddr) {
+	protocol := ProtocolOf(source.Gateway)
 	if reachable {
-		k.Router.Log.Info("gateway answers ARP", "gateway", want.Sources[0].Gateway.String(), "mac", mac.String())
+		k.Router.Log.Info(gatewayAnswers+protocol, "gateway", source.Gateway.String(), "mac", mac.String())
 		return
 	}
-	k.Router.Log.Error(gatewaySilent, "gateway", want.Sources[0].Gateway.String(), "hint", k.Router.gatewayHint(want))
+	k.Router.Log.Error(gatewaySilent+protocol, "gateway", source.Gateway.String(), "hint", k.Router.gatewayHint(source))
 }
