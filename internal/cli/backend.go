@@ -284,8 +284,8 @@ func (b *backend) nftables(ctx context.Context) (router.Rules, error) {
 	return b.withGuard(ctx, tx)
 }
 
-// strays returns the rules of earlier runs with other backends than the one in use.
-// The last one may lack a rollback.
+// strays returns the rules of earlier runs with other backends than the one in use; without
+// one, all rules. The last one may lack a rollback.
 func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stray, error) {
 	var found []router.Stray
 	var flavour iptables.Flavour
@@ -301,7 +301,13 @@ func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stra
 			found = append(found, stray)
 		}
 	}
-	stray, err := nft.FindStrays(b.families, flavour != "", flavour != iptables.NFTables)
+	find := nft.FindAll
+	if inUse != nil {
+		find = func(families []rules.Family) (*nft.Stray, error) {
+			return nft.FindStrays(families, flavour != "", flavour != iptables.NFTables)
+		}
+	}
+	stray, err := find(b.families)
 	if err != nil {
 		return nil, err
 	}

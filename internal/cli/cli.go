@@ -71,6 +71,7 @@ var (
 // besides those that ask for help.
 var commands = map[string]command{
 	"plan":       {run: runPlan},
+	"remove":     {run: runRemove},
 	"wait":       {run: runWait}, // has no error
 	"http-proxy": httpProxyCommand,
 	"dns-proxy":  dnsProxyCommand,

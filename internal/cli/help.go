@@ -15,6 +15,7 @@ const usage = `usage:
   egress-router              run the mode of EGRESS_ROUTER_MODE
   egress-router plan         print the steps of the mode, and change nothing; --kernel:
                              those that a run would take now
+  egress-router remove       undo what runs of the mode have done to the network
   egress-router wait         wait for SIGTERM: a pod's second container
   egress-router http-proxy   run the pod's HTTP proxy until SIGTERM
   egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
@@ -35,6 +36,17 @@ With --kernel it looks at the network namespace that it runs in, prints the step
 would take there now, and changes nothing either. It needs the privilege of a run.
 
 exit codes: 0 done; 1 a variable is invalid, or the namespace cannot be read
+`,
+	"remove": `usage: egress-router remove
+
+Removes what runs of EGRESS_ROUTER_MODE have done to the network namespace that it runs in:
+the reserved address, routes, routing rules and rules; the cluster side's default route is
+back. It reads the same variables as they. An egress interface that the router has created
+is deleted. Sysctls of the two interfaces get the values of net.*.conf.default, the times of
+connection tracking those of the kernel, and the namespace does not forward. Stop a router
+that stays before: it would repair all of it.
+
+exit codes: 0 removed, or nothing was there; 1 error: run it again after its cause is gone
 `,
 	"wait": `usage: egress-router wait
 

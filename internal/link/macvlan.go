@@ -333,14 +333,18 @@ func creationHint(m plan.Macvlan, p Parent, err error) spec.Text {
 
 const hostPrivilege = "creating a macvlan of a host NIC requires privilege on the host: securityContext.privileged: true, without a user namespace of the pod's own"
 
-// DeleteMacvlan reverts CreateMacvlan. k is the pod's namespace.
-func (k *Kernel) DeleteMacvlan(m plan.Macvlan) error {
-	l, err := k.linkByName(m.Interface)
+// DeleteMacvlan reverts CreateMacvlan in the pod's namespace. It deletes an interface of no
+// other kind.
+func (k *Kernel) DeleteMacvlan(name string) error {
+	l, err := k.linkByName(name)
+	if err == nil && l.Type() != "macvlan" {
+		err = fmt.Errorf("expected a macvlan, found type %q", l.Type())
+	}
 	if err == nil {
 		err = k.handle.LinkDel(l)
 	}
 	if err != nil {
-		return fmt.Errorf("delete interface %q: %w", m.Interface, err)
+		return fmt.Errorf("delete interface %q: %w", name, err)
 	}
 	return nil
 }

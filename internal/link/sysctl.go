@@ -3,8 +3,10 @@ package link
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"strconv"
+	"strings"
 
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
@@ -47,6 +49,29 @@ func readSysctls(names []string, place func(string) string) (plan.Sysctls, error
 		found[name] = value
 	}
 	return found, nil
+}
+
+// Initial returns the values that the sysctls of the two interfaces begin with in this
+// namespace (ip-sysctl.rst, conf/default), and the kernel's own values of the others.
+func (k *Kernel) Initial(want plan.Network) (plan.Sysctls, error) {
+	var names []string
+	for _, name := range want.Sysctls() {
+		if strings.Contains(name, "/conf/") && !strings.Contains(name, "/conf/all/") {
+			names = append(names, name)
+		}
+	}
+	initial, err := readSysctls(names, func(name string) string {
+		for _, i := range []string{want.Interface, want.Cluster.Interface} {
+			name = strings.Replace(name, "/conf/"+i+"/", "/conf/default/", 1)
+		}
+		return name
+	})
+	if err != nil {
+		return nil, err
+	}
+	values := want.Defaults()
+	maps.Copy(values, initial)
+	return values, nil
 }
 
 // writeForward writes net.ipv4.ip_forward. The kernel then also sets

@@ -55,6 +55,7 @@ var commands = map[string]command{
 	"egress-router version":                              {test: "testdata/script/commands.txt: egress-router version"},
 	"egress-router plan":                                 {test: "testdata/script/commands.txt: egress-router plan"},
 	"egress-router plan --kernel":                        {test: "TestPlanFindsDamage"},
+	"egress-router remove":                               {test: "TestRemoveLeavesNothing"},
 	"egress-router wait":                                 {test: "TestWait"},
 	"egress-router health":                               {test: "testdata/script/health.txt: exec nsenter --net=$ROUTER egress-router health"},
 	"egress-router health -o json":                       {test: "testdata/script/health.txt: exec nsenter --net=$ROUTER egress-router health -o json"},

@@ -25,6 +25,21 @@ type Stray struct {
 // nothing, as on a kernel without nf_tables. The source guard belongs to every
 // backend and is no stray.
 func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
+	var tables []string
+	if ours {
+		tables = []string{tableName}
+	}
+	return find(families, tables, iptables)
+}
+
+// FindAll looks for everything of ours, the source guard too.
+func FindAll(families []rules.Family) (*Stray, error) {
+	return find(families, []string{tableName, guardName, formerGuardName}, true)
+}
+
+// find looks for our tables with the given names, and for chains of ours in the tables of
+// iptables, if iptables is set.
+func find(families []rules.Family, tables []string, iptables bool) (*Stray, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
@@ -39,9 +54,11 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 		if err != nil {
 			return nil, fmt.Errorf("list nftables chains: %w", err)
 		}
-		if ours && slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == tableName }) {
-			s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", formats[f].name, tableName))
-			s.batch.deleteTable(tableOf(tableKey{tableName, f}))
+		for _, name := range tables {
+			if slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == name }) {
+				s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", formats[f].name, name))
+				s.batch.deleteTable(tableOf(tableKey{name, f}))
+			}
 		}
 		if iptables {
 			if err := s.addIPTables(conn, f, chains); err != nil {

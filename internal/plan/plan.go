@@ -79,6 +79,8 @@ type Step interface{ fmt.Stringer }
 type (
 	// Create creates the egress interface.
 	Create struct{ Macvlan }
+	// Destroy deletes an egress interface that the router has created.
+	Destroy struct{ Interface string }
 	// Settle asks on the physical network for a gateway that seems to be on the
 	// cluster side.
 	Settle struct{ Doubt *RefusedError }
@@ -102,6 +104,8 @@ type (
 	// Forget deletes the tracked connections that the rules would treat otherwise.
 	Forget struct{}
 )
+
+func (s Destroy) String() string { return "delete " + s.Interface }
 
 func (s Settle) String() string {
 	return "ask for the gateway on the physical network: " + s.Doubt.Error()

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -29,6 +30,12 @@ func simulate(s *State, c Change) {
 		if s.Up {
 			s.Routes = append(s.Routes, Route{Destination: c.Address.Masked(), Index: c.Index, Source: c.Address.Addr(), Scope: ScopeLink})
 		}
+	case RemoveAddress:
+		s.Addresses = slices.DeleteFunc(s.Addresses, func(a netip.Prefix) bool { return a == c.Address })
+		s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return r.Index == c.Index && r.Source == c.Address.Addr() })
+	case SetDown:
+		s.Up = false
+		s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return r.Index == c.Index })
 	case SetUp:
 		s.Up = true
 		for _, a := range s.Addresses {
@@ -63,7 +70,7 @@ func simulate(s *State, c Change) {
 				}
 			}
 		case c.Sysctl == PromoteSecondaries("macvlan0"):
-			s.Promotes = true
+			s.Promotes = value == 1
 		default:
 			s.Sysctls[c.Sysctl] = value
 		}
@@ -176,4 +183,67 @@ func TestStepsConverge(t *testing.T) {
 			t.Fatalf("%d: left %v\nfrom %s\nafter %s", n, left, begin, strings.Join(log, "\n"))
 		}
 	}
+}
+
+// From the state that a router leaves, Remove leads back to the one from before, without an
+// address that routes by the egress interface have lost, and nothing is left to remove.
+func TestRemoveLeadsBack(t *testing.T) {
+	source := rand.New(rand.NewPCG(17, 1))
+	for n := range 2000 {
+		network := want
+		network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
+		before := random(source, network)
+		before.Cluster.Rules, before.Addresses = nil, nil
+		before.Routes = slices.DeleteFunc(before.Routes, func(r Route) bool {
+			return r.Index == before.Index || r.Destination == network.Routes(3)[0].Destination
+		})
+		have := Have{State: copied(before)}
+		for range 10 {
+			for _, g := range Steps(Want{Network: network, Forward: true}, have) {
+				for _, s := range g.Steps {
+					if c, is := s.(Change); is {
+						simulate(&have.State, c)
+					}
+				}
+			}
+		}
+		have.Strays = []string{"rules"}
+		begin := fmt.Sprintf("%+v\nthen %+v", before, have.State)
+		var log []string
+		for _, s := range Remove(Want{Network: network}, have, before) {
+			log = append(log, s.String())
+			if c, is := s.(Change); is {
+				simulate(&have.State, c)
+			}
+			if _, is := s.(RemoveStray); is {
+				have.Strays = nil
+				if slices.Contains(have.State.Addresses, network.Sources[0].Prefix) || slices.ContainsFunc(have.State.Routes, func(r Route) bool { return slices.ContainsFunc(network.Routes(3), r.same) }) {
+					t.Fatalf("%d: the rules go before the address and its routes:\n%s", n, strings.Join(log, "\n"))
+				}
+			}
+		}
+		if got, want := printed(have.State), printed(before); got != want {
+			t.Fatalf("%d: got\n%s\nwant\n%s\nfrom %s\nafter\n%s", n, got, want, begin, strings.Join(log, "\n"))
+		}
+		if left := Remove(Want{Network: network}, have, before); len(left) > 0 {
+			t.Fatalf("%d: left %v\nfrom %s\nafter\n%s", n, left, begin, strings.Join(log, "\n"))
+		}
+	}
+}
+
+// copied returns a copy that shares nothing with a state.
+func copied(s State) State {
+	s.Addresses, s.Routes, s.Forwarding = slices.Clone(s.Addresses), slices.Clone(s.Routes), slices.Clone(s.Forwarding)
+	s.Sysctls = maps.Clone(s.Sysctls)
+	return s
+}
+
+// printed returns what a router changes of a state, in a fixed order.
+func printed(s State) string {
+	var lines []string
+	for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
+		lines = append(lines, r.String())
+	}
+	slices.Sort(lines)
+	return fmt.Sprintf("up %v promotes %v forwards %v %v\n%v\n%v\n%s\n%s", s.Up, s.Promotes, s.Forwards, s.Forwarding, s.Addresses, s.Cluster.Rules, strings.Join(lines, "\n"), s.Sysctls)
 }

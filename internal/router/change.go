@@ -250,6 +250,10 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 				c.skip(s, err)
 				err = nil
 			}
+		case plan.Destroy:
+			if err = c.network.DeleteMacvlan(s.Interface); err == nil {
+				c.router.Log.Info("network changed", "step", s.String())
+			}
 		case plan.Settle:
 			err = c.settle(ctx, s.Doubt)
 		case plan.Probe:
@@ -291,6 +295,10 @@ func (c *change) removeStray(ctx context.Context) error {
 	}
 	c.strays, c.have.Strays = c.strays[1:], c.have.Strays[1:]
 	c.note(RepairStrays, s.String(), "removed", func() {
+		if c.rules == nil { // no backend is in use
+			c.router.Log.Info("rules removed", "removed", s.String())
+			return
+		}
 		c.router.Log.Info("stale rules removed", "backend", c.rules.String(), "removed", s.String())
 	})
 	return nil

@@ -118,7 +118,7 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 			return err
 		}
 		defer kernel.Close()
-		return kernel.DeleteMacvlan(m)
+		return kernel.DeleteMacvlan(m.Interface)
 	})
 	c.note(RepairInterface, m.Interface+" is missing", m.String(), func() { r.Log.Info("network changed", "step", m.String()) })
 	if m.Mode == "passthru" && len(parent.Addresses) > 0 {

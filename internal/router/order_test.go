@@ -36,6 +36,10 @@ func (s *script) Holds() bool                              { return false }
 func (s *script) Exists(string) error                      { return nil }
 func (s *script) Close()                                   {}
 
+func (s *script) DeleteMacvlan(string) error { return nil }
+
+func (s *script) Initial(plan.Network) (plan.Sysctls, error) { return nil, nil }
+
 func (s *script) Do(step plan.Change) error {
 	s.done = append(s.done, step.String())
 	switch step.Op {

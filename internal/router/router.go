@@ -35,8 +35,8 @@ type Router struct {
 	// Next reads them by another backend, after the first one could not load its
 	// first rules; nil: there is no other backend.
 	Next func(ctx context.Context, failed Rules, why error) (Rules, error)
-	// Strays finds rules of other backends than that of the given rules. They are
-	// removed in this order after all other changes.
+	// Strays finds rules of other backends than that of the given rules; without them,
+	// those of every backend. They are removed in this order after all other changes.
 	Strays func(context.Context, Rules) ([]Stray, error)
 }
 
@@ -45,6 +45,8 @@ type Network interface {
 	Observe(plan.Network) (plan.State, error)
 	Exists(name string) error
 	Do(plan.Change) error
+	DeleteMacvlan(name string) error
+	Initial(plan.Network) (plan.Sysctls, error)
 	Forget(func(link.Connection) bool) (int, error)
 	Close()
 }

@@ -1,0 +1,167 @@
+package plan
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+)
+
+// Remove returns the steps that take everything of a router out of a namespace, in their
+// order; none if nothing of it is there. before is the state from before the router: see
+// [Network.Before] if nobody has kept it.
+//
+// The rules stay until the reserved addresses, and the routes by the egress interface, are
+// gone: what still comes is dropped, since it would leave by another interface. The cluster
+// side's default route comes first: the pod always has one.
+//
+// have.Strays are the rules of all backends.
+func Remove(want Want, have Have, before State) []Step {
+	n := want.Network
+	all := steps(shut(have.State, before))
+	all = append(all, steps(leaveCluster(n, have.State, before))...)
+	all = append(all, steps(leaveEgress(n, have.State, before))...)
+	if want.Macvlan != nil && have.State.Index != 0 {
+		all = append(all, Destroy{n.Interface})
+	}
+	for _, name := range have.Strays {
+		all = append(all, RemoveStray{name})
+	}
+	all = append(all, steps(unset(n, have.State, before))...)
+	if len(all) > 0 {
+		all = append(all, Forget{})
+	}
+	return all
+}
+
+// Before returns the state that a namespace probably had before a router, of which nobody
+// kept one: the default route by the cluster interface, sysctls with their initial values,
+// and no forwarding. What is not the router's own stays.
+func (n Network) Before(have State, initial Sysctls) State {
+	before := State{Up: have.Up, Promotes: have.Promotes, Sysctls: initial}
+	if !have.Forwards { // its interfaces' are not the router's
+		before.Forwarding = have.Forwarding
+	}
+	if back, known := n.Cluster.ClusterDefault(have); known {
+		back.Table, back.Kept = 0, false
+		before.Routes = []Route{back}
+	}
+	return before
+}
+
+// shuts reports whether the router has enabled forwarding.
+func shuts(have, before State) bool { return have.Forwards && !before.Forwards }
+
+// shut returns the change that ends forwarding, if the pod did not forward before. Writing
+// net.ipv4.ip_forward sets the sysctl of every interface.
+func shut(have, before State) []Change {
+	if !shuts(have, before) {
+		return nil
+	}
+	return []Change{{Op: WriteSysctl, Sysctl: IPForward, Value: "0", OldValue: "1"}}
+}
+
+// leaveCluster returns the changes that give the cluster side its default route back, and
+// remove the routes and rules of the replies. The kernel's own routing rules are added again,
+// as by a repair.
+func leaveCluster(want Network, have, before State) []Change {
+	var changes []Change
+	take := func(c Change) {
+		c.Interface, c.Index = want.Cluster.Interface, have.Cluster.Index
+		changes = append(changes, c)
+	}
+	for _, r := range have.Lost { // no route has an effect without them
+		take(Change{Op: AddRule, Rule: r})
+	}
+	ours := want.Routes(have.Index)
+	for _, r := range before.Routes {
+		// Another program may have set another one since then.
+		step, _ := place(r, have.Routes)
+		if step != nil && (r.IsDefault() || before.isHalf(r)) && (step.Old == nil || slices.ContainsFunc(ours, step.Old.same)) {
+			if way, lost := have.lostWay(r.Gateway); lost {
+				take(Change{Op: ReplaceRoute, Route: way})
+			}
+			take(*step)
+		}
+	}
+	for _, r := range slices.Backward(have.Routes) {
+		if r.Kept {
+			take(Change{Op: DeleteRoute, Route: r})
+		}
+	}
+	for _, r := range have.Cluster.Rules {
+		take(Change{Op: DeleteRule, Rule: r})
+	}
+	for _, r := range slices.Backward(have.Cluster.Table) {
+		take(Change{Op: DeleteRoute, Route: r})
+	}
+	return changes
+}
+
+// lostWay returns the route to a gateway of the cluster side that another program has deleted,
+// from the replies' table.
+func (s State) lostWay(gateway netip.Addr) (way Route, lost bool) {
+	leads := func(r Route) bool {
+		return r.Index == s.Cluster.Index && r.Type == 0 && !r.IsDefault() && !r.Gateway.IsValid() && r.Destination.Contains(gateway)
+	}
+	i := slices.IndexFunc(s.Cluster.Table, leads)
+	if i < 0 || slices.ContainsFunc(s.Routes, leads) {
+		return way, false
+	}
+	way = s.Cluster.Table[i]
+	way.Table = 0
+	return way, true
+}
+
+// leaveEgress returns the changes that remove the routes and the reserved addresses, and
+// set the interface down if it was.
+func leaveEgress(want Network, have, before State) []Change {
+	var changes []Change
+	take := func(c Change) {
+		c.Interface, c.Index = want.Interface, have.Index
+		changes = append(changes, c)
+	}
+	for _, r := range slices.Backward(want.Routes(have.Index)) {
+		replaced := slices.ContainsFunc(before.Routes, func(b Route) bool { return key(b) == key(r) })
+		if slices.ContainsFunc(have.Routes, r.same) && !replaced {
+			take(Change{Op: DeleteRoute, Route: r})
+		}
+	}
+	for _, s := range slices.Backward(want.Sources) {
+		if slices.Contains(have.Addresses, s.Prefix) && !slices.Contains(before.Addresses, s.Prefix) {
+			take(Change{Op: RemoveAddress, Address: s.Prefix})
+		}
+	}
+	if have.Index != 0 && have.Up && !before.Up {
+		take(Change{Op: SetDown})
+	}
+	return changes
+}
+
+// unset returns the changes that give the sysctls that the router sets their values from
+// before.
+func unset(want Network, have, before State) []Change {
+	var changes []Change
+	write := func(name string, now, old int) {
+		changes = append(changes, Change{
+			Op: WriteSysctl, Interface: want.Interface, Index: have.Index, Sysctl: name,
+			Value: strconv.Itoa(old), OldValue: strconv.Itoa(now), Optional: true, Effect: "they keep the values that the router has set",
+		})
+	}
+	for _, i := range have.Forwarding {
+		now := i.On && !shuts(have, before)
+		was := slices.ContainsFunc(before.Forwarding, func(b InterfaceForwarding) bool { return b.Interface == i.Interface && b.On })
+		if now != was && i.On {
+			changes = append(changes, Change{Op: WriteSysctl, Sysctl: ForwardingOf(i.Interface), Value: value(was), OldValue: value(now)})
+		}
+	}
+	if have.Promotes && !before.Promotes {
+		write(PromoteSecondaries(want.Interface), 1, 0)
+	}
+	for _, s := range want.settings() {
+		old, known := before.Sysctls[s.sysctl]
+		if now, exists := have.Sysctls[s.sysctl]; known && exists && now == s.value && now != old {
+			write(s.sysctl, now, old)
+		}
+	}
+	return changes
+}

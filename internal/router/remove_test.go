@@ -1,0 +1,118 @@
+package router_test
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+)
+
+// remove runs the command and returns its log.
+func remove(p *labtest.Pod) string {
+	p.Helper()
+	r := p.Exec("egress-router", "remove")
+	if r.Code != 0 || r.Stdout != "" {
+		p.Fatalf("remove: exit code %d, stdout %q, stderr:\n%s", r.Code, r.Stdout, r.Stderr)
+	}
+	return r.Stderr
+}
+
+// After remove the namespace is as before the first run, and ready for another one.
+func TestRemoveLeavesNothing(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		h := p.Handle(p.Lab.Router)
+		if err := h.LinkSetUp(p.Link(h, p.Lab.MacvlanName)); err != nil { // a set interface stays up
+			p.Fatal(err)
+		}
+		before := p.State()
+		for range 2 {
+			p.OK()
+			p.WantExample()
+			remove(p)
+			p.WantState(before)
+		}
+		wantNothingToRemove(p)
+		p.WantState(before)
+	})
+}
+
+// wantNothingToRemove checks that a second removal finds nothing.
+func wantNothingToRemove(p *labtest.Pod) {
+	p.Helper()
+	if log := remove(p); !strings.Contains(log, `msg="nothing to remove"`) || strings.Count(log, "\n") != 1 {
+		p.Errorf("removed again, want nothing:\n%s", log)
+	}
+}
+
+// Whatever other programs have done to the router's state, remove finds the rest.
+func TestRemoveAfterDamage(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Strict()
+		for _, damage := range p.Damages() {
+			p.OK()
+			if err := p.Damage(damage); err != nil {
+				p.Errorf("damage %q: %v", damage.Name, err)
+				continue
+			}
+			p.Logf("damage %q", damage.Name)
+			remove(p)
+			wantNothingToRemove(p)
+			if text := p.State(); strings.Contains(text, "EGRESS-") || strings.Contains(text, "table egress-router") || strings.Contains(text, "192.168.12.99") || strings.Contains(text, "table 4711") {
+				p.Errorf("after damage %q remains:\n%s", damage.Name, text)
+			}
+		}
+		p.OK()
+		p.WantExample()
+	})
+}
+
+// While the router is removed, nothing leaves with another source, or by the cluster side.
+func TestRemoveUnderTraffic(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n203.0.113.25\n"
+		w := p.Watch(p.Lab.Router, p.Lab.MacvlanName, p.Lab.ClusterName)
+		for range 3 {
+			p.OK()
+			traffic := p.Traffic(p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)))
+			traffic.Await(5)
+			remove(p)
+			traffic.Await(5)
+			traffic.Stop()
+		}
+		w.WantSource()
+		w.WantNothing(p.Lab.ClusterName, labtest.ToServers)
+	})
+}
+
+// Of a run that was killed after any of its steps, and whose interface was deleted since
+// then or not, nothing remains.
+func TestRemoveOfKilledRun(t *testing.T) {
+	t.Parallel()
+	for lines := range 24 { // of the log; a run has about 20
+		t.Run(fmt.Sprintf("after %d lines", lines), func(t *testing.T) {
+			t.Parallel()
+			p := newIPv6Pod(t)
+			before := p.Inventory(p.Lab.Router)
+			killAfter(p, lines)
+			if lines%3 == 2 {
+				h := p.Handle(p.Lab.Router)
+				if l, err := h.LinkByName("macvlan0"); err == nil {
+					if err := h.LinkDel(l); err != nil {
+						p.Fatal(err)
+					}
+				}
+			}
+			remove(p)
+			p.WantInventory(p.Lab.Router, "pod", before)
+			wantNothingToRemove(p)
+			p.OK()
+			p.WantExample()
+		})
+	}
+}
