@@ -11,13 +11,17 @@ import (
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
-// The log messages about the gateway, followed by the protocol of its family, and the link
-// below.
+// The log messages about the gateway by the protocol of its family, as users search for
+// them, and about the link below.
+var (
+	gatewaySilent  = map[string]string{"ARP": "gateway does not answer ARP", "NDP": "gateway does not answer NDP"}
+	gatewayAnswers = map[string]string{"ARP": "gateway answers ARP", "NDP": "gateway answers NDP"}
+	notWatched     = map[string]string{"ARP": "ARP watch not started", "NDP": "NDP watch not started"}
+)
+
 const (
-	gatewaySilent  = "gateway does not answer "
-	gatewayAnswers = "gateway answers "
-	noCarrier      = "egress interface without carrier"
-	noCarrierHint  = "the parent NIC is down or unplugged"
+	noCarrier     = "egress interface without carrier"
+	noCarrierHint = "the parent NIC is down or unplugged"
 )
 
 // ProtocolOf returns the name of the protocol that finds neighbours with addresses of a's
@@ -72,7 +76,7 @@ func (c *change) awaitGateways(ctx context.Context) {
 			r.Log.Warn("gateway probe failed", "error", a.err)
 		default:
 			r.start.missed = append(r.start.missed, a.source.Gateway)
-			r.Log.Warn(gatewaySilent+ProtocolOf(a.source.Gateway), "gateway", a.source.Gateway.String(), "within", patience.String(), "hint", r.gatewayHint(a.source))
+			r.Log.Warn(gatewaySilent[ProtocolOf(a.source.Gateway)], "gateway", a.source.Gateway.String(), "within", patience.String(), "hint", r.gatewayHint(a.source))
 		}
 	}
 	c.gateways = nil

@@ -86,7 +86,7 @@ func (k *Keeper) watch(ctx context.Context, first spec.SourceAddress, addresses 
 	watch, err := k.Neighbours(o)
 	if err != nil {
 		if s.startError != err.Error() {
-			k.Router.Log.Warn(protocol+" watch not started", "error", err)
+			k.Router.Log.Warn(notWatched[protocol], "error", err)
 		}
 		if s.startError == "" {
 			s.startErrorAt = time.Now()
@@ -173,8 +173,8 @@ func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
 func (k *Keeper) gatewayChanged(source spec.SourceAddress, reachable bool, mac net.HardwareAddr) {
 	protocol := ProtocolOf(source.Gateway)
 	if reachable {
-		k.Router.Log.Info(gatewayAnswers+protocol, "gateway", source.Gateway.String(), "mac", mac.String())
+		k.Router.Log.Info(gatewayAnswers[protocol], "gateway", source.Gateway.String(), "mac", mac.String())
 		return
 	}
-	k.Router.Log.Error(gatewaySilent+protocol, "gateway", source.Gateway.String(), "hint", k.Router.gatewayHint(source))
+	k.Router.Log.Error(gatewaySilent[protocol], "gateway", source.Gateway.String(), "hint", k.Router.gatewayHint(source))
 }
