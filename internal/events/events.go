@@ -16,7 +16,7 @@ type Kind uint32
 
 // The kinds.
 const (
-	Network Kind = 1 << iota // links, addresses, routes, IPv4 routing rules, and the IPv4 sysctls forwarding, rp_filter and proxy_arp
+	Network Kind = 1 << iota // links, addresses, routes, routing rules, and the sysctls forwarding, rp_filter and proxy_arp
 	Rules                    // nftables, including iptables' nf_tables flavour
 )
 
@@ -27,7 +27,7 @@ const (
 // (net/ipv4/devinet.c, inet_netconf_notify_devconf); the kernel notifies of no others.
 var networkGroups = []int{
 	unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_NETCONF,
-	unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE,
+	unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_NETCONF,
 }
 
 // rulesGroup is the multicast group of nftables changes

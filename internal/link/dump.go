@@ -34,12 +34,12 @@ func (k *Kernel) linkByName(name string) (netlink.Link, error) {
 
 func (k *Kernel) links() ([]netlink.Link, error) { return dump(k.handle.LinkList) }
 
-func (k *Kernel) addresses(l netlink.Link) ([]netlink.Addr, error) {
-	return dump(func() ([]netlink.Addr, error) { return k.handle.AddrList(l, netlink.FAMILY_V4) })
+func (k *Kernel) addresses(family int, l netlink.Link) ([]netlink.Addr, error) {
+	return dump(func() ([]netlink.Addr, error) { return k.handle.AddrList(l, family) })
 }
 
 func (k *Kernel) addressesIPv6(l netlink.Link) ([]netlink.Addr, error) {
-	return dump(func() ([]netlink.Addr, error) { return k.handle.AddrList(l, netlink.FAMILY_V6) })
+	return k.addresses(netlink.FAMILY_V6, l)
 }
 
 // routesIPv6 lists the IPv6 routes of the main table.
@@ -47,10 +47,10 @@ func (k *Kernel) routesIPv6() ([]netlink.Route, error) {
 	return dump(func() ([]netlink.Route, error) { return k.handle.RouteList(nil, netlink.FAMILY_V6) })
 }
 
-// routesOf lists the IPv4 routes of one table.
-func (k *Kernel) routesOf(table int) ([]netlink.Route, error) {
+// routesOf lists the routes of one family in one table.
+func (k *Kernel) routesOf(family, table int) ([]netlink.Route, error) {
 	return dump(func() ([]netlink.Route, error) {
-		return k.handle.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+		return k.handle.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
 	})
 }
 
@@ -65,9 +65,13 @@ type Connection struct {
 	RepliesTo   netip.Addr
 }
 
-// Forget deletes the conntrack entries of stale IPv4 connections, so that their
+// Forget deletes the conntrack entries of stale connections, so that their
 // next packet starts a new connection, and returns their number.
-func (k *Kernel) Forget(stale func(Connection) bool) (int, error) {
+func (k *Kernel) Forget(ipv6 bool, stale func(Connection) bool) (int, error) {
+	families := []netlink.InetFamily{netlink.FAMILY_V4}
+	if ipv6 {
+		families = append(families, netlink.FAMILY_V6)
+	}
 	// A dump walks the table of all namespaces, which takes 10 ms and more
 	// (ctnetlink_dump_table in net/netfilter/nf_conntrack_netlink.c).
 	if tracked, err := isOn(conntrackCount); err == nil && !tracked {
@@ -79,13 +83,15 @@ func (k *Kernel) Forget(stale func(Connection) bool) (int, error) {
 	}
 	defer handle.Close()
 	var n uint
-	_, err = dump(func() (uint, error) {
-		deleted, err := handle.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.FAMILY_V4, picker(stale))
-		n += deleted
-		return n, err
-	})
-	if err != nil {
-		return int(n), fmt.Errorf("delete conntrack entries: %w", err) //nolint:gosec // the kernel holds fewer
+	for _, family := range families {
+		_, err = dump(func() (uint, error) {
+			deleted, err := handle.ConntrackDeleteFilters(netlink.ConntrackTable, family, picker(stale))
+			n += deleted
+			return n, err
+		})
+		if err != nil {
+			return int(n), fmt.Errorf("delete conntrack entries: %w", err) //nolint:gosec // the kernel holds fewer
+		}
 	}
 	return int(n), nil //nolint:gosec // the kernel holds fewer
 }
@@ -108,7 +114,7 @@ func (p picker) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 	})
 }
 
-// rules lists the IPv4 routing rules.
-func (k *Kernel) rules() ([]netlink.Rule, error) {
-	return dump(func() ([]netlink.Rule, error) { return k.handle.RuleList(netlink.FAMILY_V4) })
+// rules lists the routing rules of one family.
+func (k *Kernel) rules(family int) ([]netlink.Rule, error) {
+	return dump(func() ([]netlink.Rule, error) { return k.handle.RuleList(family) })
 }

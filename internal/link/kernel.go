@@ -120,23 +120,28 @@ func (k *Kernel) observe(want plan.Network) (plan.State, error) {
 		}
 		names[s.Index], interfaces = want.Interface, append(interfaces, want.Interface)
 	}
-	if s.Routes, err = k.table(unix.RT_TABLE_MAIN, names); err != nil {
+	if s.Routes, err = k.table(netlink.FAMILY_V4, unix.RT_TABLE_MAIN, names); err != nil {
 		return plan.State{}, err
 	}
 	if s.Forwards, err = isOn(plan.IPForward); err != nil {
 		return plan.State{}, err
 	}
-	rules, err := k.rules()
+	rules, err := k.rules(netlink.FAMILY_V4)
 	if err != nil {
 		return plan.State{}, fmt.Errorf("list routing rules: %w", err)
 	}
-	s.Lost = lost(rules)
+	s.Lost = lost(rules, false)
 	if want.Cluster.Interface != "" {
-		if s.Cluster, err = k.observeCluster(want.Cluster, names, rules); err != nil {
+		if s.Cluster, err = k.observeCluster(netlink.FAMILY_V4, want.Cluster, names, rules); err != nil {
 			return plan.State{}, err
 		}
 		if s.Cluster.Index != 0 {
 			interfaces = append(interfaces, want.Cluster.Interface)
+		}
+	}
+	if len(want.Sources.Of(true)) > 0 {
+		if err := k.observeIPv6(&s, l, want, names); err != nil {
+			return plan.State{}, err
 		}
 	}
 	for _, name := range interfaces {
@@ -156,7 +161,7 @@ func (k *Kernel) observeEgress(s *plan.State, l netlink.Link, want plan.Network)
 	s.Up = attrs.Flags&net.FlagUp != 0
 	s.Carrier = attrs.RawFlags&unix.IFF_LOWER_UP != 0
 	s.NoARP = attrs.RawFlags&unix.IFF_NOARP != 0
-	if s.Addresses, err = k.prefixes(l); err != nil {
+	if s.Addresses, err = k.prefixes(netlink.FAMILY_V4, l); err != nil {
 		return err
 	}
 	if s.Promotes, err = isOn(plan.PromoteSecondaries(want.Interface)); err != nil {
@@ -168,9 +173,47 @@ func (k *Kernel) observeEgress(s *plan.State, l netlink.Link, want plan.Network)
 	return nil
 }
 
-// observeCluster returns the state of the cluster side, the zero State if its
+// observeIPv6 reads the state of IPv6. The egress interface is nil if it is missing.
+func (k *Kernel) observeIPv6(s *plan.State, egress netlink.Link, want plan.Network, names map[int]string) (err error) {
+	if !HasIPv6() {
+		return errors.New("read the state of IPv6: the kernel has no IPv6, and there is an IPv6 source")
+	}
+	s.IPv6 = &plan.IPv6State{}
+	if s.Index != 0 {
+		addresses, err := k.addressesIPv6(egress)
+		if err != nil {
+			return fmt.Errorf("list IPv6 addresses of %q: %w", want.Interface, err)
+		}
+		for _, a := range addresses {
+			p := prefix(a.IPNet)
+			switch s.Addresses = append(s.Addresses, p); {
+			case a.Flags&unix.IFA_F_DADFAILED != 0:
+				s.IPv6.Duplicate = append(s.IPv6.Duplicate, p.Addr())
+			case a.Flags&unix.IFA_F_TENTATIVE != 0:
+				s.IPv6.Tentative = append(s.IPv6.Tentative, p.Addr())
+			}
+		}
+	}
+	if s.IPv6.Routes, err = k.table(netlink.FAMILY_V6, unix.RT_TABLE_MAIN, names); err != nil {
+		return err
+	}
+	if s.IPv6.Forwards, err = isOn(plan.IPv6Forward); err != nil {
+		return err
+	}
+	rules, err := k.rules(netlink.FAMILY_V6)
+	if err != nil {
+		return fmt.Errorf("list IPv6 routing rules: %w", err)
+	}
+	s.Lost = append(s.Lost, lost(rules, true)...)
+	if want.Cluster.Interface != "" {
+		s.IPv6.Cluster, err = k.observeCluster(netlink.FAMILY_V6, want.Cluster, names, rules)
+	}
+	return err
+}
+
+// observeCluster returns the state of one family of the cluster side, the zero State if its
 // interface does not exist.
-func (k *Kernel) observeCluster(want plan.ClusterSide, names map[int]string, rules []netlink.Rule) (plan.ClusterState, error) {
+func (k *Kernel) observeCluster(family int, want plan.ClusterSide, names map[int]string, rules []netlink.Rule) (plan.ClusterState, error) {
 	l, err := k.find(want.Interface)
 	if _, missing := errors.AsType[*MissingError](err); missing {
 		return plan.ClusterState{}, nil
@@ -179,16 +222,19 @@ func (k *Kernel) observeCluster(want plan.ClusterSide, names map[int]string, rul
 		return plan.ClusterState{}, err
 	}
 	s := plan.ClusterState{Index: l.Attrs().Index}
-	prefixes, err := k.prefixes(l)
+	prefixes, err := k.prefixes(family, l)
 	if err != nil {
 		return plan.ClusterState{}, err
 	}
 	for _, p := range prefixes { // an address may have several lengths
+		if p.Addr().Is6() && p.Addr().IsLinkLocalUnicast() {
+			continue // every interface has the routes to its peers
+		}
 		if !slices.Contains(s.Addresses, p.Addr()) {
 			s.Addresses = append(s.Addresses, p.Addr())
 		}
 	}
-	if s.Table, err = k.table(want.Table, names); err != nil {
+	if s.Table, err = k.table(family, want.Table, names); err != nil {
 		return plan.ClusterState{}, err
 	}
 	for _, r := range rules {
@@ -202,10 +248,10 @@ func (k *Kernel) observeCluster(want plan.ClusterSide, names map[int]string, rul
 // lost returns those of the kernel's own routing rules (ip-rule(8)) for the tables of
 // local addresses and for the main table that are missing: no rule selects the table
 // for every packet. A program may have moved one to another priority.
-func lost(rules []netlink.Rule) []plan.Rule {
+func lost(rules []netlink.Rule, ipv6 bool) []plan.Rule {
 	every := *netlink.NewRule()
 	var missing []plan.Rule
-	for _, own := range []plan.Rule{{Priority: 0, Table: unix.RT_TABLE_LOCAL}, {Priority: plan.MainPriority, Table: unix.RT_TABLE_MAIN}} {
+	for _, own := range []plan.Rule{{IPv6: ipv6, Priority: 0, Table: unix.RT_TABLE_LOCAL}, {IPv6: ipv6, Priority: plan.MainPriority, Table: unix.RT_TABLE_MAIN}} {
 		if !slices.ContainsFunc(rules, func(r netlink.Rule) bool {
 			table := r.Table
 			r.Priority, r.Table, r.Family, r.Protocol = every.Priority, every.Table, every.Family, every.Protocol
@@ -267,9 +313,9 @@ var (
 	multicast = netip.MustParsePrefix("ff00::/8")
 )
 
-// prefixes returns the IPv4 addresses of an interface.
-func (k *Kernel) prefixes(l netlink.Link) ([]netip.Prefix, error) {
-	addresses, err := k.addresses(l)
+// prefixes returns the addresses of one family of an interface.
+func (k *Kernel) prefixes(family int, l netlink.Link) ([]netip.Prefix, error) {
+	addresses, err := k.addresses(family, l)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %q: %w", l.Attrs().Name, err)
 	}
@@ -280,9 +326,9 @@ func (k *Kernel) prefixes(l netlink.Link) ([]netip.Prefix, error) {
 	return found, nil
 }
 
-// table returns the routes of one table.
-func (k *Kernel) table(number int, names map[int]string) ([]plan.Route, error) {
-	routes, err := k.routesOf(number)
+// table returns the routes of one family in one table.
+func (k *Kernel) table(family, number int, names map[int]string) ([]plan.Route, error) {
+	routes, err := k.routesOf(family, number)
 	if err != nil {
 		return nil, fmt.Errorf("list routes of table %d: %w", number, err)
 	}
@@ -317,7 +363,14 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) plan.Route {
 	if table == unix.RT_TABLE_MAIN {
 		table = 0
 	}
+	destination := prefix(r.Dst)
+	if r.Dst == nil && r.Family == netlink.FAMILY_V6 {
+		destination = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
 	index := r.LinkIndex
+	if kind != 0 && destination.Addr().Is6() {
+		index, name = 0, "" // the kernel lists lo for one that rejects packets
+	}
 	if index == 0 && len(r.MultiPath) > 0 {
 		index = r.MultiPath[0].LinkIndex
 		for _, hop := range r.MultiPath {
@@ -329,7 +382,7 @@ func (k *Kernel) route(r netlink.Route, names map[int]string) plan.Route {
 	}
 	return plan.Route{
 		Table:       table,
-		Destination: prefix(r.Dst),
+		Destination: destination,
 		Gateway:     gateway.Unmap(),
 		Index:       index,
 		Interface:   name,
@@ -381,7 +434,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 // down, writing a sysctl, replacing a route and deleting what was advertised.
 func (k *Kernel) Do(s plan.Change) error {
 	if err := k.do(s); err != nil {
-		if s.Sysctl == plan.IPForward || strings.HasSuffix(s.Sysctl, "/forwarding") {
+		if s.Sysctl == plan.IPForward || s.Sysctl == plan.IPv6Forward || strings.HasSuffix(s.Sysctl, "/forwarding") {
 			return &ForwardingError{s.Sysctl, err}
 		}
 		return fmt.Errorf("%s: %w", s, err)
@@ -478,7 +531,7 @@ func kernelRoute(r plan.Route) *netlink.Route {
 
 // rule converts a listed routing rule and keeps the original.
 func rule(r netlink.Rule) plan.Rule {
-	found := plan.Rule{Priority: r.Priority, Mark: r.Mark, Table: r.Table, Kernel: r}
+	found := plan.Rule{IPv6: r.Family == netlink.FAMILY_V6, Priority: r.Priority, Mark: r.Mark, Arrival: r.IifName, Table: r.Table, Kernel: r}
 	if r.Mask != nil {
 		found.Mask = *r.Mask
 	}
@@ -493,7 +546,10 @@ func kernelRule(r plan.Rule) *netlink.Rule {
 		return &listed
 	}
 	k := netlink.NewRule()
-	k.Family = netlink.FAMILY_V4
+	if k.Family = netlink.FAMILY_V4; r.IPv6 {
+		k.Family = netlink.FAMILY_V6
+	}
+	k.IifName = r.Arrival
 	k.Priority, k.Table = r.Priority, r.Table
 	if r.Mark != 0 {
 		k.Mark, k.Mask = r.Mark, &r.Mask

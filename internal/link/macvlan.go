@@ -84,7 +84,7 @@ func (k *Kernel) FindParent(m plan.Macvlan) (Parent, error) {
 	if err != nil {
 		return Parent{}, fmt.Errorf("list host interfaces: %w", err)
 	}
-	routes, err := k.routesOf(unix.RT_TABLE_MAIN)
+	routes, err := k.routesOf(netlink.FAMILY_V4, unix.RT_TABLE_MAIN)
 	if err != nil {
 		return Parent{}, fmt.Errorf("list host routes: %w", err)
 	}
@@ -116,7 +116,7 @@ func (k *Kernel) FindParent(m plan.Macvlan) (Parent, error) {
 
 // hostAddresses returns the IPv4 addresses of every interface, by its index.
 func (k *Kernel) hostAddresses() (map[int][]netip.Prefix, error) {
-	list, err := k.addresses(nil)
+	list, err := k.addresses(netlink.FAMILY_V4, nil)
 	if err != nil {
 		return nil, fmt.Errorf("list host addresses: %w", err)
 	}

@@ -104,7 +104,11 @@ func (e *ForwardingError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
 func (e *ForwardingError) Hint(spec.Names) string {
-	return "run the container privileged, or set the sysctl: " + plan.IPForward + "=1 in the pod's securityContext.sysctls, or --sysctl " + plan.IPForward + "=1 with docker and podman"
+	name := plan.IPForward
+	if e.Sysctl == plan.IPv6Forward {
+		name = e.Sysctl
+	}
+	return "run the container privileged, or set the sysctl: " + name + "=1 in the pod's securityContext.sysctls, or --sysctl " + name + "=1 with docker and podman"
 }
 
 // CanForward returns nil if forwarding is enabled or can be enabled, otherwise a

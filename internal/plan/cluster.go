@@ -35,12 +35,14 @@ type ClusterState struct {
 	Rules     []Rule       // rules for that table
 }
 
-// A Rule is an IPv4 routing rule (ip-rule(8)): it selects packets and a table. A
+// A Rule is a routing rule (ip-rule(8)): it selects packets and a table. A
 // zero field matches every packet.
 type Rule struct {
+	IPv6       bool
 	Priority   int // lower is first
 	Mark, Mask uint32
 	Source     netip.Prefix
+	Arrival    string // name of the interface by which a packet arrives
 	Table      int
 
 	Kernel any // the adapter's own form
@@ -52,10 +54,17 @@ func (r Rule) String() string {
 	if r.Source.IsValid() {
 		s += fmt.Sprintf(" from %s", r.Source)
 	}
+	if r.Arrival != "" {
+		s += " iif " + r.Arrival
+	}
 	if r.Mark != 0 {
 		s += fmt.Sprintf(" fwmark 0x%x/0x%x", r.Mark, r.Mask)
 	}
-	return s + fmt.Sprintf(" table %d", r.Table)
+	s += fmt.Sprintf(" table %d", r.Table)
+	if r.IPv6 {
+		s += " (IPv6)"
+	}
+	return s
 }
 
 func (r Rule) same(other Rule) bool {
@@ -79,26 +88,36 @@ const unreachable = 7
 var typeNames = map[int]string{2: "local", 3: "broadcast", 4: "anycast", 5: "multicast", 6: "blackhole", unreachable: "unreachable", 8: "prohibit", 9: "throw"}
 
 // rules returns the routing rules for the replies' table.
-func (c ClusterSide) rules(addresses []netip.Addr) []Rule {
-	rules := []Rule{{Priority: rulePriority, Mark: c.Mark, Mask: c.Mark, Table: c.Table}}
+func (c ClusterSide) rules(addresses []netip.Addr, ipv6 bool) []Rule {
+	rules := []Rule{{IPv6: ipv6, Priority: rulePriority, Mark: c.Mark, Mask: c.Mark, Table: c.Table}}
 	for _, a := range addresses {
-		rules = append(rules, Rule{Priority: rulePriority, Source: netip.PrefixFrom(a, a.BitLen()), Table: c.Table})
+		rules = append(rules, Rule{IPv6: ipv6, Priority: rulePriority, Source: netip.PrefixFrom(a, a.BitLen()), Table: c.Table})
 	}
 	return rules
+}
+
+// everything returns the destination of a default route.
+func everything(ipv6 bool) netip.Prefix {
+	if ipv6 {
+		return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
+	return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 }
 
 // routes returns the desired routes of the replies' table. The last one rejects
 // packets: a reply that the cluster side cannot deliver must not leave by the
 // egress side with the pod's own address.
-func (c ClusterSide) routes(have State, defaultRoute Route, known bool) []Route {
+func (c ClusterSide) routes(have State, defaultRoute Route, known, ipv6 bool) []Route {
 	var routes []Route
 	for _, r := range have.Routes {
-		if r, ok := r.by(have.Cluster.Index); ok && r.Type == 0 && !r.IsDefault() && !have.isHalf(r) && !r.Kept {
+		if r, ok := r.by(have.Cluster.Index); ok && r.Type == 0 && !r.IsDefault() && !have.isHalf(r) && !r.Kept && !r.ofLink() {
 			routes = append(routes, r)
 		}
 	}
 	if known {
-		defaultRoute.Metric = 0
+		if defaultRoute.Metric = 0; ipv6 {
+			defaultRoute.Metric = usualMetric
+		}
 		routes = append(routes, defaultRoute)
 	}
 	for i := range routes {
@@ -107,7 +126,7 @@ func (c ClusterSide) routes(have State, defaultRoute Route, known bool) []Route 
 	// The kernel accepts a route only if its gateway is reachable already.
 	slices.SortStableFunc(routes, func(a, b Route) int { return cmp.Compare(b.Scope, a.Scope) })
 	return append(routes, Route{
-		Table: c.Table, Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Metric: math.MaxUint32, Type: unreachable,
+		Table: c.Table, Destination: everything(ipv6), Metric: math.MaxUint32, Type: unreachable,
 	})
 }
 
@@ -133,7 +152,7 @@ func (s State) isHalf(r Route) bool {
 func (s State) ClusterDefault() (found Route, known bool) {
 	if i := slices.IndexFunc(s.Routes, s.isHalf); i >= 0 {
 		found = s.Routes[i]
-		found.Destination, found.Metric, found.Kept = netip.PrefixFrom(netip.IPv4Unspecified(), 0), 0, true
+		found.Destination, found.Metric, found.Kept = everything(found.Destination.Addr().Is6()), 0, true
 		return found, true
 	}
 	for _, routes := range [][]Route{s.Routes, s.Cluster.Table} {
@@ -166,9 +185,9 @@ func (c ClusterSide) ClusterDefault(have State) (Route, bool) {
 	return *before, true
 }
 
-// diffCluster returns the steps for the cluster side. They come before the change
-// of the default route, so that replies always have a route.
-func diffCluster(want ClusterSide, have State) []Change {
+// diffCluster returns the steps of one family for the cluster side. They come before the
+// change of the default route, so that replies always have a route.
+func diffCluster(want ClusterSide, have State, ipv6 bool) []Change {
 	if want.Interface == "" || have.Cluster.Index == 0 {
 		return nil
 	}
@@ -180,7 +199,7 @@ func diffCluster(want ClusterSide, have State) []Change {
 	placed := make(map[int]bool) // desired routes after the steps, by index
 
 	defaultRoute, known := want.ClusterDefault(have)
-	routes := want.routes(have, defaultRoute, known)
+	routes := want.routes(have, defaultRoute, known, ipv6)
 	for _, r := range routes {
 		step, i := place(r, have.Cluster.Table)
 		if step != nil {
@@ -193,24 +212,27 @@ func diffCluster(want ClusterSide, have State) []Change {
 			take(Change{Op: DeleteRoute, Route: r})
 		}
 	}
-	rules := want.rules(have.Cluster.Addresses)
+	rules := want.rules(have.Cluster.Addresses, ipv6)
 	for _, r := range rules {
 		if !slices.ContainsFunc(have.Cluster.Rules, r.same) {
 			take(Change{Op: AddRule, Rule: r})
 		}
 	}
 	for _, r := range have.Cluster.Rules {
-		if !slices.ContainsFunc(rules, r.same) {
+		if !slices.ContainsFunc(rules, r.same) && r.Arrival == "" {
 			take(Change{Op: DeleteRule, Rule: r})
 		}
 	}
 	kept := make(map[int]bool)
 	for _, d := range want.Destinations {
-		if !known || onClusterSide(d, have) {
+		if !known || d.Addr().Is6() != ipv6 || onClusterSide(d, have) {
 			continue
 		}
 		r := defaultRoute
 		r.Table, r.Destination, r.Metric, r.Kept = 0, d, 0, true
+		if ipv6 {
+			r.Metric = usualMetric
+		}
 		step, i := place(r, have.Routes)
 		if step != nil {
 			take(*step)

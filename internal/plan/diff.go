@@ -10,7 +10,9 @@ import (
 // prepare returns the changes for the settings, which come before any packet arrives, and the
 // one that sets the egress interface up, if it is down. An interface without an address
 // can already send probes.
-func prepare(want Network, have State) []Change { return append(set(want, have), up(want, have)...) }
+func prepare(want Network, have State) []Change {
+	return slices.Concat(set(want, have), want.clusterIPv6(have), want.closeIPv6(have), up(want, have))
+}
 
 func up(want Network, have State) []Change {
 	if have.Up {
@@ -23,6 +25,9 @@ func up(want Network, have State) []Change {
 func (n Network) missing(have State) spec.Sources {
 	return slices.DeleteFunc(slices.Clone(n.Sources), func(s spec.SourceAddress) bool { return slices.Contains(have.Addresses, s.Prefix) })
 }
+
+// has reports whether the egress interface has the reserved addresses of a family.
+func (n Network) has(have State, ipv6 bool) bool { return len(n.missing(have).Of(ipv6)) == 0 }
 
 // HasAddresses reports whether the egress interface has the reserved addresses.
 func (n Network) HasAddresses(have State) bool { return len(n.missing(have)) == 0 }
@@ -48,17 +53,23 @@ func claim(want Network, have State) []Change {
 	for _, s := range want.missing(have) {
 		take(Change{Op: AddAddress, Address: s.Prefix})
 	}
+	if want.retry {
+		for _, s := range want.Contested(have) {
+			take(Change{Op: RemoveAddress, Address: s.Prefix})
+			take(Change{Op: AddAddress, Address: s.Prefix})
+		}
+	}
 	return append(steps, up(want, have)...)
 }
 
 // sharesSubnet reports whether a reserved address has another address of its subnet, also
 // a reserved one.
 func (n Network) sharesSubnet(have State) bool {
-	others := have.Addresses
-	for _, s := range n.Sources {
+	others, sources := have.Addresses, n.Sources.Of(false)
+	for _, s := range sources {
 		others = append(slices.Clip(others), s.Prefix)
 	}
-	return slices.ContainsFunc(n.Sources, func(s spec.SourceAddress) bool {
+	return slices.ContainsFunc(sources, func(s spec.SourceAddress) bool {
 		return slices.ContainsFunc(others, func(a netip.Prefix) bool { return a != s.Prefix && a.Masked() == s.Prefix.Masked() })
 	})
 }
@@ -78,16 +89,31 @@ func diff(want Network, have State) []Change {
 	for _, r := range have.Lost {
 		take(Change{Op: AddRule, Rule: r})
 	}
-	steps = slices.Concat(steps, set(want, have), diffCluster(want.Cluster, have), claim)
+	steps = slices.Concat(steps, set(want, have), diffCluster(want.Cluster, have, false), want.clusterIPv6(have), want.closeIPv6(have), claim)
 	for _, r := range have.AdvertisedRoutes {
 		take(Change{Op: DeleteRoute, Route: r})
 	}
 	for _, a := range have.Advertised {
 		take(Change{Op: RemoveAddress, Address: a.Prefix, Kernel: a.Kernel})
 	}
-	source := want.Sources[0].Prefix.Addr()
+	if len(want.Sources.Of(false)) > 0 {
+		steps = append(steps, diffEgress(want, have, want.Routes(have.Index), false)...)
+	}
+	return append(steps, want.openIPv6(have)...)
+}
+
+// diffEgress returns the changes of one family's routes by the egress interface, and of
+// others in the main table that precede them.
+func diffEgress(want Network, have State, desired []Route, ipv6 bool) []Change {
+	var steps []Change
+	take := func(s Change) {
+		s.Interface, s.Index = want.Interface, have.Index
+		steps = append(steps, s)
+	}
+	sources := want.Sources.Of(ipv6)
+	source := sources[0].Prefix.Addr()
 	placed := make(map[int]Route) // desired routes after the steps, by index
-	for _, r := range want.Routes(have.Index) {
+	for _, r := range desired {
 		step, i := place(r, have.Routes)
 		if step != nil {
 			take(*step)
@@ -99,26 +125,30 @@ func diff(want Network, have State) []Change {
 		if _, desired := placed[i]; desired {
 			continue
 		}
-		// Another default route, or a route that hides a desired one.
-		if r.IsDefault() || have.isHalf(r) || hides(i, r, placed) {
+		// Another default route, or a route that hides a desired one. IPv6 default routes
+		// that come after ours stay: the kernel adds those of router advertisements again.
+		if r.IsDefault() && !(ipv6 && r.Metric > closedMetric) || have.isHalf(r) || hides(i, r, placed) {
 			take(Change{Op: DeleteRoute, Route: r})
 			continue
 		}
 		// Other routes of the egress interface get the reserved address as their
 		// source too, above all those of another address's subnet.
-		if r.Index == have.Index && r.Type == 0 && r.Source != source {
+		if r.Index == have.Index && r.Type == 0 && r.Source != source && !r.IsDefault() && !r.ofLink() {
 			for _, s := range setRouteSource(i, source, have.Routes) {
 				take(s)
 			}
 		}
 	}
-	if len(claim) > 0 {
+	if !want.has(have, ipv6) || !have.Up {
 		return steps
 	}
 	// The kernel adds these routes with the addresses; another program deleted one.
 	var subnets []Route
-	for _, s := range want.Sources {
+	for _, s := range sources {
 		subnet := Route{Destination: s.Prefix.Masked(), Index: have.Index, Interface: want.Interface, Source: source, Scope: ScopeLink}
+		if ipv6 {
+			subnet.Scope, subnet.Metric = ScopeUniverse, subnetMetric
+		}
 		same := func(r Route) bool { return key(r) == key(subnet) && r.Index == have.Index }
 		if s.Prefix.Bits() > 0 && !s.Prefix.IsSingleIP() && !slices.ContainsFunc(slices.Concat(have.Routes, subnets), same) {
 			subnets = append(subnets, subnet)
@@ -197,6 +227,9 @@ func Forwarding(have State) []Change {
 	}
 	if !have.Forwards {
 		steps = append(steps, Change{Op: WriteSysctl, Sysctl: IPForward, Value: "1", OldValue: "0"})
+	}
+	if have.IPv6 != nil && !have.IPv6.Forwards {
+		steps = append(steps, Change{Op: WriteSysctl, Sysctl: IPv6Forward, Value: "1", OldValue: "0"})
 	}
 	return steps
 }

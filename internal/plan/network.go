@@ -15,6 +15,9 @@ type Network struct {
 	Interface string // name of the egress interface
 	Sources   spec.Sources
 	Cluster   ClusterSide
+
+	// retry: IPv6 sources that another host had are added again.
+	retry bool
 }
 
 // Scope is the distance of a route's destination (rtnetlink(7), rtm_scope).
@@ -26,16 +29,16 @@ const (
 	ScopeLink     Scope = 253 // on the link itself
 )
 
-// A Route is an IPv4 route, or one of State.AdvertisedRoutes.
+// A Route is a route.
 type Route struct {
 	Table       int          // zero: the main table
-	Destination netip.Prefix // 0.0.0.0/0 for a default route
+	Destination netip.Prefix // 0.0.0.0/0 or ::/0 for a default route
 	Gateway     netip.Addr   // the zero Addr: none
 	Index       int          // interface index; zero: none, or several: see Route.by
 	Interface   string       // its name, for logs
 	Source      netip.Addr   // source for local sockets; the zero Addr: the kernel chooses
 	Metric      int          // the lowest is preferred
-	Scope       Scope
+	Scope       Scope        // of IPv4; IPv6 has none
 	TOS         int
 	Type        int  // rtnetlink(7), rtm_type; zero: unicast
 	Kept        bool // added to keep a destination on the cluster side
@@ -80,7 +83,7 @@ func (r Route) String() string {
 		fmt.Fprintf(&b, "%s ", typeNames[r.Type])
 	}
 	switch {
-	case r.IsDefault():
+	case r.IsDefault() && r.Destination.Addr().Is4():
 		b.WriteString("default")
 	case r.Destination.IsSingleIP():
 		b.WriteString(r.Destination.Addr().String())
@@ -121,7 +124,7 @@ type State struct {
 	Carrier   bool // false: the NIC below has no link
 	NoARP     bool // the interface resolves no addresses (IFF_NOARP)
 	MAC       net.HardwareAddr
-	Addresses []netip.Prefix // IPv4, of the egress interface
+	Addresses []netip.Prefix // of the egress interface; of IPv6 only with an IPv6 source
 	Routes    []Route        // IPv4, of the main table
 	Promotes  bool           // promote_secondaries of the egress interface
 	Forwards  bool           // net.ipv4.ip_forward
@@ -135,6 +138,7 @@ type State struct {
 	AdvertisedRoutes []Route
 	Lost             []Rule // missing ones of the kernel's own routing rules
 	Cluster          ClusterState
+	IPv6             *IPv6State // nil: there is no IPv6 source
 }
 
 // An Advertised is an IPv6 address from a router advertisement.
@@ -145,18 +149,18 @@ type Advertised struct {
 
 // ForwardsAny reports whether the kernel could forward any packet.
 func (s State) ForwardsAny() bool {
-	return s.Forwards || slices.ContainsFunc(s.Forwarding, func(i InterfaceForwarding) bool { return i.On })
+	return s.Forwards || s.IPv6 != nil && s.IPv6.Forwards || slices.ContainsFunc(s.Forwarding, func(i InterfaceForwarding) bool { return i.On })
 }
 
 // EgressHas reports whether the egress interface has a route to a that is more
 // specific than one of the given length.
 func (s State) EgressHas(a netip.Addr, bits int) bool {
-	return slices.ContainsFunc(s.Routes, func(r Route) bool {
+	return slices.ContainsFunc(s.of(a.Is6()).Routes, func(r Route) bool {
 		return r.Index == s.Index && r.Type == 0 && r.Destination.Bits() > bits && r.Destination.Contains(a)
 	})
 }
 
-// Routes returns the desired routes, with index as the interface's.
+// Routes returns the desired IPv4 routes, with index as the interface's.
 //
 // The gateway has a route of its own because it may be outside of the address's
 // subnet, as with a /32 address. Both routes name the first reserved address as the
@@ -164,7 +168,7 @@ func (s State) EgressHas(a netip.Addr, bits int) bool {
 // too.
 func (n Network) Routes(index int) []Route {
 	var routes []Route
-	for _, s := range n.Sources.Families() {
+	for _, s := range n.Sources.Of(false).Families() {
 		gateway := Route{
 			Destination: netip.PrefixFrom(s.Gateway, s.Gateway.BitLen()),
 			Index:       index, Interface: n.Interface, Source: s.Prefix.Addr(), Scope: ScopeLink,

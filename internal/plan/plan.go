@@ -26,6 +26,7 @@ type Want struct {
 	// repairs.
 	Start    bool
 	Announce bool // the address is announced also without a change
+	Retry    bool // IPv6 addresses that another host had are tried again
 }
 
 // A Have is the state of a namespace, and what a run has done to it.
@@ -39,10 +40,13 @@ type Have struct {
 	Failed    []string    // the optional changes that failed, which are not tried again
 	Loaded    *rules.Plan // what this run has loaded last; nil: nothing
 	Changed   bool        // this run has changed something
-	Trusted   bool        // the gateway is on the physical network, against appearances
+	Trusted   bool        // the gateways are on the physical network, against appearances
 	Probed    bool
-	Announced bool
-	Asked     bool
+	Claimed   bool    // this run has taken the addresses that it may take
+	Opened    bool    // only what waits for IPv6 addresses is left
+	Awaited   bool    // this run has waited for them
+	Announced [2]bool // of IPv4 and IPv6
+	Asked     [2]bool
 }
 
 // A Conflict is the reaction to another host with the reserved address before the
@@ -70,6 +74,8 @@ const (
 	Routing                     // of both sides
 	Rules                       // all of them
 	Opening                     // of the way between the sides, and the end of stale state
+	Detection                   // of other hosts with an IPv6 address, by the kernel
+	Admission                   // of IPv6 packets to the physical network
 )
 
 // A Step is one of the things that a run does: a Change, or one of the types below. Its text
@@ -101,6 +107,8 @@ type (
 	Ask struct{ spec.SourceAddress }
 	// RemoveStray removes the rules of another backend, the first of Have.Strays.
 	RemoveStray struct{ Name string }
+	// Await waits for the end of duplicate address detection.
+	Await struct{ Addresses []netip.Addr }
 	// Forget deletes the tracked connections that the rules would treat otherwise.
 	Forget struct{}
 )
@@ -137,10 +145,22 @@ func (s Load) String() string {
 }
 
 func (s Announce) String() string {
+	if s.Addresses[0].Is6() {
+		return fmt.Sprintf("announce %s by unsolicited neighbour advertisement", list(s.Addresses))
+	}
 	return fmt.Sprintf("announce %s by gratuitous ARP, as reply and as request", list(s.Addresses))
 }
 
-func (s Ask) String() string { return fmt.Sprintf("request the gateway %s by ARP", s.Gateway) }
+func (s Ask) String() string {
+	if s.Gateway.Is6() {
+		return fmt.Sprintf("request the gateway %s by neighbour solicitation", s.Gateway)
+	}
+	return fmt.Sprintf("request the gateway %s by ARP", s.Gateway)
+}
+
+func (s Await) String() string {
+	return fmt.Sprintf("wait for the kernel's duplicate address detection of %s, while IPv4 works", list(s.Addresses))
+}
 
 func (s RemoveStray) String() string { return "remove " + s.Name }
 
@@ -166,6 +186,10 @@ type Group struct {
 // rules of another backend work until they are removed, with the reserved address of their
 // time.
 func Steps(want Want, have Have) []Group {
+	want.Network.retry = (want.Start || want.Retry) && !have.Claimed
+	if have.Opened {
+		return admit(want, have)
+	}
 	var groups []Group
 	add := func(stage Stage, steps ...Step) {
 		if len(steps) > 0 {
@@ -199,7 +223,8 @@ func Steps(want Want, have Have) []Group {
 	add(Guard, append(guard, steps(prepare)...)...)
 	add(Permission, late...)
 	claim = without(claim, prepare)
-	add(Claim, append(steps(claim), announce(want, have, len(claim) > 0)...)...)
+	of4 := func(c Change) bool { return !c.Address.Addr().Is6() }
+	add(Claim, append(steps(claim), announce(want, have, slices.ContainsFunc(claim, of4))...)...)
 	add(Routing, steps(without(all, slices.Concat(prepare, claim)))...)
 	if len(have.Differs) > 0 && (loaded == nil || !loaded.Equal(want.Rules)) {
 		add(Rules, Load{Rules: want.Rules, Why: why})
@@ -216,6 +241,11 @@ func Steps(want Want, have Have) []Group {
 		opening = append(opening, Forget{})
 	}
 	add(Opening, opening...)
+	if want.awaits(have) {
+		add(Detection, Await{want.Network.Sources.Of(true).Addresses()})
+		have.State, have.Awaited = want.Network.settled(have.State), true
+		groups = append(groups, admit(want, have)...)
+	}
 	return groups
 }
 
@@ -234,10 +264,12 @@ func (g Group) Changes() bool {
 // those that a start may ask at once, and the one whose answer decides whether the address
 // may be claimed.
 func inquire(want Want, have Have) (early, late []Step) {
-	if doubt := doubt(want.Network, have.State); want.Start && !have.Trusted && doubt != nil {
-		early = append(early, Settle{doubt})
+	if want.Start && !have.Trusted {
+		for _, doubt := range doubts(want.Network, have.State) {
+			early = append(early, Settle{doubt})
+		}
 	}
-	missing := want.Network.missing(have.State)
+	missing := want.Network.missing(have.State).Of(false) // the kernel itself looks for IPv6
 	if have.State.NoARP || len(missing) == 0 || have.Probed {
 		return early, nil
 	}
@@ -251,18 +283,28 @@ func inquire(want Want, have Have) (early, late []Step) {
 	return early, late
 }
 
-// announce returns the packets to the neighbours that learn the address.
+// announce returns the packets to the neighbours that learn the addresses. claims is set if
+// IPv4 addresses change.
 func announce(want Want, have Have, claims bool) []Step {
 	if have.State.NoARP {
 		return nil
 	}
 	var packets []Step
-	if (want.Start || want.Announce || claims) && !have.Announced {
-		packets = append(packets, Announce{want.Network.Sources.Addresses()})
-	}
-	// Of a repair the ARP watch asks. The carrier of an interface that is down is unknown.
-	if want.Start && !have.Asked && (have.State.Carrier || !have.State.Up) {
-		packets = append(packets, Ask{want.Network.Sources[0]})
+	for _, first := range want.Network.Sources.Families() {
+		ipv6, i := first.Prefix.Addr().Is6(), 0
+		if ipv6 {
+			i, claims = 1, want.Network.opens(have.State)
+		}
+		if ipv6 && !want.Network.Usable(have.State, true) {
+			continue
+		}
+		if (want.Start || want.Announce || claims) && !have.Announced[i] {
+			packets = append(packets, Announce{want.Network.Sources.Of(ipv6).Addresses()})
+		}
+		// Of a repair the watch asks. The carrier of an interface that is down is unknown.
+		if want.Start && !have.Asked[i] && (have.State.Carrier || !have.State.Up) {
+			packets = append(packets, Ask{first})
+		}
 	}
 	return packets
 }

@@ -100,7 +100,7 @@ func random(r *rand.Rand, n Network) State {
 			s.Routes = append(s.Routes, all[i])
 		}
 	}
-	for _, rule := range n.Cluster.rules(s.Cluster.Addresses) {
+	for _, rule := range n.Cluster.rules(s.Cluster.Addresses, false) {
 		if some() {
 			s.Cluster.Rules = append(s.Cluster.Rules, rule)
 		}
@@ -167,9 +167,9 @@ func TestStepsConverge(t *testing.T) {
 					if !goal.Network.HasAddresses(have.State) {
 						t.Fatalf("%d: announced before it is there: %s", n, strings.Join(log, "\n"))
 					}
-					have.Announced = true
+					have.Announced[0] = true
 				case Ask:
-					have.Asked = true
+					have.Asked[0] = true
 				case RemoveStray:
 					have.Strays = have.Strays[1:]
 				}

@@ -26,14 +26,15 @@ func (e *RefusedError) Hint(names spec.Names) string { return e.hint.In(names) }
 func (n Network) Refuse(have State) error {
 	for _, s := range n.Sources {
 		isGateway := func(p netip.Prefix) bool { return p.Addr() == s.Gateway }
-		if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(have.Cluster.Addresses, s.Gateway) {
+		cluster := have.of(s.Gateway.Is6()).Cluster.Addresses
+		if slices.ContainsFunc(have.Addresses, isGateway) || slices.Contains(cluster, s.Gateway) {
 			return &RefusedError{
 				s.Gateway,
 				fmt.Sprintf("gateway %s: expected the router of the physical network, found an address of the pod", s.Gateway),
 				spec.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", spec.Gateway, spec.Source),
 			}
 		}
-		if slices.Contains(have.Cluster.Addresses, s.Prefix.Addr()) {
+		if slices.Contains(cluster, s.Prefix.Addr()) {
 			return &RefusedError{
 				netip.Addr{},
 				fmt.Sprintf("reserved address %s: expected an unused address of the physical network, found the pod's cluster address", s.Prefix.Addr()),
@@ -44,11 +45,25 @@ func (n Network) Refuse(have State) error {
 	return nil
 }
 
-// doubt returns an error if the gateway is that of the cluster side, or in its network, by
-// which servers would see the pod's own address. Both interfaces may be in one network:
-// then the reserved address is in it, too, or the gateway answers on the physical side.
-func doubt(want Network, have State) *RefusedError {
-	source, gateway := want.Sources[0].Prefix.Addr(), want.Sources[0].Gateway
+// doubts returns an error for each gateway that is that of the cluster side, or in its
+// network, by which servers would see the pod's own address. Both interfaces may be in one
+// network: then the reserved address is in it, too, or the gateway answers on the physical
+// side. A link-local gateway is in the network of its interface.
+func doubts(want Network, have State) []*RefusedError {
+	var all []*RefusedError
+	for _, first := range want.Sources.Families() {
+		if first.Gateway.Is6() && first.Gateway.IsLinkLocalUnicast() {
+			continue
+		}
+		if e := doubt(want, first, have.of(first.Gateway.Is6())); e != nil {
+			all = append(all, e)
+		}
+	}
+	return all
+}
+
+func doubt(want Network, first spec.SourceAddress, have State) *RefusedError {
+	source, gateway := first.Prefix.Addr(), first.Gateway
 	contains := func(a netip.Prefix) bool { return a.Contains(gateway) }
 	if slices.ContainsFunc(want.Sources, func(s spec.SourceAddress) bool { return contains(s.Prefix) }) || slices.ContainsFunc(have.Addresses, contains) {
 		return nil

@@ -52,7 +52,7 @@ func TestDoubt(t *testing.T) {
 			want := Network{Interface: "macvlan0", Sources: spec.Sources{{Prefix: prefix(test.source), Gateway: netip.MustParseAddr(test.gateway)}}}
 			have := test.have
 			have.Index, have.Cluster.Index, have.Routes = 1, cluster, test.routes
-			if err := doubt(want, have); (err != nil) != test.refused {
+			if err := doubts(want, have); (err != nil) != test.refused {
 				t.Errorf("error %v, want one: %v", err, test.refused)
 			}
 		})

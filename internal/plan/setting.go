@@ -12,6 +12,10 @@ import (
 // (ip-sysctl.rst). It belongs to the network namespace.
 const IPForward = "net.ipv4.ip_forward"
 
+// IPv6Forward is the same for IPv6. The kernel then takes no router advertisements unless
+// an interface has accept_ra=2 (ip-sysctl.rst).
+const IPv6Forward = "net.ipv6.conf.all.forwarding"
+
 // ForwardingOf is the same for the input of one interface.
 func ForwardingOf(name string) string { return conf4(name, "forwarding") }
 
@@ -108,6 +112,7 @@ const (
 	believes    = "only the rules protect the pod from router advertisements and ICMP redirects"
 	misleads    = "neighbours can learn an address on the wrong side of the pod"
 	dropsMarked = "replies from the physical network are dropped"
+	takesUnseen = "an IPv6 address that another host has may be taken"
 	dropsFar    = "packets of clients in other subnets are dropped"
 )
 
@@ -154,12 +159,56 @@ func (n Network) settings() []setting {
 			loose(cluster, dropsFar, false),
 		)
 	}
+	if len(n.Sources.Of(true)) > 0 {
+		all = append(all, n.settingsIPv6()...)
+	}
 	return append(all,
 		tracked("established", establishedTimeout),
 		tracked("close_wait", halfClosedTimeout),
 		tracked("fin_wait", closingTimeout),
 		tracked("last_ack", closingTimeout),
 	)
+}
+
+// settingsIPv6 returns the sysctls of a router with an IPv6 source.
+//
+// An address must not be used before the kernel has looked for another host that has it,
+// and not while it does (RFC 4862, section 5.4; RFC 4429 allows the latter).
+//
+// With forwarding, an interface takes router advertisements only if its accept_ra is 2,
+// and loses the routes of earlier ones if it is not (addrconf_fixup_forwarding in
+// net/ipv6/addrconf.c): on the cluster side they may be the network's own way to configure
+// the pod.
+//
+// While its gateway does not answer, the pod's own sockets get errors. The kernel asks for
+// it again after router_probe_interval (rt6_probe in net/ipv6/route.c).
+func (n Network) settingsIPv6() []setting {
+	egress := n.Interface
+	detects := conf6(egress, "accept_dad")
+	all := []setting{
+		off(conf6(egress, "disable_ipv6"), "the interface has no IPv6"),
+		{detects, 1, func(have Sysctls) bool { return max(have[detects], have[conf6("all", "accept_dad")]) >= 1 }, []string{conf6("all", "accept_dad")}, takesUnseen},
+		atLeast(conf6(egress, "dad_transmits"), 1, takesUnseen),
+		off(conf6(egress, "optimistic_dad"), takesUnseen),
+		off(conf6("all", "optimistic_dad"), takesUnseen),
+		atMost(conf6(egress, "router_probe_interval"), 1, "the pod's own IPv6 connections fail for a minute after its gateway was silent"),
+	}
+	if cluster := n.Cluster.Interface; cluster != "" {
+		advertised := AcceptRA(cluster)
+		all = append(all,
+			setting{advertised, 2, func(have Sysctls) bool { return have[advertised] != 1 }, nil, "the cluster side loses what router advertisements configured"})
+	}
+	return all
+}
+
+// atLeast is the setting of a sysctl that must not be lower than a value.
+func atLeast(sysctl string, value int, effect string) setting {
+	return setting{sysctl, value, func(have Sysctls) bool { return have[sysctl] >= value }, nil, effect}
+}
+
+// atMost is the setting of a sysctl that must not be higher than a value.
+func atMost(sysctl string, value int, effect string) setting {
+	return setting{sysctl, value, func(have Sysctls) bool { return have[sysctl] <= value }, nil, effect}
 }
 
 // Sysctls returns the names of the sysctls that State.Sysctls has. The kernel may lack one:
@@ -196,7 +245,7 @@ func (n Network) Defaults() Sysctls {
 	values := make(Sysctls)
 	for _, name := range n.Sysctls() {
 		values[name] = map[string]int{
-			"accept_ra": 1, "autoconf": 1, "accept_redirects": 1,
+			"accept_ra": 1, "autoconf": 1, "accept_redirects": 1, "accept_dad": 1, "dad_transmits": 1, "router_probe_interval": 60,
 			"nf_conntrack_tcp_timeout_established": 5 * 24 * 3600,
 			"nf_conntrack_tcp_timeout_close_wait":  60,
 			"nf_conntrack_tcp_timeout_fin_wait":    120,

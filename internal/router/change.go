@@ -216,6 +216,9 @@ func (c *change) apply(ctx context.Context) error {
 			break
 		}
 		g := groups[0]
+		if g.Stage >= plan.Detection && !c.have.Opened {
+			break
+		}
 		if done[g.Stage]++; done[g.Stage] > rounds {
 			return fmt.Errorf("configure %q: no convergence after %d rounds, another program reverts the step %q", c.want.Network.Interface, rounds, g.Steps[0].String())
 		}
@@ -263,10 +266,12 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 		case plan.Announce:
 			// Closing the socket takes some 10 ms, and the other steps run in that time.
 			err = c.announce(s.Addresses)
-			c.have.Announced = true
+			c.have.Announced[family(s.Addresses[0])] = true
 		case plan.Ask:
-			c.have.Asked = true
+			c.have.Asked[family(s.Gateway)] = true
 			c.askGateway(ctx, s.SourceAddress)
+		case plan.Await:
+			err = c.await(ctx)
 		case plan.RemoveStray:
 			err = c.removeStray(ctx)
 		case plan.Forget:
@@ -276,6 +281,7 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 			return changed, err
 		}
 	}
+	c.have.Claimed = c.have.Claimed || g.Stage == plan.Claim
 	return changed, nil
 }
 
@@ -379,9 +385,9 @@ func (c *change) close() {
 // forget deletes the conntrack entries of stale connections.
 func (c *change) forget() {
 	// Computed only if there is a connection to check.
-	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.want.Rules.Stale(c.have.State.Cluster.Addresses) })
+	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.want.Rules.Stale(c.have.State.ClusterAddresses()) })
 	masters := sync.OnceValues(conntrack.Masters)
-	n, err := c.network.Forget(func(f link.Connection) bool {
+	n, err := c.network.Forget(c.have.State.IPv6 != nil, func(f link.Connection) bool {
 		found := rules.Connection{Protocol: rules.Protocol(f.Protocol), From: f.From, To: f.To, RepliesFrom: f.RepliesFrom, RepliesTo: f.RepliesTo}
 		if !stale()(found) {
 			return false

@@ -61,7 +61,7 @@ func (s *script) Do(step plan.Change) error {
 	return nil
 }
 
-func (s *script) Forget(func(link.Connection) bool) (int, error) {
+func (s *script) Forget(bool, func(link.Connection) bool) (int, error) {
 	s.done = append(s.done, "forget connections")
 	return 0, nil
 }

@@ -47,7 +47,7 @@ type Network interface {
 	Do(plan.Change) error
 	DeleteMacvlan(name string) error
 	Initial(plan.Network) (plan.Sysctls, error)
-	Forget(func(link.Connection) bool) (int, error)
+	Forget(ipv6 bool, stale func(link.Connection) bool) (int, error)
 	Close()
 }
 
@@ -130,12 +130,13 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		return err
 	}
 	r.ready(c.have.State, c.rules, begin)
-	r.start.announced, r.start.failed = c.have.Announced, c.have.Failed
 	if err := c.answer(ctx); err != nil {
 		return err
 	}
 	c.awaitGateways(ctx)
-	return nil
+	err = c.admit(ctx, begin)
+	r.start.announced, r.start.failed = c.have.Announced != [2]bool{}, c.have.Failed
+	return err
 }
 
 // A Missing is what a run would do now.
@@ -231,11 +232,25 @@ func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
 		r.warnOfOtherRoutes(have)
 	}
 	for _, a := range have.Addresses {
+		if a.Addr().Is6() && a.Addr().IsLinkLocalUnicast() {
+			continue // every interface has one
+		}
 		if !slices.ContainsFunc(r.Want.Network.Sources, func(s spec.SourceAddress) bool { return s.Prefix == a }) {
 			r.Log.Warn("unused address on egress interface", "address", a.String())
 		}
 	}
-	attrs := []any{"mode", r.Mode, "interface", r.Want.Network.Interface, "address", r.Want.Network.Sources.String(), "gateway", r.Want.Network.Sources.Gateways()}
+	r.logReady(have, current, begin, r.Want.Network.Sources)
+}
+
+// logReady logs those of the sources whose family packets can cross by.
+func (r *Router) logReady(have plan.State, current Rules, begin time.Time, sources spec.Sources) {
+	sources = slices.DeleteFunc(slices.Clone(sources), func(s spec.SourceAddress) bool {
+		return !r.Want.Network.Usable(have, s.Prefix.Addr().Is6())
+	})
+	if len(sources) == 0 {
+		return
+	}
+	attrs := []any{"mode", r.Mode, "interface", r.Want.Network.Interface, "address", sources.String(), "gateway", sources.Gateways()}
 	if r.Want.Forward {
 		attrs = append(attrs, "redirects", r.Want.Rules.Size())
 	}
@@ -249,7 +264,7 @@ func (r *Router) warnOfOtherRoutes(have plan.State) {
 		r.Log.Warn("no default route on cluster interface", "interface", r.Want.Network.Cluster.Interface, "effect", "clients in other subnets get no replies")
 	}
 	destinations := r.Want.Rules.Destinations()
-	for _, other := range have.Routes {
+	for _, other := range have.AllRoutes() {
 		if other.Index == have.Index || other.IsDefault() {
 			continue
 		}

@@ -93,6 +93,8 @@ type Status struct {
 	ReloadSince    time.Time // time of the last change of destinations, or of the first error of a reload
 
 	Surroundings []Surroundings // for each family with a source, IPv4 first
+	Closed       string         // why no IPv6 packet crosses although there is an IPv6 source; empty: no such reason
+	ClosedSince  time.Time      // time of the last change of Closed
 	Probes       []Probe
 	ProbesSince  time.Time // time since which all are reachable, or some are not; zero: no probe yet
 
@@ -115,17 +117,20 @@ func (s *Status) reasons(want plan.Network, probes bool) {
 	if s.Link.Found && !s.Link.Carrier {
 		s.NotReady = append(s.NotReady, fmt.Sprintf("egress interface %s without carrier", want.Interface))
 	}
-	// With a gateway of the other family the router is ready: a probe that failed would
-	// keep clients from that family, too.
-	var silent []string
+	// While one family works, the router is ready: a failed readiness probe would keep
+	// clients from that one, too.
+	var closed []string
 	families := want.Sources.Families()
 	for i, first := range families {
-		if s.Surroundings[i].silent() {
-			silent = append(silent, fmt.Sprintf("gateway %s does not answer %s", first.Gateway, ProtocolOf(first.Gateway)))
+		switch ipv6 := first.Gateway.Is6(); {
+		case ipv6 && s.Closed != "":
+			closed = append(closed, s.Closed)
+		case s.Surroundings[i].silent():
+			closed = append(closed, fmt.Sprintf("gateway %s does not answer %s", first.Gateway, ProtocolOf(first.Gateway)))
 		}
 	}
-	if len(silent) == len(families) {
-		s.NotReady = append(s.NotReady, silent...)
+	if len(closed) == len(families) {
+		s.NotReady = append(s.NotReady, closed...)
 	}
 	up := func(p Probe) bool { return p.Err == "" }
 	if probes && len(s.Probes) > 0 && !slices.ContainsFunc(s.Probes, up) {

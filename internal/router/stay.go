@@ -69,6 +69,8 @@ type Keeper struct {
 	held      bool // the interface had the address after a comparison
 	// The host's addresses, which a macvlan cannot reach.
 	parentAddresses []netip.Prefix
+	contested       []netip.Addr // IPv6 addresses that other hosts have
+	retry           time.Time    // earliest time to try them again; zero: there are none
 }
 
 // NewKeeper returns a Keeper for the configuration of r.
@@ -332,7 +334,7 @@ func (k *Keeper) record(c *change, what events.Kind, err error, now time.Time) {
 		for _, r := range c.repairs {
 			s.Repairs[r.Kind]++
 		}
-		if c.have.Announced {
+		if c.have.Announced != [2]bool{} {
 			s.Announcements++
 		}
 		if err != nil {
@@ -407,6 +409,9 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 		warned: k.warned, parentAddresses: k.parentAddresses, drops: &k.drops,
 	}
 	c.want.Announce = announces
+	if now := time.Now(); !k.retry.IsZero() && now.After(k.retry) {
+		c.want.Retry, k.retry = true, now.Add(rateLimit)
+	}
 	release, err := lock(ctx)
 	if err != nil {
 		return c, err
@@ -419,6 +424,7 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	defer c.close()
 	if what == events.Network && k.plan.Equal(r.Want.Rules) {
 		if !announces && k.networkInSync(c) {
+			k.recordContested(ctx, c)
 			return c, nil
 		}
 		c.want.Network, c.known = r.Want.Network, k.rules
@@ -445,7 +451,8 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 		k.rules = c.rules
 	}
 	k.follow(ctx, c.want.Network, c.have.State)
-	if c.have.Announced {
+	k.recordContested(ctx, c)
+	if c.have.Announced != [2]bool{} {
 		k.announced = announcement(c.have.State)
 	}
 	return c, nil

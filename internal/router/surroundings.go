@@ -54,11 +54,13 @@ func family(a netip.Addr) int {
 
 // follow starts the watch of each family, again if the interface has changed.
 func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State) {
-	if k.Neighbours == nil || have.NoARP || !want.HasAddresses(have) {
+	if k.Neighbours == nil || have.NoARP {
 		return
 	}
 	for _, first := range want.Sources.Families() {
-		k.watch(ctx, first, want.Sources.Of(first.Prefix.Addr().Is6()).Addresses(), have)
+		if ipv6 := first.Prefix.Addr().Is6(); want.Usable(have, ipv6) {
+			k.watch(ctx, first, want.Sources.Of(ipv6).Addresses(), have)
+		}
 	}
 }
 
