@@ -225,7 +225,7 @@ func admit(want Want, have Have) []Group {
 		return nil
 	}
 	have.Announced[0], have.Asked[0] = true, true
-	changes := steps(have.remaining(want.Network.openIPv6(have.State)))
+	changes := steps(have.remaining(slices.Concat(want.Network.openIPv6(have.State), want.Network.clusterIPv6(have.State))))
 	all := append(announce(want, have, false), changes...)
 	if want.Forward && len(changes) > 0 {
 		all = append(all, Forget{})

@@ -10,14 +10,18 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
 // simulate changes a state as the kernel does.
 func simulate(s *State, c Change) {
-	table := &s.Routes
+	side, table := &s.Cluster, &s.Routes
+	if c.Route.Destination.Addr().Is6() || c.Rule.IPv6 {
+		side, table = &s.IPv6.Cluster, &s.IPv6.Routes
+	}
 	if c.Route.Table != 0 {
-		table = &s.Cluster.Table
+		table = &side.Table
 	}
 	remove := func(r Route) {
 		if i := slices.IndexFunc(*table, r.same); i >= 0 {
@@ -27,19 +31,26 @@ func simulate(s *State, c Change) {
 	switch c.Op {
 	case AddAddress:
 		s.Addresses = append(s.Addresses, c.Address)
+		if c.Address.Addr().Is6() {
+			s.IPv6.Tentative = append(s.IPv6.Tentative, c.Address.Addr())
+		}
 		if s.Up {
-			s.Routes = append(s.Routes, Route{Destination: c.Address.Masked(), Index: c.Index, Source: c.Address.Addr(), Scope: ScopeLink})
+			s.connect(c.Address)
 		}
 	case RemoveAddress:
-		s.Addresses = slices.DeleteFunc(s.Addresses, func(a netip.Prefix) bool { return a == c.Address })
+		is := func(a netip.Addr) bool { return a == c.Address.Addr() }
+		s.Addresses = slices.DeleteFunc(s.Addresses, func(p netip.Prefix) bool { return p == c.Address })
 		s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return r.Index == c.Index && r.Source == c.Address.Addr() })
+		if s.IPv6 != nil {
+			s.IPv6.Tentative, s.IPv6.Duplicate = slices.DeleteFunc(s.IPv6.Tentative, is), slices.DeleteFunc(s.IPv6.Duplicate, is)
+		}
 	case SetDown:
 		s.Up = false
 		s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return r.Index == c.Index })
 	case SetUp:
 		s.Up = true
 		for _, a := range s.Addresses {
-			s.Routes = append(s.Routes, Route{Destination: a.Masked(), Index: c.Index, Source: a.Addr(), Scope: ScopeLink})
+			s.connect(a)
 		}
 	case ReplaceRoute:
 		if i := slices.IndexFunc(*table, func(r Route) bool { return key(r) == key(c.Route) }); i >= 0 {
@@ -52,9 +63,9 @@ func simulate(s *State, c Change) {
 	case DeleteRoute:
 		remove(c.Route)
 	case AddRule:
-		s.Cluster.Rules = append(s.Cluster.Rules, c.Rule)
+		side.Rules = append(side.Rules, c.Rule)
 	case DeleteRule:
-		s.Cluster.Rules = slices.DeleteFunc(s.Cluster.Rules, c.Rule.same)
+		side.Rules = slices.DeleteFunc(side.Rules, c.Rule.same)
 	case WriteSysctl:
 		value, _ := strconv.Atoi(c.Value)
 		switch {
@@ -63,6 +74,8 @@ func simulate(s *State, c Change) {
 			for i := range s.Forwarding {
 				s.Forwarding[i].On = s.Forwards
 			}
+		case c.Sysctl == IPv6Forward:
+			s.IPv6.Forwards = value == 1
 		case strings.HasSuffix(c.Sysctl, "/forwarding"):
 			for i, f := range s.Forwarding {
 				if ForwardingOf(f.Interface) == c.Sysctl {
@@ -75,6 +88,66 @@ func simulate(s *State, c Change) {
 			s.Sysctls[c.Sysctl] = value
 		}
 	}
+}
+
+// connect adds the route to the subnet of an address, as the kernel does.
+func (s *State) connect(a netip.Prefix) {
+	if a.Addr().Is4() {
+		s.Routes = append(s.Routes, Route{Destination: a.Masked(), Index: s.Index, Source: a.Addr(), Scope: ScopeLink})
+		return
+	}
+	r := Route{Destination: a.Masked(), Index: s.Index, Metric: subnetMetric}
+	if !slices.ContainsFunc(s.IPv6.Routes, func(have Route) bool { return key(have) == key(r) && have.Index == r.Index }) {
+		s.IPv6.Routes = append(s.IPv6.Routes, r)
+	}
+}
+
+// randomIPv6 adds what other programs may have left of IPv6.
+func randomIPv6(r *rand.Rand, n Network, s *State) {
+	some := func() bool { return r.IntN(2) == 0 }
+	s.IPv6 = &IPv6State{Forwards: some(), Cluster: ClusterState{Index: 2, Addresses: []netip.Addr{addr("fd00::98")}}}
+	for _, a := range []string{"2001:db8:12::99/64", "2001:db8:12::98/64", "fe80::9/64"} {
+		if r.IntN(3) > 0 {
+			continue
+		}
+		p := netip.MustParsePrefix(a)
+		s.Addresses = append(s.Addresses, p)
+		switch r.IntN(4) {
+		case 0:
+			s.IPv6.Tentative = append(s.IPv6.Tentative, p.Addr())
+		case 1:
+			s.IPv6.Duplicate = append(s.IPv6.Duplicate, p.Addr())
+		}
+	}
+	route := func(to, gateway string, index, metric int) Route {
+		return Route{Destination: netip.MustParsePrefix(to), Gateway: addr(gateway), Index: index, Metric: metric}
+	}
+	all := []Route{
+		n.rejecting(), route("::/0", "fe80::1", 3, openMetric), route("::/0", "fe80::1", 2, usualMetric), route("::/0", "fe80::2", 2, openMetric),
+		route("::/0", "fd00::1", 2, 100), route("fd00::/64", "", 2, subnetMetric), route("2001:db8:12::/64", "", 3, subnetMetric),
+		route("fe80::/64", "", 2, subnetMetric), route("fe80::/64", "", 3, subnetMetric), route("fd01::/48", "fd00::1", 2, usualMetric),
+		route("::/1", "fd00::1", 2, usualMetric), route("8000::/1", "fd00::1", 2, usualMetric),
+	}
+	for _, i := range r.Perm(len(all)) {
+		if some() && !slices.ContainsFunc(s.IPv6.Routes, func(have Route) bool { return key(have) == key(all[i]) && have.Index == all[i].Index }) {
+			s.IPv6.Routes = append(s.IPv6.Routes, all[i])
+		}
+	}
+	for _, rule := range append(n.Cluster.rules(s.IPv6.Cluster.Addresses, true), n.Cluster.gate(), Rule{IPv6: true, Priority: 1, Mark: 1, Mask: 1, Table: n.Cluster.Table}) {
+		if some() {
+			s.IPv6.Cluster.Rules = append(s.IPv6.Cluster.Rules, rule)
+		}
+	}
+}
+
+// leaks reports whether IPv6 packets can have a source that another host may have: the
+// way is open, and the address not settled.
+func leaks(n Network, s State) bool {
+	if n.Usable(s, true) {
+		return false
+	}
+	byEgress := func(r Route) bool { return r.IsDefault() && r.Index == s.Index && r.Metric <= openMetric }
+	return !n.isGated(s) || slices.ContainsFunc(s.IPv6.Routes, byEgress)
 }
 
 // random returns a state that other programs may have left.
@@ -111,6 +184,13 @@ func random(r *rand.Rand, n Network) State {
 	return s
 }
 
+func familyOf(ipv6 bool) int {
+	if ipv6 {
+		return 1
+	}
+	return 0
+}
+
 // From any state the steps lead to one without steps, in few rounds of each stage. Until
 // all rules are loaded, nothing opens the way between the sides, and the address comes
 // after rules and sysctls.
@@ -122,12 +202,28 @@ func TestStepsConverge(t *testing.T) {
 	}
 	for n := range 2000 {
 		network := want
+		network.Sources = slices.Clone(want.Sources)
+		if source.IntN(3) == 0 {
+			network.Sources = append(network.Sources, spec.SourceAddress{Prefix: netip.MustParsePrefix("192.168.12.97/24"), Gateway: addr("192.168.12.1")})
+		}
+		gateway := addr([]string{"fe80::1", "2001:db8:12::1"}[source.IntN(2)])
+		for _, a := range []string{"2001:db8:12::99/64", "2001:db8:12::97/64"}[:source.IntN(3)] {
+			network.Sources = append(network.Sources, spec.SourceAddress{Prefix: netip.MustParsePrefix(a), Gateway: gateway})
+		}
+		six := len(network.Sources.Of(true)) > 0
+		if six && source.IntN(4) == 0 {
+			network.Sources = network.Sources.Of(true)
+		}
 		network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
 		goal := Want{
 			Network: network, Forward: source.IntN(4) > 0, Start: source.IntN(2) == 0, Conflict: Conflict(source.IntN(3)),
-			Rules: rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{addr("192.168.12.99")}}),
+			Rules: rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: network.Sources.Addresses()}),
 		}
 		have := Have{State: random(source, network), Redirects: source.IntN(2) == 0}
+		if six {
+			randomIPv6(source, network, &have.State)
+		}
+		another := six && source.IntN(3) == 0 // host has an IPv6 address
 		if source.IntN(3) > 0 {
 			have.Differs = []string{"other rules"}
 		}
@@ -155,6 +251,9 @@ func TestStepsConverge(t *testing.T) {
 					if opens && open || !opens && !s.Optional && have.Loaded == nil && len(have.Differs) > 0 {
 						t.Fatalf("%d: %q before the rules, after\n%s", n, s, strings.Join(log, "\n"))
 					}
+					if s.Op == AddAddress && s.Address.Addr().Is6() && leaks(network, have.State) {
+						t.Fatalf("%d: %q while IPv6 is open, from %s, after\n%s", n, s, begin, strings.Join(log, "\n"))
+					}
 					simulate(&have.State, s)
 					have.Changed = true
 				case Load:
@@ -164,21 +263,52 @@ func TestStepsConverge(t *testing.T) {
 				case Settle:
 					have.Trusted = true
 				case Announce:
-					if !goal.Network.HasAddresses(have.State) {
+					ipv6 := s.Addresses[0].Is6()
+					if !goal.Network.Usable(have.State, ipv6) {
 						t.Fatalf("%d: announced before it is there: %s", n, strings.Join(log, "\n"))
 					}
-					have.Announced[0] = true
+					have.Announced[familyOf(ipv6)] = true
 				case Ask:
-					have.Asked[0] = true
+					have.Asked[familyOf(s.Gateway.Is6())] = true
+				case Await:
+					have.Awaited = true
+					if another {
+						have.State.IPv6.Duplicate = append(have.State.IPv6.Duplicate, have.State.IPv6.Tentative...)
+					}
+					have.State.IPv6.Tentative = nil
 				case RemoveStray:
 					have.Strays = have.Strays[1:]
 				}
 			}
+			have.Claimed = have.Claimed || g.Stage == Claim
+			if six && !have.Opened && g.Stage >= Routing && leaks(network, have.State) {
+				t.Fatalf("%d: IPv6 open after stage %d, from %s, after\n%s", n, g.Stage, begin, strings.Join(log, "\n"))
+			}
 			if last = g.Stage; last == Opening {
-				break
+				have.Opened = true
 			}
 		}
-		have.Differs, have.Changed, goal.Start = nil, false, false
+		have.Differs, have.Changed, have.Opened, goal.Start = nil, false, false, false
+		if six && !goal.Network.Usable(have.State, true) {
+			// The end of the detection is an event, after which a repair opens IPv6.
+			if leaks(network, have.State) {
+				t.Fatalf("%d: IPv6 left open, from %s, after\n%s", n, begin, strings.Join(log, "\n"))
+			}
+			have.State.IPv6.Tentative, have.State.IPv6.Duplicate = nil, nil
+			for range 3 {
+				for _, g := range Steps(goal, have) {
+					for _, s := range g.Steps {
+						if c, is := s.(Change); is {
+							log = append(log, s.String())
+							simulate(&have.State, c)
+						}
+					}
+				}
+			}
+		}
+		if six && network.isGated(have.State) {
+			t.Fatalf("%d: IPv6 closed\nfrom %s\nafter %s", n, begin, strings.Join(log, "\n"))
+		}
 		if left := Steps(goal, have); len(left) > 0 {
 			t.Fatalf("%d: left %v\nfrom %s\nafter %s", n, left, begin, strings.Join(log, "\n"))
 		}
