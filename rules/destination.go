@@ -85,7 +85,7 @@ type Redirect struct {
 	Port     Port       // local port, on the pod; the first one of a range
 	Last     Port       // the last port of a range; zero: there is only Port
 	ToPort   Port       // remote port; zero: the same as the local one
-	To       netip.Addr // the first address; IPv4 only, if read from the grammar
+	To       netip.Addr // the first address
 	More     Addresses  // the other ones, see Spread
 }
 

@@ -26,10 +26,10 @@ func (g Grammar) Parse(value string, names spec.Names) (Set, error) {
 	return Parse(value, names)
 }
 
-// Entries returns the lines of a valid list, for each redirect that of it, and then that
-// of the fallback.
+// Entries returns the lines of a valid list, for each redirect that of it, and then those
+// of the fallbacks, that of IPv4 first.
 func (g Grammar) Entries(value string) []Line {
-	var entries []Line
+	var entries, fallback6 []Line
 	for _, line := range Lines(value) {
 		if g == Extended {
 			line.Text = withoutComment(line.Text)
@@ -39,11 +39,14 @@ func (g Grammar) Entries(value string) []Line {
 		}
 		n := 1
 		if f, ok := parseExtendedLine(line.Text); ok && g == Extended {
-			n = max(1, len(f.protocols))
+			if n = max(1, len(f.protocols)); f.local == "" && FamilyOf(f.to) == IPv6 {
+				fallback6 = []Line{line}
+				continue
+			}
 		}
 		entries = append(entries, slices.Repeat([]Line{line}, n)...)
 	}
-	return entries
+	return append(entries, fallback6...)
 }
 
 // ParseExtended reads a destination list in the extended grammar. It accepts every list
@@ -53,25 +56,27 @@ func (g Grammar) Entries(value string) []Line {
 //   - the protocol sctp (RFC 9260)
 //   - a range of local ports, to the same ports of the server, to a range of the same
 //     length, or to one port: 30000-30100 udp 203.0.113.9 40000-40100
-//   - several addresses, up to MaxAddresses: 443 tcp 203.0.113.25,203.0.113.26
+//   - an IPv6 address: 443 tcp 2001:db8::25
+//   - several addresses of one family, up to MaxAddresses: 443 tcp 203.0.113.25,203.0.113.26
 //   - a comment at its end: a # behind a space
 //   - options behind the ports, each KEY=VALUE: see [options]
 //
-// A local port may stand once for each protocol. The first invalid line ends the parse
+// A local port may stand once for each protocol and family, and each family may have a
+// fallback. The first invalid line ends the parse
 // with a *ParseError, as in Parse.
 func ParseExtended(value string, names spec.Names) (Set, error) {
 	var set Set
 	var fallback Line
-	seen := make(map[Protocol][]int32) // by local port: the line; zero: unused
+	seen := make(map[service][]int32) // by local port, which the services lack: the line; zero: unused
 	for _, line := range Lines(value) {
 		if line.Text = withoutComment(line.Text); line.isSkipped() {
 			continue
 		}
-		if set.Fallback.IsValid() {
+		f, ok := parseExtendedLine(line.Text)
+		if len(set.Fallbacks()) > 0 && (!ok || f.local != "" || set.FallbackOf(FamilyOf(f.to)).IsValid()) {
 			return Set{}, &ParseError{line, spec.Textf("%s fallback IP must be the last line", spec.Destinations).In(names),
 				fmt.Sprintf("line %d (%q) is the fallback: move it to the end", fallback.Number, fallback.Text)}
 		}
-		f, ok := parseExtendedLine(line.Text)
 		if !ok {
 			return Set{}, invalid(line, names, extendedHint(line.Text, names))
 		}
@@ -79,7 +84,11 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 			if len(f.options) > 0 {
 				return Set{}, invalid(line, names, "the fallback has no options")
 			}
-			set.Fallback, fallback = f.to, line
+			if fallback = line; FamilyOf(f.to) == IPv6 {
+				set.Fallback6 = f.to
+			} else {
+				set.Fallback = f.to
+			}
 			continue
 		}
 		r, err := f.redirect(line, names)
@@ -87,10 +96,11 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 			return Set{}, err
 		}
 		for _, r.Protocol = range f.protocols {
-			if seen[r.Protocol] == nil {
-				seen[r.Protocol] = make([]int32, 1<<16)
+			of := service{FamilyOf(r.To), r.Protocol, 0}
+			if seen[of] == nil {
+				seen[of] = make([]int32, 1<<16)
 			}
-			if err := r.claim(seen[r.Protocol], line, names); err != nil {
+			if err := r.claim(seen[of], line, names); err != nil {
 				return Set{}, err
 			}
 			set.Redirects = append(set.Redirects, r)
@@ -135,7 +145,7 @@ func parseExtendedLine(text string) (f extendedFields, ok bool) {
 	f.options = options
 	switch len(words) {
 	case 1:
-		f.to, ok = ParseIPv4(words[0])
+		f.to, ok = parseAddress(words[0])
 		return f, ok
 	case 4:
 		f.remote = words[3]
@@ -257,17 +267,48 @@ func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) 
 // parseAddresses accepts IP and IP,IP,... with up to MaxAddresses that differ.
 func parseAddresses(s string) (first netip.Addr, all []netip.Addr, ok bool) {
 	if !strings.Contains(s, ",") {
-		first, ok = ParseIPv4(s)
+		first, ok = parseAddress(s)
 		return first, nil, ok
 	}
 	for word := range strings.SplitSeq(s, ",") {
-		a, ok := ParseIPv4(word)
-		if !ok || slices.Contains(all, a) || len(all) == MaxAddresses {
+		a, ok := parseAddress(word)
+		if !ok || slices.Contains(all, a) || len(all) == MaxAddresses || len(all) > 0 && FamilyOf(a) != FamilyOf(all[0]) {
 			return netip.Addr{}, nil, false
 		}
 		all = append(all, a)
 	}
 	return all[0], all, true
+}
+
+// parseAddress accepts an address of either family. It refuses those of IPv6 that no host
+// beyond the gateway has: of a link (RFC 4291, section 2.5.6), and those that represent
+// IPv4 addresses (section 2.5.5.2).
+func parseAddress(s string) (netip.Addr, bool) {
+	a, err := netip.ParseAddr(s)
+	return a, err == nil && FamilyOf(a) != 0 && !(a.Is6() && a.IsLinkLocalUnicast())
+}
+
+// addressFault returns the reason why a word is not an address that parseAddress accepts;
+// empty: it is none of IPv6.
+func addressFault(s string) string {
+	a, err := netip.ParseAddr(s)
+	if ap, withPort := netip.ParseAddrPort(s); withPort == nil && ap.Addr().Is6() {
+		return fmt.Sprintf("the remote port is a field of its own: write \"%s %d\"", ap.Addr(), ap.Port())
+	}
+	if inside, bracketed := netip.ParseAddr(strings.Trim(s, "[]")); err != nil && bracketed == nil && inside.Is6() {
+		return fmt.Sprintf("write the address without brackets: %s", inside)
+	}
+	switch {
+	case err != nil || a.Is4():
+		return ""
+	case a.Is4In6():
+		return fmt.Sprintf("%s represents an IPv4 address: write %s", s, a.Unmap())
+	case a.IsLinkLocalUnicast():
+		return fmt.Sprintf("%s is an address of one link: give one that routers forward", s)
+	case a.Zone() != "":
+		return fmt.Sprintf("an address has no interface behind it: write %s", a.WithZone(""))
+	}
+	return ""
 }
 
 // isPorts reports whether a word has the form of PORT or PORT-PORT.
@@ -326,14 +367,18 @@ func addressesHint(words []string, names spec.Names) string {
 		addresses = words[2]
 	}
 	if !strings.Contains(addresses, ",") {
-		return ""
+		return addressFault(addresses)
 	}
 	seen := make(map[string]bool)
 	for word := range strings.SplitSeq(addresses, ",") {
-		if _, ok := ParseIPv4(word); !ok && word == "" {
+		if _, ok := parseAddress(word); !ok && word == "" {
 			return "a comma has an address at each side"
+		} else if fault := addressFault(word); fault != "" {
+			return fault
 		} else if !ok {
 			return addressHint(clip(word), names)
+		} else if first, _ := parseAddress(strings.Split(addresses, ",")[0]); strings.Contains(word, ":") != first.Is6() {
+			return "the addresses of a line are of one family: write a line for each family"
 		} else if seen[word] {
 			return fmt.Sprintf("the address %s stands twice", word)
 		}

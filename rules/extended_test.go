@@ -29,7 +29,12 @@ func TestParseExtended(t *testing.T) {
 			Redirect{Protocol: TCP, Port: 443, ToPort: 8443}.Spread([]netip.Addr{server, ip("203.0.113.8")}),
 			Redirect{Protocol: UDP, Port: 443, ToPort: 8443}.Spread([]netip.Addr{server, ip("203.0.113.8")}),
 		}}},
-		"comments": {"80 tcp 203.0.113.9 # web, #1\n203.0.113.9 #\n# rest", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server}}, Fallback: server}},
+		"IPv6":                       {"443 tcp 2001:db8::25\n5353 udp 2001:DB8:0::9 53", Set{Redirects: []Redirect{{Protocol: TCP, Port: 443, To: ip("2001:db8::25")}, {Protocol: UDP, Port: 5353, To: ip("2001:db8::9"), ToPort: 53}}}},
+		"once for each family":       {"443 tcp 203.0.113.9\n443 tcp 2001:db8::25", Set{Redirects: []Redirect{{Protocol: TCP, Port: 443, To: server}, {Protocol: TCP, Port: 443, To: ip("2001:db8::25")}}}},
+		"a fallback for each family": {"443 tcp 2001:db8::25\n2001:db8::27\n203.0.113.9", Set{Redirects: []Redirect{{Protocol: TCP, Port: 443, To: ip("2001:db8::25")}}, Fallback: server, Fallback6: ip("2001:db8::27")}},
+		"a fallback of IPv6":         {"443 tcp 203.0.113.9\n2001:db8::27", Set{Redirects: []Redirect{{Protocol: TCP, Port: 443, To: server}}, Fallback6: ip("2001:db8::27")}},
+		"several addresses of IPv6":  {"443 tcp 2001:db8::25,2001:db8::26 8443", Set{Redirects: []Redirect{(Redirect{Protocol: TCP, Port: 443, ToPort: 8443}).Spread([]netip.Addr{ip("2001:db8::25"), ip("2001:db8::26")})}}},
+		"comments":                   {"80 tcp 203.0.113.9 # web, #1\n203.0.113.9 #\n# rest", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server}}, Fallback: server}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := Extended.Parse(test.value, variables{})
@@ -73,7 +78,18 @@ func TestParseExtendedError(t *testing.T) {
 		"an option of the fallback": {"10.4.5.6 color=red", 1, "is invalid", "the fallback has no options"},
 		"only an option":            {"color=red", 1, "is invalid", "a line is"},
 		"a name with an option":     {"80 tcp db.example.com color=red", 1, "is invalid", `"db.example.com" is a name`},
-		"IPv6":                      {"80 tcp 2001:db8::1", 1, "is invalid", "IPv6"},
+		"IPv4-mapped":               {"80 tcp ::ffff:203.0.113.9", 1, "is invalid", "represents an IPv4 address: write 203.0.113.9"},
+		"link-local":                {"80 tcp fe80::1", 1, "is invalid", "fe80::1 is an address of one link"},
+		"link-local with a link":    {"fe80::1%eth0", 1, "is invalid", "is an address of one link"},
+		"a zone":                    {"80 tcp 2001:db8::1%eth0 80", 1, "is invalid", "no interface behind it: write 2001:db8::1"},
+		"brackets":                  {"80 tcp [2001:db8::1]", 1, "is invalid", "without brackets: 2001:db8::1"},
+		"brackets and a port":       {"80 tcp [2001:db8::1]:90", 1, "is invalid", "the remote port is a field of its own: write \"2001:db8::1 90\""},
+		"link-local of several":     {"80 tcp 2001:db8::1,fe80::1", 1, "is invalid", "fe80::1 is an address of one link"},
+		"several of both families":  {"80 tcp 2001:db8::1,10.4.5.6", 1, "is invalid", "write a line for each family"},
+		"twice in IPv6":             {"80 tcp 2001:db8::1\n80 tcp 10.4.5.6\n80 tcp 2001:db8::2", 3, "localport 80 is already used for tcp", "line 1 uses it first"},
+		"two fallbacks of IPv6":     {"2001:db8::1\n10.4.5.6\n2001:db8::2", 3, "fallback IP must be the last line", "line 2"},
+		"two fallbacks of IPv4":     {"10.4.5.6\n10.4.5.7", 2, "fallback IP must be the last line", "line 1"},
+		"between the fallbacks":     {"10.4.5.6\n80 tcp 2001:db8::2\n2001:db8::1", 2, "fallback IP must be the last line", "line 1"},
 
 		"an address twice":         {"80 tcp 10.4.5.6,10.4.5.7,10.4.5.6 90", 1, "is invalid", "the address 10.4.5.6 stands twice"},
 		"no address in a list":     {"80 tcp 10.4.5.6,,10.4.5.7", 1, "is invalid", "a comma has an address at each side"},
@@ -93,6 +109,18 @@ func TestParseExtendedError(t *testing.T) {
 				t.Errorf("%q: line %d: %s\nhint: %s", test.value, e.Line.Number, e, e.Hint)
 			}
 		})
+	}
+}
+
+// The entries of both fallbacks are in the order in which the set has them.
+func TestEntriesOfFallbacks(t *testing.T) {
+	entries := Extended.Entries("80 tcp,udp 2001:db8::25 # web\n2001:db8::27\n203.0.113.9")
+	var numbers []int
+	for _, e := range entries {
+		numbers = append(numbers, e.Number)
+	}
+	if diff := cmp.Diff([]int{1, 1, 3, 2}, numbers); diff != "" {
+		t.Errorf("lines of entries, - want, + got:\n%s", diff)
 	}
 }
 
@@ -131,7 +159,7 @@ func TestServer(t *testing.T) {
 
 func FuzzParseExtended(f *testing.F) {
 	for _, seed := range []string{
-		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", `80 tcp 1.2.3.4\ # x`, "80 tcp 1.2.3.4 90 x=y",
+		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", "443 tcp,udp 2001:db8::25 8443\n2001:db8::27\n1.2.3.4", "80 tcp 2001:db8::1,2001:db8::2\n::ffff:1.2.3.4", `80 tcp 1.2.3.4\ # x`, "80 tcp 1.2.3.4 90 x=y",
 	} {
 		f.Add(seed)
 	}

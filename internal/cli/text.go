@@ -40,10 +40,20 @@ func effect(set rules.Set, source netip.Addr) string {
 	if len(set.Redirects) == 0 {
 		rest = "everything"
 	}
-	if set.Fallback.IsValid() {
-		fmt.Fprintf(table, "  %s\tto %s, same protocol and port\n", rest, set.Fallback)
-	} else {
-		fmt.Fprintf(table, "  %s\tis not redirected\n", rest)
+	families := set.Families()
+	if len(families) == 0 {
+		families = []rules.Family{rules.IPv4}
+	}
+	for _, f := range families {
+		what := rest
+		if families[len(families)-1] != rules.IPv4 {
+			what += " of " + f.String()
+		}
+		if to := set.FallbackOf(f); to.IsValid() {
+			fmt.Fprintf(table, "  %s\tto %s, same protocol and port\n", what, to)
+		} else {
+			fmt.Fprintf(table, "  %s\tis not redirected\n", what)
+		}
 	}
 	table.Flush()
 	return b.String()

@@ -315,7 +315,7 @@ func unusable(a netip.Addr, subnet netip.Prefix) string {
 	switch {
 	case a.IsUnspecified():
 		return "the unspecified address"
-	case a.As4()[0] == 0:
+	case a.Is4() && a.As4()[0] == 0:
 		return "an address of 0.0.0.0/8"
 	case a.IsLoopback():
 		return "a loopback address"
@@ -323,7 +323,7 @@ func unusable(a netip.Addr, subnet netip.Prefix) string {
 		return "a multicast address"
 	case a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 		return "the broadcast address"
-	case subnet.Bits() >= 31 || !subnet.Contains(a):
+	case a.Is6() || subnet.Bits() >= 31 || !subnet.Contains(a):
 		return ""
 	case a == subnet.Masked().Addr():
 		return "the network address of " + subnet.Masked().String()
@@ -360,7 +360,9 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 		rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `set EGRESS_DESTINATION to one line for each destination, for example "80 tcp 203.0.113.25"`}}
 	var unreachable []string
 	warning, fault := l.read(readFile, func(text string) (err error) {
-		c.Set, err = c.Grammar.Parse(text, Names{})
+		if c.Set, err = c.Grammar.Parse(text, Names{}); err == nil {
+			err = c.checkFamilies(text)
+		}
 		if err == nil {
 			unreachable = c.unreachable(l, text)
 		}
@@ -375,6 +377,27 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 	c.Warnings = append(c.Warnings, unreachable...)
 	if len(c.Set.Redirects) == 0 && !c.Set.Fallback.IsValid() {
 		c.Warnings = append(c.Warnings, l.from()+" contains no destination: nothing is redirected")
+	}
+	return nil
+}
+
+// checkFamilies returns an error if the family of a destination has no source.
+func (c *Config) checkFamilies(text string) error {
+	sides := c.Sides()
+	if !slices.ContainsFunc(sides.Sources, netip.Addr.IsValid) {
+		return nil // for another error
+	}
+	for _, f := range c.Set.Families() {
+		if len(sides.SourcesOf(f)) > 0 {
+			continue
+		}
+		for i, a := range c.numbered() {
+			if rules.FamilyOf(a) == f {
+				line := c.Grammar.Entries(text)[i]
+				return &rules.ParseError{Line: line, Sentence: fmt.Sprintf("EGRESS_DESTINATION value '%s' is for %s, and EGRESS_SOURCE has no %[2]s address", line.Text, f),
+					Hint: "connections leave with a source of the same family: remove the line, or reserve an address for them"}
+			}
+		}
 	}
 	return nil
 }

@@ -342,6 +342,20 @@ func TestReplyErrors(t *testing.T) {
 	}
 }
 
+// A destination of a family without a source is an error with its line.
+func TestDestinationOfOtherFamily(t *testing.T) {
+	for _, destination := range []string{"80 tcp 203.0.113.25\n443 tcp 2001:db8::25", "203.0.113.25\n2001:db8::27 # all"} {
+		for _, mode := range []string{"", "unit-test"} {
+			env := good()
+			env.Mode, env.Grammar, env.Destination = mode, "extended", destination
+			_, err := Parse(env, noFile)
+			if err == nil || !strings.Contains(err.Error(), "EGRESS_DESTINATION line 2: ") || !strings.HasSuffix(err.Error(), " is for IPv6, and EGRESS_SOURCE has no IPv6 address") {
+				t.Errorf("%q in mode %q: %v", destination, mode, err)
+			}
+		}
+	}
+}
+
 func TestKeepNameServers(t *testing.T) {
 	env := good()
 	env.ClusterCIDRs = "10.0.0.53/32"

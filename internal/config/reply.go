@@ -133,8 +133,10 @@ func (c *Config) numbered() iter.Seq2[int, netip.Addr] {
 				}
 			}
 		}
-		if c.Set.Fallback.IsValid() {
-			yield(len(c.Set.Redirects), c.Set.Fallback)
+		for i, a := range c.Set.Fallbacks() {
+			if !yield(len(c.Set.Redirects)+i, a) {
+				return
+			}
 		}
 	}
 }
