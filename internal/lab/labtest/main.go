@@ -53,6 +53,7 @@ func MainOf(m *testing.M, program func()) {
 		"as-first-process":     func() { become(ownProc) },
 		"as-host-process":      hostProcess,
 		"in-pod":               inPod,
+		"load-rules":           loadRules,
 	})
 }
 
