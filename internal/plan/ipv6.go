@@ -157,26 +157,33 @@ func (n Network) clusterIPv6(have State) []Change {
 	return diffCluster(side, have.of(true), true)
 }
 
+// routesIPv6 returns the desired IPv6 routes, with index as the interface's. A link-local
+// gateway needs no route of its own; any other gets one, as with IPv4.
+func (n Network) routesIPv6(index int) []Route {
+	sources := n.Sources.Of(true)
+	if len(sources) == 0 {
+		return nil
+	}
+	first := sources[0]
+	routes := []Route{{
+		Destination: everything(true), Gateway: first.Gateway,
+		Index: index, Interface: n.Interface, Source: first.Prefix.Addr(), Metric: openMetric,
+	}, n.rejecting()}
+	if !first.Gateway.IsLinkLocalUnicast() {
+		routes = slices.Insert(routes, 0, Route{
+			Destination: netip.PrefixFrom(first.Gateway, 128), Index: index, Interface: n.Interface, Source: first.Prefix.Addr(), Metric: usualMetric,
+		})
+	}
+	return routes
+}
+
 // openIPv6 returns the changes that let IPv6 packets reach the physical network, once the
 // addresses are usable.
-//
-// A link-local gateway needs no route of its own; any other gets one, as with IPv4.
 func (n Network) openIPv6(have State) []Change {
 	if len(n.Sources.Of(true)) == 0 || have.IPv6 == nil || !n.Usable(have, true) {
 		return nil
 	}
-	first := n.Sources.Of(true)[0]
-	defaultRoute := Route{
-		Destination: everything(true), Gateway: first.Gateway,
-		Index: have.Index, Interface: n.Interface, Source: first.Prefix.Addr(), Metric: openMetric,
-	}
-	desired := []Route{defaultRoute, n.rejecting()}
-	if !first.Gateway.IsLinkLocalUnicast() {
-		desired = slices.Insert(desired, 0, Route{
-			Destination: netip.PrefixFrom(first.Gateway, 128), Index: have.Index, Interface: n.Interface, Source: first.Prefix.Addr(), Metric: usualMetric,
-		})
-	}
-	steps := diffEgress(n, have.of(true), desired, true)
+	steps := diffEgress(n, have.of(true), n.routesIPv6(have.Index), true)
 	for _, r := range have.IPv6.Cluster.Rules {
 		if r.Arrival != "" {
 			steps = append(steps, Change{Op: DeleteRule, Interface: n.Interface, Index: have.Index, Rule: r})

@@ -322,13 +322,27 @@ func TestRemoveLeadsBack(t *testing.T) {
 	for n := range 2000 {
 		network := want
 		network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
+		if source.IntN(2) == 0 {
+			network.Sources = append(slices.Clone(want.Sources), spec.SourceAddress{
+				Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: addr([]string{"fe80::1", "2001:db8:12::1"}[source.IntN(2)]),
+			})
+		}
 		before := random(source, network)
+		if len(network.Sources) > 1 {
+			randomIPv6(source, network, &before)
+			*before.IPv6 = IPv6State{
+				Forwards: before.IPv6.Forwards, Cluster: ClusterState{Index: 2, Addresses: before.IPv6.Cluster.Addresses},
+				Routes: slices.DeleteFunc(before.IPv6.Routes, func(r Route) bool { return r.Index == before.Index || r.same(network.rejecting()) }),
+			}
+		}
 		before.Cluster.Rules, before.Addresses = nil, nil
-		before.Routes = slices.DeleteFunc(before.Routes, func(r Route) bool {
-			return r.Index == before.Index || r.Destination == network.Routes(3)[0].Destination
-		})
+		ours := slices.Concat(network.Routes(3), network.routesIPv6(3))
+		before.Routes = slices.DeleteFunc(before.Routes, func(r Route) bool { return r.Index == before.Index || r.Destination == ours[0].Destination })
 		have := Have{State: copied(before)}
 		for range 10 {
+			if have.State.IPv6 != nil { // duplicate address detection ends
+				have.State.IPv6.Tentative = nil
+			}
 			for _, g := range Steps(Want{Network: network, Forward: true}, have) {
 				for _, s := range g.Steps {
 					if c, is := s.(Change); is {
@@ -347,7 +361,7 @@ func TestRemoveLeadsBack(t *testing.T) {
 			}
 			if _, is := s.(RemoveStray); is {
 				have.Strays = nil
-				if slices.Contains(have.State.Addresses, network.Sources[0].Prefix) || slices.ContainsFunc(have.State.Routes, func(r Route) bool { return slices.ContainsFunc(network.Routes(3), r.same) }) {
+				if len(have.State.Addresses) > 0 || slices.ContainsFunc(have.State.AllRoutes(), func(r Route) bool { return slices.ContainsFunc(ours, r.same) }) {
 					t.Fatalf("%d: the rules go before the address and its routes:\n%s", n, strings.Join(log, "\n"))
 				}
 			}
@@ -365,15 +379,21 @@ func TestRemoveLeadsBack(t *testing.T) {
 func copied(s State) State {
 	s.Addresses, s.Routes, s.Forwarding = slices.Clone(s.Addresses), slices.Clone(s.Routes), slices.Clone(s.Forwarding)
 	s.Sysctls = maps.Clone(s.Sysctls)
+	if s.IPv6 != nil {
+		six := *s.IPv6
+		six.Routes = slices.Clone(six.Routes)
+		s.IPv6 = &six
+	}
 	return s
 }
 
 // printed returns what a router changes of a state, in a fixed order.
 func printed(s State) string {
 	var lines []string
-	for _, r := range slices.Concat(s.Routes, s.Cluster.Table) {
+	for _, r := range slices.Concat(s.AllRoutes(), s.Cluster.Table, s.of(true).Cluster.Table) {
 		lines = append(lines, r.String())
 	}
 	slices.Sort(lines)
-	return fmt.Sprintf("up %v promotes %v forwards %v %v\n%v\n%v\n%s\n%s", s.Up, s.Promotes, s.Forwards, s.Forwarding, s.Addresses, s.Cluster.Rules, strings.Join(lines, "\n"), s.Sysctls)
+	return fmt.Sprintf("up %v promotes %v forwards %v %v %v\n%v\n%v\n%s\n%s", s.Up, s.Promotes, s.Forwards, s.Forwarding, s.IPv6 != nil && s.IPv6.Forwards,
+		s.Addresses, slices.Concat(s.Cluster.Rules, s.of(true).Cluster.Rules), strings.Join(lines, "\n"), s.Sysctls)
 }

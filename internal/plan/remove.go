@@ -18,7 +18,14 @@ import (
 func Remove(want Want, have Have, before State) []Step {
 	n := want.Network
 	all := steps(shut(have.State, before))
-	all = append(all, steps(leaveCluster(n, have.State, before))...)
+	for _, ipv6 := range []bool{false, true} {
+		have, before := have.State.of(ipv6), before.of(ipv6)
+		all = append(all, steps(leaveCluster(n, n.routes(have.Index, ipv6), have, before))...)
+	}
+	for _, ipv6 := range []bool{false, true} {
+		have, before := have.State.of(ipv6), before.of(ipv6)
+		all = append(all, steps(leaveRoutes(n, n.routes(have.Index, ipv6), have, before))...)
+	}
 	all = append(all, steps(leaveEgress(n, have.State, before))...)
 	if want.Macvlan != nil && have.State.Index != 0 {
 		all = append(all, Destroy{n.Interface})
@@ -48,22 +55,35 @@ func (n Network) Before(have State, initial Sysctls) State {
 	return before
 }
 
+// routes returns the desired routes of a family by the egress interface.
+func (n Network) routes(index int, ipv6 bool) []Route {
+	if ipv6 {
+		return n.routesIPv6(index)
+	}
+	return n.Routes(index)
+}
+
 // shuts reports whether the router has enabled forwarding.
 func shuts(have, before State) bool { return have.Forwards && !before.Forwards }
 
-// shut returns the change that ends forwarding, if the pod did not forward before. Writing
+// shut returns the changes that end forwarding, if the pod did not forward before. Writing
 // net.ipv4.ip_forward sets the sysctl of every interface.
 func shut(have, before State) []Change {
-	if !shuts(have, before) {
-		return nil
+	var changes []Change
+	if shuts(have, before) {
+		changes = append(changes, Change{Op: WriteSysctl, Sysctl: IPForward, Value: "0", OldValue: "1"})
 	}
-	return []Change{{Op: WriteSysctl, Sysctl: IPForward, Value: "0", OldValue: "1"}}
+	if six := have.IPv6; six != nil && six.Forwards && (before.IPv6 == nil || !before.IPv6.Forwards) {
+		changes = append(changes, Change{Op: WriteSysctl, Sysctl: IPv6Forward, Value: "0", OldValue: "1"})
+	}
+	return changes
 }
 
-// leaveCluster returns the changes that give the cluster side its default route back, and
-// remove the routes and rules of the replies. The kernel's own routing rules are added again,
+// leaveCluster returns the changes that give the cluster side its default route of one family
+// back, and remove the routes and rules of the replies. ours are the routes by the egress
+// interface. The kernel's own routing rules are added again,
 // as by a repair.
-func leaveCluster(want Network, have, before State) []Change {
+func leaveCluster(want Network, ours []Route, have, before State) []Change {
 	var changes []Change
 	take := func(c Change) {
 		c.Interface, c.Index = want.Cluster.Interface, have.Cluster.Index
@@ -72,7 +92,6 @@ func leaveCluster(want Network, have, before State) []Change {
 	for _, r := range have.Lost { // no route has an effect without them
 		take(Change{Op: AddRule, Rule: r})
 	}
-	ours := want.Routes(have.Index)
 	for _, r := range before.Routes {
 		// Another program may have set another one since then.
 		step, _ := place(r, have.Routes)
@@ -112,19 +131,32 @@ func (s State) lostWay(gateway netip.Addr) (way Route, lost bool) {
 	return way, true
 }
 
-// leaveEgress returns the changes that remove the routes and the reserved addresses, and
-// set the interface down if it was.
+// leaveRoutes returns the changes that remove the routes of one family by the egress
+// interface. With an IPv4 address the kernel deletes the routes that have it as their source;
+// those of IPv6 it keeps, without the source (net/ipv6/route.c, fib6_remove_prefsrc).
+func leaveRoutes(want Network, ours []Route, have, before State) []Change {
+	var changes []Change
+	for _, r := range have.Routes {
+		if r.Destination.Addr().Is6() && r.Index == have.Index && want.Sources.Have(r.Source) && !slices.ContainsFunc(ours, r.same) {
+			changes = append(changes, Change{Op: DeleteRoute, Interface: want.Interface, Index: have.Index, Route: r})
+		}
+	}
+	for _, r := range slices.Backward(ours) {
+		replaced := slices.ContainsFunc(before.Routes, func(b Route) bool { return key(b) == key(r) })
+		if slices.ContainsFunc(have.Routes, r.same) && !replaced {
+			changes = append(changes, Change{Op: DeleteRoute, Interface: want.Interface, Index: have.Index, Route: r})
+		}
+	}
+	return changes
+}
+
+// leaveEgress returns the changes that remove the reserved addresses, and set the interface
+// down if it was.
 func leaveEgress(want Network, have, before State) []Change {
 	var changes []Change
 	take := func(c Change) {
 		c.Interface, c.Index = want.Interface, have.Index
 		changes = append(changes, c)
-	}
-	for _, r := range slices.Backward(want.Routes(have.Index)) {
-		replaced := slices.ContainsFunc(before.Routes, func(b Route) bool { return key(b) == key(r) })
-		if slices.ContainsFunc(have.Routes, r.same) && !replaced {
-			take(Change{Op: DeleteRoute, Route: r})
-		}
 	}
 	for _, s := range slices.Backward(want.Sources) {
 		if slices.Contains(have.Addresses, s.Prefix) && !slices.Contains(before.Addresses, s.Prefix) {
