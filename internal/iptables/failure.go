@@ -91,7 +91,7 @@ var failures = []failure{
 			"Table does not exist", "unable to initialize table", "an't initialize", "Failed to initialize nft", "No chain/target/match by that name", "missing kernel module", "restore: line ",
 			"Protocol not supported", "Protocol not available", "(No such file or directory)", "(Operation not supported)", "(Invalid argument)",
 		},
-		spec.Textf("the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy), and xt_conntrack xt_connmark xt_mark xt_nat xt_TCPMSS ipt_REJECT; %s", otherBackend),
+		spec.Textf("the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy; for IPv6 sources also ip6table_nat ip6table_mangle), and xt_conntrack xt_connmark xt_mark xt_nat xt_TCPMSS ipt_REJECT ip6t_REJECT; %s", otherBackend),
 		true,
 	},
 }

@@ -53,7 +53,7 @@ func (e *KernelError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
 func (e *KernelError) Hint(names spec.Names) string {
-	return spec.Textf("the kernel lacks nf_tables, or the module is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 on the node, or %s", spec.Set(spec.Backend, "iptables")).In(names)
+	return spec.Textf("the kernel lacks nf_tables, or the module is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6 on the node, or %s", spec.Set(spec.Backend, "iptables")).In(names)
 }
 
 // Begin reads our tables in the calling thread's network namespace, and returns a

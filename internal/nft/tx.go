@@ -297,5 +297,5 @@ func (e *LoadError) Hint(names spec.Names) string {
 	case errors.Is(e.Err, os.ErrPermission):
 		return ""
 	}
-	return spec.Textf("the kernel lacks nf_tables modules that the rules need: modprobe nft_nat nft_ct nft_reject_ipv4 on the node, or %s", spec.Set(spec.Backend, "iptables")).In(names)
+	return spec.Textf("the kernel lacks nf_tables modules that the rules need: modprobe nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6 on the node, or %s", spec.Set(spec.Backend, "iptables")).In(names)
 }

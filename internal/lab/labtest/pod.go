@@ -414,7 +414,7 @@ func (p *Pod) Clear() {
 	if p.Backend == IptablesLegacy {
 		for _, table := range []string{"raw", "nat", "mangle", "filter"} {
 			for _, program := range []string{"iptables", "ip6tables"} {
-				if program == "ip6tables" && table != "filter" {
+				if program == "ip6tables" && !slices.Contains(p.tables6(), table) {
 					continue
 				}
 				p.Tool(p.Program(program), "-t", table, "-F")
@@ -434,12 +434,21 @@ func (p *Pod) Rules() string {
 	return rules
 }
 
+// tables6 returns the tables of IPv6 that have rules of the router: iptables of the legacy
+// flavour creates the others for a list.
+func (p *Pod) tables6() []string {
+	if p.Lab.IPv6 {
+		return []string{"nat", "filter", "mangle", "raw"}
+	}
+	return []string{"filter"}
+}
+
 func (p *Pod) rules() (string, error) {
 	var lines []string
 	for _, tables := range []struct {
 		save  string
 		names []string
-	}{{"iptables-save", []string{"nat", "filter", "mangle", "raw"}}, {"ip6tables-save", []string{"filter"}}} {
+	}{{"iptables-save", []string{"nat", "filter", "mangle", "raw"}}, {"ip6tables-save", p.tables6()}} {
 		for _, table := range tables.names {
 			saved, err := p.tool(p.Program(tables.save), "-t", table)
 			if err != nil {
