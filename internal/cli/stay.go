@@ -132,7 +132,7 @@ func (w *watch) count() {
 // works without them.
 func (w *watch) track(p Process) *conntrack.Tracker {
 	c := w.config
-	o := conntrack.Options{Source: c.Sources[0].Prefix.Addr(), Mark: c.ReplyMark, Set: c.Set, Count: c.Health.Listen.Port() != 0, Log: w.log}
+	o := conntrack.Options{Sources: c.Sources.Addresses(), Mark: c.ReplyMark, Set: c.Set, Count: c.Health.Listen.Port() != 0, Log: w.log}
 	if c.Health.AuditLog {
 		// The audit log does not depend on the log level.
 		audit := logger(p.Stderr, config.Log{JSON: c.Log.JSON, Level: slog.LevelInfo})

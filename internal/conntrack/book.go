@@ -38,9 +38,9 @@ type book struct {
 	count bool
 	audit func(Event) // nil: no audit log
 
-	lines    []*line      // in the order of the set, the fallback last
+	lines    []*line      // in the order of the set, the fallbacks last
 	byPort   rules.Lookup // index of lines
-	fallback *line
+	fallback [2]*line     // of IPv4 and IPv6; nil: none
 
 	start time.Time
 	open  map[key]*flow
@@ -78,7 +78,7 @@ func newBook(set rules.Set, count bool, audit func(Event), now time.Time) *book 
 	return b
 }
 
-// destinations returns the redirects of a set, the fallback last.
+// destinations returns the redirects of a set, the fallbacks last.
 func destinations(set rules.Set) []rules.Redirect {
 	list := slices.Clone(set.Redirects)
 	for i, r := range list {
@@ -86,8 +86,8 @@ func destinations(set rules.Set) []rules.Redirect {
 			list[i].ToPort = r.Port
 		}
 	}
-	if set.Fallback.IsValid() {
-		list = append(list, rules.Redirect{To: set.Fallback})
+	for _, to := range set.Fallbacks() {
+		list = append(list, rules.Redirect{To: to})
 	}
 	return list
 }
@@ -102,7 +102,7 @@ func (b *book) replace(set rules.Set) {
 		l.gone = true
 	}
 	list := destinations(set)
-	b.lines, b.byPort, b.fallback = make([]*line, 0, len(list)), rules.NewLookup(set.Redirects), nil
+	b.lines, b.byPort, b.fallback = make([]*line, 0, len(list)), rules.NewLookup(set.Redirects), [2]*line{}
 	for _, d := range list {
 		l := before[d]
 		if l == nil {
@@ -111,7 +111,7 @@ func (b *book) replace(set rules.Set) {
 		l.gone = false
 		b.lines = append(b.lines, l)
 		if d.Protocol == 0 {
-			b.fallback = l
+			b.fallback[familyOf(d.To)] = l
 		}
 	}
 	for k, f := range b.open {
@@ -133,14 +133,22 @@ func (b *book) lineOf(k key, server endpoint) *line {
 	if !b.count {
 		return nil
 	}
-	to, local := netip.AddrFrom4(server.addr), rules.Port(k.local.port)
-	if i, ok := b.byPort.Find(rules.IPv4, k.protocol, local); ok && b.lines[i].Reaches(netip.AddrPortFrom(to, server.port), local) {
+	to, local := server.address(), rules.Port(k.local.port)
+	if i, ok := b.byPort.Find(rules.FamilyOf(to), k.protocol, local); ok && b.lines[i].Reaches(netip.AddrPortFrom(to, server.port), local) {
 		return b.lines[i]
 	}
-	if b.fallback != nil && b.fallback.To == to {
-		return b.fallback
+	if f := b.fallback[familyOf(to)]; f != nil && f.To == to {
+		return f
 	}
 	return nil
+}
+
+// familyOf returns 0 for IPv4, and 1 for IPv6.
+func familyOf(a netip.Addr) int {
+	if a.Is6() {
+		return 1
+	}
+	return 0
 }
 
 func (l *line) add(connections uint64, t Traffic) {

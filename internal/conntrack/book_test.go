@@ -20,6 +20,10 @@ type table struct {
 }
 
 // newTable returns a book after a first dump of the given entries.
+func end(address string, port uint16) endpoint {
+	return endpoint{netip.MustParseAddr(address).As16(), port}
+}
+
 func newTable(t *testing.T, entries ...record) *table {
 	tb := &table{T: t, now: time.Unix(1000, 0)}
 	tb.book = newBook(set, true, func(e Event) {
@@ -58,10 +62,10 @@ func entry(id uint32, packets uint64) record {
 	return record{
 		key: key{
 			id: id, protocol: rules.TCP,
-			client: endpoint{[4]byte{10, 128, 0, 71}, 40000}, local: endpoint{[4]byte{10, 128, 0, 98}, 80},
+			client: end("10.128.0.71", 40000), local: end("10.128.0.98", 80),
 		},
-		server:    endpoint{server.As4(), 8080},
-		reserved:  endpoint{[4]byte{192, 168, 12, 99}, 40000},
+		server:    endpoint{server.As16(), 8080},
+		reserved:  end("192.168.12.99", 40000),
 		accounted: true,
 		Traffic:   Traffic{packets, 100 * packets, packets / 2, 50 * packets},
 	}
@@ -123,7 +127,7 @@ func TestBook(t *testing.T) {
 		}, 0, 0, 0},
 		{"an older list's server", func(b *table) {
 			r := entry(1, 6)
-			r.server.addr[3]++
+			r.server.addr[15]++
 			b.begin(r)
 			b.list(r)
 			b.end(r)
@@ -156,7 +160,7 @@ func TestFromBefore(t *testing.T) {
 func TestFallback(t *testing.T) {
 	b := newTable(t)
 	r := entry(1, 8)
-	r.server.addr = fallback.As4()
+	r.server.addr = fallback.As16()
 	for _, port := range []uint16{80, 90} { // including a port that has a line now
 		r.local.port, r.server.port = port, port
 		b.end(r)
@@ -172,9 +176,9 @@ func TestFallback(t *testing.T) {
 func TestReplace(t *testing.T) {
 	b := newTable(t)
 	stays, moves, goes, comes := entry(1, 4), entry(2, 4), entry(3, 4), entry(4, 4)
-	moves.local.port, moves.server.addr, moves.server.port = 7000, fallback.As4(), 7000 // first the fallback's, then a line's
+	moves.local.port, moves.server.addr, moves.server.port = 7000, fallback.As16(), 7000 // first the fallback's, then a line's
 	goes.protocol, goes.local.port, goes.server.port = rules.UDP, 53, 5353
-	comes.local.port, comes.server = 82, endpoint{server.As4(), 82} // begun under rules that are newer than the book's
+	comes.local.port, comes.server = 82, endpoint{server.As16(), 82} // begun under rules that are newer than the book's
 	b.list(stays, moves, goes, comes)
 	b.replace(rules.Set{Redirects: []rules.Redirect{
 		{Protocol: rules.TCP, Port: 7000, To: fallback},

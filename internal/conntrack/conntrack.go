@@ -117,10 +117,10 @@ type Event struct {
 
 // Options configure a Tracker.
 type Options struct {
-	Source netip.Addr // the reserved address
-	Mark   rules.Mark // mark of connections from the cluster side
-	Set    rules.Set  // the destinations
-	Count  bool       // keep counters
+	Sources []netip.Addr // the reserved addresses
+	Mark    rules.Mark   // mark of connections from the cluster side
+	Set     rules.Set    // the destinations
+	Count   bool         // keep counters
 	// Audit is called for each begin and end of a redirected connection, one at
 	// a time. It must not call the Tracker. May be nil.
 	Audit func(Event)
@@ -130,7 +130,7 @@ type Options struct {
 // A Tracker tracks the connections of one network namespace. Its methods may be
 // called from several goroutines.
 type Tracker struct {
-	source [4]byte
+	source map[[16]byte]bool // the reserved addresses
 	mark   uint32
 	log    *slog.Logger
 	table  *socket // for requests and dumps
@@ -150,10 +150,11 @@ type Tracker struct {
 // kernel's counting of packets and bytes (nf_conntrack_acct), and for the audit log its
 // times of connections (nf_conntrack_timestamp).
 func Open(o Options) (*Tracker, error) {
-	if !o.Source.Is4() {
-		return nil, fmt.Errorf("track connections from %q: not an IPv4 address", o.Source)
+	sources := make(map[[16]byte]bool)
+	for _, a := range o.Sources {
+		sources[a.As16()] = true
 	}
-	t := &Tracker{source: o.Source.As4(), mark: uint32(o.Mark), log: o.Log, book: newBook(o.Set, o.Count, o.Audit, time.Now())}
+	t := &Tracker{source: sources, mark: uint32(o.Mark), log: o.Log, book: newBook(o.Set, o.Count, o.Audit, time.Now())}
 	var err error
 	if t.table, err = openSocket(); err != nil {
 		return nil, &KernelError{"open conntrack socket", err}
@@ -342,7 +343,7 @@ func (t *Tracker) take(m message) {
 // redirected reports whether a connection came from the cluster side, was
 // redirected, and has the reserved address as its source.
 func (t *Tracker) redirected(r *record) bool {
-	return r.mark&t.mark == t.mark && r.status&statusDNAT != 0 && r.reserved.addr == t.source
+	return r.mark&t.mark == t.mark && r.status&statusDNAT != 0 && t.source[r.reserved.addr]
 }
 
 func (t *Tracker) overrun() {

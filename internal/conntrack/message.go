@@ -35,6 +35,8 @@ const (
 	ctaTupleProto   = 2
 	ctaIPv4Src      = 1 // in ctaTupleIP
 	ctaIPv4Dst      = 2
+	ctaIPv6Src      = 3
+	ctaIPv6Dst      = 4
 	ctaProtoNum     = 1 // in ctaTupleProto
 	ctaProtoSrcPort = 2
 	ctaProtoDstPort = 3
@@ -67,16 +69,16 @@ const (
 	headerLength  = unix.SizeofNlMsghdr + genericLength
 )
 
-// An endpoint is an IPv4 address and a port, in a compact form since there is one
-// for each connection.
+// An endpoint is an address, an IPv4 one in its IPv6 form, and a port. It is compact
+// since there is one for each connection.
 type endpoint struct {
-	addr [4]byte
+	addr [16]byte
 	port uint16
 }
 
-func (e endpoint) addrPort() netip.AddrPort {
-	return netip.AddrPortFrom(netip.AddrFrom4(e.addr), e.port)
-}
+func (e endpoint) address() netip.Addr { return netip.AddrFrom16(e.addr).Unmap() }
+
+func (e endpoint) addrPort() netip.AddrPort { return netip.AddrPortFrom(e.address(), e.port) }
 
 // A key identifies an entry by the addresses of its first packet and the kernel's
 // ID. That ID depends on the entry's place in memory and its addresses
@@ -109,9 +111,9 @@ type record struct {
 func (r *record) closed() bool { return r.protocol == rules.TCP && over(r.protocol, r.state) }
 
 // decode decodes an entry from a message without its first header. It returns
-// false for an entry that is not IPv4.
+// false for an entry that is neither IPv4 nor IPv6.
 func decode(b []byte) (r record, ok bool) {
-	if len(b) < genericLength || b[0] != unix.AF_INET {
+	if len(b) < genericLength || b[0] != unix.AF_INET && b[0] != unix.AF_INET6 {
 		return record{}, false
 	}
 	for kind, data, rest, more := attribute(b[genericLength:]); more; kind, data, rest, more = attribute(rest) {
@@ -153,9 +155,13 @@ func decodeTuple(b []byte) (protocol rules.Protocol, src, dst endpoint) {
 		for inner, value, left, ok := attribute(data); ok; inner, value, left, ok = attribute(left) {
 			switch {
 			case kind == ctaTupleIP && inner == ctaIPv4Src && len(value) == 4:
-				src.addr = [4]byte(value)
+				src.addr = netip.AddrFrom4([4]byte(value)).As16()
 			case kind == ctaTupleIP && inner == ctaIPv4Dst && len(value) == 4:
-				dst.addr = [4]byte(value)
+				dst.addr = netip.AddrFrom4([4]byte(value)).As16()
+			case kind == ctaTupleIP && inner == ctaIPv6Src && len(value) == 16:
+				src.addr = [16]byte(value)
+			case kind == ctaTupleIP && inner == ctaIPv6Dst && len(value) == 16:
+				dst.addr = [16]byte(value)
 			case kind == ctaTupleProto && inner == ctaProtoNum:
 				protocol = rules.Protocol(number(value))
 			case kind == ctaTupleProto && inner == ctaProtoSrcPort:
@@ -224,10 +230,10 @@ func number(b []byte) (n uint64) {
 	return n
 }
 
-// request returns a ctnetlink request for IPv4.
+// request returns a ctnetlink request for entries of every family.
 func request(kind, flags uint16, sequence uint32, attributes ...[2]uint32) []byte {
 	b := make([]byte, unix.SizeofNlMsghdr, headerLength+len(attributes)*(unix.NLA_HDRLEN+4))
-	b = append(b, unix.AF_INET, unix.NFNETLINK_V0, 0, 0)
+	b = append(b, unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0)
 	for _, a := range attributes {
 		b = binary.NativeEndian.AppendUint16(b, unix.NLA_HDRLEN+4)
 		b = binary.NativeEndian.AppendUint16(b, uint16(a[0]))

@@ -24,7 +24,7 @@ func track(p *labtest.Pod, audit func(conntrack.Event)) *conntrack.Tracker {
 	var tracker *conntrack.Tracker
 	err := p.Lab.Router.Do(func() (err error) {
 		tracker, err = conntrack.Open(conntrack.Options{
-			Source: lab.Source, Mark: config.DefaultReplyMark, Set: destinations(p),
+			Sources: []netip.Addr{lab.Source}, Mark: config.DefaultReplyMark, Set: destinations(p),
 			Count: true, Audit: audit, Log: slog.New(slog.DiscardHandler),
 		})
 		return err

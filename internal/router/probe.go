@@ -77,7 +77,12 @@ func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 
 func (k *Keeper) probeAll(ctx context.Context) {
 	k.mu.Lock()
-	inSync, source, targets := k.status.InSync, k.Router.Want.Network.Sources[0].Prefix.Addr(), targets(k.wanted)
+	inSync, closed, targets := k.status.InSync, k.status.Closed != "", targets(k.wanted)
+	var sources [2]netip.Addr // by family
+	for _, first := range k.Router.Want.Network.Sources.Families() {
+		a := first.Prefix.Addr()
+		sources[family(a)] = a
+	}
 	k.mu.Unlock()
 	if !inSync { // there may be no source address
 		return
@@ -92,7 +97,11 @@ func (k *Keeper) probeAll(ctx context.Context) {
 	for i, to := range targets {
 		room <- struct{}{}
 		all.Go(func() {
-			found[i] = Probe{To: to, Err: probe(ctx, source, to)}.after(before[to])
+			why := "IPv6 is closed" // and its source address not usable yet
+			if to.Addr().Is4() || !closed {
+				why = probe(ctx, sources[family(to.Addr())], to)
+			}
+			found[i] = Probe{To: to, Err: why}.after(before[to])
 			<-room
 		})
 	}
@@ -206,7 +215,7 @@ func probe(ctx context.Context, source netip.Addr, to netip.AddrPort) string {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
-	conn, err := d.DialContext(ctx, "tcp4", to.String())
+	conn, err := d.DialContext(ctx, "tcp", to.String())
 	if err != nil {
 		return err.Error()
 	}
