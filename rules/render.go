@@ -72,6 +72,10 @@ func (c *TextChain) appendRule(r *Rule) {
 // valid ([Plan.Validate]), or printed for its error.
 func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	option := func(name, value string) { b = appendOption(b, name, value) }
+	if r.Clients != (Share{}) {
+		end, mask := r.Clients.masked(family)
+		option("-s ", end.String()+"/"+mask.String())
+	}
 	for _, a := range []struct {
 		name string
 		addr netip.Prefix
@@ -79,10 +83,6 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 		if a.addr.IsValid() {
 			option(a.name, a.addr.String())
 		}
-	}
-	if r.Clients != (Share{}) {
-		end, mask := r.Clients.masked(family)
-		option("-s ", end.String()+"/"+mask.String())
 	}
 	if r.In != "" {
 		option("-i ", r.In)

@@ -15,12 +15,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/rules"
 )
 
 // dualList redirects both families to the servers of connectDual.
@@ -166,6 +168,37 @@ func TestIPv6Guard(t *testing.T) {
 		p.Load(dualList, lab.Source, lab.Source6)
 		wantIPv6(p, p.Lab.Client)
 		wantSources6(p, out, lab.Source6)
+	})
+}
+
+// iptables prints the rules in the form in which they were loaded, so that a comparison
+// needs no canary.
+func TestIPv6IsPrintedAsLoaded(t *testing.T) {
+	t.Parallel()
+	labtest.EachFlavour(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		sources := []netip.Addr{lab.Source, lab.Source6, netip.MustParseAddr("192.168.12.120"), netip.MustParseAddr("2001:db8:12::120"), netip.MustParseAddr("2001:db8:12::121")}
+		p.Load(dualList+fallback6, sources...)
+		set, err := rules.ParseExtended(dualList+fallback6, nil)
+		if err != nil {
+			p.Fatal(err)
+		}
+		printed := make(map[string]string)
+		for _, c := range rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: sources, Mark: labtest.Mark}).IPTables() {
+			program := map[rules.Family]string{rules.IPv4: "iptables-save", rules.IPv6: "ip6tables-save"}[c.Family]
+			key := program + " " + string(c.Table)
+			if printed[key] == "" {
+				printed[key] = strings.ReplaceAll(p.Tool(p.Program(program), "-t", string(c.Table)), " -p icmpv6 ", " -p ipv6-icmp ")
+			}
+			var got strings.Builder
+			for line := range strings.Lines(printed[key]) {
+				if strings.HasPrefix(line, "-A "+c.Name+" ") {
+					got.WriteString(line)
+				}
+			}
+			if diff := cmp.Diff(strings.Split(string(c.Saved), "\n"), strings.Split(got.String(), "\n")); diff != "" {
+				p.Errorf("%s, chain %s: -loaded +printed:\n%s", key, c.Name, diff)
+			}
+		}
 	})
 }
 
