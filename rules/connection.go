@@ -51,6 +51,10 @@ func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 		if i, redirected := lookup.Find(family, c.Protocol, local); redirected {
 			return !p.Redirects[i].keeps(c.RepliesFrom, local) || !source
 		}
+		if i, named := lookup.Find(0, c.Protocol, local); named { // without an address: refused
+			stays := p.Redirects[i].keeps(c.RepliesFrom, local) && c.RepliesFrom.Addr() != fallback && source
+			return c.RepliesFrom != c.To && !stays
+		}
 		if !fallback.IsValid() {
 			return c.RepliesFrom != c.To
 		}

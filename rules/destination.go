@@ -150,6 +150,9 @@ func (r Redirect) String() string {
 	if r.ToPort != 0 {
 		s += " " + r.ToPorts()
 	}
+	if r.More.get().ends {
+		s += " drain=no"
+	}
 	return s
 }
 

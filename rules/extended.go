@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"unique"
 
 	"github.com/egress-router/egress-router/internal/spec"
 )
@@ -39,7 +40,7 @@ func (g Grammar) Entries(value string) []Line {
 		}
 		n := 1
 		if f, ok := parseExtendedLine(line.Text); ok && g == Extended {
-			if n = max(1, len(f.protocols)); f.local == "" && FamilyOf(f.to) == IPv6 {
+			if n = max(1, len(f.protocols)*len(f.families())); f.local == "" && FamilyOf(f.to) == IPv6 {
 				fallback6 = []Line{line}
 				continue
 			}
@@ -57,8 +58,10 @@ func (g Grammar) Entries(value string) []Line {
 //   - a range of local ports, to the same ports of the server, to a range of the same
 //     length, or to one port: 30000-30100 udp 203.0.113.9 40000-40100
 //   - an IPv6 address: 443 tcp 2001:db8::25
-//   - several addresses of one family, up to MaxAddresses: 443 tcp 203.0.113.25,203.0.113.26
+//   - several addresses, up to MaxAddresses: 443 tcp 203.0.113.25,203.0.113.26; those of
+//     each family are a redirect
 //   - a comment at its end: a # behind a space
+//   - a name in place of addresses, which Set.Resolve needs: 443 tcp db.example.com 5432
 //   - options behind the ports, each KEY=VALUE: see [options]
 //
 // A local port may stand once for each protocol and family, and each family may have a
@@ -96,14 +99,22 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 			return Set{}, err
 		}
 		for _, r.Protocol = range f.protocols {
-			of := service{FamilyOf(r.To), r.Protocol, 0}
-			if seen[of] == nil {
-				seen[of] = make([]int32, 1<<16)
+			for _, r := range f.spread(r) {
+				families := []Family{FamilyOf(r.To)}
+				if f.name != "" {
+					families = []Family{IPv4, IPv6}
+				}
+				for _, family := range families {
+					of := service{family, r.Protocol, 0}
+					if seen[of] == nil {
+						seen[of] = make([]int32, 1<<16)
+					}
+					if err := r.claim(seen[of], line, names); err != nil {
+						return Set{}, err
+					}
+				}
+				set.Redirects = append(set.Redirects, r)
 			}
-			if err := r.claim(seen[of], line, names); err != nil {
-				return Set{}, err
-			}
-			set.Redirects = append(set.Redirects, r)
 		}
 	}
 	return set, nil
@@ -154,7 +165,10 @@ func parseExtendedLine(text string) (f extendedFields, ok bool) {
 		return f, false
 	}
 	f.local = words[0]
-	if f.to, f.more, ok = parseAddresses(words[2]); !ok || !isPorts(f.local) || f.remote != "" && !isPorts(f.remote) {
+	if f.to, f.more, ok = parseAddresses(words[2]); !ok && isName(words[2]) {
+		f.name, ok = words[2], true
+	}
+	if !ok || !isPorts(f.local) || f.remote != "" && !isPorts(f.remote) {
 		return f, false
 	}
 	for name := range strings.SplitSeq(words[1], ",") {
@@ -173,6 +187,7 @@ type extendedFields struct {
 	protocols []Protocol
 	to        netip.Addr
 	more      []netip.Addr // all of them if there are several
+	name      string       // in place of addresses
 	remote    string       // empty: no remote port
 	options   []string
 }
@@ -185,7 +200,20 @@ type option struct {
 }
 
 // options are the options of a line, in the order in which String writes them.
-var options = []option{}
+var options = []option{
+	{"drain", func(r *Redirect, value string) string {
+		if r.Name() == "" {
+			return "drain is for lines with a name: connections to an address that is no longer in the list end"
+		}
+		if value != "no" && value != "yes" {
+			return fmt.Sprintf("drain is yes or no, not %q: whether connections to an address that the name no longer has go on", clip(value))
+		}
+		more := r.More.get()
+		more.ends = value == "no"
+		r.More.handle = unique.Make(more)
+		return ""
+	}},
+}
 
 // cutOptions returns the words of a line and, without them, its options at the end.
 func cutOptions(words []string) (fields, options []string) {
@@ -226,18 +254,44 @@ func knownOptions() string {
 	if len(keys) == 0 {
 		return ""
 	}
+	if len(keys) == 1 {
+		return ": " + keys[0] + " is"
+	}
 	return ": " + strings.Join(keys, ", ") + " are"
 }
 
-// redirect returns the redirect of a line, without a protocol.
+// spread returns r to the addresses of a line: a redirect for each family of them.
+func (f extendedFields) spread(r Redirect) []Redirect {
+	if f.more == nil {
+		return []Redirect{r}
+	}
+	var redirects []Redirect
+	for _, family := range f.families() {
+		redirects = append(redirects, r.Spread(slices.DeleteFunc(slices.Clone(f.more), func(a netip.Addr) bool { return FamilyOf(a) != family })))
+	}
+	return redirects
+}
+
+// families returns the families of the addresses of a line, in their order.
+func (f extendedFields) families() []Family {
+	families := []Family{FamilyOf(f.to)}
+	for _, a := range f.more {
+		if family := FamilyOf(a); !slices.Contains(families, family) {
+			families = append(families, family)
+		}
+	}
+	return families
+}
+
+// redirect returns the redirect of a line, without a protocol, to the first address.
 func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) {
 	first, last, err := parsePorts(f.local, line, names)
 	if err != nil {
 		return Redirect{}, err
 	}
 	r := Redirect{Port: first, To: f.to}
-	if f.more != nil {
-		r = r.Spread(f.more)
+	if f.name != "" {
+		r = r.named(f.name)
 	}
 	if last != first {
 		r.Last = last
@@ -272,7 +326,7 @@ func parseAddresses(s string) (first netip.Addr, all []netip.Addr, ok bool) {
 	}
 	for word := range strings.SplitSeq(s, ",") {
 		a, ok := parseAddress(word)
-		if !ok || slices.Contains(all, a) || len(all) == MaxAddresses || len(all) > 0 && FamilyOf(a) != FamilyOf(all[0]) {
+		if !ok || slices.Contains(all, a) || len(all) == MaxAddresses {
 			return netip.Addr{}, nil, false
 		}
 		all = append(all, a)
@@ -353,7 +407,7 @@ func orExtended(what, text string, names spec.Names) string {
 }
 
 // extendedForms are the forms of a line.
-const extendedForms = `a line is "IP" or "PORTS PROTOCOLS IP", with the server's ports behind it if they differ, for example "8080-8089 tcp,udp 203.0.113.26 80-89"; several addresses have commas between them`
+const extendedForms = `a line is "IP" or "PORTS PROTOCOLS IP", with the server's ports behind it if they differ, for example "8080-8089 tcp,udp 203.0.113.26 80-89"; several addresses have commas between them, and a name may be in place of them`
 
 // addressesHint returns the probable cause of a parse error of several addresses.
 func addressesHint(words []string, names spec.Names) string {
@@ -366,23 +420,27 @@ func addressesHint(words []string, names spec.Names) string {
 	case len(words) == 3 || len(words) == 4:
 		addresses = words[2]
 	}
+	if len(words) == 1 && isName(addresses) {
+		return "the fallback is an address, not a name"
+	}
 	if !strings.Contains(addresses, ",") {
 		return addressFault(addresses)
 	}
-	seen := make(map[string]bool)
+	seen := make(map[netip.Addr]bool)
 	for word := range strings.SplitSeq(addresses, ",") {
-		if _, ok := parseAddress(word); !ok && word == "" {
+		a, ok := parseAddress(word)
+		if !ok && word == "" {
 			return "a comma has an address at each side"
+		} else if !ok && isName(word) {
+			return "a line has addresses, or one name alone"
 		} else if fault := addressFault(word); fault != "" {
 			return fault
 		} else if !ok {
 			return addressHint(clip(word), names)
-		} else if first, _ := parseAddress(strings.Split(addresses, ",")[0]); strings.Contains(word, ":") != first.Is6() {
-			return "the addresses of a line are of one family: write a line for each family"
-		} else if seen[word] {
+		} else if seen[a] {
 			return fmt.Sprintf("the address %s stands twice", word)
 		}
-		seen[word] = true
+		seen[a] = true
 	}
 	switch {
 	case len(words) == 1:
@@ -431,6 +489,11 @@ func extendedHint(text string, names spec.Names) string {
 				return fmt.Sprintf(`%q is not a protocol: "tcp", "udp" and "sctp" are, or several with commas between them`, clip(name))
 			}
 			seen[name] = true
+		}
+	}
+	if len(words) >= 3 {
+		if w := words[2]; strings.Trim(w, "0123456789.") != "" && !strings.ContainsAny(w, ":/") && !isName(w) {
+			return fmt.Sprintf("%q is no name: expected labels of letters, digits, - and _, at least two, separated by dots", clip(w))
 		}
 	}
 	if len(options) > 0 {

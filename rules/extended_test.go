@@ -25,6 +25,13 @@ func TestParseExtended(t *testing.T) {
 		"a range to one port":          {"30000-30100 tcp 203.0.113.9 443", Set{Redirects: []Redirect{{Protocol: TCP, Port: 30000, Last: 30100, To: server, ToPort: 443}}}},
 		"a range of one port":          {"80-80 tcp 203.0.113.9 90-90", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server, ToPort: 90}}}},
 		"all ports":                    {"1-65535 tcp 203.0.113.9", Set{Redirects: []Redirect{{Protocol: TCP, Port: 1, Last: 65535, To: server}}}},
+		"several addresses of both families": {"443 tcp,udp 203.0.113.9,2001:db8::9,203.0.113.8", Set{Redirects: []Redirect{
+			Redirect{Protocol: TCP, Port: 443}.Spread([]netip.Addr{server, ip("203.0.113.8")}), {Protocol: TCP, Port: 443, To: ip("2001:db8::9")},
+			Redirect{Protocol: UDP, Port: 443}.Spread([]netip.Addr{server, ip("203.0.113.8")}), {Protocol: UDP, Port: 443, To: ip("2001:db8::9")},
+		}}},
+		"a name": {"443 tcp,udp DB.example.com 5432 # db", Set{Redirects: []Redirect{
+			Redirect{Protocol: TCP, Port: 443, ToPort: 5432}.named("db.example.com"), Redirect{Protocol: UDP, Port: 443, ToPort: 5432}.named("db.example.com"),
+		}}},
 		"several addresses": {"443 tcp,udp 203.0.113.9,203.0.113.8 8443", Set{Redirects: []Redirect{
 			Redirect{Protocol: TCP, Port: 443, ToPort: 8443}.Spread([]netip.Addr{server, ip("203.0.113.8")}),
 			Redirect{Protocol: UDP, Port: 443, ToPort: 8443}.Spread([]netip.Addr{server, ip("203.0.113.8")}),
@@ -77,7 +84,7 @@ func TestParseExtendedError(t *testing.T) {
 		"an option before the end":  {"80 tcp color=red 10.4.5.6", 1, "is invalid", `the option "color=red" has to stand at the end`},
 		"an option of the fallback": {"10.4.5.6 color=red", 1, "is invalid", "the fallback has no options"},
 		"only an option":            {"color=red", 1, "is invalid", "a line is"},
-		"a name with an option":     {"80 tcp db.example.com color=red", 1, "is invalid", `"db.example.com" is a name`},
+		"a name with an option":     {"80 tcp db.example.com color=red", 1, "is invalid", `"color" is not an option`},
 		"IPv4-mapped":               {"80 tcp ::ffff:203.0.113.9", 1, "is invalid", "represents an IPv4 address: write 203.0.113.9"},
 		"link-local":                {"80 tcp fe80::1", 1, "is invalid", "fe80::1 is an address of one link"},
 		"link-local with a link":    {"fe80::1%eth0", 1, "is invalid", "is an address of one link"},
@@ -85,12 +92,19 @@ func TestParseExtendedError(t *testing.T) {
 		"brackets":                  {"80 tcp [2001:db8::1]", 1, "is invalid", "without brackets: 2001:db8::1"},
 		"brackets and a port":       {"80 tcp [2001:db8::1]:90", 1, "is invalid", "the remote port is a field of its own: write \"2001:db8::1 90\""},
 		"link-local of several":     {"80 tcp 2001:db8::1,fe80::1", 1, "is invalid", "fe80::1 is an address of one link"},
-		"several of both families":  {"80 tcp 2001:db8::1,10.4.5.6", 1, "is invalid", "write a line for each family"},
+		"twice in two forms":        {"80 tcp 2001:db8::1,10.4.5.6,2001:0db8::1", 1, "is invalid", "the address 2001:0db8::1 stands twice"},
+		"a name in both families":   {"80 tcp db.example.com\n80 tcp 2001:db8::1", 2, "localport 80 is already used for tcp", "line 1 uses it first"},
 		"twice in IPv6":             {"80 tcp 2001:db8::1\n80 tcp 10.4.5.6\n80 tcp 2001:db8::2", 3, "localport 80 is already used for tcp", "line 1 uses it first"},
 		"two fallbacks of IPv6":     {"2001:db8::1\n10.4.5.6\n2001:db8::2", 3, "fallback IP must be the last line", "line 2"},
 		"two fallbacks of IPv4":     {"10.4.5.6\n10.4.5.7", 2, "fallback IP must be the last line", "line 1"},
 		"between the fallbacks":     {"10.4.5.6\n80 tcp 2001:db8::2\n2001:db8::1", 2, "fallback IP must be the last line", "line 1"},
 
+		"a name and an address":    {"80 tcp db.example.com,10.4.5.6", 1, "is invalid", "a line has addresses, or one name alone"},
+		"a name as fallback":       {"db.example.com", 1, "is invalid", "the fallback is an address, not a name"},
+		"an invalid name":          {"80 tcp db_.-x", 1, "is invalid", `"db_.-x" is no name`},
+		"a name of one label":      {"80 tcp db", 1, "is invalid", `"db" is no name`},
+		"drain without a name":     {"80 tcp 10.4.5.6 drain=no", 1, "is invalid", "drain is for lines with a name"},
+		"drain with another value": {"80 tcp db.example.com drain=0", 1, "is invalid", `drain is yes or no, not "0"`},
 		"an address twice":         {"80 tcp 10.4.5.6,10.4.5.7,10.4.5.6 90", 1, "is invalid", "the address 10.4.5.6 stands twice"},
 		"no address in a list":     {"80 tcp 10.4.5.6,,10.4.5.7", 1, "is invalid", "a comma has an address at each side"},
 		"a comma at the end":       {"80 tcp 10.4.5.6,", 1, "is invalid", "a comma has an address at each side"},
@@ -159,7 +173,7 @@ func TestServer(t *testing.T) {
 
 func FuzzParseExtended(f *testing.F) {
 	for _, seed := range []string{
-		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", "443 tcp,udp 2001:db8::25 8443\n2001:db8::27\n1.2.3.4", "80 tcp 2001:db8::1,2001:db8::2\n::ffff:1.2.3.4", `80 tcp 1.2.3.4\ # x`, "80 tcp 1.2.3.4 90 x=y",
+		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", "443 tcp,udp 2001:db8::25 8443\n2001:db8::27\n1.2.3.4", "80 tcp 2001:db8::1,2001:db8::2\n::ffff:1.2.3.4", "80 tcp,sctp 2001:db8::1,1.2.3.4", "443 tcp,udp 1.2.3.4,1.2.3.5 8443", "1-9 sctp 1.2.3.4,1.2.3.4", "443 tcp,udp DB.example.com 8443 drain=no", "1-9 tcp a.b. 11-19 drain=yes", `80 tcp 1.2.3.4\ # x`, "80 tcp 1.2.3.4 90 x=y",
 	} {
 		f.Add(seed)
 	}

@@ -358,7 +358,7 @@ func redirectChains(f Family, set Set, sides Sides) (chains []Chain) {
 	}
 	return append(chains,
 		Chain{f, Mangle, Prerouting, arrivalRules(f, sides, true)},
-		Chain{f, NAT, Prerouting, redirectRules(set.FallbackOf(f), sides)},
+		Chain{f, NAT, Prerouting, redirectRules(set.refuse(f, sides), set.FallbackOf(f), sides)},
 		Chain{f, Filter, Forward, forwardRules(sides)},
 		Chain{f, Filter, Input, append(inputRules(f, sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop, Reason: Invalid})},
 		Chain{f, Mangle, Output, []Rule{
@@ -460,9 +460,10 @@ func departingDiscovery(f Family, sides Sides) (rules []Rule) {
 }
 
 // redirectRules returns the rules that change destinations.
-func redirectRules(fallback netip.Addr, sides Sides) []Rule {
+func redirectRules(refuse []Rule, fallback netip.Addr, sides Sides) []Rule {
 	rules := []Rule{{In: sides.Cluster, Target: Redirected}}
 	if fallback.IsValid() {
+		rules = append(rules, refuse...)
 		if sides.Health != 0 {
 			rules = append(rules, Rule{In: sides.Cluster, Protocol: TCP, Port: sides.Health, Target: Return})
 		}

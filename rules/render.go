@@ -2,26 +2,41 @@ package rules
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 )
 
 // UnitTest returns the NAT rules of set in the notation that the original
 // prints in its unit-test mode: built-in chains, no match modules, one line for
-// each destination, then one for the source address.
+// each destination, then one for the source address. It looks no name up: a line
+// with one has it in place of an address.
 func UnitTest(set Set, sides Sides) []byte {
 	var b []byte
-	plan := NewPlan(set, sides)
+	with := set
+	with.Redirects = slices.DeleteFunc(slices.Clone(set.Redirects), Redirect.Unresolved)
+	plan := NewPlan(with, sides)
 	for _, c := range plan.Chains {
 		if c.Table != NAT {
 			continue
 		}
+		add := func(r *Rule) {
+			b = append(b, "-A "...)
+			b = append(b, c.Hook...)
+			b = append(b, ' ')
+			b = append(r.append(b, c.Family, false), '\n')
+		}
 		for _, r := range c.Rules {
-			plan.spellOut(c.Family, r, func(r *Rule) {
-				b = append(b, "-A "...)
-				b = append(b, c.Hook...)
-				b = append(b, ' ')
-				b = append(r.append(b, c.Family, false), '\n')
-			})
+			if r.Target != Redirected || len(with.Redirects) == len(set.Redirects) {
+				plan.spellOut(c.Family, r, add)
+				continue
+			}
+			for _, to := range set.Redirects { // in the order of the lines
+				if to.Unresolved() {
+					add(to.nameRule(r))
+				} else {
+					Plan{Redirects: []Redirect{to}}.spellOut(c.Family, r, add)
+				}
+			}
 		}
 	}
 	return b

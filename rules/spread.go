@@ -19,10 +19,13 @@ type Addresses struct {
 	handle unique.Handle[rest]
 }
 
-// A rest is the bytes of addresses of one family.
+// A rest is the bytes of addresses of one family, and the name that has them.
 type rest struct {
-	more string // further ones for new connections
-	kept string // others, for existing connections alone
+	more    string // further addresses for new connections
+	kept    string // others, for existing connections alone
+	anyKept bool   // existing connections keep any address
+	name    string // of the line; empty: it has addresses
+	ends    bool   // connections to an address that the name no longer has end
 }
 
 // Equal reports whether both are the same addresses in the same order.
@@ -49,9 +52,10 @@ func (r Redirect) Spread(to []netip.Addr) Redirect { return r.spread(to, nil) }
 
 // spread does the same, with addresses that existing connections keep.
 func (r Redirect) spread(to, kept []netip.Addr) Redirect {
-	r.To, r.More = to[0], Addresses{}
-	if len(to) > 1 || len(kept) > 0 {
-		r.More.handle = unique.Make(rest{pack(to[1:]), pack(kept)})
+	more := r.More.get()
+	more.more, more.kept = pack(to[1:]), pack(kept)
+	if r.To, r.More = to[0], (Addresses{}); more != (rest{}) {
+		r.More.handle = unique.Make(more)
 	}
 	return r
 }
@@ -61,7 +65,10 @@ func (r Redirect) Several() bool { return r.More.get().more != "" }
 
 // Number returns the number of addresses for new connections.
 func (r Redirect) Number() int {
-	if !r.Several() {
+	switch {
+	case r.Unresolved():
+		return 0
+	case !r.Several():
 		return 1
 	}
 	return 1 + len(r.More.get().more)/(r.To.BitLen()/8)
@@ -70,7 +77,7 @@ func (r Redirect) Number() int {
 // All returns the addresses for new connections, in the order of the line.
 func (r Redirect) All() iter.Seq[netip.Addr] {
 	return func(yield func(netip.Addr) bool) {
-		if yield(r.To) && r.More != (Addresses{}) {
+		if r.To.IsValid() && yield(r.To) && r.More != (Addresses{}) {
 			r.each(r.More.get().more, yield)
 		}
 	}
@@ -82,6 +89,9 @@ func (r Redirect) kept() iter.Seq[netip.Addr] {
 }
 
 func (r Redirect) each(packed string, yield func(netip.Addr) bool) {
+	if packed == "" {
+		return
+	}
 	for bytes := range slices.Chunk([]byte(packed), r.To.BitLen()/8) {
 		if a, ok := netip.AddrFromSlice(bytes); !ok || !yield(a) {
 			return
@@ -92,7 +102,7 @@ func (r Redirect) each(packed string, yield func(netip.Addr) bool) {
 // keeps reports whether an existing connection to a local port of r may stay at a server.
 func (r Redirect) keeps(server netip.AddrPort, local Port) bool {
 	return r.Reaches(server, local) ||
-		server.Port() == r.Server(local).Port() && slices.Contains(slices.Collect(r.kept()), server.Addr())
+		server.Port() == r.Server(local).Port() && (r.More.get().anyKept || slices.Contains(slices.Collect(r.kept()), server.Addr()))
 }
 
 // WithoutServers returns the plan without the addresses at which out reports that a server
@@ -138,8 +148,11 @@ func (r Redirect) Reaches(server netip.AddrPort, local Port) bool {
 	return false
 }
 
-// Destination returns the addresses as the grammar writes them.
+// Destination returns the addresses, or the name, as the grammar writes them.
 func (r Redirect) Destination() string {
+	if name := r.Name(); name != "" {
+		return name
+	}
 	if !r.Several() {
 		return r.To.String()
 	}

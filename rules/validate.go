@@ -93,6 +93,9 @@ func (p Plan) validateRedirects(takes [IPv6 + 1]bool) error {
 	used := make(map[service]*[1 << 16]bool) // by local port; the services have none
 	for _, r := range p.Redirects {
 		family := FamilyOf(r.To)
+		if r.Unresolved() && r.Port != 0 { // it has no rule yet
+			continue
+		}
 		switch {
 		case family == 0 || r.To.IsUnspecified() || r.Port == 0:
 			return fmt.Errorf("invalid redirect %s: expected a port and an address", r)

@@ -217,6 +217,10 @@ func runMode(ctx context.Context, p Process) error {
 		return advised(stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC))
 	}
 	keepNameServers(&c, log)
+	resolveOnce(ctx, &c, log)
+	if len(c.Set.Names()) > 0 {
+		log.Warn("names are not followed", "effect", "their addresses stay those of now", "hint", "a container in mode monitor follows them")
+	}
 	return advised(newRouter(c, log).Apply(ctx))
 }
 

@@ -26,6 +26,9 @@ func runPlan(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
+	if c.Mode != config.UnitTest {
+		resolveOnce(ctx, &c, logger(p.Stderr, config.Log{JSON: c.Log.JSON, Level: max(c.Log.Level, slog.LevelWarn)}))
+	}
 	text := ""
 	if asksKernelPlan(p.Args) && c.Mode != config.UnitTest {
 		text, err = missingText(ctx, p, c)

@@ -25,6 +25,10 @@ func (w *watch) reporter(p Process) reporter {
 		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen, logs: p.logs,
 		report: func(r *health.Report) {
 			reportRouter(r, w.keeper.Status(), w.config, time.Now())
+			if w.names != nil {
+				states, _, _ := w.names.States()
+				reportNames(r, states)
+			}
 			reportDrops(r, w.keeper.Drops())
 			if err := w.alive(); err != nil {
 				r.Reasons = append(r.Reasons, err.Error())
@@ -192,6 +196,7 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	}
 	emit(name+"reloads_total", float64(s.Reloads))
 	emit(name+"reload_failures_total", float64(s.ReloadFailures))
+	w.collectNames(emit)
 	drops := w.keeper.Drops()
 	for _, reason := range rules.Reasons {
 		emit(name+"dropped_packets_total", float64(drops[reason]), string(reason))
@@ -206,7 +211,7 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 		w.log.Warn("connection counters not read", "error", err)
 		return
 	}
-	collectLines(emit, report, s.Probes)
+	collectLines(emit, report, s.Probes, w.addresses)
 	emit(name+"event_overruns_total", float64(report.Overruns))
 	if entries, limit, err := t.Fill(); err == nil {
 		emit(name+"conntrack_entries", float64(entries))
@@ -218,7 +223,7 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 // ports: with the fallback, any number of servers is possible.
 const mostPorts = 200
 
-func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Probe) {
+func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Probe, addresses func(name string) []netip.Addr) {
 	const name = "egress_router_"
 	up, out := make(map[netip.AddrPort]bool), make(map[netip.AddrPort]bool)
 	for _, p := range probes {
@@ -230,7 +235,11 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 			labels = []string{l.Protocol.String(), l.LocalPorts(), l.Destination() + ":" + l.ToPorts()}
 			probes := l.Protocol == rules.TCP && l.ToOnePort()
 			reached, probed, used := false, false, 0
-			for a := range l.All() {
+			all := slices.Collect(l.All())
+			if name := l.Name(); name != "" {
+				all = addresses(name)
+			}
+			for _, a := range all {
 				to := netip.AddrPortFrom(a, l.Server(l.Port).Port())
 				is, known := up[to]
 				reached, probed = reached || is, probed || known
@@ -241,7 +250,7 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 			if probes && probed {
 				emit(name+"destination_up", oneIf(reached), labels...)
 			}
-			if l.Several() {
+			if l.Several() || l.Name() != "" {
 				emit(name+"destination_addresses", float64(used), labels...)
 			}
 		}

@@ -12,17 +12,25 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/events"
+	"github.com/egress-router/egress-router/internal/lookup"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
 
 // A watch is a run of a router that stays.
 type watch struct {
-	config  config.Config
+	config  config.Config // of the start
 	log     *slog.Logger
 	keeper  *router.Keeper
 	tracker atomic.Pointer[conntrack.Tracker] // nil: not needed, or not started yet
 	set     atomic.Pointer[rules.Set]         // last destinations; nil: those of the start
+	counted *rules.Set                        // those of the counters; nil: those of the start
+	names   *lookup.Follower                  // nil: the grammar has none
+
+	background sync.WaitGroup
+
+	mu     sync.Mutex    // guards latest, and orders changes of the keeper's destinations
+	latest config.Config // with the last destinations, as written
 }
 
 // stay configures the namespace, in mode legacy, and repairs drift until ctx ends.
@@ -30,7 +38,10 @@ type watch struct {
 func stay(ctx context.Context, p Process, c config.Config, env config.Environment, file reloader, restoreGC func()) error {
 	log, written := file.log, c // without the additions below
 	keepNameServers(&c, log)
-	w := &watch{config: c, log: log}
+	w := &watch{config: c, latest: c, log: log}
+	ctx, end := context.WithCancel(ctx)
+	defer w.background.Wait() // also after an error of the start
+	defer end()
 	r := newRouter(c, log)
 	w.keeper = newKeeper(r, c)
 	w.keeper.Replaced = w.count
@@ -41,9 +52,15 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		return err
 	}
 	defer stop()
+	w.follow(ctx, c)
+	w.mu.Lock() // Apply reads what the keeper's changes write
+	if w.names != nil {
+		w.keeper.Resolve(wanted(w.resolved()))
+	}
 	if c.Mode == config.Legacy {
 		err = r.Apply(ctx)
 	}
+	w.mu.Unlock()
 	_, conflict := errors.AsType[*router.ConflictError](err)
 	switch {
 	case stopped(err):
@@ -56,24 +73,22 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		return err
 	}
 
-	ctx, end := context.WithCancel(ctx)
-	var background sync.WaitGroup
 	t := w.track(p)
 	if t != nil {
 		defer t.Close() // after its last use
 	}
-	defer background.Wait()
+	defer w.background.Wait()
 	defer end()
 	if t != nil {
 		w.tracker.Store(t)
-		background.Go(func() {
+		w.background.Go(func() {
 			if err := t.Run(ctx); err != nil {
 				log.Error("connection tracking ended", "error", err)
 			}
 		})
 	}
 	if c.Health.LogDrops {
-		w.logDrops(ctx, p, &background)
+		w.logDrops(ctx, p, &w.background)
 	}
 	file.reload = func() error { return w.reload(written, env) }
 	file.result = func(trouble string) {
@@ -81,7 +96,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 			w.keeper.Rejected(trouble)
 		}
 	}
-	background.Go(func() { file.run(ctx) })
+	w.background.Go(func() { file.run(ctx) })
 	restoreGC()
 	err = w.keeper.Run(ctx)
 	if err == nil {
@@ -112,17 +127,24 @@ func (w *watch) reload(written config.Config, env config.Environment) error {
 		w.log.Warn("configuration warning", "warning", text)
 	}
 	keepNameServers(&c, w.log)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.names != nil {
+		w.names.Follow(c.Set.Names(), false)
+	}
+	w.latest = c
 	w.set.Store(&c.Set)
-	w.keeper.Replace(wanted(c))
+	w.keeper.Replace(wanted(w.resolved()))
 	return nil
 }
 
 // count sets the destinations of the counters, after their rules are loaded.
 func (w *watch) count() {
 	t, set := w.tracker.Load(), w.set.Load()
-	if t == nil || set == nil {
+	if t == nil || set == w.counted {
 		return
 	}
+	w.counted = set
 	if err := t.Replace(*set); err != nil {
 		w.log.Warn("counters keep previous destinations", "error", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -34,7 +35,11 @@ func effect(set rules.Set, source netip.Addr) string {
 	fmt.Fprintf(&b, "connections to the pod, with %s as their source:\n", source)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, r := range set.Redirects {
-		fmt.Fprintf(table, "  %s %s\tto %s %s\n", r.Protocol, portText(r.LocalPorts()), r.Destination(), portText(r.ToPorts()))
+		to := r.Destination()
+		if r.Name() != "" {
+			to += " (" + addressText(slices.Collect(r.All())) + ")"
+		}
+		fmt.Fprintf(table, "  %s %s\tto %s %s\n", r.Protocol, portText(r.LocalPorts()), to, portText(r.ToPorts()))
 	}
 	rest := "everything else"
 	if len(set.Redirects) == 0 {

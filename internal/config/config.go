@@ -333,6 +333,22 @@ func unusable(a netip.Addr, subnet netip.Prefix) string {
 	return ""
 }
 
+// Unusable returns why no external server has an address, empty if one may have it.
+func (c Config) Unusable(a netip.Addr) string {
+	if c.Sources.Have(a) {
+		return "the reserved address"
+	}
+	if a.Is6() && a.IsLinkLocalUnicast() {
+		return "a link-local address"
+	}
+	for _, s := range c.Sources {
+		if why := unusable(a, s.Prefix); why != "" {
+			return why
+		}
+	}
+	return ""
+}
+
 // addressHint returns the reason why value is not the IPv4 address of variable.
 func addressHint(variable, value, expected string) string {
 	found := fmt.Sprintf("%s is %s: ", variable, quote(value))

@@ -140,6 +140,10 @@ func (b *book) lineOf(k key, server endpoint) *line {
 	if f := b.fallback[familyOf(to)]; f != nil && f.To == to {
 		return f
 	}
+	// Any other address may be one that the name of a line has, or had.
+	if i, named := b.byPort.Find(0, k.protocol, local); named && b.lines[i].Server(local).Port() == server.port {
+		return b.lines[i]
+	}
 	return nil
 }
 

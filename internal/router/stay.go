@@ -191,6 +191,28 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 }
 
+// Resolve sets other addresses of the same destinations, and triggers a reconcile.
+func (k *Keeper) Resolve(want plan.Want) {
+	k.mu.Lock()
+	same := want.Rules.Equal(k.wanted)
+	if !same {
+		k.reloading, k.reprobe = true, true
+		k.set(want)
+	}
+	k.mu.Unlock()
+	if !same {
+		k.trigger()
+	}
+}
+
+// set makes want the wanted state. k.mu is locked.
+func (k *Keeper) set(want plan.Want) {
+	k.wanted = want.Rules
+	want.Rules = k.Router.Want.Rules
+	k.Router.Want = want
+	k.narrow()
+}
+
 // Replace sets new destinations and triggers a reconcile.
 func (k *Keeper) Replace(want plan.Want) {
 	k.mu.Lock()
@@ -206,10 +228,7 @@ func (k *Keeper) Replace(want plan.Want) {
 		k.status.Destinations = destinations
 		k.reloading, k.reprobe = true, true
 	}
-	k.wanted = want.Rules
-	want.Rules = before.Rules
-	k.Router.Want = want
-	k.narrow()
+	k.set(want)
 	k.mu.Unlock()
 	if same {
 		return

@@ -1,0 +1,250 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+)
+
+// An echo is an open connection through the pod.
+type echo struct {
+	conn   net.Conn
+	r      *bufio.Reader
+	server string
+}
+
+// open opens a connection to a port of the pod.
+func open(p *labtest.Pod, port uint16) echo {
+	p.Helper()
+	conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+	r := bufio.NewReader(conn)
+	a, err := lab.ReadAnswer(r)
+	if err != nil || a.Peer.Addr() != lab.Source {
+		p.Fatalf("port %d: %v, error %v; want to be seen as %s", port, a, err, lab.Source)
+	}
+	return echo{conn, r, a.Server.String()}
+}
+
+// wantEnd checks that a connection ends by a reset, as one whose line is gone.
+func (e echo) wantEnd(p *labtest.Pod, what string) {
+	p.Helper()
+	_ = e.conn.SetDeadline(time.Now().Add(labtest.Patience))
+	var err error
+	for err == nil {
+		_, err = e.conn.Write([]byte("?\n"))
+		time.Sleep(time.Millisecond)
+	}
+	if !strings.Contains(err.Error(), "reset") && !strings.Contains(err.Error(), "broken pipe") {
+		p.Errorf("%s: %v, want a reset", what, err)
+	}
+}
+
+// wantOnly checks that new connections to a port reach this server alone.
+func wantOnly(p *labtest.Pod, port uint16, server string) {
+	p.Helper()
+	for range 20 {
+		p.WantAnswer("tcp", port, server)
+	}
+}
+
+// awaitServer waits until a port reaches a server.
+func awaitServer(p *labtest.Pod, port uint16, server string) {
+	p.Helper()
+	p.Until(fmt.Sprintf("port %d reaches %s", port, server), func() bool {
+		a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
+		return err == nil && a.Server.String() == server
+	})
+}
+
+// The addresses of a name are followed, and connections to other destinations continue; so
+// do those to an address that is gone, except with drain=no. Before the first answer a port
+// refuses, and does not get the fallback. While there is no usable answer, the last
+// addresses stay.
+func TestNamesAreFollowed(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		n := serveNames(p)
+		n.set("db.example.com.", "203.0.113.25")
+		n.set("ending.example.com.", "203.0.113.25")
+		for _, s := range []string{"203.0.113.27:5433", "203.0.113.27:5432", "203.0.113.27:5435"} {
+			p.Serve(p.Lab.Outside, "tcp", s)
+		}
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_HEALTH_LISTEN"] = "extended", ":9465"
+		p.Env["EGRESS_DESTINATION"] = "5432 tcp DB.example.com 80\n5433 tcp late.example.com 80\n5434 tcp ending.example.com 80 drain=no\n81 tcp 203.0.113.25 80\n203.0.113.27\n"
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		awaitServer(p, 5432, "203.0.113.25:80")
+		wantOnly(p, 5432, "203.0.113.25:80")
+		p.WantRefused("tcp", 5433)
+		p.WantAnswer("tcp", 5435, "203.0.113.27:5435")
+
+		var others []echo
+		for range 200 {
+			others = append(others, open(p, 81))
+		}
+		stays, ends := open(p, 5432), open(p, 5434)
+		n.set("ending.example.com.", "203.0.113.26")
+		n.set("db.example.com.", "203.0.113.26")
+		begin := time.Now()
+		awaitServer(p, 5432, "203.0.113.26:80")
+		t.Logf("%s: the new address after %v, with a TTL of 1 s", p.Backend.Name, time.Since(begin).Round(time.Millisecond))
+		awaitServer(p, 5434, "203.0.113.26:80")
+		wantOnly(p, 5432, "203.0.113.26:80")
+		for _, e := range others {
+			p.WantEcho("a connection to another destination", e.conn, e.r)
+		}
+		p.WantEcho("a connection to the former address", stays.conn, stays.r)
+		ends.wantEnd(p, "a connection to the former address with drain=no")
+
+		n.set("late.example.com.", "203.0.113.26")
+		awaitServer(p, 5433, "203.0.113.26:80")
+		wantOnly(p, 5433, "203.0.113.26:80")
+
+		// Without a usable answer.
+		n.set("db.example.com.")
+		r.AwaitLog(1, `msg="name lookup failed" name=db.example.com error="no such name" addresses=203.0.113.26`)
+		wantOnly(p, 5432, "203.0.113.26:80")
+		missed := n.unanswered()
+		n.setSilent(true)
+		p.Until("the silent name server is asked", func() bool { return n.unanswered() > missed })
+		wantOnly(p, 5433, "203.0.113.26:80")
+		p.Until("health names the failure", func() bool {
+			code, out := p.Health()
+			return code == 0 && strings.Contains(out, "db.example.com: 203.0.113.26, lookup failed: ") && strings.Contains(out, "late.example.com: 203.0.113.26")
+		})
+		n.setSilent(false)
+		n.set("db.example.com.", "127.0.0.1", "10.128.0.98", "0.0.0.0", "224.0.0.1", "192.168.12.99", "203.0.113.25")
+		awaitServer(p, 5432, "203.0.113.25:80")
+		wantOnly(p, 5432, "203.0.113.25:80")
+		r.AwaitLog(1, `msg="addresses of a name ignored" name=db.example.com addresses="0.0.0.0 is the unspecified address, 10.128.0.98 is an address of the pod, 127.0.0.1 is a loopback address, 192.168.12.99 is the reserved address, 224.0.0.1 is a multicast address"`)
+		p.WantEcho("a connection that has changed nothing", stays.conn, stays.r)
+
+		const labels = `{destination="db.example.com:80",port="5432",protocol="tcp"}`
+		p.Until("the metrics of the line", func() bool {
+			m := p.Metrics()
+			return strings.Contains(m, "egress_router_destination_addresses"+labels+" 1\n") && strings.Contains(m, "egress_router_open_connections"+labels+" 1\n") &&
+				p.Metric("egress_router_connections_total"+labels) > 80 && p.Metric("egress_router_name_lookup_failures_total") > 0
+		})
+		if m := p.Metrics(); !strings.Contains(m, "egress_router_reloads_total 0\n") || strings.Contains(m, `repairs_total{kind="rules"} 1`) {
+			t.Errorf("a change of addresses counts as another one:\n%s", m)
+		}
+		n.wantAskedBy(t, lab.RouterAddr)
+	})
+}
+
+// A run that does not stay looks names up once, and says so. A router in mode monitor then
+// follows them. The next run changes nothing.
+func TestNamesOfAnInitRun(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		n := serveNames(p)
+		n.set("db.example.com.", "203.0.113.25", "203.0.113.26")
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_DESTINATION"] = "extended", "5432 tcp db.example.com 80\n5433 udp none.example.com\n203.0.113.27\n"
+		r := p.OK()
+		for _, want := range []string{`msg="names are not followed"`, `msg="destinations without address" number=1`, `msg="name lookup failed" name=none.example.com error="no such name"`} {
+			if !strings.Contains(r.Stderr, want) {
+				t.Errorf("no line %s:\n%s", want, r.Stderr)
+			}
+		}
+		awaitServer(p, 5432, "203.0.113.25:80")
+		awaitServer(p, 5432, "203.0.113.26:80")
+		p.WantRefused("udp", 5433)
+		state := p.State()
+		p.WantUnchanged(p.OK())
+		p.WantState(state)
+		if out := p.Exec("egress-router", "plan"); !strings.Contains(out.Stdout, "to db.example.com (203.0.113.25, 203.0.113.26) port 80") ||
+			!strings.Contains(out.Stdout, "to none.example.com (no address) port 5433") || !strings.Contains(out.Stdout, "--to-destination 203.0.113.26:80") {
+			t.Errorf("the plan:\n%s\n%s", out.Stdout, out.Stderr)
+		}
+
+		p.Start("monitor")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		p.WantState(state)
+		n.set("db.example.com.", "203.0.113.26")
+		p.Until("new connections get one address", func() bool {
+			for range 10 {
+				a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 5432))
+				if err != nil || a.Server.String() != "203.0.113.26:80" {
+					return false
+				}
+			}
+			return true
+		})
+	})
+}
+
+// Without an answer of the name server, the router starts all the same, and gets the address
+// later. After a restart connections to any address of the name continue.
+func TestNamesWithoutNameServer(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	n := serveNames(p)
+	n.setSilent(true)
+	p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_DESTINATION"] = "extended", "5432 tcp db.example.com 80\n81 tcp 203.0.113.25 80\n203.0.113.27\n"
+	r := p.OK()
+	if !strings.Contains(r.Stderr, `msg="destinations without address" number=1`) {
+		t.Errorf("no warning:\n%s", r.Stderr)
+	}
+	p.WantRefused("tcp", 5432)
+	p.WantAnswer("tcp", 81, "203.0.113.25:80")
+	running := p.Start("legacy")
+	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+	p.WantRefused("tcp", 5432)
+	n.set("db.example.com.", "203.0.113.25")
+	n.setSilent(false)
+	awaitServer(p, 5432, "203.0.113.25:80")
+	conn := open(p, 5432)
+	running.Terminate()
+	n.set("db.example.com.", "203.0.113.26")
+	p.Start("legacy")
+	awaitServer(p, 5432, "203.0.113.26:80")
+	p.WantEcho("a connection to the former address, after a restart", conn.conn, conn.r)
+}
+
+// A reload that replaces a name ends the connections to the addresses of the former one.
+func TestNamesAreReloaded(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		n := serveNames(p)
+		n.set("one.example.com.", "203.0.113.25")
+		n.set("two.example.com.", "203.0.113.26")
+		p.Env["EGRESS_GRAMMAR"] = "extended"
+		file := p.TempDir() + "/destinations"
+		write := func(list string) {
+			p.Helper()
+			if err := os.WriteFile(file+".new", []byte(list), 0o600); err != nil {
+				p.Fatal(err)
+			}
+			if err := os.Rename(file+".new", file); err != nil {
+				p.Fatal(err)
+			}
+		}
+		write("5432 tcp one.example.com 80\n5433 tcp one.example.com 80\n")
+		delete(p.Env, "EGRESS_DESTINATION")
+		p.Env["EGRESS_DESTINATION_FILE"] = file
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		awaitServer(p, 5432, "203.0.113.25:80")
+		first, second := open(p, 5432), open(p, 5433)
+		write("5432 tcp two.example.com 80\n5433 tcp one.example.com 80\n")
+		r.AwaitLog(1, "destinations changed")
+		awaitServer(p, 5432, "203.0.113.26:80")
+		first.wantEnd(p, "a connection to the former name")
+		p.WantEcho("a connection to a name that stays", second.conn, second.r)
+		n.set("one.example.com.", "203.0.113.27")
+		n.set("two.example.com.", "203.0.113.25")
+		third := open(p, 5432)
+		awaitServer(p, 5432, "203.0.113.25:80")
+		if third.server == "203.0.113.26:80" {
+			p.WantEcho("a connection to the former address of a name from a reload", third.conn, third.r)
+		}
+	})
+}

@@ -1,0 +1,170 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/health"
+	"github.com/egress-router/egress-router/internal/lookup"
+	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/resolver"
+	"github.com/egress-router/egress-router/rules"
+)
+
+const (
+	// onceLimit is how long a run that does not stay waits for the addresses of names. It
+	// is the time of the resolver for one server that does not answer (resolv.conf(5)).
+	onceLimit = 5 * time.Second
+	// startLimit is how long the start of a router that stays waits for them: with the
+	// first answers the rules of an earlier run, after a restart, stay in effect.
+	startLimit = time.Second
+)
+
+// newFollower returns a follower of names for a configuration. The queries leave by the
+// cluster side, to which the name servers are routed (keepNameServers).
+func newFollower(c config.Config, log *slog.Logger) *lookup.Follower {
+	r := resolver.New(resolver.Options{Log: log})
+	return &lookup.Follower{
+		Lookup: func(ctx context.Context, name string) (resolver.Answer, error) {
+			answer, err := r.Lookup(ctx, netip.Addr{}, name)
+			// Without a source of its family an address cannot be reached.
+			answer.Addrs = slices.DeleteFunc(answer.Addrs, func(a netip.Addr) bool {
+				return len(c.Sources.Of(a.Is6())) == 0
+			})
+			return answer, err
+		},
+		Unusable: func(a netip.Addr) string { return unusable(c, a) },
+		Log:      log,
+	}
+}
+
+// unusable returns why no line could have an address of a name, empty if one could: a name
+// server is trusted with addresses of servers alone.
+func unusable(c config.Config, a netip.Addr) string {
+	if why := c.Unusable(a); why != "" {
+		return why
+	}
+	own, err := net.InterfaceAddrs()
+	if err != nil {
+		return ""
+	}
+	for _, o := range own {
+		if n, ok := o.(*net.IPNet); ok && n.IP.Equal(a.AsSlice()) {
+			return "an address of the pod"
+		}
+	}
+	return ""
+}
+
+// resolveOnce sets the addresses that the names of the destinations have now. Nobody
+// follows them.
+func resolveOnce(ctx context.Context, c *config.Config, log *slog.Logger) {
+	names := c.Set.Names()
+	if len(names) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, onceLimit)
+	defer cancel()
+	f := newFollower(*c, log)
+	f.Changed = func() {}
+	f.Follow(names, true)
+	go f.Run(ctx)
+	f.Await(ctx)
+	c.Set = c.Set.Resolve(f.Resolution)
+	if without := len(slices.DeleteFunc(slices.Clone(c.Set.Redirects), func(r rules.Redirect) bool { return !r.Unresolved() })); without > 0 {
+		log.Warn("destinations without address", "number", without, "effect", "their ports refuse connections")
+	}
+}
+
+// follow starts to follow the names of the destinations, and waits a moment for the first
+// answers. The legacy grammar has no names.
+func (w *watch) follow(ctx context.Context, c config.Config) {
+	if c.Grammar != rules.Extended {
+		return
+	}
+	w.names = newFollower(c, w.log)
+	w.names.Changed = func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.keeper.Resolve(wanted(w.resolved()))
+	}
+	names := c.Set.Names()
+	w.names.Follow(names, true)
+	w.background.Go(func() { w.names.Run(ctx) })
+	if len(names) > 0 {
+		ctx, cancel := context.WithTimeout(ctx, startLimit)
+		defer cancel()
+		w.names.Await(ctx)
+	}
+}
+
+// resolved returns the configuration with the addresses of the names.
+func (w *watch) resolved() config.Config {
+	c := w.latest
+	if w.names != nil {
+		c.Set = c.Set.Resolve(w.names.Resolution)
+	}
+	return c
+}
+
+// mostNames is the number of names with a check each, those with a failure first.
+const mostNames = 10
+
+// reportNames reports the addresses of names. Without them the router is ready all the same:
+// the other destinations are in place.
+func reportNames(r *health.Report, states []lookup.State) {
+	slices.SortStableFunc(states, func(a, b lookup.State) int {
+		return int(oneIf(b.Failure != "") - oneIf(a.Failure != ""))
+	})
+	for _, s := range states[:min(len(states), mostNames)] {
+		check := health.Check{Name: "name", State: health.OK, Since: s.Since, Detail: s.Name + ": " + addressText(s.Addresses)}
+		if s.Failure != "" {
+			check.State, check.Since = health.Warning, s.Failing
+			check.Detail += ", lookup failed: " + s.Failure
+		}
+		r.Checks = append(r.Checks, check)
+	}
+	if more := len(states) - mostNames; more > 0 {
+		r.Checks = append(r.Checks, health.Check{Name: "name", State: health.OK, Since: r.Started, Detail: fmt.Sprintf("%d more names", more)})
+	}
+}
+
+// addressText returns addresses for a person to read.
+func addressText(all []netip.Addr) string {
+	if len(all) == 0 {
+		return "no address"
+	}
+	var texts []string
+	for _, a := range all {
+		texts = append(texts, a.String())
+	}
+	return strings.Join(texts, ", ")
+}
+
+// collectNames emits the metrics of names.
+func (w *watch) collectNames(emit metrics.Emit) {
+	if w.names == nil {
+		return
+	}
+	states, lookups, failed := w.names.States()
+	if len(states) == 0 {
+		return
+	}
+	emit("egress_router_name_lookups_total", float64(lookups))
+	emit("egress_router_name_lookup_failures_total", float64(failed))
+}
+
+// addresses returns the addresses of a name.
+func (w *watch) addresses(name string) []netip.Addr {
+	if w.names == nil {
+		return nil
+	}
+	return w.names.Resolution(name).Addresses
+}

@@ -1,0 +1,246 @@
+package lookup
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/resolver"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A zone answers look-ups.
+type zone struct {
+	mu      sync.Mutex
+	ttl     time.Duration
+	addrs   map[string][]netip.Addr // none: no such name
+	silent  map[string]bool
+	takes   time.Duration
+	asked   map[string]int
+	running int
+	most    int
+}
+
+func (z *zone) lookup(ctx context.Context, name string) (resolver.Answer, error) {
+	z.mu.Lock()
+	z.asked[name]++
+	z.running++
+	z.most = max(z.most, z.running)
+	takes, silent := z.takes, z.silent[name]
+	z.mu.Unlock()
+	if silent {
+		takes = 10 * time.Second
+	}
+	select {
+	case <-ctx.Done():
+	case <-time.After(takes):
+	}
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.running--
+	if silent || ctx.Err() != nil {
+		return resolver.Answer{}, &resolver.Error{Name: name, Err: resolver.ErrNoAnswer}
+	}
+	if len(z.addrs[name]) == 0 {
+		return resolver.Answer{}, &resolver.Error{Name: name, Err: resolver.ErrNoName}
+	}
+	return resolver.Answer{Addrs: z.addrs[name], Name: name, Expires: time.Now().Add(z.ttl)}, nil
+}
+
+func (z *zone) set(name string, addrs ...string) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.addrs[name] = nil
+	for _, a := range addrs {
+		z.addrs[name] = append(z.addrs[name], netip.MustParseAddr(a))
+	}
+}
+
+func (z *zone) count(name string) int {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	return z.asked[name]
+}
+
+// following calls test with a follower that runs, in a bubble with its own clock.
+func following(t *testing.T, test func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, log *strings.Builder)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		z := &zone{ttl: 10 * time.Second, addrs: make(map[string][]netip.Addr), silent: make(map[string]bool), asked: make(map[string]int)}
+		var log strings.Builder
+		var changes []time.Time
+		f := &Follower{
+			Lookup: z.lookup, Log: slog.New(slog.NewTextHandler(&log, nil)),
+			Unusable: func(a netip.Addr) string {
+				if a.IsLoopback() {
+					return "a loopback address"
+				}
+				return ""
+			},
+			Changed: func() { changes = append(changes, time.Now()) },
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { f.Run(ctx); close(done) }()
+		defer func() { cancel(); <-done }()
+		test(t, z, f, &changes, &log)
+	})
+}
+
+// text returns the addresses of a name.
+func text(f *Follower, name string) string { return join(f.Resolution(name).Addresses) }
+
+// A name is looked up when its answer expires, and at no other time, and a change is
+// reported at once.
+func TestFollowerKeepsToTheTTL(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+		z.set("db.example.com", "203.0.113.26", "203.0.113.25")
+		begin := time.Now()
+		f.Follow([]string{"db.example.com"}, true)
+		f.Await(t.Context())
+		synctest.Wait()
+		if text(f, "db.example.com") != "203.0.113.25,203.0.113.26" || len(*changes) != 1 || time.Since(begin) != 0 {
+			t.Errorf("%s after %v and %d changes", text(f, "db.example.com"), time.Since(begin), len(*changes))
+		}
+		z.set("db.example.com", "203.0.113.27")
+		time.Sleep(10*time.Second - 1)
+		synctest.Wait()
+		if z.count("db.example.com") != 1 {
+			t.Errorf("%d look-ups before the answer expires", z.count("db.example.com"))
+		}
+		time.Sleep(1)
+		synctest.Wait()
+		if text(f, "db.example.com") != "203.0.113.27" || len(*changes) != 2 || (*changes)[1].Sub(begin) != 10*time.Second {
+			t.Errorf("%s, changes at %v, want one when the answer expires", text(f, "db.example.com"), *changes)
+		}
+		r := f.Resolution("db.example.com")
+		if join(r.Former) != "203.0.113.25,203.0.113.26" || !r.AnyFormer {
+			t.Errorf("former addresses %v", r)
+		}
+		z.set("db.example.com", "203.0.113.25", "203.0.113.27") // one of them again
+		time.Sleep(100 * time.Second)
+		synctest.Wait()
+		if r := f.Resolution("db.example.com"); join(r.Former) != "203.0.113.26" || z.count("db.example.com") != 12 || len(*changes) != 3 {
+			t.Errorf("%v after %d look-ups and %d changes", r, z.count("db.example.com"), len(*changes))
+		}
+	})
+}
+
+// Without a usable answer the addresses stay, and the failure is logged once. A name server
+// that is back is noticed within five seconds.
+func TestFollowerKeepsAddresses(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, log *strings.Builder) {
+		z.set("db.example.com", "203.0.113.25")
+		f.Follow([]string{"db.example.com", "none.example.com"}, false)
+		f.Await(t.Context())
+		for _, answer := range [][]string{nil, {"127.0.0.1"}} {
+			z.set("db.example.com", answer...)
+			time.Sleep(time.Hour)
+			if text(f, "db.example.com") != "203.0.113.25" {
+				t.Errorf("answer %v: %s", answer, text(f, "db.example.com"))
+			}
+		}
+		z.mu.Lock()
+		z.silent["db.example.com"] = true
+		z.mu.Unlock()
+		time.Sleep(time.Hour)
+		z.mu.Lock()
+		z.silent["db.example.com"] = false
+		z.mu.Unlock()
+		z.set("db.example.com", "203.0.113.26")
+		time.Sleep(10*time.Second + longestPause)
+		synctest.Wait()
+		if text(f, "db.example.com") != "203.0.113.26" || len(*changes) != 2 {
+			t.Errorf("%s, %d changes", text(f, "db.example.com"), len(*changes))
+		}
+		for text, want := range map[string]int{
+			`msg="name lookup failed" name=db.example.com error="no such name" addresses=203.0.113.25`:              1,
+			`msg="addresses of a name ignored" name=db.example.com addresses="127.0.0.1 is a loopback address"`:     1,
+			`msg="name lookup failed" name=db.example.com error="no usable address" addresses=203.0.113.25`:         1,
+			`msg="name lookup failed" name=db.example.com error="no answer from the name servers" addresses=203.0.`: 1,
+			`msg="name lookup succeeded again" name=db.example.com`:                                                 1,
+			`msg="name has other addresses" name=db.example.com addresses=203.0.113.26 before=203.0.113.25`:         1,
+			`msg="name lookup failed" name=none.example.com error="no such name" addresses=""`:                      1,
+		} {
+			if n := strings.Count(log.String(), text); n != want {
+				t.Errorf("%d lines %s:\n%s", n, text, log)
+			}
+		}
+		states, lookups, failed := f.States()
+		if len(states) != 2 || states[0].Failure != "" || states[1].Failure != "no such name" || states[1].Failing.IsZero() || failed == 0 || lookups <= failed {
+			t.Errorf("%+v, %d look-ups, %d failed", states, lookups, failed)
+		}
+	})
+}
+
+// Thousands of names are looked up with limited concurrency, and some without an answer do
+// not delay the others for long. Changes are reported together.
+func TestFollowerWithManyNames(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+		const many = 10_000
+		z.ttl, z.takes = time.Minute, 10*time.Millisecond
+		var names []string
+		for i := range many {
+			name := fmt.Sprintf("n%d.example.com", i)
+			names = append(names, name)
+			z.set(name, fmt.Sprintf("10.%d.%d.1", i>>8, i&255))
+		}
+		slices.Sort(names)
+		begin := time.Now()
+		f.Follow(names, false)
+		f.Await(t.Context())
+		synctest.Wait()
+		if took := time.Since(begin); took > 2*time.Second || z.most != atOnce {
+			t.Errorf("the first look-ups took %v, %d at once", took, z.most)
+		}
+		if n := len(*changes); n > 10 {
+			t.Errorf("%d changes reported", n)
+		}
+		time.Sleep(time.Second)
+		*changes = nil
+		for i := range 10 {
+			z.set(names[i*100], "10.99.99.99")
+		}
+		time.Sleep(time.Minute + time.Second)
+		synctest.Wait()
+		if n := len(*changes); n == 0 || n > 10 || text(f, names[900]) != "10.99.99.99" || text(f, names[901]) == "10.99.99.99" {
+			t.Errorf("%d changes reported, %s", n, text(f, names[900]))
+		}
+		f.Follow(names[:1], false)
+		asked := z.count(names[1])
+		time.Sleep(time.Hour)
+		if z.count(names[1]) > asked+1 || z.count(names[0]) < 50 { // one may be in progress
+			t.Error("a name that is gone is looked up, or one that stays is not")
+		}
+		if r := f.Resolution(names[1]); len(r.Addresses) > 0 {
+			t.Errorf("a name that is gone has %v", r)
+		}
+	})
+}
+
+// A name server is trusted with at most so many addresses.
+func TestFollowerLimitsAddresses(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, _ *[]time.Time, log *strings.Builder) {
+		var all []string
+		for i := range 70 {
+			all = append(all, fmt.Sprintf("10.0.0.%d", 100-i))
+		}
+		z.set("big.example.com", all...)
+		f.Follow([]string{"big.example.com"}, false)
+		f.Await(t.Context())
+		r := f.Resolution("big.example.com")
+		if len(r.Addresses) != rules.MaxAddresses || r.Addresses[0] != netip.MustParseAddr("10.0.0.31") || r.Addresses[63] != netip.MustParseAddr("10.0.0.94") {
+			t.Errorf("%d addresses, from %s to %s", len(r.Addresses), r.Addresses[0], r.Addresses[len(r.Addresses)-1])
+		}
+		if !strings.Contains(log.String(), `addresses="6 of 70 of IPv4"`) {
+			t.Errorf("no warning:\n%s", log)
+		}
+	})
+}

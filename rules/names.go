@@ -1,0 +1,164 @@
+package rules
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"unique"
+)
+
+// The limits of a name and of one of its labels (RFC 1035 section 2.3.4), in characters.
+const (
+	maxName  = 253
+	maxLabel = 63
+)
+
+// isName reports whether s is a domain name of at least two labels of letters, digits,
+// hyphens and underscores, with or without a final dot, which disables the search list of
+// the resolver. A name whose last label is a number is an invalid address (RFC 3696
+// section 2).
+func isName(s string) bool {
+	s = strings.TrimSuffix(s, ".")
+	labels := strings.Split(s, ".")
+	if len(labels) < 2 || len(s) > maxName || isDigits(labels[len(labels)-1]) {
+		return false
+	}
+	for _, label := range labels {
+		if label == "" || len(label) > maxLabel || label[0] == '-' || strings.Trim(strings.ToLower(label), "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
+			return false
+		}
+	}
+	return true
+}
+
+// named returns r to a name, which has no address yet.
+func (r Redirect) named(name string) Redirect {
+	r.To, r.More.handle = netip.Addr{}, unique.Make(rest{name: strings.ToLower(name)})
+	return r
+}
+
+// Name returns the name of a line that has one in place of addresses: in lower case, since
+// names are case-insensitive (RFC 4343). Empty: it has addresses.
+func (r Redirect) Name() string { return r.More.get().name }
+
+// Names returns the names of the lines, each once, sorted.
+func (s Set) Names() []string {
+	var names []string
+	for _, r := range s.Redirects {
+		if name := r.Name(); name != "" {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// A Resolution is the addresses of a name.
+type Resolution struct {
+	Addresses []netip.Addr // for new connections; none: not known yet
+	// Former are addresses that it had. Connections to them stay, except those of a line
+	// with drain=no.
+	Former []netip.Addr
+	// AnyFormer: it may have had any other address, as before a restart of the program.
+	AnyFormer bool
+}
+
+// Resolve returns the set with the addresses of its names. A line becomes a redirect for
+// each family of its addresses, or stays one without an address if none is known.
+func (s Set) Resolve(of func(name string) Resolution) Set {
+	resolved := s
+	resolved.Redirects = make([]Redirect, 0, len(s.Redirects))
+	for _, r := range s.Redirects {
+		name := r.Name()
+		if name == "" {
+			resolved.Redirects = append(resolved.Redirects, r)
+			continue
+		}
+		found := of(name)
+		more := r.More.get()
+		if len(found.Addresses) == 0 { // an address that is gone is not known
+			more.anyKept = found.AnyFormer
+			more.kept = ""
+			r.More.handle = unique.Make(more)
+			resolved.Redirects = append(resolved.Redirects, r)
+			continue
+		}
+		for _, f := range []Family{IPv4, IPv6} {
+			other := func(a netip.Addr) bool { return FamilyOf(a) != f }
+			to := slices.DeleteFunc(slices.Clone(found.Addresses), other)
+			if len(to) == 0 {
+				continue
+			}
+			of := rest{name: more.name, ends: more.ends, more: pack(to[1:])}
+			if !more.ends {
+				of.kept, of.anyKept = pack(slices.DeleteFunc(slices.Clone(found.Former), other)), found.AnyFormer
+			}
+			r.To, r.More.handle = to[0], unique.Make(of)
+			resolved.Redirects = append(resolved.Redirects, r)
+		}
+	}
+	return resolved
+}
+
+// Unresolved reports whether r has a name without an address.
+func (r Redirect) Unresolved() bool { return !r.To.IsValid() && r.Name() != "" }
+
+// refused returns the ports of lines with a name that has no address of a family, each with
+// the ones that follow. Their connections must not get the fallback.
+func (s Set) refused(f Family) []Redirect {
+	resolved := make(map[service]bool)
+	var ports []Redirect
+	for _, r := range s.Redirects {
+		if r.Name() != "" && FamilyOf(r.To) == f {
+			resolved[service{f, r.Protocol, r.Port}] = true
+		}
+	}
+	for _, r := range s.Redirects {
+		if at := (service{f, r.Protocol, r.Port}); r.Name() != "" && !resolved[at] {
+			resolved[at] = true // once
+			ports = append(ports, Redirect{Protocol: r.Protocol, Port: r.Port, Last: r.last()})
+		}
+	}
+	slices.SortFunc(ports, func(a, b Redirect) int {
+		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.Port, b.Port))
+	})
+	var joined []Redirect
+	for _, r := range ports {
+		if n := len(joined); n > 0 && joined[n-1].Protocol == r.Protocol && joined[n-1].Last+1 == r.Port {
+			joined[n-1].Last = r.Last
+		} else {
+			joined = append(joined, r)
+		}
+	}
+	for i, r := range joined {
+		if r.Last == r.Port {
+			joined[i].Last = 0
+		}
+	}
+	return joined
+}
+
+// refuse returns the rules that keep connections to names without an address from the
+// fallback: the pod itself refuses them.
+func (s Set) refuse(f Family, sides Sides) []Rule {
+	var rules []Rule
+	for _, r := range s.refused(f) {
+		rules = append(rules, Rule{In: sides.Cluster, Protocol: r.Protocol, Port: r.Port, Last: r.Last, Target: Return})
+	}
+	return rules
+}
+
+// nameRule returns a rule of unit-test for a line whose name is not looked up.
+func (r Redirect) nameRule(in Rule) *Rule {
+	to := r.Name()
+	if r.ToPort != 0 {
+		to += ":" + r.ToPorts()
+	}
+	if r.Shifts {
+		to += fmt.Sprintf("/%d", r.Port)
+	}
+	in.Protocol, in.Port, in.Last, in.Target = r.Protocol, r.Port, r.Last, Target("DNAT --to-destination "+to)
+	return &in
+}

@@ -1,0 +1,155 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const namedLines = "443 tcp DB.example.com 5432\n444-446 udp db.example.com drain=no\n80 tcp 203.0.113.25\n447 udp other.example.com.\n203.0.113.27\n"
+
+// resolutions are those of a map.
+func resolutions(of map[string]Resolution) func(string) Resolution {
+	return func(name string) Resolution { return of[name] }
+}
+
+func parseNamed(t *testing.T, list string) Set {
+	t.Helper()
+	set, err := ParseExtended(list, variables{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return set
+}
+
+func TestResolve(t *testing.T) {
+	set := parseNamed(t, namedLines)
+	if diff := cmp.Diff([]string{"db.example.com", "other.example.com."}, set.Names()); diff != "" {
+		t.Errorf("names, - want, + got:\n%s", diff)
+	}
+	if again := parseNamed(t, set.String()); !again.Equal(set) {
+		t.Errorf("%q reads back as %q", set, again)
+	}
+	resolved := set.Resolve(resolutions(map[string]Resolution{"db.example.com": {
+		Addresses: []netip.Addr{ip("10.0.0.1"), ip("10.0.0.2"), ip("2001:db8::1")}, Former: []netip.Addr{ip("10.0.0.3")},
+	}}))
+	var got []string
+	for _, r := range resolved.Redirects {
+		var all []string
+		for a := range r.All() {
+			all = append(all, a.String())
+		}
+		got = append(got, fmt.Sprintf("%s %s %s %s %v", r.LocalPorts(), r.Protocol, r.Destination(), strings.Join(all, ","), r.Unresolved()))
+	}
+	want := []string{
+		"443 tcp db.example.com 10.0.0.1,10.0.0.2 false", "443 tcp db.example.com 2001:db8::1 false",
+		"444-446 udp db.example.com 10.0.0.1,10.0.0.2 false", "444-446 udp db.example.com 2001:db8::1 false",
+		"80 tcp 203.0.113.25 203.0.113.25 false", "447 udp other.example.com.  true",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("- want, + got:\n%s", diff)
+	}
+	if set.Redirects[0].To.IsValid() {
+		t.Error("the set itself has changed")
+	}
+}
+
+// The ports of names without an address do not get the fallback, and have no redirect.
+func TestUnresolvedNamesAreRefused(t *testing.T) {
+	set := parseNamed(t, namedLines)
+	translations := func(set Set) (rules []string) {
+		plan := NewPlan(set, sides)
+		if err := plan.Validate(); err != nil {
+			t.Error(err)
+		}
+		for _, c := range plan.IPTables() {
+			if c.Table == NAT && c.Name == "EGRESS-PREROUTING" && c.Family == IPv4 {
+				for line := range strings.Lines(string(c.Saved)) {
+					rules = append(rules, strings.TrimPrefix(strings.TrimSpace(line), "-A EGRESS-PREROUTING -i eth0 "))
+				}
+			}
+		}
+		return rules
+	}
+	want := []string{
+		"-p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25",
+		"-p tcp -m tcp --dport 443 -j RETURN", "-p udp -m udp --dport 444:447 -j RETURN", "-j DNAT --to-destination 203.0.113.27",
+	}
+	if diff := cmp.Diff(want, translations(set)); diff != "" {
+		t.Errorf("no name has an address, - want, + got:\n%s", diff)
+	}
+	resolved := set.Resolve(resolutions(map[string]Resolution{"db.example.com": {Addresses: []netip.Addr{ip("10.0.0.1")}}}))
+	want = []string{
+		"-p tcp -m tcp --dport 443 -j DNAT --to-destination 10.0.0.1:5432", "-p udp -m udp --dport 444:446 -j DNAT --to-destination 10.0.0.1",
+		"-p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25", "-p udp -m udp --dport 447 -j RETURN", "-j DNAT --to-destination 203.0.113.27",
+	}
+	if diff := cmp.Diff(want, translations(resolved)); diff != "" {
+		t.Errorf("one has, - want, + got:\n%s", diff)
+	}
+	set.Fallback = netip.Addr{}
+	if got := translations(set); len(got) != 1 {
+		t.Errorf("without a fallback: %v", got)
+	}
+	if plan := NewPlan(set, sides); plan.Size() != 4 || len(plan.Destinations()) != 1 {
+		t.Errorf("%d redirects to %v", plan.Size(), plan.Destinations())
+	}
+}
+
+func TestUnitTestWithNames(t *testing.T) {
+	want := `-A PREROUTING -i eth0 -p tcp --dport 443 -j DNAT --to-destination db.example.com:5432
+-A PREROUTING -i eth0 -p udp --dport 444:446 -j DNAT --to-destination db.example.com:1444-1446/444
+-A PREROUTING -i eth0 -p tcp --dport 80 -j DNAT --to-destination 203.0.113.25
+-A PREROUTING -i eth0 -j DNAT --to-destination 203.0.113.27
+-A POSTROUTING -o macvlan0 -j SNAT --to-source 192.168.12.99
+`
+	set := parseNamed(t, "443 tcp db.example.com 5432\n444-446 udp db.example.com 1444-1446\n80 tcp 203.0.113.25\n203.0.113.27")
+	if diff := cmp.Diff(want, string(UnitTest(set, sides))); diff != "" {
+		t.Errorf("- want, + got:\n%s", diff)
+	}
+}
+
+// Connections to an address that a name no longer has stay, unless the line says otherwise;
+// those to any other server end.
+func TestStaleWithNames(t *testing.T) {
+	set := parseNamed(t, "443 tcp db.example.com 5432\n444 tcp db.example.com 5432 drain=no\n203.0.113.27")
+	for name, test := range map[string]struct {
+		found Resolution
+		stale map[string]bool // by local port and server
+	}{
+		"followed": {
+			Resolution{Addresses: []netip.Addr{ip("10.0.0.1")}, Former: []netip.Addr{ip("10.0.0.2")}},
+			map[string]bool{
+				"443 10.0.0.1:5432": false, "443 10.0.0.2:5432": false, "443 10.0.0.3:5432": true, "443 10.0.0.2:80": true,
+				"444 10.0.0.1:5432": false, "444 10.0.0.2:5432": true,
+			},
+		},
+		"since the start": {
+			Resolution{Addresses: []netip.Addr{ip("10.0.0.1")}, AnyFormer: true},
+			map[string]bool{"443 10.0.0.3:5432": false, "443 10.0.0.3:80": true, "444 10.0.0.1:5432": false, "444 10.0.0.3:5432": true},
+		},
+		"no answer since the start": {
+			Resolution{AnyFormer: true},
+			map[string]bool{"443 10.0.0.3:5432": false, "443 10.0.0.3:443": true, "443 203.0.113.27:443": true, "444 10.0.0.3:5432": false},
+		},
+		"no answer since a reload": {Resolution{}, map[string]bool{"443 10.0.0.3:5432": true, "443 203.0.113.27:443": true}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			resolved := set.Resolve(func(string) Resolution { return test.found })
+			stale := NewPlan(resolved, sides).Stale([]netip.Addr{ip("10.128.0.98")})
+			for which, want := range test.stale {
+				port, server, _ := strings.Cut(which, " ")
+				c := Connection{TCP, ip("10.128.0.71"), netip.MustParseAddrPort("10.128.0.98:" + port), netip.MustParseAddrPort(server), sides.Sources[0]}
+				if stale(c) != want {
+					t.Errorf("port %s to %s: stale %v, want %v", port, server, !want, want)
+				}
+				c.RepliesTo = ip("192.168.12.98")
+				if !stale(c) {
+					t.Errorf("port %s to %s from another source is not stale", port, server)
+				}
+			}
+		})
+	}
+}
