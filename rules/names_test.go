@@ -153,3 +153,55 @@ func TestStaleWithNames(t *testing.T) {
 		})
 	}
 }
+
+// A change of ten names among 10,000 destinations changes only the chains that they are in:
+// their own, or with one address those of their ranges, which have few other rules.
+func TestNamesChangeTheirChains(t *testing.T) {
+	var list strings.Builder
+	for i := range 10_000 {
+		switch {
+		case i%1000 == 500:
+			fmt.Fprintf(&list, "%d tcp n%d.example.com 80\n", 10_001+i, i/1000)
+		default:
+			fmt.Fprintf(&list, "%d tcp 203.0.113.25\n", 10_001+i)
+		}
+	}
+	set := parseNamed(t, list.String())
+	chains := func(addresses ...string) map[string]string {
+		t.Helper()
+		var all []netip.Addr
+		for _, a := range addresses {
+			all = append(all, ip(a))
+		}
+		texts := make(map[string]string)
+		for _, c := range NewPlan(set.Resolve(func(string) Resolution { return Resolution{Addresses: all} }), sides).IPTables() {
+			texts[fmt.Sprint(c.Family, c.Table, c.Name)] = string(c.Saved)
+		}
+		return texts
+	}
+	for name, test := range map[string]struct {
+		before, after []string
+		changed       int
+	}{
+		"one address":      {[]string{"10.0.0.1"}, []string{"10.0.0.2"}, 10},
+		"two addresses":    {[]string{"10.0.0.1", "10.0.0.2"}, []string{"10.0.0.1", "10.0.0.3"}, 10},
+		"another number":   {[]string{"10.0.0.1", "10.0.0.2"}, []string{"10.0.0.1", "10.0.0.2", "10.0.0.3"}, 10},
+		"the first answer": {nil, []string{"10.0.0.1"}, 10},
+		"a second address": {[]string{"10.0.0.1"}, []string{"10.0.0.1", "10.0.0.2"}, 20}, // also a chain of its own
+		"no change":        {[]string{"10.0.0.1", "10.0.0.2"}, []string{"10.0.0.1", "10.0.0.2"}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before, after := chains(test.before...), chains(test.after...)
+			changed, lines := 0, 0
+			for chain, text := range after {
+				if before[chain] != text {
+					changed++
+					lines += strings.Count(text, "\n")
+				}
+			}
+			if changed != test.changed || lines > changed*fanOut {
+				t.Errorf("%d chains with %d rules changed, want %d", changed, lines, test.changed)
+			}
+		})
+	}
+}

@@ -42,6 +42,10 @@ var environments = map[string]config.Environment{
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Grammar: "extended",
 		Destination: "53 tcp,udp 203.0.113.25 # names\n3868 sctp 203.0.113.26\n6000-6010 udp 203.0.113.26\n7000-7100 tcp 203.0.113.26 17000-17100\n40000-41000 tcp 203.0.113.25 443\n443 tcp 203.0.113.25,203.0.113.26,203.0.113.27 8443\n",
 	},
+	"names": {
+		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Grammar: "extended",
+		Destination: "443 tcp db.example.com 5432\n444-446 udp db.example.com drain=no\n80 tcp 203.0.113.25\n203.0.113.27\n",
+	},
 	"large": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: manyLines(40)},
 	"macvlan": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",
