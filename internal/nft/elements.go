@@ -211,6 +211,16 @@ const (
 // keyLen returns the length of the map's keys in bytes.
 func (k mapKind) keyLen() int { return int(k.keyType().Bytes) }
 
+// swap exchanges the protocol and the port of a key in a map of ranges. The kernel visits
+// every element of such a map that matches the first part of a key (pipapo_refill in
+// net/netfilter/nft_set_pipapo.c): few have the port, thousands may have the protocol.
+func (k mapKind) swap(key [8]byte) [8]byte {
+	if !k.ranges {
+		return key
+	}
+	return [8]byte(slices.Concat(key[4:], key[:4]))
+}
+
 // putKey writes the key of an element as the kernel has it: the random number is a word in
 // the order of the machine.
 func (k mapKind) putKey(b []byte, key [8]byte) {
@@ -218,12 +228,14 @@ func (k mapKind) putKey(b []byte, key [8]byte) {
 		binary.NativeEndian.PutUint32(b[len(key):], uint32(key[keyNumber]))
 		key[keyNumber] = 0
 	}
+	key = k.swap(key)
 	copy(b, key[:])
 }
 
 // takeKey reads a key that putKey has written.
 func (k mapKind) takeKey(b []byte) (key [8]byte) {
-	if copy(key[:], b); k.oneOf != 0 {
+	copy(key[:], b)
+	if key = k.swap(key); k.oneOf != 0 {
 		key[keyNumber] = byte(min(binary.NativeEndian.Uint32(b[len(key):]), 255)) // ours are less than MaxAddresses
 	}
 	return key

@@ -259,10 +259,14 @@ type movingNAT struct{ expr.NAT }
 // has no key with them.
 func lookUp(family rules.Family, r rules.Rule, k mapKind) []expr.Any {
 	f := formats[family]
+	protocol, port := uint32(register), uint32(secondWord)
+	if k.ranges {
+		protocol, port = secondWord, register
+	}
 	e := append(f.matches(r),
 		// The key is composed in the register.
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
-		&expr.Payload{DestRegister: secondWord, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: protocol},
+		&expr.Payload{DestRegister: port, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
 	)
 	if k.oneOf != 0 {
 		e = append(e, &expr.Numgen{Register: thirdWord, Modulus: uint32(k.oneOf), Type: unix.NFT_NG_RANDOM}) //nolint:gosec // at most MaxAddresses

@@ -19,16 +19,19 @@ import (
 // keyType returns the type of a map's keys. The kernel pads each part of a concatenation to
 // four bytes. A random number is a number in the order of the machine, as a mark is.
 func (k mapKind) keyType() nftables.SetDatatype {
-	if k.oneOf == 0 {
-		return plainKey
-	}
-	return numberedKey
+	types := keyTypes[k.ranges]
+	return types[min(k.oneOf, 1)]
 }
 
-var (
-	plainKey    = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
-	numberedKey = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeMark)
-)
+// keyTypes are the types of keys of maps, without and with a random number; of ranges: see
+// mapKind.swap.
+var keyTypes = func() map[bool][2]nftables.SetDatatype {
+	protocol, port, number := nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeMark
+	return map[bool][2]nftables.SetDatatype{
+		false: {nftables.MustConcatSetType(protocol, port), nftables.MustConcatSetType(protocol, port, number)},
+		true:  {nftables.MustConcatSetType(port, protocol), nftables.MustConcatSetType(port, protocol, number)},
+	}
+}()
 
 // valueType returns the type of a map's values.
 func (k mapKind) valueType(f nftables.TableFamily) nftables.SetDatatype {
