@@ -339,7 +339,7 @@ func parseAddresses(s string) (first netip.Addr, all []netip.Addr, ok bool) {
 // IPv4 addresses (section 2.5.5.2).
 func parseAddress(s string) (netip.Addr, bool) {
 	a, err := netip.ParseAddr(s)
-	return a, err == nil && FamilyOf(a) != 0 && !(a.Is6() && a.IsLinkLocalUnicast())
+	return a, err == nil && FamilyOf(a) != 0 && (a.Is4() || !a.IsLinkLocalUnicast())
 }
 
 // addressFault returns the reason why a word is not an address that parseAddress accepts;

@@ -297,8 +297,11 @@ func awaitAddr(h *netlink.Handle, name string, addr netip.Addr) error {
 		if err == nil && slices.ContainsFunc(list, func(a netlink.Addr) bool { return a.IP.Equal(addr.AsSlice()) && a.Flags&unix.IFA_F_TENTATIVE == 0 }) {
 			return nil
 		}
+		if err == nil {
+			err = errors.New("not valid")
+		}
 		if time.Now().After(end) {
-			return fmt.Errorf("waiting for address %q of link %q: not valid after %s, error %v", addr, name, Patience, err)
+			return fmt.Errorf("waiting for address %q of link %q for %s: %w", addr, name, Patience, err)
 		}
 	}
 }

@@ -88,7 +88,7 @@ func loadRules() {
 				return err
 			}
 			for _, line := range tx.Differs(plan) {
-				fmt.Println(line)
+				fmt.Fprintln(os.Stdout, line)
 			}
 			if _, err := tx.Apply(ctx, plan); err != nil {
 				return err
