@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -42,11 +43,18 @@ func (p *Pod) Load(list string, sources ...netip.Addr) (unchanged bool) {
 	}
 	q := *p
 	q.Env = map[string]string{loadVariable: string(in)}
-	r := q.Exec("load-rules")
-	if r.Code != 0 {
-		p.Fatalf("load rules: %s", Tail(r.Stderr))
-	}
-	return r.Stdout == ""
+	unchanged = true
+	p.Until("the rules are loaded", func() bool {
+		r := q.Exec("load-rules")
+		// The programs of both families wait for the same lock, on a busy machine for longer
+		// than they are patient.
+		if r.Code != 0 && !strings.Contains(r.Stderr, "xtables lock") {
+			p.Fatalf("load rules: %s", Tail(r.Stderr))
+		}
+		unchanged = unchanged && r.Stdout == ""
+		return r.Code == 0
+	})
+	return unchanged
 }
 
 // A transaction is a backend's.
