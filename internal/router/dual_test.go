@@ -203,6 +203,40 @@ func TestIPv6IsPrintedAsLoaded(t *testing.T) {
 	})
 }
 
+// An iptables that prints masks, networks and messages in another form is recognised, also
+// by the next process, and damage is found behind it.
+func TestIPv6OtherSpelling(t *testing.T) {
+	t.Parallel()
+	labtest.EachFlavour(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		sources := []netip.Addr{lab.Source, lab.Source6, netip.MustParseAddr("192.168.12.120"), netip.MustParseAddr("2001:db8:12::120")}
+		p.Path = p.Programs(`case $0 in
+*-save) "$real" "$@" | sed 's#-s ::1/::1 #-s ::1/::0001 #; s#-s 0.0.0.1/0.0.0.1 #-s 0.0.0.1/1 #; s# -d ff02::/16 # -d ff02::/ffff:: #; s#--icmpv6-type 135#--icmpv6-type neighbour-solicitation#' ;;
+*) exec "$real" "$@" ;;
+esac
+`)
+		if p.Load(dualList+fallback6, sources...) {
+			p.Error("the first load changes nothing")
+		}
+		if !p.Load(dualList+fallback6, sources...) {
+			p.Error("a second load changes something")
+		}
+		for _, damage := range [][]string{
+			{"-t", "mangle", "-D", "EGRESS-PREROUTING", "-i", "macvlan0", "-j", "DROP"},
+			{"-t", "nat", "-F", "EGRESS-POSTROUTING"},
+			{"-t", "nat", "-R", "EGRESS-POSTROUTING", "3", "-s", "::1/::3", "-o", "macvlan0", "-j", "SNAT", "--to-source", "2001:db8:12::120"},
+			{"-t", "filter", "-R", "EGRESS-INPUT", "1", "-p", "ipv6-icmp", "-m", "icmp6", "--icmpv6-type", "137", "-j", "ACCEPT"},
+		} {
+			p.Tool(p.Program("ip6tables"), damage...)
+			if p.Load(dualList+fallback6, sources...) {
+				p.Errorf("damage is not found: %q", damage)
+			}
+			if !p.Load(dualList+fallback6, sources...) {
+				p.Errorf("a load behind the repair of %q changes something", damage)
+			}
+		}
+	})
+}
+
 // echo6 sends an ICMPv6 echo request (RFC 4443) and reports whether there is a reply.
 func echo6(p *labtest.Pod, ns *netns.Namespace, to netip.Addr, patience time.Duration) bool {
 	p.Helper()

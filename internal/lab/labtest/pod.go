@@ -536,7 +536,7 @@ func (p *Pod) Programs(script string) (path string) {
 	p.Helper()
 	programs, _, _ := strings.Cut(p.Path, ":")
 	dir := p.TempDir()
-	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore"} {
+	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
 		text := fmt.Sprintf("#!/bin/sh\nreal=%s\ncase $* in *--version*) exec $real \"$@\"; esac\n%s", filepath.Join(programs, name), script)
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil { //nolint:gosec // it has to run
 			p.Fatal(err)
