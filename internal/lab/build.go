@@ -15,183 +15,229 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
+// A builder makes the parts of a lab.
+type builder struct {
+	*Lab
+	client, far, router, node, outside *netlink.Handle
+
+	index     int // of the last link
+	veths     []veth
+	addresses []address
+	routes    []route
+}
+
+// A veth is a pair of links, of which one is in the node.
+type veth struct {
+	name, peer string
+	ns         *netns.Namespace
+	h          *netlink.Handle // of ns
+	bridged    bool
+}
+
+// An address is one of a link.
+type address struct {
+	h      *netlink.Handle
+	link   string
+	prefix netip.Prefix
+}
+
+// A route is the default route of a link's namespace.
+type route struct {
+	h    *netlink.Handle
+	link string
+	via  netip.Addr
+}
+
 // build is New without the clean-up after an error.
 func (l *Lab) build() error {
-	handles := map[**netns.Namespace]*netlink.Handle{}
-	defer func() {
-		for _, h := range handles {
-			h.Close()
-		}
-	}()
-	for _, n := range []**netns.Namespace{&l.Client, &l.Far, &l.Router, &l.Node, &l.Outside} {
-		var err error
-		if *n, err = netns.New(); err != nil {
-			return err
-		}
-		if err := (*n).Do(func() error { return kernelDefaults(l.IPv6) }); err != nil {
-			return err
-		}
-		if handles[n], err = l.Netlink(*n); err != nil {
-			return err
-		}
-		if err := setUp(handles[n], "lo"); err != nil {
-			return err
-		}
-	}
-	client, far, router, node, outside := handles[&l.Client], handles[&l.Far], handles[&l.Router], handles[&l.Node], handles[&l.Outside]
-	if err := l.SetSysctl(l.Node, "net/ipv4/ip_forward", "1"); err != nil {
-		return err
-	}
-
 	// The kernel numbers links from 1 in every namespace, and treats a link whose index
 	// equals its peer's index as a link without a peer: it then reports the peer's
 	// carrier up to a second late (net/core/link_watch.c, linkwatch_urgent_event).
 	// Indexes from 101 differ from those of all peers.
-	index := 100
-	attrs := func(name string) netlink.LinkAttrs {
-		a := netlink.NewLinkAttrs()
-		a.Name = name
-		index++
-		a.Index = index
-		return a
+	b := &builder{Lab: l, index: 100}
+	defer b.close()
+	for _, step := range []func() error{b.makeNamespaces, b.makeLinks, b.makeMacvlan, b.configure, b.await} {
+		if err := step(); err != nil {
+			return err
+		}
 	}
+	return nil
+}
 
-	bridge := &netlink.Bridge{LinkAttrs: attrs(Bridge)}
-	if err := node.LinkAdd(bridge); err != nil {
+func (b *builder) close() {
+	for _, h := range []*netlink.Handle{b.client, b.far, b.router, b.node, b.outside} {
+		if h != nil {
+			h.Close()
+		}
+	}
+}
+
+func (b *builder) makeNamespaces() error {
+	for _, n := range []struct {
+		ns     **netns.Namespace
+		handle **netlink.Handle
+	}{{&b.Client, &b.client}, {&b.Far, &b.far}, {&b.Router, &b.router}, {&b.Node, &b.node}, {&b.Outside, &b.outside}} {
+		var err error
+		if *n.ns, err = netns.New(); err != nil {
+			return err
+		}
+		if err := (*n.ns).Do(func() error { return kernelDefaults(b.IPv6) }); err != nil {
+			return err
+		}
+		if *n.handle, err = b.Netlink(*n.ns); err != nil {
+			return err
+		}
+		if err := setUp(*n.handle, "lo"); err != nil {
+			return err
+		}
+	}
+	if err := b.SetSysctl(b.Node, "net/ipv4/ip_forward", "1"); err != nil || !b.IPv6 {
+		return err
+	}
+	return b.SetSysctl(b.Node, "net/ipv6/conf/all/forwarding", "1")
+}
+
+// attrs returns the attributes of a new link.
+func (b *builder) attrs(name string) netlink.LinkAttrs {
+	a := netlink.NewLinkAttrs()
+	b.index++
+	a.Name, a.Index = name, b.index
+	return a
+}
+
+func (b *builder) makeLinks() error {
+	bridge := &netlink.Bridge{LinkAttrs: b.attrs(Bridge)}
+	if err := b.node.LinkAdd(bridge); err != nil {
 		return fmt.Errorf("creating bridge %q: %w", Bridge, err)
 	}
-	veths := []struct {
-		name, peer string
-		ns         *netns.Namespace
-		h          *netlink.Handle
-		master     netlink.Link
-	}{
-		{ClientPort, ClientLink, l.Client, client, bridge},
-		{FarPort, ClientLink, l.Far, far, nil},
-		{RouterPort, l.ClusterName, l.Router, router, bridge},
-		{NIC, LANLink, l.Outside, outside, nil},
+	b.veths = []veth{
+		{ClientPort, ClientLink, b.Client, b.client, true},
+		{FarPort, ClientLink, b.Far, b.far, false},
+		{RouterPort, b.ClusterName, b.Router, b.router, true},
+		{NIC, LANLink, b.Outside, b.outside, false},
 	}
-	for _, v := range veths {
-		veth := netlink.NewVeth(attrs(v.name))
+	for _, v := range b.veths {
+		veth := netlink.NewVeth(b.attrs(v.name))
 		veth.PeerName = v.peer
 		veth.PeerNamespace = netlink.NsFd(v.ns.Fd())
-		if err := node.LinkAdd(veth); err != nil {
+		if err := b.node.LinkAdd(veth); err != nil {
 			return fmt.Errorf("creating veth %q with peer %q: %w", v.name, v.peer, err)
 		}
-		if v.master != nil {
-			if err := node.LinkSetMaster(veth, v.master); err != nil {
+		if v.bridged {
+			if err := b.node.LinkSetMaster(veth, bridge); err != nil {
 				return fmt.Errorf("adding %q to bridge %q: %w", v.name, Bridge, err)
 			}
 		}
 		if err := setUp(v.h, v.peer); err != nil {
 			return err
 		}
-		if err := setUp(node, v.name); err != nil {
+		if err := setUp(b.node, v.name); err != nil {
 			return err
 		}
 	}
-	if err := setUp(node, Bridge); err != nil {
-		return err
-	}
-	if l.IPv6 {
-		if err := l.SetSysctl(l.Node, "net/ipv6/conf/all/forwarding", "1"); err != nil {
-			return err
-		}
-		// The router's macvlan0 has the kernel's default.
-		if err := l.SetSysctl(l.Router, "net/ipv6/conf/default/accept_dad", "1"); err != nil {
-			return err
-		}
-	}
-	if !l.NoMacvlan {
-		parent, err := node.LinkByName(NIC)
-		if err != nil {
-			return fmt.Errorf("finding link %q: %w", NIC, err)
-		}
-		a := attrs(l.MacvlanName)
-		a.ParentIndex = parent.Attrs().Index
-		a.MTU = parent.Attrs().MTU
-		a.Namespace = netlink.NsFd(l.Router.Fd())
-		// Private, as in the original's documentation: macvlans of one parent cannot
-		// reach each other.
-		if err := node.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PRIVATE}); err != nil {
-			return fmt.Errorf("creating macvlan %q on %q: %w", l.MacvlanName, NIC, err)
-		}
-	}
+	return setUp(b.node, Bridge)
+}
 
-	type address struct {
-		h      *netlink.Handle
-		link   string
-		prefix netip.Prefix
+func (b *builder) makeMacvlan() error {
+	if b.IPv6 { // the router's macvlan0 has the kernel's default
+		if err := b.SetSysctl(b.Router, "net/ipv6/conf/default/accept_dad", "1"); err != nil {
+			return err
+		}
 	}
-	addresses := []address{
-		{client, ClientLink, netip.PrefixFrom(ClientAddr, Cluster.Bits())},
-		{far, ClientLink, netip.PrefixFrom(FarAddr, FarCluster.Bits())},
-		{node, FarPort, netip.PrefixFrom(FarGateway, FarCluster.Bits())},
-		{router, l.ClusterName, netip.PrefixFrom(RouterAddr, Cluster.Bits())},
-		{node, Bridge, netip.PrefixFrom(NodeAddr, Cluster.Bits())},
-		{node, NIC, netip.PrefixFrom(NICAddr, LAN.Bits())},
-		{outside, LANLink, netip.PrefixFrom(GatewayAddr, LAN.Bits())},
-		{outside, LANLink, netip.PrefixFrom(LANServer, LAN.Bits())},
-		{outside, "lo", netip.PrefixFrom(Remote[0], 32)},
-		{outside, "lo", netip.PrefixFrom(Remote[1], 32)},
-		{outside, "lo", netip.PrefixFrom(Remote[2], 32)},
+	if b.NoMacvlan {
+		return nil
 	}
-	type route struct {
-		h    *netlink.Handle
-		link string
-		via  netip.Addr
+	parent, err := b.node.LinkByName(NIC)
+	if err != nil {
+		return fmt.Errorf("finding link %q: %w", NIC, err)
 	}
-	routes := []route{
-		{client, ClientLink, NodeAddr},
-		{far, ClientLink, FarGateway},
-		{router, l.ClusterName, NodeAddr},
-		{node, NIC, GatewayAddr},
+	a := b.attrs(b.MacvlanName)
+	a.ParentIndex = parent.Attrs().Index
+	a.MTU = parent.Attrs().MTU
+	a.Namespace = netlink.NsFd(b.Router.Fd())
+	// Private, as in the original's documentation: macvlans of one parent cannot
+	// reach each other.
+	if err := b.node.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PRIVATE}); err != nil {
+		return fmt.Errorf("creating macvlan %q on %q: %w", b.MacvlanName, NIC, err)
 	}
-	if l.IPv6 {
-		addresses = append(addresses, []address{
-			{client, ClientLink, netip.PrefixFrom(ClientAddr6, Cluster6.Bits())},
-			{far, ClientLink, netip.PrefixFrom(FarAddr6, FarCluster6.Bits())},
-			{node, FarPort, netip.PrefixFrom(FarGateway6, FarCluster6.Bits())},
-			{router, l.ClusterName, netip.PrefixFrom(RouterAddr6, Cluster6.Bits())},
-			{node, Bridge, netip.PrefixFrom(NodeAddr6, Cluster6.Bits())},
-			{node, NIC, netip.PrefixFrom(NICAddr6, LAN6.Bits())},
-			{outside, LANLink, netip.PrefixFrom(GatewayAddr6, LAN6.Bits())},
-			{outside, LANLink, netip.PrefixFrom(GatewayLinkLocal, 64)},
-			{outside, LANLink, netip.PrefixFrom(LANServer6, LAN6.Bits())},
-			{outside, "lo", netip.PrefixFrom(Remote6[0], 128)},
-			{outside, "lo", netip.PrefixFrom(Remote6[1], 128)},
-			{outside, "lo", netip.PrefixFrom(Remote6[2], 128)},
-		}...)
-		routes = append(routes, []route{
-			{client, ClientLink, NodeAddr6},
-			{far, ClientLink, FarGateway6},
-			{router, l.ClusterName, NodeAddr6},
-			{node, NIC, GatewayAddr6},
-		}...)
+	return nil
+}
+
+// configure adds the addresses and the default routes.
+func (b *builder) configure() error {
+	b.addresses = []address{
+		{b.client, ClientLink, netip.PrefixFrom(ClientAddr, Cluster.Bits())},
+		{b.far, ClientLink, netip.PrefixFrom(FarAddr, FarCluster.Bits())},
+		{b.node, FarPort, netip.PrefixFrom(FarGateway, FarCluster.Bits())},
+		{b.router, b.ClusterName, netip.PrefixFrom(RouterAddr, Cluster.Bits())},
+		{b.node, Bridge, netip.PrefixFrom(NodeAddr, Cluster.Bits())},
+		{b.node, NIC, netip.PrefixFrom(NICAddr, LAN.Bits())},
+		{b.outside, LANLink, netip.PrefixFrom(GatewayAddr, LAN.Bits())},
+		{b.outside, LANLink, netip.PrefixFrom(LANServer, LAN.Bits())},
+		{b.outside, "lo", netip.PrefixFrom(Remote[0], 32)},
+		{b.outside, "lo", netip.PrefixFrom(Remote[1], 32)},
+		{b.outside, "lo", netip.PrefixFrom(Remote[2], 32)},
 	}
-	for _, a := range addresses {
+	b.routes = []route{
+		{b.client, ClientLink, NodeAddr},
+		{b.far, ClientLink, FarGateway},
+		{b.router, b.ClusterName, NodeAddr},
+		{b.node, NIC, GatewayAddr},
+	}
+	if b.IPv6 {
+		b.addIPv6()
+	}
+	for _, a := range b.addresses {
 		if err := addAddr(a.h, a.link, a.prefix); err != nil {
 			return err
 		}
 	}
-	for _, r := range routes {
+	for _, r := range b.routes {
 		if err := addDefault(r.h, r.link, r.via); err != nil {
 			return err
 		}
 	}
+	return nil
+}
 
-	if err := awaitUp(node, Bridge); err != nil {
+// addIPv6 adds what configure adds of IPv6.
+func (b *builder) addIPv6() {
+	b.addresses = append(b.addresses, []address{
+		{b.client, ClientLink, netip.PrefixFrom(ClientAddr6, Cluster6.Bits())},
+		{b.far, ClientLink, netip.PrefixFrom(FarAddr6, FarCluster6.Bits())},
+		{b.node, FarPort, netip.PrefixFrom(FarGateway6, FarCluster6.Bits())},
+		{b.router, b.ClusterName, netip.PrefixFrom(RouterAddr6, Cluster6.Bits())},
+		{b.node, Bridge, netip.PrefixFrom(NodeAddr6, Cluster6.Bits())},
+		{b.node, NIC, netip.PrefixFrom(NICAddr6, LAN6.Bits())},
+		{b.outside, LANLink, netip.PrefixFrom(GatewayAddr6, LAN6.Bits())},
+		{b.outside, LANLink, netip.PrefixFrom(GatewayLinkLocal, 64)},
+		{b.outside, LANLink, netip.PrefixFrom(LANServer6, LAN6.Bits())},
+		{b.outside, "lo", netip.PrefixFrom(Remote6[0], 128)},
+		{b.outside, "lo", netip.PrefixFrom(Remote6[1], 128)},
+		{b.outside, "lo", netip.PrefixFrom(Remote6[2], 128)},
+	}...)
+	b.routes = append(b.routes, []route{
+		{b.client, ClientLink, NodeAddr6},
+		{b.far, ClientLink, FarGateway6},
+		{b.router, b.ClusterName, NodeAddr6},
+		{b.node, NIC, GatewayAddr6},
+	}...)
+}
+
+// await waits until the links are up, and the addresses usable.
+func (b *builder) await() error {
+	if err := awaitUp(b.node, Bridge); err != nil {
 		return err
 	}
-	for _, v := range veths {
-		if err := awaitUp(node, v.name); err != nil {
+	for _, v := range b.veths {
+		if err := awaitUp(b.node, v.name); err != nil {
 			return err
 		}
 		if err := awaitUp(v.h, v.peer); err != nil {
 			return err
 		}
 	}
-	for _, a := range addresses {
+	for _, a := range b.addresses {
 		if err := awaitAddr(a.h, a.link, a.prefix.Addr()); err != nil {
 			return err
 		}
