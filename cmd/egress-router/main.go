@@ -6,8 +6,8 @@
 // is in parentheses:
 //
 //	EGRESS_ROUTER_MODE        (legacy) what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test
-//	EGRESS_SOURCE             (required) reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32
-//	EGRESS_GATEWAY            (required) IPv4 address of the gateway on the physical network
+//	EGRESS_SOURCE             (required) reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32; with EGRESS_GRAMMAR=extended several, also of IPv6
+//	EGRESS_GATEWAY            (required) IPv4 address of the gateway on the physical network; with EGRESS_GRAMMAR=extended one for each family
 //	EGRESS_DESTINATION        (required to redirect) redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT
 //	EGRESS_DESTINATION_FILE   (none) file with the same lines, instead of EGRESS_DESTINATION; legacy and monitor reload it when it changes
 //	EGRESS_GRAMMAR            (legacy) form of these lines: legacy, or extended, with several protocols, sctp, ranges of ports, several addresses, names and comments at the end

@@ -75,7 +75,11 @@ func planText(c config.Config) string {
 	want := configured(c)
 	want.Start = true
 	want.Network.Cluster.Destinations = append(slices.Clone(want.Network.Cluster.Destinations), netip.PrefixFrom(e.nameServer, 32))
-	fmt.Fprintf(&b, "steps in a fresh pod with the defaults of the kernel, for example with %s on %s, its gateway %s and the name server %s:\n", e.address, c.Cluster, e.gateway, e.nameServer)
+	six := ""
+	if len(c.Sources.Of(true)) > 0 {
+		six = fmt.Sprintf(", and of IPv6 %s and the gateway %s", exampleAddress6, exampleGateway6)
+	}
+	fmt.Fprintf(&b, "steps in a fresh pod with the defaults of the kernel, for example with %s on %s, its gateway %s and the name server %s%s:\n", e.address, c.Cluster, e.gateway, e.nameServer, six)
 	writeSteps(&b, plan.Steps(want, e.fresh(want)))
 	if c.Mode.Stays() {
 		b.WriteString("then repair drift as soon as the kernel notifies of a change")
@@ -101,7 +105,7 @@ func writeSummary(b *strings.Builder, c config.Config, backend string) {
 	fmt.Fprintf(b, "address    %s, announced to the physical network\n", c.Sources)
 	fmt.Fprintf(b, "backend    %s\n\n", backend)
 	if c.Mode.Redirects() {
-		b.WriteString(effect(c.Set, c.Sources[0].Prefix.Addr()) + "\n")
+		b.WriteString(effect(c.Set, c.Sources) + "\n")
 	}
 }
 
@@ -134,6 +138,12 @@ type example struct {
 	nameServer netip.Addr
 }
 
+// The IPv6 of an example (RFC 4193), for a pod with an IPv6 source.
+var (
+	exampleAddress6 = netip.MustParsePrefix("fd00:1234::2/64")
+	exampleGateway6 = netip.MustParseAddr("fd00:1234::1")
+)
+
 // exampleOf returns an example with addresses for documentation (RFC 5737) that the
 // configuration does not have.
 func exampleOf(c config.Config) example {
@@ -163,12 +173,22 @@ func (e example) fresh(want plan.Want) plan.Have {
 	}
 	subnet := route(e.address.Masked(), netip.Addr{}, e.address.Addr())
 	subnet.Scope = plan.ScopeLink
+	var six *plan.IPv6State
+	if len(n.Sources.Of(true)) > 0 {
+		network, other := route(exampleAddress6.Masked(), netip.Addr{}, netip.Addr{}), route(netip.PrefixFrom(netip.IPv6Unspecified(), 0), exampleGateway6, netip.Addr{})
+		network.Metric, other.Metric = 256, 1024 // the kernel's
+		six = &plan.IPv6State{
+			Routes:  []plan.Route{network, other},
+			Cluster: plan.ClusterState{Index: cluster, Addresses: []netip.Addr{exampleAddress6.Addr()}},
+		}
+	}
 	return plan.Have{
 		Missing: want.Macvlan != nil,
 		State: plan.State{
 			Index: egress, Carrier: true, Sysctls: n.Defaults(),
 			Routes:  []plan.Route{route(netip.PrefixFrom(netip.IPv4Unspecified(), 0), e.gateway, netip.Addr{}), subnet},
 			Cluster: plan.ClusterState{Index: cluster, Addresses: []netip.Addr{e.address.Addr()}},
+			IPv6:    six,
 		},
 		Differs: []string{""}, // the reason is plain
 	}

@@ -3,13 +3,13 @@ package cli
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
 	"text/tabwriter"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -30,8 +30,16 @@ func runVersion(_ context.Context, p Process) error {
 }
 
 // effect describes the redirects for a client.
-func effect(set rules.Set, source netip.Addr) string {
+func effect(set rules.Set, sources spec.Sources) string {
 	var b strings.Builder
+	var addresses []string
+	for _, a := range sources.Addresses() {
+		addresses = append(addresses, a.String())
+	}
+	source := strings.Join(addresses, ", ")
+	if len(addresses) > 1 {
+		source += ", by family and client,"
+	}
 	fmt.Fprintf(&b, "connections to the pod, with %s as their source:\n", source)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, r := range set.Redirects {

@@ -180,9 +180,13 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	}
 
 	unknown := unknownVariables(env.Names, Variables())
-	report(c.parseSource(env.Source))
-	report(c.parseGateway(env.Gateway))
 	grammar := c.parseGrammar(env.Grammar)
+	inSource, inGateway := c.parseSides(env.Source, env.Gateway)
+	report(inSource)
+	report(inGateway)
+	if c.Grammar == rules.Extended && !c.Mode.Redirects() && slices.Contains(Modes, c.Mode) && len(c.Sources) == 1 && c.Sources[0].Prefix.Addr().Is4() {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GRAMMAR=extended has no effect in mode %s: nothing is redirected", c.Mode))
+	}
 	switch {
 	case !slices.Contains(Modes, c.Mode):
 		report(&Error{"EGRESS_ROUTER_MODE", fmt.Sprintf("Unrecognized EGRESS_ROUTER_MODE '%s'", c.Mode), modeHint(env.Mode)})
@@ -249,11 +253,11 @@ func (c *Config) parseSource(s string) *Error {
 	}
 	bits := a.BitLen()
 	if given {
-		n, err := strconv.ParseUint(length, 10, 8)
-		if err != nil || n > uint64(a.BitLen()) || strconv.FormatUint(n, 10) != length {
+		n, err := parseLength(length, bits)
+		if err != nil {
 			return bad(fmt.Sprintf("EGRESS_SOURCE is %s: the length after the slash is a number from 0 to 32", quote(s)))
 		}
-		bits = int(n)
+		bits = n
 	}
 	source := netip.PrefixFrom(a, bits)
 	if why := unusable(a, source); why != "" && c.Mode != UnitTest {
@@ -261,6 +265,15 @@ func (c *Config) parseSource(s string) *Error {
 	}
 	c.Sources = spec.Sources{{Prefix: source}}
 	return nil
+}
+
+// parseLength parses the length of a subnet, in bits.
+func parseLength(s string, most int) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err == nil && (n < 0 || n > most || strconv.Itoa(n) != s) {
+		err = strconv.ErrRange
+	}
+	return n, err
 }
 
 // source returns the first source; the zero one after an error.
@@ -427,9 +440,6 @@ func (c *Config) parseGrammar(s string) *Error {
 	if c.Grammar, known = grammars[orDefault(s, "legacy")]; !known {
 		return choose("EGRESS_GRAMMAR", s, "legacy", "extended")
 	}
-	if c.Grammar == rules.Extended && !c.Mode.Redirects() && slices.Contains(Modes, c.Mode) {
-		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GRAMMAR=extended has no effect in mode %s: nothing is redirected", c.Mode))
-	}
 	return nil
 }
 
@@ -444,7 +454,7 @@ func (c *Config) unreachable(l list, text string) (warnings []string) {
 	var entries []rules.Line // only needed for a warning
 	for i, a := range c.numbered() {
 		why := "connections redirected to it fail"
-		is := unusable(a, c.source().Prefix)
+		is := c.unusableDestination(a)
 		if c.Sources.Have(a) {
 			is, why = "the reserved address", "connections redirected to it end in the pod"
 		}
@@ -464,6 +474,19 @@ func (c *Config) unreachable(l list, text string) (warnings []string) {
 		warnings = append(warnings, fmt.Sprintf("%s has %d more destinations of that kind", l.from(), more))
 	}
 	return warnings
+}
+
+// unusableDestination is unusable for a destination of either family.
+func (c *Config) unusableDestination(a netip.Addr) string {
+	if a.Is6() {
+		return unusableSource(netip.PrefixFrom(a, a.BitLen()))
+	}
+	for _, s := range c.Sources.Of(false) {
+		if is := unusable(a, s.Prefix); is != "" {
+			return is
+		}
+	}
+	return unusable(a, netip.Prefix{})
 }
 
 // loopback is the kernel's name of the loopback interface (drivers/net/loopback.c).

@@ -30,8 +30,8 @@ import (
 // field that it sets, if messages of other packages are about it.
 type Environment struct {
 	Mode             string `envconfig:"EGRESS_ROUTER_MODE" spec:"mode" unset:"legacy" doc:"what to do: init, legacy, monitor, http-proxy, dns-proxy or unit-test"`
-	Source           string `envconfig:"EGRESS_SOURCE" spec:"source" unset:"required" doc:"reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32"`
-	Gateway          string `envconfig:"EGRESS_GATEWAY" spec:"gateway" unset:"required" doc:"IPv4 address of the gateway on the physical network"`
+	Source           string `envconfig:"EGRESS_SOURCE" spec:"source" unset:"required" doc:"reserved IPv4 address of the egress side, with its subnet's length (192.168.12.99/24); without a length, /32; with EGRESS_GRAMMAR=extended several, also of IPv6"`
+	Gateway          string `envconfig:"EGRESS_GATEWAY" spec:"gateway" unset:"required" doc:"IPv4 address of the gateway on the physical network; with EGRESS_GRAMMAR=extended one for each family"`
 	Destination      string `envconfig:"EGRESS_DESTINATION" spec:"destinations" unset:"required to redirect" doc:"redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT"`
 	DestinationFile  string `envconfig:"EGRESS_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_DESTINATION; legacy and monitor reload it when it changes"`
 	Grammar          string `envconfig:"EGRESS_GRAMMAR" spec:"grammar" unset:"legacy" doc:"form of these lines: legacy, or extended, with several protocols, sctp, ranges of ports, several addresses, names and comments at the end"`

@@ -70,11 +70,11 @@ func (c *Config) parseClusterCIDRs(list string) Errors {
 // clusterCIDR parses one network, or returns the reason why it is invalid, and a hint.
 func (c *Config) clusterCIDR(word string) (p netip.Prefix, why, hint string) {
 	p, err := netip.ParsePrefix(word)
-	if err != nil || !p.Addr().Is4() || p.Bits() == 0 {
+	if err != nil || p.Addr().Is4In6() || p.Addr().Is6() && len(c.Sources.Of(true)) == 0 || p.Bits() == 0 {
 		return p, "expected an IPv4 network such as 10.96.0.0/12", cidrHint(word)
 	}
 	if p != p.Masked() {
-		return p, fmt.Sprintf("the network with that length is %s", p.Masked()), remedy("write %s, or %s/32 for that address alone", p.Masked(), p.Addr())
+		return p, fmt.Sprintf("the network with that length is %s", p.Masked()), remedy("write %s, or %s/%d for that address alone", p.Masked(), p.Addr(), p.Addr().BitLen())
 	}
 	if is := unusable(p.Addr(), netip.Prefix{}); is != "" {
 		return p, "it begins with " + is, remedy("leave it out: it is not a network of hosts")
@@ -101,7 +101,7 @@ func cidrHint(word string) string {
 	case strings.ContainsAny(word, ";|"):
 		return remedy("separate networks by commas or spaces")
 	case strings.Contains(word, ":"):
-		return remedy("IPv6 does not cross the router: write the IPv4 networks only")
+		return remedy("IPv6 does not cross the router without an IPv6 address in EGRESS_SOURCE: write the IPv4 networks only")
 	case ok && !slash:
 		return remedy("write the network's length behind a slash; %s/32 is that address alone", a)
 	case ok && length == "0":
@@ -152,7 +152,8 @@ func (c *Config) KeepNameServers(resolvConf []byte) {
 		if len(words) < 2 || words[0] != "nameserver" {
 			continue
 		}
-		a, ok := rules.ParseIPv4(words[1])
+		a, err := netip.ParseAddr(words[1])
+		ok := err == nil && !a.Is4In6() && !(a.Is6() && (a.IsLinkLocalUnicast() || len(c.Sources.Of(true)) == 0))
 		near := func(s spec.SourceAddress) bool {
 			return unusable(a, s.Prefix) != "" || a == s.Gateway || s.Prefix.Contains(a)
 		}

@@ -113,8 +113,8 @@ func (e *ForwardingError) Hint(spec.Names) string {
 
 // CanForward returns nil if forwarding is enabled or can be enabled, otherwise a
 // *ForwardingError. It changes nothing.
-func CanForward(have plan.State) error {
-	for _, s := range plan.Forwarding(have) {
+func CanForward(want plan.Network, have plan.State) error {
+	for _, s := range plan.Forwarding(want, have) {
 		f, err := os.OpenFile(sysctl.Path(s.Sysctl), os.O_WRONLY, 0)
 		if err != nil {
 			return &ForwardingError{s.Sysctl, err}

@@ -89,7 +89,11 @@ func diff(want Network, have State) []Change {
 	for _, r := range have.Lost {
 		take(Change{Op: AddRule, Rule: r})
 	}
-	steps = slices.Concat(steps, set(want, have), diffCluster(want.Cluster, have, false), want.clusterIPv6(have), want.closeIPv6(have), claim)
+	steps = append(steps, set(want, have)...)
+	if len(want.Sources.Of(false)) > 0 {
+		steps = append(steps, diffCluster(want.Cluster, have, false)...)
+	}
+	steps = slices.Concat(steps, want.clusterIPv6(have), want.closeIPv6(have), claim)
 	for _, r := range have.AdvertisedRoutes {
 		take(Change{Op: DeleteRoute, Route: r})
 	}
@@ -218,8 +222,14 @@ func key(r Route) routeKey { return routeKey{r.Destination, r.TOS, r.Metric} }
 // Writing net.ipv4.ip_forward sets the sysctl of every interface, also on
 // rollback; the steps of single interfaces come first, so that their rollback
 // comes last.
-func Forwarding(have State) []Change {
+func Forwarding(want Network, have State) []Change {
 	var steps []Change
+	if have.IPv6 != nil && !have.IPv6.Forwards {
+		steps = append(steps, Change{Op: WriteSysctl, Sysctl: IPv6Forward, Value: "1", OldValue: "0"})
+	}
+	if len(want.Sources.Of(false)) == 0 {
+		return steps
+	}
 	for _, i := range have.Forwarding {
 		if i.On != have.Forwards {
 			steps = append(steps, Change{Op: WriteSysctl, Sysctl: ForwardingOf(i.Interface), Value: "1", OldValue: value(i.On)})
@@ -227,9 +237,6 @@ func Forwarding(have State) []Change {
 	}
 	if !have.Forwards {
 		steps = append(steps, Change{Op: WriteSysctl, Sysctl: IPForward, Value: "1", OldValue: "0"})
-	}
-	if have.IPv6 != nil && !have.IPv6.Forwards {
-		steps = append(steps, Change{Op: WriteSysctl, Sysctl: IPv6Forward, Value: "1", OldValue: "0"})
 	}
 	return steps
 }

@@ -206,10 +206,10 @@ func TestInverse(t *testing.T) {
 }
 
 func TestForwarding(t *testing.T) {
-	if steps := Forwarding(State{Forwards: true}); len(steps) != 0 {
+	if steps := Forwarding(want, State{Forwards: true}); len(steps) != 0 {
 		t.Errorf("forwarding already, yet: %v", steps)
 	}
-	if steps := Forwarding(State{}); len(steps) != 1 || steps[0].String() != "set net.ipv4.ip_forward = 1" {
+	if steps := Forwarding(want, State{}); len(steps) != 1 || steps[0].String() != "set net.ipv4.ip_forward = 1" {
 		t.Errorf("not forwarding: %v", steps)
 	}
 }

@@ -231,7 +231,7 @@ func Steps(want Want, have Have) []Group {
 	}
 	var opening []Step
 	if want.Forward {
-		opening = steps(have.remaining(Forwarding(have.State)))
+		opening = steps(have.remaining(Forwarding(want.Network, have.State)))
 	}
 	for _, s := range have.Strays {
 		opening = append(opening, RemoveStray{s})
@@ -244,9 +244,22 @@ func Steps(want Want, have Have) []Group {
 	if want.awaits(have) {
 		add(Detection, Await{want.Network.Sources.Of(true).Addresses()})
 		have.State, have.Awaited = want.Network.settled(have.State), true
-		groups = append(groups, admit(want, have)...)
+		for _, g := range admit(want, have) {
+			add(g.Stage, slices.DeleteFunc(g.Steps, func(s Step) bool { return isListed(s, groups) })...)
+		}
 	}
 	return groups
+}
+
+// isListed reports whether a change is among the steps of groups.
+func isListed(s Step, groups []Group) bool {
+	c, is := s.(Change)
+	return is && slices.ContainsFunc(groups, func(g Group) bool {
+		return slices.ContainsFunc(g.Steps, func(other Step) bool {
+			o, is := other.(Change)
+			return is && o.String() == c.String()
+		})
+	})
 }
 
 // Changes reports whether a group changes the namespace.

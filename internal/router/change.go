@@ -167,7 +167,7 @@ func (c *change) feasible(groups []plan.Group) error {
 		}
 	}
 	if c.want.Forward {
-		return link.CanForward(c.have.State)
+		return link.CanForward(c.want.Network, c.have.State)
 	}
 	return nil
 }

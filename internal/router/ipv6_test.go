@@ -1,0 +1,307 @@
+package router_test
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/ndp"
+)
+
+// dualStack makes a pod of both families with a server for each.
+func dualStack(p *labtest.Pod, sources, gateways string) {
+	p.Helper()
+	p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_SOURCE"], p.Env["EGRESS_GATEWAY"] = "extended", sources, gateways
+	p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n81 tcp 2001:db8::25 80\n82 tcp 2001:db8:12::80 80\n"
+	for _, addr := range []string{"[2001:db8::25]:80", "[2001:db8:12::80]:80"} {
+		p.Serve(p.Lab.Outside, "tcp", addr)
+	}
+}
+
+// wantDualStack checks that clients of each family reach their servers, also one behind a
+// router of the cluster.
+func wantDualStack(p *labtest.Pod) {
+	p.Helper()
+	p.WantAnswer("tcp", 80, "203.0.113.25:80")
+	wantDual(p, p.Lab.Client, "tcp", "[fd00:10:128::98]:81", "[2001:db8::25]:80", lab.Source6)
+	wantDual(p, p.Lab.Far, "tcp", "[fd00:10:128::98]:81", "[2001:db8::25]:80", lab.Source6)
+	wantDual(p, p.Lab.Client, "tcp", "[fd00:10:128::98]:82", "[2001:db8:12::80]:80", lab.Source6)
+}
+
+// advertised reports whether a host announced an IPv6 address.
+func advertised(mac string, a netip.Addr) func(lab.Frame) bool {
+	return func(f lab.Frame) bool {
+		m, err := ndp.Parse(f.Data)
+		return err == nil && m.Type == ndp.Advertisement && m.Target == a && m.MAC.String() == mac && bytes.HasPrefix(f.Destination(), []byte{0x33, 0x33})
+	}
+}
+
+// A pod with sources of both families redirects both, IPv4 first. The second run changes
+// nothing.
+func TestDualStack(t *testing.T) {
+	t.Parallel()
+	for name, gateway := range map[string]string{"link-local gateway": "fe80::1", "gateway of the subnet": "2001:db8:12::1"} {
+		t.Run(name, func(t *testing.T) {
+			labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+				dualStack(p, "2001:db8:12::99/64, 192.168.12.99/24", "192.168.12.1, "+gateway)
+				out := captureMacvlan(p)
+				first := p.OK()
+				if steps := strings.Split(first.Stderr, "msg=ready"); len(steps) != 3 || !strings.Contains(steps[1], " address=192.168.12.99/24 ") ||
+					!strings.Contains(steps[2], " address=2001:db8:12::99/64 ") {
+					p.Errorf("want IPv4 to be ready first, then IPv6; stderr:\n%s", first.Stderr)
+				}
+				if _, err := out.Wait(p.Context(), advertised(macOf(p), lab.Source6)); err != nil {
+					p.Errorf("no advertisement: %v", err)
+				}
+				wantDualStack(p)
+				wantSources6(p, out, lab.Source6)
+				if again := p.OK(); strings.Contains(again.Stderr, "network changed") || strings.Contains(again.Stderr, "rules loaded") {
+					p.Errorf("the second run changes something:\n%s", again.Stderr)
+				}
+				if r := p.Exec("egress-router", "plan", "--kernel"); !strings.Contains(r.Stdout, nothingMissing) {
+					p.Errorf("plan --kernel:\n%s%s", r.Stdout, r.Stderr)
+				}
+				wantDualStack(p)
+			})
+		})
+	}
+}
+
+// Each of several sources is announced, and some clients have it.
+func TestSeveralSources(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		second := lab.Source.Next()
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_SOURCE"] = "extended", "192.168.12.99/24, "+second.String()+"/24"
+		out := captureMacvlan(p)
+		p.OK()
+		for _, a := range []netip.Addr{lab.Source, second} {
+			for _, op := range []uint16{2, 1} {
+				if _, err := out.Wait(p.Context(), func(f lab.Frame) bool {
+					m, ok := f.ARP()
+					return ok && m.Op == op && m.Announces() && m.SenderIP == a
+				}); err != nil {
+					p.Errorf("%s not announced by operation %d: %v", a, op, err)
+				}
+			}
+		}
+		// Clients differ in the last bits of their addresses.
+		h := p.Handle(p.Lab.Client)
+		eth := p.Link(h, lab.ClientLink)
+		seen := make(map[netip.Addr]bool)
+		for _, client := range []string{"10.128.0.71/23", "10.128.0.70/23"} {
+			if !strings.HasPrefix(client, lab.ClientAddr.String()) {
+				if err := h.AddrDel(eth, labtest.Addr(lab.ClientAddr.String()+"/23")); err != nil {
+					p.Fatal(err)
+				}
+				if err := h.AddrAdd(eth, labtest.Addr(client)); err != nil {
+					p.Fatal(err)
+				}
+			}
+			ask := func() netip.Addr {
+				p.Helper()
+				answer, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+				if err != nil {
+					p.Fatal(err)
+				}
+				return answer.Peer.Addr()
+			}
+			source := ask()
+			if seen[source] = true; ask() != source {
+				p.Errorf("client %s changes its source", client)
+			}
+		}
+		if len(seen) != 2 || !seen[lab.Source] || !seen[second] {
+			p.Errorf("clients have the sources %v, want both", seen)
+		}
+		if again := p.OK(); strings.Contains(again.Stderr, "network changed") || strings.Contains(again.Stderr, "rules loaded") {
+			p.Errorf("the second run changes something:\n%s", again.Stderr)
+		}
+	})
+}
+
+// Without an IPv4 source IPv4 is closed, and the pod keeps its own default route.
+func TestIPv6Only(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		dualStack(p, "2001:db8:12::99/64", "fe80::1")
+		p.Env["EGRESS_DESTINATION"] = "81 tcp 2001:db8::25 80\n"
+		before := p.Exec("ip", "-4", "route").Stdout
+		p.OK()
+		wantDual(p, p.Lab.Client, "tcp", "[fd00:10:128::98]:81", "[2001:db8::25]:80", lab.Source6)
+		if after := p.Exec("ip", "-4", "route").Stdout; !strings.Contains(after, strings.TrimSpace(before)) && after != before {
+			p.Errorf("IPv4 routes before:\n%safter:\n%s", before, after)
+		}
+		if r := p.Exec("egress-router", "plan", "--kernel"); !strings.Contains(r.Stdout, nothingMissing) {
+			p.Errorf("plan --kernel:\n%s%s", r.Stdout, r.Stderr)
+		}
+	})
+}
+
+// takeSource6 gives a host of the physical network the reserved IPv6 address.
+func takeSource6(p *labtest.Pod) (leave func()) {
+	p.Helper()
+	h := p.Handle(p.Lab.Outside)
+	lan := p.Link(h, lab.LANLink)
+	address := &netlink.Addr{IPNet: &net.IPNet{IP: lab.Source6.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}
+	if err := h.AddrAdd(lan, address); err != nil {
+		p.Fatal(err)
+	}
+	return func() {
+		if err := h.AddrDel(lan, address); err != nil {
+			p.Fatal(err)
+		}
+	}
+}
+
+// An IPv6 address that another host has is never used: IPv4 works without it, and IPv6 is
+// closed until the host has left.
+func TestDuplicateAddress(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+		leave := takeSource6(p)
+		mac := p.Link(p.Handle(p.Lab.Outside), lab.LANLink).Attrs().HardwareAddr.String()
+		out := captureMacvlan(p)
+
+		p.Env["EGRESS_CONFLICT"] = "refuse"
+		before := p.Exec("ip", "-6", "route").Stdout
+		if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Stderr, "take reserved address 2001:db8:12::99: already in use by "+mac) {
+			p.Errorf("refuse: exit code %d, stderr:\n%s", r.Code, r.Stderr)
+		}
+		if after := p.Exec("ip", "-6", "route").Stdout; strings.Contains(after, "unreachable default") || strings.Contains(after, "metric 1 ") {
+			p.Errorf("refuse: routes before:\n%safter:\n%s", before, after)
+		}
+
+		p.Env["EGRESS_CONFLICT"] = "warn"
+		r := p.OK()
+		if !strings.Contains(r.Stderr, `msg="reserved address conflict" address=2001:db8:12::99 mac=`+mac) {
+			p.Errorf("no conflict in the log:\n%s", r.Stderr)
+		}
+		p.WantAnswer("tcp", 80, "203.0.113.25:80")
+		in := captureOn(p, p.Lab.Router, "eth0")
+		for _, port := range []uint16{81, 82} {
+			ctx, cancel := context.WithCancel(p.Context())
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				if conn, err := p.Lab.Dial(ctx, p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr6, port)); err == nil {
+					p.Errorf("connected to port %d", port)
+					_ = conn.Close()
+				}
+			}()
+			arrives := func(f lab.Frame) bool {
+				ip, ok := f.IPv6()
+				return ok && !f.Outgoing && ip.Dst == netip.AddrPortFrom(lab.RouterAddr6, port)
+			}
+			if _, err := in.Wait(ctx, arrives); err != nil {
+				p.Error(err)
+			}
+			cancel()
+			<-ended
+		}
+		if slices.ContainsFunc(out.Frames(), func(f lab.Frame) bool {
+			ip, ok := f.IPv6()
+			return ok && f.Outgoing && ip.Src.Addr() == lab.Source6
+		}) {
+			p.Error("a packet left with the address of another host")
+		}
+		leave()
+		p.OK()
+		wantDualStack(p)
+	})
+}
+
+// A router that stays repairs every part of IPv6, closes it while its address is missing,
+// and is ready without it.
+func TestDualStackRepairs(t *testing.T) {
+	t.Parallel()
+	everywhere := labtest.IPNet("::/0")
+	table, mark := config.DefaultReplyTable, uint32(config.DefaultReplyMark)
+	rule := func(arrival string) *netlink.Rule {
+		r := netlink.NewRule()
+		r.Family, r.Table, r.Priority = netlink.FAMILY_V6, table, 20000
+		if r.Mark, r.Mask = mark, &mark; arrival != "" {
+			r.Mark, r.Mask, r.Priority, r.IifName = 0, nil, 19999, arrival
+		}
+		return r
+	}
+	damages := []labtest.Damage{
+		{Name: "address deleted", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.AddrDel(macvlan, labtest.Addr("2001:db8:12::99/64"))
+		}},
+		{Name: "default route deleted", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: everywhere, LinkIndex: macvlan.Attrs().Index, Priority: 1})
+		}},
+		{Name: "default route moved to eth0", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
+			return h.RouteReplace(&netlink.Route{Dst: everywhere, LinkIndex: eth.Attrs().Index, Gw: lab.NodeAddr6.AsSlice(), Priority: 1})
+		}},
+		{Name: "rejecting route deleted", Do: func(h *netlink.Handle, _, _ netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: everywhere, Type: unix.RTN_UNREACHABLE, Priority: 2})
+		}},
+		{Name: "subnet route deleted", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: labtest.IPNet("2001:db8:12::/64"), LinkIndex: macvlan.Attrs().Index})
+		}},
+		{Name: "closed", Do: func(h *netlink.Handle, _, _ netlink.Link) error { return h.RuleAdd(rule("eth0")) }},
+		{Name: "reply rule deleted", Do: func(h *netlink.Handle, _, _ netlink.Link) error { return h.RuleDel(rule("")) }},
+		{Name: "reply route deleted", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
+			return h.RouteDel(&netlink.Route{Dst: everywhere, LinkIndex: eth.Attrs().Index, Table: table})
+		}},
+		{Name: "link set down", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
+	}
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+		r := p.Start("legacy")
+		r.AwaitLog(2, "msg=ready")
+		wantDualStack(p)
+		out := captureMacvlan(p)
+		all := append(slices.Clone(damages), labtest.Damage{Name: "forwarding turned off", Do: func(*netlink.Handle, netlink.Link, netlink.Link) error {
+			return p.Lab.SetSysctl(p.Lab.Router, "net/ipv6/conf/all/forwarding", "0")
+		}})
+		for _, d := range all {
+			repaired := r.Repaired()
+			if err := p.Damage(d); err != nil {
+				p.Fatalf("%s: %v", d.Name, err)
+			}
+			r.Until(d.Name+" is repaired", func() bool { return r.Repaired() > repaired })
+			r.Until("nothing is missing after "+d.Name, func() bool {
+				s := p.Exec("egress-router", "plan", "--kernel").Stdout
+				return strings.Contains(s, nothingMissing)
+			})
+			if wantDualStack(p); p.Failed() {
+				p.Fatalf("after %s", d.Name)
+			}
+		}
+		wantSources6(p, out, lab.Source6)
+		if code, text := p.Health(); code != 0 || !strings.Contains(text, "gateway-ipv6") || !strings.Contains(text, "fe80::1 answers NDP") {
+			p.Errorf("health: exit code %d\n%s", code, text)
+		}
+
+		// Without the gateway of IPv6 the router is ready: IPv4 works.
+		h := p.Handle(p.Lab.Outside)
+		lan := p.Link(h, lab.LANLink)
+		gateway := &netlink.Addr{IPNet: &net.IPNet{IP: lab.GatewayLinkLocal.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}
+		if err := h.AddrDel(lan, gateway); err != nil {
+			p.Fatal(err)
+		}
+		r.AwaitLog(1, `msg="gateway does not answer NDP" gateway=fe80::1`)
+		if code, text := p.Health(); code != 0 || !strings.Contains(text, "fe80::1 does not answer NDP") {
+			p.Errorf("health: exit code %d\n%s", code, text)
+		}
+		p.WantAnswer("tcp", 80, "203.0.113.25:80")
+		if err := h.AddrAdd(lan, gateway); err != nil {
+			p.Fatal(err)
+		}
+		r.AwaitLog(2, `msg="gateway answers NDP" gateway=fe80::1`)
+	})
+}
