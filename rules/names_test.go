@@ -159,12 +159,11 @@ func TestStaleWithNames(t *testing.T) {
 func TestNamesChangeTheirChains(t *testing.T) {
 	var list strings.Builder
 	for i := range 10_000 {
-		switch {
-		case i%1000 == 500:
-			fmt.Fprintf(&list, "%d tcp n%d.example.com 80\n", 10_001+i, i/1000)
-		default:
-			fmt.Fprintf(&list, "%d tcp 203.0.113.25\n", 10_001+i)
+		to := "203.0.113.25"
+		if i%1000 == 500 {
+			to = fmt.Sprintf("n%d.example.com 80", i/1000)
 		}
+		fmt.Fprintf(&list, "%d tcp %s\n", 10_001+i, to)
 	}
 	set := parseNamed(t, list.String())
 	chains := func(addresses ...string) map[string]string {

@@ -84,12 +84,11 @@ func resolveOnce(ctx context.Context, c *config.Config, log *slog.Logger) {
 }
 
 // follow starts to follow the names of the destinations, and waits a moment for the first
-// answers. The legacy grammar has no names.
+// answers.
 func (w *watch) follow(ctx context.Context, c config.Config) {
-	if c.Grammar != rules.Extended {
+	if w.names == nil {
 		return
 	}
-	w.names = newFollower(c, w.log)
 	w.names.Changed = func() {
 		w.mu.Lock()
 		defer w.mu.Unlock()

@@ -39,6 +39,9 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	log, written := file.log, c // without the additions below
 	keepNameServers(&c, log)
 	w := &watch{config: c, latest: c, log: log}
+	if c.Grammar == rules.Extended {
+		w.names = newFollower(c, log)
+	}
 	ctx, end := context.WithCancel(ctx)
 	defer w.background.Wait() // also after an error of the start
 	defer end()

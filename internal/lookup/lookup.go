@@ -234,7 +234,7 @@ func (f *Follower) Run(ctx context.Context) {
 // addresses.
 func (f *Follower) finish(e *entry, answer resolver.Answer, err error) (changed bool) {
 	now := time.Now()
-	usable, refused := f.usable(e.Name, answer.Addrs)
+	usable, refused := f.usable(answer.Addrs)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lookups++
@@ -324,7 +324,7 @@ func (f *Follower) succeed(e *entry, usable []netip.Addr, now time.Time) (change
 
 // usable returns the addresses of an answer that a line could have, sorted, and describes
 // the others.
-func (f *Follower) usable(name string, found []netip.Addr) (usable []netip.Addr, refused string) {
+func (f *Follower) usable(found []netip.Addr) (usable []netip.Addr, refused string) {
 	var reasons []string
 	found = slices.Clone(found)
 	slices.SortFunc(found, netip.Addr.Compare)
