@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -317,4 +318,33 @@ func runIn(p *labtest.Pod, ns *netns.Namespace, name string, args ...string) (st
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err := p.Lab.Run(ns, cmd)
 	return out.String(), err
+}
+
+// A line may have addresses of both families: a client gets those of its own. In both, each
+// new connection gets one of them.
+func TestSeveralAddressesOfBothFamilies(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		const list = "443 tcp 203.0.113.25,2001:db8::25,203.0.113.26,2001:db8::26 80\n7000-7010 udp 2001:db8::25,2001:db8::27,203.0.113.25 9000-9010\n"
+		connectDual(p, list, lab.Source, lab.Source6)
+		for _, s := range []string{"[2001:db8::25]:9005", "[2001:db8::27]:9005", "203.0.113.25:9005"} {
+			p.Serve(p.Lab.Outside, "udp", s)
+		}
+		reached := func(proto, at string, source netip.Addr, servers ...string) {
+			p.Helper()
+			seen := make(map[string]bool)
+			p.Until(fmt.Sprintf("%s %s reaches %v", proto, at, servers), func() bool {
+				a, err := p.Ask(p.Lab.Client, proto, netip.MustParseAddrPort(at))
+				if err != nil || a.Peer.Addr() != source || !slices.Contains(servers, a.Server.String()) {
+					p.Fatalf("%s %s: %v, error %v; want one of %v, which sees %s", proto, at, a, err, servers, source)
+				}
+				seen[a.Server.String()] = true
+				return len(seen) == len(servers)
+			})
+		}
+		reached("tcp", "[fd00:10:128::98]:443", lab.Source6, "[2001:db8::25]:80", "[2001:db8::26]:80")
+		reached("tcp", netip.AddrPortFrom(lab.RouterAddr, 443).String(), lab.Source, "203.0.113.25:80", "203.0.113.26:80")
+		reached("udp", "[fd00:10:128::98]:7005", lab.Source6, "[2001:db8::25]:9005", "[2001:db8::27]:9005")
+		reached("udp", netip.AddrPortFrom(lab.RouterAddr, 7005).String(), lab.Source, "203.0.113.25:9005")
+	})
 }
