@@ -87,6 +87,7 @@ type Redirect struct {
 	ToPort   Port       // remote port; zero: the same as the local one
 	To       netip.Addr // the first address
 	More     Addresses  // the other ones, see Spread
+	Limits   Limited    // zero: none
 }
 
 // last returns the last local port.
@@ -153,7 +154,7 @@ func (r Redirect) String() string {
 	if r.More.get().ends {
 		s += " drain=no"
 	}
-	return s
+	return s + r.Limits.Value().String()
 }
 
 // LocalPorts returns the local ports as the grammar writes them.

@@ -64,6 +64,7 @@ func (g Grammar) Entries(value string) []Line {
 //   - a name in place of addresses, which Set.Resolve needs: 443 tcp db.example.com 5432
 //   - options behind the ports, each KEY=VALUE: see [options]
 //
+// A line with several protocols is short for one for each of them, also with its options.
 // A local port may stand once for each protocol and family, and each family may have a
 // fallback. The first invalid line ends the parse
 // with a *ParseError, as in Parse.
@@ -213,6 +214,11 @@ var options = []option{
 		r.More.handle = unique.Make(more)
 		return ""
 	}},
+	{"limit", func(r *Redirect, value string) string {
+		return r.Limits.set(func(l *Limit) string { return l.setRate(value) })
+	}},
+	{"burst", setNumber("burst", func(l *Limit) *uint32 { return &l.Burst })},
+	{"max", setNumber("max", func(l *Limit) *uint32 { return &l.Max })},
 }
 
 // cutOptions returns the words of a line and, without them, its options at the end.
@@ -242,7 +248,7 @@ func (r *Redirect) setOptions(words []string) (fault string) {
 			return fault
 		}
 	}
-	return ""
+	return r.Limits.set((*Limit).complete)
 }
 
 // knownOptions returns the end of a hint about an unknown option.
@@ -250,12 +256,6 @@ func knownOptions() string {
 	var keys []string
 	for _, o := range options {
 		keys = append(keys, o.key)
-	}
-	if len(keys) == 0 {
-		return ""
-	}
-	if len(keys) == 1 {
-		return ": " + keys[0] + " is"
 	}
 	return ": " + strings.Join(keys, ", ") + " are"
 }

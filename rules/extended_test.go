@@ -42,6 +42,11 @@ func TestParseExtended(t *testing.T) {
 		"a fallback of IPv6":         {"443 tcp 203.0.113.9\n2001:db8::27", Set{Redirects: []Redirect{{Protocol: TCP, Port: 443, To: server}}, Fallback6: ip("2001:db8::27")}},
 		"several addresses of IPv6":  {"443 tcp 2001:db8::25,2001:db8::26 8443", Set{Redirects: []Redirect{(Redirect{Protocol: TCP, Port: 443, ToPort: 8443}).Spread([]netip.Addr{ip("2001:db8::25"), ip("2001:db8::26")})}}},
 		"comments":                   {"80 tcp 203.0.113.9 # web, #1\n203.0.113.9 #\n# rest", Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: server}}, Fallback: server}},
+		"limits": {"443 tcp 203.0.113.9 8443 limit=100/s burst=200 max=500\n80-90 tcp 203.0.113.9 max=1 # small\n53 tcp,udp 203.0.113.9 limit=90/m", Set{Redirects: []Redirect{
+			{Protocol: TCP, Port: 443, To: server, ToPort: 8443, Limits: NewLimited(Limit{PerMinute: 6000, Burst: 200, Max: 500})},
+			{Protocol: TCP, Port: 80, Last: 90, To: server, Limits: NewLimited(Limit{Max: 1})},
+			{Protocol: TCP, Port: 53, To: server, Limits: NewLimited(Limit{PerMinute: 90, Burst: 2})}, {Protocol: UDP, Port: 53, To: server, Limits: NewLimited(Limit{PerMinute: 90, Burst: 2})},
+		}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := Extended.Parse(test.value, variables{})
@@ -83,6 +88,16 @@ func TestParseExtendedError(t *testing.T) {
 		"an unknown option":         {"80 tcp 10.4.5.6 180 color=red", 1, "value '80 tcp 10.4.5.6 180 color=red' is invalid", `"color" is not an option`},
 		"an option before the end":  {"80 tcp color=red 10.4.5.6", 1, "is invalid", `the option "color=red" has to stand at the end`},
 		"an option of the fallback": {"10.4.5.6 color=red", 1, "is invalid", "the fallback has no options"},
+		"a limit without unit":      {"80 tcp 10.4.5.6 limit=100", 1, "is invalid", "limit=100: expected new connections a second or a minute, such as limit=100/s"},
+		"a limit of nothing":        {"80 tcp 10.4.5.6 limit=0/s", 1, "is invalid", "limit=0/s: expected"},
+		"a limit without number":    {"80 tcp 10.4.5.6 limit=/s", 1, "is invalid", "limit=/s: expected"},
+		"a limit too high":          {"80 tcp 10.4.5.6 limit=1000001/s", 1, "is invalid", "up to 1000000"},
+		"a maximum of nothing":      {"80 tcp 10.4.5.6 max=0", 1, "is invalid", "max=0: expected a number of connections from 1 to 1000000"},
+		"a negative maximum":        {"80 tcp 10.4.5.6 max=-5", 1, "is invalid", "max=-5: expected"},
+		"a leading zero":            {"80 tcp 10.4.5.6 max=010", 1, "is invalid", "max=010: expected"},
+		"no maximum":                {"80 tcp 10.4.5.6 max=", 1, "is invalid", "max=: expected"},
+		"a burst alone":             {"80 tcp 10.4.5.6 burst=5 max=7", 1, "is invalid", "burst needs limit"},
+		"an option twice":           {"80 tcp 10.4.5.6 max=5 max=7", 1, "is invalid", `the option "max" stands twice`},
 		"only an option":            {"color=red", 1, "is invalid", "a line is"},
 		"a name with an option":     {"80 tcp db.example.com color=red", 1, "is invalid", `"color" is not an option`},
 		"IPv4-mapped":               {"80 tcp ::ffff:203.0.113.9", 1, "is invalid", "represents an IPv4 address: write 203.0.113.9"},
@@ -173,7 +188,7 @@ func TestServer(t *testing.T) {
 
 func FuzzParseExtended(f *testing.F) {
 	for _, seed := range []string{
-		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", "443 tcp,udp 2001:db8::25 8443\n2001:db8::27\n1.2.3.4", "80 tcp 2001:db8::1,2001:db8::2\n::ffff:1.2.3.4", "80 tcp,sctp 2001:db8::1,1.2.3.4", "443 tcp,udp 1.2.3.4,1.2.3.5 8443", "1-9 sctp 1.2.3.4,1.2.3.4", "443 tcp,udp DB.example.com 8443 drain=no", "1-9 tcp a.b. 11-19 drain=yes", `80 tcp 1.2.3.4\ # x`, "80 tcp 1.2.3.4 90 x=y",
+		example, "53 tcp,udp 1.2.3.4 # names", "1-65535 sctp 1.2.3.4 443", "30000-30100 udp 1.2.3.4 40000-40100\n1.2.3.4", "80-80 tcp 1.2.3.4 90-90", "5-3 tcp 1.2.3.4", "443 tcp,udp 2001:db8::25 8443\n2001:db8::27\n1.2.3.4", "80 tcp 2001:db8::1,2001:db8::2\n::ffff:1.2.3.4", "80 tcp,sctp 2001:db8::1,1.2.3.4", "443 tcp,udp 1.2.3.4,1.2.3.5 8443", "1-9 sctp 1.2.3.4,1.2.3.4", "443 tcp,udp DB.example.com 8443 drain=no", "1-9 tcp a.b. 11-19 drain=yes", `80 tcp 1.2.3.4\ # x`, "80 tcp 1.2.3.4 90 x=y", "80 tcp,udp 1.2.3.4 limit=100/s burst=7 max=9", "80-90 sctp db.example.com drain=no max=9\n91 tcp 2001:db8::1 limit=7/m",
 	} {
 		f.Add(seed)
 	}

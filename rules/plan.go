@@ -37,6 +37,11 @@ const (
 	// Filter contains rules for every packet, after DNAT, and is the only table
 	// that can reject a packet with an answer.
 	Filter Table = "filter"
+	// Limits contains rules for the first packet of each connection to a port with limits,
+	// before its destination is translated, that may reject it. It is in nftables with every backend: only its
+	// sets keep their counts while rules change. A packet that it rejects has no connection
+	// afterwards.
+	Limits Table = "limits"
 	// SourceGuard sees every outgoing packet after NAT, with its final source.
 	// iptables has no such table, since none of its chains comes after NAT;
 	// nftables allows a chain at any priority.
@@ -73,7 +78,11 @@ const (
 	SNAT           Target = "SNAT"     // change the source to Rule.To
 	MarkPacket     Target = "MARK"     // set the packet's mark, Rule.Mark
 	MarkConnection Target = "CONNMARK" // set the mark of the packet's connection, Rule.Mark
-	AttachHelper   Target = "CT"       // attach Rule.Helper to the packet's new connection
+	// CheckLimits lets a connection pass the chain that is within the limits of the redirect
+	// for its protocol and port, or for which there are none. One beyond them continues with
+	// the next rule.
+	CheckLimits  Target = "LIMITS"
+	AttachHelper Target = "CT" // attach Rule.Helper to the packet's new connection
 	// ClampMSS lowers the maximum segment size of a TCP SYN (RFC 9293, section
 	// 3.7.1) to what fits the MTU of the paths to both ends, as the pod's routes know
 	// them.
@@ -99,10 +108,11 @@ const (
 	PhysicalNetwork Reason = "physical-network" // from the physical network, and no reply
 	WrongSource     Reason = "source-guard"     // would leave with another source than the reserved address
 	OtherInterface  Reason = "other-interface"  // came, or would leave, by a third interface
+	OverLimit       Reason = "limit"            // opens a connection beyond the limits of its redirect
 )
 
 // Reasons lists every reason.
-var Reasons = []Reason{NotRedirected, Invalid, PhysicalNetwork, WrongSource, OtherInterface}
+var Reasons = []Reason{NotRedirected, Invalid, PhysicalNetwork, WrongSource, OtherInterface, OverLimit}
 
 // A Mark is a set of bits in the 32-bit mark of a packet or a connection. Other
 // programs use other bits of it.
@@ -165,7 +175,8 @@ type Rule struct {
 	// OneOf matches one of that many packets, at random; zero: every one. Redirects to
 	// several addresses have it.
 	OneOf  uint8
-	Shifts bool // as in Redirect
+	Shifts bool    // as in Redirect
+	Limits Limited // as in Redirect
 	Mark   Mark
 	Helper string // the kernel's name of a helper
 	Reason Reason // of Drop, Reject and LogPacket
@@ -233,6 +244,9 @@ type Plan struct {
 	// Redirects are the destinations of the target Redirected, which takes those of
 	// its chain's family. No two of a family have the same Protocol and Port.
 	Redirects []Redirect
+	// Limits are the redirects with limits, also while a plan is without redirects, so that
+	// their counts stay.
+	Limits []Redirect
 	// Helpers are those that rules with the target AttachHelper may name.
 	Helpers []Helper
 }
@@ -315,6 +329,10 @@ const (
 // The source guard is for the time after another program deleted the SNAT rule:
 // no packet leaves with another source until the rule is back.
 //
+// A connection beyond the limits of its redirect is refused before it is redirected: it
+// has no entry in conntrack, and does not get to the fallback. A packet of a connection
+// that exists is not limited.
+//
 // The filter rules begin with the match of nearly all packets. A redirected packet
 // that would leave by another interface is dropped: the egress side or its default
 // route is missing, or the destination is on the cluster side. It is not rejected,
@@ -340,7 +358,7 @@ const (
 // pod keep the one that they have. A rule for each of several addresses returns in front
 // of the one that drops all others.
 func NewPlan(set Set, sides Sides) Plan {
-	plan := Plan{Redirects: set.Redirects, Helpers: sides.Helpers}
+	plan := Plan{Redirects: set.Redirects, Limits: limited(set.Redirects), Helpers: sides.Helpers}
 	for _, f := range []Family{IPv4, IPv6} {
 		if len(sides.SourcesOf(f)) > 0 {
 			plan.Chains = append(plan.Chains, redirectChains(f, set, sides)...)
@@ -356,8 +374,11 @@ func redirectChains(f Family, set Set, sides Sides) (chains []Chain) {
 	if len(sides.Helpers) > 0 {
 		chains = append(chains, Chain{f, Raw, Prerouting, helperRules(f, set, sides)})
 	}
+	chains = append(chains, Chain{f, Mangle, Prerouting, arrivalRules(f, sides, true)})
+	if len(ofFamily(limited(set.Redirects), f)) > 0 {
+		chains = append(chains, Chain{f, Limits, Prerouting, limitRules(sides)})
+	}
 	return append(chains,
-		Chain{f, Mangle, Prerouting, arrivalRules(f, sides, true)},
 		Chain{f, NAT, Prerouting, redirectRules(set.refuse(f, sides), set.FallbackOf(f), sides)},
 		Chain{f, Filter, Forward, forwardRules(sides)},
 		Chain{f, Filter, Input, append(inputRules(f, sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop, Reason: Invalid})},
@@ -650,7 +671,7 @@ func closedChains(f Family, sides Sides) []Chain {
 // routes change: nothing is redirected then, and all packets that leave by the
 // egress side have the reserved address.
 func (p Plan) WithoutRedirects() Plan {
-	without := Plan{Chains: slices.Clone(p.Chains), Helpers: p.Helpers}
+	without := Plan{Chains: slices.Clone(p.Chains), Limits: p.Limits, Helpers: p.Helpers}
 	for i, c := range without.Chains {
 		without.Chains[i].Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.Target == DNAT || r.Target == AttachHelper })
 	}
@@ -661,7 +682,8 @@ func (p Plan) WithoutRedirects() Plan {
 // lacks.
 func (p Plan) Without(f Family) Plan {
 	if len(p.RedirectsOf(f)) > 0 {
-		p.Redirects = slices.DeleteFunc(slices.Clone(p.Redirects), func(r Redirect) bool { return FamilyOf(r.To) == f })
+		of := func(r Redirect) bool { return FamilyOf(r.To) == f }
+		p.Redirects, p.Limits = slices.DeleteFunc(slices.Clone(p.Redirects), of), slices.DeleteFunc(slices.Clone(p.Limits), of)
 	}
 	p.Chains = slices.DeleteFunc(slices.Clone(p.Chains), func(c Chain) bool { return c.Family == f })
 	return p
@@ -672,7 +694,7 @@ func (p Plan) Without(f Family) Plan {
 func (p Plan) Equal(other Plan) bool {
 	return slices.EqualFunc(p.Chains, other.Chains, func(a, b Chain) bool {
 		return a.Family == b.Family && a.Table == b.Table && a.Hook == b.Hook && slices.Equal(a.Rules, b.Rules)
-	}) && slices.Equal(p.Redirects, other.Redirects) && slices.Equal(p.Helpers, other.Helpers)
+	}) && slices.Equal(p.Redirects, other.Redirects) && slices.Equal(p.Limits, other.Limits) && slices.Equal(p.Helpers, other.Helpers)
 }
 
 // String returns the plan for a person to read: each chain with its hook and its
@@ -697,6 +719,7 @@ func (p Plan) spellOut(f Family, r Rule, fn func(*Rule)) {
 	}
 	for _, to := range p.RedirectsOf(f) {
 		r.Protocol, r.Port, r.Last, r.Target, r.To, r.ToPort, r.Shifts = to.Protocol, to.Port, to.Last, DNAT, to.To, to.ToPort, to.Shifts
+		r.Limits = to.Limits
 		if !to.Several() {
 			fn(&r)
 			continue
@@ -713,12 +736,14 @@ func (p Plan) spellOut(f Family, r Rule, fn func(*Rule)) {
 }
 
 // RedirectsOf returns the redirects to addresses of a family.
-func (p Plan) RedirectsOf(f Family) []Redirect {
+func (p Plan) RedirectsOf(f Family) []Redirect { return ofFamily(p.Redirects, f) }
+
+func ofFamily(redirects []Redirect, f Family) []Redirect {
 	other := func(r Redirect) bool { return FamilyOf(r.To) != f }
-	if !slices.ContainsFunc(p.Redirects, other) {
-		return p.Redirects
+	if !slices.ContainsFunc(redirects, other) {
+		return redirects
 	}
-	return slices.DeleteFunc(slices.Clone(p.Redirects), other)
+	return slices.DeleteFunc(slices.Clone(redirects), other)
 }
 
 // Size returns the number of redirects and fallbacks.

@@ -210,7 +210,8 @@ func TestDropsHaveReasons(t *testing.T) {
 	all := sides
 	all.Crossing = CrossAll
 	used := make(map[Reason]bool)
-	for _, plan := range []Plan{NewPlan(exampleSet, sides), NewPlan(Set{}, all), NewProxyPlan(sides)} {
+	limits := Set{Redirects: []Redirect{{Protocol: TCP, Port: 80, To: ip("203.0.113.25"), Limits: NewLimited(Limit{Max: 1})}}}
+	for _, plan := range []Plan{NewPlan(exampleSet, sides), NewPlan(Set{}, all), NewPlan(limits, sides), NewProxyPlan(sides)} {
 		for _, c := range plan.Chains {
 			for _, r := range c.Rules {
 				if r.Drops() != slices.Contains(Reasons, r.Reason) || !r.Drops() && r.Reason != "" {

@@ -53,11 +53,15 @@ type TextChain struct {
 	Saved []byte
 }
 
-// IPTables returns the plan as chains of iptables, without the source guard.
+// InIPTables reports whether iptables has the table. The others are in nftables with every
+// backend.
+func (t Table) InIPTables() bool { return t != SourceGuard && t != Limits }
+
+// IPTables returns the plan as chains of iptables, without the tables that it lacks.
 func (p Plan) IPTables() []TextChain {
 	var chains []TextChain
 	for _, c := range p.Chains {
-		if c.Table == SourceGuard {
+		if !c.Table.InIPTables() {
 			continue
 		}
 		chain := TextChain{Family: c.Family, Table: c.Table, Name: c.Name(), Hook: c.Hook}
@@ -139,6 +143,9 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	b = r.appendConnection(b)
 	if r.OneOf != 0 {
 		b = appendOneOf(b, r.OneOf)
+	}
+	if !modules {
+		b = r.Limits.Value().append(b)
 	}
 	if r.Target == LogPacket {
 		b = append(b, "-m limit --limit 1/sec "...)

@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -33,6 +34,7 @@ var targets = map[Table]map[Hook][]Target{
 		Input:   append(slices.Clone(packetTargets), Reject),
 		Forward: append(slices.Clone(packetTargets), Reject),
 	},
+	Limits:      {Prerouting: {CheckLimits, Return, Reject, LogPacket}},
 	SourceGuard: {Postrouting: packetTargets},
 }
 
@@ -53,7 +55,7 @@ func FamilyOf(a netip.Addr) Family {
 // the chain, the rule and the reason. Backends load valid plans only, and render all of
 // a valid rule.
 func (p Plan) Validate() error {
-	var takes [IPv6 + 1]bool // families with a rule for redirects
+	var takes, limits [IPv6 + 1]bool // families with a rule for redirects, and for limits
 	for i, c := range p.Chains {
 		same := func(other Chain) bool {
 			return c.Family == other.Family && c.Table == other.Table && c.Hook == other.Hook
@@ -66,11 +68,15 @@ func (p Plan) Validate() error {
 		case slices.ContainsFunc(p.Chains[:i], same):
 			return fmt.Errorf("invalid chain (%s): defined twice", c)
 		}
+		if c.Table == Limits && (len(c.Rules) == 0 || c.Rules[0].Target != CheckLimits || slices.ContainsFunc(c.Rules[1:], func(r Rule) bool { return r.Target == CheckLimits })) {
+			return fmt.Errorf("invalid chain (%s): the first rule, and no other, checks limits", c)
+		}
 		for _, r := range c.Rules {
 			if fault := p.fault(c, r); fault != "" {
 				return fmt.Errorf("invalid rule in chain (%s): %s: %s", c, r.append(nil, c.Family, false), fault)
 			}
 			takes[c.Family] = takes[c.Family] || r.Target == Redirected
+			limits[c.Family] = limits[c.Family] || r.Target == CheckLimits
 		}
 	}
 	for i, h := range p.Helpers {
@@ -83,6 +89,17 @@ func (p Plan) Validate() error {
 		if slices.ContainsFunc(p.Helpers[:i], func(other Helper) bool { return other.Protocol == h.Protocol && strings.EqualFold(other.Name, h.Name) }) {
 			return fmt.Errorf("invalid helper %q: defined twice for %s", h.Name, h.Protocol)
 		}
+	}
+	for _, r := range p.Limits {
+		if f := FamilyOf(r.To); f == 0 || !limits[f] || !r.Protocol.hasPorts() || r.Port == 0 || r.Last != 0 && r.Last <= r.Port {
+			return fmt.Errorf("invalid limit of redirect %s: no chain limits it", r)
+		}
+		if fault := r.Limits.Value().fault(); fault != "" {
+			return fmt.Errorf("invalid limit of redirect %s: %s", r, fault)
+		}
+	}
+	if len(p.Redirects) > 0 && !slices.EqualFunc(p.Limits, limited(p.Redirects), Redirect.sameLimits) {
+		return errors.New("invalid limits: they are not those of the redirects")
 	}
 	return p.validateRedirects(takes)
 }
@@ -215,8 +232,8 @@ func (p Plan) faultOfTarget(c Chain, r Rule) string {
 		return "only DNAT and SNAT need an address"
 	case r.ToPort != 0 && (r.Target != DNAT || !r.Protocol.hasPorts()):
 		return "a port to translate to needs DNAT and the protocol TCP, UDP or SCTP"
-	case r.Shifts:
-		return "only redirects shift ports"
+	case r.Shifts, r.Limits != Limited{}:
+		return "only redirects shift ports or have limits"
 	case r.OneOf != 0:
 		return "only redirects have several addresses"
 	case marks != (r.Mark != 0):

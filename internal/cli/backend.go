@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"github.com/egress-router/egress-router/internal/iptables"
 	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -97,8 +99,21 @@ func (b *backend) iptables(ctx context.Context, plan rules.Plan) (router.Rules, 
 	return b.withGuard(ctx, tx)
 }
 
-// guarded combines the rules of a backend with the source guard, which is always
-// in nftables.
+// A limitsError means that the limits of destinations cannot be loaded.
+type limitsError struct{ err error }
+
+func (e *limitsError) Error() string { return fmt.Sprintf("load limits of destinations: %v", e.err) }
+
+// Unwrap returns the cause.
+func (e *limitsError) Unwrap() error { return e.err }
+
+// Hint returns the remedy.
+func (e *limitsError) Hint(names spec.Names) string {
+	return spec.Textf("limits need nf_tables of Linux 5.10 or later with any backend: modprobe nft_limit nft_connlimit nft_nat on the node, or remove limit, burst and max from %s", spec.Destinations).In(names)
+}
+
+// guarded combines the rules of a backend with the source guard and the limits, which are
+// always in nftables.
 type guarded struct {
 	backend *backend
 	router.Rules
@@ -232,10 +247,17 @@ var notLoaded = map[rules.Part]string{rules.DropLogPart: "drop log not loaded", 
 // without the drop log.
 func (g *guarded) apply(ctx context.Context, plan rules.Plan) (undo func() error, err error) {
 	if g.guard == nil {
+		if len(plan.Limits) > 0 {
+			return nil, &limitsError{errors.New("the kernel lacks nf_tables, or refused the source guard")}
+		}
 		return g.Rules.Apply(ctx, plan)
 	}
 	undoGuard, err := g.guard.Apply(ctx, plan)
-	if _, refused := errors.AsType[*nft.LoadError](err); g.optional && refused && undoGuard == nil && !errors.Is(err, os.ErrPermission) {
+	_, refused := errors.AsType[*nft.LoadError](err)
+	if refused && len(plan.Limits) > 0 && !errors.Is(err, os.ErrPermission) {
+		return undoGuard, &limitsError{err}
+	}
+	if g.optional && refused && undoGuard == nil && !errors.Is(err, os.ErrPermission) {
 		smaller := plan.WithoutParts([]rules.Part{rules.DropLogPart})
 		var again error
 		switch undoGuard, again = g.guard.Apply(ctx, smaller); {

@@ -50,6 +50,10 @@ var environments = map[string]config.Environment{
 		Mode: "init", Source: "192.168.12.99/24, 192.168.12.100/24, 2001:db8:12::99/64", Gateway: "192.168.12.1, fe80::1", Grammar: "extended",
 		Destination: "80 tcp 203.0.113.25\n80 tcp 2001:db8::25\n203.0.113.27\n2001:db8::27\n",
 	},
+	"limits": {
+		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Grammar: "extended",
+		Destination: "443 tcp 203.0.113.25 limit=100/s burst=200 max=500\n53 udp 203.0.113.25 limit=90/m\n8000-8010 tcp 203.0.113.26 max=20\n80 tcp 203.0.113.26\n203.0.113.27\n",
+	},
 	"large": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: manyLines(40)},
 	"macvlan": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Destination: "80 tcp 203.0.113.25",

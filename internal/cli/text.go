@@ -43,11 +43,12 @@ func effect(set rules.Set, sources spec.Sources) string {
 	fmt.Fprintf(&b, "connections to the pod, with %s as their source:\n", source)
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, r := range set.Redirects {
+		limits := strings.ReplaceAll(r.Limits.Value().String(), " ", ", ") // each begins with a space
 		to := r.Destination()
 		if r.Name() != "" {
 			to += " (" + addressText(slices.Collect(r.All())) + ")"
 		}
-		fmt.Fprintf(table, "  %s %s\tto %s %s\n", r.Protocol, portText(r.LocalPorts()), to, portText(r.ToPorts()))
+		fmt.Fprintf(table, "  %s %s\tto %s %s%s\n", r.Protocol, portText(r.LocalPorts()), to, portText(r.ToPorts()), limits)
 	}
 	rest := "everything else"
 	if len(set.Redirects) == 0 {

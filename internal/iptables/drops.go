@@ -29,7 +29,7 @@ func (tx *Tx) Drops(ctx context.Context, plan rules.Plan) (rules.Drops, error) {
 	for _, f := range tx.families {
 		tables := make(map[rules.Table]*read)
 		for _, c := range plan.DropChains() {
-			if c.Family != f.family || c.Table == rules.SourceGuard {
+			if c.Family != f.family || !c.Table.InIPTables() {
 				continue
 			}
 			if tables[c.Table] == nil {

@@ -136,20 +136,28 @@ func (b *batch) deleteRules(t *nftables.Table, chain string, handle uint64) {
 
 // addMap adds a map of redirects, without elements.
 func (b *batch) addMap(t *nftables.Table, k mapKind) {
-	flags, valueType := uint32(unix.NFT_SET_MAP|nftables.NFT_SET_CONCAT), k.valueType(t.Family)
+	flags := uint32(unix.NFT_SET_MAP | nftables.NFT_SET_CONCAT)
 	if k.ranges {
 		flags |= unix.NFT_SET_INTERVAL
 	}
-	keyType, value := k.keyType(), valueType
+	b.addSet(t, k.name, k.id, flags, k.keyType(), k.valueType(t.Family))
+}
+
+// addSet adds a map, without elements.
+func (b *batch) addSet(t *nftables.Table, name string, id, flags uint32, keyType, value nftables.SetDatatype) {
 	b.add(unix.NFT_MSG_NEWSET, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_TABLE, t.Name)
-		e.String(unix.NFTA_SET_NAME, k.name)
-		e.Uint32(unix.NFTA_SET_ID, k.id)
+		e.String(unix.NFTA_SET_NAME, name)
+		e.Uint32(unix.NFTA_SET_ID, id)
 		e.Uint32(unix.NFTA_SET_FLAGS, flags)
 		e.Uint32(unix.NFTA_SET_KEY_TYPE, keyType.GetNFTMagic())
 		e.Uint32(unix.NFTA_SET_KEY_LEN, keyType.Bytes)
-		e.Uint32(unix.NFTA_SET_DATA_TYPE, value.GetNFTMagic())
-		e.Uint32(unix.NFTA_SET_DATA_LEN, value.Bytes)
+		if value == nftables.TypeVerdict {
+			e.Uint32(unix.NFTA_SET_DATA_TYPE, unix.NFT_DATA_VERDICT)
+		} else {
+			e.Uint32(unix.NFTA_SET_DATA_TYPE, value.GetNFTMagic())
+			e.Uint32(unix.NFTA_SET_DATA_LEN, value.Bytes)
+		}
 		e.Nested(unix.NFTA_SET_DESC, func(e *netlink.AttributeEncoder) error {
 			e.Nested(nftables.NFTA_SET_DESC_CONCAT, func(e *netlink.AttributeEncoder) error {
 				for _, part := range nftables.ConcatSetTypeElements(keyType) {

@@ -21,10 +21,11 @@ import (
 // of the map of redirects, does not touch it.
 func (tx *Tx) Drops(_ context.Context, plan rules.Plan) (rules.Drops, error) {
 	return readDrops(plan, tx.families, func(c rules.Chain) (table, chain string) {
-		if (c.Table == rules.SourceGuard) != (tx.name == guardName) {
+		name := tableNameOf(c)
+		if !slices.Contains(tx.names, name) {
 			return "", ""
 		}
-		return tx.name, chainName(c)
+		return name, chainName(c)
 	}, func(c rules.Chain, found []*nftables.Rule, i int) int {
 		// Another program may have added rules.
 		return slices.IndexFunc(c.Rules, func(r rules.Rule) bool { return reflect.DeepEqual(expressions(c.Family, r), found[i].Exprs) })
@@ -40,7 +41,7 @@ func (tx *Tx) Drops(_ context.Context, plan rules.Plan) (rules.Drops, error) {
 // changed it, and it will be repaired.
 func IPTablesDrops(families []rules.Family, plan rules.Plan) (rules.Drops, error) {
 	return readDrops(plan, families, func(c rules.Chain) (table, chain string) {
-		if c.Table == rules.SourceGuard {
+		if !c.Table.InIPTables() {
 			return "", ""
 		}
 		return string(c.Table), c.Name()

@@ -133,12 +133,19 @@ func (k mapKind) addOne(d destinations, r rules.Redirect, to netip.Addr, number 
 		binary.BigEndian.PutUint16(e.value[n+4:], last)
 	}
 	key := func(port rules.Port) [8]byte {
-		return [8]byte{0: byte(r.Protocol), keyNumber: number, 4: byte(port >> 8), 5: byte(port)}
+		key := portKey(r.Protocol, port)
+		key[keyNumber] = number
+		return key
 	}
 	if e.key = key(r.Port); k.ranges {
 		e.end = key(max(r.Port, r.Last))
 	}
 	return append(d, e)
+}
+
+// portKey returns the key of a port.
+func portKey(p rules.Protocol, port rules.Port) [8]byte {
+	return [8]byte{0: byte(p), 4: byte(port >> 8), 5: byte(port)}
 }
 
 // offsets returns the range of ports from which the kernel takes the server's port for a
@@ -167,11 +174,19 @@ func offsets(r rules.Redirect) (first, last uint16, ok bool) {
 }
 
 func (d destinations) sort() {
-	slices.SortFunc(d, func(a, b destination) int { return bytes.Compare(a.key[:], b.key[:]) })
+	slices.SortFunc(d, compareDestinations)
 }
+
+func compareDestinations(a, b destination) int { return bytes.Compare(a.key[:], b.key[:]) }
 
 // steps returns the elements to delete from d and those to add to it to reach want.
 func (d destinations) steps(want destinations) (gone, more destinations) {
+	return steps(d, want, compareDestinations)
+}
+
+// steps returns the elements to delete from one sorted list and those to add to it to reach
+// another.
+func steps[L ~[]E, E comparable](d, want L, compare func(a, b E) int) (gone, more L) {
 	if len(d) == 0 {
 		return nil, want
 	}
@@ -181,7 +196,7 @@ func (d destinations) steps(want destinations) (gone, more destinations) {
 		case len(d) == 0:
 			order = 1
 		case len(want) > 0:
-			order = bytes.Compare(d[0].key[:], want[0].key[:])
+			order = compare(d[0], want[0])
 		}
 		if order == 0 && d[0] == want[0] {
 			d, want = d[1:], want[1:]
@@ -305,7 +320,7 @@ func countElements(t *nftables.Table, m mapKind) (int, error) {
 		e.String(unix.NFTA_SET_NAME, m.name)
 	})
 	if err == nil && !there { // an older kernel: a dump takes as long as the load
-		d, err := readElements(t, m)
+		d, err := m.read(t)
 		return len(d), err
 	}
 	return int(n), err
@@ -327,15 +342,21 @@ const (
 // lacks as many others.
 var errInterrupted = errors.New("map changed during every listing")
 
-// readElements returns the elements of a map of a table.
-func readElements(t *nftables.Table, m mapKind) (destinations, error) {
+// read returns the elements of a map of a table.
+func (k mapKind) read(t *nftables.Table) (destinations, error) {
+	valueLen := k.valueLen(t.Family)
+	return readElements(t, k.name, func(b []byte) (destination, error) { return k.parseElement(b, valueLen) }, compareDestinations)
+}
+
+// readElements returns the elements of a set or a map of a table, sorted by key.
+func readElements[E any](t *nftables.Table, name string, parse func([]byte) (E, error), compare func(a, b E) int) ([]E, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer conn.Close()
 	for try := 1; ; try++ {
-		d, err := listElements(conn, t, m)
+		d, err := listElements(conn, t, name, parse, compare)
 		if !errors.Is(err, errInterrupted) || try == readTries {
 			return d, err
 		}
@@ -343,11 +364,11 @@ func readElements(t *nftables.Table, m mapKind) (destinations, error) {
 	}
 }
 
-func listElements(conn *netlink.Conn, t *nftables.Table, m mapKind) (destinations, error) {
+func listElements[E any](conn *netlink.Conn, t *nftables.Table, name string, parse func([]byte) (E, error), compare func(a, b E) int) ([]E, error) {
 	var b batch
 	b.add(unix.NFT_MSG_GETSETELEM, netlink.Dump, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
-		e.String(unix.NFTA_SET_ELEM_LIST_SET, m.name)
+		e.String(unix.NFTA_SET_ELEM_LIST_SET, name)
 	})
 	if b.err != nil {
 		return nil, b.err
@@ -355,7 +376,7 @@ func listElements(conn *netlink.Conn, t *nftables.Table, m mapKind) (destination
 	if _, err := conn.Send(b.messages[0]); err != nil {
 		return nil, reason(err)
 	}
-	d, interrupted := destinations{}, false
+	d, interrupted := []E{}, false
 	err := receive(conn, func(part syscall.NetlinkMessage) error {
 		interrupted = interrupted || part.Header.Flags&unix.NLM_F_DUMP_INTR != 0
 		return attributes(part.Data[len(header(0, 0)):], func(kind uint16, list []byte) error {
@@ -363,15 +384,15 @@ func listElements(conn *netlink.Conn, t *nftables.Table, m mapKind) (destination
 				return nil
 			}
 			return attributes(list, func(_ uint16, element []byte) error {
-				e, err := m.parseElement(element, m.valueLen(t.Family))
+				e, err := parse(element)
 				d = append(d, e)
 				return err
 			})
 		})
 	})
-	d.sort()
+	slices.SortFunc(d, compare)
 	for i := range d[:max(0, len(d)-1)] {
-		interrupted = interrupted || d[i].key == d[i+1].key
+		interrupted = interrupted || compare(d[i], d[i+1]) == 0
 	}
 	if err == nil && interrupted {
 		err = errInterrupted

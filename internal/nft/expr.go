@@ -259,15 +259,7 @@ type movingNAT struct{ expr.NAT }
 // has no key with them.
 func lookUp(family rules.Family, r rules.Rule, k mapKind) []expr.Any {
 	f := formats[family]
-	protocol, port := uint32(register), uint32(secondWord)
-	if k.ranges {
-		protocol, port = secondWord, register
-	}
-	e := append(f.matches(r),
-		// The key is composed in the register.
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: protocol},
-		&expr.Payload{DestRegister: port, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
-	)
+	e := append(f.matches(r), k.loadKey()...)
 	if k.oneOf != 0 {
 		e = append(e, &expr.Numgen{Register: thirdWord, Modulus: uint32(k.oneOf), Type: unix.NFT_NG_RANDOM}) //nolint:gosec // at most MaxAddresses
 	}
@@ -281,6 +273,18 @@ func lookUp(family rules.Family, r rules.Rule, k mapKind) []expr.Any {
 		return append(e, &movingNAT{nat})
 	}
 	return append(e, &nat)
+}
+
+// loadKey loads the key of a map, the packet's protocol and port.
+func (k mapKind) loadKey() []expr.Any {
+	protocol, port := uint32(register), uint32(secondWord)
+	if k.ranges {
+		protocol, port = secondWord, register
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: protocol},
+		&expr.Payload{DestRegister: port, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
+	}
 }
 
 // pathMSS loads the maximum segment size of the path, in network byte order. The

@@ -20,10 +20,12 @@ import (
 )
 
 // The names of our tables, one for each family. The source guard has a table of
-// its own, so that it survives a flush of the other table.
+// its own, so that it survives a flush of the other table. So have limits, whose counts
+// are lost with their table.
 const (
-	tableName = "egress-router"
-	guardName = "egress-router-guard"
+	tableName  = "egress-router"
+	guardName  = "egress-router-guard"
+	limitsName = "egress-router-limits"
 )
 
 // formerGuardName is the name that earlier versions gave the source guard's
@@ -34,7 +36,7 @@ const formerGuardName = "egress-router-last"
 // A Tx changes the tables of one network namespace. It keeps their content, as read
 // at its begin and after each of its changes.
 type Tx struct {
-	name       string   // name of the tables that plans are rendered to
+	names      []string // names of the tables that plans are rendered to
 	former     []string // names of tables of earlier versions, to delete
 	families   []rules.Family
 	now        state
@@ -59,13 +61,13 @@ func (e *KernelError) Hint(names spec.Names) string {
 // Begin reads our tables in the calling thread's network namespace, and returns a
 // Tx for the given families.
 func Begin(_ context.Context, families ...rules.Family) (*Tx, error) {
-	return begin(&Tx{name: tableName, families: families})
+	return begin(&Tx{names: []string{tableName}, families: families})
 }
 
-// BeginGuard does the same for the tables of the source guard, which every
-// backend has ([rules.SourceGuard]).
+// BeginGuard does the same for the tables of the source guard and of limits, which every
+// backend has ([rules.SourceGuard], [rules.Limits]).
 func BeginGuard(_ context.Context, families ...rules.Family) (*Tx, error) {
-	return begin(&Tx{name: guardName, former: []string{formerGuardName}, families: families})
+	return begin(&Tx{names: []string{guardName, limitsName}, former: []string{formerGuardName}, families: families})
 }
 
 func begin(tx *Tx) (*Tx, error) {
@@ -78,7 +80,7 @@ func begin(tx *Tx) (*Tx, error) {
 // keys returns the tables that the Tx reads and changes.
 func (tx *Tx) keys() []tableKey {
 	var keys []tableKey
-	for _, name := range append([]string{tx.name}, tx.former...) {
+	for _, name := range slices.Concat(tx.names, tx.former) {
 		for _, f := range tx.families {
 			keys = append(keys, tableKey{name, f})
 		}
@@ -114,7 +116,7 @@ func (tx *Tx) Differs(plan rules.Plan) []string {
 	if err := plan.Validate(); err != nil {
 		return []string{err.Error()}
 	}
-	return tx.differences(render(plan, tx.name))
+	return tx.differences(render(plan, tx.names...))
 }
 
 // Apply loads the plan, and does nothing if there is no drift. It returns the
@@ -129,7 +131,7 @@ func (tx *Tx) Apply(ctx context.Context, plan rules.Plan) (undo func() error, er
 		return nil, err
 	}
 	undo = func() error { return tx.become(before) }
-	if err := tx.become(render(plan, tx.name)); err != nil {
+	if err := tx.become(render(plan, tx.names...)); err != nil {
 		if len(tx.differences(before)) > 0 {
 			return undo, err
 		}

@@ -31,6 +31,7 @@ type table struct {
 	flags   nftables.TableFlags // such as dormant, which disables it
 	chains  map[string]*chain
 	to      map[string]destinations // by the name of the map
+	limits  *limits                 // nil: none
 	helpers []helper
 	others  []string // names of other objects in it
 }
@@ -86,11 +87,23 @@ var places = map[rules.Table]map[rules.Hook]place{
 // chainName returns the nftables name of a plan's chain.
 func chainName(c rules.Chain) string { return strings.ToLower(fmt.Sprintf("%s-%s", c.Table, c.Hook)) }
 
-// render returns the part of a valid plan that belongs to the tables called name.
-func render(plan rules.Plan, name string) state {
+// tableNameOf returns the name of the table for a plan's chain.
+func tableNameOf(c rules.Chain) string {
+	switch c.Table {
+	case rules.SourceGuard:
+		return guardName
+	case rules.Limits:
+		return limitsName
+	}
+	return tableName
+}
+
+// render returns the part of a valid plan that belongs to the tables with the given names.
+func render(plan rules.Plan, names ...string) state {
 	want := make(state)
 	for _, c := range plan.Chains {
-		if (c.Table == rules.SourceGuard) != (name == guardName) {
+		name := tableNameOf(c)
+		if !slices.Contains(names, name) {
 			continue
 		}
 		key := tableKey{name, c.Family}
@@ -102,9 +115,15 @@ func render(plan rules.Plan, name string) state {
 		if c.Table == rules.Raw {
 			t.helpers = newHelpers(plan.HelpersOf(c.Family))
 		}
-		at := places[c.Table][c.Hook]
-		rendered := &chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}
+		rendered := new(chain)
+		if at, based := places[c.Table][c.Hook]; based {
+			*rendered = chain{kind: at.kind, hook: *at.hook, priority: at.priority, based: true}
+		}
 		for _, r := range c.Rules {
+			if r.Target == rules.CheckLimits {
+				t.limits, t.chains[entryName] = newLimits(plan.LimitsOf(c.Family)), entry(c.Family, r)
+				continue
+			}
 			if r.Target != rules.Redirected {
 				rendered.rules = append(rendered.rules, expressions(c.Family, r))
 				continue
@@ -123,8 +142,8 @@ func render(plan rules.Plan, name string) state {
 
 // redirects reports whether the table contains redirects.
 func (t *table) redirects() bool {
-	for _, d := range t.to {
-		if len(d) > 0 {
+	for _, k := range mapKinds {
+		if len(t.to[k.name]) > 0 {
 			return true
 		}
 	}
@@ -160,7 +179,7 @@ func (tx *Tx) differences(want state) []string {
 	var found []string
 	s := tx.now
 	if len(s) == 0 && len(want) > 0 {
-		return []string{"no table " + tx.name + " yet"}
+		return []string{"no table " + tx.names[0] + " yet"}
 	}
 	for _, key := range tx.keys() {
 		have, want := s[key], want[key]
@@ -211,6 +230,17 @@ func (t *table) differences(want *table) []string {
 	for _, name := range slices.Sorted(maps.Keys(t.chains)) {
 		if _, planned := want.chains[name]; !planned {
 			say("chain %s not in the plan", name)
+		}
+	}
+	switch {
+	case (t.limits == nil) != (want.limits == nil):
+		say("map %s missing or not in the plan", entryName)
+	case t.limits != nil:
+		if gone, more := steps(t.limits.ports, want.limits.ports, compareDestinations); len(gone)+len(more) > 0 {
+			say("map %s: %d elements differ", entryName, max(len(gone), len(more)))
+		}
+		if gone, more := steps(t.limits.lines, want.limits.lines, compareLines); len(gone)+len(more) > 0 {
+			say("limits of %d redirects differ", max(len(gone), len(more)))
 		}
 	}
 	for _, k := range mapKinds {

@@ -34,7 +34,7 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 
 // FindAll looks for everything of ours, the source guard too.
 func FindAll(families []rules.Family) (*Stray, error) {
-	return find(families, []string{tableName, guardName, formerGuardName}, true)
+	return find(families, []string{tableName, guardName, limitsName, formerGuardName}, true)
 }
 
 // find looks for our tables with the given names, and for chains of ours in the tables of

@@ -116,6 +116,9 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 		return nil, nil
 	}
 	found := &table{flags: tables[i].Flags, chains: make(map[string]*chain), to: make(map[string]destinations)}
+	if t.Name == limitsName {
+		found.limits = new(limits)
+	}
 	if err := readChains(conn, t, f, found); err != nil {
 		return nil, err
 	}
@@ -126,15 +129,24 @@ func readTable(conn *nftables.Conn, t *nftables.Table, f rules.Family) (*table, 
 	if err != nil {
 		return nil, fmt.Errorf("list sets: %w", err)
 	}
+	mapped := false // there is a map of limits
 	for _, s := range sets {
 		at := slices.IndexFunc(mapKinds, func(k mapKind) bool { return k.sameSet(s, t.Family) })
-		if at < 0 {
+		switch {
+		case at >= 0:
+			found.to[s.Name], err = mapKinds[at].read(t)
+		case found.limits != nil && isLimitsMap(s):
+			found.limits.ports, err = readPorts(t)
+			mapped = true
+		default:
 			found.others = append(found.others, "set "+s.Name)
-			continue
 		}
-		if found.to[s.Name], err = readElements(t, mapKinds[at]); err != nil {
+		if err != nil {
 			return nil, fmt.Errorf("list elements of map %s: %w", s.Name, err)
 		}
+	}
+	if !mapped {
+		found.limits = nil
 	}
 	return found, nil
 }
@@ -159,6 +171,7 @@ func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *ta
 		if c.Hooknum != nil && c.Priority != nil {
 			found.based, found.hook, found.priority = true, *c.Hooknum, *c.Priority
 		}
+		key, isLine := lineKey(c.Name)
 		rules, err := conn.GetRules(t, c)
 		if err != nil {
 			return fmt.Errorf("list rules of chain %s: %w", c.Name, err)
@@ -167,7 +180,14 @@ func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *ta
 			takeCount(r.Exprs)
 			found.rules = append(found.rules, listed(r.Exprs))
 		}
+		if isLine && t.Name == limitsName && !found.based {
+			into.limits.lines = append(into.limits.lines, line{key, limitOf(found.rules)})
+			continue
+		}
 		into.chains[c.Name] = found
+	}
+	if into.limits != nil {
+		slices.SortFunc(into.limits.lines, compareLines)
 	}
 	return nil
 }
@@ -236,6 +256,10 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 		}
 		have = &table{}
 	}
+	if want.limits != nil && have.limits == nil {
+		have.limits = new(limits)
+		b.addLimitsMap(t)
+	}
 	for _, k := range mapKinds {
 		to, planned := want.to[k.name]
 		if !planned {
@@ -248,11 +272,19 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 		b.changeElements(unix.NFT_MSG_DELSETELEM, 0, t, k, gone)
 		b.changeElements(unix.NFT_MSG_NEWSETELEM, netlink.Create, t, k, more)
 	}
-	for _, name := range slices.Sorted(maps.Keys(want.chains)) {
+	names := slices.Sorted(maps.Keys(want.chains))
+	for _, name := range names { // before a jump to one
+		if have.chains[name] == nil {
+			b.addChain(t, name, want.chains[name])
+		}
+	}
+	if want.limits != nil {
+		b.changeLimits(t, have.limits, want.limits)
+	}
+	for _, name := range names {
 		c, old := want.chains[name], have.chains[name]
 		switch {
 		case old == nil:
-			b.addChain(t, name, c)
 		case old.sameRules(c):
 			continue
 		default:
@@ -273,7 +305,7 @@ func (b *batch) change(t *nftables.Table, have, want *table) {
 // sameFrame reports whether both tables have the same chains. It ignores their content, and
 // the maps.
 func (t *table) sameFrame(want *table) bool {
-	if t.flags != want.flags || len(t.others) > 0 || !slices.Equal(t.helpers, want.helpers) || len(t.chains) != len(want.chains) {
+	if t.flags != want.flags || len(t.others) > 0 || !slices.Equal(t.helpers, want.helpers) || (t.limits == nil) != (want.limits == nil) || len(t.chains) != len(want.chains) {
 		return false
 	}
 	for name, c := range want.chains {
