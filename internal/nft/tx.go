@@ -171,7 +171,10 @@ func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *ta
 		if c.Hooknum != nil && c.Priority != nil {
 			found.based, found.hook, found.priority = true, *c.Hooknum, *c.Priority
 		}
-		key, isLine := lineKey(c.Name)
+		if key, is := lineKey(c.Name); is && into.limits != nil && !found.based {
+			into.limits.lines = append(into.limits.lines, line{key: key}) // their rules are read at once
+			continue
+		}
 		rules, err := conn.GetRules(t, c)
 		if err != nil {
 			return fmt.Errorf("list rules of chain %s: %w", c.Name, err)
@@ -180,14 +183,10 @@ func readChains(conn *nftables.Conn, t *nftables.Table, f rules.Family, into *ta
 			takeCount(r.Exprs)
 			found.rules = append(found.rules, listed(r.Exprs))
 		}
-		if isLine && t.Name == limitsName && !found.based {
-			into.limits.lines = append(into.limits.lines, line{key, limitOf(found.rules)})
-			continue
-		}
 		into.chains[c.Name] = found
 	}
 	if into.limits != nil {
-		slices.SortFunc(into.limits.lines, compareLines)
+		return into.limits.readLines(t)
 	}
 	return nil
 }
