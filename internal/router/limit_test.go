@@ -15,6 +15,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // A client is a client of ports with limits.
@@ -190,5 +191,33 @@ func TestLimitDrift(t *testing.T) {
 		if rules := p.Rules(); strings.Contains(rules, "egress-router-limits") {
 			p.Errorf("limits remain:\n%s", rules)
 		}
+	})
+}
+
+// Each family has limits of its own, and a refusal reaches clients of any subnet.
+func TestLimitsOfBothFamilies(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		const list = "80 tcp 203.0.113.25 limit=1/m\n80 tcp 2001:db8::25 limit=1/m\n53 udp 2001:db8::25 limit=1/m\n53 udp 203.0.113.25 limit=1/m\n" + fallback6
+		connectDual(p, list, lab.Source, lab.Source6)
+		out := captureOn(p, p.Lab.Router, "macvlan0")
+		for _, s := range []struct {
+			proto, addr, server string
+			source              netip.Addr
+		}{
+			{"tcp", "10.128.0.98:80", "203.0.113.25:80", lab.Source}, {"tcp", "[fd00:10:128::98]:80", "[2001:db8::25]:80", lab.Source6},
+			{"udp", "10.128.0.98:53", "203.0.113.25:53", lab.Source}, {"udp", "[fd00:10:128::98]:53", "[2001:db8::25]:53", lab.Source6},
+		} {
+			wantDual(p, p.Lab.Client, s.proto, s.addr, s.server, s.source)
+			for _, client := range []*netns.Namespace{p.Lab.Far, p.Lab.Client} {
+				if a, err := p.Ask(client, s.proto, netip.MustParseAddrPort(s.addr)); !errors.Is(err, syscall.ECONNREFUSED) {
+					p.Errorf("%s %s beyond the limit: answer %v, error %v; want a refusal", s.proto, s.addr, a, err)
+				}
+			}
+		}
+		if !p.Load(list, lab.Source, lab.Source6) {
+			p.Error("a second load changes something")
+		}
+		wantSources6(p, out, lab.Source6)
 	})
 }
