@@ -159,6 +159,6 @@ func (r Redirect) nameRule(in Rule) *Rule {
 	if r.Shifts {
 		to += fmt.Sprintf("/%d", r.Port)
 	}
-	in.Protocol, in.Port, in.Last, in.Target = r.Protocol, r.Port, r.Last, Target("DNAT --to-destination "+to)
+	in.Protocol, in.Port, in.Last, in.Limits, in.Target = r.Protocol, r.Port, r.Last, r.Limits, Target("DNAT --to-destination "+to)
 	return &in
 }

@@ -52,7 +52,7 @@ var environments = map[string]config.Environment{
 	},
 	"limits": {
 		Mode: "init", Source: "192.168.12.99/24", Gateway: "192.168.12.1", Grammar: "extended",
-		Destination: "443 tcp 203.0.113.25 limit=100/s burst=200 max=500\n53 udp 203.0.113.25 limit=90/m\n8000-8010 tcp 203.0.113.26 max=20\n80 tcp 203.0.113.26\n203.0.113.27\n",
+		Destination: "443 tcp 203.0.113.25 limit=100/s burst=200 max=500\n53 udp 203.0.113.25 limit=90/m\n8000-8010 tcp 203.0.113.26 max=20\n444 tcp db.example.com max=9 drain=no\n80 tcp 203.0.113.26\n203.0.113.27\n",
 	},
 	"large": {Mode: "init", Source: "192.168.12.99", Gateway: "192.168.12.1", Destination: manyLines(40)},
 	"macvlan": {
