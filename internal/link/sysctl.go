@@ -54,7 +54,7 @@ func readSysctls(names []string, place func(string) string) (plan.Sysctls, error
 // Initial returns the values that the sysctls of the two interfaces begin with in this
 // namespace (ip-sysctl.rst, conf/default), and the kernel's own values of the others.
 func (k *Kernel) Initial(want plan.Network) (plan.Sysctls, error) {
-	var names []string
+	names := []string{plan.PromoteSecondaries(want.Interface)}
 	for _, name := range want.Sysctls() {
 		if strings.Contains(name, "/conf/") && !strings.Contains(name, "/conf/all/") {
 			names = append(names, name)

@@ -44,7 +44,7 @@ func Remove(want Want, have Have, before State) []Step {
 // kept one: the default route by the cluster interface, sysctls with their initial values,
 // and no forwarding. What is not the router's own stays.
 func (n Network) Before(have State, initial Sysctls) State {
-	before := State{Up: have.Up, Promotes: have.Promotes, Sysctls: initial}
+	before := State{Up: have.Up, Promotes: initial[PromoteSecondaries(n.Interface)] != 0, Sysctls: initial}
 	if !have.Forwards { // its interfaces' are not the router's
 		before.Forwarding = have.Forwarding
 	}

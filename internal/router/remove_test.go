@@ -3,8 +3,11 @@ package router_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
@@ -115,4 +118,38 @@ func TestRemoveOfKilledRun(t *testing.T) {
 			p.WantExample()
 		})
 	}
+}
+
+// A pod with sources of both families is as before, too.
+func TestRemoveDualStack(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		h := p.Handle(p.Lab.Router)
+		if err := h.LinkSetUp(p.Link(h, p.Lab.MacvlanName)); err != nil { // a set interface stays up
+			p.Fatal(err)
+		}
+		dualStack(p, "192.168.12.99/24, 192.168.12.100/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+		network := func() string {
+			p.Helper()
+			text := p.Inventory(p.Lab.Router)
+			for _, args := range [][]string{{"-6", "rule"}, {"-6", "route", "show", "table", "all"}, {"rule"}, {"route", "show", "table", "all"}} {
+				out := strings.Split(p.Tool("ip", args...), "\n")
+				// The kernel times what router advertisements set, and lists local routes in any order.
+				slices.Sort(out)
+				text += strings.Join(out, "\n")
+			}
+			return text + p.State()
+		}
+		wantLinkLocal(p)
+		before := network()
+		for range 2 {
+			p.OK()
+			wantDual(p, p.Lab.Client, "tcp", "[fd00:10:128::98]:81", "[2001:db8::25]:80", lab.Source6)
+			remove(p)
+			if after := network(); after != before {
+				p.Errorf("- before, + after:\n%s", cmp.Diff(before, after))
+			}
+		}
+		wantNothingToRemove(p)
+	})
 }
