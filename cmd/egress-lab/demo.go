@@ -33,6 +33,20 @@ var questions = []question{
 	{"udp", 53, netip.MustParseAddrPort("203.0.113.27:53")},
 }
 
+// questions6 are those of the pod with a source of each family.
+var questions6 = []question{
+	{"tcp", 80, netip.MustParseAddrPort("203.0.113.25:80")},
+	{"tcp", 80, netip.MustParseAddrPort("[2001:db8::25]:80")},
+	{"tcp", 8080, netip.MustParseAddrPort("[2001:db8::26]:80")},
+	{"udp", 53, netip.MustParseAddrPort("[2001:db8::27]:53")},
+}
+
+// destinations6 are the lines for them.
+const destinations6 = `80 tcp 203.0.113.25
+80 tcp 2001:db8::25
+8080 tcp 2001:db8::26 80
+2001:db8::27`
+
 const demoPlace = `A client, the pod of a router, their node and the outside, each a network
 namespace on this machine, which ends with this program:
 
@@ -54,6 +68,13 @@ server has to see the reserved address of the pod, 192.168.12.99:
 const demoAgain = `
 The router starts a second time, as after a restart of its container, and must
 change nothing. It logs:
+
+`
+
+const demoIPv6 = `
+The same with IPv6, in a new pod, whose cluster address is also fd00:10:128::98. The
+router waits until the kernel knows that no other host has the IPv6 address, while
+IPv4 works already. It starts with this environment:
 
 `
 
@@ -81,19 +102,14 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 
 	env := environment("init", "EGRESS_DESTINATION="+exampleDestination)
 	fmt.Fprint(stdout, "\nThe router starts in the pod with this environment:\n\n")
-	for _, variable := range env {
-		if name, value, _ := strings.Cut(variable, "="); strings.Contains(value, "\n") {
-			variable = name + "=\n  " + strings.ReplaceAll(value, "\n", "\n  ")
-		}
-		printIndented(stdout, variable)
-	}
+	printVariables(stdout, env)
 	fmt.Fprint(stdout, "\nIt logs:\n\n")
 	if _, err := startRouter(ctx, l, program, env, stdout); err != nil {
 		return err
 	}
 
 	fmt.Fprint(stdout, demoTable)
-	if bad := askAll(ctx, l, stdout); bad > 0 {
+	if bad := askAll(ctx, l, questions, stdout); bad > 0 {
 		wrong = append(wrong, fmt.Sprintf("%d of %d answers are wrong", bad, len(questions)))
 	}
 
@@ -111,14 +127,60 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 	if len(wrong) > 0 {
 		return errors.New(strings.Join(wrong, "; "))
 	}
-	fmt.Fprintf(stdout, "\ndemo: all %d answers as expected\n", len(questions))
+	answers := len(questions)
+	if _, err := os.Stat("/proc/net/if_inet6"); err == nil { // proc_pid_net(5): the kernel has IPv6
+		if err := dualStack(ctx, program, stdout); err != nil {
+			return err
+		}
+		answers += len(questions6)
+	}
+	fmt.Fprintf(stdout, "\ndemo: all %d answers as expected\n", answers)
 	return nil
+}
+
+// dualStack shows a router with sources of both families.
+func dualStack(ctx context.Context, program string, stdout io.Writer) error {
+	l, err := lab.New(lab.Options{IPv6: true})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	for _, q := range questions6 {
+		if _, err := l.Serve(l.Outside, q.proto, q.want); err != nil {
+			return err
+		}
+	}
+	fmt.Fprint(stdout, demoIPv6)
+	env := []string{
+		"EGRESS_ROUTER_MODE=init", "EGRESS_GRAMMAR=extended", "EGRESS_SOURCE=" + exampleSource + ", " + lab.Source6.String() + "/64",
+		"EGRESS_GATEWAY=" + exampleGateway + ", " + lab.GatewayLinkLocal.String(), "EGRESS_DESTINATION=" + destinations6,
+	}
+	printVariables(stdout, env)
+	fmt.Fprint(stdout, "\nIt logs:\n\n")
+	if _, err := startRouter(ctx, l, program, env, stdout); err != nil {
+		return err
+	}
+	fmt.Fprintln(stdout)
+	if bad := askAll(ctx, l, questions6, stdout); bad > 0 {
+		return fmt.Errorf("%d of %d answers are wrong with both families", bad, len(questions6))
+	}
+	return nil
+}
+
+// printVariables prints an environment.
+func printVariables(stdout io.Writer, env []string) {
+	for _, variable := range env {
+		if name, value, _ := strings.Cut(variable, "="); strings.Contains(value, "\n") {
+			variable = name + "=\n  " + strings.ReplaceAll(value, "\n", "\n  ")
+		}
+		printIndented(stdout, variable)
+	}
 }
 
 // askBefore asks the pod before a router has run in it. The pod has to refuse: a timeout
 // would mean that the lab is broken.
 func askBefore(ctx context.Context, l *lab.Lab) (got string, refused bool) {
-	answer, err := ask(ctx, l, "tcp", 80)
+	answer, err := ask(ctx, l, questions[0])
 	if err == nil {
 		return fmt.Sprintf("answered by %s", answer.Server), false
 	}
@@ -154,27 +216,35 @@ func printIndented(w io.Writer, text string) {
 // answer on a busy machine; a router that drops requests takes all of it.
 const demoPatience = 5 * time.Second
 
-// ask asks the pod from the client.
-func ask(ctx context.Context, l *lab.Lab, proto string, port uint16) (lab.Answer, error) {
+// ask asks the pod from the client, by the family of the server.
+func ask(ctx context.Context, l *lab.Lab, q question) (lab.Answer, error) {
+	pod := lab.RouterAddr
+	if q.want.Addr().Is6() {
+		pod = lab.RouterAddr6
+	}
 	ctx, cancel := context.WithTimeout(ctx, demoPatience)
 	defer cancel()
-	return l.Ask(ctx, l.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	return l.Ask(ctx, l.Client, q.proto, netip.AddrPortFrom(pod, q.port))
 }
 
-// askAll asks every question, prints a table of the answers, and returns how
+// askAll asks questions, prints a table of the answers, and returns how
 // many are wrong.
-func askAll(ctx context.Context, l *lab.Lab, stdout io.Writer) (bad int) {
+func askAll(ctx context.Context, l *lab.Lab, questions []question, stdout io.Writer) (bad int) {
 	table := tabwriter.NewWriter(stdout, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(table, "  PORT\tEXPECTED SERVER\tANSWERED BY\tSERVER SAW\tRESULT")
 	for _, q := range questions {
 		by, saw, verdict := "", "-", "ok"
-		answer, err := ask(ctx, l, q.proto, q.port)
+		answer, err := ask(ctx, l, q)
+		source := lab.Source
+		if q.want.Addr().Is6() {
+			source = lab.Source6
+		}
 		if err == nil {
 			by, saw = answer.Server.String(), answer.Peer.Addr().String()
 		} else {
 			by = "nobody: " + reason(err)
 		}
-		if err != nil || answer.Server != q.want || answer.Peer.Addr() != lab.Source {
+		if err != nil || answer.Server != q.want || answer.Peer.Addr() != source {
 			verdict = "WRONG"
 			bad++
 		}
