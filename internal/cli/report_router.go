@@ -30,6 +30,7 @@ func (w *watch) reporter(p Process) reporter {
 				reportNames(r, states)
 			}
 			reportDrops(r, w.keeper.Drops())
+			w.ports.report(r)
 			if err := w.alive(); err != nil {
 				r.Reasons = append(r.Reasons, err.Error())
 			}
@@ -211,6 +212,7 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 		w.log.Warn("connection counters not read", "error", err)
 		return
 	}
+	w.ports.check(report.Ports)
 	collectLines(emit, report, s.Probes, w.addresses)
 	emit(name+"event_overruns_total", float64(report.Overruns))
 	if entries, limit, err := t.Fill(); err == nil {
@@ -263,8 +265,27 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 			emit(name+"received_bytes_total", float64(l.BytesIn), labels...)
 		}
 	}
-	slices.SortStableFunc(report.Ports, func(a, b conntrack.Ports) int { return cmp.Compare(b.InUse, a.InUse) })
-	for _, p := range report.Ports[:min(len(report.Ports), mostPorts)] {
+	// With several reserved addresses the first metric is their sum.
+	var servers []conntrack.Ports // sorted
+	for _, p := range report.Ports {
+		if last := len(servers) - 1; last >= 0 && servers[last].Protocol == p.Protocol && servers[last].Server == p.Server {
+			servers[last].InUse += p.InUse
+		} else {
+			servers = append(servers, p)
+		}
+	}
+	for _, p := range mostUsed(servers) {
 		emit(name+"snat_ports_in_use", float64(p.InUse), p.Protocol.String(), p.Server.String())
 	}
+	for _, p := range mostUsed(report.Ports) {
+		emit(name+"source_ports_in_use", float64(p.InUse), p.Reserved.String(), p.Protocol.String(), p.Server.String())
+	}
+	emit(name+"source_ports_limit", conntrack.PortLimit)
+}
+
+// mostUsed returns those with most ports in use.
+func mostUsed(ports []conntrack.Ports) []conntrack.Ports {
+	ports = slices.Clone(ports)
+	slices.SortStableFunc(ports, func(a, b conntrack.Ports) int { return cmp.Compare(b.InUse, a.InUse) })
+	return ports[:min(len(ports), mostPorts)]
 }

@@ -26,6 +26,7 @@ type watch struct {
 	set     atomic.Pointer[rules.Set]         // last destinations; nil: those of the start
 	counted *rules.Set                        // those of the counters; nil: those of the start
 	names   *lookup.Follower                  // nil: the grammar has none
+	ports   portWatch
 
 	background sync.WaitGroup
 
@@ -38,7 +39,7 @@ type watch struct {
 func stay(ctx context.Context, p Process, c config.Config, env config.Environment, file reloader, restoreGC func()) error {
 	log, written := file.log, c // without the additions below
 	keepNameServers(&c, log)
-	w := &watch{config: c, latest: c, log: log}
+	w := &watch{config: c, latest: c, log: log, ports: portWatch{log: log}}
 	if c.Grammar == rules.Extended {
 		w.names = newFollower(c, log)
 	}
@@ -89,6 +90,9 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 				log.Error("connection tracking ended", "error", err)
 			}
 		})
+		if c.Health.Listen.Port() != 0 { // otherwise nothing is counted
+			w.background.Go(func() { w.watchPorts(ctx, t) })
+		}
 	}
 	if c.Health.LogDrops {
 		w.logDrops(ctx, p, &w.background)

@@ -341,7 +341,7 @@ func (b *book) report() Report {
 			open[f.line]++
 		}
 		if f.reserved.port != 0 {
-			ports[Ports{Protocol: k.protocol, Server: f.server.addrPort()}]++
+			ports[Ports{Protocol: k.protocol, Server: f.server.addrPort(), Reserved: f.reserved.address()}]++
 		}
 	}
 	r := Report{Lines: make([]Line, 0, len(b.lines)), Ports: make([]Ports, 0, len(ports))}
@@ -354,7 +354,7 @@ func (b *book) report() Report {
 		r.Ports = append(r.Ports, p)
 	}
 	slices.SortFunc(r.Ports, func(a, b Ports) int {
-		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), a.Server.Compare(b.Server))
+		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), a.Server.Compare(b.Server), a.Reserved.Compare(b.Reserved))
 	})
 	return r
 }

@@ -63,16 +63,17 @@ type Line struct {
 	Counts
 }
 
-// Ports is the number of ports of the reserved address that connections to one
+// Ports is the number of ports of a reserved address that connections to one
 // server use. A closed connection keeps its port until its entry is deleted, two
 // minutes later for TCP (nf_conntrack_tcp_timeout_time_wait).
 type Ports struct {
 	Protocol rules.Protocol
 	Server   netip.AddrPort
+	Reserved netip.Addr
 	InUse    int
 }
 
-// PortLimit is the largest number of connections from the reserved address to one
+// PortLimit is the largest number of connections from a reserved address to one
 // port of one server: the number of ports in the kernel's range for a connection
 // whose own source port is taken (nf_nat_l4proto_unique_tuple in
 // net/netfilter/nf_nat_core.c). For source ports below 1024 there is another range
@@ -82,7 +83,7 @@ const PortLimit = 65535 - 1024 + 1
 // A Report is a snapshot of all counters.
 type Report struct {
 	Lines []Line  // in the order of the list, the fallback last
-	Ports []Ports // sorted by protocol and server, without unused servers
+	Ports []Ports // sorted by protocol, server and reserved address, without unused ones
 	// Accounted is set if the kernel counts packets and bytes.
 	Accounted bool
 	// Overruns is the number of times that events arrived faster than they were

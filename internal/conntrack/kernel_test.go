@@ -249,7 +249,7 @@ func TestCounts(t *testing.T) {
 	if l := r.Lines[0]; l.Connections != 1 || l.Open != 1 || l.BytesOut < 1000+l.PacketsOut*40 || l.BytesOut > 1000+l.PacketsOut*60 {
 		t.Errorf("got %+v", l)
 	}
-	if want := (Ports{rules.TCP, netip.MustParseAddrPort("127.0.0.25:8080"), 1}); len(r.Ports) != 1 || r.Ports[0] != want {
+	if want := (Ports{rules.TCP, netip.MustParseAddrPort("127.0.0.25:8080"), netip.MustParseAddr("127.0.0.99"), 1}); len(r.Ports) != 1 || r.Ports[0] != want {
 		t.Errorf("ports in use: got %+v, want %+v", r.Ports, want)
 	}
 	if err := tcp.(*net.TCPConn).CloseWrite(); err != nil {

@@ -30,6 +30,8 @@ var Router = []Metric{
 	{"egress_router_received_packets_total", Counter, redirect, "Packets from the destination."},
 	{"egress_router_received_bytes_total", Counter, redirect, "Bytes of the packets from the destination, including IP headers."},
 	{"egress_router_snat_ports_in_use", Gauge, []string{"protocol", "destination"}, "Ports of the reserved address that connections to the destination's address and port use."},
+	{"egress_router_source_ports_in_use", Gauge, []string{"source", "protocol", "destination"}, "Ports of one reserved address that connections to the destination's address and port use."},
+	{"egress_router_source_ports_limit", Gauge, nil, "Ports of one reserved address for connections to one address and port."},
 	{"egress_router_conntrack_entries", Gauge, nil, "Entries in the connection tracking table of the pod."},
 	{"egress_router_conntrack_limit", Gauge, nil, "Maximum number of entries in the connection tracking table (net.netfilter.nf_conntrack_max)."},
 	{"egress_router_dropped_packets_total", Counter, []string{"reason"}, "Packets that the rules dropped or rejected, by reason."},
