@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -400,7 +401,9 @@ func TestIPv6NeighbourDiscovery(t *testing.T) {
 				return slices.ContainsFunc(list, func(have netlink.Neigh) bool { return have.IP.Equal(entry.IP) && have.State == netlink.NUD_REACHABLE })
 			})
 		}
-		// Duplicates are found, whichever host has the address first.
+		// Duplicates are found, whichever host has the address first. Switches learn the group
+		// of an address (RFC 3810, section 5.2).
+		out := captureOn(p, p.Lab.Router, "macvlan0")
 		for _, host := range []struct {
 			ns   *netns.Namespace
 			h    *netlink.Handle
@@ -422,6 +425,14 @@ func TestIPv6NeighbourDiscovery(t *testing.T) {
 					return a.IP.Equal(host.addr.AsSlice()) && a.Flags&unix.IFA_F_DADFAILED != 0
 				})
 			})
+		}
+		group := netip.MustParseAddr("ff02::1:ff00:80").AsSlice() // of the second one
+		if _, err := out.Wait(p.Context(), func(f lab.Frame) bool {
+			ip, ok := f.IPv6()
+			const message = 14 + 40 + 8 // behind the headers of Ethernet and IPv6, and the option for routers
+			return ok && f.Outgoing && ip.Protocol == unix.IPPROTO_HOPOPTS && len(f.Data) > message && f.Data[message] == 143 && bytes.Contains(f.Data[message:], group)
+		}); err != nil {
+			p.Errorf("no report of the group of an address: %v", err)
 		}
 	})
 }
@@ -475,7 +486,9 @@ func TestIPv6PacketTooBig(t *testing.T) {
 			}
 			p.Until("the client knows the MTU of a router", func() bool { return pathMTU(p, conn) == 1360 })
 		}
-		// The pod itself has a smaller MTU at the egress side.
+		// The pod itself has a smaller MTU at the egress side, to which the segments of TCP fit
+		// from the start.
+		syns := captureOn(p, p.Lab.Router, "macvlan0")
 		h := p.Handle(p.Lab.Router)
 		if err := h.LinkSetMTU(p.Link(h, "macvlan0"), 1300); err != nil {
 			p.Fatal(err)
@@ -489,6 +502,20 @@ func TestIPv6PacketTooBig(t *testing.T) {
 				return pathMTU(p, conn) == 1300
 			})
 			transfer(p, client, netip.MustParseAddrPort("[fd00:10:128::98]:80"))
+		}
+		seen := 0
+		for _, f := range syns.Frames() {
+			const tcp, options = 14 + 40, 14 + 40 + 20
+			if ip, ok := f.IPv6(); !ok || !f.Outgoing || ip.Protocol != unix.IPPROTO_TCP || len(f.Data) < options+4 || f.Data[tcp+13]&2 == 0 {
+				continue
+			}
+			seen++
+			if size := binary.BigEndian.Uint16(f.Data[options+2:]); f.Data[options] != 2 || size > 1300-60 {
+				p.Errorf("a SYN leaves with the segment size %d, want 1240: %s", size, f)
+			}
+		}
+		if seen < 2 {
+			p.Errorf("%d SYNs left, want one of each client", seen)
 		}
 	})
 }
@@ -593,33 +620,42 @@ func TestSourcesAreShared(t *testing.T) {
 			wantDual(p, p.Lab.Router, "tcp", "[2001:db8::25]:80", "[2001:db8::25]:80", lab.Source6)
 			results <- spread.String()
 
-			// The second source of IPv4 is gone.
-			gone := sources[1]
-			var kept, lost net.Conn
-			for _, c := range all[:clients] {
-				conn := dialFrom(p, c)
-				if of[c] == gone {
-					lost = conn
-				} else {
-					kept = conn
+			// The second source of each family is gone.
+			gone := []netip.Addr{sources[1], sources[4]}
+			kept, lost := make(map[bool]net.Conn), make(map[bool]net.Conn)
+			for i := range clients {
+				for _, c := range []netip.Addr{all[i], all[clients+i]} {
+					into := kept
+					if slices.Contains(gone, of[c]) {
+						into = lost
+					}
+					if into[c.Is4()] == nil {
+						into[c.Is4()] = dialFrom(p, c)
+					}
 				}
 			}
-			r := bufio.NewReader(kept)
-			p.WantEcho("a connection", kept, r)
 			out := captureOn(p, p.Lab.Router, "macvlan0")
-			p.Load(list, slices.DeleteFunc(slices.Clone(sources), func(a netip.Addr) bool { return a == gone })...)
-			if _, err := lost.Write([]byte("lost\n")); err != nil {
-				p.Fatal(err)
+			p.Load(list, slices.DeleteFunc(slices.Clone(sources), func(a netip.Addr) bool { return slices.Contains(gone, a) })...)
+			for four, conn := range kept {
+				if _, err := lost[four].Write([]byte("lost\n")); err != nil {
+					p.Fatal(err)
+				}
+				p.WantEcho("a connection with a source that stays", conn, bufio.NewReader(conn))
 			}
-			p.WantEcho("a connection with a source that stays", kept, r)
 			for _, f := range out.Frames() {
-				if ip, ok := f.IPv4(); ok && f.Outgoing && ip.Src.Addr() == gone {
+				ip, ok := f.IPv4()
+				if !ok {
+					ip, ok = f.IPv6()
+				}
+				if ok && f.Outgoing && slices.Contains(gone, ip.Src.Addr()) {
 					p.Errorf("a packet with a source that is gone: %s", f)
 				}
 			}
-			for _, c := range all[:clients/10] {
-				if got := sourceOf(p, c); got == gone || !slices.Contains(sources, got) {
-					p.Errorf("client %s has the source %s", c, got)
+			for i := range clients / 10 {
+				for _, c := range []netip.Addr{all[i], all[clients+i]} {
+					if got := sourceOf(p, c); slices.Contains(gone, got) || !slices.Contains(sources, got) {
+						p.Errorf("client %s has the source %s", c, got)
+					}
 				}
 			}
 		})
@@ -640,9 +676,13 @@ func TestSourcesAreShared(t *testing.T) {
 func dialFrom(p *labtest.Pod, client netip.Addr) net.Conn {
 	p.Helper()
 	var conn net.Conn
+	to := lab.RouterAddr
+	if client.Is6() {
+		to = lab.RouterAddr6
+	}
 	if err := p.Lab.Client.Do(func() (err error) {
 		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(client, 0)), Timeout: labtest.Patience}
-		conn, err = d.DialContext(p.Context(), "tcp4", netip.AddrPortFrom(lab.RouterAddr, 80).String())
+		conn, err = d.DialContext(p.Context(), "tcp", netip.AddrPortFrom(to, 80).String())
 		return err
 	}); err != nil {
 		p.Fatal(err)
