@@ -36,17 +36,25 @@ func TestSources(t *testing.T) {
 	one.Sources = dual.Sources[:2]
 	six := dual
 	six.Sources = dual.Sources[1:2]
-	for name, plan := range map[string]Plan{
-		"one":       NewPlan(dualSet, one),
-		"two":       NewPlan(dualSet, dual),
-		"proxy":     NewProxyPlan(dual),
-		"only-IPv6": NewPlan(Set{Redirects: dualSet.Redirects[1:], Fallback6: dualSet.Fallback6}, six),
+	sixSet := Set{Redirects: dualSet.Redirects[1:], Fallback6: dualSet.Fallback6}
+	for name, test := range map[string]struct {
+		plan  Plan
+		print []byte // of unit-test
+	}{
+		"one":       {NewPlan(dualSet, one), UnitTest(dualSet, one)},
+		"two":       {NewPlan(dualSet, dual), UnitTest(dualSet, dual)},
+		"proxy":     {NewProxyPlan(dual), nil},
+		"only-IPv6": {NewPlan(sixSet, six), UnitTest(sixSet, six)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := plan.Validate(); err != nil {
-				t.Error(err)
+			plan := test.plan
+			for _, p := range []Plan{plan, plan.WithDropLog(), plan.WithoutRedirects(), plan.Without(IPv6), plan.Without(IPv4), plan.WithoutParts(plan.WithDropLog().Parts())} {
+				if err := p.Validate(); err != nil {
+					t.Error(err)
+				}
 			}
 			var got strings.Builder
+			fmt.Fprintf(&got, "-- unit-test --\n%s-- iptables --\n", test.print)
 			for _, c := range plan.IPTables() {
 				fmt.Fprintf(&got, "%s %s %s\n%s", c.Family, c.Table, c.Name, c.Saved)
 			}
