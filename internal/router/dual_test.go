@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -305,8 +306,9 @@ func TestIPv6PhysicalNetwork(t *testing.T) {
 				p.Errorf("TCP to port %d of the reserved address: answer %v, error %v; want a reset", port, a, err)
 			}
 		}
-		ctx, cancel := context.WithTimeout(p.Context(), 3*labtest.Silence)
-		defer cancel()
+		arrived := captureOn(p, p.Lab.Router, "macvlan0")
+		var asking sync.WaitGroup
+		var sent []netip.AddrPort
 		for _, to := range []netip.AddrPort{
 			netip.AddrPortFrom(lab.Source6, 7), netip.AddrPortFrom(lab.RouterAddr6, 7), netip.AddrPortFrom(lab.ClientAddr6, 7), netip.AddrPortFrom(near, 7), netip.AddrPortFrom(near, 80),
 		} {
@@ -314,14 +316,26 @@ func TestIPv6PhysicalNetwork(t *testing.T) {
 				if proto == "tcp" && to.Addr() == lab.Source6 {
 					continue
 				}
-				if a, err := p.Lab.Ask(ctx, p.Lab.Outside, proto, to); err == nil || errors.Is(err, syscall.ECONNREFUSED) {
-					p.Errorf("%s to %s: answer %v, error %v; want none", proto, to, a, err)
-				}
+				sent = append(sent, netip.AddrPortFrom(to.Addr().WithZone(""), to.Port()))
+				asking.Go(func() {
+					ctx, cancel := context.WithTimeout(p.Context(), 3*labtest.Silence)
+					defer cancel()
+					if a, err := p.Lab.Ask(ctx, p.Lab.Outside, proto, to); err == nil || errors.Is(err, syscall.ECONNREFUSED) {
+						p.Errorf("%s to %s: answer %v, error %v; want none", proto, to, a, err)
+					}
+				})
 			}
 		}
+		asking.Wait()
 		for _, to := range []netip.Addr{lab.RouterAddr6, lab.ClientAddr6, near} {
 			if echo6(p, p.Lab.Outside, to, labtest.Silence) {
 				p.Errorf("an echo request to %s is answered", to)
+			}
+			sent = append(sent, netip.AddrPortFrom(to.WithZone(""), 0))
+		}
+		for _, to := range sent {
+			if _, err := arrived.Wait(p.Context(), func(f lab.Frame) bool { ip, ok := f.IPv6(); return ok && !f.Outgoing && ip.Dst == to }); err != nil {
+				p.Errorf("nothing arrived for %s: %v", to, err)
 			}
 		}
 		if !echo6(p, p.Lab.Outside, lab.Source6, labtest.Patience) {
