@@ -40,7 +40,10 @@ func (g Grammar) Entries(value string) []Line {
 		}
 		n := 1
 		if f, ok := parseExtendedLine(line.Text); ok && g == Extended {
-			if n = max(1, len(f.protocols)*len(f.families())); f.local == "" && FamilyOf(f.to) == IPv6 {
+			if n = max(1, len(f.protocols)); f.has(IPv4) && f.has(IPv6) {
+				n *= 2
+			}
+			if f.local == "" && FamilyOf(f.to) == IPv6 {
 				fallback6 = []Line{line}
 				continue
 			}
@@ -77,7 +80,7 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 			continue
 		}
 		f, ok := parseExtendedLine(line.Text)
-		if len(set.Fallbacks()) > 0 && (!ok || f.local != "" || set.FallbackOf(FamilyOf(f.to)).IsValid()) {
+		if (set.Fallback.IsValid() || set.Fallback6.IsValid()) && (!ok || f.local != "" || set.FallbackOf(FamilyOf(f.to)).IsValid()) {
 			return Set{}, &ParseError{line, spec.Textf("%s fallback IP must be the last line", spec.Destinations).In(names),
 				fmt.Sprintf("line %d (%q) is the fallback: move it to the end", fallback.Number, fallback.Text)}
 		}
@@ -100,21 +103,22 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 			return Set{}, err
 		}
 		for _, r.Protocol = range f.protocols {
-			for _, r := range f.spread(r) {
-				families := []Family{FamilyOf(r.To)}
-				if f.name != "" {
-					families = []Family{IPv4, IPv6}
+			for _, family := range []Family{IPv4, IPv6} {
+				if f.name == "" && !f.has(family) {
+					continue
 				}
-				for _, family := range families {
-					of := service{family, r.Protocol, 0}
-					if seen[of] == nil {
-						seen[of] = make([]int32, 1<<16)
-					}
-					if err := r.claim(seen[of], line, names); err != nil {
-						return Set{}, err
-					}
+				of := service{family, r.Protocol, 0}
+				if seen[of] == nil {
+					seen[of] = make([]int32, 1<<16)
 				}
+				if err := r.claim(seen[of], line, names); err != nil {
+					return Set{}, err
+				}
+			}
+			if f.more == nil {
 				set.Redirects = append(set.Redirects, r)
+			} else {
+				set.Redirects = append(set.Redirects, f.spread(r)...)
 			}
 		}
 	}
@@ -260,27 +264,21 @@ func knownOptions() string {
 	return ": " + strings.Join(keys, ", ") + " are"
 }
 
-// spread returns r to the addresses of a line: a redirect for each family of them.
+// spread returns r to the addresses of a line with several: a redirect for each family of
+// them.
 func (f extendedFields) spread(r Redirect) []Redirect {
-	if f.more == nil {
-		return []Redirect{r}
-	}
 	var redirects []Redirect
-	for _, family := range f.families() {
-		redirects = append(redirects, r.Spread(slices.DeleteFunc(slices.Clone(f.more), func(a netip.Addr) bool { return FamilyOf(a) != family })))
+	for _, family := range []Family{IPv4, IPv6} {
+		if to := slices.DeleteFunc(slices.Clone(f.more), func(a netip.Addr) bool { return FamilyOf(a) != family }); len(to) > 0 {
+			redirects = append(redirects, r.Spread(to))
+		}
 	}
 	return redirects
 }
 
-// families returns the families of the addresses of a line, in their order.
-func (f extendedFields) families() []Family {
-	families := []Family{FamilyOf(f.to)}
-	for _, a := range f.more {
-		if family := FamilyOf(a); !slices.Contains(families, family) {
-			families = append(families, family)
-		}
-	}
-	return families
+// has reports whether a line has an address of a family.
+func (f extendedFields) has(family Family) bool {
+	return FamilyOf(f.to) == family || slices.ContainsFunc(f.more, func(a netip.Addr) bool { return FamilyOf(a) == family })
 }
 
 // redirect returns the redirect of a line, without a protocol, to the first address.
@@ -296,8 +294,12 @@ func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) 
 	if last != first {
 		r.Last = last
 	}
-	if fault := r.setOptions(f.options); fault != "" {
-		return Redirect{}, invalid(line, names, fault)
+	if len(f.options) > 0 {
+		with := r // most redirects have none, and stay off the heap
+		if fault := with.setOptions(f.options); fault != "" {
+			return Redirect{}, invalid(line, names, fault)
+		}
+		r = with
 	}
 	if f.remote == "" {
 		return r, nil

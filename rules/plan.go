@@ -718,20 +718,7 @@ func (p Plan) spellOut(f Family, r Rule, fn func(*Rule)) {
 		return
 	}
 	for _, to := range p.RedirectsOf(f) {
-		r.Protocol, r.Port, r.Last, r.Target, r.To, r.ToPort, r.Shifts = to.Protocol, to.Port, to.Last, DNAT, to.To, to.ToPort, to.Shifts
-		r.Limits = to.Limits
-		if !to.Several() {
-			fn(&r)
-			continue
-		}
-		left := to.Number()
-		for r.To = range to.All() {
-			if r.OneOf = uint8(left); left == 1 { //nolint:gosec // at most MaxAddresses
-				r.OneOf = 0
-			}
-			fn(&r)
-			left--
-		}
+		to.spellOut(&r, fn)
 	}
 }
 
@@ -760,7 +747,11 @@ func (p Plan) Size() int {
 func (p Plan) Destinations() []netip.Addr {
 	var to []netip.Addr
 	for _, r := range p.Redirects {
-		to = slices.AppendSeq(slices.AppendSeq(to, r.All()), r.kept())
+		if r.More == (Addresses{}) { // most often
+			to = append(to, r.To)
+		} else {
+			to = slices.AppendSeq(slices.AppendSeq(to, r.All()), r.kept())
+		}
 	}
 	for _, f := range []Family{IPv4, IPv6} {
 		to = append(to, p.to(f, DNAT)...)

@@ -33,8 +33,9 @@ func UnitTest(set Set, sides Sides) []byte {
 			for _, to := range set.Redirects { // in the order of the lines
 				if to.Unresolved() {
 					add(to.nameRule(r))
-				} else {
-					Plan{Redirects: []Redirect{to}}.spellOut(c.Family, r, add)
+				} else if FamilyOf(to.To) == c.Family {
+					rule := r
+					to.spellOut(&rule, add)
 				}
 			}
 		}

@@ -148,6 +148,25 @@ func (r Redirect) Reaches(server netip.AddrPort, local Port) bool {
 	return false
 }
 
+// spellOut calls fn with the rule for each address. The rule has the matches that all have,
+// and is changed.
+func (r Redirect) spellOut(rule *Rule, fn func(*Rule)) {
+	rule.Protocol, rule.Port, rule.Last, rule.Target, rule.To, rule.ToPort, rule.Shifts = r.Protocol, r.Port, r.Last, DNAT, r.To, r.ToPort, r.Shifts
+	rule.Limits = r.Limits
+	if !r.Several() {
+		fn(rule)
+		return
+	}
+	left := r.Number()
+	for rule.To = range r.All() {
+		if rule.OneOf = uint8(left); left == 1 { //nolint:gosec // at most MaxAddresses
+			rule.OneOf = 0
+		}
+		fn(rule)
+		left--
+	}
+}
+
 // Destination returns the addresses, or the name, as the grammar writes them.
 func (r Redirect) Destination() string {
 	if name := r.Name(); name != "" {

@@ -99,13 +99,13 @@ func (p Plan) appendTree(b []byte, chain TextChain, rule Rule) ([]byte, []TextCh
 // The redirects are those in the range, sorted by port.
 func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Redirect) []TextChain {
 	chain := TextChain{Family: of.Family, Table: of.Table, Name: in.name()}
-	at := len(chains)
+	at, rule := len(chains), new(Rule)
 	if len(redirects) <= fanOut {
 		const line = 96 // bytes of a redirect, with room to spare
 		chain.Saved = make([]byte, 0, line*len(redirects))
 		chains = append(chains, chain)
 		for _, r := range redirects {
-			chains = chain.appendRedirect(chains, r)
+			chains = chain.appendRedirect(chains, r, rule)
 		}
 		chains[at] = chain
 		return chains
@@ -124,7 +124,7 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 			} else {
 				redirects = redirects[1:]
 			}
-			chains = chain.appendRedirect(chains, r)
+			chains = chain.appendRedirect(chains, r, rule)
 			continue
 		}
 		var below []Redirect
@@ -145,17 +145,17 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 }
 
 // appendRedirect appends the rule of a redirect. One to several addresses has a chain of
-// its own, which is appended to chains. No other chain has its name: the chains of ranges
+// its own, which is appended to chains. rule is any without matches, to be used again. No other chain has its name: the chains of ranges
 // have ports of several redirects.
-func (c *TextChain) appendRedirect(chains []TextChain, r Redirect) []TextChain {
+func (c *TextChain) appendRedirect(chains []TextChain, r Redirect, rule *Rule) []TextChain {
 	if !r.Several() {
-		Plan{Redirects: []Redirect{r}}.spellOut(c.Family, Rule{Target: Redirected}, c.appendRule)
+		r.spellOut(rule, c.appendRule)
 		return chains
 	}
 	in := portRange{r.Protocol, uint32(r.Port), uint32(r.last())}
 	c.appendRange(in)
 	own := TextChain{Family: c.Family, Table: c.Table, Name: in.name()}
-	Plan{Redirects: []Redirect{r}}.spellOut(c.Family, Rule{Target: Redirected}, own.appendRule)
+	r.spellOut(rule, own.appendRule)
 	return append(chains, own)
 }
 
