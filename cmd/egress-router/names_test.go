@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -245,6 +247,65 @@ func TestNamesAreReloaded(t *testing.T) {
 		awaitServer(p, 5432, "203.0.113.25:80")
 		if third.server == "203.0.113.26:80" {
 			p.WantEcho("a connection to the former address of a name from a reload", third.conn, third.r)
+		}
+	})
+}
+
+// Among 10,000 destinations, a change of ten names loads ten elements or chains, and breaks
+// no connection to another destination.
+func TestNamesAmongManyDestinations(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		n := serveNames(p)
+		var list strings.Builder
+		var named []uint16
+		for i := range 10_000 {
+			to, port := "203.0.113.25", uint16(10_001+i)
+			if i%1000 == 500 {
+				to = fmt.Sprintf("n%d.example.com", port)
+				n.set(to+".", "203.0.113.25")
+				named = append(named, port)
+			}
+			fmt.Fprintf(&list, "%d tcp %s 80\n", port, to)
+		}
+		file := p.TempDir() + "/destinations"
+		if err := os.WriteFile(file, []byte(list.String()), 0o600); err != nil {
+			p.Fatal(err)
+		}
+		delete(p.Env, "EGRESS_DESTINATION")
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_DESTINATION_FILE"] = "extended", file
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		for _, port := range named {
+			awaitServer(p, port, "203.0.113.25:80")
+		}
+		var others []echo
+		for i := range uint16(200) {
+			others = append(others, open(p, 10_001+49*i))
+		}
+		before := len(r.Logged())
+		for _, port := range named {
+			n.set(fmt.Sprintf("n%d.example.com.", port), "203.0.113.26")
+		}
+		begin := time.Now()
+		for _, port := range named {
+			awaitServer(p, port, "203.0.113.26:80")
+		}
+		t.Logf("%s: the last of the new addresses after %v, with a TTL of 1 s", p.Backend.Name, time.Since(begin).Round(time.Millisecond))
+		for _, e := range others {
+			p.WantEcho("a connection to another destination", e.conn, e.r)
+		}
+		changed := 0
+		p.Until("the log has all changes", func() bool {
+			changed = 0
+			for _, found := range regexp.MustCompile(`(\d+) (?:elements differ|chains EGRESS-TCP)`).FindAllStringSubmatch(r.Logged()[before:], -1) {
+				n, _ := strconv.Atoi(found[1])
+				changed += n
+			}
+			return changed >= len(named)
+		})
+		if changed != len(named) {
+			t.Errorf("%d elements or chains have changed, want %d:\n%s", changed, len(named), labtest.Tail(r.Logged()[before:]))
 		}
 	})
 }
