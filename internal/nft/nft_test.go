@@ -96,6 +96,11 @@ func TestApply(t *testing.T) {
 	for port := range rules.Port(2000) {
 		six.Redirects = append(six.Redirects, rules.Redirect{Protocol: rules.TCP, Port: 1 + port, To: netip.MustParseAddr("2001:db8::25")})
 	}
+	for i := range rules.Port(1500) {
+		six.Redirects = append(six.Redirects, rules.Redirect{
+			Protocol: rules.UDP, Port: 1 + 10*i, Last: 6 + 10*i, To: netip.MustParseAddr("2001:db8::25"), ToPort: 40001 + 10*i, Shifts: true,
+		})
+	}
 	plans["both families"] = six
 	for from := range plans {
 		t.Run(from, func(t *testing.T) {
@@ -452,6 +457,45 @@ func TestElementRoundTrip(t *testing.T) {
 			})
 			if err != nil || len(got) == 0 || fmt.Sprint([]destination(got)) != fmt.Sprint([]destination(maps[k.name])) {
 				t.Errorf("%s, %s: %v, %v; want %v", f, k.name, got, err, maps[k.name])
+			}
+		}
+	}
+}
+
+// Of any number of elements, each list fits into its attribute.
+func TestElementsAreDivided(t *testing.T) {
+	for _, f := range []rules.Family{rules.IPv4, rules.IPv6} {
+		for _, k := range mapKinds[:6] {
+			want := make(destinations, 5000)
+			for i := range want {
+				binary.BigEndian.PutUint16(want[i].key[4:], uint16(i)) //nolint:gosec // less than 5000
+				want[i].end = want[i].key
+			}
+			table, got := tableOf(tableKey{tableName, f}), 0
+			var b batch
+			b.changeElements(unix.NFT_MSG_NEWSETELEM, 0, table, k, want)
+			for _, m := range b.messages {
+				if err := attributes(m.Data[4:], func(kind uint16, list []byte) error {
+					if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+						return nil
+					}
+					return attributes(list, func(_ uint16, element []byte) error {
+						d, err := k.parseElement(element, k.valueLen(table.Family))
+						if !k.ranges {
+							d.end = d.key
+						}
+						if d != want[got] {
+							t.Fatalf("%s, %s: element %d is %v, want %v", f, k.name, got, d, want[got])
+						}
+						got++
+						return err
+					})
+				}); err != nil {
+					t.Fatalf("%s, %s: %v", f, k.name, err)
+				}
+			}
+			if got != len(want) {
+				t.Errorf("%s, %s: %d elements, want %d", f, k.name, got, len(want))
 			}
 		}
 	}

@@ -64,18 +64,24 @@ func (k *Keeper) probeEvery(ctx context.Context, interval time.Duration) {
 	}
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
-	for {
-		k.probeAll(ctx)
+	for all := true; ; {
+		k.probe(ctx, all)
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
+			all = true
 		case <-k.probeNow:
+			k.mu.Lock()
+			all, k.probeAll = k.probeAll, false
+			k.mu.Unlock()
 		}
 	}
 }
 
-func (k *Keeper) probeAll(ctx context.Context) {
+// probe probes the destinations, all of them or those without a result: name servers must
+// not set the interval of the others.
+func (k *Keeper) probe(ctx context.Context, every bool) {
 	k.mu.Lock()
 	inSync, closed, targets := k.status.InSync, k.status.Closed != "", targets(k.wanted)
 	var sources [2]netip.Addr // by family
@@ -95,6 +101,10 @@ func (k *Keeper) probeAll(ctx context.Context) {
 	room := make(chan struct{}, probesAtOnce)
 	var all sync.WaitGroup
 	for i, to := range targets {
+		if last, known := before[to]; known && !every {
+			found[i] = last
+			continue
+		}
 		room <- struct{}{}
 		all.Go(func() {
 			why := "IPv6 is closed" // and its source address not usable yet

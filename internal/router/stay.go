@@ -41,14 +41,15 @@ type Keeper struct {
 	// Neighbours watches the physical network, for one family; nil: nothing does.
 	Neighbours func(arp.Options) (Neighbours, error)
 
-	mu       sync.Mutex // guards status, reloading, reprobe, left, wanted and Router.Want
+	mu       sync.Mutex // guards status, reloading, reprobe, probeAll, left, wanted and Router.Want
 	status   Status
 	left     map[netip.AddrPort]bool // addresses that new connections do not get, since they do not answer probes
 	wanted   rules.Plan              // the rules of Router.Want, with the addresses that do not answer probes
 	replaced chan struct{}           // receives a value after a change of Router.Want
 	// The kernel does not yet have the destinations of Router.Want.
 	reloading bool
-	reprobe   bool          // the destinations of Replace are not probed yet
+	reprobe   bool          // new destinations are not probed yet
+	probeAll  bool          // the next probe is of all destinations, as after Replace
 	probeNow  chan struct{} // receives a value after a change of destinations
 	settled   chan struct{} // closed after the first successful comparison
 
@@ -226,7 +227,7 @@ func (k *Keeper) Replace(want plan.Want) {
 	if !same {
 		k.status.Reloads++
 		k.status.Destinations = destinations
-		k.reloading, k.reprobe = true, true
+		k.reloading, k.reprobe, k.probeAll = true, true, true
 	}
 	k.set(want)
 	k.mu.Unlock()
