@@ -260,9 +260,9 @@ func (k mapKind) takeKey(b []byte) (key [8]byte) {
 // NFTA_SET_ELEM_KEY_END).
 const keyEnd = 10
 
-// elementsInMessage is the number of elements in a message. Their list is one
-// attribute, whose length has 16 bits.
-const elementsInMessage = 1000
+// maxList is the largest length of the list of elements in a message: it is one attribute,
+// whose length has 16 bits.
+const maxList = 1<<16 - 1 - headerLen
 
 // changeElements adds elements to a map or deletes them (NFT_MSG_DELSETELEM).
 func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.Table, m mapKind, d destinations) {
@@ -286,7 +286,7 @@ func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.
 		attribute(endOffset-2*headerLen, len(element), keyEnd|unix.NLA_F_NESTED)
 		attribute(endOffset-headerLen, len(element), unix.NFTA_DATA_VALUE)
 	}
-	for part := range slices.Chunk(d, elementsInMessage) {
+	for part := range slices.Chunk(d, maxList/len(element)) {
 		b.add(kind, flags, t.Family, func(e *netlink.AttributeEncoder) {
 			e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
 			e.String(unix.NFTA_SET_ELEM_LIST_SET, m.name)
