@@ -91,6 +91,8 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		add("gateway"+suffix, state, since, "%s", detail)
 		sources := c.Sources.Of(first.Prefix.Addr().Is6())
 		switch {
+		case first.Prefix.Addr().Is6() && s.Closed != "":
+			add("address"+suffix, health.Failed, s.ClosedSince, "%s, %s", sources, s.Closed)
 		case around.Conflicts == 0:
 			add("address"+suffix, health.OK, r.Started, "%s, no conflict", sources)
 		case len(sources) == 1:
@@ -234,7 +236,11 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 	for _, l := range report.Lines {
 		labels := []string{"any", "fallback", l.To.String()}
 		if l.Protocol != 0 {
-			labels = []string{l.Protocol.String(), l.LocalPorts(), l.Destination() + ":" + l.ToPorts()}
+			to := l.Destination()
+			if strings.Contains(to, ":") {
+				to = "[" + to + "]" // of IPv6 (RFC 3986, section 3.2.2)
+			}
+			labels = []string{l.Protocol.String(), l.LocalPorts(), to + ":" + l.ToPorts()}
 			probes := l.Protocol == rules.TCP && l.ToOnePort()
 			reached, probed, used := false, false, 0
 			all := slices.Collect(l.All())

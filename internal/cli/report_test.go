@@ -255,8 +255,25 @@ func TestReportRouter(t *testing.T) {
 				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "0 destinations", at), check("servers", health.OK, "0 reachable", at),
 			},
 		},
+		{
+			router.Status{
+				InSync: true, Since: at, Backend: "nftables", Link: router.LinkStatus{Found: true, MAC: mac, Carrier: true, Since: at},
+				Surroundings: []router.Surroundings{{}, {State: arp.State{Gateway: arp.GatewayState{Known: true, Since: at}}}},
+				Closed:       "another host has 2001:db8:12::99", ClosedSince: at, ReloadSince: at, ProbesSince: at,
+			},
+			[]health.Check{
+				check("kernel", health.OK, "no drift, backend nftables, 0 repairs", at), check("interface", health.OK, "macvlan0 at 02:00:00:00:00:01", at),
+				check("gateway", health.OK, "192.168.12.1, no answer yet", begin), check("address", health.OK, "192.168.12.99/24, no conflict", begin),
+				check("gateway-ipv6", health.Failed, "fe80::1 does not answer NDP, no answer yet", at),
+				check("address-ipv6", health.Failed, "2001:db8:12::99/64, another host has 2001:db8:12::99", at),
+				check("destinations", health.OK, "0 destinations", at), check("servers", health.OK, "0 reachable", at),
+			},
+		},
 	} {
 		r := health.Report{Started: begin}
+		if len(test.status.Surroundings) == 2 {
+			c.Sources = append(c.Sources, spec.SourceAddress{Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: netip.MustParseAddr("fe80::1")})
+		}
 		reportRouter(&r, test.status, c, begin)
 		if diff := cmp.Diff(test.want, r.Checks); diff != "" {
 			t.Errorf("checks (- want, + got):\n%s", diff)

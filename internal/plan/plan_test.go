@@ -397,3 +397,44 @@ func printed(s State) string {
 	return fmt.Sprintf("up %v promotes %v forwards %v %v %v\n%v\n%v\n%s\n%s", s.Up, s.Promotes, s.Forwards, s.Forwarding, s.IPv6 != nil && s.IPv6.Forwards,
 		s.Addresses, slices.Concat(s.Cluster.Rules, s.of(true).Cluster.Rules), strings.Join(lines, "\n"), s.Sysctls)
 }
+
+// An IPv6 address that another host has is tried again by a run that starts, and by a
+// repair that is asked to, once.
+func TestContestedAddressIsRetried(t *testing.T) {
+	network := want
+	network.Sources = append(slices.Clone(want.Sources), spec.SourceAddress{Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: addr("fe80::1")})
+	network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711}
+	again := []string{"remove address 2001:db8:12::99/64 from macvlan0", "add address 2001:db8:12::99/64 to macvlan0"}
+	for name, test := range map[string]struct {
+		want Want
+		have Have
+		goal []string
+	}{
+		"start":         {Want{Start: true}, Have{}, again},
+		"repair":        {Want{}, Have{}, nil},
+		"asked repair":  {Want{Retry: true}, Have{}, again},
+		"after a retry": {Want{Retry: true}, Have{Claimed: true}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			test.want.Network = network
+			test.have.State = done()
+			test.have.State.Cluster.Index, test.have.State.Sysctls = 2, nil
+			test.have.State.Addresses = append(test.have.State.Addresses, netip.MustParsePrefix("2001:db8:12::99/64"))
+			test.have.State.IPv6 = &IPv6State{
+				Routes: []Route{network.rejecting()}, Duplicate: []netip.Addr{addr("2001:db8:12::99")},
+				Cluster: ClusterState{Index: 2, Rules: []Rule{network.Cluster.gate()}},
+			}
+			var got []string
+			for _, g := range Steps(test.want, test.have) {
+				for _, s := range g.Steps {
+					if c, is := s.(Change); is && (c.Op == AddAddress || c.Op == RemoveAddress) {
+						got = append(got, s.String())
+					}
+				}
+			}
+			if !slices.Equal(got, test.goal) {
+				t.Errorf("got %q, want %q", got, test.goal)
+			}
+		})
+	}
+}

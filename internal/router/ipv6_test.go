@@ -3,6 +3,7 @@ package router_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -303,5 +304,116 @@ func TestDualStackRepairs(t *testing.T) {
 			p.Fatal(err)
 		}
 		r.AwaitLog(2, `msg="gateway answers NDP" gateway=fe80::1`)
+	})
+}
+
+// A router that stays is ready while IPv4 works. It opens IPv6 once the address is added
+// again, and no other host has it.
+func TestReadyWithDuplicateAddress(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{IPv6: true}, labtest.Nftables)
+	dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+	leave := takeSource6(p)
+	r := p.Start("legacy")
+	r.AwaitLog(1, `msg="reserved address conflict" address=2001:db8:12::99`)
+	const closed = "2001:db8:12::99/64, another host has 2001:db8:12::99"
+	r.Until("health has the address", func() bool {
+		code, text := p.Health()
+		return code == 0 && strings.Contains(text, closed)
+	})
+	p.WantAnswer("tcp", 80, "203.0.113.25:80")
+	leave()
+	// As the router does itself a minute later.
+	h := p.Handle(p.Lab.Router)
+	if err := h.AddrDel(p.Link(h, "macvlan0"), labtest.Addr("2001:db8:12::99/64")); err != nil {
+		p.Fatal(err)
+	}
+	r.Until("IPv6 is open", func() bool {
+		_, text := p.Health()
+		return !strings.Contains(text, closed) && strings.Contains(p.Exec("egress-router", "plan", "--kernel").Stdout, nothingMissing)
+	})
+	wantDualStack(p)
+}
+
+// The pod's own connections, as those of a proxy, have the source of their family, and
+// none leaves with another one while IPv6 is closed.
+func TestProxyOfBothFamilies(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+		p.Env["EGRESS_ROUTER_MODE"] = "http-proxy"
+		p.OK()
+		for server, source := range map[string]netip.Addr{"203.0.113.25:80": lab.Source, "[2001:db8::25]:80": lab.Source6, "[2001:db8:12::80]:80": lab.Source6} {
+			wantDual(p, p.Lab.Router, "tcp", server, server, source)
+		}
+		// Without the default route of the physical network there is no other one.
+		h := p.Handle(p.Lab.Router)
+		if err := h.RouteDel(&netlink.Route{Dst: labtest.IPNet("::/0"), LinkIndex: p.Link(h, "macvlan0").Attrs().Index, Priority: 1}); err != nil {
+			p.Fatal(err)
+		}
+		if a, err := p.Ask(p.Lab.Router, "tcp", netip.MustParseAddrPort("[2001:db8::25]:80")); !errors.Is(err, unix.ENETUNREACH) && !errors.Is(err, unix.EHOSTUNREACH) {
+			p.Errorf("answer %v, error %v; want no route", a, err)
+		}
+	})
+}
+
+// Router advertisements of the cluster's network keep their effect with forwarding: the
+// default route for replies comes from them.
+func TestClusterRouterAdvertisements(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+		h := p.Handle(p.Lab.Router)
+		eth := p.Link(h, "eth0")
+		if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv6/conf/eth0/accept_ra", "1"); err != nil {
+			p.Fatal(err)
+		}
+		if err := h.RouteDel(&netlink.Route{Dst: labtest.IPNet("::/0"), LinkIndex: eth.Attrs().Index, Gw: lab.NodeAddr6.AsSlice()}); err != nil {
+			p.Fatal(err)
+		}
+		// The frame of the foreign router, from the node: its link-local address is the
+		// gateway, which must be the node's for replies to arrive.
+		node := p.Handle(p.Lab.Node)
+		own := p.Link(node, lab.Bridge)
+		if err := node.AddrAdd(own, &netlink.Addr{IPNet: &net.IPNet{IP: foreignRouter.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}); err != nil {
+			p.Fatal(err)
+		}
+		advertised := func() bool {
+			return strings.Contains(p.Exec("ip", "-6", "route").Stdout, "default via "+foreignRouter.String()+" dev eth0 proto ra")
+		}
+		sendFrame(p, p.Lab.Node, lab.Bridge, advertisement())
+		p.Until("the pod takes the advertisement", advertised)
+		p.OK()
+		if !advertised() {
+			p.Errorf("the advertised default route is gone:\n%s", p.Exec("ip", "-6", "route").Stdout)
+		}
+		wantDual(p, p.Lab.Far, "tcp", "[fd00:10:128::98]:81", "[2001:db8::25]:80", lab.Source6)
+		if again := p.OK(); strings.Contains(again.Stderr, "network changed") {
+			p.Errorf("the second run changes something:\n%s", again.Stderr)
+		}
+	})
+}
+
+// Connections of both families are counted for their lines, and their ports for each
+// source.
+func TestCountersOfBothFamilies(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
+		r := p.Start("legacy")
+		r.AwaitLog(2, "msg=ready")
+		r.Until("connections are counted", func() bool { return strings.Contains(p.Metrics(), "egress_router_connections_total{") })
+		wantDualStack(p)
+		for _, name := range []string{
+			`egress_router_connections_total{destination="203.0.113.25:80",port="80",protocol="tcp"}`,
+			`egress_router_connections_total{destination="[2001:db8:12::80]:80",port="82",protocol="tcp"}`,
+			`egress_router_source_ports_in_use{destination="203.0.113.25:80",protocol="tcp",source="192.168.12.99"}`,
+			`egress_router_source_ports_in_use{destination="[2001:db8:12::80]:80",protocol="tcp",source="2001:db8:12::99"}`,
+		} {
+			if n := p.Metric(name); n != 1 {
+				p.Errorf("%s = %d, want 1", name, n)
+			}
+		}
 	})
 }
