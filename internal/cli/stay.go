@@ -47,6 +47,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	defer w.background.Wait() // also after an error of the start
 	defer end()
 	r := newRouter(c, log)
+	r.Stays = true
 	w.keeper = newKeeper(r, c)
 	w.keeper.Replaced = w.count
 

@@ -153,7 +153,7 @@ func (c *Config) KeepNameServers(resolvConf []byte) {
 			continue
 		}
 		a, err := netip.ParseAddr(words[1])
-		ok := err == nil && !a.Is4In6() && !(a.Is6() && (a.IsLinkLocalUnicast() || len(c.Sources.Of(true)) == 0))
+		ok := err == nil && (a.Is4() || len(c.Sources.Of(true)) > 0 && !a.Is4In6() && !a.IsLinkLocalUnicast())
 		near := func(s spec.SourceAddress) bool {
 			return unusable(a, s.Prefix) != "" || a == s.Gateway || s.Prefix.Contains(a)
 		}

@@ -131,7 +131,7 @@ func diffEgress(want Network, have State, desired []Route, ipv6 bool) []Change {
 		}
 		// Another default route, or a route that hides a desired one. IPv6 default routes
 		// that come after ours stay: the kernel adds those of router advertisements again.
-		if r.IsDefault() && !(ipv6 && r.Metric > closedMetric) || have.isHalf(r) || hides(i, r, placed) {
+		if r.IsDefault() && (!ipv6 || r.Metric <= closedMetric) || have.isHalf(r) || hides(i, r, placed) {
 			take(Change{Op: DeleteRoute, Route: r})
 			continue
 		}

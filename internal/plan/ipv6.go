@@ -110,6 +110,11 @@ func (n Network) opens(have State) bool {
 	return len(n.Sources.Of(true)) > 0 && n.Usable(have, true) && n.isGated(have)
 }
 
+// OfIPv6 reports whether a change is of an IPv6 address, route or routing rule.
+func (s Change) OfIPv6() bool {
+	return s.Address.Addr().Is6() || s.Route.Destination.Addr().Is6() || s.Rule.IPv6
+}
+
 // rejecting returns the default route for packets without another IPv6 route: without it,
 // the pod's own sockets would use the default route of the cluster side while that of the
 // physical network is missing, or its gateway does not answer.

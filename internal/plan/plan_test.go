@@ -200,7 +200,7 @@ func TestStepsConverge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for n := range 2000 {
+	for n := range 1000 {
 		network := want
 		network.Sources = slices.Clone(want.Sources)
 		if source.IntN(3) == 0 {
@@ -319,7 +319,7 @@ func TestStepsConverge(t *testing.T) {
 // address that routes by the egress interface have lost, and nothing is left to remove.
 func TestRemoveLeadsBack(t *testing.T) {
 	source := rand.New(rand.NewPCG(17, 1))
-	for n := range 2000 {
+	for n := range 1000 {
 		network := want
 		network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
 		if source.IntN(2) == 0 {

@@ -110,3 +110,12 @@ func (k *Keeper) recordContested(ctx context.Context, c *change) {
 		k.contested = contested
 	}
 }
+
+// admitted logs the end of a start that Apply has left to the Keeper: IPv6 is open.
+func (k *Keeper) admitted(c *change) {
+	start := &k.Router.start
+	if start.waits && c.want.Network.Usable(c.have.State, true) {
+		start.waits = false
+		c.router.logReady(c.have.State, c.rules, start.begin, c.want.Network.Sources.Of(true))
+	}
+}

@@ -39,6 +39,7 @@ type change struct {
 
 	// For a router that stays, whose changes are repairs.
 	watches bool
+	admits  bool // the changes of IPv6 are part of the start
 	repairs []Repair
 	reloads bool                  // the rules changed because the destinations did
 	held    bool                  // the interface had the address before
@@ -65,7 +66,7 @@ type Repair struct {
 
 // note logs one change: as a repair if the router stays, otherwise by log.
 func (c *change) note(kind RepairKind, found, done string, log func()) {
-	if !c.watches || c.reloads && kind == RepairRules {
+	if !c.watches || c.reloads && kind == RepairRules || c.admits {
 		log()
 		return
 	}
@@ -451,6 +452,8 @@ func (c *change) take(ctx context.Context, s plan.Change) error {
 	c.have.Changed = true
 	inverse := s.Inverse()
 	c.done.add(func() error { return c.network.Do(inverse) })
+	defer func(admits bool) { c.admits = admits }(c.admits)
+	c.admits = c.admits && s.OfIPv6()
 	c.note(kindOf(s, c.want.Network), s.Found(), s.String(), func() {
 		if s.Optional {
 			c.set = append(c.set, sysctl(s))

@@ -25,7 +25,10 @@ type Router struct {
 	Want  plan.Want
 	Mode  string     // name of the mode, for the log
 	Names spec.Names // of the front end, for hints in the log
-	start start      // result of Apply for a Keeper
+	// Stays: a Keeper follows, to which Apply leaves IPv6 addresses whose duplicate address
+	// detection has not ended.
+	Stays bool
+	start start // result of Apply for a Keeper
 	Log   *slog.Logger
 
 	// Network opens the kernel's links, addresses, routes and sysctls.
@@ -134,7 +137,11 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 		return err
 	}
 	c.awaitGateways(ctx)
-	err = c.admit(ctx, begin)
+	if r.Stays && !c.want.Network.Usable(c.have.State, true) {
+		r.start.waits, r.start.begin = len(c.want.Network.Sources.Of(true)) > 0, begin
+	} else {
+		err = c.admit(ctx, begin)
+	}
 	r.start.announced, r.start.failed = c.have.Announced != [2]bool{}, c.have.Failed
 	return err
 }
@@ -183,8 +190,10 @@ type start struct {
 	announced bool
 	holders   []holder     // hosts that answered for an address
 	missed    []netip.Addr // gateways that did not answer a request
-	noCarrier bool         // the log has it
-	failed    []string     // optional changes that failed
+	waits     bool         // for IPv6 addresses
+	begin     time.Time
+	noCarrier bool     // the log has it
+	failed    []string // optional changes that failed
 }
 
 // notRedirectedTo returns the addresses that are no destination: a destination is

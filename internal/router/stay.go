@@ -425,7 +425,7 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	reloading := k.reloading
 	k.mu.Unlock()
 	c := &change{
-		router: r, want: r.Want, have: plan.Have{Failed: k.failed}, watches: true, reloads: reloading, held: k.held, moved: k.moved,
+		router: r, want: r.Want, have: plan.Have{Failed: k.failed}, watches: true, admits: r.start.waits, reloads: reloading, held: k.held, moved: k.moved,
 		warned: k.warned, parentAddresses: k.parentAddresses, drops: &k.drops,
 	}
 	c.want.Announce = announces
@@ -472,6 +472,7 @@ func (k *Keeper) repair(ctx context.Context, what events.Kind, announces bool) (
 	}
 	k.follow(ctx, c.want.Network, c.have.State)
 	k.recordContested(ctx, c)
+	k.admitted(c)
 	if c.have.Announced != [2]bool{} {
 		k.announced = announcement(c.have.State)
 	}
