@@ -283,8 +283,8 @@ const (
 	// rejected, as by a pod that forwards nothing.
 	CrossRedirected Crossing = iota
 	// CrossAll lets every connection cross, as the original did if a pod was the
-	// gateway of others. IPv6 connections cross as far as the kernel forwards
-	// them.
+	// gateway of others. Without a reserved IPv6 address, IPv6 connections cross as far
+	// as the kernel forwards them.
 	CrossAll
 )
 

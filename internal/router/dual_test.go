@@ -465,13 +465,51 @@ func pathMTU(p *labtest.Pod, conn net.Conn) int {
 	return mtu
 }
 
-// Clients learn the MTU of their path, from the pod and from routers of the physical
+// serverOf sends a datagram by a client, and returns a server's socket for the answers.
+func serverOf(p *labtest.Pod, client net.Conn) net.Conn {
+	p.Helper()
+	own := net.UDPAddrFromAddrPort(netip.MustParseAddrPort("[2001:db8::25]:5353"))
+	// open opens a socket. A process that another test starts has a copy of the one before
+	// until execve(2).
+	open := func(peer netip.AddrPort) (conn *net.UDPConn) {
+		p.Helper()
+		p.Until("the server's port is free", func() bool {
+			err := p.Lab.Outside.Do(func() (err error) {
+				if peer.IsValid() {
+					conn, err = net.DialUDP("udp6", own, net.UDPAddrFromAddrPort(peer))
+				} else {
+					conn, err = net.ListenUDP("udp6", own)
+				}
+				return err
+			})
+			if err != nil && !errors.Is(err, unix.EADDRINUSE) {
+				p.Fatal(err)
+			}
+			return err == nil
+		})
+		return conn
+	}
+	l := open(netip.AddrPort{})
+	_, err := client.Write([]byte("?\n"))
+	_ = l.SetReadDeadline(time.Now().Add(labtest.Patience))
+	var peer netip.AddrPort
+	if err == nil {
+		_, peer, err = l.ReadFromUDPAddrPort(make([]byte, 16))
+	}
+	_ = l.Close()
+	if err != nil || peer.Addr() != lab.Source6 {
+		p.Fatalf("the server sees %s, error %v", peer, err)
+	}
+	return open(peer)
+}
+
+// Clients and servers learn the MTU of their path, from the pod and from routers of the physical
 // network (RFC 8201): without it large packets of IPv6 are lost, which routers do not
 // divide.
 func TestIPv6PacketTooBig(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
-		connectDual(p, dualList, lab.Source, lab.Source6)
+		connectDual(p, dualList+"5353 udp 2001:db8::25\n", lab.Source, lab.Source6)
 		for _, client := range []*netns.Namespace{p.Lab.Client, p.Lab.Far} {
 			sent := captureOn(p, p.Lab.Outside, lab.LANLink)
 			conn := p.Dial(client, "udp", netip.MustParseAddrPort("[fd00:10:128::98]:53"))
@@ -531,6 +569,24 @@ func TestIPv6PacketTooBig(t *testing.T) {
 		if seen < 2 {
 			p.Errorf("%d SYNs left, want one of each client", seen)
 		}
+		// Servers learn the MTU of the cluster side.
+		if err := h.LinkSetMTU(p.Link(h, "macvlan0"), 1500); err != nil {
+			p.Fatal(err)
+		}
+		if err := h.LinkSetMTU(p.Link(h, "eth0"), 1320); err != nil {
+			p.Fatal(err)
+		}
+		for _, client := range []*netns.Namespace{p.Lab.Client, p.Lab.Far} {
+			server := serverOf(p, p.Dial(client, "udp", netip.MustParseAddrPort("[fd00:10:128::98]:5353")))
+			p.Until("the server knows the MTU of the pod", func() bool {
+				if _, err := server.Write(bytes.Repeat([]byte("!"), 1400)); err != nil && !errors.Is(err, unix.EMSGSIZE) {
+					p.Fatal(err)
+				}
+				return pathMTU(p, server) == 1320
+			})
+			_ = server.Close()
+		}
+		wantSources6(p, syns, lab.Source6)
 	})
 }
 
