@@ -66,7 +66,8 @@ type Resolution struct {
 }
 
 // Resolve returns the set with the addresses of its names. A line becomes a redirect for
-// each family of its addresses, or stays one without an address if none is known.
+// each family of its addresses. It stays one without an address if none is known; one more
+// stands for the existing connections to addresses of a family that it no longer has.
 func (s Set) Resolve(of func(name string) Resolution) Set {
 	resolved := s
 	resolved.Redirects = make([]Redirect, 0, len(s.Redirects))
@@ -89,6 +90,10 @@ func (s Set) Resolve(of func(name string) Resolution) Set {
 			other := func(a netip.Addr) bool { return FamilyOf(a) != f }
 			to := slices.DeleteFunc(slices.Clone(found.Addresses), other)
 			if len(to) == 0 {
+				if !more.ends && slices.ContainsFunc(found.Former, func(a netip.Addr) bool { return FamilyOf(a) == f }) {
+					r.To, r.More.handle = netip.Addr{}, unique.Make(rest{name: name, anyKept: true})
+					resolved.Redirects = append(resolved.Redirects, r)
+				}
 				continue
 			}
 			of := rest{name: more.name, ends: more.ends, more: pack(to[1:])}

@@ -111,6 +111,32 @@ func TestUnitTestWithNames(t *testing.T) {
 	}
 }
 
+// A name that has lost its addresses of one family keeps the connections to them, and its
+// port of that family does not get the fallback.
+func TestStaleWithoutAFamily(t *testing.T) {
+	set := parseNamed(t, "443 tcp db.example.com 5432\n444 tcp db.example.com 5432 drain=no\n203.0.113.27\n2001:db8::27")
+	resolved := set.Resolve(func(string) Resolution {
+		return Resolution{Addresses: []netip.Addr{ip("10.0.0.1")}, Former: []netip.Addr{ip("2001:db8::1")}}
+	})
+	both := sides
+	both.Sources = []netip.Addr{sides.Sources[0], ip("2001:db8:12::99")}
+	plan := NewPlan(resolved, both)
+	if err := plan.Validate(); err != nil || plan.Size() != 4 {
+		t.Errorf("%d redirects and fallbacks, %v", plan.Size(), err)
+	}
+	if !strings.Contains(plan.String(), "IPv6\n  -i eth0 -p tcp --dport 443:444 -j RETURN\n") {
+		t.Errorf("the ports are not refused:\n%s", plan)
+	}
+	stale := plan.Stale([]netip.Addr{ip("fd00::98")})
+	for which, want := range map[string]bool{"443 [2001:db8::1]:5432": false, "443 [2001:db8::27]:443": true, "444 [2001:db8::1]:5432": true} {
+		port, server, _ := strings.Cut(which, " ")
+		c := Connection{TCP, ip("fd00::71"), netip.MustParseAddrPort("[fd00::98]:" + port), netip.MustParseAddrPort(server), both.Sources[1]}
+		if stale(c) != want {
+			t.Errorf("port %s to %s: stale %v, want %v", port, server, !want, want)
+		}
+	}
+}
+
 // Connections to an address that a name no longer has stay, unless the line says otherwise;
 // those to any other server end.
 func TestStaleWithNames(t *testing.T) {

@@ -736,6 +736,11 @@ func ofFamily(redirects []Redirect, f Family) []Redirect {
 // Size returns the number of redirects and fallbacks.
 func (p Plan) Size() int {
 	n := len(p.Redirects)
+	for i, r := range p.Redirects[min(1, n):] {
+		if before := p.Redirects[i]; r.Name() != "" && r.Name() == before.Name() && r.Port == before.Port && r.Protocol == before.Protocol {
+			n-- // another family of the same line
+		}
+	}
 	for _, f := range []Family{IPv4, IPv6} {
 		n += len(p.to(f, DNAT))
 	}

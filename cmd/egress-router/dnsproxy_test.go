@@ -86,11 +86,12 @@ func (n *nameServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 		m.Rcode = dns.RcodeNameError
 	}
 	for _, a := range addrs {
-		if q.Question[0].Qtype == dns.TypeA {
-			m.Answer = append(m.Answer, &dns.A{
-				Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 1},
-				A:   net.ParseIP(a),
-			})
+		header := dns.RR_Header{Name: q.Question[0].Name, Rrtype: q.Question[0].Qtype, Class: dns.ClassINET, Ttl: 1}
+		switch six := strings.Contains(a, ":"); {
+		case header.Rrtype == dns.TypeA && !six:
+			m.Answer = append(m.Answer, &dns.A{Hdr: header, A: net.ParseIP(a)})
+		case header.Rrtype == dns.TypeAAAA && six:
+			m.Answer = append(m.Answer, &dns.AAAA{Hdr: header, AAAA: net.ParseIP(a)})
 		}
 	}
 	_ = w.WriteMsg(m)

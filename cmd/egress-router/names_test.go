@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -9,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -307,5 +309,52 @@ func TestNamesAmongManyDestinations(t *testing.T) {
 		if changed != len(named) {
 			t.Errorf("%d elements or chains have changed, want %d:\n%s", changed, len(named), labtest.Tail(r.Logged()[before:]))
 		}
+	})
+}
+
+// With sources of both families, a client gets an address of its own family. While a name has
+// none of a family, its port refuses there, also with a fallback, and existing connections
+// continue.
+func TestNamesOfBothFamilies(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		n := serveNames(p)
+		n.set("db.example.com.", "203.0.113.25", "2001:db8::25", "fe80::1", "::1")
+		for _, s := range []string{"[2001:db8::25]:80", "[2001:db8::26]:80", "[2001:db8::27]:5432"} {
+			p.Serve(p.Lab.Outside, "tcp", s)
+		}
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_SOURCE"], p.Env["EGRESS_GATEWAY"] = "extended", "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1"
+		p.Env["EGRESS_DESTINATION"] = "5432 tcp db.example.com 80\n203.0.113.27\n2001:db8::27\n"
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		pod6 := netip.MustParseAddrPort("[fd00:10:128::98]:5432")
+		await6 := func(server string) {
+			p.Helper()
+			p.Until("IPv6 reaches "+server, func() bool {
+				a, err := p.Ask(p.Lab.Client, "tcp", pod6)
+				if err == nil && a.Server.String() == "[2001:db8::27]:5432" {
+					p.Fatal("the fallback has answered")
+				}
+				return err == nil && a.Server.String() == server && a.Peer.Addr() == lab.Source6
+			})
+		}
+		await6("[2001:db8::25]:80")
+		awaitServer(p, 5432, "203.0.113.25:80")
+		r.AwaitLog(1, `addresses="::1 is a loopback address, fe80::1 is a link-local address"`)
+		conn := p.Dial(p.Lab.Client, "tcp", pod6)
+		reader := bufio.NewReader(conn)
+		n.set("db.example.com.", "203.0.113.25", "203.0.113.26")
+		awaitServer(p, 5432, "203.0.113.26:80")
+		p.Until("IPv6 is refused", func() bool {
+			a, err := p.Ask(p.Lab.Client, "tcp", pod6)
+			if err == nil && a.Server.String() == "[2001:db8::27]:5432" {
+				p.Fatal("the fallback has answered")
+			}
+			return errors.Is(err, syscall.ECONNREFUSED)
+		})
+		p.WantEcho("a connection to the former IPv6 address", conn, reader)
+		n.set("db.example.com.", "2001:db8::26", "203.0.113.25")
+		await6("[2001:db8::26]:80")
+		p.WantEcho("a connection to the former IPv6 address", conn, reader)
 	})
 }
