@@ -184,6 +184,14 @@ func TestWithoutServers(t *testing.T) {
 	if !NewPlan(set, sides).Equal(plan) || got.Equal(plan) {
 		t.Error("the plan itself has changed")
 	}
+	named := parseNamed(t, "1 tcp db.example.com 80").Resolve(func(string) Resolution {
+		return Resolution{Addresses: []netip.Addr{ip("10.0.0.1"), ip("10.0.0.3")}}
+	})
+	got = NewPlan(named, sides).WithoutServers(func(a netip.AddrPort) bool { return out[a.String()] }, func(netip.AddrPort) {})
+	if r := got.Redirects[0]; r.Name() != "db.example.com" || r.Number() != 1 || r.To != ip("10.0.0.3") {
+		t.Errorf("of a name: %s, %d addresses, %s", r, r.Number(), r.To)
+	}
+	got = plan.WithoutServers(func(a netip.AddrPort) bool { return out[a.String()] }, func(netip.AddrPort) {})
 	if len(left) != 2 {
 		t.Errorf("left out: %v", left)
 	}

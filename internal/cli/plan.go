@@ -19,7 +19,7 @@ import (
 func asksKernelPlan(args []string) bool { return slices.Equal(args, []string{"plan", "--kernel"}) }
 
 // runPlan prints the effect of a run, its steps in a fresh pod, and the rules. It reads
-// only the variables. With --kernel it reads the kernel, and prints the steps
+// only the variables, and looks up the names of destinations. With --kernel it reads the kernel, and prints the steps
 // that a run would take now.
 func runPlan(ctx context.Context, p Process) error {
 	c, err := parse(p)
