@@ -56,8 +56,10 @@ const suspectLoads = 3
 
 // parse returns the state in the text of iptables-save, with each chain in known
 // form as the text that was loaded.
-func (s *spelling) parse(saved []byte) state {
-	found := parse(saved, s.jump)
+func (s *spelling) parse(saved []byte) state { return s.allLoaded(parse(saved, s.jump)) }
+
+// allLoaded returns a state with each chain in known form as the text that was loaded.
+func (s *spelling) allLoaded(found state) state {
 	for table, c := range found {
 		for chain, text := range c.chains {
 			c.chains[chain] = s.loaded(chainID{table, chain}, text)

@@ -28,6 +28,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -78,6 +79,7 @@ type Backend struct {
 	// as long as loading them.
 	plan      rules.Plan
 	chains    []rules.TextChain
+	planned   map[rules.Family]map[chainID][]byte // the texts of chains
 	spellings map[rules.Family]*spelling
 }
 
@@ -179,8 +181,20 @@ func (b *Backend) setVersion(ctx context.Context, path string) error {
 //
 // The program runs in the network namespace of the calling thread.
 func (b *Backend) start(ctx context.Context, input []byte, program string, args ...string) (finish func() (stdout, stderr []byte, err error)) {
-	fail := func(err error) func() ([]byte, []byte, error) {
-		return func() ([]byte, []byte, error) { return nil, nil, err }
+	var out bytes.Buffer
+	end := b.startTo(ctx, &out, input, program, args...)
+	return func() (stdout, stderr []byte, err error) {
+		if stderr, err = end(); err != nil {
+			return nil, nil, err
+		}
+		return out.Bytes(), stderr, nil
+	}
+}
+
+// startTo is start for a program that writes its output to out.
+func (b *Backend) startTo(ctx context.Context, out io.Writer, input []byte, program string, args ...string) (finish func() (stderr []byte, err error)) {
+	fail := func(err error) func() ([]byte, error) {
+		return func() ([]byte, error) { return nil, err }
 	}
 	cmd := exec.CommandContext(ctx, filepath.Join(b.directory, program), args...)
 	if len(input) > 0 {
@@ -192,22 +206,22 @@ func (b *Backend) start(ctx context.Context, input []byte, program string, args 
 		defer file.Close()
 		cmd.Stdin = file
 	}
-	var out, printed bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &printed
+	var printed bytes.Buffer
+	cmd.Stdout, cmd.Stderr = out, &printed
 	// A process group of its own: Ctrl-C in a terminal ends the router, and does
 	// not interrupt a change of rules.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return fail(&programError{program: program, err: err})
 	}
-	return func() ([]byte, []byte, error) {
+	return func() ([]byte, error) {
 		if err := cmd.Wait(); err != nil {
 			if ctx.Err() != nil {
-				return nil, nil, &programError{program: program, err: ctx.Err()}
+				return nil, &programError{program: program, err: ctx.Err()}
 			}
-			return nil, nil, runError(program, err, printed.String())
+			return nil, runError(program, err, printed.String())
 		}
-		return out.Bytes(), printed.Bytes(), nil
+		return printed.Bytes(), nil
 	}
 }
 
@@ -239,6 +253,13 @@ func (b *Backend) Begin(ctx context.Context, plan rules.Plan) (*Tx, error) {
 	before := b.chains
 	if !plan.Equal(b.plan) {
 		b.plan, b.chains = plan, plan.IPTables()
+		b.planned = make(map[rules.Family]map[chainID][]byte)
+		for _, c := range b.chains {
+			if b.planned[c.Family] == nil {
+				b.planned[c.Family] = make(map[chainID][]byte)
+			}
+			b.planned[c.Family][chainID{c.Table, c.Name}] = c.Saved
+		}
 	}
 	var failed []error
 	for _, wait := range waits {

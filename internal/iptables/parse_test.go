@@ -1,9 +1,14 @@
 package iptables
 
 import (
+	"bytes"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // Lines in which a part has the look of another one.
@@ -41,5 +46,44 @@ COMMIT
 	}
 	if diff := cmp.Diff(map[string]bool{"EGRESS-UDP": true}, got.referenced); diff != "" {
 		t.Errorf("referenced: - want, + got:\n%s", diff)
+	}
+}
+
+// A chain that begins as planned is a part of the planned text, which no other rule changes;
+// lines may be longer than the buffer.
+func TestReadShares(t *testing.T) {
+	planned := []byte("-A EGRESS-PREROUTING -p tcp -j RETURN\n-A EGRESS-PREROUTING -p udp -j RETURN\n")
+	first, second, _ := strings.Cut(string(planned), "\n")
+	first += "\n"
+	long := "-A EGRESS-PREROUTING -m comment --comment \"" + strings.Repeat("x", 100_000) + "\" -j RETURN\n"
+	for name, test := range map[string]struct {
+		rules  string
+		shares bool
+	}{
+		"as planned":       {string(planned), true},
+		"the first rule":   {first, true},
+		"one more":         {string(planned) + first, false},
+		"another second":   {first + long, false},
+		"the second first": {second + first, false},
+		"long":             {long + first, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := slices.Clone(planned)
+			p := parser{found: make(state), planned: map[chainID][]byte{{rules.NAT, "EGRESS-PREROUTING"}: planned}}
+			saved := "*nat\n:PREROUTING ACCEPT [0:0]\n:EGRESS-PREROUTING - [0:0]\n" + test.rules + "COMMIT\n"
+			if err := p.read(strings.NewReader(saved)); err != nil {
+				t.Fatal(err)
+			}
+			got := p.found.of(rules.NAT).chains["EGRESS-PREROUTING"]
+			if string(got) != test.rules {
+				t.Errorf("found %d bytes, want %d", len(got), len(test.rules))
+			}
+			if shares := &got[0] == &planned[0]; shares != test.shares {
+				t.Errorf("shares the planned text: %v, want %v", shares, test.shares)
+			}
+			if !bytes.Equal(planned, before) {
+				t.Errorf("the planned text has changed: %q", planned)
+			}
+		})
 	}
 }

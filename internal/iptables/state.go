@@ -1,8 +1,11 @@
 package iptables
 
 import (
+	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -55,41 +58,93 @@ var (
 // to a chain and match every packet, in the form that they are loaded in or in the
 // given one.
 func parse(saved []byte, jump jumpForm) state {
-	s := make(state)
-	var c *contents
-	var position map[rules.Hook]int
+	p := parser{found: make(state), jump: jump}
 	for line := range bytes.Lines(saved) {
-		if line = withoutColumns(line); len(line) < 2 {
-			continue
+		p.add(line)
+	}
+	return p.found
+}
+
+// A parser reads the text of iptables-save line by line.
+type parser struct {
+	found state
+	jump  jumpForm
+	// The planned rules of chains, of which a chain with the same rules becomes a part: the
+	// text of ten thousand redirects has a megabyte.
+	planned map[chainID][]byte
+
+	table    rules.Table
+	c        *contents // of table
+	position map[rules.Hook]int
+}
+
+// read reads all lines of a file.
+func (p *parser) read(file io.Reader) error {
+	const most = 32 << 10 // bytes of a line without an allocation
+	lines := bufio.NewReaderSize(file, most)
+	for {
+		line, err := lines.ReadSlice('\n')
+		if errors.Is(err, bufio.ErrBufferFull) {
+			line = slices.Clone(line)
+			var rest []byte
+			rest, err = lines.ReadBytes('\n')
+			line = append(line, rest...)
 		}
-		switch line[0] {
-		case '*':
-			c, position = newContents(), make(map[rules.Hook]int)
-			s[rules.Table(bytes.TrimSpace(line[1:]))] = c
-		case ':':
-			chain, _, _ := bytes.Cut(line[1:], []byte(" "))
-			if rules.OwnsChain(string(chain)) {
-				c.chains[string(chain)] = nil
-			}
-		case '-':
-			name, rule := cutChain(line)
-			if text, own := c.chains[name]; own {
-				c.chains[name] = append(text, bytes.Replace(line, protocolWithoutFile, protocolByFile, 1)...)
-				continue
-			}
-			hook := rules.Hook(name)
-			position[hook]++
-			to := target(rule)
-			switch {
-			case to == "":
-			case to == chainOf(hook) && (string(rule) == loadedJump.to(to) || string(rule) == jump.to(to)):
-				c.jumps[to] = append(c.jumps[to], position[hook])
-			default:
-				c.referenced[to] = true
-			}
+		p.add(line)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
 		}
 	}
-	return s
+}
+
+// add reads a line, and keeps no part of it.
+func (p *parser) add(line []byte) {
+	if line = withoutColumns(line); len(line) < 2 {
+		return
+	}
+	switch line[0] {
+	case '*':
+		p.table = rules.Table(bytes.TrimSpace(line[1:]))
+		p.c, p.position = newContents(), make(map[rules.Hook]int)
+		p.found[p.table] = p.c
+	case ':':
+		chain, _, _ := bytes.Cut(line[1:], []byte(" "))
+		if rules.OwnsChain(string(chain)) {
+			p.c.chains[string(chain)] = nil
+		}
+	case '-':
+		name, rule := cutChain(line)
+		if text, own := p.c.chains[name]; own {
+			p.c.chains[name] = p.appendRule(name, text, line)
+			return
+		}
+		hook := rules.Hook(name)
+		p.position[hook]++
+		to := target(rule)
+		switch {
+		case to == "":
+		case to == chainOf(hook) && (string(rule) == loadedJump.to(to) || string(rule) == p.jump.to(to)):
+			p.c.jumps[to] = append(p.c.jumps[to], p.position[hook])
+		default:
+			p.c.referenced[to] = true
+		}
+	}
+}
+
+// appendRule appends a rule to the text of a chain, which stays a part of the planned one
+// as long as they are equal.
+func (p *parser) appendRule(chain string, text, line []byte) []byte {
+	if bytes.Contains(line, protocolWithoutFile) {
+		line = bytes.Replace(line, protocolWithoutFile, protocolByFile, 1)
+	}
+	planned, n := p.planned[chainID{p.table, chain}], len(text)+len(line)
+	if n <= len(planned) && bytes.Equal(planned[len(text):n], line) && (len(text) == 0 || &text[0] == &planned[0]) {
+		return planned[:n:n]
+	}
+	return append(text, line...)
 }
 
 // withoutColumns returns a line of iptables-save without the parts that change with

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"math"
 	"strings"
 
 	"github.com/egress-router/egress-router/rules"
@@ -229,13 +231,23 @@ func (f *familyTx) program(what string) string { return f.backend.program(f.fami
 // read starts to read the state from the kernel. The returned function waits for
 // the end.
 func (f *familyTx) read(ctx context.Context) (wait func() error) {
-	finish := f.backend.start(ctx, nil, f.program("save"))
+	// A file outside of this process's memory: a megabyte of text with thousands of redirects.
+	saved, err := inMemory(f.program("save"), nil)
+	if err != nil {
+		return func() error { return err }
+	}
+	finish := f.backend.startTo(ctx, saved, nil, f.program("save"))
 	return func() error {
-		saved, printed, err := finish()
+		defer saved.Close()
+		printed, err := finish()
 		if err != nil {
 			return fmt.Errorf("reading the rules: %w", err)
 		}
-		f.now, f.notes = f.spelling.parse(saved), notes(printed)
+		p := parser{found: make(state), jump: f.spelling.jump, planned: f.backend.planned[f.family]}
+		if err := p.read(io.NewSectionReader(saved, 0, math.MaxInt64)); err != nil {
+			return fmt.Errorf("reading the output of %s: %w", f.program("save"), err)
+		}
+		f.now, f.notes = f.spelling.allLoaded(p.found), notes(printed)
 		return nil
 	}
 }
