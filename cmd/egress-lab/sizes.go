@@ -86,7 +86,7 @@ func measureIdle(ctx context.Context, program string, v variant, load load, comp
 	if err != nil {
 		return 0, 0, 0, err
 	}
-	time.Sleep(time.Duration(comparisons) * idleInterval)
+	time.Sleep(time.Duration(comparisons)*idleInterval + idleInterval/2) // between two of them
 	after, err := processorTime(cmd.Process.Pid)
 	if err != nil {
 		return 0, 0, 0, err

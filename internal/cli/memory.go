@@ -6,6 +6,7 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -32,28 +33,69 @@ func tuneGC() (restoreGC func()) {
 	}
 }
 
-// giveBackProgram drops the pages of the program's file from the process's memory:
-// most are needed, or were read ahead, only for the start. The kernel reads them from
-// the page cache when they are used again (madvise(2), MADV_DONTNEED). Errors do not
-// matter.
-func giveBackProgram() {
-	exe, err := os.Readlink("/proc/self/exe")
-	if err != nil {
-		return
-	}
-	maps, err := os.Open("/proc/self/maps") // proc_pid_maps(5)
-	if err != nil {
-		return
-	}
-	defer maps.Close()
-	for lines := bufio.NewScanner(maps); lines.Scan(); {
-		var begin, end uintptr
-		var permissions string
-		if n, _ := fmt.Sscanf(lines.Text(), "%x-%x %s", &begin, &end, &permissions); n != 3 {
-			continue
+// A router with manyRedirects makes garbage of some megabytes in each comparison. It is
+// collected once, behind the comparison, when also what only the comparison needed is given
+// back; with idlePercent it would be collected several times in the comparison, which takes
+// longer, and the freed memory would stay until the next one.
+const (
+	manyRedirects = 1000
+	manyPercent   = 400
+)
+
+// newRest returns a function to call after each comparison of the rules of a number of
+// redirects.
+func newRest() func(redirects int) {
+	percent := idlePercent
+	return func(redirects int) {
+		want := idlePercent
+		if redirects >= manyRedirects {
+			want = manyPercent
 		}
-		if strings.HasSuffix(lines.Text(), " "+exe) && !strings.Contains(permissions, "w") {
-			_, _, _ = unix.Syscall(unix.SYS_MADVISE, begin, end-begin, unix.MADV_DONTNEED)
+		if want != percent { // it stops the world
+			percent = want
+			debug.SetGCPercent(percent)
+		}
+		if redirects >= manyRedirects {
+			debug.FreeOSMemory()
+			giveBackProgram()
 		}
 	}
 }
+
+// giveBackProgram drops the pages of the program's file from the process's memory:
+// most are needed, or were read ahead, only for the start or for a comparison. The kernel
+// maps them from the page cache when they are used again (madvise(2), MADV_DONTNEED), 16 in
+// one fault. Errors do not matter.
+func giveBackProgram() {
+	for _, m := range programMaps() {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.begin, m.end-m.begin, unix.MADV_DONTNEED)
+	}
+}
+
+// A mapping is a range of addresses.
+type mapping struct{ begin, end uintptr }
+
+// programMaps returns the mappings of the program's file that are not writable, which stay
+// as they are.
+var programMaps = sync.OnceValue(func() (found []mapping) {
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return nil
+	}
+	maps, err := os.Open("/proc/self/maps") // proc_pid_maps(5)
+	if err != nil {
+		return nil
+	}
+	defer maps.Close()
+	for lines := bufio.NewScanner(maps); lines.Scan(); {
+		var m mapping
+		var permissions string
+		if n, _ := fmt.Sscanf(lines.Text(), "%x-%x %s", &m.begin, &m.end, &permissions); n != 3 {
+			continue
+		}
+		if strings.HasSuffix(lines.Text(), " "+exe) && !strings.Contains(permissions, "w") {
+			found = append(found, m)
+		}
+	}
+	return found
+})

@@ -116,6 +116,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 // newKeeper returns a keeper for the router's namespace.
 func newKeeper(r *router.Router, c config.Config) *router.Keeper {
 	k := router.NewKeeper(r)
+	k.Rests = newRest()
 	k.Interval, k.AnnounceInterval = c.Health.Interval, c.Health.AnnounceInterval
 	if c.Health.Probe {
 		k.ProbeInterval, k.ProbeFailsReady = c.Health.ProbeInterval, c.Health.ProbeFailsReady

@@ -35,6 +35,9 @@ type Keeper struct {
 	// Replaced is called after the destinations of Replace are loaded; may be
 	// nil.
 	Replaced func()
+	// Rests is called after a full comparison that found no difference, with the number of
+	// redirects and fallbacks; may be nil.
+	Rests func(redirects int)
 
 	// Events subscribes to the kernel's events.
 	Events func() (Events, error)
@@ -297,6 +300,9 @@ func (k *Keeper) compare(ctx context.Context, what events.Kind, announces bool) 
 	k.logged = ""
 	if len(c.repairs) == 0 {
 		k.notBefore = now.Add(k.pace.inSync(now.Sub(begin), now))
+		if k.Rests != nil && what == everything {
+			k.Rests(k.plan.Size())
+		}
 		return true
 	}
 	k.Router.Log.Info("reconciled", "repairs", len(c.repairs), "took", now.Sub(begin).Round(100*time.Microsecond).String())
