@@ -183,7 +183,7 @@ func (l *limits) readLines(t *nftables.Table) error {
 // lineExpressions returns a rule with expressions that chains of redirects have. It contains
 // nil for each other expression.
 func lineExpressions(family byte, list []byte) (rule []expr.Any, err error) {
-	return rule, attributes(list, func(_ uint16, b []byte) error {
+	err = attributes(list, func(_ uint16, b []byte) error {
 		var x expr.Any
 		err := attributes(b, func(kind uint16, data []byte) error {
 			if kind == unix.NFTA_EXPR_NAME {
@@ -204,6 +204,7 @@ func lineExpressions(family byte, list []byte) (rule []expr.Any, err error) {
 		rule = append(rule, x)
 		return err
 	})
+	return rule, err
 }
 
 // addLimitsMap adds the map, without elements.
