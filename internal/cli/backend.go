@@ -314,14 +314,13 @@ func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stra
 	if tx, ok := isIPTables(inUse); ok {
 		flavour = tx.Flavour()
 	}
+	var failed error
 	if flavour != iptables.Legacy {
 		stray, err := iptables.FindStray(ctx, b.families)
-		if err != nil {
-			return nil, err
-		}
 		if stray != nil {
 			found = append(found, stray)
 		}
+		failed = err
 	}
 	find := nft.FindAll
 	if inUse != nil {
@@ -330,13 +329,10 @@ func (b *backend) strays(ctx context.Context, inUse router.Rules) ([]router.Stra
 		}
 	}
 	stray, err := find(b.families)
-	if err != nil {
-		return nil, err
-	}
 	if stray != nil {
 		found = append(found, stray)
 	}
-	return found, nil
+	return found, errors.Join(failed, err)
 }
 
 // next returns the backend that replaces one that could not load the rules; nil:

@@ -434,7 +434,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 // down, writing a sysctl, replacing a route and deleting what was advertised.
 func (k *Kernel) Do(s plan.Change) error {
 	if err := k.do(s); err != nil {
-		if s.Sysctl == plan.IPForward || s.Sysctl == plan.IPv6Forward || strings.HasSuffix(s.Sysctl, "/forwarding") {
+		if s.Value == "1" && (s.Sysctl == plan.IPForward || s.Sysctl == plan.IPv6Forward || strings.HasSuffix(s.Sysctl, "/forwarding")) {
 			return &ForwardingError{s.Sysctl, err}
 		}
 		return fmt.Errorf("%s: %w", s, err)

@@ -354,13 +354,18 @@ func TestRemoveLeadsBack(t *testing.T) {
 		have.Strays = []string{"rules"}
 		begin := fmt.Sprintf("%+v\nthen %+v", before, have.State)
 		var log []string
+		forgotten := false
 		for _, s := range Remove(Want{Network: network}, have, before) {
 			log = append(log, s.String())
 			if c, is := s.(Change); is {
 				simulate(&have.State, c)
 			}
+			forgotten = forgotten || s == Step(Forget{})
 			if _, is := s.(RemoveStray); is {
 				have.Strays = nil
+				if !forgotten {
+					t.Fatalf("%d: the rules go before the connections:\n%s", n, strings.Join(log, "\n"))
+				}
 				if len(have.State.Addresses) > 0 || slices.ContainsFunc(have.State.AllRoutes(), func(r Route) bool { return slices.ContainsFunc(ours, r.same) }) {
 					t.Fatalf("%d: the rules go before the address and its routes:\n%s", n, strings.Join(log, "\n"))
 				}

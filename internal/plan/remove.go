@@ -12,7 +12,9 @@ import (
 //
 // The rules stay until the reserved addresses, and the routes by the egress interface, are
 // gone: what still comes is dropped, since it would leave by another interface. The cluster
-// side's default route comes first: the pod always has one.
+// side's default route comes first: the pod always has one. The connections end before the
+// rules, too: without these the kernel would still translate their packets, and forward
+// them to the cluster side if forwarding cannot be ended.
 //
 // have.Strays are the rules of all backends.
 func Remove(want Want, have Have, before State) []Step {
@@ -29,6 +31,9 @@ func Remove(want Want, have Have, before State) []Step {
 	all = append(all, steps(leaveEgress(n, have.State, before))...)
 	if want.Macvlan != nil && have.State.Index != 0 {
 		all = append(all, Destroy{n.Interface})
+	}
+	if len(have.Strays) > 0 {
+		all = append(all, Forget{})
 	}
 	for _, name := range have.Strays {
 		all = append(all, RemoveStray{name})

@@ -293,6 +293,7 @@ func (c *change) removeStray(ctx context.Context) error {
 		return err
 	}
 	s := c.strays[0]
+	c.strays, c.have.Strays = c.strays[1:], c.have.Strays[1:]
 	undo, err := s.Remove(ctx)
 	if undo != nil {
 		c.done.add(undo)
@@ -300,7 +301,6 @@ func (c *change) removeStray(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.strays, c.have.Strays = c.strays[1:], c.have.Strays[1:]
 	c.note(RepairStrays, s.String(), "removed", func() {
 		if c.rules == nil { // no backend is in use
 			c.router.Log.Info("rules removed", "removed", s.String())

@@ -93,6 +93,50 @@ func TestRemoveUnderTraffic(t *testing.T) {
 	})
 }
 
+// Forwarding may be out of reach: then, too, no packet of an earlier connection leaves by
+// the cluster side, where its source would still be the reserved address.
+func TestRemoveWithReadOnlyProc(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"] = "8080 tcp 203.0.113.26 80\n203.0.113.25\n"
+		w := p.Watch(p.Lab.Router, p.Lab.MacvlanName, p.Lab.ClusterName)
+		for range 3 {
+			p.OK()
+			traffic := p.Traffic(p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)))
+			traffic.Await(5)
+			r := p.Exec("with-read-only-proc", "remove")
+			if want := "set net.ipv4.ip_forward = 0: open /proc/sys/net/ipv4/ip_forward: read-only file system"; r.Code != 1 || !strings.Contains(r.Last(), want) {
+				p.Errorf("exit code %d, last line %q; want 1 and %q", r.Code, r.Last(), want)
+			}
+			traffic.Await(5)
+			traffic.Stop()
+			if text := p.State(); strings.Contains(text, "EGRESS-") || strings.Contains(text, "table egress-router") || strings.Contains(text, "192.168.12.99") {
+				p.Errorf("remains:\n%s", text)
+			}
+		}
+		w.WantSource()
+		w.WantNothing(p.Lab.ClusterName, labtest.ToServers)
+	})
+}
+
+// Rules of iptables (legacy) that nothing can remove keep nothing else in place.
+func TestRemoveWithoutIptables(t *testing.T) {
+	t.Parallel()
+	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		r := p.Exec("without-iptables", "remove")
+		legacy := strings.Contains(p.State(), "EGRESS-")
+		if want := "iptables (legacy): looking for iptables: "; legacy != (r.Code == 1 && strings.Contains(r.Last(), want)) {
+			p.Errorf("exit code %d, rules remain: %v, stderr:\n%s", r.Code, legacy, r.Stderr)
+		}
+		if text := p.State(); strings.Contains(text, "table egress-router") || strings.Contains(text, "192.168.12.99/24") {
+			p.Errorf("remains:\n%s", text)
+		}
+		remove(p)
+		wantNothingToRemove(p)
+	})
+}
+
 // Of a run that was killed after any of its steps, and whose interface was deleted since
 // then or not, nothing remains.
 func TestRemoveOfKilledRun(t *testing.T) {
