@@ -249,6 +249,9 @@ func (f *Follower) finish(e *entry, answer resolver.Answer, err error) (changed 
 	if err == nil && len(usable) == 0 {
 		err = errors.New("no usable address")
 	}
+	if answer.OnlyIPv4 { // those of IPv6 stay
+		usable = append(usable, slices.DeleteFunc(slices.Clone(e.Addresses), netip.Addr.Is4)...)
+	}
 	switch {
 	case err != nil:
 		f.failed++

@@ -22,6 +22,7 @@ type zone struct {
 	ttl     time.Duration
 	addrs   map[string][]netip.Addr // none: no such name
 	silent  map[string]bool
+	silent6 bool // without an answer for AAAA records
 	takes   time.Duration
 	asked   map[string]int
 	running int
@@ -51,7 +52,11 @@ func (z *zone) lookup(ctx context.Context, name string) (resolver.Answer, error)
 	if len(z.addrs[name]) == 0 {
 		return resolver.Answer{}, &resolver.Error{Name: name, Err: resolver.ErrNoName}
 	}
-	return resolver.Answer{Addrs: z.addrs[name], Name: name, Expires: time.Now().Add(z.ttl)}, nil
+	addrs := slices.Clone(z.addrs[name])
+	if z.silent6 {
+		addrs = slices.DeleteFunc(addrs, netip.Addr.Is6)
+	}
+	return resolver.Answer{Addrs: addrs, Name: name, Expires: time.Now().Add(z.ttl), OnlyIPv4: z.silent6}, nil
 }
 
 func (z *zone) set(name string, addrs ...string) {
@@ -96,6 +101,32 @@ func following(t *testing.T, test func(t *testing.T, z *zone, f *Follower, chang
 
 // text returns the addresses of a name.
 func text(f *Follower, name string) string { return join(f.Resolution(name).Addresses) }
+
+// IPv6 addresses stay while the name servers answer only for those of IPv4.
+func TestFollowerKeepsIPv6(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+		z.set("db.example.com", "203.0.113.25", "2001:db8::25")
+		f.Follow([]string{"db.example.com"}, true)
+		f.Await(t.Context())
+		step := func(silent6 bool, want string, wantChanges int) {
+			t.Helper()
+			z.mu.Lock()
+			z.silent6 = silent6
+			z.mu.Unlock()
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			if text(f, "db.example.com") != want || len(*changes) != wantChanges {
+				t.Errorf("%s after %d changes, want %s after %d", text(f, "db.example.com"), len(*changes), want, wantChanges)
+			}
+		}
+		step(true, "203.0.113.25,2001:db8::25", 1)
+		z.set("db.example.com", "203.0.113.26", "2001:db8::26")
+		step(true, "203.0.113.26,2001:db8::25", 2)
+		step(false, "203.0.113.26,2001:db8::26", 3)
+		z.set("db.example.com", "203.0.113.26")
+		step(false, "203.0.113.26", 4)
+	})
+}
 
 // A name is looked up when its answer expires, and at no other time, and a change is
 // reported at once.

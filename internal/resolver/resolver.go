@@ -150,6 +150,9 @@ type Answer struct {
 	Addrs   []netip.Addr // IPv4 first, otherwise in the order of the answer
 	Name    string       // name that has the addresses, perhaps of the search list; lower case, no final dot
 	Expires time.Time    // in the past for an old answer
+	// The AAAA records are unknown: no name server answered for them in time. There may be
+	// some.
+	OnlyIPv4 bool
 }
 
 // size returns the size of an answer in bytes.
@@ -199,7 +202,7 @@ func (r *Resolver) FullNames(host string) []string {
 // wait for it. client is that of LookupAddr.
 func (r *Resolver) Lookup(ctx context.Context, client netip.Addr, host string) (Answer, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
-		return Answer{[]netip.Addr{a.Unmap()}, a.Unmap().String(), time.Now().Add(MaxTTL)}, nil
+		return Answer{Addrs: []netip.Addr{a.Unmap()}, Name: a.Unmap().String(), Expires: time.Now().Add(MaxTTL)}, nil
 	}
 	name, ok := normal(host)
 	if !ok {
@@ -207,7 +210,7 @@ func (r *Resolver) Lookup(ctx context.Context, client netip.Addr, host string) (
 	}
 	bare := strings.TrimSuffix(name, ".")
 	if found := r.hosts.get().addrs[bare]; len(found) > 0 {
-		return Answer{slices.Clone(found), bare, time.Now().Add(checkEvery)}, nil
+		return Answer{Addrs: slices.Clone(found), Name: bare, Expires: time.Now().Add(checkEvery)}, nil
 	}
 	conf := r.current()
 	answer, expires, err := r.addrs.get(ctx, client, name, func(ctx context.Context) (Answer, time.Duration, error) {
@@ -281,7 +284,7 @@ func (r *Resolver) search(ctx context.Context, c *conf, name string) (Answer, ti
 	for i, candidate := range c.candidates(name) {
 		found := r.address(ctx, c, candidate.name)
 		if found.err == nil {
-			return Answer{Addrs: limited(r, candidate.name, addresses(found.records), maxAddrs), Name: strings.TrimSuffix(candidate.name, ".")}, found.ttl, nil
+			return Answer{Addrs: limited(r, candidate.name, addresses(found.records), maxAddrs), Name: strings.TrimSuffix(candidate.name, "."), OnlyIPv4: found.onlyIPv4}, found.ttl, nil
 		}
 		// A full name is searched below other domains only if it is known not to
 		// exist (RFC 1535): it could be another host there.
@@ -346,12 +349,14 @@ func (r *Resolver) address(ctx context.Context, c *conf, name string) result {
 	}
 	select {
 	case <-late:
+		v4.onlyIPv4 = true
 		return v4
 	case v6 := <-six:
 		switch {
 		case v4.err == nil && v6.err == nil:
 			return result{records: slices.Concat(v4.records, v6.records), ttl: min(v4.ttl, v6.ttl)}
 		case v4.err == nil:
+			v4.onlyIPv4 = errors.Is(v6.err, ErrNoAnswer)
 			return v4
 		case v6.err == nil:
 			return v6

@@ -257,17 +257,24 @@ func TestOneKindFails(t *testing.T) {
 	t.Parallel()
 	s := serve(t)
 	s.set("a.example. 60 IN A 192.0.2.1", "a.example. 60 IN AAAA 2001:db8::1",
-		"b.example. 60 IN A 192.0.2.2", "c.example. 60 IN AAAA 2001:db8::3")
+		"b.example. 60 IN A 192.0.2.2", "c.example. 60 IN AAAA 2001:db8::3", "e.example. 60 IN A 192.0.2.5")
 	s.answer("a.example. AAAA", silence)
 	s.answer("b.example. AAAA", code(dns.RcodeNameError))
 	s.answer("c.example. A", code(dns.RcodeServerFailure))
 	s.answer("d.example. AAAA", silence)
+	s.answer("e.example. AAAA", code(dns.RcodeServerFailure))
 	// A resolver that waits for AAAA records does so for longer than the test does.
 	r, _ := newResolver(t, "options timeout:30 attempts:5\n", s)
 	want(t, r, "a.example", "192.0.2.1")
 	want(t, r, "b.example", "192.0.2.2")
 	want(t, r, "c.example", ErrNoAnswer)
 	want(t, r, "d.example", ErrNoName)
+	want(t, r, "e.example", "192.0.2.5")
+	for name, only := range map[string]bool{"a.example": true, "b.example": false, "e.example": true} { // from the cache
+		if answer, err := r.Lookup(t.Context(), netip.Addr{}, name); err != nil || answer.OnlyIPv4 != only {
+			t.Errorf("%s: %+v, error %v; want OnlyIPv4 %v", name, answer, err, only)
+		}
+	}
 }
 
 // If a server does not answer or fails, the next one is queried.
