@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -373,4 +374,47 @@ func TestNamesOfBothFamilies(t *testing.T) {
 		await6("[2001:db8::26]:80")
 		p.WantEcho("a connection to the former IPv6 address", conn, reader)
 	})
+}
+
+// A name server that answers with other addresses each time does not make the router probe
+// the other destinations each time.
+func TestNamesDoNotSetTheIntervalOfProbes(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	var listener net.Listener
+	if err := p.Lab.Outside.Do(func() (err error) {
+		listener, err = net.Listen("tcp4", "203.0.113.27:8443")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	var probes atomic.Int64
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			probes.Add(1)
+			_ = conn.Close()
+		}
+	}()
+	n := serveNames(p)
+	p.Env["EGRESS_GRAMMAR"] = "extended"
+	p.Env["EGRESS_PROBE"], p.Env["EGRESS_PROBE_INTERVAL"] = "tcp", "12h"
+	p.Env["EGRESS_DESTINATION"] = "5432 tcp db.example.com 80\n443 tcp 203.0.113.27 8443\n"
+	p.Start("legacy")
+	for i := range 5 {
+		address := fmt.Sprint("203.0.113.", 25+i%2)
+		n.set("db.example.com.", address)
+		awaitServer(p, 5432, address+":80")
+		p.Until("a probe of "+address, func() bool {
+			_, out := p.Health()
+			return strings.Contains(out, "2 reachable")
+		})
+	}
+	if n := probes.Load(); n != 1 {
+		t.Errorf("%d probes of a server that has not changed, want that of the start", n)
+	}
 }
