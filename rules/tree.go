@@ -145,8 +145,8 @@ func appendRange(chains []TextChain, of TextChain, in portRange, redirects []Red
 }
 
 // appendRedirect appends the rule of a redirect. One to several addresses has a chain of
-// its own, which is appended to chains. rule is any without matches, to be used again. No other chain has its name: the chains of ranges
-// have ports of several redirects.
+// its own, which is appended to chains. No other chain has its name: the chains of ranges
+// have ports of several redirects. rule is one without matches, which calls share.
 func (c *TextChain) appendRedirect(chains []TextChain, r Redirect, rule *Rule) []TextChain {
 	if !r.Several() {
 		r.spellOut(rule, c.appendRule)
