@@ -21,8 +21,8 @@ import (
 // that chain. The state of a limit is part of its rule in the kernel: while the rule stays,
 // a change of other rules does not touch it.
 //
-// Neither would do as an element of a set: kernels before 5.16 delete one that counts no
-// connection (net/netfilter/nft_set_hash.c, nft_rhash_gc). A rule of iptables that counts
+// An element of a set would not do: Linux 5.10 deletes one that counts no connection
+// (net/netfilter/nft_set_hash.c, nft_rhash_gc). A rule of iptables that counts
 // begins at zero whenever any program replaces its table, in the legacy flavour.
 //
 //	limits              iifname eth0 meta l4proto . th dport vmap @limits
