@@ -22,9 +22,9 @@ import (
 type client struct{ *labtest.Pod }
 
 // dial opens a connection, nil if the pod refuses it.
-func (c client) dial(proto string, port uint16) net.Conn {
+func (c client) dial(port uint16) net.Conn {
 	c.Helper()
-	conn, err := c.Lab.Dial(c.Context(), c.Lab.Client, proto, netip.AddrPortFrom(lab.RouterAddr, port))
+	conn, err := c.Lab.Dial(c.Context(), c.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return nil
 	}
@@ -39,7 +39,7 @@ func (c client) dial(proto string, port uint16) net.Conn {
 func (c client) wantOpen(port uint16, n int) (open []net.Conn) {
 	c.Helper()
 	for i := range n {
-		conn := c.dial("tcp", port)
+		conn := c.dial(port)
 		if conn == nil {
 			c.Fatalf("port %d: connection %d is refused", port, i+1)
 		}
@@ -52,7 +52,7 @@ func (c client) wantOpen(port uint16, n int) (open []net.Conn) {
 // wantNone checks that port refuses a TCP connection.
 func (c client) wantNone(when string, port uint16) {
 	c.Helper()
-	if c.dial("tcp", port) != nil {
+	if c.dial(port) != nil {
 		c.Errorf("%s: a connection to port %d passes", when, port)
 	}
 }
@@ -103,7 +103,7 @@ func TestLimitOfConnections(t *testing.T) {
 
 		_ = open[0].Close()
 		p.Until("a connection passes after another has ended", func() bool {
-			conn := c.dial("tcp", 443)
+			conn := c.dial(443)
 			if conn != nil {
 				open[0] = conn
 			}
@@ -144,8 +144,8 @@ func TestLimitOfRate(t *testing.T) {
 		for _, conn := range open {
 			p.WantEcho("an open connection", conn, bufio.NewReader(conn))
 		}
-		p.Until("a connection is refused", func() bool { return c.dial("tcp", 444) == nil })
-		p.Until("a connection passes again", func() bool { return c.dial("tcp", 444) != nil })
+		p.Until("a connection is refused", func() bool { return c.dial(444) == nil })
+		p.Until("a connection passes again", func() bool { return c.dial(444) != nil })
 		c.wantOpen(80, 1)
 
 		flows := []*labtest.Flow{p.Flow(53), p.Flow(53)}
