@@ -129,7 +129,8 @@ func TestDemo(t *testing.T) {
 			t.Errorf("stdout lacks %q:\n%s", want, stdout)
 		}
 	}
-	if n := strings.Count(stdout, "msg=ready"); n != ready {
+	// On a busy machine IPv6 may be ready with IPv4.
+	if n := strings.Count(stdout, "msg=ready"); n != ready && (ready < 4 || n != ready-1) {
 		t.Errorf("the router was ready %d times, want %d:\n%s", n, ready, stdout)
 	}
 }

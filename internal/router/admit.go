@@ -16,6 +16,8 @@ const (
 	// before the first probe, and one for each probe, of which there is one by default
 	// (RFC 4862, section 5.4.2; ip-sysctl.rst, dad_transmits). A loaded host takes longer.
 	detectionPatience = 10 * time.Second
+	// holderPatience is the time for the holder of an address to answer.
+	holderPatience = time.Second
 	// detectionPoll is the time between two looks at it.
 	detectionPoll = 20 * time.Millisecond
 )
@@ -72,7 +74,7 @@ func (c *change) holderOf(ctx context.Context, a netip.Addr) net.HardwareAddr {
 	if err != nil {
 		return nil
 	}
-	mac, _ := question.Answer(ctx, time.Now().Add(patience)) // without an answer it is unknown
+	mac, _ := question.Answer(ctx, time.Now().Add(holderPatience)) // without an answer it is unknown
 	return mac
 }
 

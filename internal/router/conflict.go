@@ -22,10 +22,13 @@ const patience = 50 * time.Millisecond
 // A ConflictError reports another host with the reserved address.
 type ConflictError struct {
 	Address netip.Addr
-	MAC     net.HardwareAddr // the other host's
+	MAC     net.HardwareAddr // the other host's; nil: unknown
 }
 
 func (e *ConflictError) Error() string {
+	if e.MAC == nil { // it has not answered
+		return fmt.Sprintf("take reserved address %s: already in use", e.Address)
+	}
 	return fmt.Sprintf("take reserved address %s: already in use by %s", e.Address, e.MAC)
 }
 
