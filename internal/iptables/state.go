@@ -137,8 +137,8 @@ func (p *parser) add(line []byte) {
 // appendRule appends a rule to the text of a chain, which stays a part of the planned one
 // as long as they are equal.
 func (p *parser) appendRule(chain string, text, line []byte) []byte {
-	if bytes.Contains(line, protocolWithoutFile) {
-		line = bytes.Replace(line, protocolWithoutFile, protocolByFile, 1)
+	if before, after, found := bytes.Cut(line, protocolWithoutFile); found {
+		line = slices.Concat(before, protocolByFile, after)
 	}
 	planned, n := p.planned[chainID{p.table, chain}], len(text)+len(line)
 	if n <= len(planned) && bytes.Equal(planned[len(text):n], line) && (len(text) == 0 || &text[0] == &planned[0]) {

@@ -21,7 +21,7 @@ import (
 // A client is a client of ports with limits.
 type client struct{ *labtest.Pod }
 
-// dial opens a connection, nil if the pod refuses it.
+// dial opens a TCP connection, nil if the pod refuses it.
 func (c client) dial(port uint16) net.Conn {
 	c.Helper()
 	conn, err := c.Lab.Dial(c.Context(), c.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
