@@ -55,6 +55,15 @@ func (s Set) Names() []string {
 	return slices.Compact(names)
 }
 
+// NamesBeside returns the names of the lines that another set does not have.
+func (s Set) NamesBeside(other Set) []string {
+	has := make(map[Redirect]bool, len(other.Redirects))
+	for _, r := range other.Redirects {
+		has[r] = true
+	}
+	return Set{Redirects: slices.DeleteFunc(slices.Clone(s.Redirects), func(r Redirect) bool { return has[r] })}.Names()
+}
+
 // A Resolution is the addresses of a name.
 type Resolution struct {
 	Addresses []netip.Addr // for new connections; none: not known yet

@@ -3,6 +3,7 @@ package rules
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -95,6 +96,14 @@ func TestUnresolvedNamesAreRefused(t *testing.T) {
 	}
 	if plan := NewPlan(set, sides); plan.Size() != 4 || len(plan.Destinations()) != 1 {
 		t.Errorf("%d redirects to %v", plan.Size(), plan.Destinations())
+	}
+}
+
+func TestNamesBeside(t *testing.T) {
+	before := parseNamed(t, "443 tcp a.example.com\n444 tcp b.example.com\n445 tcp 203.0.113.25\n446 tcp c.example.com")
+	after := parseNamed(t, "443 tcp a.example.com\n444 tcp c.example.com\n445 tcp b.example.com\n446 tcp c.example.com")
+	if got := after.NamesBeside(before); !slices.Equal(got, []string{"b.example.com", "c.example.com"}) {
+		t.Errorf("%v, want those of the lines that have changed", got)
 	}
 }
 

@@ -248,14 +248,15 @@ func TestNamesAreReloaded(t *testing.T) {
 				p.Fatal(err)
 			}
 		}
-		write("5432 tcp one.example.com 80\n5433 tcp one.example.com 80\n")
+		const other = "5434 tcp two.example.com 80\n" // its name may have had other addresses before the start
+		write("5432 tcp one.example.com 80\n5433 tcp one.example.com 80\n" + other)
 		delete(p.Env, "EGRESS_DESTINATION")
 		p.Env["EGRESS_DESTINATION_FILE"] = file
 		r := p.Start("legacy")
 		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 		awaitServer(p, 5432, "203.0.113.25:80")
 		first, second := open(p, 5432), open(p, 5433)
-		write("5432 tcp two.example.com 80\n5433 tcp one.example.com 80\n")
+		write("5432 tcp two.example.com 80\n5433 tcp one.example.com 80\n" + other)
 		r.AwaitLog(1, "destinations changed")
 		awaitServer(p, 5432, "203.0.113.26:80")
 		first.wantEnd(p, "a connection to the former name")

@@ -140,6 +140,9 @@ func (w *watch) reload(written config.Config, env config.Environment) error {
 	defer w.mu.Unlock()
 	if w.names != nil {
 		w.names.Follow(c.Set.Names(), false)
+		for _, name := range c.Set.NamesBeside(w.latest.Set) {
+			w.names.Distinct(name)
+		}
 	}
 	w.latest = c
 	w.set.Store(&c.Set)

@@ -110,6 +110,16 @@ func (f *Follower) Follow(list []string, start bool) {
 	f.signal()
 }
 
+// Distinct records that a name has had no addresses before the start of the program, as on
+// a line that had something else: connections of that line to another server end.
+func (f *Follower) Distinct(name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if e := f.names[name]; e != nil {
+		e.any = false
+	}
+}
+
 func (f *Follower) init() {
 	if f.names == nil {
 		f.names, f.wake = make(map[string]*entry), make(chan struct{}, 1)
