@@ -41,10 +41,10 @@ exit codes: 0 done; 1 a variable is invalid, or the namespace cannot be read
 
 Removes what runs of EGRESS_ROUTER_MODE have done to the network namespace that it runs in:
 the reserved address, routes, routing rules and rules; the cluster side's default route is
-back. It reads the same variables as they. An egress interface that the router has created
-is deleted. Sysctls of the two interfaces get the values of net.*.conf.default, the times of
-connection tracking those of the kernel, and the namespace does not forward. Stop a router
-that stays before: it would repair all of it.
+back. It reads the same variables but for the destinations. An egress interface that the
+router has created is deleted. Sysctls of the two interfaces get the values of
+net.*.conf.default, the times of connection tracking those of the kernel, and the namespace
+does not forward. Stop a router that stays before: it would repair all of it.
 
 exit codes: 0 removed, or nothing was there; 1 error: run it again after its cause is gone
 `,

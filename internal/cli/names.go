@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/lookup"
 	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/resolver"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -30,7 +30,7 @@ const (
 // newFollower returns a follower of names for a configuration. The queries leave by the
 // cluster side, to which the name servers are routed (keepNameServers).
 func newFollower(c config.Config, log *slog.Logger) *lookup.Follower {
-	r := resolver.New(resolver.Options{Log: log})
+	r, own := resolver.New(resolver.Options{Log: log}), new(netns.Addresses)
 	return &lookup.Follower{
 		Lookup: func(ctx context.Context, name string) (resolver.Answer, error) {
 			answer, err := r.Lookup(ctx, netip.Addr{}, name)
@@ -40,25 +40,19 @@ func newFollower(c config.Config, log *slog.Logger) *lookup.Follower {
 			})
 			return answer, err
 		},
-		Unusable: func(a netip.Addr) string { return unusable(c, a) },
+		Unusable: func(a netip.Addr) string { return unusable(c, own, a) },
 		Log:      log,
 	}
 }
 
 // unusable returns why no line could have an address of a name, empty if one could: a name
 // server is trusted with addresses of servers alone.
-func unusable(c config.Config, a netip.Addr) string {
+func unusable(c config.Config, own *netns.Addresses, a netip.Addr) string {
 	if why := c.Unusable(a); why != "" {
 		return why
 	}
-	own, err := net.InterfaceAddrs()
-	if err != nil {
-		return ""
-	}
-	for _, o := range own {
-		if n, ok := o.(*net.IPNet); ok && n.IP.Equal(a.AsSlice()) {
-			return "an address of the pod"
-		}
+	if is, err := own.Has(a); err == nil && is {
+		return "an address of the pod"
 	}
 	return ""
 }

@@ -2,18 +2,23 @@ package cli
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/egress-router/egress-router/internal/config"
 )
 
-// runRemove takes out of the namespace what runs with the same variables have put there.
+// runRemove takes out of the namespace what runs with the same variables have put there, in
+// any mode.
 func runRemove(ctx context.Context, p Process) error {
-	c, err := parse(p)
+	env, err := p.Environment()
+	if err != nil {
+		return fmt.Errorf("read environment: %w", err)
+	}
+	// A mode without destinations: they may be invalid, or their file gone.
+	env.Mode = string(config.HTTPProxy)
+	c, err := config.Parse(env, readFile)
 	if err != nil {
 		return err
-	}
-	if c.Mode == config.UnitTest {
-		return nil // it puts nothing there
 	}
 	if err := checkPrivilege(c); err != nil {
 		return err

@@ -1,11 +1,6 @@
 package httpproxy
 
-import (
-	"net"
-	"net/netip"
-	"sync"
-	"time"
-)
+import "net/netip"
 
 // isLocal reports whether an address is local on any host: loopback, on which other
 // containers of the pod listen (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5.3),
@@ -30,44 +25,4 @@ func names(p netip.Prefix, a netip.Addr) bool {
 		return p.Addr().Is4() && p.Bits() >= 16 || p.Addr().Is6() && p.Bits() >= 10
 	}
 	return false
-}
-
-// ownAddresses caches the addresses of this network namespace, since listing them takes
-// as long as a request.
-type ownAddresses struct {
-	mu    sync.Mutex
-	until time.Time
-	addrs map[netip.Addr]bool
-	err   error
-}
-
-// ownAddressesAge is how long the addresses are cached. They rarely change while a
-// proxy runs.
-const ownAddressesAge = time.Second
-
-// has reports whether an address is one of this network namespace.
-func (o *ownAddresses) has(a netip.Addr) (bool, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if now := time.Now(); now.After(o.until) {
-		o.addrs, o.err = interfaceAddresses()
-		o.until = now.Add(ownAddressesAge)
-	}
-	return o.addrs[a], o.err
-}
-
-func interfaceAddresses() (map[netip.Addr]bool, error) {
-	list, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, err
-	}
-	addrs := make(map[netip.Addr]bool, len(list))
-	for _, entry := range list {
-		if network, ok := entry.(*net.IPNet); ok {
-			if a, ok := netip.AddrFromSlice(network.IP); ok {
-				addrs[a.Unmap()] = true
-			}
-		}
-	}
-	return addrs, nil
 }

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // A Config is the configuration of a proxy. Every field must be set unless its comment
@@ -78,7 +80,7 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	if c.MaxConnections == 0 {
 		c.MaxConnections = max(1, files/4*3) // idle clients need no second file
 	}
-	p := &Proxy{config: c, log: log, resolver: resolver, own: new(ownAddresses).has}
+	p := &Proxy{config: c, log: log, resolver: resolver, own: new(netns.Addresses).Has}
 	p.rules.Store(&c.Rules)
 	p.silence.log = log
 	p.file.set(nil)

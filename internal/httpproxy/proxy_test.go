@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
@@ -711,7 +712,7 @@ func TestOwnAddresses(t *testing.T) {
 		header(conn)
 		send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 	})
-	own := func(p *Proxy) { p.own = new(ownAddresses).has }
+	own := func(p *Proxy) { p.own = new(netns.Addresses).Has }
 	own254 := strings.Replace(server, "203.0.113.1:", "203.0.113.254:", 1)
 	for _, test := range []struct {
 		rules, to string

@@ -72,14 +72,18 @@ func (n Network) routes(index int, ipv6 bool) []Route {
 func shuts(have, before State) bool { return have.Forwards && !before.Forwards }
 
 // shut returns the changes that end forwarding, if the pod did not forward before. Writing
-// net.ipv4.ip_forward sets the sysctl of every interface.
+// net.ipv4.ip_forward sets the sysctl of every interface. Where /proc/sys is read-only,
+// somebody else has enabled it.
 func shut(have, before State) []Change {
 	var changes []Change
+	off := func(name string) {
+		changes = append(changes, Change{Op: WriteSysctl, Sysctl: name, Value: "0", OldValue: "1", Optional: true, Effect: "the namespace forwards"})
+	}
 	if shuts(have, before) {
-		changes = append(changes, Change{Op: WriteSysctl, Sysctl: IPForward, Value: "0", OldValue: "1"})
+		off(IPForward)
 	}
 	if six := have.IPv6; six != nil && six.Forwards && (before.IPv6 == nil || !before.IPv6.Forwards) {
-		changes = append(changes, Change{Op: WriteSysctl, Sysctl: IPv6Forward, Value: "0", OldValue: "1"})
+		off(IPv6Forward)
 	}
 	return changes
 }
