@@ -19,6 +19,7 @@ var (
 	goalLarge   = atMost(1.3)   // times the load of 10,000 destinations
 	goalRival   = atMost(0.5)   // times the load of 10,000 with iptables-restore
 	goalFlat    = atLeast(0.9)  // connections with 10,000 destinations, times those with one
+	goalMixed   = atLeast(0.95) // the same with 10,000 destinations of every kind
 	goalLinear  = atLeast(5)    // connections with 10,000 destinations, times those through a linear chain
 	goalBulk    = atLeast(0.95) // TCP bytes, times those without any rule
 	goalBinary  = atMost(15)    // MB, 10^6 bytes

@@ -341,8 +341,8 @@ init, example                            iptables-legacy          20000       19
 
 func TestCompare(t *testing.T) {
 	rows := compare([]series{
-		{"one", [][]float64{{100, 200}, {99, 198}, {95, 190}}},
-		{linear, [][]float64{{100, 200}, {80, 160}, {10, 20}}},
+		{"one", [][]float64{{100, 200}, {99, 198}, {95, 190}}, nil},
+		{linear, [][]float64{{100, 200}, {80, 160}, {10, 20}}, nil},
 	}, []int{1, 100, 10000})
 	want := []row{
 		{"100 destinations, to 1", "one", []pair{{100, 99}, {200, 198}}, goal{}},

@@ -23,7 +23,8 @@ type effort struct {
 var connectionsEffort = effort{rounds: 15, each: 250 * time.Millisecond, sizes: []int{1, 100, 1000, 10000}}
 
 const connectionsHead = `Connections: new TCP connections a second through the router to the last destination of
-a list. References: a list with one destination, and a linear chain of as many rules.
+a list. References: a list with one destination, and a linear chain of as many rules. A
+mixed list has ports, ranges, several addresses, and all protocols of both families.
 
 `
 
@@ -55,6 +56,7 @@ func benchConnections(ctx context.Context, program string, found []variant, stdo
 type series struct {
 	variant string
 	figures [][]float64 // by list and round
+	mixed   [][]float64 // by mixedPort and round; nil: not measured
 }
 
 // measureConnections measures all variants. All labs exist at the same time, so that
@@ -88,6 +90,17 @@ func measureConnections(ctx context.Context, program string, found []variant, e 
 			}
 			turns = append(turns, turn{path: p, figures: &s.figures[j]})
 		}
+		if s.variant == linear {
+			continue
+		}
+		mixed, err := runMixed(ctx, program, found[i], e.sizes[len(e.sizes)-1], s)
+		for _, t := range mixed {
+			defer t.path.lab.Close()
+		}
+		if err != nil {
+			return nil, err
+		}
+		turns = append(turns, mixed...)
 	}
 	for round := range e.rounds + 1 {
 		// The order is reversed in each round: no position has an advantage.
@@ -124,6 +137,12 @@ func compare(all []series, sizes []int) []row {
 			}
 			rows = append(rows, r)
 		}
+		for j, figures := range s.mixed {
+			rows = append(rows, row{
+				what:    fmt.Sprintf("%s mixed, %s, to %s", thousands(sizes[last]), mixedPorts[j].what, thousands(sizes[0])),
+				variant: s.variant, pairs: pairs(s.figures[0], figures), goal: goalMixed,
+			})
+		}
 		if s.variant != linear {
 			rows = append(rows, row{
 				what: thousands(sizes[last]) + " destinations, to " + linear, variant: s.variant,
@@ -132,6 +151,68 @@ func compare(all []series, sizes []int) []row {
 		}
 	}
 	return rows
+}
+
+// mixedPorts are the destinations of a mixed list that are measured.
+var mixedPorts = []struct {
+	what string
+	port uint16
+}{{"a port", 50000}, {"a range to the same ports", onePort}, {"a range to one port", 50002}}
+
+// mixedDestinations returns a list of n lines in the extended grammar, those of mixedPorts
+// among them.
+func mixedDestinations(n int) string {
+	b := new(strings.Builder)
+	fmt.Fprintf(b, "440-450 tcp %s\n50000 tcp %s %d\n50001-50009 tcp %s %d\n", server, server, onePort, server, onePort)
+	for i := range max(0, n-3) {
+		port := firstPort + 3*(i/2) // both protocols of a pair of lines
+		switch i % 10 {
+		case 0, 2:
+			fmt.Fprintf(b, "%d tcp %s %d\n", port, server, onePort)
+		case 4:
+			fmt.Fprintf(b, "%d-%d tcp 2001:db8::25 %d\n", port, port+1, onePort)
+		case 1, 3:
+			fmt.Fprintf(b, "%d-%d udp %s\n", port, port+2, server)
+		case 5:
+			fmt.Fprintf(b, "%d-%d udp,sctp %s %d-%d\n", port, port+2, server, port+100, port+102)
+		case 6:
+			fmt.Fprintf(b, "%d-%d tcp %s %d-%d\n", port, port+2, server, port+100, port+102)
+		case 7:
+			fmt.Fprintf(b, "%d-%d udp %s 53\n", port, port+2, server)
+		case 8:
+			fmt.Fprintf(b, "%d tcp %s,203.0.113.25,203.0.113.27 80\n", port, server)
+		case 9:
+			fmt.Fprintf(b, "%d-%d udp 203.0.113.25,2001:db8::25\n", port, port+1)
+		}
+	}
+	return b.String()
+}
+
+// runMixed runs a router with a mixed list, and returns the turns of its ports.
+func runMixed(ctx context.Context, program string, v variant, n int, s *series) ([]turn, error) {
+	l, err := lab.New(lab.Options{IPv6: true})
+	if err != nil {
+		return nil, err
+	}
+	turns := make([]turn, len(mixedPorts))
+	s.mixed = make([][]float64, len(mixedPorts))
+	for i, m := range mixedPorts {
+		turns[i] = turn{path: pathTo(l, m.port), figures: &s.mixed[i]}
+	}
+	load, err := writeLoad(fmt.Sprintf("%s mixed lines", thousands(n)), mixedDestinations(n))
+	if err != nil {
+		return turns, err
+	}
+	load.env = append(load.env, "EGRESS_GRAMMAR=extended", "EGRESS_SOURCE="+exampleSource+", 2001:db8:12::99/64", "EGRESS_GATEWAY="+exampleGateway+", fe80::1")
+	if _, err := runRouter(ctx, l, program, v, "init", load); err != nil {
+		return turns, err
+	}
+	for i, t := range turns {
+		if err := t.path.check(ctx, "tcp", lab.Source); err != nil {
+			return turns, fmt.Errorf("%s, a mixed list, %s: %w", v.name, mixedPorts[i].what, err)
+		}
+	}
+	return turns, nil
 }
 
 // runList runs a router with n destinations.
@@ -200,10 +281,13 @@ func lengthen(rules string, n int) string {
 }
 
 // pathToLast returns the path of the last destination of a list.
-func pathToLast(l *lab.Lab, n int) path {
+func pathToLast(l *lab.Lab, n int) path { return pathTo(l, uint16(firstPort+n-1)) }
+
+// pathTo returns the path of a destination by its local port.
+func pathTo(l *lab.Lab, port uint16) path {
 	return path{
 		lab:    l,
-		to:     netip.AddrPortFrom(lab.RouterAddr, uint16(firstPort+n-1)),
+		to:     netip.AddrPortFrom(lab.RouterAddr, port),
 		server: netip.AddrPortFrom(netip.MustParseAddr(server), onePort),
 	}
 }

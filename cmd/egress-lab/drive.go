@@ -21,6 +21,7 @@ type drive struct {
 	Kind    driveKind
 	Clients int            // clients at once
 	Rate    int            // requests a second of all clients of driveKept; zero: as many as are answered
+	Sent    bool           // with Rate: an answer's time begins when its request is sent, as without one, not when it is due
 	For     time.Duration  // measured time, after warmUp
 	To      netip.AddrPort // proxy
 	Server  netip.AddrPort // server in the requests to an HTTP proxy
@@ -389,8 +390,8 @@ func (g *generator) finish(v *visit) error {
 	return g.connect(v)
 }
 
-// rest lets a visit wait until its next request is due. The time of the answer begins then,
-// also if all clients were waiting for answers.
+// rest lets a visit wait until its next request is due. Unless Sent, the time of the answer
+// begins then, also if all clients were waiting for answers.
 func (g *generator) rest(v *visit, now time.Time) error {
 	if g.due.IsZero() {
 		g.due = now
@@ -410,6 +411,9 @@ func (g *generator) wake() error {
 			return os.NewSyscallError("timerfd_settime", unix.TimerfdSettime(g.timer, 0, &at, nil))
 		}
 		g.resting = g.resting[1:]
+		if g.Sent {
+			v.begin = time.Now()
+		}
 		if err := send(v.socket, g.request); err != nil {
 			return err
 		}

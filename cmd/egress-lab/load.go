@@ -91,18 +91,25 @@ func example() load {
 	return load{name: "example", redirects: 4, rounds: roundsSmall, goal: goalExample, start: true, env: []string{"EGRESS_DESTINATION=" + exampleDestination}}
 }
 
-// makeLoad returns a load of n destinations. Its file is in this process's own
-// /run and ends with it.
+// makeLoad returns a load of n destinations.
 func makeLoad(n int) (load, error) {
+	l, err := writeLoad(thousands(n)+" lines", destinations(n))
+	l.redirects = n
+	return l, err
+}
+
+// writeLoad returns a load of a list, without the number of redirects. Its file is in this
+// process's own /run and ends with it.
+func writeLoad(name, list string) (load, error) {
 	directory, err := os.MkdirTemp("/run", "bench-")
 	if err != nil {
 		return load{}, fmt.Errorf("making a directory: %w", err)
 	}
 	file := filepath.Join(directory, "destinations")
-	if err := os.WriteFile(file, []byte(destinations(n)), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(list), 0o600); err != nil {
 		return load{}, fmt.Errorf("writing a list: %w", err)
 	}
-	return load{name: thousands(n) + " lines", redirects: n, rounds: roundsSmall, env: []string{"EGRESS_DESTINATION_FILE=" + file}}, nil
+	return load{name: name, rounds: roundsSmall, env: []string{"EGRESS_DESTINATION_FILE=" + file}}, nil
 }
 
 // The destinations of a list that is not the example have the ports from

@@ -39,11 +39,18 @@ var (
 
 // A trial is one load for all proxies of a part, with its readings.
 type trial struct {
-	kind     driveKind
-	clients  int
-	rate     int // requests a second; zero: as many as are answered
+	kind    driveKind
+	clients int
+	rate    int // requests a second; zero: as many as are answered
+	// The first contender gets this many times the requests that the second answered in
+	// the trial before, which is repeated for no other one; zero: all have the same load.
+	times    float64
 	readings []reading
 }
+
+// ahead is how many times as many requests the HTTP proxy answers as another one at its
+// most, for a comparison of their slowest answers.
+const ahead = 1.4
 
 // steadyRate is less than half of what each proxy takes on a machine with two processors.
 const steadyRate = 4000
@@ -73,49 +80,54 @@ type contest struct {
 
 var contests = map[string]contest{
 	partHTTP: {start: startHTTP, idle: driveIdle, trials: []trial{
-		{driveKept, 16, 0, []reading{
+		{driveKept, 16, 0, 0, []reading{
 			{"GET keep-alive, 16 clients, 1/s", rate, false, goalHTTP},
 			{"the same, processor time of one, µs", cpu, true, goal{}},
 			{"the same, median, ms", p50, true, goal{}},
 			// A proxy that answers more requests has more of them, and leaves the client
-			// and the server less of the processors: see the next trial.
+			// and the server less of the processors: see the next trials.
 			{"the same, p99, ms", p99, true, goalTail},
 		}},
-		{driveKept, 16, steadyRate, []reading{
+		{driveKept, 16, 0, ahead, []reading{
+			{fmt.Sprintf("GET keep-alive, %.1f times the requests, 1/s", ahead), rate, false, atLeast(0.98 * ahead)},
+			{"the same, median, ms", p50, true, goalSteady},
+			{"the same, p99, ms", p99, true, goalSteady},
+		}},
+		{driveKept, 16, steadyRate, 0, []reading{
 			{fmt.Sprintf("GET keep-alive, %s/s, median, ms", thousands(steadyRate)), p50, true, goalSteady},
 			{"the same, p99, ms", p99, true, goalSteady},
 		}},
-		{driveNew, 16, 0, []reading{
+		{driveNew, 16, 0, 0, []reading{
 			{"GET new connection, 16 clients, 1/s", rate, false, goalHTTP},
 			{"the same, processor time of one, µs", cpu, true, goal{}},
 			{"the same, median, ms", p50, true, goal{}},
 			{"the same, p99, ms", p99, true, goalTail},
 		}},
-		{driveTunnel, 16, 0, []reading{
+		{driveTunnel, 16, 0, 0, []reading{
 			{"CONNECT and GET, 16 clients, 1/s", rate, false, goalEqual},
 			{"the same, processor time of one, µs", cpu, true, goal{}},
 			{"the same, p99, ms", p99, true, goalTail},
 		}},
-		{drivePour, 1, 0, []reading{{"one tunnel, Gbit/s", gbit, false, goalEqual}}},
-		{drivePour, 16, 0, []reading{{"16 tunnels, Gbit/s", gbit, false, goalEqual}}},
+		{drivePour, 1, 0, 0, []reading{{"one tunnel, Gbit/s", gbit, false, goalEqual}}},
+		{drivePour, 16, 0, 0, []reading{{"16 tunnels, Gbit/s", gbit, false, goalEqual}}},
 	}},
 	partDNS: {start: startDNS, idle: driveDirectIdle, trials: []trial{
-		{driveDirect, 1, 0, []reading{
+		{driveDirect, 1, 0, 0, []reading{
 			{"short connections, one client, 1/s", rate, false, goal{}},
 			{"the same, p99, ms", p99, true, goal{}},
 		}},
-		{driveDirect, 8, 0, []reading{
+		{driveDirect, 8, 0, 0, []reading{
 			{"short connections, 8 clients, 1/s", rate, false, goalShort},
 			{"the same, processor time of one, µs", cpu, true, goal{}},
 			{"the same, p99, ms", p99, true, goal{}},
 		}},
-		{driveDirect, 32, 0, []reading{
+		{driveDirect, 32, 0, 0, []reading{
 			{"short connections, 32 clients, 1/s", rate, false, goalShort},
 			{"the same, processor time of one, µs", cpu, true, goal{}},
 			{"the same, p99, ms", p99, true, goal{}},
 		}},
-		{driveDirectPour, 1, 0, []reading{{"one stream, Gbit/s", gbit, false, goalSpliced}}},
-		{driveDirectPour, 8, 0, []reading{{"8 streams, Gbit/s", gbit, false, goalSpliced}}},
+		{driveDirectPour, 1, 0, 0, []reading{{"one stream, Gbit/s", gbit, false, goalSpliced}}},
+		{driveDirectPour, 8, 0, 0, []reading{{"8 streams, Gbit/s", gbit, false, goalSpliced}}},
 	}},
 }
 
@@ -215,17 +227,24 @@ func (c contest) run(ctx context.Context, l *lab.Lab, contenders []contender, e 
 	for round := range e.rounds + 1 {
 		// The order is reversed in each round: no position has an advantage.
 		slices.Reverse(order)
+		last := make([]drove, len(contenders)) // of the trial before
 		for i, t := range c.trials {
+			if t.times > 0 {
+				t.rate = int(t.times * last[1].Rate)
+			}
 			for _, k := range order {
 				if contenders[k].user && t.kind != drivePour {
 					continue
 				}
-				d, err := contenders[k].drive(ctx, l, drive{Kind: t.kind, Clients: t.clients, Rate: t.rate, For: e.each})
-				if err != nil {
-					return nil, fmt.Errorf("%s: %w", contenders[k].name, err)
+				if t.times == 0 || k == 0 {
+					d, err := contenders[k].drive(ctx, l, drive{Kind: t.kind, Clients: t.clients, Rate: t.rate, Sent: t.times > 0, For: e.each})
+					if err != nil {
+						return nil, fmt.Errorf("%s: %w", contenders[k].name, err)
+					}
+					last[k] = d
 				}
 				if round > 0 {
-					results[i][k] = append(results[i][k], d)
+					results[i][k] = append(results[i][k], last[k])
 				}
 			}
 		}
