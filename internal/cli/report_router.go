@@ -188,10 +188,11 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	}
 	emit(name+"repair_failures_total", float64(s.RepairFailures))
 	emit(name+"announcements_total", float64(s.Announcements))
-	conflicts, known, reachable := 0, false, false
+	conflicts, known, reachable := 0, false, true
 	for _, around := range s.Surroundings {
 		conflicts += around.Conflicts
-		known, reachable = known || around.Gateway.Known, reachable || around.Gateway.Reachable
+		known = known || around.Gateway.Known
+		reachable = reachable && (around.Gateway.Reachable || !around.Gateway.Known)
 	}
 	emit(name+"address_conflicts_total", float64(conflicts))
 	if known {

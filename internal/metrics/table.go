@@ -16,7 +16,7 @@ var Router = []Metric{
 	{"egress_router_repair_failures_total", Counter, nil, "Repairs that failed."},
 	{"egress_router_announcements_total", Counter, nil, "Announcements of the reserved address by gratuitous ARP."},
 	{"egress_router_address_conflicts_total", Counter, nil, "Claims of the reserved address by another host."},
-	{"egress_router_gateway_reachable", Gauge, nil, "1 while the gateway answers ARP requests, otherwise 0."},
+	{"egress_router_gateway_reachable", Gauge, nil, "1 while the gateway answers ARP requests, of both families if there are two, otherwise 0."},
 	{"egress_router_reloads_total", Counter, nil, "Changes of the destinations at run time."},
 	{"egress_router_reload_failures_total", Counter, nil, "Destination files that were invalid, so that the previous destinations stayed in effect."},
 	{"egress_router_destination_up", Gauge, redirect, "1 while the destination accepts connections, otherwise 0; only if probes are enabled."},

@@ -51,6 +51,11 @@ func claim(want Network, have State) []Change {
 		})
 	}
 	for _, s := range want.missing(have) {
+		for _, a := range have.Addresses { // the kernel has an IPv6 address with one length
+			if a.Addr() == s.Prefix.Addr() && a.Addr().Is6() {
+				take(Change{Op: RemoveAddress, Address: a})
+			}
+		}
 		take(Change{Op: AddAddress, Address: s.Prefix})
 	}
 	if want.retry {

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // Remove returns the steps that take everything of a router out of a namespace, in their
@@ -22,11 +23,11 @@ func Remove(want Want, have Have, before State) []Step {
 	all := steps(shut(have.State, before))
 	for _, ipv6 := range []bool{false, true} {
 		have, before := have.State.of(ipv6), before.of(ipv6)
-		all = append(all, steps(leaveCluster(n, n.routes(have.Index, ipv6), have, before))...)
+		all = append(all, steps(leaveCluster(n, n.routesOf(have, ipv6), have, before))...)
 	}
 	for _, ipv6 := range []bool{false, true} {
 		have, before := have.State.of(ipv6), before.of(ipv6)
-		all = append(all, steps(leaveRoutes(n, n.routes(have.Index, ipv6), have, before))...)
+		all = append(all, steps(leaveRoutes(n, n.routesOf(have, ipv6), have, before))...)
 	}
 	all = append(all, steps(leaveEgress(n, have.State, before))...)
 	if want.Macvlan != nil && have.State.Index != 0 {
@@ -38,7 +39,7 @@ func Remove(want Want, have Have, before State) []Step {
 	for _, name := range have.Strays {
 		all = append(all, RemoveStray{name})
 	}
-	all = append(all, steps(unset(n, have.State, before))...)
+	all = append(all, steps(unset(want, have.State, before))...)
 	if len(all) > 0 {
 		all = append(all, Forget{})
 	}
@@ -60,12 +61,25 @@ func (n Network) Before(have State, initial Sysctls) State {
 	return before
 }
 
-// routes returns the desired routes of a family by the egress interface.
-func (n Network) routes(index int, ipv6 bool) []Route {
+// routesOf returns the routes of a family by the egress interface that a router may have
+// added: those wanted, and default routes by a gateway of an earlier configuration.
+func (n Network) routesOf(have State, ipv6 bool) []Route {
+	routes := n.Routes(have.Index)
 	if ipv6 {
-		return n.routesIPv6(index)
+		routes = n.routesIPv6(have.Index)
 	}
-	return n.Routes(index)
+	for _, r := range have.Routes {
+		if r.Index == have.Index && r.Index != 0 && r.IsDefault() && (!ipv6 || r.Metric <= openMetric) && !slices.ContainsFunc(routes, r.same) {
+			routes = append(routes, r)
+		}
+	}
+	return routes
+}
+
+// Traces reports whether a namespace has IPv6 routes or routing rules of a router, perhaps
+// with sources that it no longer has.
+func (n Network) Traces(have State) bool {
+	return have.IPv6 != nil && (len(have.IPv6.Cluster.Rules) > 0 || slices.ContainsFunc(have.IPv6.Routes, n.rejecting().same))
 }
 
 // shuts reports whether the router has enabled forwarding.
@@ -180,25 +194,30 @@ func leaveEgress(want Network, have, before State) []Change {
 
 // unset returns the changes that give the sysctls that the router sets their values from
 // before.
-func unset(want Network, have, before State) []Change {
+func unset(want Want, have, before State) []Change {
 	var changes []Change
+	n := want.Network
+	gone := want.Macvlan != nil && have.Index != 0 // with its sysctls
 	write := func(name string, now, old int) {
+		if gone && strings.Contains(name, "/conf/"+n.Interface+"/") {
+			return
+		}
 		changes = append(changes, Change{
-			Op: WriteSysctl, Interface: want.Interface, Index: have.Index, Sysctl: name,
+			Op: WriteSysctl, Interface: n.Interface, Index: have.Index, Sysctl: name,
 			Value: strconv.Itoa(old), OldValue: strconv.Itoa(now), Optional: true, Effect: "they keep the values that the router has set",
 		})
 	}
 	for _, i := range have.Forwarding {
 		now := i.On && !shuts(have, before)
 		was := slices.ContainsFunc(before.Forwarding, func(b InterfaceForwarding) bool { return b.Interface == i.Interface && b.On })
-		if now != was && i.On {
+		if now != was && i.On && !(gone && i.Interface == n.Interface) {
 			changes = append(changes, Change{Op: WriteSysctl, Sysctl: ForwardingOf(i.Interface), Value: value(was), OldValue: value(now)})
 		}
 	}
 	if have.Promotes && !before.Promotes {
-		write(PromoteSecondaries(want.Interface), 1, 0)
+		write(PromoteSecondaries(n.Interface), 1, 0)
 	}
-	for _, s := range want.settings() {
+	for _, s := range n.settings() {
 		old, known := before.Sysctls[s.sysctl]
 		if now, exists := have.Sysctls[s.sysctl]; known && exists && now == s.value && now != old {
 			write(s.sysctl, now, old)

@@ -34,6 +34,9 @@ func (e *ConflictError) Error() string {
 
 // Hint returns advice for the user.
 func (e *ConflictError) Hint(names spec.Names) string {
+	if e.Address.Is6() {
+		return spec.Textf("%s, or set %s to begin with IPv4 alone", stopHolder, spec.Set(spec.Conflict, "warn")).In(names)
+	}
 	return spec.Textf("%s, or set %s to take the address anyway", stopHolder, spec.Set(spec.Conflict, "warn")).In(names)
 }
 

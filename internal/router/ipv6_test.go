@@ -425,3 +425,18 @@ func TestCountersOfBothFamilies(t *testing.T) {
 		}
 	})
 }
+
+// Another length of an IPv6 address replaces it: the kernel has an address once.
+func TestLengthOfIPv6Source(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{IPv6: true}, labtest.Nftables)
+	dualStack(p, "", "192.168.12.1, fe80::1")
+	for _, length := range []string{"128", "64"} {
+		p.Env["EGRESS_SOURCE"] = "192.168.12.99/24, 2001:db8:12::99/" + length
+		p.OK()
+		wantDual(p, p.Lab.Client, "tcp", "[fd00:10:128::98]:81", "[2001:db8::25]:80", lab.Source6)
+		if out := p.Tool("ip", "-6", "address", "show", "dev", p.Lab.MacvlanName); strings.Count(out, "2001:db8:12::99/"+length+" ") != 1 || strings.Count(out, "2001:") != 1 {
+			t.Errorf("addresses:\n%s", out)
+		}
+	}
+}

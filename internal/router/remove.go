@@ -3,9 +3,12 @@ package router
 import (
 	"context"
 	"errors"
+	"net/netip"
+	"slices"
 
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -28,16 +31,21 @@ func (r *Router) Remove(ctx context.Context, before *plan.State) error {
 
 	c := &change{router: r, network: network, want: r.Want}
 	c.want.Rules = rules.Plan{}
-	c.have.State, err = network.Observe(r.Want.Network)
+	if want := withIPv6(c.want.Network); link.HasIPv6() {
+		if have, _ := network.Observe(want); want.Traces(have) { // an error comes again
+			c.want.Network = want
+		}
+	}
+	c.have.State, err = network.Observe(c.want.Network)
 	if _, missing := errors.AsType[*link.MissingError](err); err != nil && !missing {
 		return err
 	}
 	if before == nil {
-		initial, err := network.Initial(r.Want.Network)
+		initial, err := network.Initial(c.want.Network)
 		if err != nil {
 			return err
 		}
-		state := r.Want.Network.Before(c.have.State, initial)
+		state := c.want.Network.Before(c.have.State, initial)
 		before = &state
 	}
 	var failed []error
@@ -68,6 +76,16 @@ func (r *Router) Remove(ctx context.Context, before *plan.State) error {
 		r.Log.Info("removed", "interface", r.Want.Network.Interface, "address", r.Want.Network.Sources.String())
 	}
 	return nil
+}
+
+// withIPv6 returns the network with an IPv6 source: an address that no host has (RFC 6666),
+// if there is no other. An earlier run may have had one.
+func withIPv6(n plan.Network) plan.Network {
+	if len(n.Sources.Of(true)) == 0 {
+		none := netip.MustParseAddr("100::1")
+		n.Sources = append(slices.Clone(n.Sources), spec.SourceAddress{Prefix: netip.PrefixFrom(none, 128), Gateway: none})
+	}
+	return n
 }
 
 // optional reports whether a failure of a step is no error.

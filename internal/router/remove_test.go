@@ -200,3 +200,35 @@ func TestRemoveDualStack(t *testing.T) {
 		wantNothingToRemove(p)
 	})
 }
+
+// After a change of the sources and the gateways, remove finds what an earlier run has set.
+func TestRemoveAfterOtherSources(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		h := p.Handle(p.Lab.Router)
+		if err := h.LinkSetUp(p.Link(h, p.Lab.MacvlanName)); err != nil { // a set interface stays up
+			p.Fatal(err)
+		}
+		routes := func() string {
+			p.Helper()
+			var text []string
+			for _, args := range [][]string{{"-6", "rule"}, {"rule"}, {"-6", "route", "show", "default"}, {"route", "show", "default"}, {"route", "show", "table", "4711"}} {
+				out, err := p.TryTool("ip", args...)
+				if err != nil { // no such table
+					out = ""
+				}
+				text = append(text, out)
+			}
+			return strings.Join(text, "\n")
+		}
+		before := routes()
+		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
+		p.OK()
+		p.Env["EGRESS_SOURCE"], p.Env["EGRESS_GATEWAY"] = "192.168.12.98/24", "192.168.12.2"
+		remove(p)
+		if after := routes(); after != before {
+			p.Errorf("- before, + after:\n%s", cmp.Diff(before, after))
+		}
+		wantNothingToRemove(p)
+	})
+}

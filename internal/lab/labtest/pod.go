@@ -248,6 +248,9 @@ func (p *Pod) Tool(name string, args ...string) string {
 	return out
 }
 
+// TryTool runs a program of the machine in the pod, which may fail.
+func (p *Pod) TryTool(name string, args ...string) (string, error) { return p.tool(name, args...) }
+
 func (p *Pod) tool(name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
 	cmd.Env = append(os.Environ(), lockVariable+p.lock)
