@@ -210,7 +210,7 @@ func unset(want Want, have, before State) []Change {
 	for _, i := range have.Forwarding {
 		now := i.On && !shuts(have, before)
 		was := slices.ContainsFunc(before.Forwarding, func(b InterfaceForwarding) bool { return b.Interface == i.Interface && b.On })
-		if now != was && i.On && !(gone && i.Interface == n.Interface) {
+		if now != was && i.On && (!gone || i.Interface != n.Interface) {
 			changes = append(changes, Change{Op: WriteSysctl, Sysctl: ForwardingOf(i.Interface), Value: value(was), OldValue: value(now)})
 		}
 	}
