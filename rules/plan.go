@@ -38,9 +38,9 @@ const (
 	// that can reject a packet with an answer.
 	Filter Table = "filter"
 	// Limits contains rules for the first packet of each connection to a port with limits,
-	// before its destination is translated, that may reject it. It is in nftables with every backend: only its
-	// sets keep their counts while rules change. A packet that it rejects has no connection
-	// afterwards.
+	// before its destination is translated, that may reject it. It is in nftables with
+	// every backend: only its sets keep their counts while rules change. A packet that it
+	// rejects has no connection afterwards.
 	Limits Table = "limits"
 	// SourceGuard sees every outgoing packet after NAT, with its final source.
 	// iptables has no such table, since none of its chains comes after NAT;

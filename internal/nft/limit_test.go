@@ -11,7 +11,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// After a change from every limits to every other the kernel lists what was loaded, undo
+// After a change from any limits to any others the kernel lists what was loaded, undo
 // restores what was there, and the rules of a line that both have stay, with their counts.
 func TestApplyLimits(t *testing.T) {
 	limited := func(list string) rules.Plan {

@@ -104,8 +104,7 @@ func shut(have, before State) []Change {
 
 // leaveCluster returns the changes that give the cluster side its default route of one family
 // back, and remove the routes and rules of the replies. ours are the routes by the egress
-// interface. The kernel's own routing rules are added again,
-// as by a repair.
+// interface. The kernel's own routing rules are added again, as by a repair.
 func leaveCluster(want Network, ours []Route, have, before State) []Change {
 	var changes []Change
 	take := func(c Change) {

@@ -47,8 +47,9 @@ func hostError(file string, err error) error {
 }
 
 // ensureMacvlan creates the egress interface, if the router has to and it does not
-// exist, and adds its rollback to c; if c only looks, it records that it is missing. It returns the addresses of the host that the
-// interface cannot reach; none if r.Want.Macvlan is nil.
+// exist, and adds its rollback to c; if c only looks, it records that it is missing. It
+// returns the addresses of the host that the interface cannot reach; none if r.Want.Macvlan
+// is nil.
 //
 // It checks all preconditions before the change, and never changes the host's
 // namespace.
