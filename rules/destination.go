@@ -7,7 +7,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A Protocol is a protocol above IP by its IANA number. The grammar yields TCP and UDP, the
@@ -236,7 +236,7 @@ func (e *ParseError) Error() string { return e.Sentence }
 // *ParseError. Its sentences begin with the name of the list, in names, and are those of
 // the original if that is the name of its variable. A list of only comments and blank
 // lines is an empty Set.
-func Parse(value string, names spec.Names) (Set, error) {
+func Parse(value string, names wording.Names) (Set, error) {
 	var set Set
 	var fallback Line
 	seen := make([]int32, 1<<16) // local port -> line; zero: unused
@@ -247,7 +247,7 @@ func Parse(value string, names spec.Names) (Set, error) {
 			continue
 		}
 		if set.Fallback.IsValid() {
-			return Set{}, &ParseError{line, spec.Textf("%s fallback IP must be the last line", spec.Destinations).In(names),
+			return Set{}, &ParseError{line, wording.Textf("%s fallback IP must be the last line", wording.Destinations).In(names),
 				fmt.Sprintf("line %d (%q) is the fallback: move it to the end", fallback.Number, fallback.Text)}
 		}
 		f, ok := parseLine(line.Text)
@@ -270,7 +270,7 @@ func Parse(value string, names spec.Names) (Set, error) {
 		}
 		if first := seen[r.Port]; first != 0 {
 			return Set{}, &ParseError{line,
-				spec.Textf("%s localport %d is already used, must be unique for each destination", spec.Destinations, r.Port).In(names),
+				wording.Textf("%s localport %d is already used, must be unique for each destination", wording.Destinations, r.Port).In(names),
 				fmt.Sprintf("line %d uses it first; a local port is allowed once, whatever the protocol", first) + orExtended("list", value, names)}
 		}
 		seen[r.Port] = int32(line.Number)

@@ -8,7 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 func ip(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -64,10 +64,10 @@ func TestParse(t *testing.T) {
 // variables are the names of a front end that is configured by the original's variables.
 type variables struct{}
 
-func (variables) Name(f spec.Field) string {
+func (variables) Name(f wording.Field) string {
 	return "EGRESS_" + strings.TrimSuffix(strings.ToUpper(string(f)), "S")
 }
-func (variables) Set(f spec.Field, value string) string { return string(f) + "=" + value }
+func (variables) Set(f wording.Field, value string) string { return string(f) + "=" + value }
 
 func TestParseErrors(t *testing.T) {
 	invalid := func(line string) string { return "EGRESS_DESTINATION value '" + line + "' is invalid" }

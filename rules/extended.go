@@ -7,7 +7,7 @@ import (
 	"strings"
 	"unique"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A Grammar is a form of destination lists.
@@ -20,7 +20,7 @@ const (
 )
 
 // Parse reads a destination list in the grammar.
-func (g Grammar) Parse(value string, names spec.Names) (Set, error) {
+func (g Grammar) Parse(value string, names wording.Names) (Set, error) {
 	if g == Extended {
 		return ParseExtended(value, names)
 	}
@@ -71,7 +71,7 @@ func (g Grammar) Entries(value string) []Line {
 // A local port may stand once for each protocol and family, and each family may have a
 // fallback. The first invalid line ends the parse
 // with a *ParseError, as in Parse.
-func ParseExtended(value string, names spec.Names) (Set, error) {
+func ParseExtended(value string, names wording.Names) (Set, error) {
 	var set Set
 	var fallback Line
 	seen := make(map[service][]int32) // by local port, which the services lack: the line; zero: unused
@@ -81,7 +81,7 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 		}
 		f, ok := parseExtendedLine(line.Text)
 		if (set.Fallback.IsValid() || set.Fallback6.IsValid()) && (!ok || f.local != "" || set.FallbackOf(FamilyOf(f.to)).IsValid()) {
-			return Set{}, &ParseError{line, spec.Textf("%s fallback IP must be the last line", spec.Destinations).In(names),
+			return Set{}, &ParseError{line, wording.Textf("%s fallback IP must be the last line", wording.Destinations).In(names),
 				fmt.Sprintf("line %d (%q) is the fallback: move it to the end", fallback.Number, fallback.Text)}
 		}
 		if !ok {
@@ -126,16 +126,16 @@ func ParseExtended(value string, names spec.Names) (Set, error) {
 }
 
 // invalid returns the error about a line that does not have the form of one.
-func invalid(line Line, names spec.Names, hint string) error {
-	return &ParseError{line, spec.Textf("%s value '%s' is invalid", spec.Destinations, line.Text).In(names), hint}
+func invalid(line Line, names wording.Names, hint string) error {
+	return &ParseError{line, wording.Textf("%s value '%s' is invalid", wording.Destinations, line.Text).In(names), hint}
 }
 
 // claim records that a line has the local ports of r.
-func (r Redirect) claim(used []int32, line Line, names spec.Names) error {
+func (r Redirect) claim(used []int32, line Line, names wording.Names) error {
 	for port := int(r.Port); port <= int(r.last()); port++ {
 		if first := used[port]; first != 0 {
 			return &ParseError{line,
-				spec.Textf("%s localport %d is already used for %s, must be unique for each protocol", spec.Destinations, port, r.Protocol).In(names),
+				wording.Textf("%s localport %d is already used for %s, must be unique for each protocol", wording.Destinations, port, r.Protocol).In(names),
 				fmt.Sprintf("line %d uses it first", first)}
 		}
 		used[port] = int32(line.Number) //nolint:gosec // a list has fewer lines
@@ -282,7 +282,7 @@ func (f extendedFields) has(family Family) bool {
 }
 
 // redirect returns the redirect of a line, without a protocol, to the first address.
-func (f extendedFields) redirect(line Line, names spec.Names) (Redirect, error) {
+func (f extendedFields) redirect(line Line, names wording.Names) (Redirect, error) {
 	first, last, err := parsePorts(f.local, line, names)
 	if err != nil {
 		return Redirect{}, err
@@ -374,7 +374,7 @@ func isPorts(s string) bool {
 }
 
 // parsePorts accepts PORT and PORT-PORT, and returns the first and the last port.
-func parsePorts(s string, line Line, names spec.Names) (first, last Port, err error) {
+func parsePorts(s string, line Line, names wording.Names) (first, last Port, err error) {
 	a, b, ranged := strings.Cut(s, "-")
 	first, ok := parsePort(a)
 	if !ok {
@@ -401,18 +401,18 @@ func parseExtendedProtocol(s string) (Protocol, bool) {
 
 // orExtended returns the end of a hint about what the legacy grammar refuses: that the
 // extended one accepts it, if it does.
-func orExtended(what, text string, names spec.Names) string {
+func orExtended(what, text string, names wording.Names) string {
 	if _, err := ParseExtended(text, nil); err != nil {
 		return ""
 	}
-	return spec.Textf("; %s accepts this %s", spec.Set(spec.Grammar, "extended"), what).In(names)
+	return wording.Textf("; %s accepts this %s", wording.Set(wording.Grammar, "extended"), what).In(names)
 }
 
 // extendedForms are the forms of a line.
 const extendedForms = `a line is "IP" or "PORTS PROTOCOLS IP", with the server's ports behind it if they differ, for example "8080-8089 tcp,udp 203.0.113.26 80-89"; several addresses have commas between them, and a name may be in place of them`
 
 // addressesHint returns the probable cause of a parse error of several addresses.
-func addressesHint(words []string, names spec.Names) string {
+func addressesHint(words []string, names wording.Names) string {
 	addresses := ""
 	switch {
 	case len(words) > 3 && (strings.HasSuffix(words[2], ",") || strings.HasPrefix(words[3], ",")):
@@ -454,7 +454,7 @@ func addressesHint(words []string, names spec.Names) string {
 }
 
 // extendedHint returns the probable cause of a parse error of a line.
-func extendedHint(text string, names spec.Names) string {
+func extendedHint(text string, names wording.Names) string {
 	if i := strings.IndexByte(text, '#'); i > 0 {
 		return "a comment needs a space in front of #"
 	}

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A Helper is a helper of the kernel's connection tracking: it reads a protocol whose
@@ -101,6 +101,6 @@ func (e *HelperError) Error() string {
 func (e *HelperError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *HelperError) Hint(names spec.Names) string {
-	return spec.Textf("load its modules on the node: modprobe -a %s, with iptables also xt_CT; or remove it from %s", e.Helper.Modules(), spec.Helpers).In(names)
+func (e *HelperError) Hint(names wording.Names) string {
+	return wording.Textf("load its modules on the node: modprobe -a %s, with iptables also xt_CT; or remove it from %s", e.Helper.Modules(), wording.Helpers).In(names)
 }

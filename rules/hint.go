@@ -6,12 +6,12 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // hint returns the probable cause of a parse error of a line. It checks the
 // mistakes that users of the original made, the most specific first.
-func hint(text string, names spec.Names) string {
+func hint(text string, names wording.Names) string {
 	for i := 0; i < len(text); i++ {
 		switch c := text[i]; {
 		case c == '\t':
@@ -77,7 +77,7 @@ func several(words []string) bool {
 	return addresses > 1
 }
 
-func redirectHint(words []string, names spec.Names) string {
+func redirectHint(words []string, names wording.Names) string {
 	if !isDigits(words[0]) {
 		return fmt.Sprintf("%q is not a port: the first field is one number from 1 to 65535", words[0])
 	}
@@ -102,7 +102,7 @@ func redirectHint(words []string, names spec.Names) string {
 }
 
 // addressHint returns the reason why s is not an IPv4 address.
-func addressHint(s string, names spec.Names) string {
+func addressHint(s string, names wording.Names) string {
 	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Addr().Is4() {
 		return fmt.Sprintf(`the remote port is a field of its own: "PORT PROTO %s %d"`, ap.Addr(), ap.Port())
 	}
@@ -118,5 +118,5 @@ func addressHint(s string, names spec.Names) string {
 	if strings.HasPrefix(s, "[") || strings.Count(s, ":") > 1 {
 		return "IPv6 destinations are not supported: give an IPv4 address"
 	}
-	return spec.Textf("%q is a name: redirects take an IPv4 address (%s serves names)", s, spec.Set(spec.Mode, "dns-proxy")).In(names)
+	return wording.Textf("%q is a name: redirects take an IPv4 address (%s serves names)", s, wording.Set(wording.Mode, "dns-proxy")).In(names)
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/egress-router/egress-router/internal/iptables"
 	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/router"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -108,8 +108,8 @@ func (e *limitsError) Error() string { return fmt.Sprintf("load limits of destin
 func (e *limitsError) Unwrap() error { return e.err }
 
 // Hint returns the remedy.
-func (e *limitsError) Hint(names spec.Names) string {
-	return spec.Textf("limits need nf_tables of Linux 5.10 or later with any backend: modprobe nft_limit nft_connlimit nft_nat on the node, or remove limit, burst and max from %s", spec.Destinations).In(names)
+func (e *limitsError) Hint(names wording.Names) string {
+	return wording.Textf("limits need nf_tables of Linux 5.10 or later with any backend: modprobe nft_limit nft_connlimit nft_nat on the node, or remove limit, burst and max from %s", wording.Destinations).In(names)
 }
 
 // guarded combines the rules of a backend with the source guard and the limits, which are

@@ -19,7 +19,7 @@ import (
 	"github.com/egress-router/egress-router/internal/follow"
 	"github.com/egress-router/egress-router/internal/logqueue"
 	"github.com/egress-router/egress-router/internal/router"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -239,7 +239,7 @@ func advised(err error) error {
 func (e *unadvisedError) Unwrap() error { return e.error }
 
 // Hint returns a way to find the cause.
-func (e *unadvisedError) Hint(spec.Names) string {
+func (e *unadvisedError) Hint(wording.Names) string {
 	return "EGRESS_ROUTER_DEBUG=1 logs every step and all rules, to find the cause"
 }
 

@@ -150,7 +150,7 @@ func exampleOf(c config.Config) example {
 	var free []netip.Addr
 	for _, a := range []string{"198.51.100.0", "192.0.2.0", "203.0.113.0"} {
 		network := netip.PrefixFrom(netip.MustParseAddr(a), 24)
-		if !slices.ContainsFunc(c.Sources, func(s spec.SourceAddress) bool {
+		if !slices.ContainsFunc(c.Sources, func(s spec.Source) bool {
 			return network.Contains(s.Prefix.Addr()) || network.Contains(s.Gateway)
 		}) {
 			free = append(free, network.Addr())

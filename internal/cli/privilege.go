@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/config"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A capability is a privilege of a process (capabilities(7)).
@@ -66,7 +66,7 @@ func checkPrivilege(c config.Config) error {
 }
 
 // Hint returns the remedy.
-func (e *privilegeError) Hint(spec.Names) string {
+func (e *privilegeError) Hint(wording.Names) string {
 	if slices.Contains(e.missing, hostCapabilities[0].name) {
 		return "EGRESS_MACVLAN_PARENT requires securityContext.privileged: true in the container's spec, and hostPID: true in the pod's (docker and podman: --privileged --pid=host)"
 	}

@@ -272,7 +272,7 @@ func TestReportRouter(t *testing.T) {
 	} {
 		r := health.Report{Started: begin}
 		if len(test.status.Surroundings) == 2 {
-			c.Sources = append(c.Sources, spec.SourceAddress{Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: netip.MustParseAddr("fe80::1")})
+			c.Sources = append(c.Sources, spec.Source{Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: netip.MustParseAddr("fe80::1")})
 		}
 		reportRouter(&r, test.status, c, begin)
 		if diff := cmp.Diff(test.want, r.Checks); diff != "" {

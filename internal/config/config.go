@@ -277,9 +277,9 @@ func parseLength(s string, most int) (int, error) {
 }
 
 // source returns the first source; the zero one after an error.
-func (c *Config) source() spec.SourceAddress {
+func (c *Config) source() spec.Source {
 	if len(c.Sources) == 0 {
-		return spec.SourceAddress{}
+		return spec.Source{}
 	}
 	return c.Sources[0]
 }

@@ -13,7 +13,7 @@ import (
 
 	"github.com/kelseyhightower/envconfig"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // An Environment contains the value of every variable; an unset variable is empty,
@@ -87,8 +87,8 @@ func names() (set []string) {
 // A Variable describes one variable for help texts.
 type Variable struct {
 	Name  string
-	Field spec.Field // empty: none
-	Unset string     // default
+	Field wording.Field // empty: none
+	Unset string        // default
 	Doc   string
 }
 
@@ -104,7 +104,7 @@ func variables(environment reflect.Type) []Variable {
 		}
 		tag := field.Tag
 		if name := tag.Get("envconfig"); name != "" {
-			list = append(list, Variable{Name: name, Field: spec.Field(tag.Get("spec")), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
+			list = append(list, Variable{Name: name, Field: wording.Field(tag.Get("spec")), Unset: tag.Get("unset"), Doc: tag.Get("doc")})
 		}
 	}
 	return list

@@ -3,7 +3,7 @@ package config
 import (
 	"slices"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // Names are the names of the variables, for messages of other packages about the fields
@@ -11,7 +11,7 @@ import (
 type Names struct{}
 
 // Name returns the variable that sets a field.
-func (Names) Name(f spec.Field) string {
+func (Names) Name(f wording.Field) string {
 	for _, v := range slices.Concat(Variables(), HTTPProxyVariables(), DNSProxyVariables()) {
 		if v.Field == f {
 			return v.Name
@@ -21,4 +21,4 @@ func (Names) Name(f spec.Field) string {
 }
 
 // Set returns the assignment to that variable.
-func (n Names) Set(f spec.Field, value string) string { return n.Name(f) + "=" + value }
+func (n Names) Set(f wording.Field, value string) string { return n.Name(f) + "=" + value }

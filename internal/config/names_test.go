@@ -8,12 +8,12 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // Every field has a variable: messages about it name that.
 func TestEveryFieldHasName(t *testing.T) {
-	file, err := parser.ParseFile(token.NewFileSet(), "../spec/spec.go", nil, 0)
+	file, err := parser.ParseFile(token.NewFileSet(), "../wording/wording.go", nil, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +31,7 @@ func TestEveryFieldHasName(t *testing.T) {
 			t.Fatal(err)
 		}
 		fields++
-		if name := (Names{}).Name(spec.Field(text)); !strings.HasPrefix(name, "EGRESS_") {
+		if name := (Names{}).Name(wording.Field(text)); !strings.HasPrefix(name, "EGRESS_") {
 			t.Errorf("field %q is named %q", text, name)
 		}
 		return false
@@ -39,7 +39,7 @@ func TestEveryFieldHasName(t *testing.T) {
 	if fields == 0 {
 		t.Error("no field")
 	}
-	if got, want := (Names{}).Set(spec.Conflict, "warn"), "EGRESS_CONFLICT=warn"; got != want {
+	if got, want := (Names{}).Set(wording.Conflict, "warn"), "EGRESS_CONFLICT=warn"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }

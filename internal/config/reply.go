@@ -154,7 +154,7 @@ func (c *Config) KeepNameServers(resolvConf []byte) {
 		}
 		a, err := netip.ParseAddr(words[1])
 		ok := err == nil && (a.Is4() || len(c.Sources.Of(true)) > 0 && !a.Is4In6() && !a.IsLinkLocalUnicast())
-		near := func(s spec.SourceAddress) bool {
+		near := func(s spec.Source) bool {
 			return unusable(a, s.Prefix) != "" || a == s.Gateway || s.Prefix.Contains(a)
 		}
 		if !ok || slices.ContainsFunc(c.Sources, near) || slices.Contains(c.destinations(), a) {

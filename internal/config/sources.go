@@ -38,7 +38,7 @@ func (c *Config) parseExtendedSource(s string) *Error {
 		case c.Sources.Have(p.Addr()):
 			return bad("EGRESS_SOURCE contains %s twice: remove one", p.Addr())
 		}
-		c.Sources = append(c.Sources, spec.SourceAddress{Prefix: p})
+		c.Sources = append(c.Sources, spec.Source{Prefix: p})
 		// The rules that spread clients over the sources of a family have a limit.
 		if n := len(c.Sources.Of(p.Addr().Is6())); n > rules.MostSources {
 			return bad("EGRESS_SOURCE has more than %d addresses of one family: clients are spread over at most so many", rules.MostSources)
@@ -155,7 +155,7 @@ func (c *Config) parseExtendedGateway(s string) *Error {
 
 // warnOfSubnet adds a warning if a gateway is outside of the subnets of its family's
 // sources: legal, because the router adds a route to the gateway, and probably a mistake.
-func (c *Config) warnOfSubnet(first spec.SourceAddress) {
+func (c *Config) warnOfSubnet(first spec.Source) {
 	gateway := first.Gateway
 	if c.Mode == UnitTest || gateway.Is6() && gateway.IsLinkLocalUnicast() {
 		return

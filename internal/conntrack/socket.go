@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // bufferSize is the size of the buffer for events of one kind that wait while this
@@ -131,7 +131,7 @@ func (e *KernelError) Error() string { return fmt.Sprintf("%s: %v", e.Doing, e.E
 func (e *KernelError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *KernelError) Hint(spec.Names) string {
+func (e *KernelError) Hint(wording.Names) string {
 	if errors.Is(e.Err, unix.EPERM) {
 		return "connection tracking requires the capability NET_ADMIN"
 	}

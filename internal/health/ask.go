@@ -14,7 +14,7 @@ import (
 	"sync"
 	"syscall"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // maxReport is the size limit of a report, in bytes. The report of a DNS proxy with
@@ -28,7 +28,7 @@ type NoProgramError struct{}
 func (*NoProgramError) Error() string { return "querying health: no running egress-router found" }
 
 // Hint lists the programs that serve health.
-func (*NoProgramError) Hint(spec.Names) string {
+func (*NoProgramError) Hint(wording.Names) string {
 	return "the modes legacy and monitor and the HTTP and DNS proxies serve health while they run:\n" +
 		"run this command in the same container or network namespace"
 }
@@ -122,7 +122,7 @@ func (e *AskError) Error() string {
 func (e *AskError) Unwrap() error { return e.Err }
 
 // Hint returns what to do.
-func (e *AskError) Hint(spec.Names) string {
+func (e *AskError) Hint(wording.Names) string {
 	if errors.Is(e.Err, os.ErrPermission) {
 		return "the socket is open to every user: another program changed its mode or that of its directory"
 	}

@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/limit"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // Handler serves /healthz, with status 200 while alive returns nil, /readyz, with
@@ -154,7 +154,7 @@ func (e *ListenError) Error() string {
 func (e *ListenError) Unwrap() error { return e.Err }
 
 // Hint returns what to do.
-func (e *ListenError) Hint(names spec.Names) string {
+func (e *ListenError) Hint(names wording.Names) string {
 	hint := "set %s to the port alone, such as :9465"
 	switch {
 	case errors.Is(e.Err, syscall.EADDRINUSE):
@@ -164,5 +164,5 @@ func (e *ListenError) Hint(names spec.Names) string {
 	case errors.Is(e.Err, os.ErrPermission):
 		hint = "ports below 1024 need the capability NET_BIND_SERVICE: set another port in %s"
 	}
-	return spec.Textf(hint, spec.HealthListen).In(names)
+	return wording.Textf(hint, wording.HealthListen).In(names)
 }

@@ -18,7 +18,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 func TestHandler(t *testing.T) {
@@ -137,7 +137,7 @@ func TestListenErrors(t *testing.T) {
 	} {
 		_, err := Listen(t.Context(), at, nil, new(book).logger())
 		failed, ok := errors.AsType[*ListenError](err)
-		if !ok || !errors.Is(err, want.err) || err.Error() != want.text || !strings.Contains(failed.Hint(nil), want.hint) || !strings.Contains(failed.Hint(nil), string(spec.HealthListen)) {
+		if !ok || !errors.Is(err, want.err) || err.Error() != want.text || !strings.Contains(failed.Hint(nil), want.hint) || !strings.Contains(failed.Hint(nil), string(wording.HealthListen)) {
 			t.Errorf("%s: %v", at, err)
 		}
 	}

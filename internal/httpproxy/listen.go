@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A listener accepts connections whose requests are checked for their framing, at most
@@ -82,7 +82,7 @@ func (e *listenError) Error() string { return fmt.Sprintf("listening for clients
 func (e *listenError) Unwrap() error { return e.err }
 
 // Hint returns what to do.
-func (e *listenError) Hint(names spec.Names) string {
+func (e *listenError) Hint(names wording.Names) string {
 	hint := "the pod may not have this address: set %s to the port alone, such as :8080"
 	switch {
 	case errors.Is(e.err, os.ErrPermission):
@@ -90,7 +90,7 @@ func (e *listenError) Hint(names spec.Names) string {
 	case errors.Is(e.err, syscall.EADDRINUSE):
 		hint = "another container of the pod listens on this port: set another port in %s"
 	}
-	return spec.Textf(hint, spec.HTTPProxyListen).In(names)
+	return wording.Textf(hint, wording.HTTPProxyListen).In(names)
 }
 
 // Accept waits for a client with a place.

@@ -21,7 +21,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/netns"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // header reads a request's header.
@@ -1170,7 +1170,7 @@ func TestRun(t *testing.T) {
 	defer l.Close()
 	p := New(Config{Listen: netip.MustParseAddrPort(l.Addr().String())}, newLogger(&output{}), zone{})
 	err = p.Run(t.Context())
-	if hint, ok := err.(interface{ Hint(spec.Names) string }); !ok || !strings.Contains(err.Error(), "address already in use") || hint.Hint(nil) == "" {
+	if hint, ok := err.(interface{ Hint(wording.Names) string }); !ok || !strings.Contains(err.Error(), "address already in use") || hint.Hint(nil) == "" {
 		t.Errorf("%v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

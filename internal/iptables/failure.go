@@ -8,7 +8,7 @@ import (
 	"os/exec"
 	"strings"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A programError is the failure of a program.
@@ -46,15 +46,15 @@ func runError(program string, err error, printed string) error {
 
 // Remedies of several failures.
 var (
-	nftables      = spec.Set(spec.Backend, "nftables")
-	otherPrograms = spec.Textf("use the router's container image, or %s, which needs no program", nftables)
-	otherBackend  = spec.Textf("or set %s", nftables)
+	nftables      = wording.Set(wording.Backend, "nftables")
+	otherPrograms = wording.Textf("use the router's container image, or %s, which needs no program", nftables)
+	otherBackend  = wording.Textf("or set %s", nftables)
 )
 
 // A failure is one kind of failure of iptables.
 type failure struct {
 	printed []string // parts of the programs' messages
-	hint    spec.Text
+	hint    wording.Text
 	lacks   bool // of an extension or a module
 }
 
@@ -63,27 +63,27 @@ type failure struct {
 var failures = []failure{
 	{
 		[]string{"holding the xtables lock"},
-		spec.Textf("another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again"),
+		wording.Textf("another program holds the lock of iptables: find the process that has /run/xtables.lock open, and start the router again"),
 		false,
 	},
 	{
 		[]string{"lock file"},
-		spec.Textf("iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file"),
+		wording.Textf("iptables (legacy) needs a writable /run for its lock, or XTABLES_LOCKFILE with the name of a writable file"),
 		false,
 	},
 	{
 		[]string{"rror while loading shared librar", "rror loading shared librar", "rror relocating"},
-		spec.Textf("the installation of iptables is incomplete: install the package again; or %s", otherPrograms),
+		wording.Textf("the installation of iptables is incomplete: install the package again; or %s", otherPrograms),
 		false,
 	},
 	{
 		[]string{"Couldn't load match", "Couldn't load target", "Couldn't find match", "Couldn't find target", "unknown option", "unrecognized option", "Unknown arg", "invalid option"},
-		spec.Textf("this iptables lacks an extension or an option that the rules need: %s", otherPrograms),
+		wording.Textf("this iptables lacks an extension or an option that the rules need: %s", otherPrograms),
 		true,
 	},
 	{
 		[]string{"is incompatible", "CHAIN_ADD failed (Operation not supported)", "CHAIN_ADD failed (File exists)", "newer iptables"},
-		spec.Textf("another program made a table of that name, by nft or by a newer iptables, in a form that this iptables cannot change: set %s, which has tables of its own, or delete that table (nft list tables)", nftables),
+		wording.Textf("another program made a table of that name, by nft or by a newer iptables, in a form that this iptables cannot change: set %s, which has tables of its own, or delete that table (nft list tables)", nftables),
 		false,
 	},
 	{
@@ -91,7 +91,7 @@ var failures = []failure{
 			"Table does not exist", "unable to initialize table", "an't initialize", "Failed to initialize nft", "No chain/target/match by that name", "missing kernel module", "restore: line ",
 			"Protocol not supported", "Protocol not available", "(No such file or directory)", "(Operation not supported)", "(Invalid argument)",
 		},
-		spec.Textf("the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy; for IPv6 sources also ip6table_nat ip6table_mangle), and xt_conntrack xt_connmark xt_mark xt_nat xt_TCPMSS ipt_REJECT ip6t_REJECT; %s", otherBackend),
+		wording.Textf("the node's kernel lacks a module of iptables: on the node, modprobe nf_tables nft_compat (iptables (nf_tables)), or iptable_nat iptable_mangle iptable_filter ip6table_filter (legacy; for IPv6 sources also ip6table_nat ip6table_mangle), and xt_conntrack xt_connmark xt_mark xt_nat xt_TCPMSS ipt_REJECT ip6t_REJECT; %s", otherBackend),
 		true,
 	},
 }
@@ -121,7 +121,7 @@ func IsUnsupported(err error) bool {
 
 // Hint returns the remedy. It is empty for a call that the kernel refused, and for an
 // interruption: these are not specific to iptables.
-func (e *programError) Hint(names spec.Names) string {
+func (e *programError) Hint(names wording.Names) string {
 	if kind := e.kind(); kind != nil {
 		return kind.hint.In(names)
 	}
@@ -130,15 +130,15 @@ func (e *programError) Hint(names spec.Names) string {
 	case errors.Is(e.err, context.Canceled):
 		return ""
 	case errors.Is(e.err, context.DeadlineExceeded):
-		return spec.Textf("the program does not end: it may wait for the lock of iptables or for a file system; %s", otherBackend).In(names)
+		return wording.Textf("the program does not end: it may wait for the lock of iptables or for a file system; %s", otherBackend).In(names)
 	case e.printed == "" && !ended:
-		return spec.Textf("the program cannot be started: it is broken, or of another architecture; %s", otherPrograms).In(names)
+		return wording.Textf("the program cannot be started: it is broken, or of another architecture; %s", otherPrograms).In(names)
 	case errors.Is(e.err, fs.ErrPermission):
 		return ""
 	case e.printed == "":
-		return spec.Textf("the program ended without a message: it is broken, or was killed (out of memory); %s", otherPrograms).In(names)
+		return wording.Textf("the program ended without a message: it is broken, or was killed (out of memory); %s", otherPrograms).In(names)
 	}
-	return spec.Textf("run the program by hand in the pod's network namespace; %s", otherBackend).In(names)
+	return wording.Textf("run the program by hand in the pod's network namespace; %s", otherBackend).In(names)
 }
 
 // A versionError means that the version of iptables is unknown or too old.
@@ -148,6 +148,6 @@ func (e *versionError) Error() string { return e.err.Error() }
 func (e *versionError) Unwrap() error { return e.err }
 
 // Hint returns the remedy.
-func (e *versionError) Hint(names spec.Names) string {
-	return spec.Textf("this iptables is broken or too old: %s", otherPrograms).In(names)
+func (e *versionError) Hint(names wording.Names) string {
+	return wording.Textf("this iptables is broken or too old: %s", otherPrograms).In(names)
 }

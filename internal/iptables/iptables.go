@@ -40,7 +40,7 @@ import (
 	goiptables "github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -92,8 +92,8 @@ func (e *MissingError) Error() string { return fmt.Sprintf("looking for iptables
 func (e *MissingError) Unwrap() error { return e.Err }
 
 // Hint returns the remedy.
-func (e *MissingError) Hint(names spec.Names) string {
-	return spec.Textf(`install the package "iptables", which contains iptables, iptables-save, iptables-restore and the same for IPv6; or %s`, otherPrograms).In(names)
+func (e *MissingError) Hint(names wording.Names) string {
+	return wording.Textf(`install the package "iptables", which contains iptables, iptables-save, iptables-restore and the same for IPv6; or %s`, otherPrograms).In(names)
 }
 
 // program returns the name of a family's program, with a suffix such as "save",

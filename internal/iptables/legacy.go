@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -32,7 +32,7 @@ func (e *HeldError) Error() string {
 func (e *HeldError) Unwrap() error { return e.Err }
 
 // Hint returns the remedy.
-func (e *HeldError) Hint(spec.Names) string {
+func (e *HeldError) Hint(wording.Names) string {
 	return "delete the pod, so that the next one has a fresh network namespace; or use an image that has iptables-legacy-save and iptables-legacy-restore"
 }
 

@@ -13,7 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -197,7 +197,7 @@ func TestRunError(t *testing.T) {
 		t.Errorf("%q is not one line with the printed text", err)
 	}
 	locked := runError("iptables-restore", failed, "Another app is currently holding the xtables lock.")
-	if h, ok := locked.(interface{ Hint(spec.Names) string }); !ok || h.Hint(nil) == "" {
+	if h, ok := locked.(interface{ Hint(wording.Names) string }); !ok || h.Hint(nil) == "" {
 		t.Errorf("%v has no hint", locked)
 	}
 	alone := runError("iptables-restore", failed, "iptables-restore v1.8.9 (nf_tables): \nline 6: CHAIN_DEL failed\n")
@@ -235,7 +235,7 @@ func TestHints(t *testing.T) {
 		"":              "ended without a message",
 		"iptables-save v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)": "",
 	} {
-		if got := runError("iptables-restore", exit, printed).(interface{ Hint(spec.Names) string }).Hint(nil); !strings.Contains(got, want) || (want == "") != (got == "") {
+		if got := runError("iptables-restore", exit, printed).(interface{ Hint(wording.Names) string }).Hint(nil); !strings.Contains(got, want) || (want == "") != (got == "") {
 			t.Errorf("%q:\nhint %q, want %q", printed, got, want)
 		}
 	}

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/plan"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // macvlanModes are the modes of a macvlan. Only messages use source: it cannot be
@@ -36,7 +36,7 @@ func modeName(mode netlink.MacvlanMode) string {
 // A MacvlanError reports why the egress interface cannot be created.
 type MacvlanError struct {
 	Err  error
-	hint spec.Text
+	hint wording.Text
 }
 
 func (e *MacvlanError) Error() string { return e.Err.Error() }
@@ -45,9 +45,9 @@ func (e *MacvlanError) Error() string { return e.Err.Error() }
 func (e *MacvlanError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *MacvlanError) Hint(names spec.Names) string { return e.hint.In(names) }
+func (e *MacvlanError) Hint(names wording.Names) string { return e.hint.In(names) }
 
-func macvlanError(hint spec.Text, format string, args ...any) *MacvlanError {
+func macvlanError(hint wording.Text, format string, args ...any) *MacvlanError {
 	return &MacvlanError{fmt.Errorf(format, args...), hint}
 }
 
@@ -127,7 +127,7 @@ func (k *Kernel) hostAddresses() (map[int][]netip.Prefix, error) {
 	return addresses, nil
 }
 
-var parentHint = spec.Textf("set %s to a NIC of the host, or to true for the NIC of the host's IPv4 default route", spec.MacvlanParent)
+var parentHint = wording.Textf("set %s to a NIC of the host, or to true for the NIC of the host's IPv4 default route", wording.MacvlanParent)
 
 // chooseParent returns the NIC called name, or, if the name is empty, the NIC of
 // the default route.
@@ -147,10 +147,10 @@ func chooseParent(name string, links []netlink.Link, routes []netlink.Route, add
 		}
 		switch {
 		case len(nics) == 0:
-			return nil, macvlanError(spec.Textf("set %s to a NIC of the host, or check that %s is the host's namespace", spec.MacvlanParent, spec.HostNetns),
+			return nil, macvlanError(wording.Textf("set %s to a NIC of the host, or check that %s is the host's namespace", wording.MacvlanParent, wording.HostNetns),
 				"find macvlan parent: the host has no IPv4 default route in its main table; %s", others())
 		case len(nics) > 1:
-			return nil, macvlanError(spec.Textf("set %s to the NIC on the network of %s", spec.MacvlanParent, spec.Gateway),
+			return nil, macvlanError(wording.Textf("set %s to the NIC on the network of %s", wording.MacvlanParent, wording.Gateway),
 				"find macvlan parent: the host's IPv4 default route has several NICs: %s", strings.Join(names, ", "))
 		}
 		name, index = names[0], nics[0]
@@ -228,10 +228,10 @@ func (p Parent) Suits(want plan.Network) error {
 	for _, a := range p.Addresses {
 		switch {
 		case want.Sources.HaveGateway(a.Addr()):
-			return macvlanError(spec.Textf("set %s to a router of the physical network, for example the host's own gateway (ip route show default)", spec.Gateway),
+			return macvlanError(wording.Textf("set %s to a router of the physical network, for example the host's own gateway (ip route show default)", wording.Gateway),
 				"check gateway: %s is an address of the host's %q, which its macvlan cannot reach", a.Addr(), p.Name)
 		case want.Sources.Have(a.Addr()):
-			return macvlanError(spec.Textf("set %s to an address that no other host has", spec.Source),
+			return macvlanError(wording.Textf("set %s to an address that no other host has", wording.Source),
 				"check reserved address: %s is an address of the host's %q", a.Addr(), p.Name)
 		}
 	}
@@ -263,7 +263,7 @@ func (k *Kernel) HasMacvlan(m plan.Macvlan, p Parent, host *Kernel, hostFd int) 
 		}
 	}
 	return false, macvlanError(
-		spec.Textf("to keep the interface, unset %s; to replace it, delete it (ip link delete %s), or choose another name in %s", spec.MacvlanParent, m.Interface, spec.Interface),
+		wording.Textf("to keep the interface, unset %s; to replace it, delete it (ip link delete %s), or choose another name in %s", wording.MacvlanParent, m.Interface, wording.Interface),
 		"create %q: expected a macvlan of the host's %q in mode %s, found %s", m.Interface, p.Name, m.Mode, describe(l, name))
 }
 
@@ -313,22 +313,22 @@ func (k *Kernel) CreateMacvlan(m plan.Macvlan, p Parent, podFd int) error {
 
 // creationHint returns the probable cause of the kernel's refusal of a macvlan
 // (drivers/net/macvlan.c), if known.
-func creationHint(m plan.Macvlan, p Parent, err error) spec.Text {
+func creationHint(m plan.Macvlan, p Parent, err error) wording.Text {
 	switch {
 	case errors.Is(err, unix.EBUSY) && p.master != "":
-		return spec.Textf("%s is a port of %s, which takes its frames: set %s to the interface that has the host's address on that network, or to another NIC", p.Name, p.master, spec.MacvlanParent)
+		return wording.Textf("%s is a port of %s, which takes its frames: set %s to the interface that has the host's address on that network, or to another NIC", p.Name, p.master, wording.MacvlanParent)
 	case errors.Is(err, unix.EBUSY):
-		return spec.Textf("another device takes the frames of %s, such as an ipvlan or a bridge: set %s to another NIC", p.Name, spec.MacvlanParent)
+		return wording.Textf("another device takes the frames of %s, such as an ipvlan or a bridge: set %s to another NIC", p.Name, wording.MacvlanParent)
 	case errors.Is(err, unix.EINVAL) && m.Mode == "passthru":
-		return spec.Textf("mode passthru allows one macvlan for each NIC, and %s has another", p.Name)
+		return wording.Textf("mode passthru allows one macvlan for each NIC, and %s has another", p.Name)
 	case errors.Is(err, unix.EINVAL):
-		return spec.Textf("mode passthru allows one macvlan for each NIC: %s may have one in that mode", p.Name)
+		return wording.Textf("mode passthru allows one macvlan for each NIC: %s may have one in that mode", p.Name)
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return spec.Textf("the host's kernel lacks macvlan: load the module (modprobe macvlan), or install the package that contains it")
+		return wording.Textf("the host's kernel lacks macvlan: load the module (modprobe macvlan), or install the package that contains it")
 	case errors.Is(err, unix.EPERM):
-		return spec.Textf(hostPrivilege)
+		return wording.Textf(hostPrivilege)
 	}
-	return spec.Text{}
+	return wording.Text{}
 }
 
 const hostPrivilege = "creating a macvlan of a host NIC requires privilege on the host: securityContext.privileged: true, without a user namespace of the pod's own"

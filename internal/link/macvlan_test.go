@@ -12,6 +12,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // everywhere is a default route of the main table.
@@ -104,7 +105,7 @@ func TestChooseParent(t *testing.T) {
 			got := ""
 			if err != nil {
 				got = err.Error()
-				if h, ok := err.(*MacvlanError); !ok || !strings.Contains(h.Hint(nil), string(spec.MacvlanParent)) {
+				if h, ok := err.(*MacvlanError); !ok || !strings.Contains(h.Hint(nil), string(wording.MacvlanParent)) {
 					t.Errorf("%v has no hint", err)
 				}
 			} else {

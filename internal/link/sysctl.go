@@ -9,8 +9,8 @@ import (
 	"strings"
 
 	"github.com/egress-router/egress-router/internal/plan"
-	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/sysctl"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // conntrackCount is the number of connections that the kernel tracks in the
@@ -103,7 +103,7 @@ func (e *ForwardingError) Error() string {
 func (e *ForwardingError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *ForwardingError) Hint(spec.Names) string {
+func (e *ForwardingError) Hint(wording.Names) string {
 	name := plan.IPForward
 	if e.Sysctl == plan.IPv6Forward {
 		name = e.Sysctl

@@ -14,7 +14,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A Packet is a logged packet.
@@ -44,7 +44,7 @@ func (e *KernelError) Error() string {
 func (e *KernelError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *KernelError) Hint(spec.Names) string {
+func (e *KernelError) Hint(wording.Names) string {
 	if errors.Is(e.Err, unix.EPERM) { // both have this error (nfulnl_recv_config)
 		return "reading logged packets requires the capability NET_ADMIN, and no other program of the pod that reads this group, such as a second router"
 	}

@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -54,8 +54,8 @@ func (e *KernelError) Error() string {
 func (e *KernelError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *KernelError) Hint(names spec.Names) string {
-	return spec.Textf("the kernel lacks nf_tables, or the module is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6 on the node, or %s", spec.Set(spec.Backend, "iptables")).In(names)
+func (e *KernelError) Hint(names wording.Names) string {
+	return wording.Textf("the kernel lacks nf_tables, or the module is not loaded: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6 on the node, or %s", wording.Set(wording.Backend, "iptables")).In(names)
 }
 
 // Begin reads our tables in the calling thread's network namespace, and returns a

@@ -17,7 +17,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -600,7 +600,7 @@ func TestStrays(t *testing.T) {
 
 func TestHints(t *testing.T) {
 	for name, test := range map[string]struct {
-		err  interface{ Hint(spec.Names) string }
+		err  interface{ Hint(wording.Names) string }
 		want string
 	}{
 		"too long":      {&LoadError{unix.EMSGSIZE}, "net.core.wmem_max"},

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -324,12 +324,12 @@ func (e *LoadError) Error() string { return fmt.Sprintf("load nftables rules: %v
 func (e *LoadError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *LoadError) Hint(names spec.Names) string {
+func (e *LoadError) Hint(names wording.Names) string {
 	switch {
 	case errors.Is(e.Err, unix.EMSGSIZE):
 		return "the rules exceed net.core.wmem_max: raise it on the node, or run the pod without a user namespace of its own"
 	case errors.Is(e.Err, os.ErrPermission):
 		return ""
 	}
-	return spec.Textf("the kernel lacks nf_tables modules that the rules need: modprobe nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6 on the node, or %s", spec.Set(spec.Backend, "iptables")).In(names)
+	return wording.Textf("the kernel lacks nf_tables modules that the rules need: modprobe nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6 on the node, or %s", wording.Set(wording.Backend, "iptables")).In(names)
 }

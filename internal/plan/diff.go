@@ -23,7 +23,7 @@ func up(want Network, have State) []Change {
 
 // missing returns the sources that the egress interface does not have.
 func (n Network) missing(have State) spec.Sources {
-	return slices.DeleteFunc(slices.Clone(n.Sources), func(s spec.SourceAddress) bool { return slices.Contains(have.Addresses, s.Prefix) })
+	return slices.DeleteFunc(slices.Clone(n.Sources), func(s spec.Source) bool { return slices.Contains(have.Addresses, s.Prefix) })
 }
 
 // has reports whether the egress interface has the reserved addresses of a family.
@@ -74,7 +74,7 @@ func (n Network) sharesSubnet(have State) bool {
 	for _, s := range sources {
 		others = append(slices.Clip(others), s.Prefix)
 	}
-	return slices.ContainsFunc(sources, func(s spec.SourceAddress) bool {
+	return slices.ContainsFunc(sources, func(s spec.Source) bool {
 		return slices.ContainsFunc(others, func(a netip.Prefix) bool { return a != s.Prefix && a.Masked() == s.Prefix.Masked() })
 	})
 }

@@ -59,14 +59,14 @@ func (s State) of(ipv6 bool) State {
 // Contested returns the IPv6 sources that another host has, as the kernel detected before
 // it used them.
 func (n Network) Contested(have State) spec.Sources {
-	return slices.DeleteFunc(n.Sources.Of(true), func(s spec.SourceAddress) bool {
+	return slices.DeleteFunc(n.Sources.Of(true), func(s spec.Source) bool {
 		return have.IPv6 == nil || !slices.Contains(have.IPv6.Duplicate, s.Prefix.Addr())
 	})
 }
 
 // Unsettled returns the IPv6 sources whose duplicate address detection is not over.
 func (n Network) Unsettled(have State) spec.Sources {
-	return slices.DeleteFunc(n.Sources.Of(true), func(s spec.SourceAddress) bool {
+	return slices.DeleteFunc(n.Sources.Of(true), func(s spec.Source) bool {
 		return have.IPv6 == nil || !slices.Contains(have.IPv6.Tentative, s.Prefix.Addr())
 	})
 }

@@ -104,7 +104,7 @@ type (
 	// Announce announces the reserved addresses to the physical network.
 	Announce struct{ Addresses []netip.Addr }
 	// Ask sends a request to the gateway of a source.
-	Ask struct{ spec.SourceAddress }
+	Ask struct{ spec.Source }
 	// RemoveStray removes the rules of another backend, the first of Have.Strays.
 	RemoveStray struct{ Name string }
 	// Await waits for the end of duplicate address detection.

@@ -204,11 +204,11 @@ func TestStepsConverge(t *testing.T) {
 		network := want
 		network.Sources = slices.Clone(want.Sources)
 		if source.IntN(3) == 0 {
-			network.Sources = append(network.Sources, spec.SourceAddress{Prefix: netip.MustParsePrefix("192.168.12.97/24"), Gateway: addr("192.168.12.1")})
+			network.Sources = append(network.Sources, spec.Source{Prefix: netip.MustParsePrefix("192.168.12.97/24"), Gateway: addr("192.168.12.1")})
 		}
 		gateway := addr([]string{"fe80::1", "2001:db8:12::1"}[source.IntN(2)])
 		for _, a := range []string{"2001:db8:12::99/64", "2001:db8:12::97/64"}[:source.IntN(3)] {
-			network.Sources = append(network.Sources, spec.SourceAddress{Prefix: netip.MustParsePrefix(a), Gateway: gateway})
+			network.Sources = append(network.Sources, spec.Source{Prefix: netip.MustParsePrefix(a), Gateway: gateway})
 		}
 		six := len(network.Sources.Of(true)) > 0
 		if six && source.IntN(4) == 0 {
@@ -323,7 +323,7 @@ func TestRemoveLeadsBack(t *testing.T) {
 		network := want
 		network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
 		if source.IntN(2) == 0 {
-			network.Sources = append(slices.Clone(want.Sources), spec.SourceAddress{
+			network.Sources = append(slices.Clone(want.Sources), spec.Source{
 				Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: addr([]string{"fe80::1", "2001:db8:12::1"}[source.IntN(2)]),
 			})
 		}
@@ -407,7 +407,7 @@ func printed(s State) string {
 // repair that is asked to, once.
 func TestContestedAddressIsRetried(t *testing.T) {
 	network := want
-	network.Sources = append(slices.Clone(want.Sources), spec.SourceAddress{Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: addr("fe80::1")})
+	network.Sources = append(slices.Clone(want.Sources), spec.Source{Prefix: netip.MustParsePrefix("2001:db8:12::99/64"), Gateway: addr("fe80::1")})
 	network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711}
 	again := []string{"remove address 2001:db8:12::99/64 from macvlan0", "add address 2001:db8:12::99/64 to macvlan0"}
 	for name, test := range map[string]struct {

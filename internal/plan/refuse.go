@@ -7,19 +7,20 @@ import (
 	"net/netip"
 
 	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A RefusedError reports a namespace in which the router cannot work as configured.
 type RefusedError struct {
 	Gateway netip.Addr // that it is about; the zero Addr: none
 	text    string
-	hint    spec.Text
+	hint    wording.Text
 }
 
 func (e *RefusedError) Error() string { return e.text }
 
 // Hint returns advice for the user.
-func (e *RefusedError) Hint(names spec.Names) string { return e.hint.In(names) }
+func (e *RefusedError) Hint(names wording.Names) string { return e.hint.In(names) }
 
 // Refuse returns a *RefusedError if the reserved address or the gateway is the pod's own,
 // otherwise nil.
@@ -31,14 +32,14 @@ func (n Network) Refuse(have State) error {
 			return &RefusedError{
 				s.Gateway,
 				fmt.Sprintf("gateway %s: expected the router of the physical network, found an address of the pod", s.Gateway),
-				spec.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", spec.Gateway, spec.Source),
+				wording.Textf("set %s to the router of the network of %s, for example the default gateway of the node (ip route show default)", wording.Gateway, wording.Source),
 			}
 		}
 		if slices.Contains(cluster, s.Prefix.Addr()) {
 			return &RefusedError{
 				netip.Addr{},
 				fmt.Sprintf("reserved address %s: expected an unused address of the physical network, found the pod's cluster address", s.Prefix.Addr()),
-				spec.Textf("set %s to an address of the physical network that is reserved for this pod", spec.Source),
+				wording.Textf("set %s to an address of the physical network that is reserved for this pod", wording.Source),
 			}
 		}
 	}
@@ -62,10 +63,10 @@ func doubts(want Network, have State) []*RefusedError {
 	return all
 }
 
-func doubt(want Network, first spec.SourceAddress, have State) *RefusedError {
+func doubt(want Network, first spec.Source, have State) *RefusedError {
 	source, gateway := first.Prefix.Addr(), first.Gateway
 	contains := func(a netip.Prefix) bool { return a.Contains(gateway) }
-	if slices.ContainsFunc(want.Sources, func(s spec.SourceAddress) bool { return contains(s.Prefix) }) || slices.ContainsFunc(have.Addresses, contains) {
+	if slices.ContainsFunc(want.Sources, func(s spec.Source) bool { return contains(s.Prefix) }) || slices.ContainsFunc(have.Addresses, contains) {
 		return nil
 	}
 	found := ""
@@ -87,6 +88,6 @@ func doubt(want Network, first spec.SourceAddress, have State) *RefusedError {
 	return &RefusedError{
 		gateway,
 		fmt.Sprintf("gateway %s: expected the router of the physical network, found %s", gateway, found),
-		spec.Textf("set %s to the router of the physical network; if both interfaces are in one network, set %s with its length, for example 192.168.12.99/24", spec.Gateway, spec.Source),
+		wording.Textf("set %s to the router of the physical network; if both interfaces are in one network, set %s with its length, for example 192.168.12.99/24", wording.Gateway, wording.Source),
 	}
 }

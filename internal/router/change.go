@@ -15,7 +15,7 @@ import (
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/plan"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -164,7 +164,7 @@ func (c *change) feasible(groups []plan.Group) error {
 	if announces(groups) && !c.have.Missing {
 		if err := arp.CheckAnnouncement(c.have.State.MAC, c.want.Network.Sources[0].Prefix.Addr()); err != nil {
 			return &advisedError{fmt.Errorf("check egress interface: %q is not Ethernet: %w", c.want.Network.Interface, err),
-				spec.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", spec.Interface)}
+				wording.Textf("set %s to an Ethernet interface on the physical network, such as a macvlan", wording.Interface)}
 		}
 	}
 	if c.want.Forward {
@@ -270,7 +270,7 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 			c.have.Announced[family(s.Addresses[0])] = true
 		case plan.Ask:
 			c.have.Asked[family(s.Gateway)] = true
-			c.askGateway(ctx, s.SourceAddress)
+			c.askGateway(ctx, s.Source)
 		case plan.Await:
 			err = c.await(ctx)
 		case plan.RemoveStray:
@@ -474,7 +474,7 @@ func (e *UndoError) Error() string { return fmt.Sprintf("roll back changes: %v",
 func (e *UndoError) Unwrap() error { return e.Err }
 
 // Hint returns advice for the user.
-func (e *UndoError) Hint(spec.Names) string {
+func (e *UndoError) Hint(wording.Names) string {
 	return "the pod is partly configured: restart the router, which repairs every part, or delete the pod"
 }
 

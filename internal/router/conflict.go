@@ -12,7 +12,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/plan"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // patience is the time for an answer to a single request. A host on the same
@@ -33,15 +33,15 @@ func (e *ConflictError) Error() string {
 }
 
 // Hint returns advice for the user.
-func (e *ConflictError) Hint(names spec.Names) string {
+func (e *ConflictError) Hint(names wording.Names) string {
 	if e.Address.Is6() {
-		return spec.Textf("%s, or set %s to begin with IPv4 alone", stopHolder, spec.Set(spec.Conflict, "warn")).In(names)
+		return wording.Textf("%s, or set %s to begin with IPv4 alone", stopHolder, wording.Set(wording.Conflict, "warn")).In(names)
 	}
-	return spec.Textf("%s, or set %s to take the address anyway", stopHolder, spec.Set(spec.Conflict, "warn")).In(names)
+	return wording.Textf("%s, or set %s to take the address anyway", stopHolder, wording.Set(wording.Conflict, "warn")).In(names)
 }
 
 // stopHolder is the advice for an address that both hosts have.
-var stopHolder = spec.Textf("stop the host with that hardware address (an older pod that still runs, or another pod with the same %s)", spec.Source)
+var stopHolder = wording.Textf("stop the host with that hardware address (an older pod that still runs, or another pod with the same %s)", wording.Source)
 
 // A question is a probe for an address whose answer is not read yet.
 type question struct {

@@ -9,6 +9,7 @@ import (
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // The log messages about the gateway by the protocol of its family, as users search for
@@ -34,24 +35,24 @@ func ProtocolOf(a netip.Addr) string {
 }
 
 // gatewayHint returns advice for the gateway of a family that does not answer.
-func (r *Router) gatewayHint(source spec.SourceAddress) string {
-	hint := spec.Textf("check that %s is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface", spec.Gateway)
+func (r *Router) gatewayHint(source spec.Source) string {
+	hint := wording.Textf("check that %s is right, that the node's NIC is in that network, and that the switch or hypervisor accepts the hardware address of the egress interface", wording.Gateway)
 	if !source.Prefix.IsSingleIP() && !source.Prefix.Contains(source.Gateway) && !source.Gateway.IsLinkLocalUnicast() {
-		hint = spec.Textf("%s is outside of the subnet of %s, %s: %s", spec.Gateway, spec.Source, source.Prefix.Masked(), hint)
+		hint = wording.Textf("%s is outside of the subnet of %s, %s: %s", wording.Gateway, wording.Source, source.Prefix.Masked(), hint)
 	}
 	return hint.In(r.Names)
 }
 
 // An answer is the result of a request to a gateway.
 type answer struct {
-	source spec.SourceAddress // with the gateway
-	mac    net.HardwareAddr   // nil: there was no answer in time
+	source spec.Source      // with the gateway
+	mac    net.HardwareAddr // nil: there was no answer in time
 	err    error
 }
 
 // askGateway sends a request to the gateway of a source, whose answer is received while the
 // other steps run: closing the socket takes some 10 ms.
-func (c *change) askGateway(ctx context.Context, source spec.SourceAddress) {
+func (c *change) askGateway(ctx context.Context, source spec.Source) {
 	question, err := arp.AskGateway(c.have.State.Index, c.have.State.MAC, source.Prefix.Addr(), source.Gateway)
 	if err != nil {
 		c.router.Log.Warn("gateway probe failed", "error", err)

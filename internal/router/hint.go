@@ -1,12 +1,12 @@
 package router
 
-import "github.com/egress-router/egress-router/internal/spec"
+import "github.com/egress-router/egress-router/internal/wording"
 
 // Hint returns the first hint in an error and the errors that it wraps, depth first, with
 // the names of a front end; empty if there is none. An error may have the method Hint and
 // no hint for its case: errors.As would stop there.
-func Hint(err error, names spec.Names) string {
-	if h, ok := err.(interface{ Hint(spec.Names) string }); ok && h.Hint(names) != "" {
+func Hint(err error, names wording.Names) string {
+	if h, ok := err.(interface{ Hint(wording.Names) string }); ok && h.Hint(names) != "" {
 		return h.Hint(names)
 	}
 	switch wrapper := any(err).(type) {
@@ -27,11 +27,11 @@ func Hint(err error, names spec.Names) string {
 // An advisedError is an error with a hint.
 type advisedError struct {
 	error
-	hint spec.Text
+	hint wording.Text
 }
 
 // Unwrap returns the error without the hint.
 func (e *advisedError) Unwrap() error { return e.error }
 
 // Hint returns the hint.
-func (e *advisedError) Hint(names spec.Names) string { return e.hint.In(names) }
+func (e *advisedError) Hint(names wording.Names) string { return e.hint.In(names) }

@@ -6,14 +6,14 @@ import (
 	"testing"
 
 	"github.com/egress-router/egress-router/internal/router"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // hinted is an error with a hint, empty in some cases.
 type hinted string
 
-func (hinted) Error() string            { return "failed" }
-func (h hinted) Hint(spec.Names) string { return string(h) }
+func (hinted) Error() string               { return "failed" }
+func (h hinted) Hint(wording.Names) string { return string(h) }
 
 func TestHintIsFirstInTree(t *testing.T) {
 	plain := errors.New("plain")

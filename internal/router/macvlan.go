@@ -9,13 +9,13 @@ import (
 
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/netns"
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A HostError reports that the host's network namespace is not accessible.
 type HostError struct {
 	Err  error
-	hint spec.Text
+	hint wording.Text
 }
 
 func (e *HostError) Error() string { return e.Err.Error() }
@@ -24,15 +24,15 @@ func (e *HostError) Error() string { return e.Err.Error() }
 func (e *HostError) Unwrap() error { return e.Err }
 
 // Hint returns ways to access it.
-func (e *HostError) Hint(names spec.Names) string { return e.hint.In(names) }
+func (e *HostError) Hint(names wording.Names) string { return e.hint.In(names) }
 
 var (
-	hostHint = spec.Textf(`%s is a NIC of the host; the container needs access to the host's network namespace, by one of:
+	hostHint = wording.Textf(`%s is a NIC of the host; the container needs access to the host's network namespace, by one of:
   hostPID: true in the pod's spec (docker and podman: --pid=host), and %s not set
   the host's /proc as a hostPath volume at /host/proc, and %s
 hostNetwork: true does not help: the router needs a network namespace of its own.`,
-		spec.MacvlanParent, spec.HostNetns, spec.Set(spec.HostNetns, "/host/proc/1/ns/net"))
-	hostPrivilegeHint = spec.Textf("entering the host's network namespace requires privilege: securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE for a file in /proc)")
+		wording.MacvlanParent, wording.HostNetns, wording.Set(wording.HostNetns, "/host/proc/1/ns/net"))
+	hostPrivilegeHint = wording.Textf("entering the host's network namespace requires privilege: securityContext.privileged: true (the capabilities SYS_ADMIN, and SYS_PTRACE for a file in /proc)")
 )
 
 // hostError adds a hint to an error of opening or entering the namespace of a file.
@@ -41,7 +41,7 @@ func hostError(file string, err error) error {
 	case errors.Is(err, os.ErrPermission):
 		return &HostError{err, hostPrivilegeHint}
 	case errors.Is(err, os.ErrNotExist): // never the default file, which is in /proc
-		return &HostError{err, spec.Textf("the container has no file %q: check %s, and mount the volume that contains the file, such as the host's /proc at /host/proc", file, spec.HostNetns)}
+		return &HostError{err, wording.Textf("the container has no file %q: check %s, and mount the volume that contains the file, such as the host's /proc at /host/proc", file, wording.HostNetns)}
 	}
 	return &HostError{err, hostHint}
 }

@@ -83,7 +83,7 @@ func (r *Router) Remove(ctx context.Context, before *plan.State) error {
 func withIPv6(n plan.Network) plan.Network {
 	if len(n.Sources.Of(true)) == 0 {
 		none := netip.MustParseAddr("100::1")
-		n.Sources = append(slices.Clone(n.Sources), spec.SourceAddress{Prefix: netip.PrefixFrom(none, 128), Gateway: none})
+		n.Sources = append(slices.Clone(n.Sources), spec.Source{Prefix: netip.PrefixFrom(none, 128), Gateway: none})
 	}
 	return n
 }

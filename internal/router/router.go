@@ -15,6 +15,7 @@ import (
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -23,8 +24,8 @@ type Router struct {
 	// Want is what the namespace shall be. Without Forward its rules have no redirects,
 	// and a proxy in the pod connects to servers. Start and Announce do not matter.
 	Want  plan.Want
-	Mode  string     // name of the mode, for the log
-	Names spec.Names // of the front end, for hints in the log
+	Mode  string        // name of the mode, for the log
+	Names wording.Names // of the front end, for hints in the log
 	// Stays: a Keeper follows, to which Apply leaves IPv6 addresses whose duplicate address
 	// detection has not ended.
 	Stays bool
@@ -82,7 +83,7 @@ type Stray interface {
 // An InterfaceError reports that one of the two interfaces is missing.
 type InterfaceError struct {
 	Err  error
-	hint spec.Text
+	hint wording.Text
 }
 
 func (e *InterfaceError) Error() string { return e.Err.Error() }
@@ -91,7 +92,7 @@ func (e *InterfaceError) Error() string { return e.Err.Error() }
 func (e *InterfaceError) Unwrap() error { return e.Err }
 
 // Hint returns ways to provide the interface.
-func (e *InterfaceError) Hint(names spec.Names) string { return e.hint.In(names) }
+func (e *InterfaceError) Hint(names wording.Names) string { return e.hint.In(names) }
 
 const egressHint = `the egress interface must exist before the router starts, or be created by it; ways to create it:
   the router   %[2]s, or true for the NIC of the host's default route, in a privileged pod with hostPID: true
@@ -101,7 +102,7 @@ const egressHint = `the egress interface must exist before the router starts, or
   docker       docker network create -d macvlan -o parent=NIC NAME, then --network NAME, and %[3]s for the name it gets
 If the interface has another name, set %[3]s.`
 
-var clusterHint = spec.Textf("set %s to the interface by which clients reach the pod", spec.ClusterInterface)
+var clusterHint = wording.Textf("set %s to the interface by which clients reach the pod", wording.ClusterInterface)
 
 // Apply configures the namespace. If there is no drift, it changes nothing and
 // only announces the address. After an error everything is as it was before.
@@ -209,7 +210,7 @@ func (r *Router) notRedirectedTo(addresses []netip.Prefix) []netip.Prefix {
 func (r *Router) observe(network Network, want plan.Network) (plan.State, error) {
 	have, err := network.Observe(want)
 	if _, missing := errors.AsType[*link.MissingError](err); missing {
-		return have, &InterfaceError{err, spec.Textf(egressHint, want.Interface, spec.Set(spec.MacvlanParent, "NIC"), spec.Interface)}
+		return have, &InterfaceError{err, wording.Textf(egressHint, want.Interface, wording.Set(wording.MacvlanParent, "NIC"), wording.Interface)}
 	}
 	if err != nil {
 		return have, err
@@ -244,7 +245,7 @@ func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
 		if a.Addr().Is6() && a.Addr().IsLinkLocalUnicast() {
 			continue // every interface has one
 		}
-		if !slices.ContainsFunc(r.Want.Network.Sources, func(s spec.SourceAddress) bool { return s.Prefix == a }) {
+		if !slices.ContainsFunc(r.Want.Network.Sources, func(s spec.Source) bool { return s.Prefix == a }) {
 			r.Log.Warn("unused address on egress interface", "address", a.String())
 		}
 	}
@@ -253,7 +254,7 @@ func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
 
 // logReady logs those of the sources whose family packets can cross by.
 func (r *Router) logReady(have plan.State, current Rules, begin time.Time, sources spec.Sources) {
-	sources = slices.DeleteFunc(slices.Clone(sources), func(s spec.SourceAddress) bool {
+	sources = slices.DeleteFunc(slices.Clone(sources), func(s spec.Source) bool {
 		return !r.Want.Network.Usable(have, s.Prefix.Addr().Is6())
 	})
 	if len(sources) == 0 {

@@ -65,7 +65,7 @@ func (k *Keeper) follow(ctx context.Context, want plan.Network, have plan.State)
 }
 
 // watch starts the watch of a family, whose first source has its gateway.
-func (k *Keeper) watch(ctx context.Context, first spec.SourceAddress, addresses []netip.Addr, have plan.State) {
+func (k *Keeper) watch(ctx context.Context, first spec.Source, addresses []netip.Addr, have plan.State) {
 	s := &k.surroundings[family(first.Gateway)]
 	misses := 0
 	if slices.Contains(k.Router.start.missed, first.Gateway) {
@@ -172,7 +172,7 @@ func (k *Keeper) conflict(address netip.Addr, mac net.HardwareAddr) {
 	k.Router.Log.Error("reserved address conflict", "address", address.String(), "mac", mac.String(), "hint", stopHolder.In(k.Router.Names))
 }
 
-func (k *Keeper) gatewayChanged(source spec.SourceAddress, reachable bool, mac net.HardwareAddr) {
+func (k *Keeper) gatewayChanged(source spec.Source, reachable bool, mac net.HardwareAddr) {
 	protocol := ProtocolOf(source.Gateway)
 	if reachable {
 		k.Router.Log.Info(gatewayAnswers[protocol], "gateway", source.Gateway.String(), "mac", mac.String())

@@ -6,20 +6,20 @@ import (
 	"strings"
 )
 
-// A SourceAddress is an address of the physical network that is reserved for the router:
+// A Source is an address of the physical network that is reserved for the router:
 // connections to that network have it as their source.
-type SourceAddress struct {
+type Source struct {
 	Prefix  netip.Prefix // the address with its length
 	Gateway netip.Addr   // of its family, on the physical network
 }
 
 // Sources are the reserved addresses, in the order of the user. The first one of a family
 // is the source of the routes.
-type Sources []SourceAddress
+type Sources []Source
 
 // Of returns the sources of IPv6, or of IPv4.
 func (s Sources) Of(ipv6 bool) Sources {
-	return slices.DeleteFunc(slices.Clone(s), func(a SourceAddress) bool { return a.Prefix.Addr().Is6() != ipv6 })
+	return slices.DeleteFunc(slices.Clone(s), func(a Source) bool { return a.Prefix.Addr().Is6() != ipv6 })
 }
 
 // Families returns the first source of each family that has one, IPv4 before IPv6.
@@ -47,7 +47,7 @@ func (s Sources) Have(a netip.Addr) bool { return slices.Contains(s.Addresses(),
 
 // HaveGateway reports whether a is a gateway.
 func (s Sources) HaveGateway(a netip.Addr) bool {
-	return slices.ContainsFunc(s, func(have SourceAddress) bool { return have.Gateway == a })
+	return slices.ContainsFunc(s, func(have Source) bool { return have.Gateway == a })
 }
 
 // String returns the addresses with their lengths.

@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -178,7 +178,7 @@ func (e *ListenError) Error() string { return fmt.Sprintf("listening on port %d:
 func (e *ListenError) Unwrap() error { return e.Err }
 
 // Hint returns what to do.
-func (e *ListenError) Hint(spec.Names) string {
+func (e *ListenError) Hint(wording.Names) string {
 	switch {
 	case errors.Is(e.Err, syscall.EACCES):
 		return "ports below 1024 need the capability NET_BIND_SERVICE or the pod's sysctl net.ipv4.ip_unprivileged_port_start=0"

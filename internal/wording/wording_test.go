@@ -1,4 +1,4 @@
-package spec
+package wording
 
 import (
 	"strings"

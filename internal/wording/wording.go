@@ -1,10 +1,10 @@
-// Package spec describes what a router shall be, without regard to the front end that
-// configures it: environment variables, the JSON of a CNI plugin, the YAML of a
-// resource. At present it has the fields that messages are about.
+// Package wording writes messages about the parts of a router's description, without regard
+// to the front end that configures it: environment variables, the JSON of a CNI plugin, the
+// YAML of a resource.
 //
-// Only a front end knows what its users call a field. Packages below it write a Text
-// about fields, which the front end prints with its own Names.
-package spec
+// Only a front end knows what its users call a field. Packages below it write a Text about
+// fields, which the front end prints with its own Names.
+package wording
 
 import (
 	"fmt"
