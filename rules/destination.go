@@ -2,6 +2,7 @@ package rules
 
 import (
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -191,6 +192,35 @@ func (s Set) FallbackOf(f Family) netip.Addr {
 // Fallbacks returns the fallbacks that there are, that of IPv4 first.
 func (s Set) Fallbacks() []netip.Addr {
 	return slices.DeleteFunc([]netip.Addr{s.Fallback, s.Fallback6}, func(a netip.Addr) bool { return !a.IsValid() })
+}
+
+// All returns the addresses of all destinations, each with the index of its entry
+// (Grammar.Entries): the redirects and then the fallbacks.
+func (s Set) All() iter.Seq2[int, netip.Addr] {
+	return func(yield func(int, netip.Addr) bool) {
+		for i, r := range s.Redirects {
+			for a := range r.All() {
+				if !yield(i, a) {
+					return
+				}
+			}
+		}
+		for i, a := range s.Fallbacks() {
+			if !yield(len(s.Redirects)+i, a) {
+				return
+			}
+		}
+	}
+}
+
+// Have reports whether a is the address of a destination.
+func (s Set) Have(a netip.Addr) bool {
+	for _, to := range s.All() {
+		if to == a {
+			return true
+		}
+	}
+	return false
 }
 
 // Families returns the families of the destinations, IPv4 first.

@@ -48,7 +48,7 @@ func newFollower(c config.Config, log *slog.Logger) *lookup.Follower {
 // unusable returns why no line could have an address of a name, empty if one could: a name
 // server is trusted with addresses of servers alone.
 func unusable(c config.Config, own *netns.Addresses, a netip.Addr) string {
-	if why := c.Unusable(a); why != "" {
+	if why := c.Sources.UnusableServer(a); why != "" {
 		return why
 	}
 	if is, err := own.Has(a); err == nil && is {

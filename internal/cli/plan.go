@@ -72,7 +72,7 @@ func planText(c config.Config) string {
 		return b.String()
 	}
 	e := exampleOf(c)
-	want := configured(c)
+	want := plan.WantOf(c.Router)
 	want.Start = true
 	want.Network.Cluster.Destinations = append(slices.Clone(want.Network.Cluster.Destinations), netip.PrefixFrom(e.nameServer, 32))
 	six := ""

@@ -193,7 +193,7 @@ func TestReportHTTPProxy(t *testing.T) {
 // Each check has its addresses, and the time since which it is in its state.
 func TestReportRouter(t *testing.T) {
 	c := config.Config{
-		Egress: "macvlan0", Sources: spec.Sources{{Prefix: netip.MustParsePrefix("192.168.12.99/24"), Gateway: netip.MustParseAddr("192.168.12.1")}},
+		Router: spec.Router{Egress: "macvlan0", Sources: spec.Sources{{Prefix: netip.MustParsePrefix("192.168.12.99/24"), Gateway: netip.MustParseAddr("192.168.12.1")}}},
 		Health: config.Health{Probe: true},
 	}
 	mac, other := net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.HardwareAddr{2, 0, 0, 0, 0, 9}

@@ -25,26 +25,9 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 
 // wanted returns the namespace of a configuration, with rules for the kernel's families.
 func wanted(c config.Config) plan.Want {
-	want := configured(c)
+	want := plan.WantOf(c.Router)
 	if !link.HasIPv6() {
 		want.Rules = want.Rules.Without(rules.IPv6)
-	}
-	return want
-}
-
-// configured returns the namespace of a configuration, for any kernel.
-func configured(c config.Config) plan.Want {
-	want := plan.Want{
-		Network: plan.Network{
-			Interface: c.Egress, Sources: c.Sources,
-			Cluster: plan.ClusterSide{
-				Interface: c.Cluster, Mark: uint32(c.ReplyMark), Table: c.ReplyTable, Destinations: c.ClusterDestinations,
-			},
-		},
-		Rules: c.Plan(), Forward: c.Mode.Redirects(), Conflict: conflicts[c.Conflict],
-	}
-	if m := c.Macvlan; m != nil {
-		want.Macvlan = &plan.Macvlan{Interface: c.Egress, Parent: m.Parent, Mode: string(m.Mode), HostNetns: m.HostNetns}
 	}
 	return want
 }
@@ -56,9 +39,4 @@ func keepNameServers(c *config.Config, log *slog.Logger) {
 	} else {
 		c.KeepNameServers(resolvConf)
 	}
-}
-
-// conflicts maps the values of EGRESS_CONFLICT.
-var conflicts = map[config.Conflict]plan.Conflict{
-	config.ConflictWarn: plan.ConflictWarn, config.ConflictRefuse: plan.ConflictRefuse, config.ConflictDefend: plan.ConflictDefend,
 }

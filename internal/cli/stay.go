@@ -95,7 +95,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 			w.background.Go(func() { w.watchPorts(ctx, t) })
 		}
 	}
-	if c.Health.LogDrops {
+	if c.LogDrops {
 		w.logDrops(ctx, p, &w.background)
 	}
 	file.reload = func() error { return w.reload(written, env) }

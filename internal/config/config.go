@@ -1,7 +1,6 @@
 package config
 
 import (
-	"encoding/binary"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -11,6 +10,7 @@ import (
 	"unicode"
 
 	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -42,62 +42,17 @@ const (
 	DefaultClusterInterface = "eth0"
 )
 
-// The defaults of the reply path. Marks and tables belong to the pod's network
-// namespace, which CNI plugins and service meshes may use too. The mark is
-// bit 12: kube-proxy has 14 and 15, the portmap plugin 13, Cilium 8 to 11, the
-// AWS plugin 7, Calico 16 to 31, Istio 0 to 10. No plugin counts up to the table
-// (from 100, as source-based routing does) or uses it (133 Istio, 2004 and 2005
-// Cilium).
-const (
-	DefaultReplyMark  rules.Mark = 0x1000
-	DefaultReplyTable int        = 4711
-)
-
 // A Config is the complete and valid configuration of a run.
 type Config struct {
+	spec.Router
 	Mode    Mode
-	Sources spec.Sources
 	Grammar rules.Grammar // of the destinations
-	Set     rules.Set     // empty if the mode does not redirect
-	Egress  string        // interface on the physical network
-	Cluster string        // interface by which clients connect
-	Macvlan *Macvlan      // nil: another program creates the egress interface
 	Log     Log
-
-	Conflict Conflict // what to do if another host has the reserved address
-	Health   Health   // settings of a mode that stays
-
-	Backend  Backend
-	Crossing rules.Crossing // connections that cross from the cluster side
-	Helpers  []rules.Helper // helpers of conntrack to attach
-
-	ReplyMark           rules.Mark     // mark of connections from the cluster side
-	ReplyTable          int            // routing table of their replies
-	ClusterDestinations []netip.Prefix // other networks to reach by the cluster side
+	Health  Health // settings of a mode that stays
+	Backend Backend
 
 	// Warnings are about accepted but probably unintended input, one line each.
 	Warnings []string
-}
-
-// Sides returns the input of a rule plan.
-func (c Config) Sides() rules.Sides {
-	sides := rules.Sides{Cluster: c.Cluster, Egress: c.Egress, Sources: c.Sources.Addresses(), Mark: c.ReplyMark, Crossing: c.Crossing, Helpers: c.Helpers}
-	if c.Mode != UnitTest { // it prints the rules of the original
-		sides.Health = rules.Port(c.Health.Listen.Port())
-	}
-	return sides
-}
-
-// Plan returns the rules of the mode.
-func (c Config) Plan() rules.Plan {
-	if c.Mode.Redirects() {
-		plan := rules.NewPlan(c.Set, c.Sides())
-		if c.Health.LogDrops {
-			plan = plan.WithDropLog()
-		}
-		return plan
-	}
-	return rules.NewProxyPlan(c.Sides())
 }
 
 // An Error is an invalid variable.
@@ -167,11 +122,10 @@ const MaxDestinationFile = 16 << 20
 // of EGRESS_DESTINATION_FILE; it is called at most once. The error is an Errors with
 // every invalid variable.
 func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config, error) {
-	c := Config{
-		Mode:    Mode(orDefault(env.Mode, string(Legacy))),
-		Egress:  orDefault(env.Interface, DefaultInterface),
-		Cluster: orDefault(env.ClusterInterface, DefaultClusterInterface),
-	}
+	c := Config{Mode: Mode(orDefault(env.Mode, string(Legacy)))}
+	c.Egress = orDefault(env.Interface, DefaultInterface)
+	c.Cluster = orDefault(env.ClusterInterface, DefaultClusterInterface)
+	c.Forward = c.Mode.Redirects()
 	var faults Errors
 	report := func(e *Error) {
 		if e != nil {
@@ -259,11 +213,7 @@ func (c *Config) parseSource(s string) *Error {
 		}
 		bits = n
 	}
-	source := netip.PrefixFrom(a, bits)
-	if why := unusable(a, source); why != "" && c.Mode != UnitTest {
-		return bad(fmt.Sprintf("EGRESS_SOURCE is %q: %s cannot be the source of connections", s, why))
-	}
-	c.Sources = spec.Sources{{Prefix: source}}
+	c.Sources = spec.Sources{{Prefix: netip.PrefixFrom(a, bits)}}
 	return nil
 }
 
@@ -276,14 +226,6 @@ func parseLength(s string, most int) (int, error) {
 	return n, err
 }
 
-// source returns the first source; the zero one after an error.
-func (c *Config) source() spec.Source {
-	if len(c.Sources) == 0 {
-		return spec.Source{}
-	}
-	return c.Sources[0]
-}
-
 func (c *Config) parseGateway(s string) *Error {
 	bad := func(hint string) *Error {
 		return &Error{"EGRESS_GATEWAY", "EGRESS_GATEWAY unspecified or invalid", "hint: " + hint}
@@ -292,74 +234,10 @@ func (c *Config) parseGateway(s string) *Error {
 	if !ok {
 		return bad(addressHint("EGRESS_GATEWAY", s, "the address of the physical network's gateway, for example 192.168.12.1"))
 	}
-	if source := c.source().Prefix; c.Mode != UnitTest {
-		if why := unusable(a, source); why != "" {
-			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q: %s cannot be a gateway", s, why))
-		}
-		if a == source.Addr() {
-			return bad(fmt.Sprintf("EGRESS_GATEWAY is %q, the same as EGRESS_SOURCE: the gateway is another host", s))
-		}
-		// Legal, because the router adds a /32 route to the gateway, and probably a mistake.
-		if source.IsValid() && !source.IsSingleIP() && !source.Contains(a) {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GATEWAY %s is outside of the subnet of EGRESS_SOURCE, %s: check both, and the length", a, source.Masked()))
-		}
-	}
 	for i := range c.Sources {
 		c.Sources[i].Gateway = a
 	}
 	return nil
-}
-
-// last returns the last address of an IPv4 network, its broadcast address
-// (RFC 919).
-func last(p netip.Prefix) netip.Addr {
-	a := p.Addr().As4()
-	n := binary.BigEndian.Uint32(a[:]) | uint32(1<<(32-p.Bits())-1)
-	binary.BigEndian.PutUint32(a[:], n)
-	return netip.AddrFrom4(a)
-}
-
-// unusable returns the reason why no host of the physical network can have an
-// address (RFC 6890; RFC 1122, 3.2.1.3); empty: none. A subnet of 31 or 32 bits has
-// neither network nor broadcast address (RFC 3021). The original accepted such
-// addresses and failed half-way, or never sent a packet. Like the original,
-// unit-test does not check.
-func unusable(a netip.Addr, subnet netip.Prefix) string {
-	switch {
-	case a.IsUnspecified():
-		return "the unspecified address"
-	case a.Is4() && a.As4()[0] == 0:
-		return "an address of 0.0.0.0/8"
-	case a.IsLoopback():
-		return "a loopback address"
-	case a.IsMulticast():
-		return "a multicast address"
-	case a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return "the broadcast address"
-	case a.Is6() || subnet.Bits() >= 31 || !subnet.Contains(a):
-		return ""
-	case a == subnet.Masked().Addr():
-		return "the network address of " + subnet.Masked().String()
-	case a == last(subnet):
-		return "the broadcast address of " + subnet.Masked().String()
-	}
-	return ""
-}
-
-// Unusable returns why no external server has an address, empty if one may have it.
-func (c Config) Unusable(a netip.Addr) string {
-	if c.Sources.Have(a) {
-		return "the reserved address"
-	}
-	if a.Is6() && a.IsLinkLocalUnicast() {
-		return "a link-local address"
-	}
-	for _, s := range c.Sources {
-		if why := unusable(a, s.Prefix); why != "" {
-			return why
-		}
-	}
-	return ""
 }
 
 // addressHint returns the reason why value is not the IPv4 address of variable.
@@ -387,13 +265,10 @@ func addressHint(variable, value, expected string) string {
 func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byte, error)) *Error {
 	l := list{"EGRESS_DESTINATION", env.Destination, env.DestinationFile,
 		rules.ParseError{Sentence: "EGRESS_DESTINATION unspecified", Hint: `set EGRESS_DESTINATION to one line for each destination, for example "80 tcp 203.0.113.25"`}}
-	var unreachable []string
+	var suspects []string
 	warning, fault := l.read(readFile, func(text string) (err error) {
 		if c.Set, err = c.Grammar.Parse(text, Names{}); err == nil {
-			err = c.checkFamilies(text)
-		}
-		if err == nil {
-			unreachable = c.unreachable(l, text)
+			suspects, err = c.checkDestinations(l, text)
 		}
 		return err
 	})
@@ -403,32 +278,41 @@ func (c *Config) parseDestinations(env Environment, readFile func(string) ([]byt
 	if warning != "" {
 		c.Warnings = append(c.Warnings, warning)
 	}
-	c.Warnings = append(c.Warnings, unreachable...)
+	c.Warnings = append(c.Warnings, suspects...)
 	if len(c.Set.Redirects) == 0 && !c.Set.Fallback.IsValid() {
 		c.Warnings = append(c.Warnings, l.from()+" contains no destination: nothing is redirected")
 	}
 	return nil
 }
 
-// checkFamilies returns an error if the family of a destination has no source.
-func (c *Config) checkFamilies(text string) error {
-	sides := c.Sides()
-	if !slices.ContainsFunc(sides.Sources, netip.Addr.IsValid) {
-		return nil // for another error
-	}
-	for _, f := range c.Set.Families() {
-		if len(sides.SourcesOf(f)) > 0 {
+// mostSuspects is the number of warnings about destinations. A list may have thousands.
+const mostSuspects = 10
+
+// checkDestinations returns the first fault of a list, or the warnings about it.
+func (c *Config) checkDestinations(l list, text string) (warnings []string, err error) {
+	more := 0
+	var entries []rules.Line // only needed for a message
+	for _, f := range c.ValidateDestinations() {
+		if f.Field != wording.Destinations {
 			continue
 		}
-		for i, a := range c.numbered() {
-			if rules.FamilyOf(a) == f {
-				line := c.Grammar.Entries(text)[i]
-				return &rules.ParseError{Line: line, Sentence: fmt.Sprintf("EGRESS_DESTINATION value '%s' is for %s, and EGRESS_SOURCE has no %[2]s address", line.Text, f),
-					Hint: "connections leave with a source of the same family: remove the line, or reserve an address for them"}
-			}
+		if entries == nil {
+			entries = c.Grammar.Entries(text)
+		}
+		line := entries[f.Index]
+		switch {
+		case !f.Warning:
+			return nil, &rules.ParseError{Line: line, Sentence: fmt.Sprintf("EGRESS_DESTINATION value '%s' %s", line.Text, strings.TrimPrefix(f.Why.In(Names{}), "it ")), Hint: f.Hint.In(Names{})}
+		case len(warnings) == mostSuspects:
+			more++
+		default:
+			warnings = append(warnings, fmt.Sprintf("%s: %s", l.place(line.Number), f.Why.In(Names{})))
 		}
 	}
-	return nil
+	if more > 0 {
+		warnings = append(warnings, fmt.Sprintf("%s has %d more destinations of that kind", l.from(), more))
+	}
+	return warnings, nil
 }
 
 // grammars are the values of EGRESS_GRAMMAR.
@@ -443,77 +327,13 @@ func (c *Config) parseGrammar(s string) *Error {
 	return nil
 }
 
-// mostUnreachable is the number of unreachable destinations with a warning each. A
-// list may have thousands.
-const mostUnreachable = 10
-
-// unreachable returns a warning for each line of a valid list to an address that no
-// external server has. The original accepted them.
-func (c *Config) unreachable(l list, text string) (warnings []string) {
-	more := 0
-	var entries []rules.Line // only needed for a warning
-	for i, a := range c.numbered() {
-		why := "connections redirected to it fail"
-		is := c.unusableDestination(a)
-		if c.Sources.Have(a) {
-			is, why = "the reserved address", "connections redirected to it end in the pod"
-		}
-		if is == "" {
-			continue
-		}
-		if len(warnings) == mostUnreachable {
-			more++
-			continue
-		}
-		if entries == nil {
-			entries = c.Grammar.Entries(text)
-		}
-		warnings = append(warnings, fmt.Sprintf("%s: %s is %s: %s", l.place(entries[i].Number), a, is, why))
-	}
-	if more > 0 {
-		warnings = append(warnings, fmt.Sprintf("%s has %d more destinations of that kind", l.from(), more))
-	}
-	return warnings
-}
-
-// unusableDestination is unusable for a destination of either family.
-func (c *Config) unusableDestination(a netip.Addr) string {
-	if a.Is6() {
-		return unusableSource(netip.PrefixFrom(a, a.BitLen()))
-	}
-	for _, s := range c.Sources.Of(false) {
-		if is := unusable(a, s.Prefix); is != "" {
-			return is
-		}
-	}
-	return unusable(a, netip.Prefix{})
-}
-
-// loopback is the kernel's name of the loopback interface (drivers/net/loopback.c).
-const loopback = "lo"
-
-// checkInterface accepts the kernel's interface names (dev_valid_name in
-// net/core/dev.c: 1 to 15 bytes, no slash, colon or white space) that are literal in
-// a rule: for iptables, + at the end of a name is a pattern and ! a negation, and
-// restore input has its own quoting.
+// checkInterface accepts the name of an interface that leads to a network.
 func checkInterface(variable, name string) *Error {
-	bad := func(why string) *Error {
-		return &Error{variable, fmt.Sprintf("%s %s is not an interface name: %s", variable, quote(name), why), ""}
-	}
-	switch {
-	case name == loopback && variable != "EGRESS_MACVLAN_PARENT": // which names the usable NICs
+	if name == spec.Loopback && variable != "EGRESS_MACVLAN_PARENT" { // which names the usable NICs
 		return &Error{variable, fmt.Sprintf("%s %q is the loopback interface: expected one that leads to a network", variable, name), ""}
-	case len(name) > 15:
-		return bad("it has more than 15 bytes")
-	case name == "." || name == "..":
-		return bad("the kernel does not allow it")
-	case strings.HasPrefix(name, "-") || strings.HasPrefix(name, "!"):
-		return bad("it begins with " + name[:1])
 	}
-	for _, r := range name {
-		if r <= ' ' || r > '~' || strings.ContainsRune(`/:+"'\`+"`", r) {
-			return bad(fmt.Sprintf("it contains %q", r))
-		}
+	if why := spec.FaultOfInterface(name); why != "" {
+		return &Error{variable, fmt.Sprintf("%s %s is not an interface name: %s", variable, quote(name), why), ""}
 	}
 	return nil
 }

@@ -36,18 +36,21 @@ func sources(prefix, gateway string) spec.Sources {
 
 func TestParse(t *testing.T) {
 	want := Config{
+		Router: spec.Router{
+			Sources: sources("192.168.12.99/24", "192.168.12.1"),
+			Egress:  "macvlan0",
+			Cluster: "eth0",
+			Forward: true,
+			Set:     rules.Set{Redirects: []rules.Redirect{{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("203.0.113.25")}}},
+
+			ReplyMark:  0x1000,
+			ReplyTable: 4711,
+
+			Conflict: spec.ConflictWarn,
+		},
 		Mode:    Legacy,
-		Sources: sources("192.168.12.99/24", "192.168.12.1"),
-		Set:     rules.Set{Redirects: []rules.Redirect{{Protocol: rules.TCP, Port: 80, To: netip.MustParseAddr("203.0.113.25")}}},
-		Egress:  "macvlan0",
-		Cluster: "eth0",
-
-		Backend:    Auto,
-		ReplyMark:  0x1000,
-		ReplyTable: 4711,
-
-		Conflict: ConflictWarn,
-		Health:   Health{Interval: 10 * time.Second, AnnounceInterval: time.Minute, ProbeInterval: 30 * time.Second},
+		Backend: Auto,
+		Health:  Health{Interval: 10 * time.Second, AnnounceInterval: time.Minute, ProbeInterval: 30 * time.Second},
 	}
 	for name, test := range map[string]struct {
 		env  func(*Environment)
@@ -64,7 +67,7 @@ func TestParse(t *testing.T) {
 				e.Conflict, e.Probe, e.ProbeInterval, e.ProbeFailsReady = "refuse", "tcp", "5s", "true"
 			},
 			func(c *Config) {
-				c.Conflict = ConflictRefuse
+				c.Conflict = spec.ConflictRefuse
 				c.Health.Probe, c.Health.ProbeInterval, c.Health.ProbeFailsReady = true, 5*time.Second, true
 			},
 		},
@@ -73,21 +76,21 @@ func TestParse(t *testing.T) {
 				e.HealthListen, e.AuditLog, e.LogDrops, e.LogFormat, e.LogLevel = ":9465", "true", "true", "json", "warn"
 			},
 			func(c *Config) {
-				c.Health.Listen, c.Health.AuditLog, c.Health.LogDrops = netip.AddrPortFrom(netip.Addr{}, 9465), true, true
+				c.Health.Listen, c.HealthPort, c.Health.AuditLog, c.LogDrops = netip.AddrPortFrom(netip.Addr{}, 9465), 9465, true, true
 				c.Log = Log{JSON: true, Level: slog.LevelWarn}
 			},
 		},
 		"drop log in mode init": {
 			func(e *Environment) { e.Mode, e.LogDrops = "init", "true" },
 			func(c *Config) {
-				c.Mode, c.Health.LogDrops = Init, true
+				c.Mode, c.LogDrops = Init, true
 				c.Warnings = []string{"EGRESS_LOG_DROPS=true logs nothing in mode init, which ends at once: a router in mode monitor with the same variables does"}
 			},
 		},
 		"drop log with a proxy": {
 			func(e *Environment) { e.Mode, e.LogDrops = "dns-proxy", "true" },
 			func(c *Config) {
-				c.Mode, c.Set, c.Health.LogDrops = DNSProxy, rules.Set{}, true
+				c.Mode, c.Forward, c.Set, c.LogDrops = DNSProxy, false, rules.Set{}, true
 				c.Warnings = []string{"EGRESS_LOG_DROPS=true has no effect in mode dns-proxy"}
 			},
 		},
@@ -125,7 +128,7 @@ func TestParse(t *testing.T) {
 		"debug by spaces": {func(e *Environment) { e.Debug = " " }, func(c *Config) { c.Log.Level = slog.LevelDebug }},
 		"a proxy reads no destination": {
 			func(e *Environment) { e.Mode, e.Destination = "http-proxy", "nonsense" },
-			func(c *Config) { c.Mode, c.Set = HTTPProxy, rules.Set{} },
+			func(c *Config) { c.Mode, c.Forward, c.Set = HTTPProxy, false, rules.Set{} },
 		},
 		"backend":      {func(e *Environment) { e.Backend = "nftables" }, func(c *Config) { c.Backend = NFTables }},
 		"forward":      {func(e *Environment) { e.Forward = "redirected" }, func(*Config) {}},
@@ -140,20 +143,20 @@ func TestParse(t *testing.T) {
 		"helpers of a proxy": {
 			func(e *Environment) { e.Mode, e.Helpers = "http-proxy", "ftp" },
 			func(c *Config) {
-				c.Mode, c.Set = HTTPProxy, rules.Set{}
+				c.Mode, c.Forward, c.Set = HTTPProxy, false, rules.Set{}
 				c.Warnings = []string{"EGRESS_HELPERS has no effect in mode http-proxy: nothing is redirected"}
 			},
 		},
 		"forward open with a proxy": {
 			func(e *Environment) { e.Mode, e.Forward = "http-proxy", "open" },
 			func(c *Config) {
-				c.Mode, c.Set = HTTPProxy, rules.Set{}
+				c.Mode, c.Forward, c.Set = HTTPProxy, false, rules.Set{}
 				c.Warnings = []string{"EGRESS_FORWARD=open has no effect in mode http-proxy: nothing is forwarded"}
 			},
 		},
 		"nor a file": {
 			func(e *Environment) { e.Mode, e.Destination, e.DestinationFile = "dns-proxy", "nonsense", "missing" },
-			func(c *Config) { c.Mode, c.Set = DNSProxy, rules.Set{} },
+			func(c *Config) { c.Mode, c.Forward, c.Set = DNSProxy, false, rules.Set{} },
 		},
 		"cluster networks": {
 			func(e *Environment) { e.ClusterCIDRs = "10.96.0.0/12, 10.128.0.0/14" },

@@ -37,9 +37,9 @@ type Environment struct {
 	Grammar          string `envconfig:"EGRESS_GRAMMAR" spec:"grammar" unset:"legacy" doc:"form of these lines: legacy, or extended, with several protocols, sctp, ranges of ports, several addresses, names, limits and comments at the end"`
 	Interface        string `envconfig:"EGRESS_INTERFACE" spec:"interface" unset:"macvlan0" doc:"interface of the egress side, on the physical network"`
 	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" spec:"cluster interface" unset:"eth0" doc:"interface of the cluster side, by which clients connect"`
-	ClusterCIDRs     string `envconfig:"EGRESS_CLUSTER_CIDRS" unset:"none" doc:"networks reached by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces"`
-	ReplyMark        string `envconfig:"EGRESS_REPLY_MARK" unset:"0x1000" doc:"mark bits of connections from the cluster side, to change if another program uses the default"`
-	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" unset:"4711" doc:"number of the routing table of their replies, to change if another program uses the default"`
+	ClusterCIDRs     string `envconfig:"EGRESS_CLUSTER_CIDRS" spec:"cluster networks" unset:"none" doc:"networks reached by the cluster side, such as that of the Services (10.96.0.0/12), separated by commas or spaces"`
+	ReplyMark        string `envconfig:"EGRESS_REPLY_MARK" spec:"reply mark" unset:"0x1000" doc:"mark bits of connections from the cluster side, to change if another program uses the default"`
+	ReplyTable       string `envconfig:"EGRESS_REPLY_TABLE" spec:"reply table" unset:"4711" doc:"number of the routing table of their replies, to change if another program uses the default"`
 	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" spec:"backend" unset:"auto" doc:"how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables"`
 	Forward          string `envconfig:"EGRESS_FORWARD" unset:"redirected" doc:"what is forwarded from the cluster side: redirected connections only, or open, all connections, for a pod that is the gateway of others"`
 	Helpers          string `envconfig:"EGRESS_HELPERS" spec:"helpers" unset:"none" doc:"protocols whose servers open further connections, separated by commas: amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp; the kernel's helpers are attached to destinations with the protocol's port on the server"`

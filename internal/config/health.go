@@ -4,26 +4,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
-
-// A Conflict selects what to do if another host has the reserved address.
-type Conflict string
-
-// The values of EGRESS_CONFLICT.
-const (
-	ConflictWarn   Conflict = "warn"   // take it, as the original did, and log the other host
-	ConflictRefuse Conflict = "refuse" // do not take it
-	ConflictDefend Conflict = "defend" // take it, and announce it again at once
-)
-
-// Conflicts lists every value.
-var Conflicts = []Conflict{ConflictWarn, ConflictRefuse, ConflictDefend}
 
 // A Health is the settings of a router that stays.
 type Health struct {
@@ -34,17 +21,17 @@ type Health struct {
 	ProbeInterval    time.Duration
 	ProbeFailsReady  bool
 	AuditLog         bool
-	LogDrops         bool // log examples of dropped packets
 }
 
 // parseHealth reads the settings of a router that stays.
 func (c *Config) parseHealth(env Environment, report func(*Error)) {
-	c.Conflict = Conflict(orDefault(env.Conflict, string(ConflictWarn)))
-	report(choose("EGRESS_CONFLICT", string(c.Conflict), string(ConflictWarn), string(ConflictRefuse), string(ConflictDefend)))
+	c.Conflict = spec.Conflict(orDefault(env.Conflict, string(spec.ConflictWarn)))
+	report(choose("EGRESS_CONFLICT", string(c.Conflict), string(spec.ConflictWarn), string(spec.ConflictRefuse), string(spec.ConflictDefend)))
 	h := &c.Health
 	report(parseTime("EGRESS_HEALTH_INTERVAL", orDefault(env.HealthInterval, "10s"), orZero, &h.Interval))
 	report(parseTime("EGRESS_ANNOUNCE_INTERVAL", orDefault(env.AnnounceInterval, "60s"), orZero, &h.AnnounceInterval))
 	report(parseHealthListen(env.HealthListen, &h.Listen))
+	c.HealthPort = rules.Port(h.Listen.Port())
 	switch env.Probe {
 	case "":
 	case "tcp":
@@ -65,6 +52,9 @@ func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	report(parseBool("EGRESS_AUDIT_LOG", env.AuditLog, &h.AuditLog))
 	report(c.parseLogDrops(env.LogDrops))
 	report(c.checkHealthPort())
+	if c.Mode == UnitTest { // it prints the rules of the original
+		c.HealthPort = 0
+	}
 }
 
 // shortest is the shortest interval without a warning. A reconcile of 10,000
@@ -80,9 +70,9 @@ func (c *Config) warnShort(variable string, interval time.Duration) {
 // parseLogDrops parses EGRESS_LOG_DROPS. In mode init it loads the rules for a monitor,
 // which would otherwise find drift.
 func (c *Config) parseLogDrops(s string) *Error {
-	fault := parseBool("EGRESS_LOG_DROPS", s, &c.Health.LogDrops)
+	fault := parseBool("EGRESS_LOG_DROPS", s, &c.LogDrops)
 	switch {
-	case !c.Health.LogDrops || c.Mode.Stays():
+	case !c.LogDrops || c.Mode.Stays():
 	case c.Mode == Init:
 		c.Warnings = append(c.Warnings, "EGRESS_LOG_DROPS=true logs nothing in mode init, which ends at once: a router in mode monitor with the same variables does")
 	default:
@@ -93,12 +83,10 @@ func (c *Config) parseLogDrops(s string) *Error {
 
 // checkHealthPort checks that no destination has the port of the health endpoint.
 func (c *Config) checkHealthPort() *Error {
-	port := rules.Port(c.Health.Listen.Port())
-	taken := func(r rules.Redirect) bool { return r.Contains(rules.TCP, port) }
-	if port == 0 || !slices.ContainsFunc(c.Set.Redirects, taken) {
-		return nil
+	for _, f := range c.ValidateHealthPort() {
+		return &Error{"EGRESS_HEALTH_LISTEN", f.Why.In(Names{}), ""}
 	}
-	return &Error{"EGRESS_HEALTH_LISTEN", fmt.Sprintf("EGRESS_HEALTH_LISTEN has port %d, which is also a local port of the destinations: choose another port", port), ""}
+	return nil
 }
 
 // Reread returns c with the current destinations of the variable or the file. A

@@ -4,23 +4,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
-
-// A MacvlanMode selects the macvlans of the host that exchange frames with a
-// macvlan (ip-link(8)).
-type MacvlanMode string
-
-// The modes, by the values of EGRESS_MACVLAN_MODE. The original's cluster network
-// used private.
-const (
-	Private  MacvlanMode = "private"  // no other macvlan of the NIC
-	Bridge   MacvlanMode = "bridge"   // macvlans in the same mode, inside the host
-	VEPA     MacvlanMode = "vepa"     // macvlans whose frames the switch sends back
-	Passthru MacvlanMode = "passthru" // no other macvlan may exist, and the host loses the NIC
-)
-
-// MacvlanModes lists every mode.
-var MacvlanModes = []MacvlanMode{Private, Bridge, VEPA, Passthru}
 
 // DefaultHostNetns is the network namespace of process 1, which is the host's if the
 // container shares the host's PID namespace. Otherwise it is the container's own.
@@ -30,21 +16,14 @@ const DefaultHostNetns = "/proc/1/ns/net"
 // default route, as in the original's annotation assign-macvlan.
 const macvlanDefaultRoute = "true"
 
-// A Macvlan configures the creation of the egress interface by the router.
-type Macvlan struct {
-	Parent    string // NIC of the host; empty: the NIC of its IPv4 default route
-	Mode      MacvlanMode
-	HostNetns string // file of the host's network namespace
-}
-
 // parseMacvlan validates the variables of the macvlan, even without a macvlan, so
 // that a typing error is reported at once.
 func (c *Config) parseMacvlan(env Environment) Errors {
 	var faults Errors
-	mode := MacvlanMode(orDefault(env.MacvlanMode, string(Private)))
-	if !slices.Contains(MacvlanModes, mode) {
+	mode := spec.MacvlanMode(orDefault(env.MacvlanMode, string(spec.Private)))
+	if !slices.Contains(spec.MacvlanModes, mode) {
 		var names []string
-		for _, m := range MacvlanModes {
+		for _, m := range spec.MacvlanModes {
 			names = append(names, string(m))
 		}
 		faults = append(faults, &Error{"EGRESS_MACVLAN_MODE", fmt.Sprintf("EGRESS_MACVLAN_MODE %s is not a mode of a macvlan", quote(string(mode))),
@@ -61,7 +40,7 @@ func (c *Config) parseMacvlan(env Environment) Errors {
 	if fault := checkParent(env.MacvlanParent); fault != nil {
 		faults = append(faults, fault)
 	}
-	c.Macvlan = &Macvlan{Parent: env.MacvlanParent, Mode: mode, HostNetns: orDefault(env.HostNetns, DefaultHostNetns)}
+	c.Macvlan = &spec.Macvlan{Parent: env.MacvlanParent, Mode: mode, HostNetns: orDefault(env.HostNetns, DefaultHostNetns)}
 	if c.Macvlan.Parent == macvlanDefaultRoute {
 		c.Macvlan.Parent = ""
 	}

@@ -4,24 +4,25 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/google/go-cmp/cmp"
 )
 
 func TestMacvlan(t *testing.T) {
 	for name, test := range map[string]struct {
 		parent, mode, netns string
-		want                *Macvlan
+		want                *spec.Macvlan
 		warnings            []string
 	}{
 		"no macvlan":          {},
-		"the default route's": {parent: "true", want: &Macvlan{Mode: Private, HostNetns: "/proc/1/ns/net"}},
-		"by name":             {parent: "ens3", want: &Macvlan{Parent: "ens3", Mode: Private, HostNetns: "/proc/1/ns/net"}},
-		"one letter":          {parent: "t", want: &Macvlan{Parent: "t", Mode: Private, HostNetns: "/proc/1/ns/net"}},
-		"private":             {parent: "bond0.7", mode: "private", want: &Macvlan{Parent: "bond0.7", Mode: Private, HostNetns: "/proc/1/ns/net"}},
-		"bridge":              {parent: "ens3", mode: "bridge", want: &Macvlan{Parent: "ens3", Mode: Bridge, HostNetns: "/proc/1/ns/net"}},
-		"vepa":                {parent: "ens3", mode: "vepa", want: &Macvlan{Parent: "ens3", Mode: VEPA, HostNetns: "/proc/1/ns/net"}},
-		"passthru":            {parent: "ens3", mode: "passthru", want: &Macvlan{Parent: "ens3", Mode: Passthru, HostNetns: "/proc/1/ns/net"}},
-		"another file":        {parent: "ens3", netns: "/host/proc/1/ns/net", want: &Macvlan{Parent: "ens3", Mode: Private, HostNetns: "/host/proc/1/ns/net"}},
+		"the default route's": {parent: "true", want: &spec.Macvlan{Mode: spec.Private, HostNetns: "/proc/1/ns/net"}},
+		"by name":             {parent: "ens3", want: &spec.Macvlan{Parent: "ens3", Mode: spec.Private, HostNetns: "/proc/1/ns/net"}},
+		"one letter":          {parent: "t", want: &spec.Macvlan{Parent: "t", Mode: spec.Private, HostNetns: "/proc/1/ns/net"}},
+		"private":             {parent: "bond0.7", mode: "private", want: &spec.Macvlan{Parent: "bond0.7", Mode: spec.Private, HostNetns: "/proc/1/ns/net"}},
+		"bridge":              {parent: "ens3", mode: "bridge", want: &spec.Macvlan{Parent: "ens3", Mode: spec.Bridge, HostNetns: "/proc/1/ns/net"}},
+		"vepa":                {parent: "ens3", mode: "vepa", want: &spec.Macvlan{Parent: "ens3", Mode: spec.VEPA, HostNetns: "/proc/1/ns/net"}},
+		"passthru":            {parent: "ens3", mode: "passthru", want: &spec.Macvlan{Parent: "ens3", Mode: spec.Passthru, HostNetns: "/proc/1/ns/net"}},
+		"another file":        {parent: "ens3", netns: "/host/proc/1/ns/net", want: &spec.Macvlan{Parent: "ens3", Mode: spec.Private, HostNetns: "/host/proc/1/ns/net"}},
 		"a mode alone":        {mode: "bridge", warnings: []string{"EGRESS_MACVLAN_MODE has no effect without EGRESS_MACVLAN_PARENT"}},
 		"a namespace alone":   {netns: "/x", warnings: []string{"EGRESS_HOST_NETNS has no effect without EGRESS_MACVLAN_PARENT"}},
 	} {

@@ -2,7 +2,6 @@ package config
 
 import (
 	"fmt"
-	"iter"
 	"math"
 	"net/netip"
 	"slices"
@@ -17,7 +16,7 @@ import (
 // parseReply parses the mark and the table of the reply path.
 func (c *Config) parseReply(env Environment) Errors {
 	var faults Errors
-	c.ReplyMark, c.ReplyTable = DefaultReplyMark, DefaultReplyTable
+	c.ReplyMark, c.ReplyTable = spec.DefaultReplyMark, spec.DefaultReplyTable
 	if env.ReplyMark != "" {
 		n, err := parseMark(env.ReplyMark)
 		if err != nil || n == 0 {
@@ -28,8 +27,7 @@ func (c *Config) parseReply(env Environment) Errors {
 	}
 	if env.ReplyTable != "" {
 		n, err := strconv.ParseUint(env.ReplyTable, 10, 31)
-		// 253 to 255 are the kernel's own (linux/rtnetlink.h, rt_class_t).
-		if err != nil || n == 0 || n >= 253 && n <= 255 {
+		if err != nil || !spec.UsableTable(int(n)) {
 			faults = append(faults, &Error{"EGRESS_REPLY_TABLE",
 				fmt.Sprintf("EGRESS_REPLY_TABLE %s is not a table to use: expected a decimal number from 1 to %d, other than 253, 254 and 255", quote(env.ReplyTable), math.MaxInt32), ""})
 		}
@@ -47,50 +45,28 @@ func parseMark(s string) (uint64, error) {
 	return strconv.ParseUint(s, 10, 32)
 }
 
-// parseClusterCIDRs parses the networks of the cluster side. One that contains the
-// gateway or a destination would send redirected connections back there.
+// parseClusterCIDRs parses the networks of the cluster side.
 func (c *Config) parseClusterCIDRs(list string) Errors {
 	const variable = "EGRESS_CLUSTER_CIDRS"
 	var faults Errors
 	words := strings.FieldsFunc(list, func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
 	for _, word := range words {
-		p, why, hint := c.clusterCIDR(word)
-		if why != "" {
-			faults = append(faults, &Error{variable, fmt.Sprintf("%s %s: %s", variable, quote(word), why), hint})
-			continue
-		}
+		p, _ := netip.ParsePrefix(word) // the zero Prefix is invalid
 		c.ClusterDestinations = append(c.ClusterDestinations, p)
+	}
+	for _, f := range c.ValidateClusterDestinations() {
+		hint := f.Hint.In(Names{})
+		if hint != "" {
+			hint = remedy("%s", hint)
+		} else {
+			hint = cidrHint(words[f.Index])
+		}
+		faults = append(faults, &Error{variable, fmt.Sprintf("%s %s: %s", variable, quote(words[f.Index]), f.Why.In(Names{})), hint})
 	}
 	if list != "" && len(words) == 0 {
 		c.Warnings = append(c.Warnings, fmt.Sprintf("%s %s contains no network", variable, quote(list)))
 	}
 	return faults
-}
-
-// clusterCIDR parses one network, or returns the reason why it is invalid, and a hint.
-func (c *Config) clusterCIDR(word string) (p netip.Prefix, why, hint string) {
-	p, err := netip.ParsePrefix(word)
-	if err != nil || p.Addr().Is4In6() || p.Addr().Is6() && len(c.Sources.Of(true)) == 0 || p.Bits() == 0 {
-		return p, "expected an IPv4 network such as 10.96.0.0/12", cidrHint(word)
-	}
-	if p != p.Masked() {
-		return p, fmt.Sprintf("the network with that length is %s", p.Masked()), remedy("write %s, or %s/%d for that address alone", p.Masked(), p.Addr(), p.Addr().BitLen())
-	}
-	if is := unusable(p.Addr(), netip.Prefix{}); is != "" {
-		return p, "it begins with " + is, remedy("leave it out: it is not a network of hosts")
-	}
-	const leaveOut = "write smaller networks that do not contain it: their addresses are reached by the cluster side"
-	for _, s := range c.Sources {
-		if p.Contains(s.Gateway) {
-			return p, fmt.Sprintf("it contains EGRESS_GATEWAY (%s), which is on the physical network", s.Gateway), remedy(leaveOut)
-		}
-	}
-	for _, to := range c.destinations() {
-		if p.Contains(to) {
-			return p, fmt.Sprintf("it contains the destination %s", to), remedy(leaveOut)
-		}
-	}
-	return p, "", ""
 }
 
 // cidrHint returns a hint for a word that is not an IPv4 network.
@@ -114,33 +90,6 @@ func cidrHint(word string) string {
 	return ""
 }
 
-// destinations returns the addresses of all destinations.
-func (c *Config) destinations() (to []netip.Addr) {
-	for _, a := range c.numbered() {
-		to = append(to, a)
-	}
-	return to
-}
-
-// numbered returns the addresses of all destinations, each with the index of its entry
-// (rules.Grammar.Entries).
-func (c *Config) numbered() iter.Seq2[int, netip.Addr] {
-	return func(yield func(int, netip.Addr) bool) {
-		for i, r := range c.Set.Redirects {
-			for a := range r.All() {
-				if !yield(i, a) {
-					return
-				}
-			}
-		}
-		for i, a := range c.Set.Fallbacks() {
-			if !yield(len(c.Set.Redirects)+i, a) {
-				return
-			}
-		}
-	}
-}
-
 // KeepNameServers adds the name servers of a resolv.conf(5) to the destinations of
 // the cluster side, by which the pod reached them so far: otherwise a proxy in the
 // pod would use the reserved address for its look-ups. It leaves out addresses that
@@ -155,9 +104,9 @@ func (c *Config) KeepNameServers(resolvConf []byte) {
 		a, err := netip.ParseAddr(words[1])
 		ok := err == nil && (a.Is4() || len(c.Sources.Of(true)) > 0 && !a.Is4In6() && !a.IsLinkLocalUnicast())
 		near := func(s spec.Source) bool {
-			return unusable(a, s.Prefix) != "" || a == s.Gateway || s.Prefix.Contains(a)
+			return spec.Unusable(a, s.Prefix) != "" || a == s.Gateway || s.Prefix.Contains(a)
 		}
-		if !ok || slices.ContainsFunc(c.Sources, near) || slices.Contains(c.destinations(), a) {
+		if !ok || slices.ContainsFunc(c.Sources, near) || c.Set.Have(a) {
 			continue
 		}
 		if p := netip.PrefixFrom(a, a.BitLen()); !slices.Contains(c.ClusterDestinations, p) {

@@ -11,12 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // macvlanModes are the modes of a macvlan. Only messages use source: it cannot be
 // configured.
-var macvlanModes = map[string]netlink.MacvlanMode{
+var macvlanModes = map[spec.MacvlanMode]netlink.MacvlanMode{
 	"private":  netlink.MACVLAN_MODE_PRIVATE,
 	"bridge":   netlink.MACVLAN_MODE_BRIDGE,
 	"vepa":     netlink.MACVLAN_MODE_VEPA,
@@ -27,7 +28,7 @@ var macvlanModes = map[string]netlink.MacvlanMode{
 func modeName(mode netlink.MacvlanMode) string {
 	for name, m := range macvlanModes {
 		if m == mode {
-			return name
+			return string(name)
 		}
 	}
 	return fmt.Sprintf("number %d", mode)
@@ -270,7 +271,7 @@ func (k *Kernel) HasMacvlan(m plan.Macvlan, p Parent, host *Kernel, hostFd int) 
 // isMacvlan reports whether a link of the pod is a macvlan of p in the given mode.
 // hostID is the ID of the host's namespace in the pod's; -1: none, and then no
 // interface of the pod has a NIC of the host below it.
-func isMacvlan(l netlink.Link, mode string, p Parent, hostID int) bool {
+func isMacvlan(l netlink.Link, mode spec.MacvlanMode, p Parent, hostID int) bool {
 	have, ok := l.(*netlink.Macvlan)
 	if !ok || have.Mode != macvlanModes[mode] || have.ParentIndex != p.below.index {
 		return false

@@ -174,7 +174,7 @@ func TestParentSuits(t *testing.T) {
 // Every refusal of the kernel has a hint.
 func TestCreationHint(t *testing.T) {
 	for _, test := range []struct {
-		mode   string
+		mode   spec.MacvlanMode
 		master string
 		err    error
 		want   string
@@ -187,7 +187,7 @@ func TestCreationHint(t *testing.T) {
 		{"bridge", "", unix.EPERM, "privileged: true"},
 		{"bridge", "", unix.ENOMEM, ""},
 	} {
-		got := creationHint(plan.Macvlan{Interface: "macvlan0", Mode: test.mode}, Parent{Name: "ens3", master: test.master}, fmt.Errorf("wrapped: %w", test.err)).In(nil)
+		got := creationHint(plan.Macvlan{Interface: "macvlan0", Macvlan: spec.Macvlan{Mode: test.mode}}, Parent{Name: "ens3", master: test.master}, fmt.Errorf("wrapped: %w", test.err)).In(nil)
 		if !strings.Contains(got, test.want) || (got == "") != (test.want == "") {
 			t.Errorf("%v in mode %s: %q, want %q in it", test.err, test.mode, got, test.want)
 		}
@@ -197,7 +197,7 @@ func TestCreationHint(t *testing.T) {
 // Every mode has a name that maps back to it.
 func TestModeNames(t *testing.T) {
 	for name, mode := range macvlanModes {
-		if got := modeName(mode); got != name {
+		if got := modeName(mode); got != string(name) {
 			t.Errorf("mode %d is called %q, want %q", mode, got, name)
 		}
 	}

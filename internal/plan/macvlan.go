@@ -1,15 +1,15 @@
 package plan
 
-import "fmt"
+import (
+	"fmt"
 
-// A Macvlan describes the egress interface if the router creates it, in place of a
-// CNI plugin or a container engine: a macvlan of a NIC in the host's network
-// namespace.
+	"github.com/egress-router/egress-router/internal/spec"
+)
+
+// A Macvlan is the egress interface if the router creates it.
 type Macvlan struct {
 	Interface string // its name in the pod
-	Parent    string // NIC of the host; empty: the NIC of its IPv4 default route
-	Mode      string // notation of ip-link(8): private, bridge, vepa or passthru
-	HostNetns string // file of the host's network namespace
+	spec.Macvlan
 }
 
 // String returns the creation of m as a sentence in the imperative, without a full

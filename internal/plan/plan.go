@@ -20,13 +20,28 @@ type Want struct {
 	Macvlan  *Macvlan // nil: another program creates the egress interface
 	Rules    rules.Plan
 	Forward  bool // the namespace forwards between the two sides
-	Conflict Conflict
+	Conflict spec.Conflict
 	// Start: the address is announced and the gateway asked also without a change, and
 	// other holders are looked for before the address is taken. Without it the steps are
 	// repairs.
 	Start    bool
 	Announce bool // the address is announced also without a change
 	Retry    bool // IPv6 addresses that another host had are tried again
+}
+
+// WantOf returns what a namespace shall be with a router.
+func WantOf(r spec.Router) Want {
+	want := Want{
+		Network: Network{
+			Interface: r.Egress, Sources: r.Sources,
+			Cluster: ClusterSide{Interface: r.Cluster, Mark: uint32(r.ReplyMark), Table: r.ReplyTable, Destinations: r.ClusterDestinations},
+		},
+		Rules: r.Plan(), Forward: r.Forward, Conflict: r.Conflict,
+	}
+	if r.Macvlan != nil {
+		want.Macvlan = &Macvlan{r.Egress, *r.Macvlan}
+	}
+	return want
 }
 
 // A Have is the state of a namespace, and what a run has done to it.
@@ -48,17 +63,6 @@ type Have struct {
 	Announced [2]bool // of IPv4 and IPv6
 	Asked     [2]bool
 }
-
-// A Conflict is the reaction to another host with the reserved address before the
-// router takes it (RFC 5227, section 2.1). The original did not check.
-type Conflict uint8
-
-// The reactions to a conflict.
-const (
-	ConflictWarn   Conflict = iota // take the address and log the other host
-	ConflictRefuse                 // probe in full, and do not take it
-	ConflictDefend                 // take it, and announce it again after another host's answer
-)
 
 // A Stage is a part of the steps. The state is observed again between two stages if the
 // first one has changed the network: the kernel adds routes by itself.
@@ -93,7 +97,7 @@ type (
 	// Probe looks for other hosts with reserved addresses.
 	Probe struct {
 		Addresses []netip.Addr
-		Conflict  Conflict
+		Conflict  spec.Conflict
 	}
 	// Load loads rules.
 	Load struct {
@@ -120,8 +124,8 @@ func (s Settle) String() string {
 }
 
 func (s Probe) String() string {
-	return fmt.Sprintf("probe for another host with %s, and %s", list(s.Addresses), map[Conflict]string{
-		ConflictWarn: "log it", ConflictRefuse: "end if there is one", ConflictDefend: "announce the address again if there is one",
+	return fmt.Sprintf("probe for another host with %s, and %s", list(s.Addresses), map[spec.Conflict]string{
+		spec.ConflictWarn: "log it", spec.ConflictRefuse: "end if there is one", spec.ConflictDefend: "announce the address again if there is one",
 	}[s.Conflict])
 }
 
@@ -288,7 +292,7 @@ func inquire(want Want, have Have) (early, late []Step) {
 	}
 	probe := Probe{missing.Addresses(), want.Conflict}
 	switch {
-	case want.Conflict == ConflictRefuse:
+	case want.Conflict == spec.ConflictRefuse:
 		late = append(late, probe)
 	case want.Start: // of a repair the ARP watch detects the other host
 		early = append(early, probe)

@@ -216,7 +216,7 @@ func TestStepsConverge(t *testing.T) {
 		}
 		network.Cluster = ClusterSide{Interface: "eth0", Mark: 0x1000, Table: 4711, Destinations: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
 		goal := Want{
-			Network: network, Forward: source.IntN(4) > 0, Start: source.IntN(2) == 0, Conflict: Conflict(source.IntN(3)),
+			Network: network, Forward: source.IntN(4) > 0, Start: source.IntN(2) == 0, Conflict: []spec.Conflict{spec.ConflictWarn, spec.ConflictRefuse, spec.ConflictDefend}[source.IntN(3)],
 			Rules: rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: network.Sources.Addresses()}),
 		}
 		have := Have{State: random(source, network), Redirects: source.IntN(2) == 0}

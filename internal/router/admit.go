@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
-	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 const (
@@ -55,7 +55,7 @@ func (c *change) await(ctx context.Context) (err error) {
 	network, r := c.want.Network, c.router
 	for _, a := range network.Contested(c.have.State).Addresses() {
 		h := holder{a, c.holderOf(ctx, a), time.Now()}
-		if c.want.Conflict == plan.ConflictRefuse {
+		if c.want.Conflict == spec.ConflictRefuse {
 			return &ConflictError{a, h.mac}
 		}
 		r.start.holders = append(r.start.holders, h)

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
-	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/wording"
 )
 
@@ -72,13 +72,13 @@ func (c *change) ask(address netip.Addr) {
 // before it takes them.
 func (c *change) probe(ctx context.Context, addresses []netip.Addr) error {
 	c.have.Probed = true
-	if c.want.Conflict == plan.ConflictRefuse && !c.held {
+	if c.want.Conflict == spec.ConflictRefuse && !c.held {
 		return c.acquire(ctx, addresses)
 	}
 	for _, a := range addresses {
 		c.ask(a)
 	}
-	if c.want.Conflict != plan.ConflictRefuse {
+	if c.want.Conflict != spec.ConflictRefuse {
 		return nil
 	}
 	// The addresses were this router's, after a full probe. Traffic stops for the
@@ -136,7 +136,7 @@ func (c *change) answer(ctx context.Context) error {
 		contested = append(contested, q.address)
 	}
 	c.questions = nil
-	if c.want.Conflict != plan.ConflictDefend || len(contested) == 0 {
+	if c.want.Conflict != spec.ConflictDefend || len(contested) == 0 {
 		return nil
 	}
 	return c.announce(contested)

@@ -11,10 +11,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -24,7 +24,7 @@ func track(p *labtest.Pod, audit func(conntrack.Event)) *conntrack.Tracker {
 	var tracker *conntrack.Tracker
 	err := p.Lab.Router.Do(func() (err error) {
 		tracker, err = conntrack.Open(conntrack.Options{
-			Sources: []netip.Addr{lab.Source}, Mark: config.DefaultReplyMark, Set: destinations(p),
+			Sources: []netip.Addr{lab.Source}, Mark: spec.DefaultReplyMark, Set: destinations(p),
 			Count: true, Audit: audit, Log: slog.New(slog.DiscardHandler),
 		})
 		return err

@@ -14,10 +14,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/ndp"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // dualStack makes a pod of both families with a server for each.
@@ -234,7 +234,7 @@ func TestDuplicateAddress(t *testing.T) {
 func TestDualStackRepairs(t *testing.T) {
 	t.Parallel()
 	everywhere := labtest.IPNet("::/0")
-	table, mark := config.DefaultReplyTable, uint32(config.DefaultReplyMark)
+	table, mark := spec.DefaultReplyTable, uint32(spec.DefaultReplyMark)
 	rule := func(arrival string) *netlink.Rule {
 		r := netlink.NewRule()
 		r.Family, r.Table, r.Priority = netlink.FAMILY_V6, table, 20000

@@ -14,11 +14,12 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // macvlanOf returns a macvlan of the lab's node.
 func macvlanOf(l *lab.Lab) *plan.Macvlan {
-	return &plan.Macvlan{Interface: "macvlan0", Mode: "private", HostNetns: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), l.Node.Fd())}
+	return &plan.Macvlan{Interface: "macvlan0", Macvlan: spec.Macvlan{Mode: spec.Private, HostNetns: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), l.Node.Fd())}}
 }
 
 // links describes the links of a namespace; their indexes distinguish a link from

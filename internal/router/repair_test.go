@@ -15,10 +15,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A damaged is a router that repairs one damage after the other under traffic.
@@ -99,7 +99,7 @@ func TestRepair(t *testing.T) {
 		r := startDamaged(p, interval)
 		// Only a router that ran before the damage can repair these two.
 		damages = append(damages, labtest.Damage{Name: "reply table default route deleted", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
-			return h.RouteDel(&netlink.Route{Dst: labtest.Everywhere(), Table: config.DefaultReplyTable, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
+			return h.RouteDel(&netlink.Route{Dst: labtest.Everywhere(), Table: spec.DefaultReplyTable, Gw: lab.NodeAddr.AsSlice(), LinkIndex: eth.Attrs().Index})
 		}}, labtest.Damage{Name: "default route by another gateway on eth0", Do: func(h *netlink.Handle, _, eth netlink.Link) error {
 			return h.RouteReplace(&netlink.Route{Dst: labtest.Everywhere(), Gw: netip.MustParseAddr("10.128.0.200").AsSlice(), LinkIndex: eth.Attrs().Index})
 		}})

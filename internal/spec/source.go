@@ -43,7 +43,9 @@ func (s Sources) Addresses() []netip.Addr {
 }
 
 // Have reports whether a is a source.
-func (s Sources) Have(a netip.Addr) bool { return slices.Contains(s.Addresses(), a) }
+func (s Sources) Have(a netip.Addr) bool {
+	return slices.ContainsFunc(s, func(have Source) bool { return have.Prefix.Addr() == a })
+}
 
 // HaveGateway reports whether a is a gateway.
 func (s Sources) HaveGateway(a netip.Addr) bool {

@@ -17,20 +17,23 @@ type Field string
 
 // The fields of the router and the HTTP proxy.
 const (
-	Mode             Field = "mode"
-	Source           Field = "source"
-	Gateway          Field = "gateway"
-	Destinations     Field = "destinations"
-	Grammar          Field = "grammar"
-	Interface        Field = "interface"
-	ClusterInterface Field = "cluster interface"
-	Backend          Field = "backend"
-	Helpers          Field = "helpers"
-	MacvlanParent    Field = "macvlan parent"
-	HostNetns        Field = "host network namespace"
-	Conflict         Field = "conflict"
-	HealthListen     Field = "health address"
-	HTTPProxyListen  Field = "HTTP proxy address"
+	Mode                Field = "mode"
+	Source              Field = "source"
+	Gateway             Field = "gateway"
+	Destinations        Field = "destinations"
+	Grammar             Field = "grammar"
+	Interface           Field = "interface"
+	ClusterInterface    Field = "cluster interface"
+	Backend             Field = "backend"
+	Helpers             Field = "helpers"
+	ReplyMark           Field = "reply mark"
+	ReplyTable          Field = "reply table"
+	ClusterDestinations Field = "cluster networks"
+	MacvlanParent       Field = "macvlan parent"
+	HostNetns           Field = "host network namespace"
+	Conflict            Field = "conflict"
+	HealthListen        Field = "health address"
+	HTTPProxyListen     Field = "HTTP proxy address"
 )
 
 // Names are the names of the fields for the users of a front end.

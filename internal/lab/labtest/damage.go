@@ -10,8 +10,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // RulesetFlushed is the damage that deletes all tables of nftables at once.
@@ -209,13 +209,13 @@ func (p *Pod) damagedNetwork() []Damage {
 			return p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/eth0/forwarding", "0")
 		}},
 		{"reply rule deleted", func(h *netlink.Handle, _, _ netlink.Link) error {
-			mark := uint32(config.DefaultReplyMark)
+			mark := uint32(spec.DefaultReplyMark)
 			rule := netlink.NewRule()
-			rule.Family, rule.Priority, rule.Table, rule.Mark, rule.Mask = netlink.FAMILY_V4, 20000, config.DefaultReplyTable, mark, &mark
+			rule.Family, rule.Priority, rule.Table, rule.Mark, rule.Mask = netlink.FAMILY_V4, 20000, spec.DefaultReplyTable, mark, &mark
 			return h.RuleDel(rule)
 		}},
 		{"reply table route added", func(h *netlink.Handle, macvlan, _ netlink.Link) error {
-			return h.RouteAdd(&netlink.Route{Dst: IPNet("10.129.0.71/32"), Table: config.DefaultReplyTable, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
+			return h.RouteAdd(&netlink.Route{Dst: IPNet("10.129.0.71/32"), Table: spec.DefaultReplyTable, LinkIndex: macvlan.Attrs().Index, Scope: netlink.SCOPE_LINK})
 		}},
 		{"main table's routing rule deleted", func(h *netlink.Handle, _, _ netlink.Link) error {
 			rule := netlink.NewRule()

@@ -13,10 +13,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/iptables"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/nft"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -30,7 +30,7 @@ type loaded struct {
 const loadVariable = "LOAD_RULES"
 
 // Mark is the mark of connections from the cluster side in plans of [Pod.Load].
-const Mark rules.Mark = config.DefaultReplyMark
+const Mark rules.Mark = spec.DefaultReplyMark
 
 // Load loads the rules for a list of destinations and sources with the pod's backend, and
 // the source guard. It checks that the kernel then has them, and reports whether it had

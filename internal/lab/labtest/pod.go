@@ -20,12 +20,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
-	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Backend is one way for rules to get into the kernel.
@@ -378,7 +378,7 @@ func (p *Pod) state() (string, error) {
 		defer kernel.Close()
 		s, err := kernel.Observe(plan.Network{
 			Interface: p.Lab.MacvlanName,
-			Cluster:   plan.ClusterSide{Interface: p.Lab.ClusterName, Table: config.DefaultReplyTable},
+			Cluster:   plan.ClusterSide{Interface: p.Lab.ClusterName, Table: spec.DefaultReplyTable},
 		})
 		if err != nil {
 			return err
