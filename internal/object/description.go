@@ -1,0 +1,264 @@
+package object
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/rules"
+)
+
+// A Description is a valid router. A source without a gateway has that of the node's NIC.
+type Description struct {
+	Sources spec.Sources
+	Set     rules.Set
+	Master  string // NIC of the node; empty: the node chooses one
+	Mode    string // of the macvlan, in the notation of ip-link(8)
+	MTU     int    // of the macvlan, in bytes; zero: that of the NIC
+	// Warnings are about accepted but probably unintended input, one line each.
+	Warnings []string
+}
+
+// Description returns the router that a resource describes. The error is a Faults with every
+// invalid field.
+func (s Spec) Description() (Description, error) {
+	b := builder{paths: resourcePaths}
+	if s.Mode != "" && s.Mode != ModeRedirect {
+		b.fault(mode, 0, "is %q: expected Redirect, the only mode", s.Mode)
+	}
+	macvlan := s.NetworkInterface.Macvlan
+	b.setMacvlan(string(macvlan.Mode), macvlan.Master, []string{string(Bridge), string(Private), string(VEPA), string(Passthru)})
+	var ips []string
+	var gateways []indexed
+	for i, a := range s.Addresses {
+		ips = append(ips, a.IP)
+		if a.Gateway != "" {
+			gateways = append(gateways, indexed{i, a.Gateway})
+		}
+	}
+	b.setSources(ips, gateways)
+	if s.Redirect == nil {
+		b.fault(redirect, 0, "is missing: add redirectRules, fallbackIP, or both; {} redirects nothing")
+		return b.done()
+	}
+	for i, r := range s.Redirect.RedirectRules {
+		w := words{strconv.Itoa(int(r.Port)), string(r.Protocol), r.DestinationIP, ""}
+		if r.TargetPort != 0 {
+			w.target = strconv.Itoa(int(r.TargetPort))
+		}
+		b.addRule(i, w)
+	}
+	b.setFallback(s.Redirect.FallbackIP)
+	return b.done()
+}
+
+// A builder makes a Description.
+type builder struct {
+	paths  paths
+	made   Description
+	faults Faults
+}
+
+func (b *builder) fault(f field, index int, format string, args ...any) {
+	b.faults = append(b.faults, b.paths.at(f, index, format, args...))
+}
+
+func (b *builder) warn(f field, index int, format string, args ...any) {
+	b.made.Warnings = append(b.made.Warnings, b.paths.at(f, index, format, args...).Error())
+}
+
+func (b *builder) done() (Description, error) {
+	if err := b.faults.Err(); err != nil {
+		return Description{}, err
+	}
+	return b.made, nil
+}
+
+// setMacvlan sets the macvlan. modes are the values of the form of description; any case is
+// accepted.
+func (b *builder) setMacvlan(how, master string, modes []string) {
+	if b.made.Mode = strings.ToLower(how); how == "" {
+		b.made.Mode = "bridge"
+	}
+	if !slices.ContainsFunc(modes, func(m string) bool { return strings.EqualFold(m, b.made.Mode) }) {
+		b.fault(macvlanMode, 0, "is %q: expected one of %s", how, strings.Join(modes, ", "))
+	}
+	// The kernel's names of interfaces (dev_valid_name in net/core/dev.c).
+	if b.made.Master = master; len(master) > 15 || strings.ContainsAny(master, " \t\n/:") || master == "." || master == ".." {
+		b.fault(macvlanMaster, 0, "is %q: expected the name of a NIC of the node, for example eth1", master)
+	}
+}
+
+// An indexed is a text of a list.
+type indexed struct {
+	index int
+	text  string
+}
+
+// setSources sets the reserved addresses.
+func (b *builder) setSources(ips []string, gateways []indexed) {
+	if len(ips) == 0 {
+		b.fault(addresses, 0, "is empty: add the reserved address with the length of its subnet, for example 192.168.12.99/24")
+	}
+	for i, text := range ips {
+		p, why := parsePrefix(text)
+		switch {
+		case why != "":
+			b.fault(addressIP, i, "is %q: %s", text, why)
+			continue
+		case b.made.Sources.Have(p.Addr()):
+			b.fault(addressIP, i, "is %q: it is there twice, remove one", text)
+			continue
+		}
+		if !strings.Contains(text, "/") {
+			b.warn(addressIP, i, "is %q, without the length of its subnet: hosts of the subnet are reached by the gateway", text)
+		}
+		b.made.Sources = append(b.made.Sources, spec.Source{Prefix: p})
+	}
+	for _, g := range gateways {
+		b.setGateway(g)
+	}
+}
+
+// setGateway sets the gateway of a family.
+func (b *builder) setGateway(g indexed) {
+	a, why := parseAddress(g.text)
+	if why != "" {
+		b.fault(gateway, g.index, "is %q: %s", g.text, why)
+		return
+	}
+	of := b.made.Sources.Of(a.Is6())
+	switch {
+	case len(b.faults) > 0 && len(of) == 0: // probably for that reason
+	case len(of) == 0:
+		b.fault(gateway, g.index, "is %q: there is no reserved address of %s", g.text, rules.FamilyOf(a))
+	case of[0].Gateway.IsValid() && of[0].Gateway != a:
+		b.fault(gateway, g.index, "is %q, and %s before it: the addresses of a family have one gateway", g.text, of[0].Gateway)
+	case b.made.Sources.Have(a):
+		b.fault(gateway, g.index, "is %q, the reserved address: expected the router of its network", g.text)
+	}
+	for i, s := range b.made.Sources {
+		if s.Prefix.Addr().Is6() == a.Is6() {
+			b.made.Sources[i].Gateway = a
+		}
+	}
+}
+
+// words are the parts of a redirect as text.
+type words struct{ port, protocol, address, target string }
+
+// addRule adds a redirect.
+func (b *builder) addRule(i int, w words) {
+	before := len(b.faults)
+	var r rules.Redirect
+	var ok bool
+	if r.Protocol, ok = protocols[strings.ToUpper(w.protocol)]; !ok {
+		b.fault(ruleProtocol, i, "is %q: expected TCP, UDP or SCTP", w.protocol)
+	}
+	if r.Port, ok = parsePort(w.port); !ok {
+		b.fault(rulePort, i, "is %s: expected a port from 1 to 65535", w.port)
+	}
+	if w.target != "" {
+		if r.ToPort, ok = parsePort(w.target); !ok {
+			b.fault(ruleTarget, i, "is %s: expected a port from 1 to 65535", w.target)
+		}
+	}
+	if r.To = b.parseDestination(ruleDestination, i, w.address); len(b.faults) > before {
+		return
+	}
+	if slices.ContainsFunc(b.made.Set.Redirects, func(o rules.Redirect) bool {
+		return o.Contains(r.Protocol, r.Port) && o.To.Is6() == r.To.Is6()
+	}) {
+		b.warn(rulePort, i, "is %d of %s, as an earlier one: the first one is used", r.Port, w.protocol)
+		return
+	}
+	b.made.Set.Redirects = append(b.made.Set.Redirects, r)
+}
+
+// protocols are the protocols by the values of the resource.
+var protocols = map[string]rules.Protocol{string(TCP): rules.TCP, string(UDP): rules.UDP, string(SCTP): rules.SCTP}
+
+// setFallback sets the destination of all other ports.
+func (b *builder) setFallback(text string) {
+	if text == "" {
+		return
+	}
+	a := b.parseDestination(fallback, 0, text)
+	if a.Is6() {
+		b.made.Set.Fallback6 = a
+	} else {
+		b.made.Set.Fallback = a
+	}
+}
+
+// parseDestination parses the address of a server. A length behind it has no meaning.
+func (b *builder) parseDestination(f field, i int, text string) netip.Addr {
+	address, length, given := strings.Cut(text, "/")
+	a, why := parseAddress(address)
+	if why == "" && given {
+		if _, err := parseLength(length, a.BitLen()); err != nil {
+			why = "a length is not needed, and this one is none"
+		}
+	}
+	switch {
+	case why != "":
+		b.fault(f, i, "is %q: %s", text, why)
+	case len(b.made.Sources) > 0 && len(b.made.Sources.Of(a.Is6())) == 0:
+		b.fault(f, i, "is %q: there is no reserved address of %s, which connections to it need", text, rules.FamilyOf(a))
+	}
+	return a
+}
+
+// parsePrefix parses an address with or without a length, or returns why it is none.
+func parsePrefix(text string) (p netip.Prefix, why string) {
+	address, length, given := strings.Cut(text, "/")
+	a, why := parseAddress(address)
+	if why != "" {
+		return p, why
+	}
+	bits := a.BitLen()
+	if given {
+		var err error
+		if bits, err = parseLength(length, bits); err != nil {
+			return p, fmt.Sprintf("the length behind the slash is a number from 0 to %d", a.BitLen())
+		}
+	}
+	return netip.PrefixFrom(a, bits), ""
+}
+
+// parseLength parses the length of a subnet, in bits.
+func parseLength(s string, most int) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err == nil && (n < 0 || n > most || strconv.Itoa(n) != s) {
+		err = strconv.ErrRange
+	}
+	return n, err
+}
+
+// parsePort parses a decimal number without leading zeros.
+func parsePort(s string) (rules.Port, bool) {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return rules.Port(n), err == nil && n > 0 && strconv.FormatUint(n, 10) == s
+}
+
+// parseAddress parses an address, or returns why it is none. The schema of the resource
+// accepts some of the others.
+func parseAddress(s string) (a netip.Addr, why string) {
+	a, err := netip.ParseAddr(s)
+	switch {
+	case err != nil && strings.Contains(s, "/"):
+		return a, "expected one address, without a length"
+	case err != nil && s != "" && strings.Trim(s, "0123456789.") == "":
+		return a, "an IPv4 address is four numbers from 0 to 255, without leading zeros"
+	case err != nil:
+		return a, "expected an IPv4 or IPv6 address"
+	case a.Zone() != "":
+		return a, "an address has no zone: the interface is known, write " + a.WithZone("").String()
+	case a.Is4In6():
+		return a, "an IPv4 address within IPv6: write " + a.Unmap().String()
+	}
+	return a, ""
+}
