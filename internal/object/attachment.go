@@ -152,6 +152,7 @@ var macvlanModes = []string{"bridge", "private", "vepa", "passthru"}
 // every invalid key.
 func (a Attachment) Description() (Description, error) {
 	b := builder{paths: attachmentPaths}
+	b.made.Forward = true
 	if a.InterfaceType != "" && a.InterfaceType != "macvlan" {
 		b.faults = append(b.faults, Fault{"interfaceType", fmt.Sprintf("is %q: expected macvlan", a.InterfaceType)})
 	}

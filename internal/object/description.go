@@ -8,16 +8,17 @@ import (
 	"strings"
 
 	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A Description is a valid router. A source without a gateway has that of the node's NIC.
+// A Description is a valid router, as far as a resource or an attachment describes it: its
+// Sources and Set. A source without a gateway has that of the node's NIC.
 type Description struct {
-	Sources spec.Sources
-	Set     rules.Set
-	Master  string // NIC of the node; empty: the node chooses one
-	Mode    string // of the macvlan, in the notation of ip-link(8)
-	MTU     int    // of the macvlan, in bytes; zero: that of the NIC
+	spec.Router
+	Master string // NIC of the node; empty: the node chooses one
+	Mode   string // of the macvlan, in the notation of ip-link(8)
+	MTU    int    // of the macvlan, in bytes; zero: that of the NIC
 	// Warnings are about accepted but probably unintended input, one line each.
 	Warnings []string
 }
@@ -26,6 +27,7 @@ type Description struct {
 // invalid field.
 func (s Spec) Description() (Description, error) {
 	b := builder{paths: resourcePaths}
+	b.made.Forward = true
 	if s.Mode != "" && s.Mode != ModeRedirect {
 		b.fault(mode, 0, "is %q: expected Redirect, the only mode", s.Mode)
 	}
@@ -57,9 +59,11 @@ func (s Spec) Description() (Description, error) {
 
 // A builder makes a Description.
 type builder struct {
-	paths  paths
-	made   Description
-	faults Faults
+	paths    paths
+	made     Description
+	faults   Faults
+	gateways []indexed
+	rules    []int // of each redirect, the index of the rule
 }
 
 func (b *builder) fault(f field, index int, format string, args ...any) {
@@ -71,10 +75,55 @@ func (b *builder) warn(f field, index int, format string, args ...any) {
 }
 
 func (b *builder) done() (Description, error) {
+	if len(b.faults) == 0 {
+		b.validate()
+	}
 	if err := b.faults.Err(); err != nil {
 		return Description{}, err
 	}
 	return b.made, nil
+}
+
+// validate adds the faults and the warnings about the router.
+func (b *builder) validate() {
+	for _, f := range slices.Concat(b.made.Sources.Validate(), b.made.Sources.ValidateGateways(), b.made.ValidateDestinations()) {
+		at, index, value := b.place(f)
+		if !value.IsValid() {
+			continue // a gateway that is that of the NIC
+		}
+		why := f.Why.In(b.paths)
+		if hint := f.Hint.In(b.paths); hint != "" {
+			why += " (" + hint + ")"
+		}
+		if f.Warning {
+			b.warn(at, index, "is %q: %s", value, why)
+		} else {
+			b.fault(at, index, "is %q: %s", value, why)
+		}
+	}
+}
+
+// place returns the field of a fault, with its index and its value.
+func (b *builder) place(f spec.Fault) (at field, index int, value netip.Addr) {
+	switch f.Field {
+	case wording.Source:
+		return addressIP, f.Index, b.made.Sources[f.Index].Prefix.Addr()
+	case wording.Gateway:
+		value = b.made.Sources[f.Index].Gateway
+		i := max(0, slices.IndexFunc(b.gateways, func(g indexed) bool {
+			a, _ := parseAddress(g.text)
+			return a == value
+		}))
+		if len(b.gateways) > 0 {
+			index = b.gateways[i].index
+		}
+		return gateway, index, value
+	}
+	redirects := b.made.Set.Redirects
+	if f.Index < len(redirects) {
+		return ruleDestination, b.rules[f.Index], redirects[f.Index].To
+	}
+	return fallback, 0, b.made.Set.Fallbacks()[f.Index-len(redirects)]
 }
 
 // setMacvlan sets the macvlan. modes are the values of the form of description; any case is
@@ -109,15 +158,13 @@ func (b *builder) setSources(ips []string, gateways []indexed) {
 		case why != "":
 			b.fault(addressIP, i, "is %q: %s", text, why)
 			continue
-		case b.made.Sources.Have(p.Addr()):
-			b.fault(addressIP, i, "is %q: it is there twice, remove one", text)
-			continue
 		}
 		if !strings.Contains(text, "/") {
 			b.warn(addressIP, i, "is %q, without the length of its subnet: hosts of the subnet are reached by the gateway", text)
 		}
 		b.made.Sources = append(b.made.Sources, spec.Source{Prefix: p})
 	}
+	b.gateways = gateways
 	for _, g := range gateways {
 		b.setGateway(g)
 	}
@@ -137,8 +184,6 @@ func (b *builder) setGateway(g indexed) {
 		b.fault(gateway, g.index, "is %q: there is no reserved address of %s", g.text, rules.FamilyOf(a))
 	case of[0].Gateway.IsValid() && of[0].Gateway != a:
 		b.fault(gateway, g.index, "is %q, and %s before it: the addresses of a family have one gateway", g.text, of[0].Gateway)
-	case b.made.Sources.Have(a):
-		b.fault(gateway, g.index, "is %q, the reserved address: expected the router of its network", g.text)
 	}
 	for i, s := range b.made.Sources {
 		if s.Prefix.Addr().Is6() == a.Is6() {
@@ -176,6 +221,7 @@ func (b *builder) addRule(i int, w words) {
 		return
 	}
 	b.made.Set.Redirects = append(b.made.Set.Redirects, r)
+	b.rules = append(b.rules, i)
 }
 
 // protocols are the protocols by the values of the resource.
@@ -203,11 +249,8 @@ func (b *builder) parseDestination(f field, i int, text string) netip.Addr {
 			why = "a length is not needed, and this one is none"
 		}
 	}
-	switch {
-	case why != "":
+	if why != "" {
 		b.fault(f, i, "is %q: %s", text, why)
-	case len(b.made.Sources) > 0 && len(b.made.Sources.Of(a.Is6())) == 0:
-		b.fault(f, i, "is %q: there is no reserved address of %s, which connections to it need", text, rules.FamilyOf(a))
 	}
 	return a
 }

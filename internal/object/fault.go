@@ -3,6 +3,8 @@ package object
 import (
 	"fmt"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A Fault is a field with an invalid value.
@@ -57,6 +59,17 @@ const (
 
 // paths has the path of each field of a form of the description. An index replaces %d.
 type paths map[field]string
+
+// Name returns the path of a field of the description.
+func (p paths) Name(f wording.Field) string {
+	if f == wording.Gateway {
+		return "the gateway"
+	}
+	return p[addresses]
+}
+
+// Set is not used: no message gives a field a value.
+func (p paths) Set(f wording.Field, value string) string { return p.Name(f) + ": " + value }
 
 // at returns a fault of a field.
 func (p paths) at(f field, index int, format string, args ...any) Fault {

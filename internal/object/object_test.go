@@ -159,7 +159,11 @@ func TestFaultsOfResourceNameTheirField(t *testing.T) {
 		{`192.168.12.99/24`, `foo`, `spec.addresses[0].ip is "foo": expected an IPv4 or IPv6 address`},
 		{`192.168.12.99/24`, `192.168.12.99/33`, `spec.addresses[0].ip is "192.168.12.99/33": the length behind the slash is a number from 0 to 32`},
 		{`192.168.12.99/24`, `::ffff:1.2.3.4/24`, `spec.addresses[0].ip is "::ffff:1.2.3.4/24": an IPv4 address within IPv6: write 1.2.3.4`},
-		{`"192.168.12.1"}`, `"192.168.12.1"}, {"ip": "192.168.12.99/25"}`, `spec.addresses[1].ip is "192.168.12.99/25": it is there twice, remove one`},
+		{`"192.168.12.1"}`, `"192.168.12.1"}, {"ip": "192.168.12.99/25"}`, `spec.addresses[1].ip is "192.168.12.99": it is there twice: remove one`},
+		{`192.168.12.99/24`, `127.0.0.1/8`, `spec.addresses[0].ip is "127.0.0.1": a loopback address cannot be the source of connections`},
+		{`192.168.12.99/24`, `192.168.12.255/24`, `spec.addresses[0].ip is "192.168.12.255": the broadcast address of 192.168.12.0/24 cannot be the source of connections`},
+		{`"192.168.12.1"`, `"224.0.0.1"`, `spec.addresses[0].gateway is "224.0.0.1": a multicast address cannot be a gateway`},
+		{`"192.168.12.99/24", "gateway": "192.168.12.1"}`, `"192.168.12.99/24"}, {"ip": "192.168.12.98/24", "gateway": "192.168.12.99"}`, `spec.addresses[1].gateway is "192.168.12.99": it is the same as spec.addresses: the gateway is another host`},
 		{`"192.168.12.1"`, `"01.2.3.1"`, `spec.addresses[0].gateway is "01.2.3.1": an IPv4 address is four numbers from 0 to 255, without leading zeros`},
 		{`"192.168.12.1"`, `"192.168.12.1/24"`, `spec.addresses[0].gateway is "192.168.12.1/24": expected one address, without a length`},
 		{`"192.168.12.1"`, `"2001:db8::1"`, `spec.addresses[0].gateway is "2001:db8::1": there is no reserved address of IPv6`},
@@ -168,7 +172,7 @@ func TestFaultsOfResourceNameTheirField(t *testing.T) {
 		{`"port": 80`, `"port": 80, "targetPort": 70000`, `spec.redirect.redirectRules[0].targetPort is 70000: expected a port from 1 to 65535`},
 		{`"TCP"`, `"ICMP"`, `spec.redirect.redirectRules[0].protocol is "ICMP": expected TCP, UDP or SCTP`},
 		{`203.0.113.26`, `203.0.113.260`, `spec.redirect.redirectRules[0].destinationIP is "203.0.113.260": an IPv4 address is four numbers from 0 to 255, without leading zeros`},
-		{`203.0.113.26`, `2001:db8::26`, `spec.redirect.redirectRules[0].destinationIP is "2001:db8::26": there is no reserved address of IPv6, which connections to it need`},
+		{`203.0.113.26`, `2001:db8::26`, `spec.redirect.redirectRules[0].destinationIP is "2001:db8::26": it is for IPv6, and spec.addresses has no IPv6 address (connections leave with a source of the same family: remove it, or reserve an address for them)`},
 		{`203.0.113.27`, `server`, `spec.redirect.fallbackIP is "server": expected an IPv4 or IPv6 address`},
 		{`"redirect": {`, `"redirect": null, "x": {`, `spec.x is unknown: the fields are addresses, mode, networkInterface, redirect`},
 		{`"redirect": {`, `"redirect": {"rules": 1, `, `spec.redirect.rules is unknown: the fields are fallbackIP, redirectRules`},
@@ -207,6 +211,10 @@ func TestAcceptedInputWithWarning(t *testing.T) {
 		{`99/24`, `99`, `spec.addresses[0].ip is "192.168.12.99", without the length of its subnet: hosts of the subnet are reached by the gateway`, ""},
 		{`"protocol": "TCP"}`, `"protocol": "TCP"}, {"destinationIP": "203.0.113.25", "port": 80, "protocol": "tcp"}`,
 			`spec.redirect.redirectRules[1].port is 80 of tcp, as an earlier one: the first one is used`, "80 tcp 203.0.113.26\n203.0.113.27\n"},
+		{`"192.168.12.1"`, `"192.168.13.1"`, `spec.addresses[0].gateway is "192.168.13.1": 192.168.13.1 is outside of the subnet of spec.addresses, 192.168.12.0/24: check both, and the length`, ""},
+		{`"protocol": "TCP"}`, `"protocol": "TCP"}, {"destinationIP": "203.0.113.25", "port": 80, "protocol": "TCP"}, {"destinationIP": "192.168.12.99", "port": 81, "protocol": "TCP"}`,
+			`spec.redirect.redirectRules[1].port is 80 of TCP, as an earlier one: the first one is used; spec.redirect.redirectRules[2].destinationIP is "192.168.12.99": 192.168.12.99 is the reserved address: connections redirected to it end in the pod`, ""},
+		{`203.0.113.27`, `255.255.255.255`, `spec.redirect.fallbackIP is "255.255.255.255": 255.255.255.255 is the broadcast address: connections redirected to it fail`, ""},
 	} {
 		d, err := parse(t, strings.Replace(valid, test.old, test.new, 1)).Description()
 		if err != nil {
@@ -266,7 +274,7 @@ func TestFaultsOfAttachmentNameTheirKey(t *testing.T) {
 		`{"interfaceType": "ipvlan", "interfaceArgs": {"mtu": "big", "mode": "Ring"}, "ip": {"addresses": ["192.168.12.99/24"]}}`: `interfaceType is "ipvlan": expected macvlan; interfaceArgs.mode is "Ring": expected one of bridge, private, vepa, passthru; interfaceArgs.mtu is "big": expected a number of bytes from 68 to 65535`,
 		`{"ip": {"addresses": ["192.168.12.99/24"], "destinations": ["80 TCP 203.0.113.25", "80 TCP"]}}`:                          `ip.destinations[1] is "80 TCP": expected PORT PROTOCOL IP, and the port of the server behind it if it differs, for example 8080 TCP 203.0.113.26 80`,
 		`{"ip": {"addresses": ["192.168.12.99/24"], "destinations": ["080 TCP 203.0.113.25/33"]}}`:                                `ip.destinations[0]: port is 080: expected a port from 1 to 65535; ip.destinations[0]: address is "203.0.113.25/33": a length is not needed, and this one is none`,
-		`{"ip": {"addresses": ["192.168.12.99/24"], "gateway": "192.168.12.99", "fallbackIP": "::1"}}`:                            `ip.gateway is "192.168.12.99", the reserved address: expected the router of its network; ip.fallbackIP is "::1": there is no reserved address of IPv6, which connections to it need`,
+		`{"ip": {"addresses": ["192.168.12.99/24"], "gateway": "192.168.12.99", "fallbackIP": "::1"}}`:                            `ip.gateway is "192.168.12.99": it is the same as ip.addresses: the gateway is another host; ip.fallbackIP is "::1": it is for IPv6, and ip.addresses has no IPv6 address (connections leave with a source of the same family: remove it, or reserve an address for them)`,
 	} {
 		var a Attachment
 		if err := json.Unmarshal([]byte(text), &a); err != nil {
