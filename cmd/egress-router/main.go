@@ -10,6 +10,7 @@
 //	EGRESS_GATEWAY            (required) IPv4 address of the gateway on the physical network; with EGRESS_GRAMMAR=extended one for each family
 //	EGRESS_DESTINATION        (required to redirect) redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT
 //	EGRESS_DESTINATION_FILE   (none) file with the same lines, instead of EGRESS_DESTINATION; legacy and monitor reload it when it changes
+//	EGRESS_CONFIG             (none) file with the resource EgressRouter in YAML or JSON, instead of EGRESS_SOURCE, EGRESS_GATEWAY and EGRESS_DESTINATION; legacy and monitor reload its destinations when it changes
 //	EGRESS_GRAMMAR            (legacy) form of these lines: legacy, or extended, with several protocols, sctp, ranges of ports, several addresses, names, limits and comments at the end
 //	EGRESS_INTERFACE          (macvlan0) interface of the egress side, on the physical network
 //	EGRESS_CLUSTER_INTERFACE  (eth0) interface of the cluster side, by which clients connect

@@ -247,6 +247,51 @@ func (m *mount) set(content string) {
 
 func (m *mount) file() string { return filepath.Join(m.dir, "destinations") }
 
+// The resource as a file describes the same router as the variables. Its destinations are
+// followed, and an object that no router can have, or with other addresses, leaves the
+// previous one in force.
+func TestConfigFile(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		m := newMount(p)
+		object := func(ip, rules string) {
+			m.set(fmt.Sprintf(`{kind: EgressRouter, spec: {addresses: [{ip: %s, gateway: 192.168.12.1}, {ip: "2001:db8:12::99/64", gateway: "2001:db8:12::1"}], redirect: {redirectRules: [%s], fallbackIP: 203.0.113.27}}}`, ip, rules))
+		}
+		p.Serve(p.Lab.Outside, "tcp", "[2001:db8::25]:80")
+		const web, mail, six = "{port: 80, protocol: TCP, destinationIP: 203.0.113.25}", "{port: 8443, targetPort: 443, protocol: TCP, destinationIP: 203.0.113.26}", `{port: 81, targetPort: 80, protocol: TCP, destinationIP: "2001:db8::25"}`
+		object("192.168.12.99/24", web+", "+mail)
+		for _, name := range []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_DESTINATION"} {
+			delete(p.Env, name)
+		}
+		p.Env["EGRESS_CONFIG"], p.Env["EGRESS_HEALTH_INTERVAL"], p.Env["EGRESS_HEALTH_LISTEN"] = m.file(), "1h", ":9465"
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		kept := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+		p.WantAnswer("tcp", 8443, "203.0.113.26:443")
+		p.WantAnswer("tcp", 9000, "203.0.113.27:9000")
+
+		object("192.168.12.99/24", web+", "+six)
+		r.AwaitLog(1, "destinations changed")
+		to6 := netip.AddrPortFrom(lab.RouterAddr6, 81)
+		p.Until("the new rule redirects", func() bool {
+			_, err := p.Ask(p.Lab.Client, "tcp", to6)
+			return err == nil
+		})
+		if a, err := p.Ask(p.Lab.Client, "tcp", to6); err != nil || a.Peer.Addr() != lab.Source6 {
+			p.Errorf("answer %v, error %v; want the source %s", a, err, lab.Source6)
+		}
+		p.WantEcho("an open connection", kept, bufio.NewReader(kept))
+
+		before := p.State()
+		object("192.168.12.99/24", "{port: 80, protocol: TCP, destinationIP: nowhere}")
+		r.AwaitLog(1, `spec.redirect.redirectRules[0].destinationIP is \"nowhere\": expected an IPv4 or IPv6 address`)
+		object("192.168.12.98/24", web)
+		r.AwaitLog(1, "spec.addresses is another one than at the start")
+		p.WantState(before)
+		wantMetrics(p, `egress_router_reload_failures_total 2`, `egress_router_ready 1`)
+	})
+}
+
 // A changed list in a mount takes effect when the kernel notifies of it, and
 // connections of unchanged lines continue. An invalid list leaves the previous one in
 // force.

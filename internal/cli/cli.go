@@ -191,7 +191,7 @@ func runMode(ctx context.Context, p Process) error {
 	if err != nil {
 		return fmt.Errorf("read environment: %w", err)
 	}
-	since := follow.At(env.DestinationFile)
+	since := follow.At(env.File())
 	c, err := config.Parse(env, readFile)
 	if err != nil {
 		return err
@@ -214,25 +214,38 @@ func runMode(ctx context.Context, p Process) error {
 		return err
 	}
 	if c.Mode.Stays() {
-		return advised(stay(ctx, p, c, env, reloader{file: env.DestinationFile, since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC))
+		return advised(c, stay(ctx, p, c, env, reloader{file: env.File(), since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC))
 	}
 	keepNameServers(&c, log)
 	resolveOnce(ctx, &c, log)
 	if len(c.Set.Names()) > 0 {
 		log.Warn("names are not followed", "effect", "their addresses stay those of now", "hint", "a container in mode monitor follows them")
 	}
-	return advised(newRouter(c, log).Apply(ctx))
+	return advised(c, newRouter(c, log).Apply(ctx))
 }
+
+// A namedError is an error with the names that the user of a configuration has for its
+// fields.
+type namedError struct {
+	error
+	names config.Names
+}
+
+// Unwrap returns the error without the names.
+func (e *namedError) Unwrap() error { return e.error }
 
 // An unadvisedError is an error of a run for which nothing has a hint.
 type unadvisedError struct{ error }
 
-// advised returns an error with a hint.
-func advised(err error) error {
-	if err == nil || stopped(err) || hint(err) != "" {
+// advised returns an error with a hint for the user of a configuration.
+func advised(c config.Config, err error) error {
+	switch {
+	case err == nil || stopped(err):
 		return err
+	case hint(err) == "":
+		return &unadvisedError{err}
 	}
-	return &unadvisedError{err}
+	return &namedError{err, c.Names()}
 }
 
 // Unwrap returns the error without the hint.
@@ -306,7 +319,11 @@ func oneLine(text string) string {
 
 // hint returns the hint of an error, or of one that it wraps.
 func hint(err error) string {
-	if h := router.Hint(err, config.Names{}); h != "" {
+	var names config.Names
+	if named, ok := errors.AsType[*namedError](err); ok {
+		names = named.names
+	}
+	if h := router.Hint(err, names); h != "" {
 		return h
 	}
 	if errors.Is(err, os.ErrPermission) {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/router"
 )
 
@@ -31,12 +32,12 @@ func TestReportHasHint(t *testing.T) {
 		"interrupted":        {context.Canceled, "", "egress-router: interrupted, changes rolled back\n"},
 		"partly rolled back": {errors.Join(context.Canceled, &router.UndoError{Err: os.ErrClosed}), "hint: the pod is partly configured", "egress-router: context canceled; roll back changes: file already closed\n"},
 	} {
-		text := report(advised(test.err))
+		text := report(advised(config.Config{}, test.err))
 		if !strings.HasPrefix(text, test.hint) || !strings.HasSuffix(text, test.last) || test.hint == "" && text != test.last {
 			t.Errorf("%s:\n%s", name, text)
 		}
 	}
-	if advised(nil) != nil {
+	if advised(config.Config{}, nil) != nil {
 		t.Error("no error has a hint")
 	}
 }

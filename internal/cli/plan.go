@@ -51,7 +51,7 @@ func missingText(ctx context.Context, p Process, c config.Config) (string, error
 	keepNameServers(&c, log)
 	missing, err := newRouter(c, log).Check(ctx)
 	if err != nil {
-		return "", advised(err)
+		return "", advised(c, err)
 	}
 	var b strings.Builder
 	writeSummary(&b, c, missing.Backend)

@@ -24,5 +24,5 @@ func runRemove(ctx context.Context, p Process) error {
 		return err
 	}
 	log := logger(p.Stderr, c.Log)
-	return advised(newRouter(c, log).Remove(ctx, nil))
+	return advised(c, newRouter(c, log).Remove(ctx, nil))
 }

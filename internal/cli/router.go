@@ -17,7 +17,7 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	}
 	b := &backend{choice: c.Backend, families: families, log: log}
 	return &router.Router{
-		Want: wanted(c), Mode: string(c.Mode), Names: config.Names{}, Log: log,
+		Want: wanted(c), Mode: string(c.Mode), Names: c.Names(), Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
 		Rules:   b.rules, Next: b.next, Strays: b.strays,
 	}

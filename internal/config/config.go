@@ -50,6 +50,7 @@ type Config struct {
 	Log     Log
 	Health  Health // settings of a mode that stays
 	Backend Backend
+	Object  bool // the addresses and the destinations are those of an object
 
 	// Warnings are about accepted but probably unintended input, one line each.
 	Warnings []string
@@ -135,16 +136,21 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 
 	unknown := unknownVariables(env.Names, Variables())
 	grammar := c.parseGrammar(env.Grammar)
-	inSource, inGateway := c.parseSides(env.Source, env.Gateway)
-	report(inSource)
-	report(inGateway)
-	if c.Grammar == rules.Extended && !c.Mode.Redirects() && slices.Contains(Modes, c.Mode) && len(c.Sources) == 1 && c.Sources[0].Prefix.Addr().Is4() {
-		c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GRAMMAR=extended has no effect in mode %s: nothing is redirected", c.Mode))
+	known := slices.Contains(Modes, c.Mode)
+	if c.Object = env.ConfigFile != ""; c.Object {
+		faults = append(faults, c.parseObject(env, readFile)...)
+	} else {
+		inSource, inGateway := c.parseSides(env.Source, env.Gateway)
+		report(inSource)
+		report(inGateway)
+		if c.Grammar == rules.Extended && !c.Mode.Redirects() && known && len(c.Sources) == 1 && c.Sources[0].Prefix.Addr().Is4() {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("EGRESS_GRAMMAR=extended has no effect in mode %s: nothing is redirected", c.Mode))
+		}
 	}
 	switch {
-	case !slices.Contains(Modes, c.Mode):
+	case !known:
 		report(&Error{"EGRESS_ROUTER_MODE", fmt.Sprintf("Unrecognized EGRESS_ROUTER_MODE '%s'", c.Mode), modeHint(env.Mode)})
-	case c.Mode.Redirects() && grammar == nil:
+	case c.Mode.Redirects() && grammar == nil && !c.Object:
 		report(c.parseDestinations(env, readFile))
 	}
 	report(grammar)

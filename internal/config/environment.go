@@ -34,6 +34,7 @@ type Environment struct {
 	Gateway          string `envconfig:"EGRESS_GATEWAY" spec:"gateway" unset:"required" doc:"IPv4 address of the gateway on the physical network; with EGRESS_GRAMMAR=extended one for each family"`
 	Destination      string `envconfig:"EGRESS_DESTINATION" spec:"destinations" unset:"required to redirect" doc:"redirects, one a line: IP, PORT PROTO IP, or PORT PROTO IP PORT"`
 	DestinationFile  string `envconfig:"EGRESS_DESTINATION_FILE" unset:"none" doc:"file with the same lines, instead of EGRESS_DESTINATION; legacy and monitor reload it when it changes"`
+	ConfigFile       string `envconfig:"EGRESS_CONFIG" unset:"none" doc:"file with the resource EgressRouter in YAML or JSON, instead of EGRESS_SOURCE, EGRESS_GATEWAY and EGRESS_DESTINATION; legacy and monitor reload its destinations when it changes"`
 	Grammar          string `envconfig:"EGRESS_GRAMMAR" spec:"grammar" unset:"legacy" doc:"form of these lines: legacy, or extended, with several protocols, sctp, ranges of ports, several addresses, names, limits and comments at the end"`
 	Interface        string `envconfig:"EGRESS_INTERFACE" spec:"interface" unset:"macvlan0" doc:"interface of the egress side, on the physical network"`
 	ClusterInterface string `envconfig:"EGRESS_CLUSTER_INTERFACE" spec:"cluster interface" unset:"eth0" doc:"interface of the cluster side, by which clients connect"`
@@ -82,6 +83,14 @@ func names() (set []string) {
 		}
 	}
 	return set
+}
+
+// File returns the file with the destinations; empty: they are in a variable.
+func (e Environment) File() string {
+	if e.ConfigFile != "" {
+		return e.ConfigFile
+	}
+	return e.DestinationFile
 }
 
 // A Variable describes one variable for help texts.

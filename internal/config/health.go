@@ -93,7 +93,11 @@ func (c *Config) checkHealthPort() *Error {
 // router that stays calls it after the file has changed.
 func (c Config) Reread(env Environment, readFile func(name string) ([]byte, error)) (Config, *Error) {
 	c.Set, c.Warnings = rules.Set{}, nil
-	if fault := c.parseDestinations(env, readFile); fault != nil {
+	reread := c.parseDestinations
+	if c.Object {
+		reread = c.rereadObject
+	}
+	if fault := reread(env, readFile); fault != nil {
 		return Config{}, fault
 	}
 	if fault := c.checkHealthPort(); fault != nil {

@@ -135,7 +135,7 @@ func (e *Error) orExtended(accepts bool) *Error {
 // parseSides parses the reserved addresses and their gateways. Like the original, unit-test
 // does not check whether hosts can have addresses of the legacy grammar.
 func (c *Config) parseSides(source, gateway string) (inSource, inGateway *Error) {
-	if c.Grammar == rules.Extended {
+	if c.Spread = c.Grammar == rules.Extended; c.Spread {
 		inSource, inGateway = c.parseExtendedSource(source), c.parseExtendedGateway(gateway)
 	} else {
 		inSource, inGateway = c.parseSource(source), c.parseGateway(gateway)

@@ -16,6 +16,7 @@ import (
 // A Router is what a router shall be.
 type Router struct {
 	Sources Sources
+	Spread  bool     // clients are spread over the sources of a family; otherwise all have the first one
 	Egress  string   // interface on the physical network
 	Cluster string   // interface by which clients connect
 	Macvlan *Macvlan // nil: another program creates the egress interface
@@ -82,8 +83,12 @@ var MacvlanModes = []MacvlanMode{Private, Bridge, VEPA, Passthru}
 
 // Sides returns the input of a rule plan.
 func (r Router) Sides() rules.Sides {
+	sources := r.Sources
+	if !r.Spread {
+		sources = sources.Families()
+	}
 	return rules.Sides{
-		Cluster: r.Cluster, Egress: r.Egress, Sources: r.Sources.Addresses(), Mark: r.ReplyMark,
+		Cluster: r.Cluster, Egress: r.Egress, Sources: sources.Addresses(), Mark: r.ReplyMark,
 		Health: r.HealthPort, Crossing: r.Crossing, Helpers: r.Helpers,
 	}
 }
