@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/rules"
 )
@@ -16,8 +17,9 @@ import (
 // our own tables, or our chains of iptables' nf_tables flavour. They would keep
 // redirecting beside the rules in use.
 type Stray struct {
-	batch batch
-	found []string // descriptions for the log
+	translations batch // removed first, if the stray is everything
+	batch        batch
+	found        []string // descriptions for the log
 }
 
 // FindStrays looks for our own tables, if ours is set, and for chains of ours in
@@ -29,17 +31,18 @@ func FindStrays(families []rules.Family, ours, iptables bool) (*Stray, error) {
 	if ours {
 		tables = []string{tableName}
 	}
-	return find(families, tables, iptables)
+	return find(families, tables, iptables, false)
 }
 
 // FindAll looks for everything of ours, the source guard too.
 func FindAll(families []rules.Family) (*Stray, error) {
-	return find(families, []string{tableName, guardName, limitsName, formerGuardName}, true)
+	return find(families, []string{tableName, guardName, limitsName, formerGuardName}, true, true)
 }
 
 // find looks for our tables with the given names, and for chains of ours in the tables of
-// iptables, if iptables is set.
-func find(families []rules.Family, tables []string, iptables bool) (*Stray, error) {
+// iptables, if iptables is set. If all is set, nothing else drops packets: what translates
+// them is removed first.
+func find(families []rules.Family, tables []string, iptables, all bool) (*Stray, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
@@ -58,10 +61,15 @@ func find(families []rules.Family, tables []string, iptables bool) (*Stray, erro
 			if slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == name }) {
 				s.found = append(s.found, fmt.Sprintf("table %s %s of nftables", formats[f].name, name))
 				s.batch.deleteTable(tableOf(tableKey{name, f}))
+				for _, c := range chains {
+					if all && c.Table.Name == name && c.Type == nftables.ChainTypeNAT {
+						s.translations.deleteRules(c.Table, c.Name, 0)
+					}
+				}
 			}
 		}
 		if iptables {
-			if err := s.addIPTables(conn, f, chains); err != nil {
+			if err := s.addIPTables(conn, f, chains, all); err != nil {
 				return nil, err
 			}
 		}
@@ -73,8 +81,12 @@ func find(families []rules.Family, tables []string, iptables bool) (*Stray, erro
 }
 
 // addIPTables adds our chains of iptables in one family.
-func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftables.Chain) error {
+func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftables.Chain, all bool) error {
 	for _, name := range []rules.Table{rules.NAT, rules.Mangle, rules.Filter, rules.Raw} {
+		batch := &s.batch
+		if all && name == rules.NAT {
+			batch = &s.translations
+		}
 		t := &nftables.Table{Name: string(name), Family: formats[f].number}
 		var own, others []string
 		for _, c := range chains {
@@ -102,18 +114,18 @@ func (s *Stray) addIPTables(conn *nftables.Conn, f rules.Family, chains []*nftab
 					continue
 				}
 				if plain {
-					s.batch.deleteRules(t, chain, r.Handle)
+					batch.deleteRules(t, chain, r.Handle)
 				} else {
 					referenced[to] = true // another program's rule stays, and its chain becomes empty
 				}
 			}
 		}
 		for _, chain := range own {
-			s.batch.deleteRules(t, chain, 0)
+			batch.deleteRules(t, chain, 0)
 		}
 		for _, chain := range own {
 			if !referenced[chain] {
-				s.batch.deleteChain(t, chain)
+				batch.deleteChain(t, chain)
 			}
 		}
 	}
@@ -139,11 +151,30 @@ func leadsTo(rule []expr.Any) (chain string, plain bool) {
 // String lists the rules.
 func (s *Stray) String() string { return strings.Join(s.found, ", ") }
 
-// Remove removes all of them, or, after an error, none. There is no rollback: only
-// iptables can restore all parts of its rules.
+// Remove removes all of them, or, after an error, none, or what translates addresses alone.
+// There is no rollback: only iptables can restore all parts of its rules.
+//
+// A packet on its way has passed the chains of some hooks and not those of the next ones. One
+// whose destination was translated would leave by any interface, with the source of the client,
+// if the chains that drop it were gone then.
 func (s *Stray) Remove(context.Context) (undo func() error, err error) {
-	if err := s.batch.run(); err != nil {
+	if len(s.translations.messages) > 0 {
+		err = s.translations.run()
+		awaitPackets()
+	}
+	if err == nil {
+		err = s.batch.run()
+	}
+	if err != nil {
 		return nil, fmt.Errorf("remove %s: %w", s, err)
 	}
 	return nil, nil
+}
+
+// awaitPackets waits until every packet that the kernel was handling has left it, which it does
+// under RCU: membarrier(2) with MEMBARRIER_CMD_GLOBAL waits for a grace period. A kernel
+// without it leaves microseconds in which such a packet is on its way.
+func awaitPackets() {
+	const global = 1 // linux/membarrier.h
+	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0)
 }
