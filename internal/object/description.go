@@ -64,6 +64,7 @@ type builder struct {
 	faults   Faults
 	gateways []indexed
 	rules    []int // of each redirect, the index of the rule
+	used     map[service]bool
 }
 
 func (b *builder) fault(f field, index int, format string, args ...any) {
@@ -214,14 +215,24 @@ func (b *builder) addRule(i int, w words) {
 	if r.To = b.parseDestination(ruleDestination, i, w.address); len(b.faults) > before {
 		return
 	}
-	if slices.ContainsFunc(b.made.Set.Redirects, func(o rules.Redirect) bool {
-		return o.Contains(r.Protocol, r.Port) && o.To.Is6() == r.To.Is6()
-	}) {
+	key := service{r.Protocol, r.Port, r.To.Is6()}
+	if b.used[key] {
 		b.warn(rulePort, i, "is %d of %s, as an earlier one: the first one is used", r.Port, w.protocol)
 		return
 	}
+	if b.used == nil {
+		b.used = make(map[service]bool)
+	}
+	b.used[key] = true
 	b.made.Set.Redirects = append(b.made.Set.Redirects, r)
 	b.rules = append(b.rules, i)
+}
+
+// A service is a port that one redirect may have.
+type service struct {
+	protocol rules.Protocol
+	port     rules.Port
+	ipv6     bool
 }
 
 // protocols are the protocols by the values of the resource.
