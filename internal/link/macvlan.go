@@ -1,6 +1,7 @@
 package link
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -304,7 +305,8 @@ func describe(l netlink.Link, below string) string {
 // never contains it, needs no cleanup, and may have an interface of the same name.
 func (k *Kernel) CreateMacvlan(m plan.Macvlan, p Parent, podFd int) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.ParentIndex, attrs.MTU, attrs.Namespace = m.Interface, p.Index, p.MTU, netlink.NsFd(podFd)
+	attrs.Name, attrs.ParentIndex, attrs.MTU, attrs.Namespace = m.Interface, p.Index, cmp.Or(m.MTU, p.MTU), netlink.NsFd(podFd)
+	attrs.HardwareAddr = m.MAC
 	err := k.handle.LinkAdd(&netlink.Macvlan{LinkAttrs: attrs, Mode: macvlanModes[m.Mode]})
 	if err != nil {
 		return macvlanError(creationHint(m, p, err), "create %q, a macvlan of the host's %q in mode %s: %w", m.Interface, p.Name, m.Mode, err)

@@ -70,6 +70,12 @@ func BeginGuard(_ context.Context, families ...rules.Family) (*Tx, error) {
 	return begin(&Tx{names: []string{guardName, limitsName}, former: []string{formerGuardName}, families: families})
 }
 
+// BeginAll does the same for all tables, which change in one transaction. It is for a caller
+// without another backend.
+func BeginAll(_ context.Context, families ...rules.Family) (*Tx, error) {
+	return begin(&Tx{names: []string{tableName, guardName, limitsName}, former: []string{formerGuardName}, families: families})
+}
+
 func begin(tx *Tx) (*Tx, error) {
 	if err := tx.read(); err != nil {
 		return nil, err

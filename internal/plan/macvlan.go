@@ -19,5 +19,9 @@ func (m Macvlan) String() string {
 	if m.Parent != "" {
 		nic = "the host's " + m.Parent
 	}
-	return fmt.Sprintf("create %s, a macvlan of %s in mode %s, with its MTU", m.Interface, nic, m.Mode)
+	mtu := "its MTU"
+	if m.MTU != 0 {
+		mtu = fmt.Sprintf("MTU %d", m.MTU)
+	}
+	return fmt.Sprintf("create %s, a macvlan of %s in mode %s, with %s", m.Interface, nic, m.Mode, mtu)
 }

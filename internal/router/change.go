@@ -112,8 +112,9 @@ func (c *change) observe(ctx context.Context) error {
 		return err
 	}
 	c.parentAddresses = parentAddresses
-	// A macvlan does not reach its parent's addresses.
-	c.want.Network.Cluster.Destinations = slices.Concat(c.want.Network.Cluster.Destinations, r.notRedirectedTo(parentAddresses))
+	if !r.LeavesParent { // a macvlan does not reach its parent's addresses
+		c.want.Network.Cluster.Destinations = slices.Concat(c.want.Network.Cluster.Destinations, r.notRedirectedTo(parentAddresses))
+	}
 	c.have.State, err = r.observe(c.network, c.want.Network)
 	if _, missing := errors.AsType[*link.MissingError](err); missing && c.have.Missing {
 		err = r.checkCluster(c.network)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
+	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/wording"
 )
@@ -90,14 +91,21 @@ func (c *change) probe(ctx context.Context, addresses []netip.Addr) error {
 func (c *change) acquire(ctx context.Context, addresses []netip.Addr) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	ns, err := netns.Current() // other goroutines may be in another one
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
 	var all sync.WaitGroup
 	for _, a := range addresses {
 		all.Go(func() {
-			holder, err := arp.Acquire(ctx, c.have.State.Index, c.have.State.MAC, a)
-			if err == nil && holder != nil {
-				err = &ConflictError{a, holder}
-			}
-			if err != nil {
+			if err := ns.Do(func() error {
+				holder, err := arp.Acquire(ctx, c.have.State.Index, c.have.State.MAC, a)
+				if err == nil && holder != nil {
+					err = &ConflictError{a, holder}
+				}
+				return err
+			}); err != nil {
 				cancel(err) // the first one counts
 			}
 		})

@@ -19,6 +19,9 @@ const lockName = "@egress-router"
 // run takes well under a second on an idle machine, and several on a busy one.
 const lockPatience = time.Minute
 
+// ErrBusy is the error of a lock that another router does not release.
+var ErrBusy = errors.New("held by another egress-router")
+
 // queueName is the name of the socket of the router that gets the lock next. The others
 // wait for this one: a router that stays and compares all the time would otherwise take the
 // lock again before one that waits has looked.
@@ -61,7 +64,7 @@ func take(ctx context.Context, name string, flags int, until time.Time) (release
 			return nil, fmt.Errorf("lock network namespace: %w", os.NewSyscallError("bind", err))
 		}
 		if time.Now().After(until) {
-			return nil, fmt.Errorf("lock network namespace: held by another egress-router for more than %s", lockPatience)
+			return nil, fmt.Errorf("lock network namespace: %w for more than %s", ErrBusy, lockPatience)
 		}
 		select {
 		case <-ctx.Done():

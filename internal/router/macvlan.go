@@ -121,6 +121,11 @@ func (r *Router) ensureMacvlan(ctx context.Context, c *change) ([]netip.Prefix, 
 		defer kernel.Close()
 		return kernel.DeleteMacvlan(m.Interface)
 	})
+	if m.Alias != "" {
+		if err := inPod.SetAlias(m.Interface, m.Alias); err != nil {
+			return nil, err
+		}
+	}
 	c.note(RepairInterface, m.Interface+" is missing", m.String(), func() { r.Log.Info("network changed", "step", m.String()) })
 	if m.Mode == "passthru" && len(parent.Addresses) > 0 {
 		r.Log.Warn("passthru cuts off host addresses", "nic", parent.Name, "addresses", parent.Addresses)

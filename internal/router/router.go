@@ -29,6 +29,9 @@ type Router struct {
 	// Stays: a Keeper follows, to which Apply leaves IPv6 addresses whose duplicate address
 	// detection has not ended.
 	Stays bool
+	// LeavesParent: the addresses of the macvlan's NIC get no route by the cluster side.
+	LeavesParent bool
+
 	start start // result of Apply for a Keeper
 	Log   *slog.Logger
 

@@ -8,6 +8,7 @@
 package spec
 
 import (
+	"net"
 	"net/netip"
 
 	"github.com/egress-router/egress-router/rules"
@@ -64,6 +65,10 @@ type Macvlan struct {
 	Parent    string // NIC of the host; empty: the NIC of its IPv4 default route
 	Mode      MacvlanMode
 	HostNetns string // file of the host's network namespace
+
+	MTU   int              // in bytes; zero: that of the NIC
+	MAC   net.HardwareAddr // nil: the kernel chooses one
+	Alias string           // text by which its owner finds it (ip-link(8)); empty: none
 }
 
 // A MacvlanMode selects the macvlans of the host that exchange frames with a

@@ -380,6 +380,9 @@ func (p *Pod) state() (string, error) {
 			Interface: p.Lab.MacvlanName,
 			Cluster:   plan.ClusterSide{Interface: p.Lab.ClusterName, Table: spec.DefaultReplyTable},
 		})
+		if _, missing := errors.AsType[*link.MissingError](err); missing {
+			lines, err = append(lines, err.Error()), nil
+		}
 		if err != nil {
 			return err
 		}
