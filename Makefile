@@ -23,7 +23,7 @@ GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkg
 # The longest first.
 PACKAGES = ./internal/router ./internal/iptables ./... ./.ci
 
-.PHONY: help demo test test-long test-iptables race cover build lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
+.PHONY: help demo test test-long test-iptables race cover build plugin lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -53,6 +53,9 @@ cover: programs ## run the tests and print the coverage of each package
 
 build: ## build bin/egress-router, static
 	$(GO) build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/egress-router ./cmd/egress-router
+
+plugin: ## build bin/egress-router-cni, the CNI plugin, static
+	$(GO) build -trimpath -ldflags '-s -w -buildid= -X github.com/egress-router/egress-router/internal/cni.number=$(VERSION)' -o bin/egress-router-cni ./cmd/egress-router-cni
 
 lint: ## run gofmt, go vet and golangci-lint
 	.ci/lint

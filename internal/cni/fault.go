@@ -1,0 +1,116 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/nft"
+	"github.com/egress-router/egress-router/internal/object"
+	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/wording"
+)
+
+// The plugin's own error codes: the specification leaves those from 100 to plugins.
+const (
+	CodeRouter    uint = 100 + iota // another failure of a change, which was rolled back
+	CodeInterface                   // an interface of that name exists already, or is missing
+	CodeNIC                         // the NIC of the node is missing or unsuitable
+	CodeCluster                     // the interface of the cluster side is missing
+	CodeConflict                    // another host has the reserved address
+	CodeRules                       // the kernel lacks nftables, or refused the rules
+	CodeOther                       // the namespace has another router
+	CodeDrift                       // CHECK has found differences
+)
+
+// newError returns an error of a call: what was found and expected, and what to do.
+func newError(code uint, hint, format string, args ...any) *types.Error {
+	return types.NewError(code, fmt.Sprintf(format, args...), hint)
+}
+
+// names are the keys of the fields.
+type names struct{}
+
+var keys = map[wording.Field]string{
+	wording.Source:           "ip.addresses",
+	wording.Gateway:          "ip.gateway",
+	wording.Destinations:     "ip.destinations",
+	wording.Interface:        "CNI_IFNAME",
+	wording.ClusterInterface: "the pod's first interface",
+	wording.MacvlanParent:    "interfaceArgs.master",
+	wording.Conflict:         "conflict",
+}
+
+// Name returns the key of a field.
+func (names) Name(f wording.Field) string {
+	if key, known := keys[f]; known {
+		return key
+	}
+	return string(f)
+}
+
+// Set returns a key with a value.
+func (n names) Set(f wording.Field, value string) string {
+	return fmt.Sprintf("%q: %q", n.Name(f), value)
+}
+
+// failure returns an error as the specification has it.
+func failure(err error) *types.Error {
+	if e, is := errors.AsType[*types.Error](err); is {
+		return e
+	}
+	if faults, is := errors.AsType[object.Faults](err); is {
+		return types.NewError(types.ErrInvalidNetworkConfig, faults[0].Error(), more(faults[1:]))
+	}
+	return types.NewError(codeOf(err), err.Error(), hintOf(err))
+}
+
+// more returns the faults after the first one.
+func more(faults object.Faults) string {
+	if len(faults) == 0 {
+		return ""
+	}
+	return "also: " + faults.Error()
+}
+
+// codeOf returns the code of an error of a router.
+func codeOf(err error) uint {
+	switch {
+	case errors.Is(err, router.ErrBusy), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return types.ErrTryAgainLater
+	case is[*router.ConflictError](err):
+		return CodeConflict
+	case is[*plan.RefusedError](err): // an address or gateway that is the pod's own
+		return types.ErrInvalidNetworkConfig
+	case is[*nft.KernelError](err), is[*nft.LoadError](err):
+		return CodeRules
+	case is[*link.MacvlanError](err), errors.Is(err, unix.ENETDOWN):
+		return CodeNIC
+	case is[*router.InterfaceError](err), is[*link.MissingError](err):
+		return CodeInterface
+	}
+	return CodeRouter
+}
+
+// is reports whether an error is of a type.
+func is[E error](err error) bool {
+	_, is := errors.AsType[E](err)
+	return is
+}
+
+// hintOf returns what to do about an error of a router.
+func hintOf(err error) string {
+	switch {
+	case errors.Is(err, unix.ENETDOWN):
+		return "the NIC of the node is down: ip link set NIC up on the node"
+	case errors.Is(err, unix.EPERM):
+		return "the runtime has to run the plugin as root, with all capabilities"
+	}
+	return strings.ReplaceAll(router.Hint(err, names{}), "\n", "; ")
+}
