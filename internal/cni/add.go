@@ -204,7 +204,7 @@ func (c *call) result(d object.Description, egress link.Interface) *types100.Res
 		a := s.Prefix
 		address := net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())}
 		if !slices.ContainsFunc(r.IPs, func(ip *types100.IPConfig) bool { return ip.Address.String() == address.String() }) {
-			r.IPs = append(r.IPs, &types100.IPConfig{Interface: types100.Int(index), Address: address, Gateway: s.Gateway.AsSlice()})
+			r.IPs = append(r.IPs, &types100.IPConfig{Interface: new(index), Address: address, Gateway: s.Gateway.AsSlice()})
 		}
 	}
 	return r

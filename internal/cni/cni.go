@@ -125,11 +125,6 @@ func (c *call) serve(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if !slices.Contains(version.All.SupportedVersions(), c.version) {
-		found := c.version
-		c.version = version.Current()
-		return newError(types.ErrIncompatibleCNIVersion, "", "cniVersion is %q: expected one of %v", found, version.All.SupportedVersions())
-	}
 	if old, err := version.GreaterThan(v.since, c.version); err != nil || old {
 		return newError(types.ErrIncompatibleCNIVersion, "set cniVersion to "+v.since+" or later", "cniVersion is %q, which has no %s", c.version, name)
 	}

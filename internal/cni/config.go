@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -52,8 +54,13 @@ func (c *call) parse(text []byte) error {
 		return newError(types.ErrDecodingFailure, "", "cniVersion is %v: expected a text", v)
 	}
 	err := json.Unmarshal(text, &c.conf)
+	if all := version.All.SupportedVersions(); !slices.Contains(all, c.version) {
+		found := c.version
+		c.version = version.Current()
+		return newError(types.ErrIncompatibleCNIVersion, "", "cniVersion is %q: expected one of %v", found, all)
+	}
 	if wrong, is := errors.AsType[*json.UnmarshalTypeError](err); is {
-		return newError(types.ErrInvalidNetworkConfig, "", "%s is a %s: expected %s", wrong.Field, wrong.Value, kindOf(wrong.Type.String()))
+		return newError(types.ErrInvalidNetworkConfig, "", "%s is a %s: expected %s", strings.TrimPrefix(wrong.Field, "Attachment."), wrong.Value, kindOf(wrong.Type.String()))
 	}
 	if err != nil {
 		return newError(types.ErrDecodingFailure, "", "decode configuration: %v", err)
@@ -109,7 +116,7 @@ func (c *call) describe() (object.Description, net.HardwareAddr, error) {
 		if len(c.conf.RuntimeConfig.IPs) > 0 {
 			ip.Addresses = c.conf.RuntimeConfig.IPs
 		}
-		if index, found := c.previous(); found && len(ip.Addresses) == 0 {
+		if index, found := c.previous(); found && c.adjusts && len(ip.Addresses) == 0 {
 			ip.Addresses, ip.Gateway = c.given(index, ip.Gateway)
 		}
 	}

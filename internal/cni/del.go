@@ -19,16 +19,21 @@ func (c *call) del(ctx context.Context) error {
 	if isGone(c.netns) {
 		return nil
 	}
-	s, err := c.enter()
-	if err == nil {
-		defer s.close()
-		err = s.pod.Do(func() error { return c.remove(ctx, s) })
-	}
-	if err != nil {
+	if err := c.removeFrom(ctx); err != nil {
 		c.log.line(levelError, "DEL: %v", err)
 		c.stderr.Warn("router not removed", "error", err)
 	}
 	return nil
+}
+
+// removeFrom removes the router of a namespace.
+func (c *call) removeFrom(ctx context.Context) error {
+	s, err := c.enter()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	return s.pod.Do(func() error { return c.remove(ctx, s) })
 }
 
 // remove removes a router of the calling thread's namespace, which may be one that a killed
@@ -50,12 +55,12 @@ func (c *call) remove(ctx context.Context, s site) error {
 	if err != nil {
 		return err
 	}
+	c.adjusts = strings.HasPrefix(egress.Alias, aliases[false]+" ")
 	r := spec.Router{Forward: true}
 	if d, _, err := c.describe(); err == nil { // without it, the rest is removed
 		r.Sources = d.Sources
 	}
 	var macvlan *spec.Macvlan
-	chained := strings.HasPrefix(egress.Alias, aliases[false]+" ")
 	// An interface without an alias is one that a killed call has just created.
 	if exists && egress.Macvlan && (egress.Alias == "" || strings.HasPrefix(egress.Alias, aliases[true]+" ")) {
 		macvlan = &spec.Macvlan{HostNetns: s.hostFile()}
@@ -67,7 +72,7 @@ func (c *call) remove(ctx context.Context, s site) error {
 	if err := newRouter(c.want(r, macvlan, cluster), c.log.warnings()).Remove(ctx, nil); err != nil {
 		return err
 	}
-	if chained {
+	if c.adjusts {
 		return kernel.SetAlias(c.ifname, "")
 	}
 	return nil
@@ -76,24 +81,14 @@ func (c *call) remove(ctx context.Context, s site) error {
 // gc removes the routers of the network whose attachment is not valid any more. Outside of
 // the namespaces of pods the plugin keeps nothing.
 func (c *call) gc(ctx context.Context) error {
-	return c.process.eachNamespace(func(file string) error {
-		all, err := attached()
-		if err != nil {
-			return err
-		}
-		for _, a := range all {
+	return c.process.eachNamespace(func(file string, routers []attachment) error {
+		for _, a := range routers {
 			if a.network != c.conf.Name || slices.ContainsFunc(c.conf.Valid, a.is) {
 				continue
 			}
 			stale := *c
 			stale.container, stale.ifname, stale.netns = a.container, a.ifname, file
-			s, err := stale.enter()
-			if err != nil {
-				return err
-			}
-			err = s.pod.Do(func() error { return stale.remove(ctx, s) })
-			s.close()
-			if err != nil {
+			if err := stale.removeFrom(ctx); err != nil {
 				return err
 			}
 			c.log.line(levelWarning, "Removed router of container %s from %s", a.container, file)

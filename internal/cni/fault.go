@@ -4,11 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
-	"golang.org/x/sys/unix"
-
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/object"
@@ -90,7 +89,7 @@ func codeOf(err error) uint {
 		return types.ErrInvalidNetworkConfig
 	case is[*nft.KernelError](err), is[*nft.LoadError](err):
 		return CodeRules
-	case is[*link.MacvlanError](err), errors.Is(err, unix.ENETDOWN):
+	case is[*link.MacvlanError](err):
 		return CodeNIC
 	case is[*router.InterfaceError](err), is[*link.MissingError](err):
 		return CodeInterface
@@ -106,10 +105,7 @@ func is[E error](err error) bool {
 
 // hintOf returns what to do about an error of a router.
 func hintOf(err error) string {
-	switch {
-	case errors.Is(err, unix.ENETDOWN):
-		return "the NIC of the node is down: ip link set NIC up on the node"
-	case errors.Is(err, unix.EPERM):
+	if errors.Is(err, os.ErrPermission) {
 		return "the runtime has to run the plugin as root, with all capabilities"
 	}
 	return strings.ReplaceAll(router.Hint(err, names{}), "\n", "; ")

@@ -205,3 +205,20 @@ func diff(want, got string) string {
 	}
 	return b.String()
 }
+
+// namespaces returns a directory with the namespace of the pod by a name, as a runtime makes
+// it, and files that are no namespaces.
+func (p *pod) namespaces() string {
+	p.Helper()
+	dir := p.TempDir()
+	if err := os.Symlink(labtest.File(p.Lab.Router), filepath.Join(dir, "cni-1")); err != nil {
+		p.Fatal(err)
+	}
+	if err := os.Symlink("/gone", filepath.Join(dir, "cni-2")); err != nil {
+		p.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cni-3"), nil, 0o600); err != nil {
+		p.Fatal(err)
+	}
+	return dir
+}

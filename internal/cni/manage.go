@@ -191,10 +191,9 @@ func (p Process) uninstall(file string) error {
 		return fmt.Errorf("%s is another plugin: it stays", file)
 	}
 	routers := 0
-	if err := p.eachNamespace(func(string) error {
-		all, err := attached()
-		routers += len(all)
-		return err
+	if err := p.eachNamespace(func(_ string, found []attachment) error {
+		routers += len(found)
+		return nil
 	}); err != nil {
 		return fmt.Errorf("look for routers: %w", err)
 	}

@@ -39,7 +39,7 @@ func (c *call) enter() (s site, err error) {
 	}
 	if err != nil {
 		s.close()
-		return site{}, newError(types.ErrInvalidNetNS, "the runtime has to create the namespace first", "CNI_NETNS is %q: %v", c.netns, err)
+		return site{}, newError(types.ErrInvalidNetNS, cmp.Or(hintOf(err), "the runtime has to create the namespace first"), "CNI_NETNS is %q: %v", c.netns, err)
 	}
 	return s, nil
 }
@@ -190,8 +190,8 @@ func attached() ([]attachment, error) {
 	return all, nil
 }
 
-// eachNamespace calls do in each named namespace of the node.
-func (p Process) eachNamespace(do func(file string) error) error {
+// eachNamespace calls do with the file of each named namespace of the node, and its routers.
+func (p Process) eachNamespace(do func(file string, routers []attachment) error) error {
 	directory := p.Namespaces
 	if directory == "" {
 		directory = "/run/netns"
@@ -207,9 +207,16 @@ func (p Process) eachNamespace(do func(file string) error) error {
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, netns.ErrNoNamespace) {
 			continue // deleted in the meantime, or not mounted yet
 		}
+		var routers []attachment
 		if err == nil {
-			err = ns.Do(func() error { return do(file) })
+			err = ns.Do(func() (err error) {
+				routers, err = attached()
+				return err
+			})
 			_ = ns.Close() // nothing was written
+		}
+		if err == nil {
+			err = do(file, routers)
 		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", file, err))

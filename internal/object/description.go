@@ -155,8 +155,7 @@ func (b *builder) setSources(ips []string, gateways []indexed) {
 	}
 	for i, text := range ips {
 		p, why := parsePrefix(text)
-		switch {
-		case why != "":
+		if why != "" {
 			b.fault(addressIP, i, "is %q: %s", text, why)
 			continue
 		}
