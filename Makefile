@@ -81,8 +81,9 @@ golden: ## rewrite testdata/golden, script and the READMEs' tables after an inte
 	$(GO) test ./cmd/egress-router -run Scripts -update
 	$(GO) test ./internal/config ./internal/metrics -run Documentation -update
 
-bench: build iptables nft ## measure the router, as ratios; PART=load, connections or throughput for one part
+bench: build iptables nft plugin ## measure the router, as ratios, and the CNI plugin; PART=load, connections or throughput for one part
 	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)
+	$(if $(PART),,$(GO) test -run '^$$' -bench . -benchtime 25x ./cmd/egress-router-cni)
 
 bench-proxies: build squid haproxy ## measure the proxies and squid or haproxy; PART=http or dns for one part
 	$(GO) run ./cmd/egress-lab bench-proxies bin/egress-router $(PART)

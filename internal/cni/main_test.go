@@ -22,7 +22,13 @@ import (
 )
 
 // The test binary is the plugin under its name.
-func TestMain(m *testing.M) { labtest.MainOf(m, program) }
+func TestMain(m *testing.M) {
+	if err := buildCnitool(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	labtest.MainOf(m, program)
+}
 
 // program is the main function of cmd/egress-router-cni, which cannot be imported.
 func program() {
