@@ -90,7 +90,10 @@ func TestImages(t *testing.T) {
 				switch {
 				case strings.Contains(name, alone):
 					limit = 15e6
-					checkAlone(t, all, machines[arch])
+					checkAlone(t, all, "usr/bin/egress-router", machines[arch])
+				case strings.Contains(name, plugin):
+					limit = 6.1e6
+					checkAlone(t, all, "usr/bin/egress-router-cni", machines[arch])
 				case first == nil:
 					first = all
 					checkFiles(t, all, machines[arch])
@@ -120,6 +123,7 @@ func TestImages(t *testing.T) {
 		"egress-http-proxy": "[/usr/bin/egress-router http-proxy]",
 		"egress-dns-proxy":  "[/usr/bin/egress-router dns-proxy]",
 		alone:               "[/usr/bin/egress-router]",
+		plugin:              "[/usr/bin/egress-router-cni]",
 	} {
 		if got := strings.TrimSpace(run(t, "podman", "image", "inspect", "--format", "{{.Config.Entrypoint}}", "localhost/"+name)); got != want {
 			t.Errorf("%s starts %s, want %s", name, got, want)
@@ -127,9 +131,9 @@ func TestImages(t *testing.T) {
 	}
 }
 
-// checkAlone checks an image that contains the program only. Empty files are podman's:
+// checkAlone checks an image that contains a program only. Empty files are podman's:
 // it adds them to each container.
-func checkAlone(t *testing.T, all map[string]file, machine elf.Machine) {
+func checkAlone(t *testing.T, all map[string]file, program string, machine elf.Machine) {
 	t.Helper()
 	var names []string
 	for name, f := range all {
@@ -137,10 +141,10 @@ func checkAlone(t *testing.T, all map[string]file, machine elf.Machine) {
 			names = append(names, name)
 		}
 	}
-	if len(names) != 1 || names[0] != "usr/bin/egress-router" {
-		t.Fatalf("%s contains %v, want the program alone", alone, names)
+	if len(names) != 1 || names[0] != program {
+		t.Fatalf("an image contains %v, want %s alone", names, program)
 	}
-	e, err := elf.NewFile(bytes.NewReader(all["usr/bin/egress-router"].content))
+	e, err := elf.NewFile(bytes.NewReader(all[program].content))
 	if err != nil {
 		t.Fatal(err)
 	}

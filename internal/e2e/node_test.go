@@ -18,11 +18,13 @@ import (
 )
 
 // images are the images of .ci/image, without localhost/.
-var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy", alone}
+var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy", alone, plugin}
 
 const (
 	// alone is the image that contains the program only.
 	alone = "egress-router-nftables"
+	// plugin is that of the CNI plugin.
+	plugin = "egress-router-cni"
 	// image is the router's.
 	image = "localhost/egress-router"
 )

@@ -62,7 +62,13 @@ var commands = map[string]command{
 	"egress-router http-proxy":                           {test: "testdata/script/http-proxy.txt: exec egress-router http-proxy"},
 	"egress-router dns-proxy":                            {test: "testdata/script/dns-proxy.txt: exec egress-router dns-proxy"},
 
+	// The CNI plugin.
+	"egress-router-cni install --dir /opt/cni/bin":   {test: "TestInstall"},
+	"egress-router-cni uninstall --dir /opt/cni/bin": {test: "TestInstall"},
+	"egress-router-cni version":                      {test: "TestManageFaults"},
+
 	// Targets.
+	"make plugin":         {test: ".ci/run: make plugin"},
 	"make demo":           {test: ".ci/run: make demo"},
 	"make build":          {test: "Makefile: demo: build"},
 	"make test":           {test: ".ci/run: make cover"},
