@@ -46,7 +46,9 @@ func (c *call) check(ctx context.Context) error {
 			}
 		}
 		return err
-	}); err != nil {
+	}); is[*link.MacvlanError](err) {
+		return newError(CodeNIC, "delete the pod: its successor is configured anew; "+hintOf(err), "%v", err)
+	} else if err != nil {
 		return err
 	}
 	if len(found) == 0 {

@@ -83,7 +83,7 @@ func (c *call) remove(ctx context.Context, s site) error {
 func (c *call) gc(ctx context.Context) error {
 	return c.process.eachNamespace(func(file string, routers []attachment) error {
 		for _, a := range routers {
-			if a.network != c.conf.Name || slices.ContainsFunc(c.conf.Valid, a.is) {
+			if a.network != short(c.conf.Name) || slices.ContainsFunc(c.conf.Valid, a.is) {
 				continue
 			}
 			stale := *c
@@ -99,5 +99,5 @@ func (c *call) gc(ctx context.Context) error {
 
 // is reports whether an attachment is one of those that the runtime has.
 func (a attachment) is(valid types.GCAttachment) bool {
-	return a.container == valid.ContainerID && a.ifname == valid.IfName
+	return a.container == short(valid.ContainerID) && a.ifname == valid.IfName
 }

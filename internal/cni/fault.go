@@ -108,5 +108,8 @@ func hintOf(err error) string {
 	if errors.Is(err, os.ErrPermission) {
 		return "the runtime has to run the plugin as root, with all capabilities"
 	}
+	if codeOf(err) == CodeRules { // there is no other backend
+		return "load the kernel's modules on the node: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6"
+	}
 	return strings.ReplaceAll(router.Hint(err, names{}), "\n", "; ")
 }

@@ -229,14 +229,25 @@ func TestVersionStatusGC(t *testing.T) {
 	valid := func(container, ifname string) []map[string]string {
 		return []map[string]string{{"containerID": container, "ifname": ifname}}
 	}
-	configured := p.before()
+	configured := p.State()
 	p.Conf["cni.dev/valid-attachments"] = valid("c1", "macvlan0")
 	p.ok("GC")
 	p.Conf["cni.dev/valid-attachments"] = valid("c2", "macvlan0")
 	p.Conf["name"] = "another"
 	p.ok("GC")
-	p.wantBefore("GC of a valid attachment, and of another network", configured)
+	p.WantState(configured)
 	p.Conf["name"] = "egress-router-cni-nad"
 	p.ok("GC")
 	p.wantBefore("GC of an attachment of the past", before)
+
+	// Names may be longer than an alias.
+	p.Conf["name"], p.Vars["CNI_CONTAINERID"] = strings.Repeat("n", 253), strings.Repeat("c", 200)
+	p.add()
+	delete(p.Conf, "prevResult")
+	p.Conf["cni.dev/valid-attachments"] = valid(strings.Repeat("c", 200), "macvlan0")
+	p.ok("GC")
+	p.WantState(configured)
+	p.Conf["cni.dev/valid-attachments"] = valid(strings.Repeat("c", 199), "macvlan0")
+	p.ok("GC")
+	p.wantBefore("GC of an attachment of the past with a long name", before)
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"log/slog"
 	"os"
 	"slices"
@@ -157,7 +158,20 @@ func (c *call) complete(d *object.Description) error {
 // alias is the text by which a router is found on a node: the network and the container of an
 // attachment. The interface of another plugin has another beginning.
 func (c *call) alias(own bool) string {
-	return strings.Join([]string{aliases[own], c.conf.Name, c.container}, " ")
+	return strings.Join([]string{aliases[own], short(c.conf.Name), short(c.container)}, " ")
+}
+
+// short returns a name, or a shorter one that stands for it: an alias has at most 255 bytes
+// (linux/if.h, IFALIASZ), and names in Kubernetes have up to 253.
+func short(name string) string {
+	const most = 110
+	if len(name) <= most {
+		return name
+	}
+	hash := fnv.New64a()
+	_, _ = hash.Write([]byte(name)) // never fails
+	end := fmt.Sprintf("~%016x", hash.Sum64())
+	return name[:most-len(end)] + end
 }
 
 // aliases are the beginnings of the alias of an interface, by whether the plugin has made it.
