@@ -3,6 +3,7 @@ package cni_test
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"strings"
 	"testing"
 
@@ -95,9 +96,7 @@ func TestFaults(t *testing.T) {
 				if verb == "STATUS" || verb == "GC" {
 					p.Conf["cniVersion"] = "1.1.0"
 				}
-				for name, value := range at.Vars {
-					p.Vars[name] = value
-				}
+				maps.Copy(p.Vars, at.Vars)
 				f.do(&p)
 				r := p.call(verb)
 				if r.Result.Code != 1 || r.Code != f.code || !strings.Contains(r.Msg, f.msg) || !strings.Contains(r.Details, f.hint) || r.CNIVersion == "" {

@@ -472,3 +472,36 @@ func TestConflict(t *testing.T) {
 	p.wantFault("ADD", cni.CodeConflict, "take reserved address 192.168.12.99: already in use by ")
 	p.wantBefore("refused", before)
 }
+
+// While a router comes and goes, no packet of a client reaches the physical network with
+// another source, or leaves by the cluster side.
+func TestSourceUnderTraffic(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{})
+	outside, router := p.Watch(p.Lab.Outside, lab.LANLink), p.Watch(p.Lab.Router, "eth0")
+	for range 3 {
+		p.add()
+		traffic := p.Traffic(p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80)))
+		traffic.Await(5)
+		p.del()
+		traffic.Await(5)
+		p.add()
+		traffic.Await(5)
+		p.del()
+		traffic.Stop()
+	}
+	seen := 0
+	for _, f := range outside.Captures[lab.LANLink].Frames() {
+		ip, is := f.IPv4()
+		if !is || f.Outgoing || !labtest.ToServers(ip) {
+			continue
+		}
+		if seen++; ip.Src.Addr() != lab.Source {
+			t.Errorf("on the physical network: %s", f)
+		}
+	}
+	if seen == 0 {
+		t.Error("no packet to a server")
+	}
+	router.WantNothing("eth0", labtest.ToServers)
+}
