@@ -1,7 +1,10 @@
 package cni_test
 
 import (
+	"bufio"
 	"bytes"
+	"context"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -85,6 +88,29 @@ func TestReplaceOtherPlugin(t *testing.T) {
 	wantOther()
 	if list, _ := os.ReadDir(dir); len(list) != 1 {
 		t.Errorf("%d files, want one", len(list))
+	}
+}
+
+// With --stay the program waits for the end of its context, as in the DaemonSet.
+func TestInstallStays(t *testing.T) {
+	t.Parallel()
+	ctx, stop := context.WithCancel(t.Context())
+	dir, ended := t.TempDir(), make(chan int)
+	out, in := io.Pipe()
+	go func() {
+		ended <- cni.Run(ctx, cni.Process{Args: []string{"install", "--dir", dir, "--stay"}, Getenv: func(string) string { return "" }, Stdout: in, Stderr: io.Discard})
+	}()
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || !strings.HasPrefix(line, "installed ") {
+		t.Errorf("stdout %q, error %v", line, err)
+	}
+	select {
+	case code := <-ended:
+		t.Errorf("exit code %d before the end", code)
+	default:
+	}
+	stop()
+	if code := <-ended; code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }
 
