@@ -21,6 +21,9 @@ func pluginDir() string {
 	return "/opt/cni/bin"
 }
 
+// nodeLog is the log of the plugin on the node.
+const nodeLog = "/tmp/egress-router-log"
+
 // installPlugin installs the CNI plugin by its DaemonSet, and removes it when the test ends.
 func installPlugin(t *testing.T) {
 	t.Helper()
@@ -34,6 +37,7 @@ func installPlugin(t *testing.T) {
 	}
 	file := filepath.Join(pluginDir(), "egress-router")
 	t.Cleanup(func() {
+		_ = os.Remove(nodeLog) // without a call there is none
 		if _, err := runWith(set, "kubectl", "delete", "--wait", "-f", "-"); err != nil {
 			t.Error(err)
 		}
@@ -95,7 +99,7 @@ func TestPlugin(t *testing.T) {
 		want(t, "client", "tcp", address+":9000", "203.0.113.27:9000")
 		want(t, "client", "udp", address+":53", "203.0.113.27:53")
 		wantClosed(t, "80", "8080", "22")
-		log, err := os.ReadFile("/tmp/egress-router-log")
+		log, err := os.ReadFile(nodeLog)
 		if err != nil {
 			t.Fatal(err)
 		}
