@@ -249,7 +249,7 @@ func (c *call) logResult(d object.Description, made bool, cluster string, before
 	for _, a := range d.Set.Fallbacks() {
 		c.logRule("-t nat PREROUTING -i %s -j DNAT --to-destination %s", cluster, a)
 	}
-	for _, s := range d.Sources {
+	for _, s := range d.Sources.Families() {
 		c.logRule("-t nat -o %s -j SNAT --to-source %s", c.ifname, s.Prefix.Addr())
 	}
 }

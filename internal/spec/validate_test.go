@@ -110,3 +110,15 @@ func TestValidHasPlan(t *testing.T) {
 		}
 	}
 }
+
+// Without Spread the first source of a family is that of all clients.
+func TestSidesHaveFirstSources(t *testing.T) {
+	r := good()
+	r.Sources = append(r.Sources, Source{netip.MustParsePrefix("192.168.12.100/24"), r.Sources[0].Gateway})
+	for spread, want := range map[bool]int{false: 2, true: 3} {
+		r.Spread = spread
+		if got := r.Sides().Sources; len(got) != want {
+			t.Errorf("spread %v: sources %v, want %d", spread, got, want)
+		}
+	}
+}
