@@ -1,0 +1,164 @@
+package render_test
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+
+	"github.com/egress-router/egress-router/cmd/egress-operator/api"
+	"github.com/egress-router/egress-router/cmd/egress-operator/internal/render"
+	"github.com/egress-router/egress-router/internal/object"
+)
+
+func router(change ...func(*api.EgressRouter)) *api.EgressRouter {
+	r := &api.EgressRouter{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "egress", Name: "one", UID: "1"},
+		Spec: object.Spec{
+			Addresses: []object.Address{{IP: "192.168.12.99/24", Gateway: "192.168.12.1"}},
+			Redirect:  &object.Redirect{FallbackIP: "203.0.113.27"},
+		},
+	}
+	for _, c := range change {
+		c(r)
+	}
+	return r
+}
+
+func annotate(key, value string) func(*api.EgressRouter) {
+	return func(r *api.EgressRouter) { metav1.SetMetaDataAnnotation(&r.ObjectMeta, key, value) }
+}
+
+func address(ips ...string) func(*api.EgressRouter) {
+	return func(r *api.EgressRouter) {
+		r.Spec.Addresses = nil
+		for _, ip := range ips {
+			r.Spec.Addresses = append(r.Spec.Addresses, object.Address{IP: ip})
+		}
+	}
+}
+
+func TestNames(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		made render.Names
+		want render.Names
+	}{
+		{"first", render.First(), render.Names{"egress-router-cni-nad", "egress-router-cni-deployment", "egress-router-cni"}},
+		{"further", render.Further("two"), render.Names{"egress-router-cni-nad-two", "egress-router-cni-deployment-two", "egress-router-cni-two"}},
+	} {
+		if diff := cmp.Diff(test.want, test.made); diff != "" {
+			t.Errorf("%s (-want +found):\n%s", test.name, diff)
+		}
+	}
+	a, b := render.Further(strings.Repeat("x", 250)+"a"), render.Further(strings.Repeat("x", 250)+"b")
+	for _, name := range []string{a.Attachment, a.Deployment, a.App} {
+		if len(name) > 63 {
+			t.Errorf("%s has %d characters, want at most 63", name, len(name))
+		}
+	}
+	if a == b {
+		t.Errorf("the names of two routers are the same: %+v", a)
+	}
+}
+
+func TestMAC(t *testing.T) {
+	auto := annotate(render.MACAnnotation, "auto")
+	for _, test := range []struct {
+		name   string
+		router *api.EgressRouter
+		want   string
+	}{
+		{"no annotation", router(), ""},
+		{"IPv4", router(auto), "02:e6:c0:a8:0c:63"},
+		{"another subnet length", router(auto, address("192.168.12.99/28")), "02:e6:c0:a8:0c:63"},
+		{"without length", router(auto, address("192.168.12.99")), "02:e6:c0:a8:0c:63"},
+		{"another address", router(auto, address("192.168.12.100/24")), "02:e6:c0:a8:0c:64"},
+		{"IPv6", router(auto, address("2001:db8::99/64")), "06:e6:47:6e:a9:f4"},
+		{"the first of both", router(auto, address("192.168.12.99/24", "2001:db8::99/64")), "02:e6:c0:a8:0c:63"},
+		{"no valid address", router(auto, address("foo")), ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			found, err := render.MAC(test.router)
+			if err != nil || found != test.want {
+				t.Errorf("want %q, found %q, %v", test.want, found, err)
+			}
+		})
+	}
+	if _, err := render.MAC(router(annotate(render.MACAnnotation, "yes"))); err == nil {
+		t.Error("the value yes of the annotation is accepted")
+	}
+}
+
+// annotation returns an annotation of the pods' template.
+func annotation(o render.Objects, key string) string {
+	value, _, _ := unstructured.NestedString(o.Deployment.Object, "spec", "template", "metadata", "annotations", key)
+	return value
+}
+
+// networks returns the annotation by which a pod selects its attachments.
+func networks(t *testing.T, o render.Objects) string {
+	t.Helper()
+	text := annotation(o, render.NetworksAnnotation)
+	if !json.Valid([]byte(text)) {
+		t.Errorf("the annotation is not JSON: %s", text)
+	}
+	return text
+}
+
+func TestNetworksAnnotation(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		router  *api.EgressRouter
+		options render.Options
+		want    string
+	}{
+		{"plain", router(), render.Options{}, `[{"name":"egress-router-cni-nad"}]`},
+		{"fixed hardware address", router(annotate(render.MACAnnotation, "auto")), render.Options{}, `[{"name":"egress-router-cni-nad","mac":"02:e6:c0:a8:0c:63"}]`},
+		{"default route", router(), render.Options{DefaultRoute: true}, `[{"name":"egress-router-cni-nad","default-route":["192.168.12.1"]}]`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			o, err := render.New(test.router, render.First(), test.options)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if found := networks(t, o); found != test.want {
+				t.Errorf("want %s\nfound %s", test.want, found)
+			}
+		})
+	}
+}
+
+// A change of the attachment changes the pods' template, so that the pod is replaced. The
+// same resource makes the same objects.
+func TestHash(t *testing.T) {
+	hash := func(r *api.EgressRouter) string {
+		o, err := render.New(r, render.First(), render.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return annotation(o, render.HashAnnotation)
+	}
+	before := hash(router())
+	if again := hash(router(func(r *api.EgressRouter) { r.Generation, r.ResourceVersion = 7, "7" })); again != before {
+		t.Error("another generation makes another hash")
+	}
+	for name, change := range map[string]func(*api.EgressRouter){
+		"address":  address("192.168.12.98/24"),
+		"gateway":  func(r *api.EgressRouter) { r.Spec.Addresses[0].Gateway = "192.168.12.2" },
+		"fallback": func(r *api.EgressRouter) { r.Spec.Redirect.FallbackIP = "203.0.113.28" },
+		"rule": func(r *api.EgressRouter) {
+			r.Spec.Redirect.RedirectRules = []object.RedirectRule{{DestinationIP: "203.0.113.26", Port: 80, Protocol: object.TCP}}
+		},
+		"master": func(r *api.EgressRouter) { r.Spec.NetworkInterface.Macvlan.Master = "eth1" },
+		"mode":   func(r *api.EgressRouter) { r.Spec.NetworkInterface.Macvlan.Mode = object.Private },
+		"mac":    annotate(render.MACAnnotation, "auto"),
+	} {
+		if hash(router(change)) == before {
+			t.Errorf("another %s makes the same hash", name)
+		}
+	}
+}
