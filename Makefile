@@ -23,7 +23,7 @@ GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkg
 # The longest first.
 PACKAGES = ./internal/router ./internal/iptables ./... ./.ci
 
-.PHONY: help demo test test-long test-iptables race cover build plugin lint tidy vulnerabilities fuzz golden bench bench-proxies image e2e e2e-kubernetes clean
+.PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies image e2e e2e-kubernetes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -40,6 +40,9 @@ test-long: programs ## run all tests, with 1,300 random damages and whole measur
 test-iptables: programs ## test with iptables of two other Debian releases, downloaded to bin/iptables
 	.ci/iptables-versions bin/iptables bullseye trixie
 	EGRESS_TEST_IPTABLES=$(CURDIR)/bin/iptables $(GO) test -count=1 -v -timeout 30m -run Version ./internal/iptables
+
+test-operator: ## test the operator with the API server of KUBEBUILDER_ASSETS, or one that it builds (as root)
+	.ci/operator
 
 # Without the measurements, the suites of single iptables calls, and a test of the
 # program's memory. A process ends at its first race, which fails its test, and not a
@@ -61,7 +64,7 @@ lint: ## run gofmt, go vet and golangci-lint
 	.ci/lint
 
 tidy: ## check that go mod tidy would not change go.mod and go.sum of any module
-	for module in . internal/e2e .ci/tools; do (cd $$module && $(GO) mod tidy -diff) || exit 1; done
+	for module in . internal/e2e cmd/egress-operator .ci/tools; do (cd $$module && $(GO) mod tidy -diff) || exit 1; done
 
 vulnerabilities: ## check all modules for known vulnerabilities, with govulncheck
 	.ci/vulnerabilities
@@ -80,6 +83,10 @@ golden: ## rewrite testdata/golden, script and the READMEs' tables after an inte
 	$(GO) test ./rules -run Sources -update
 	$(GO) test ./cmd/egress-router -run Scripts -update
 	$(GO) test ./internal/config ./internal/metrics -run Documentation -update
+	cd cmd/egress-operator && $(GO) test ./internal/generate -update && $(GO) test ./internal/operator -run Documentation -update
+
+golden-operator: ## rewrite the golden files of the operator, with an API server as in test-operator
+	.ci/operator ./internal/envtest -run 'Objects|Several' -update
 
 bench: build iptables nft plugin ## measure the router, as ratios, and the CNI plugin; PART=load, connections or throughput for one part
 	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)

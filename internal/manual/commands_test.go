@@ -67,6 +67,11 @@ var commands = map[string]command{
 	"egress-router-cni uninstall --dir /opt/cni/bin": {test: "TestInstall"},
 	"egress-router-cni version":                      {test: "TestManageFaults"},
 
+	// The operator.
+	"kubectl apply -k cmd/egress-operator": {test: "TestKubectl"},
+	"kubectl get egressrouter":             {test: "TestKubectl"},
+	"helm install egress-operator cmd/egress-operator/chart --namespace egress-operator --create-namespace": {test: "TestHelm"},
+
 	// Targets.
 	"make plugin":         {test: ".ci/run: make plugin"},
 	"make demo":           {test: ".ci/run: make demo"},
