@@ -94,6 +94,9 @@ func TestImages(t *testing.T) {
 				case strings.Contains(name, plugin):
 					limit = 6.1e6
 					checkAlone(t, all, "usr/bin/egress-router-cni", machines[arch])
+				case strings.Contains(name, operator):
+					limit = 45e6
+					checkAlone(t, all, "usr/bin/egress-operator", machines[arch])
 				case first == nil:
 					first = all
 					checkFiles(t, all, machines[arch])
@@ -124,6 +127,7 @@ func TestImages(t *testing.T) {
 		"egress-dns-proxy":  "[/usr/bin/egress-router dns-proxy]",
 		alone:               "[/usr/bin/egress-router]",
 		plugin:              "[/usr/bin/egress-router-cni]",
+		operator:            "[/usr/bin/egress-operator]",
 	} {
 		if got := strings.TrimSpace(run(t, "podman", "image", "inspect", "--format", "{{.Config.Entrypoint}}", "localhost/"+name)); got != want {
 			t.Errorf("%s starts %s, want %s", name, got, want)

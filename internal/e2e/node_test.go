@@ -18,13 +18,15 @@ import (
 )
 
 // images are the images of .ci/image, without localhost/.
-var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy", alone, plugin}
+var images = []string{"egress-router", "egress-http-proxy", "egress-dns-proxy", alone, plugin, operator}
 
 const (
 	// alone is the image that contains the program only.
 	alone = "egress-router-nftables"
 	// plugin is that of the CNI plugin.
 	plugin = "egress-router-cni"
+	// operator is the image of the operator, which contains its program only.
+	operator = "egress-operator"
 	// image is the router's.
 	image = "localhost/egress-router"
 )
