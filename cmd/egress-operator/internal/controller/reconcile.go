@@ -16,6 +16,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -43,6 +44,20 @@ type reconciler struct {
 // Reconcile applies the objects of one router. The objects have it as their owner: with
 // it, the garbage collector of the cluster deletes them, also while no operator runs.
 func (r *reconciler) Reconcile(ctx context.Context, request reconcile.Request) (reconcile.Result, error) {
+	result, err := r.reconcile(ctx, request)
+	switch {
+	case ctx.Err() != nil: // the operator ends
+		return reconcile.Result{}, nil
+	case apierrors.IsConflict(err): // the cache is older than the status
+		return reconcile.Result{RequeueAfter: conflictInterval}, nil
+	}
+	return result, err
+}
+
+// conflictInterval is the time that the cache gets to receive what was written.
+const conflictInterval = 100 * time.Millisecond
+
+func (r *reconciler) reconcile(ctx context.Context, request reconcile.Request) (reconcile.Result, error) {
 	var routers api.EgressRouterList
 	if err := r.List(ctx, &routers, client.UnsafeDisableDeepCopy); err != nil {
 		return reconcile.Result{}, fmt.Errorf("list routers: %w", err)
@@ -61,7 +76,7 @@ func (r *reconciler) Reconcile(ctx context.Context, request reconcile.Request) (
 	n := namesFor(all[i], all)
 	var observed observation
 	var failed error
-	observed.problem, observed.warnings, failed = r.apply(ctx, all[i], n, all)
+	failed = r.apply(ctx, all[i], n, all, &observed)
 	if failed != nil && observed.problem.reason == "" {
 		return reconcile.Result{}, failed
 	}
@@ -149,34 +164,41 @@ func addresses(config string) []netip.Addr {
 // apply applies the objects of a router, or returns why it does not. A router that has
 // run keeps its objects if its resource becomes invalid. The objects of a new one are
 // made nevertheless, so that kubectl describe pod shows the sentence of the plugin.
-func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, all []claim) (p problem, warnings string, err error) {
+func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, all []claim, o *observation) error {
 	if r.platform && !r.options.TakeOver {
-		return standAside, "", nil
+		o.problem = standAside
+		return nil
 	}
 	objects, err := render.New(router.EgressRouter, n, r.render)
 	if err != nil {
-		return problem{reason: reasonInvalid, message: err.Error()}, "", nil
+		o.problem = problem{reason: reasonInvalid, message: err.Error()}
+		return nil
 	}
 	if other, address := holder(router, all); other != nil {
-		return problem{reason: reasonAddress, message: fmt.Sprintf("reserved address %s belongs to EgressRouter %s/%s", address, other.Namespace, other.Name)}, "", nil
+		o.problem = problem{reason: reasonAddress, message: fmt.Sprintf("reserved address %s belongs to EgressRouter %s/%s", address, other.Namespace, other.Name)}
+		return nil
 	}
 	attachment, p, err := r.check(ctx, router, objects.Attachment.NewEmptyInstance().(client.Object), objects.Attachment.GetName(), all)
 	if err != nil || p.reason != "" {
-		return p, "", err
+		o.problem = p
+		return err
 	}
 	deployment, p, err := r.check(ctx, router, &appsv1.Deployment{}, n.Deployment, all)
 	if err != nil || p.reason != "" {
-		return p, "", err
+		o.problem = p
+		return err
 	}
 	description, invalid := router.Spec.Description()
 	if invalid != nil {
-		if p = (problem{reason: reasonInvalid, message: invalid.Error()}); attachment || deployment {
-			return p, "", nil
+		if o.problem = (problem{reason: reasonInvalid, message: invalid.Error()}); attachment || deployment {
+			return nil
 		}
 	}
+	o.warnings = strings.Join(description.Warnings, "; ")
 	options := []client.ApplyOption{client.FieldOwner(render.Manager), client.ForceOwnership}
 	if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Attachment), options...); err != nil {
-		return applyProblem(err), "", fmt.Errorf("apply network attachment: %w", err)
+		o.problem = applyProblem(err)
+		return fmt.Errorf("apply network attachment: %w", err)
 	}
 	apply := func() error {
 		return r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Deployment), options...)
@@ -186,9 +208,14 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 		err = apply()
 	}
 	if err != nil {
-		return applyProblem(err), "", fmt.Errorf("apply deployment: %w", err)
+		o.problem = applyProblem(err)
+		return fmt.Errorf("apply deployment: %w", err)
 	}
-	return p, strings.Join(description.Warnings, "; "), nil
+	o.deployment = &appsv1.Deployment{}
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(objects.Deployment.Object, o.deployment); err != nil {
+		return fmt.Errorf("convert deployment: %w", err)
+	}
+	return nil
 }
 
 // resetStrategy sets the strategy of a Deployment without the parameters of another one.
@@ -256,20 +283,23 @@ func managedBy(o client.Object, prefix string) bool {
 	})
 }
 
-// observe reads the state of a router's objects.
+// observe reads the state of a router's objects. The answer to an apply is newer than the
+// cache.
 func (r *reconciler) observe(ctx context.Context, router *api.EgressRouter, n render.Names, o *observation) error {
-	var d appsv1.Deployment
-	err := r.Get(ctx, types.NamespacedName{Namespace: router.Namespace, Name: n.Deployment}, &d)
-	switch {
-	case apierrors.IsNotFound(err):
-		return nil
-	case err != nil:
-		return fmt.Errorf("get deployment: %w", err)
+	if o.deployment == nil {
+		var d appsv1.Deployment
+		err := r.Get(ctx, types.NamespacedName{Namespace: router.Namespace, Name: n.Deployment}, &d)
+		switch {
+		case apierrors.IsNotFound(err):
+			return nil
+		case err != nil:
+			return fmt.Errorf("get deployment: %w", err)
+		}
+		if !metav1.IsControlledBy(&d, router) {
+			return nil
+		}
+		o.deployment = &d
 	}
-	if !metav1.IsControlledBy(&d, router) {
-		return nil
-	}
-	o.deployment = &d
 	var pods corev1.PodList
 	if err := r.List(ctx, &pods, client.InNamespace(router.Namespace)); err != nil {
 		return fmt.Errorf("list pods: %w", err)
@@ -293,12 +323,17 @@ func (r *reconciler) setStatus(ctx context.Context, router *api.EgressRouter, o 
 	if equality.Semantic.DeepEqual(conditions, router.Status.Conditions) {
 		return nil
 	}
-	r.announce(router, conditions)
-	before := router.DeepCopy()
-	router.Status.Conditions = conditions
-	if err := r.Status().Patch(ctx, router, client.MergeFrom(before), client.FieldOwner(render.Manager)); client.IgnoreNotFound(err) != nil {
+	changed := router.DeepCopy()
+	changed.Status.Conditions = conditions
+	// The version lets one of two writes from the same old cache fail.
+	patch := client.MergeFromWithOptions(router, client.MergeFromWithOptimisticLock{})
+	if err := r.Status().Patch(ctx, changed, patch, client.FieldOwner(render.Manager)); err != nil {
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
 		return fmt.Errorf("patch status: %w", err)
 	}
+	r.announce(router, conditions)
 	return nil
 }
 

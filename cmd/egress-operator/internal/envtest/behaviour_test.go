@@ -64,7 +64,7 @@ func status(t *testing.T, namespace, name, want, message string) {
 func TestEdits(t *testing.T) {
 	namespace := newNamespace(t)
 	startOperator(t, namespace)
-	create(t, namespace, example)
+	create(t, namespace)
 	d := exists(t, namespace, deployment)
 
 	patch(t, d, `{"spec":{"template":{"spec":{"nodeName":"node1","tolerations":[{"operator":"Exists"}]}}}}`)
@@ -107,7 +107,7 @@ func TestEdits(t *testing.T) {
 func TestChangeOfTheResource(t *testing.T) {
 	namespace := newNamespace(t)
 	startOperator(t, namespace)
-	router := create(t, namespace, example)
+	router := create(t, namespace)
 	d := exists(t, namespace, deployment)
 	patch(t, d, `{"spec":{"template":{"spec":{"nodeName":"node1"}}}}`)
 	hash := func() string {
@@ -132,15 +132,15 @@ func TestChangeOfTheResource(t *testing.T) {
 	}
 }
 
-// writeStatus writes what the controllers of Kubernetes and a kubelet would: replicas of
-// a Deployment that are up to date and ready.
-func writeStatus(t *testing.T, namespace string, updated, available int32) {
+// writeStatus writes what the controllers of Kubernetes and a kubelet would: one pod of a
+// Deployment that is up to date, and perhaps ready.
+func writeStatus(t *testing.T, namespace string, available int32) {
 	t.Helper()
 	var d appsv1.Deployment
 	if err := cluster.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: deployment}, &d); err != nil {
 		t.Fatal(err)
 	}
-	d.Status = appsv1.DeploymentStatus{ObservedGeneration: d.Generation, Replicas: updated, UpdatedReplicas: updated, ReadyReplicas: available, AvailableReplicas: available}
+	d.Status = appsv1.DeploymentStatus{ObservedGeneration: d.Generation, Replicas: 1, UpdatedReplicas: 1, ReadyReplicas: available, AvailableReplicas: available}
 	if err := cluster.Status().Update(t.Context(), &d); err != nil {
 		t.Fatal(err)
 	}
@@ -181,12 +181,12 @@ func TestStatus(t *testing.T) {
 	const name = "egress-router-redirect"
 	namespace := newNamespace(t)
 	startOperator(t, namespace)
-	create(t, namespace, example)
+	create(t, namespace)
 	exists(t, namespace, deployment)
 	status(t, namespace, name, "FTF", "")
 
 	pod := createPod(t, namespace)
-	writeStatus(t, namespace, 1, 0)
+	writeStatus(t, namespace, 0)
 	const sentence = `looking for NIC "eth7" of the node: not found`
 	for i := range 2 { // the second attempt is the same fault
 		event := &corev1.Event{
@@ -212,7 +212,7 @@ func TestStatus(t *testing.T) {
 	if err := cluster.Status().Update(t.Context(), pod); err != nil {
 		t.Fatal(err)
 	}
-	writeStatus(t, namespace, 1, 1)
+	writeStatus(t, namespace, 1)
 	status(t, namespace, name, "TFF", "")
 
 	// Not ready again, with a container that does not start.
@@ -223,7 +223,7 @@ func TestStatus(t *testing.T) {
 	if err := cluster.Status().Update(t.Context(), pod); err != nil {
 		t.Fatal(err)
 	}
-	writeStatus(t, namespace, 1, 0)
+	writeStatus(t, namespace, 0)
 	status(t, namespace, name, "FTT", "ImagePullBackOff: no such image")
 }
 
@@ -232,9 +232,9 @@ func TestStatus(t *testing.T) {
 func TestSameAddressTwice(t *testing.T) {
 	namespace := newNamespace(t)
 	startOperator(t, namespace)
-	one := create(t, namespace, example, named("one", "192.168.12.97/24"))
+	one := create(t, namespace, named("one", "192.168.12.97/24"))
 	exists(t, namespace, deployment)
-	create(t, namespace, example, named("two", "192.168.12.97/28"))
+	create(t, namespace, named("two", "192.168.12.97/28"))
 	status(t, namespace, "two", "FFT", "reserved address 192.168.12.97 belongs to EgressRouter "+namespace+"/one")
 	if getDeployment(t, namespace, deployment+"-two") != nil || getAttachment(t, namespace, attachment+"-two") != nil {
 		t.Error("the second router has objects")
@@ -262,7 +262,7 @@ spec: {config: "{}"}
 		t.Fatal(err)
 	}
 	startOperator(t, namespace)
-	create(t, namespace, example)
+	create(t, namespace)
 	status(t, namespace, "egress-router-redirect", "FFT", "NetworkAttachmentDefinition "+attachment+" exists and is not managed by egress-operator")
 	if found := getAttachment(t, namespace, attachment); found.GetResourceVersion() != foreign.GetResourceVersion() {
 		t.Errorf("the foreign object has changed: %+v", found)
@@ -299,7 +299,7 @@ spec:
 func TestStandAside(t *testing.T) {
 	const name = "egress-router-redirect"
 	namespace := newNamespace(t)
-	router := create(t, namespace, example)
+	router := create(t, namespace)
 	platformApply(t, namespace, router)
 	before := getDeployment(t, namespace, deployment)
 	stop := startOperator(t, namespace)
@@ -324,7 +324,7 @@ func TestStandAside(t *testing.T) {
 func TestRestart(t *testing.T) {
 	namespace := newNamespace(t)
 	stop := startOperator(t, namespace)
-	router := create(t, namespace, example)
+	router := create(t, namespace)
 	exists(t, namespace, deployment)
 	status(t, namespace, router.GetName(), "FTF", "")
 	versions := func() (all []string) {
@@ -333,11 +333,11 @@ func TestRestart(t *testing.T) {
 		}
 		return all
 	}
-	before := fmt.Sprint(versions())
 	stop()
+	before := fmt.Sprint(versions())
 	startOperator(t, namespace)
 	// The second router comes after the first one in the queue.
-	create(t, namespace, example, named("two", "192.168.12.98/24"))
+	create(t, namespace, named("two", "192.168.12.98/24"))
 	status(t, namespace, "two", "FTF", "")
 	if after := fmt.Sprint(versions()); after != before {
 		t.Errorf("versions of the objects: %s, before the restart %s", after, before)
@@ -349,7 +349,7 @@ func TestRestart(t *testing.T) {
 func TestRefusedByThePlugin(t *testing.T) {
 	namespace := newNamespace(t)
 	startOperator(t, namespace)
-	create(t, namespace, example, func(o *unstructured.Unstructured) { set(t, o, "spec.addresses.0.gateway", "01.2.3.1") })
+	create(t, namespace, func(o *unstructured.Unstructured) { set(t, o, "spec.addresses.0.gateway", "01.2.3.1") })
 	exists(t, namespace, deployment)
 	status(t, namespace, "egress-router-redirect", "FFT", `spec.addresses[0].gateway is "01.2.3.1"`)
 	if config := text(getAttachment(t, namespace, attachment), "spec", "config"); !strings.Contains(config, "01.2.3.1") {
@@ -362,7 +362,7 @@ func TestLeaderElection(t *testing.T) {
 	namespace := newNamespace(t)
 	elect := func(o *controller.Options) { o.LeaderElect, o.LeaseIn = true, "egress-operator" }
 	stop := startOperator(t, namespace, elect)
-	create(t, namespace, example)
+	create(t, namespace)
 	exists(t, namespace, deployment)
 	lease := func() string {
 		var l coordinationv1.Lease

@@ -25,10 +25,10 @@ const (
 	deployment = "egress-router-cni-deployment"
 )
 
-// create creates a router, and returns it as the cluster has it.
-func create(t *testing.T, namespace, manifest string, change ...func(*unstructured.Unstructured)) *unstructured.Unstructured {
+// create creates the router of the example, and returns it as the cluster has it.
+func create(t *testing.T, namespace string, change ...func(*unstructured.Unstructured)) *unstructured.Unstructured {
 	t.Helper()
-	router := parse(t, manifest)
+	router := parse(t, example)
 	router.SetNamespace(namespace)
 	for _, c := range change {
 		c(router)
@@ -144,7 +144,7 @@ func TestObjects(t *testing.T) {
 		t.Run(test.file, func(t *testing.T) {
 			namespace := newNamespace(t)
 			startOperator(t, namespace)
-			create(t, namespace, example, func(o *unstructured.Unstructured) { test.change(t, o) })
+			create(t, namespace, func(o *unstructured.Unstructured) { test.change(t, o) })
 			d := exists(t, namespace, deployment)
 			golden(t, test.file, getAttachment(t, namespace, attachment), d)
 			satisfiesPodSecurity(t, d)
@@ -175,15 +175,15 @@ func satisfiesPodSecurity(t *testing.T, o *unstructured.Unstructured) {
 func TestSeveralInANamespace(t *testing.T) {
 	namespace := newNamespace(t)
 	startOperator(t, namespace)
-	one := create(t, namespace, example, named("one", "192.168.12.97/24"))
+	one := create(t, namespace, named("one", "192.168.12.97/24"))
 	exists(t, namespace, deployment)
-	create(t, namespace, example, named("two", "192.168.12.98/24"))
+	create(t, namespace, named("two", "192.168.12.98/24"))
 	two := exists(t, namespace, deployment+"-two")
 	golden(t, "further.yaml", getAttachment(t, namespace, attachment+"-two"), two)
 
 	// The cluster's garbage collector deletes the objects of the first one.
 	deleteAll(t, one, getAttachment(t, namespace, attachment), getDeployment(t, namespace, deployment))
-	create(t, namespace, example, named("three", "192.168.12.96/24"))
+	create(t, namespace, named("three", "192.168.12.96/24"))
 	three := exists(t, namespace, deployment)
 	if owners := three.GetOwnerReferences(); len(owners) != 1 || owners[0].Name != "three" {
 		t.Errorf("the frozen names belong to %+v, want the new router", owners)

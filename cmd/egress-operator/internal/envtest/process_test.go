@@ -60,7 +60,7 @@ func TestProcess(t *testing.T) {
 	}
 	namespace := newNamespace(t)
 	for i := range routers {
-		create(t, namespace, example, named(fmt.Sprintf("router-%03d", i), fmt.Sprintf("192.168.%d.%d/16", 100+i/100, 1+i%100)))
+		create(t, namespace, named(fmt.Sprintf("router-%03d", i), fmt.Sprintf("192.168.%d.%d/16", 100+i/100, 1+i%100)))
 	}
 	cmd := exec.Command(program, "-namespace", namespace, "-leader-elect=false", "-metrics-listen", "127.0.0.1:0", "-health-listen", "127.0.0.1:0")
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+kubeconfig(t, operatorConfig()))
@@ -95,7 +95,7 @@ func TestProcess(t *testing.T) {
 	for range routers {
 		createPod(t, namespace)
 	}
-	writeStatus(t, namespace, 1, 1)
+	writeStatus(t, namespace, 1)
 	status(t, namespace, first.GetOwnerReferences()[0].Name, "TFF", "")
 
 	if peak := memoryOf(t, cmd.Process.Pid); peak > most {

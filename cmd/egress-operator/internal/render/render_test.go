@@ -28,8 +28,8 @@ func router(change ...func(*api.EgressRouter)) *api.EgressRouter {
 	return r
 }
 
-func annotate(key, value string) func(*api.EgressRouter) {
-	return func(r *api.EgressRouter) { metav1.SetMetaDataAnnotation(&r.ObjectMeta, key, value) }
+func mac(value string) func(*api.EgressRouter) {
+	return func(r *api.EgressRouter) { metav1.SetMetaDataAnnotation(&r.ObjectMeta, render.MACAnnotation, value) }
 }
 
 func address(ips ...string) func(*api.EgressRouter) {
@@ -66,7 +66,7 @@ func TestNames(t *testing.T) {
 }
 
 func TestMAC(t *testing.T) {
-	auto := annotate(render.MACAnnotation, "auto")
+	auto := mac("auto")
 	for _, test := range []struct {
 		name   string
 		router *api.EgressRouter
@@ -88,7 +88,7 @@ func TestMAC(t *testing.T) {
 			}
 		})
 	}
-	if _, err := render.MAC(router(annotate(render.MACAnnotation, "yes"))); err == nil {
+	if _, err := render.MAC(router(mac("yes"))); err == nil {
 		t.Error("the value yes of the annotation is accepted")
 	}
 }
@@ -117,7 +117,7 @@ func TestNetworksAnnotation(t *testing.T) {
 		want    string
 	}{
 		{"plain", router(), render.Options{}, `[{"name":"egress-router-cni-nad"}]`},
-		{"fixed hardware address", router(annotate(render.MACAnnotation, "auto")), render.Options{}, `[{"name":"egress-router-cni-nad","mac":"02:e6:c0:a8:0c:63"}]`},
+		{"fixed hardware address", router(mac("auto")), render.Options{}, `[{"name":"egress-router-cni-nad","mac":"02:e6:c0:a8:0c:63"}]`},
 		{"default route", router(), render.Options{DefaultRoute: true}, `[{"name":"egress-router-cni-nad","default-route":["192.168.12.1"]}]`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -155,7 +155,7 @@ func TestHash(t *testing.T) {
 		},
 		"master": func(r *api.EgressRouter) { r.Spec.NetworkInterface.Macvlan.Master = "eth1" },
 		"mode":   func(r *api.EgressRouter) { r.Spec.NetworkInterface.Macvlan.Mode = object.Private },
-		"mac":    annotate(render.MACAnnotation, "auto"),
+		"mac":    mac("auto"),
 	} {
 		if hash(router(change)) == before {
 			t.Errorf("another %s makes the same hash", name)
