@@ -107,10 +107,13 @@ func TestHelm(t *testing.T) {
 	if d := diff.Diff(sorted(want), sorted(helm(t, nil))); d != "" {
 		t.Errorf("chart (-kustomize +helm):\n%s", d)
 	}
-	if len(want) < 8 {
+	if len(want) < 9 {
 		t.Errorf("only %d objects", len(want))
 	}
-	for _, o := range helm(t, map[string]any{"image": "a", "routerImage": "b", "flags": []any{"-take-over"}}) {
+	for _, o := range helm(t, map[string]any{"image": "a", "routerImage": "b", "pluginImage": "", "flags": []any{"-take-over"}}) {
+		if o.GetKind() == "DaemonSet" {
+			t.Error("there is a DaemonSet without an image of the plugin")
+		}
 		if o.GetKind() != "Deployment" {
 			continue
 		}

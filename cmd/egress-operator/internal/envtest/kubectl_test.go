@@ -47,7 +47,7 @@ func TestKubectl(t *testing.T) {
 		return string(out)
 	}
 	// The namespace of the manifests is their own.
-	if out := kubectl("", "apply", "-k", root, "-n", "", "--server-side", "--force-conflicts"); strings.Count(out, "serverside-applied") < 9 {
+	if out := kubectl("", "apply", "-k", root, "-n", "", "--server-side", "--force-conflicts"); strings.Count(out, "serverside-applied") < 10 {
 		t.Errorf("apply -k:\n%s", out)
 	}
 	if out := kubectl(example, "apply", "-f", "-"); !strings.HasSuffix(out, "egressrouter.network.operator.openshift.io/egress-router-redirect created\n") || strings.Contains(out, "Warning") {
