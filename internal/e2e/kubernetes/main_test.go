@@ -23,7 +23,7 @@ import (
 // pulls them from a registry.
 const tag = "e2e"
 
-var images = []string{"egress-router", "egress-router-cni", "egress-http-proxy", "egress-dns-proxy"}
+var images = []string{"egress-router", "egress-router-cni", "egress-http-proxy", "egress-dns-proxy", "egress-operator"}
 
 // peerImage contains the program peer, for the pods of the tests.
 const peerImage = "localhost/egress-peer:" + tag

@@ -31,7 +31,14 @@ func installPlugin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	set := strings.Replace(imageName.ReplaceAllString(string(text), "$1:"+tag), "path: /opt/cni/bin\n", "path: "+pluginDir()+"\n", 1)
+	install(t, imageName.ReplaceAllString(string(text), "$1:"+tag))
+}
+
+// install installs manifests with the DaemonSet of the plugin, and removes them when the
+// test ends.
+func install(t *testing.T, text string) {
+	t.Helper()
+	set := strings.Replace(text, "path: /opt/cni/bin\n", "path: "+pluginDir()+"\n", 1)
 	if _, err := runWith(set, "kubectl", "apply", "-f", "-"); err != nil {
 		t.Fatal(err)
 	}
