@@ -75,8 +75,7 @@ func (r *reconciler) reconcile(ctx context.Context, request reconcile.Request) (
 	}
 	n := namesFor(all[i], all)
 	var observed observation
-	var failed error
-	failed = r.apply(ctx, all[i], n, all, &observed)
+	failed := r.apply(ctx, all[i], n, all, &observed)
 	if failed != nil && observed.problem.reason == "" {
 		return reconcile.Result{}, failed
 	}
