@@ -171,9 +171,11 @@ func TestCheckFindsDamage(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, lab.Options{})
 	p.Strict()
-	for _, d := range p.Damages() {
+	for i, d := range p.Damages() {
 		p.add()
-		p.ok("CHECK")
+		if i == 0 {
+			p.ok("CHECK")
+		}
 		if err := p.Damage(d); err != nil {
 			p.Fatalf("damage %q: %v", d.Name, err)
 		}
@@ -182,7 +184,7 @@ func TestCheckFindsDamage(t *testing.T) {
 			p.Error("no hint")
 		}
 		p.del()
-		if text := p.before(); strings.Contains(text, "egress-router") || strings.Contains(text, "192.168.12.99") || strings.Contains(text, "table 4711") || strings.Contains(text, "macvlan0:") {
+		if text := p.State(); strings.Contains(text, "egress-router") || strings.Contains(text, "192.168.12.99") || strings.Contains(text, "table 4711") || strings.Contains(text, "macvlan0:") {
 			p.Errorf("after damage %q remains:\n%s", d.Name, text)
 		}
 	}
@@ -255,8 +257,9 @@ func TestCheckWithRoutesOfMultus(t *testing.T) {
 // DEL needs neither a valid call nor a complete router.
 func TestDelNeverFails(t *testing.T) {
 	t.Parallel()
-	p := newPod(t, lab.Options{IPv6: true})
-	before := p.before()
+	six := newPod(t, lab.Options{IPv6: true}) // whose ADD takes seconds
+	p := newPod(t, lab.Options{})
+	before := map[*pod]string{p: p.before(), six: six.before()}
 	for name, change := range map[string]func(cmd *exec.Cmd){
 		"garbage":               func(cmd *exec.Cmd) { cmd.Stdin = strings.NewReader("\x00{") },
 		"nothing":               func(cmd *exec.Cmd) { cmd.Stdin = nil },
@@ -265,13 +268,17 @@ func TestDelNeverFails(t *testing.T) {
 		"no container":          func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_CONTAINERID=") },
 		"no interface":          func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_IFNAME=") },
 	} {
+		p := p
+		if name == "garbage" {
+			p = six
+		}
 		p.add()
 		cmd := p.command("DEL", p.stdin())
 		change(cmd)
 		if r := p.run(p.Lab.Node, cmd); r.Result.Code != 0 || r.Stdout != "" || r.Stderr != "" {
 			p.Errorf("%s: exit code %d, stdout %q, stderr %q", name, r.Result.Code, r.Stdout, r.Stderr)
 		}
-		p.wantBefore(name, before)
+		p.wantBefore(name, before[p])
 		delete(p.Conf, "prevResult")
 	}
 	for name, file := range map[string]string{"none": "", "gone": "/run/netns/gone", "the node's": "/proc/self/ns/net", "no namespace": "/proc/self/exe"} {
@@ -297,7 +304,7 @@ func TestKilledAdd(t *testing.T) {
 		cmd.Env, cmd.Stdin = plugin.Env, plugin.Stdin
 		return cmd
 	}
-	for n := 1; ; n += 1 + n/8 {
+	for n := 1; ; n += 1 + n/4 {
 		cmd := strace("-e", fmt.Sprintf("inject=%s:signal=SIGKILL:when=%d", strings.TrimPrefix(calls, "trace="), n))
 		err := p.Lab.Run(p.Lab.Node, cmd)
 		p.del()
