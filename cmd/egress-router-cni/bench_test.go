@@ -25,14 +25,14 @@ func BenchmarkPlugin(b *testing.B) {
 	}
 	for _, destinations := range []int{3, 1000} {
 		b.Run(fmt.Sprintf("%d-destinations", destinations), func(b *testing.B) {
-			took := make(map[string]time.Duration)
+			took, log := make(map[string]time.Duration), b.TempDir()+"/log"
 			for b.Loop() {
 				b.StopTimer()
 				l, err := lab.New(lab.Options{NoMacvlan: true})
 				if err != nil {
 					b.Fatal(err)
 				}
-				conf := map[string]any{"cniVersion": "1.0.0", "type": "egress-router", "name": "bench", "ip": map[string]any{
+				conf := map[string]any{"cniVersion": "1.0.0", "type": "egress-router", "name": "bench", "log_file": log, "log_level": "debug", "ip": map[string]any{
 					"addresses": []string{"192.168.12.99/24"}, "gateway": "192.168.12.1", "destinations": lines(destinations)}}
 				b.StartTimer()
 				for _, verb := range []string{"ADD", "CHECK", "DEL"} {

@@ -222,39 +222,39 @@ func (c *call) logRequest() {
 }
 
 // logResult logs what ADD has done, with the original's lines and in their order, in which an
-// administrator searches for them. The order of the steps is another one.
+// administrator searches for them. The order of the steps is another one. Nothing is run by
+// iptables: its notation is that of the log.
 func (c *call) logResult(d object.Description, made bool, cluster string, before plan.State) {
+	var lines []string
+	add := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
 	if made {
-		c.log.line(levelDebug, "Created macvlan interface")
-		c.log.line(levelDebug, "Renamed macvlan to %q", c.ifname)
+		add("Created macvlan interface")
+		add("Renamed macvlan to %q", c.ifname)
 	}
 	for _, s := range d.Sources.Families() {
-		c.log.line(levelDebug, "Adding route to gateway %s on macvlan interface", s.Gateway)
+		add("Adding route to gateway %s on macvlan interface", s.Gateway)
 		state := before
 		if s.Gateway.Is6() && before.IPv6 != nil {
 			state = plan.State{Routes: before.IPv6.Routes, Cluster: before.IPv6.Cluster}
 		}
 		if r, known := state.ClusterDefault(); known && r.Gateway.IsValid() {
-			c.log.line(levelDebug, "deleted default route {Ifindex: %d Dst: <nil> Src: <nil> Gw: %s Flags: [] Table: 254}", r.Index, r.Gateway)
+			add("deleted default route {Ifindex: %d Dst: <nil> Src: <nil> Gw: %s Flags: [] Table: 254}", r.Index, r.Gateway)
 		}
-		c.log.line(levelDebug, "Added new default route with gateway %s", s.Gateway)
+		add("Added new default route with gateway %s", s.Gateway)
 	}
+	const rule = "Added iptables rule: iptables -t nat "
 	for _, r := range d.Set.Redirects {
 		to := r.To.String()
 		if r.ToPort != 0 {
 			to = r.Server(r.Port).String()
 		}
-		c.logRule("-t nat PREROUTING -i %s -p %s --dport %s -j DNAT --to-destination %s", cluster, strings.ToUpper(r.Protocol.String()), r.LocalPorts(), to)
+		add(rule+"PREROUTING -i %s -p %s --dport %s -j DNAT --to-destination %s", cluster, strings.ToUpper(r.Protocol.String()), r.LocalPorts(), to)
 	}
 	for _, a := range d.Set.Fallbacks() {
-		c.logRule("-t nat PREROUTING -i %s -j DNAT --to-destination %s", cluster, a)
+		add(rule+"PREROUTING -i %s -j DNAT --to-destination %s", cluster, a)
 	}
 	for _, s := range d.Sources.Families() {
-		c.logRule("-t nat -o %s -j SNAT --to-source %s", c.ifname, s.Prefix.Addr())
+		add(rule+"-o %s -j SNAT --to-source %s", c.ifname, s.Prefix.Addr())
 	}
-}
-
-// logRule logs a rule in the notation of iptables, with which nothing is run.
-func (c *call) logRule(format string, args ...any) {
-	c.log.line(levelDebug, "Added iptables rule: iptables %s", fmt.Sprintf(format, args...))
+	c.log.lines(levelDebug, lines...)
 }

@@ -52,15 +52,48 @@ type nodeLog struct {
 
 // line writes one line with one call of the kernel.
 func (l nodeLog) line(at level, format string, args ...any) {
+	l.lines(at, fmt.Sprintf(format, args...))
+}
+
+// lines writes lines, each with one call of the kernel, while no other call writes.
+func (l nodeLog) lines(at level, texts ...string) {
 	if l.file == "" || at > l.level {
 		return
 	}
-	if err := l.write(at, fmt.Sprintf(format, args...)); err != nil {
+	if err := l.write(at, texts); err != nil {
 		l.stderr.Warn("log not written", "file", l.file, "error", err)
 	}
 }
 
-func (l nodeLog) write(at level, text string) error {
+func (l nodeLog) write(at level, texts []string) error {
+	f, size, err := l.open()
+	if err != nil {
+		return err
+	}
+	for _, text := range texts {
+		line := l.format(at, text)
+		if size > 0 && size+int64(len(line)) >= maxLog {
+			// Another call that waits for the lock finds the file renamed.
+			err = os.Rename(l.file, l.file+".old")
+			_ = f.Close() // everything is written
+			if err != nil {
+				return err
+			}
+			if f, size, err = l.open(); err != nil {
+				return err
+			}
+		}
+		if _, err := f.WriteString(line); err != nil {
+			_ = f.Close() // the first error counts
+			return err
+		}
+		size += int64(len(line))
+	}
+	return f.Close()
+}
+
+// format returns a line of the log.
+func (l nodeLog) format(at level, text string) string {
 	text = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
 			return ' '
@@ -72,27 +105,7 @@ func (l nodeLog) write(at level, text string) error {
 	if len(line) > maxLog-2 {
 		line = line[:maxLog-2-len(end)] + end
 	}
-	line += "\n"
-	for {
-		f, size, err := l.open()
-		if err != nil {
-			return err
-		}
-		if size > 0 && size+int64(len(line)) >= maxLog {
-			// Another call that waits for the lock finds the file renamed.
-			err = os.Rename(l.file, l.file+".old")
-			_ = f.Close() // nothing was written
-			if err != nil {
-				return err
-			}
-			continue
-		}
-		_, err = f.WriteString(line)
-		if closed := f.Close(); err == nil {
-			err = closed
-		}
-		return err
-	}
+	return line + "\n"
 }
 
 // open opens and locks the file, and returns its size. The directory may be one in which
