@@ -40,7 +40,7 @@ type verb struct {
 	run   func(*call, context.Context) error
 	needs []string // variables
 	since string   // first version of the specification that has it
-	wire  bool     // it has a result or errors: not for DEL, which never fails
+	fails bool     // it may fail
 }
 
 var verbs = map[string]verb{
@@ -116,7 +116,7 @@ func (c *call) serve(ctx context.Context, name string) error {
 		err = newError(types.ErrIOFailure, "", "read configuration from stdin: %v", err)
 	}
 	c.log = nodeLog{file: c.conf.LogFile, level: levelOf(c.conf.LogLevel), stderr: c.stderr, now: time.Now}
-	if !v.wire { // a garbled call still has to end
+	if !v.fails { // a garbled call still has to end
 		return v.run(c, ctx)
 	}
 	if environment != nil {

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/utils"
 
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/spec"
@@ -44,12 +45,16 @@ func (c *call) remove(ctx context.Context, s site) error {
 		return err
 	}
 	defer kernel.Close()
-	if c.ifname == "" {
+	if utils.ValidateInterfaceName(c.ifname) != nil {
 		all, err := attached()
-		if err != nil || len(all) == 0 {
+		if err != nil {
 			return err
 		}
-		c.ifname = all[0].ifname
+		// Without a router's interface there may still be its rules.
+		c.ifname = "egress-router"
+		if len(all) > 0 {
+			c.ifname = all[0].ifname
+		}
 	}
 	egress, exists, err := find(kernel, c.ifname)
 	if err != nil {

@@ -267,6 +267,7 @@ func TestDelNeverFails(t *testing.T) {
 		"version of the future": func(cmd *exec.Cmd) { cmd.Stdin = strings.NewReader(`{"cniVersion": "9.0.0", "name": "x", "ip": 7}`) },
 		"no container":          func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_CONTAINERID=") },
 		"no interface":          func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_IFNAME=") },
+		"invalid interface":     func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_IFNAME=../all") },
 	} {
 		p := p
 		if name == "garbage" {
@@ -280,6 +281,17 @@ func TestDelNeverFails(t *testing.T) {
 		}
 		p.wantBefore(name, before[p])
 		delete(p.Conf, "prevResult")
+	}
+	// The interface is gone already, with its name.
+	p.add()
+	h := p.Handle(p.Lab.Router)
+	if err := h.LinkDel(p.Link(h, "macvlan0")); err != nil {
+		t.Fatal(err)
+	}
+	p.Vars["CNI_IFNAME"] = ""
+	p.del()
+	if text := p.State(); strings.Contains(text, "egress-router") || strings.Contains(text, "4711") || !strings.Contains(text, "default via 10.128.0.1 dev eth0") {
+		t.Errorf("after DEL remains:\n%s", text)
 	}
 	for name, file := range map[string]string{"none": "", "gone": "/run/netns/gone", "the node's": "/proc/self/ns/net", "no namespace": "/proc/self/exe"} {
 		node := p.Inventory(p.Lab.Node)
