@@ -198,7 +198,7 @@ func (p Process) uninstall(file string) error {
 		return fmt.Errorf("look for routers: %w", err)
 	}
 	if routers > 0 {
-		return fmt.Errorf("%d routers are left on the node: delete their pods first, or move them to another node", routers)
+		return fmt.Errorf("routers left on the node: %d; delete their pods first, or move them to another node", routers)
 	}
 	done := "nothing to remove"
 	switch _, err := os.Lstat(file + replaced); {

@@ -147,7 +147,7 @@ func TestUninstallWithRouter(t *testing.T) {
 	wantManaged(t, 0, "installed ", "install", "--dir", dir)
 	p.add()
 	namespaces := p.namespaces()
-	if code, _, stderr := manage(t, namespaces, "uninstall", "--dir", dir); code != 1 || !strings.Contains(stderr, "1 routers are left on the node: delete their pods first, or move them to another node") {
+	if code, _, stderr := manage(t, namespaces, "uninstall", "--dir", dir); code != 1 || !strings.Contains(stderr, "routers left on the node: 1; delete their pods first, or move them to another node") {
 		t.Errorf("exit code %d, stderr %q", code, stderr)
 	}
 	p.del()
