@@ -112,7 +112,7 @@ func TestDocumentedPod(t *testing.T) {
 [debug] Added iptables rule: iptables -t nat PREROUTING -i eth0 -p TCP --dport 8080 -j DNAT --to-destination 203.0.113.26:80
 [debug] Added iptables rule: iptables -t nat PREROUTING -i eth0 -p TCP --dport 8443 -j DNAT --to-destination 203.0.113.27:443
 [debug] Added iptables rule: iptables -t nat -o net1 -j SNAT --to-source 192.168.12.99
-`; p.logged() != want {
+`; withoutWarnings(p.logged()) != want {
 		p.Errorf("log:\n%s", diff(want, p.logged()))
 	}
 	var routes []string
@@ -324,7 +324,9 @@ func TestKilledAdd(t *testing.T) {
 		if err == nil {
 			break // it had fewer calls
 		}
-		killed++
+		if killed++; killed > 100 {
+			t.Fatalf("ADD fails without being killed: %v", err)
+		}
 		if n%3 == 0 {
 			p.add()
 			p.WantExample()
@@ -345,20 +347,20 @@ func TestTerminatedAdd(t *testing.T) {
 	p := newPod(t, lab.Options{})
 	before := p.before()
 	p.Conf["conflict"] = "refuse" // takes seconds
-	cmd := p.command("ADD", p.stdin())
-	if err := p.Lab.Start(p.Lab.Node, cmd); err != nil {
-		t.Fatal(err)
-	}
 	h := p.Handle(p.Lab.Router)
-	p.Until("the interface is up", func() bool {
-		l, err := h.LinkByName("macvlan0")
-		return err == nil && l.Attrs().RawFlags&unix.IFF_UP != 0
-	})
-	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Wait(); err == nil {
-		t.Error("a terminated ADD succeeds")
+	for terminated := false; !terminated; { // on a busy machine ADD may end before
+		cmd := p.command("ADD", p.stdin())
+		if err := p.Lab.Start(p.Lab.Node, cmd); err != nil {
+			t.Fatal(err)
+		}
+		p.Until("the interface is up", func() bool {
+			l, err := h.LinkByName("macvlan0")
+			return err == nil && l.Attrs().RawFlags&unix.IFF_UP != 0
+		})
+		_ = cmd.Process.Signal(unix.SIGTERM) // an error: it has ended
+		if terminated = cmd.Wait() != nil; !terminated {
+			p.del()
+		}
 	}
 	p.wantBefore("after SIGTERM", before)
 }
@@ -393,7 +395,7 @@ func TestManyAddsAtOnce(t *testing.T) {
 		}
 	}
 	lines := 0
-	for line := range strings.Lines(p.logged()) {
+	for line := range strings.Lines(withoutWarnings(p.logged())) {
 		if lines++; !strings.HasPrefix(line, "[debug] ") || !strings.HasSuffix(line, "\n") {
 			t.Errorf("line %q", line)
 		}
@@ -401,6 +403,18 @@ func TestManyAddsAtOnce(t *testing.T) {
 	if want := n * 14; lines != want {
 		t.Errorf("%d lines, want %d", lines, want)
 	}
+}
+
+// withoutWarnings returns the lines of a log without those about a gateway that answers late,
+// on a busy machine.
+func withoutWarnings(log string) string {
+	var b strings.Builder
+	for line := range strings.Lines(log) {
+		if !strings.HasPrefix(line, `[warning] msg="gateway does not answer`) {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
 }
 
 // podAddress is the address of an additional pod.
