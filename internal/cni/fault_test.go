@@ -193,14 +193,17 @@ func TestWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, lab.Options{})
 	before := p.before()
-	for verb, code := range map[string]uint{"ADD": 8, "STATUS": 50} {
+	for _, f := range []struct {
+		verb, command string
+		code          uint
+	}{{"ADD", "without-sys-admin", cni.CodeRouter}, {"STATUS", "without-net-admin", 50}} {
 		p.Conf["cniVersion"] = "1.1.0"
-		plugin := p.command(verb, p.stdin())
-		cmd := p.Command("without-privilege")
+		plugin := p.command(f.verb, p.stdin())
+		cmd := p.Command(f.command)
 		cmd.Env, cmd.Stdin = plugin.Env, plugin.Stdin
 		r := p.run(p.Lab.Node, cmd)
-		if r.Result.Code != 1 || r.Code != code || !strings.Contains(r.Msg, "permi") || !strings.Contains(r.Details, "as root") {
-			t.Errorf("%s: error %d %s (%s)", verb, r.Code, r.Msg, r.Details)
+		if r.Result.Code != 1 || r.Code != f.code || !strings.Contains(r.Msg, "operation not permitted") || !strings.Contains(r.Details, "as root") {
+			t.Errorf("%s: error %d %s (%s)", f.verb, r.Code, r.Msg, r.Details)
 		}
 	}
 	p.wantBefore("without privilege", before)
