@@ -43,6 +43,21 @@ func (r Redirect) named(name string) Redirect {
 // names are case-insensitive (RFC 4343). Empty: it has addresses.
 func (r Redirect) Name() string { return r.More.get().name }
 
+// mostComment is the longest comment that both backends keep: four of the 255 bytes of an
+// element's user data in nf_tables are its frame (nft_set_ext_add_length in
+// include/net/netfilter/nf_tables.h).
+const mostComment = 255 - 4
+
+// Comment returns the comment of the redirect's rules and elements in the kernel: the name,
+// for a router that starts while no name server answers. It is empty for a name that a
+// comment cannot hold.
+func (r Redirect) Comment() string {
+	if name := r.Name(); len(name) <= mostComment {
+		return name
+	}
+	return ""
+}
+
 // Names returns the names of the lines, each once, sorted.
 func (s Set) Names() []string {
 	var names []string

@@ -84,7 +84,8 @@ func TestUnresolvedNamesAreRefused(t *testing.T) {
 	}
 	resolved := set.Resolve(resolutions(map[string]Resolution{"db.example.com": {Addresses: []netip.Addr{ip("10.0.0.1")}}}))
 	want = []string{
-		"-p tcp -m tcp --dport 443 -j DNAT --to-destination 10.0.0.1:5432", "-p udp -m udp --dport 444:446 -j DNAT --to-destination 10.0.0.1",
+		`-p tcp -m tcp --dport 443 -m comment --comment "db.example.com" -j DNAT --to-destination 10.0.0.1:5432`,
+		`-p udp -m udp --dport 444:446 -m comment --comment "db.example.com" -j DNAT --to-destination 10.0.0.1`,
 		"-p tcp -m tcp --dport 80 -j DNAT --to-destination 203.0.113.25", "-p udp -m udp --dport 447 -j RETURN", "-j DNAT --to-destination 203.0.113.27",
 	}
 	if diff := cmp.Diff(want, translations(resolved)); diff != "" {
@@ -237,5 +238,29 @@ func TestNamesChangeTheirChains(t *testing.T) {
 				t.Errorf("%d chains with %d rules changed, want %d", changed, lines, test.changed)
 			}
 		})
+	}
+}
+
+// The rules of a name have it as a comment, unless it is too long. Those of unit-test do not.
+func TestNamesAreComments(t *testing.T) {
+	address := []netip.Addr{netip.MustParseAddr("203.0.113.9")}
+	for name, commented := range map[string]bool{"db.test": true, strings.Repeat("a.", 124) + "com": true, strings.Repeat("a.", 124) + "com.": false} {
+		set, err := ParseExtended("80 tcp "+name, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sides := Sides{Cluster: "eth0", Egress: "macvlan0", Sources: []netip.Addr{netip.MustParseAddr("192.168.12.99")}}
+		plan := NewPlan(set.Resolve(func(string) Resolution { return Resolution{Addresses: address} }), sides)
+		text := ""
+		for _, c := range plan.IPTables() {
+			text += string(c.Saved)
+		}
+		comment := fmt.Sprintf("--dport 80 -m comment --comment %q -j DNAT --to-destination 203.0.113.9\n", name)
+		if strings.Contains(text, comment) != commented {
+			t.Errorf("comment %v, want %v:\n%s", !commented, commented, text)
+		}
+		if text := string(UnitTest(set, sides)); strings.Contains(text, "comment") {
+			t.Errorf("unit-test:\n%s", text)
+		}
 	}
 }

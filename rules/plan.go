@@ -179,6 +179,7 @@ type Rule struct {
 	Limits Limited // as in Redirect
 	Mark   Mark
 	Helper string // the kernel's name of a helper
+	Name   string // of the redirect's line, which the kernel keeps as a comment: see [Plan.IPTables]
 	Reason Reason // of Drop, Reject and LogPacket
 }
 

@@ -148,6 +148,9 @@ func (r *Rule) append(b []byte, family Family, modules bool) []byte {
 	if !modules {
 		b = r.Limits.Value().append(b)
 	}
+	if r.Name != "" {
+		option("-m comment --comment ", strconv.Quote(r.Name))
+	}
 	if r.Target == LogPacket {
 		b = append(b, "-m limit --limit 1/sec "...)
 	}

@@ -152,7 +152,7 @@ func (r Redirect) Reaches(server netip.AddrPort, local Port) bool {
 // and is changed.
 func (r Redirect) spellOut(rule *Rule, fn func(*Rule)) {
 	rule.Protocol, rule.Port, rule.Last, rule.Target, rule.To, rule.ToPort, rule.Shifts = r.Protocol, r.Port, r.Last, DNAT, r.To, r.ToPort, r.Shifts
-	rule.Limits = r.Limits
+	rule.Limits, rule.Name = r.Limits, r.Comment()
 	if !r.Several() {
 		fn(rule)
 		return

@@ -234,8 +234,8 @@ func (p Plan) faultOfTarget(c Chain, r Rule) string {
 		return "a port to translate to needs DNAT and the protocol TCP, UDP or SCTP"
 	case r.Shifts, r.Limits != Limited{}:
 		return "only redirects shift ports or have limits"
-	case r.OneOf != 0:
-		return "only redirects have several addresses"
+	case r.OneOf != 0, r.Name != "":
+		return "only redirects have several addresses or a name"
 	case marks != (r.Mark != 0):
 		return "only MARK and CONNMARK need a mark"
 	case attaches != (r.Helper != ""):

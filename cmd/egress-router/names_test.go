@@ -230,6 +230,86 @@ func TestNamesWithoutNameServer(t *testing.T) {
 	p.WantEcho("a connection to the former address, after a restart", conn.conn, conn.r)
 }
 
+// After a restart, or in mode monitor after init, names keep the addresses of the run before
+// until the first answer, if no name server answers: existing and new connections continue.
+// A port with another name than before refuses.
+func TestNamesSurviveARestartWithoutNameServer(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		n := serveNames(p)
+		n.set("db.example.com.", "203.0.113.25", "203.0.113.26")
+		long := strings.Repeat(strings.Repeat("n", 63)+".", 3) + strings.Repeat("n", 55) + ".com" // the longest that the kernel keeps
+		n.set(long+".", "203.0.113.25")
+		p.Env["EGRESS_GRAMMAR"] = "extended"
+		lines := "5432 tcp db.example.com 80\n30000-30100 tcp " + long + " 80\n203.0.113.27\n"
+		p.Env["EGRESS_DESTINATION"] = "5434 tcp " + long + " 80\n" + lines
+		r := p.Start("legacy")
+		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		awaitServer(p, 5432, "203.0.113.25:80")
+		awaitServer(p, 30050, "203.0.113.25:80")
+		var conns []echo
+		for range 200 {
+			conns = append(conns, open(p, 5432))
+		}
+		missed := n.unanswered()
+		n.setSilent(true)
+		p.Until("the silent name server is asked", func() bool { return n.unanswered() > missed })
+		state := p.State()
+		wantServed := func(when string) {
+			p.Helper()
+			seen := make(map[string]int)
+			for range 40 {
+				seen[open(p, 5432).server]++
+			}
+			if len(seen) != 2 || seen["203.0.113.25:80"]+seen["203.0.113.26:80"] != 40 {
+				t.Errorf("%s new connections get %v", when, seen)
+			}
+			wantOnly(p, 30050, "203.0.113.25:80")
+			for _, e := range conns {
+				p.WantEcho(when+" a connection from before", e.conn, e.r)
+			}
+		}
+		r.Terminate()
+		p.Until("the router has ended", func() bool { return strings.Contains(r.Logged(), "stopping, configuration stays") })
+
+		r = p.Start("legacy")
+		r.AwaitLog(1, "msg=ready")
+		r.AwaitLog(1, `msg="name keeps addresses of an earlier run" name=db.example.com addresses=203.0.113.25,203.0.113.26`)
+		wantServed("after a restart")
+		p.WantState(state)
+		r.Terminate()
+		p.Until("the router has ended again", func() bool { return strings.Contains(r.Logged(), "stopping, configuration stays") })
+
+		p.Env["EGRESS_ROUTER_MODE"] = "init"
+		p.WantUnchanged(p.OK())
+		wantServed("after another run of init")
+		if out := p.Exec("egress-router", "plan", "--kernel").Stdout; !strings.Contains(out, "nothing is missing") {
+			t.Errorf("plan --kernel:\n%s", out)
+		}
+
+		// Another name on a port, and the name of that port on another one.
+		p.Env["EGRESS_DESTINATION"] = "5434 tcp other.example.com 80\n5435 tcp " + long + " 80\n" + lines
+		r = p.Start("monitor")
+		awaitServer(p, 5435, "203.0.113.25:80")
+		p.WantRefused("tcp", 5434)
+		wantServed("in mode monitor")
+		n.set("db.example.com.", "203.0.113.26")
+		n.setSilent(false)
+		p.Until("the answer applies", func() bool {
+			for range 10 {
+				a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 5432))
+				if err != nil || a.Server.String() != "203.0.113.26:80" {
+					return false
+				}
+			}
+			return true
+		})
+		for _, e := range conns {
+			p.WantEcho("after the answer a connection from before", e.conn, e.r)
+		}
+	})
+}
+
 // A reload that replaces a name ends the connections to the addresses of the former one.
 func TestNamesAreReloaded(t *testing.T) {
 	t.Parallel()
@@ -374,6 +454,15 @@ func TestNamesOfBothFamilies(t *testing.T) {
 		n.set("db.example.com.", "2001:db8::26", "203.0.113.25")
 		await6("[2001:db8::26]:80")
 		p.WantEcho("a connection to the former IPv6 address", conn, reader)
+
+		n.setSilent(true)
+		r.Terminate()
+		r.AwaitLog(1, "stopping, configuration stays")
+		r = p.Start("legacy")
+		r.AwaitLog(1, "msg=ready")
+		await6("[2001:db8::26]:80")
+		wantOnly(p, 5432, "203.0.113.25:80")
+		p.WantEcho("a connection to the former IPv6 address, after a restart", conn, reader)
 	})
 }
 

@@ -217,11 +217,13 @@ func runMode(ctx context.Context, p Process) error {
 		return advised(c, stay(ctx, p, c, env, reloader{file: env.File(), since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC))
 	}
 	keepNameServers(&c, log)
-	resolveOnce(ctx, &c, log)
+	r := newRouter(c, log)
+	resolveOnce(ctx, &c, r, log)
 	if len(c.Set.Names()) > 0 {
 		log.Warn("names are not followed", "effect", "their addresses stay those of now", "hint", "a container in mode monitor follows them")
 	}
-	return advised(c, newRouter(c, log).Apply(ctx))
+	r.Want = wanted(c)
+	return advised(c, r.Apply(ctx))
 }
 
 // A namedError is an error with the names that the user of a configuration has for its

@@ -15,6 +15,7 @@ import (
 	"github.com/egress-router/egress-router/internal/metrics"
 	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/resolver"
+	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -58,28 +59,48 @@ func unusable(c config.Config, own *netns.Addresses, a netip.Addr) string {
 }
 
 // resolveOnce sets the addresses that the names of the destinations have now. Nobody
-// follows them.
-func resolveOnce(ctx context.Context, c *config.Config, log *slog.Logger) {
+// follows them. A nil router reads no addresses from the kernel.
+func resolveOnce(ctx context.Context, c *config.Config, r *router.Router, log *slog.Logger) {
 	names := c.Set.Names()
 	if len(names) == 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, onceLimit)
+	looking, cancel := context.WithTimeout(ctx, onceLimit)
 	defer cancel()
 	f := newFollower(*c, log)
 	f.Changed = func() {}
 	f.Follow(names, true)
-	go f.Run(ctx)
-	f.Await(ctx)
+	go f.Run(looking)
+	f.Await(looking)
+	if r != nil {
+		adopt(ctx, f, r, log)
+	}
 	c.Set = c.Set.Resolve(f.Resolution)
 	if without := len(slices.DeleteFunc(slices.Clone(c.Set.Redirects), func(r rules.Redirect) bool { return !r.Unresolved() })); without > 0 {
 		log.Warn("destinations without address", "number", without, "effect", "their ports refuse connections")
 	}
 }
 
+// adopt gives names without an answer the addresses that their redirects in the kernel have.
+// Those of an earlier run are all that outlives a restart of the container. A name that is
+// no longer configured is not adopted, so that no port leads to another name's server.
+func adopt(ctx context.Context, f *lookup.Follower, r *router.Router, log *slog.Logger) {
+	without := f.Without()
+	if len(without) == 0 {
+		return
+	}
+	named, err := r.Named(ctx)
+	if err != nil { // Apply reports it
+		log.Debug("addresses of an earlier run not read", "error", err)
+	}
+	for _, name := range without {
+		f.Adopt(name, named[name])
+	}
+}
+
 // follow starts to follow the names of the destinations, and waits a moment for the first
 // answers.
-func (w *watch) follow(ctx context.Context, c config.Config) {
+func (w *watch) follow(ctx context.Context, c config.Config, r *router.Router) {
 	if w.names == nil {
 		return
 	}
@@ -92,9 +113,10 @@ func (w *watch) follow(ctx context.Context, c config.Config) {
 	w.names.Follow(names, true)
 	w.background.Go(func() { w.names.Run(ctx) })
 	if len(names) > 0 {
-		ctx, cancel := context.WithTimeout(ctx, startLimit)
+		waiting, cancel := context.WithTimeout(ctx, startLimit)
 		defer cancel()
-		w.names.Await(ctx)
+		w.names.Await(waiting)
+		adopt(ctx, w.names, r, w.log)
 	}
 }
 

@@ -26,13 +26,14 @@ func runPlan(ctx context.Context, p Process) error {
 	if err != nil {
 		return err
 	}
-	if c.Mode != config.UnitTest {
-		resolveOnce(ctx, &c, logger(p.Stderr, config.Log{JSON: c.Log.JSON, Level: max(c.Log.Level, slog.LevelWarn)}))
-	}
+	log := logger(p.Stderr, config.Log{JSON: c.Log.JSON, Level: max(c.Log.Level, slog.LevelWarn)})
 	text := ""
 	if asksKernelPlan(p.Args) && c.Mode != config.UnitTest {
-		text, err = missingText(ctx, p, c)
+		text, err = missingText(ctx, c, log)
 	} else {
+		if c.Mode != config.UnitTest {
+			resolveOnce(ctx, &c, nil, log)
+		}
 		text = planText(c)
 	}
 	if err != nil {
@@ -43,13 +44,15 @@ func runPlan(ctx context.Context, p Process) error {
 }
 
 // missingText returns the steps that a run would take now. It changes nothing.
-func missingText(ctx context.Context, p Process, c config.Config) (string, error) {
+func missingText(ctx context.Context, c config.Config, log *slog.Logger) (string, error) {
 	if err := checkPrivilege(c); err != nil {
 		return "", err
 	}
-	log := logger(p.Stderr, config.Log{JSON: c.Log.JSON, Level: max(c.Log.Level, slog.LevelWarn)})
 	keepNameServers(&c, log)
-	missing, err := newRouter(c, log).Check(ctx)
+	r := newRouter(c, log)
+	resolveOnce(ctx, &c, r, log)
+	r.Want = wanted(c)
+	missing, err := r.Check(ctx)
 	if err != nil {
 		return "", advised(c, err)
 	}

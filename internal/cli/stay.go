@@ -57,7 +57,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		return err
 	}
 	defer stop()
-	w.follow(ctx, c)
+	w.follow(ctx, c, r)
 	w.mu.Lock() // Apply reads what the keeper's changes write
 	if w.names != nil {
 		w.keeper.Resolve(wanted(w.resolved()))

@@ -2,6 +2,8 @@ package iptables
 
 import (
 	"bytes"
+	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -85,5 +87,31 @@ func TestReadShares(t *testing.T) {
 				t.Errorf("the planned text has changed: %q", planned)
 			}
 		})
+	}
+}
+
+func TestNamed(t *testing.T) {
+	tx := Tx{families: []*familyTx{{now: parse([]byte(`*nat
+:EGRESS-PREROUTING - [0:0]
+:EGRESS-TCP-80-80 - [0:0]
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 81 -j DNAT --to-destination 203.0.113.1
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 82 -m comment --comment "a.test" -j DNAT --to-destination 203.0.113.2
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 83:84 -m comment --comment b.test -j DNAT --to-destination 203.0.113.3:90-91/83
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 85 -m comment --comment "c.test" -j RETURN
+-A EGRESS-TCP-80-80 -p tcp -m tcp --dport 80 -m statistic --mode random --probability 0.50000000000 -m comment --comment "a.test" -j DNAT --to-destination 203.0.113.4:90
+-A PREROUTING -p tcp -m tcp --dport 82 -m comment --comment "d.test" -j DNAT --to-destination 203.0.113.5
+COMMIT
+`), loadedJump)}, {now: parse([]byte(`*nat
+:EGRESS-PREROUTING - [0:0]
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 82 -m comment --comment "a.test" -j DNAT --to-destination 2001:db8::2
+-A EGRESS-PREROUTING -i eth0 -p tcp -m tcp --dport 83 -m comment --comment "b.test" -j DNAT --to-destination [2001:db8::3]:90
+COMMIT
+`), loadedJump)}}}
+	named := tx.Named()
+	for _, all := range named {
+		slices.SortFunc(all, netip.Addr.Compare)
+	}
+	if got, want := fmt.Sprint(named), "map[a.test:[203.0.113.2 203.0.113.4 2001:db8::2] b.test:[203.0.113.3 2001:db8::3]]"; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }

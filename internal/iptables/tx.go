@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net/netip"
 	"strings"
 
 	"github.com/egress-router/egress-router/rules"
@@ -104,6 +105,42 @@ func (tx *Tx) Redirects() bool {
 		}
 	}
 	return false
+}
+
+// Named returns the addresses of the redirects to names, by name. An address may be there
+// several times.
+func (tx *Tx) Named() map[string][]netip.Addr {
+	named := make(map[string][]netip.Addr)
+	for _, f := range tx.families {
+		for _, text := range f.now.of(rules.NAT).chains {
+			for line := range bytes.Lines(text) {
+				name, to := valueOf(line, " --comment "), valueOf(line, " --to-destination ")
+				name = strings.Trim(name, `"`)
+				if a, err := netip.ParseAddr(hostOf(to)); err == nil && name != "" {
+					named[name] = append(named[name], a)
+				}
+			}
+		}
+	}
+	return named
+}
+
+// valueOf returns the word behind an option in a rule, empty if the rule does not have it.
+func valueOf(rule []byte, option string) string {
+	_, value, _ := bytes.Cut(rule, []byte(option))
+	value, _, _ = bytes.Cut(bytes.TrimSpace(value), []byte(" "))
+	return string(value)
+}
+
+// hostOf returns the address of a destination, which may have ports: those of IPv6 stand
+// behind an address in brackets.
+func hostOf(destination string) string {
+	if rest, six := strings.CutPrefix(destination, "["); six {
+		destination, _, _ = strings.Cut(rest, "]")
+	} else if strings.Count(destination, ":") == 1 {
+		destination, _, _ = strings.Cut(destination, ":")
+	}
+	return destination
 }
 
 // tries is the number of attempts at a change that fails because another program

@@ -120,6 +120,30 @@ func (f *Follower) Distinct(name string) {
 	}
 }
 
+// Without returns the names that have no address yet, sorted.
+func (f *Follower) Without() (names []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(f.names)) {
+		if len(f.names[name].Addresses) == 0 {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// Adopt gives a name without an address those that it had before the start of the program,
+// until the first answer. It calls Unusable, and not Changed.
+func (f *Follower) Adopt(name string, former []netip.Addr) {
+	usable, _ := f.usable(former)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if e := f.names[name]; e != nil && len(e.Addresses) == 0 && len(usable) > 0 {
+		e.Addresses, e.Since = usable, time.Now()
+		f.Log.Info("name keeps addresses of an earlier run", "name", name, "addresses", join(usable))
+	}
+}
+
 func (f *Follower) init() {
 	if f.names == nil {
 		f.names, f.wake = make(map[string]*entry), make(chan struct{}, 1)

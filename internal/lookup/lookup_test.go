@@ -211,6 +211,43 @@ func TestFollowerKeepsAddresses(t *testing.T) {
 	})
 }
 
+// A name gets the addresses of an earlier run if it has none, until its first answer.
+func TestFollowerAdopts(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, _ *[]time.Time, log *strings.Builder) {
+		z.set("db.test", "192.0.2.1")
+		z.silent["late.test"] = true
+		f.Follow([]string{"db.test", "late.test", "never.test"}, true)
+		time.Sleep(time.Minute)
+		if got := fmt.Sprint(f.Without()); got != "[late.test never.test]" {
+			t.Errorf("names without address: %s", got)
+		}
+		former := []netip.Addr{netip.MustParseAddr("192.0.2.8"), netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("192.0.2.8"), netip.MustParseAddr("127.0.0.1")}
+		for _, name := range []string{"db.test", "late.test", "other.test"} {
+			f.Adopt(name, former)
+		}
+		f.Adopt("never.test", nil)
+		want := func(name, addresses string) {
+			t.Helper()
+			r := f.Resolution(name)
+			if got := join(r.Addresses); got != addresses || !r.AnyFormer {
+				t.Errorf("%s has %q (%+v), want %q", name, got, r, addresses)
+			}
+		}
+		want("db.test", "192.0.2.1")
+		want("late.test", "192.0.2.7,192.0.2.8")
+		want("never.test", "")
+		if !strings.Contains(log.String(), `msg="name keeps addresses of an earlier run" name=late.test addresses=192.0.2.7,192.0.2.8`) {
+			t.Errorf("log:\n%s", log)
+		}
+		z.mu.Lock()
+		z.silent["late.test"] = false
+		z.mu.Unlock()
+		z.set("late.test", "192.0.2.9")
+		time.Sleep(time.Minute)
+		want("late.test", "192.0.2.9")
+	})
+}
+
 // Thousands of names are looked up with limited concurrency, and some without an answer do
 // not delay the others for long. Changes are reported together.
 func TestFollowerWithManyNames(t *testing.T) {

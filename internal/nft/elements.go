@@ -29,6 +29,7 @@ type destinations []destination
 type destination struct {
 	key, end [8]byte // end is the end of a range, in a map of ranges
 	value    [maxValueLen]byte
+	name     string // of the redirect's line, as a comment; empty: none
 }
 
 // A mapKind is one of the maps of redirects. The kernel looks a port up in a table of
@@ -117,7 +118,7 @@ func (k mapKind) add(d destinations, r rules.Redirect) destinations {
 
 // addOne adds the elements for one address, which has a number among those of its redirect.
 func (k mapKind) addOne(d destinations, r rules.Redirect, to netip.Addr, number byte) destinations {
-	var e destination
+	e := destination{name: r.Comment()}
 	addr, _ := to.AppendBinary(e.value[:0]) // no error is possible
 	n := len(addr)
 	switch k.ports {
@@ -286,27 +287,69 @@ func (b *batch) changeElements(kind int, flags netlink.HeaderFlags, t *nftables.
 		attribute(endOffset-2*headerLen, len(element), keyEnd|unix.NLA_F_NESTED)
 		attribute(endOffset-headerLen, len(element), unix.NFTA_DATA_VALUE)
 	}
-	for part := range slices.Chunk(d, maxList/len(element)) {
+	for len(d) > 0 {
+		n, size := 0, 0
+		for n < len(d) && size+len(element)+commentLen(d[n].name) <= maxList {
+			size += len(element) + commentLen(d[n].name)
+			n++
+		}
 		b.add(kind, flags, t.Family, func(e *netlink.AttributeEncoder) {
 			e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
 			e.String(unix.NFTA_SET_ELEM_LIST_SET, m.name)
 		})
 		message := &b.messages[len(b.messages)-1]
-		length := headerLen + len(part)*len(element)
+		length := headerLen + size
 		list := make([]byte, 0, len(message.Data)+length)
 		list = append(list, message.Data...)
 		list = binary.NativeEndian.AppendUint16(list, uint16(length))
 		list = binary.NativeEndian.AppendUint16(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
-		for _, e := range part {
+		for _, e := range d[:n] {
 			m.putKey(element[keyOffset:], e.key)
 			copy(element[valueOffset:], e.value[:valueLen])
 			if m.ranges {
 				m.putKey(element[endOffset:], e.end)
 			}
-			list = append(list, element...)
+			attribute(0, len(element)+commentLen(e.name), unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED)
+			list = appendComment(append(list, element...), e.name)
 		}
-		message.Data = list
+		message.Data, d = list, d[n:]
 	}
+}
+
+// commentType is the type of a comment in the user data of an element, of which each part
+// has a type and a length (libnftnl/udata.h, NFTNL_UDATA_SET_ELEM_COMMENT).
+const commentType = 0
+
+// commentLen returns the length of the attribute with a comment; none: zero.
+func commentLen(comment string) int {
+	if comment == "" {
+		return 0
+	}
+	return (headerLen + 2 + len(comment) + 1 + unix.NLA_ALIGNTO - 1) &^ (unix.NLA_ALIGNTO - 1)
+}
+
+// appendComment appends the attribute with a comment, which ends with a zero byte.
+func appendComment(b []byte, comment string) []byte {
+	if comment == "" {
+		return b
+	}
+	end := len(b) + commentLen(comment)
+	b = binary.NativeEndian.AppendUint16(b, uint16(headerLen+2+len(comment)+1)) //nolint:gosec // less than 300
+	b = binary.NativeEndian.AppendUint16(b, unix.NFTA_SET_ELEM_USERDATA)
+	b = append(append(b, commentType, byte(len(comment)+1)), comment...) //nolint:gosec // at most 254
+	return append(b, make([]byte, end-len(b))...)
+}
+
+// parseComment returns the comment in the user data of an element, empty if there is none.
+func parseComment(data []byte) string {
+	for len(data) >= 2 && len(data) >= 2+int(data[1]) {
+		kind, part := data[0], data[2:2+int(data[1])]
+		if kind == commentType {
+			return string(bytes.TrimSuffix(part, []byte{0}))
+		}
+		data = data[2+len(part):]
+	}
+	return ""
 }
 
 // countAttribute contains a set's number of elements, on kernels since 6.16
@@ -456,6 +499,9 @@ func (k mapKind) parseElement(b []byte, valueLen int) (destination, error) {
 			into = d.value[:valueLen]
 		case keyEnd:
 			into = end[:k.keyLen()]
+		case unix.NFTA_SET_ELEM_USERDATA:
+			d.name = parseComment(part)
+			return nil
 		default:
 			return nil
 		}

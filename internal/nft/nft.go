@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -114,6 +115,27 @@ func (tx *Tx) Redirects() bool {
 		}
 	}
 	return false
+}
+
+// Named returns the addresses of the redirects to names, by name. An address may be there
+// several times.
+func (tx *Tx) Named() map[string][]netip.Addr {
+	named := make(map[string][]netip.Addr)
+	for key, t := range tx.now {
+		length := 4
+		if key.family == rules.IPv6 {
+			length = 16
+		}
+		for _, d := range t.to {
+			for _, e := range d {
+				if e.name != "" {
+					a, _ := netip.AddrFromSlice(e.value[:length])
+					named[e.name] = append(named[e.name], a)
+				}
+			}
+		}
+	}
+	return named
 }
 
 // Differs returns the differences of the kernel from the plan, one line each; for an

@@ -469,7 +469,7 @@ func TestElementsAreDivided(t *testing.T) {
 			want := make(destinations, 5000)
 			for i := range want {
 				binary.BigEndian.PutUint16(want[i].key[4:], uint16(i)) //nolint:gosec // less than 5000
-				want[i].end = want[i].key
+				want[i].end, want[i].name = want[i].key, strings.Repeat("x", i%254)
 			}
 			table, got := tableOf(tableKey{tableName, f}), 0
 			var b batch

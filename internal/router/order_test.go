@@ -33,6 +33,7 @@ type script struct {
 func (s *script) Observe(plan.Network) (plan.State, error) { return s.state, nil }
 func (s *script) Watched() bool                            { return false }
 func (s *script) Holds() bool                              { return false }
+func (s *script) Named() map[string][]netip.Addr           { return nil }
 func (s *script) Exists(string) error                      { return nil }
 func (s *script) Close()                                   {}
 

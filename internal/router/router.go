@@ -66,6 +66,7 @@ type Rules interface {
 	Watched() bool                    // whether the kernel notifies of their changes
 	Holds() bool                      // whether the kernel has rules that this backend loaded
 	Differs(want rules.Plan) []string // differences from the plan, one line each
+	Named() map[string][]netip.Addr   // addresses of the redirects to names, by name
 	// Apply loads the plan and returns the rollback. If it returns an error and
 	// no rollback, the rules are unchanged.
 	Apply(ctx context.Context, want rules.Plan) (undo func() error, err error)
@@ -148,6 +149,21 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	}
 	r.start.announced, r.start.failed = c.have.Announced != [2]bool{}, c.have.Failed
 	return err
+}
+
+// Named returns the addresses that the kernel's redirects to names have, by name: those of
+// an earlier run. It changes nothing.
+func (r *Router) Named(ctx context.Context) (map[string][]netip.Addr, error) {
+	release, err := lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	current, err := r.Rules(ctx, rules.Plan{}) // nothing is compared
+	if err != nil {
+		return nil, err
+	}
+	return current.Named(), nil
 }
 
 // A Missing is what a run would do now.
