@@ -168,6 +168,7 @@ func FuzzParse(f *testing.F) {
 			}
 			return
 		}
+		wantSameExtended(t, value, set)
 		again, err := Parse(set.String(), nil)
 		if err != nil || !set.Equal(again) {
 			t.Errorf("%q gives %v, which reads back as %v, %v", value, set, again, err)

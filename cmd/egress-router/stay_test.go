@@ -335,7 +335,7 @@ func TestReloadKeepsConnections(t *testing.T) {
 		before := p.State()
 		m.set("80 tcp 203.0.113.25\n8080 tcp nowhere\n")
 		r.AwaitLog(1, "invalid destination file")
-		if plain := `hint="` + m.file() + `:2: \"8080 tcp nowhere\": \"nowhere\" is a name`; !strings.Contains(r.Logged(), plain) {
+		if plain := `hint="` + m.file() + `:2: \"8080 tcp nowhere\": `; !strings.Contains(r.Logged(), plain) {
 			p.Errorf("the log lacks %s:\n%s", plain, r.Logged())
 		}
 		p.WantState(before)

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bytes"
 	"flag"
 	"fmt"
 	"os"
@@ -75,24 +74,30 @@ func manyLines(n int) string {
 	return b.String() + "53 udp 203.0.113.25\n203.0.113.27\n"
 }
 
+// golden returns the content of the golden file of an environment.
+func golden(t *testing.T, env config.Environment) string {
+	t.Helper()
+	c, err := config.Parse(env, os.ReadFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	if c.Mode.Redirects() {
+		fmt.Fprintf(&b, "-- unit-test --\n%s", rules.UnitTest(c.Set, c.Sides()))
+	}
+	fmt.Fprintf(&b, "-- iptables-restore --\n%s", iptables.RestoreInput(c.Plan(), rules.IPv4))
+	fmt.Fprintf(&b, "-- ip6tables-restore --\n%s", iptables.RestoreInput(c.Plan(), rules.IPv6))
+	fmt.Fprintf(&b, "-- plan --\n%s", planText(c))
+	return b.String()
+}
+
 func TestGolden(t *testing.T) {
 	for name, env := range environments {
 		t.Run(name, func(t *testing.T) {
-			c, err := config.Parse(env, os.ReadFile)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var got bytes.Buffer
-			if c.Mode.Redirects() {
-				fmt.Fprintf(&got, "-- unit-test --\n%s", rules.UnitTest(c.Set, c.Sides()))
-			}
-			fmt.Fprintf(&got, "-- iptables-restore --\n%s", iptables.RestoreInput(c.Plan(), rules.IPv4))
-			fmt.Fprintf(&got, "-- ip6tables-restore --\n%s", iptables.RestoreInput(c.Plan(), rules.IPv6))
-			fmt.Fprintf(&got, "-- plan --\n%s", planText(c))
-
+			got := golden(t, env)
 			file := filepath.Join("../../testdata/golden", name+".txt")
 			if *update {
-				if err := os.WriteFile(file, got.Bytes(), 0o644); err != nil { //nolint:gosec // it is for everybody to read
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil { //nolint:gosec // it is for everybody to read
 					t.Fatal(err)
 				}
 			}
@@ -100,8 +105,14 @@ func TestGolden(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(string(want), got.String()); diff != "" {
+			if diff := cmp.Diff(string(want), got); diff != "" {
 				t.Errorf("%s: -want +got (make golden rewrites it):\n%s", file, diff)
+			}
+			if env.Grammar == "" && env.Destination != "" {
+				env.Grammar = "extended"
+				if diff := cmp.Diff(got, golden(t, env)); diff != "" {
+					t.Errorf("the extended grammar gives something else:\n%s", diff)
+				}
 			}
 		})
 	}

@@ -53,7 +53,8 @@ type Pod struct {
 	Path    string // PATH of the router
 	Env     map[string]string
 
-	lock string // file of the xtables lock, which pods of parallel tests must not share
+	grammar string // EGRESS_GRAMMAR, if Env does not have it
+	lock    string // file of the xtables lock, which pods of parallel tests must not share
 }
 
 // Patience is how long a test waits for an event, such as an answer.
@@ -69,20 +70,30 @@ func Example() map[string]string {
 	}
 }
 
-// EachBackend runs a test in a fresh pod with each backend, in parallel.
+// EachBackend runs a test in a fresh pod with each backend, in parallel. In the long variant
+// it does so once more with the extended grammar, in which every list of the legacy one means
+// the same; a test about one of them sets EGRESS_GRAMMAR.
 func EachBackend(t *testing.T, o lab.Options, test func(*Pod)) { each(t, o, test, Backends...) }
 
-// EachFlavour runs a test in a fresh pod with each kind of iptables, in parallel.
+// EachFlavour is EachBackend with each kind of iptables alone.
 func EachFlavour(t *testing.T, o lab.Options, test func(*Pod)) {
 	each(t, o, test, IptablesNFT, IptablesLegacy)
 }
 
 func each(t *testing.T, o lab.Options, test func(*Pod), backends ...Backend) {
-	for _, b := range backends {
-		t.Run(b.Name, func(t *testing.T) {
+	run := func(name, grammar string, b Backend) {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			test(New(t, o, b))
+			p := New(t, o, b)
+			p.grammar = grammar
+			test(p)
 		})
+	}
+	for _, b := range backends {
+		run(b.Name, "", b)
+		if nstest.Long() {
+			run(b.Name+"-extended", "extended", b)
+		}
 	}
 }
 
@@ -145,6 +156,9 @@ func (p *Pod) Command(name string, args ...string) *exec.Cmd {
 	}
 	cmd := exec.Command(path, args...)
 	cmd.Env = append(nstest.Environment(), "PATH="+p.Path, "EGRESS_ROUTER_BACKEND="+p.Backend.Choice, lockVariable+p.lock)
+	if p.grammar != "" {
+		cmd.Env = append(cmd.Env, "EGRESS_GRAMMAR="+p.grammar)
+	}
 	for name, value := range p.Env {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
