@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/egress-router/egress-router/rules"
@@ -123,6 +124,20 @@ func (tx *Tx) Named() map[string][]netip.Addr {
 		}
 	}
 	return named
+}
+
+// Sources returns the reserved addresses of the rules: those for which the pod answers
+// echo requests, in any mode.
+func (tx *Tx) Sources() []netip.Addr {
+	var found []netip.Addr
+	for _, f := range tx.families {
+		for line := range bytes.Lines(f.now.of(rules.Filter).chains[chainOf(rules.Input)]) {
+			if p, err := netip.ParsePrefix(valueOf(line, " -d ")); err == nil && p.IsSingleIP() && !slices.Contains(found, p.Addr()) {
+				found = append(found, p.Addr())
+			}
+		}
+	}
+	return found
 }
 
 // valueOf returns the word behind an option in a rule, empty if the rule does not have it.

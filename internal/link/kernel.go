@@ -139,7 +139,9 @@ func (k *Kernel) observe(want plan.Network) (plan.State, error) {
 			interfaces = append(interfaces, want.Cluster.Interface)
 		}
 	}
-	if len(want.Sources.Of(true)) > 0 {
+	if six, err := k.hasIPv6(want); err != nil {
+		return plan.State{}, err
+	} else if six {
 		if err := k.observeIPv6(&s, l, want, names); err != nil {
 			return plan.State{}, err
 		}
@@ -152,6 +154,22 @@ func (k *Kernel) observe(want plan.Network) (plan.State, error) {
 		s.Forwarding = append(s.Forwarding, plan.InterfaceForwarding{Interface: name, On: on})
 	}
 	return s, missing
+}
+
+// hasIPv6 reports whether there is an IPv6 source, or, by the routing rules of replies, one
+// of an earlier configuration.
+func (k *Kernel) hasIPv6(want plan.Network) (bool, error) {
+	if len(want.Sources.Of(true)) > 0 {
+		return true, nil
+	}
+	if want.Cluster.Interface == "" || !HasIPv6() {
+		return false, nil
+	}
+	rules, err := k.rules(netlink.FAMILY_V6)
+	if err != nil {
+		return false, fmt.Errorf("list IPv6 routing rules: %w", err)
+	}
+	return slices.ContainsFunc(rules, func(r netlink.Rule) bool { return r.Table == want.Cluster.Table }), nil
 }
 
 // observeEgress reads the state of the egress interface.

@@ -143,6 +143,18 @@ func (f format) matches(r rules.Rule) []expr.Any {
 	return e
 }
 
+// toward returns the single destination that a rule matches, if it does.
+func (f format) toward(rule []expr.Any) (a netip.Addr, ok bool) {
+	for i := range rule[:max(1, len(rule))-1] {
+		load, loads := rule[i].(*expr.Payload)
+		value, compares := rule[i+1].(*expr.Cmp)
+		if loads && compares && load.Base == expr.PayloadBaseNetworkHeader && load.Offset == f.destination && load.Len == f.length && value.Op == expr.CmpOpEq {
+			return netip.AddrFromSlice(value.Data)
+		}
+	}
+	return a, false
+}
+
 // connectionMatches returns the matches of the packet's connection. For a packet
 // without a connection the kernel matches only the state.
 func (f format) connectionMatches(r rules.Rule) []expr.Any {

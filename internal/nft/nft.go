@@ -138,6 +138,24 @@ func (tx *Tx) Named() map[string][]netip.Addr {
 	return named
 }
 
+// Sources returns the reserved addresses of the rules: those for which the pod answers
+// echo requests, in any mode.
+func (tx *Tx) Sources() []netip.Addr {
+	var found []netip.Addr
+	for key, t := range tx.now {
+		c := t.chains[chainName(rules.Chain{Table: rules.Filter, Hook: rules.Input})]
+		if c == nil {
+			continue
+		}
+		for _, rule := range c.rules {
+			if a, ok := formats[key.family].toward(rule); ok && !slices.Contains(found, a) {
+				found = append(found, a)
+			}
+		}
+	}
+	return found
+}
+
 // Differs returns the differences of the kernel from the plan, one line each; for an
 // invalid plan its error.
 func (tx *Tx) Differs(plan rules.Plan) []string {

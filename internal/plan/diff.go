@@ -134,9 +134,10 @@ func diffEgress(want Network, have State, desired []Route, ipv6 bool) []Change {
 		if _, desired := placed[i]; desired {
 			continue
 		}
-		// Another default route, or a route that hides a desired one. IPv6 default routes
-		// that come after ours stay: the kernel adds those of router advertisements again.
-		if r.IsDefault() && (!ipv6 || r.Metric <= closedMetric) || have.isHalf(r) || hides(i, r, placed) {
+		// Another default route, or a route that hides a desired one, or one to the gateway of
+		// an earlier configuration. IPv6 default routes that come after ours stay: the kernel
+		// adds those of router advertisements again.
+		if r.IsDefault() && (!ipv6 || r.Metric <= closedMetric) || have.isHalf(r) || hides(i, r, placed) || have.isFormerGateway(r, desired) {
 			take(Change{Op: DeleteRoute, Route: r})
 			continue
 		}
@@ -165,6 +166,15 @@ func diffEgress(want Network, have State, desired []Route, ipv6 bool) []Change {
 		}
 	}
 	return steps
+}
+
+// isFormerGateway reports whether r, which is not desired, leads to the gateway of another
+// default route of the egress interface than those desired.
+func (s State) isFormerGateway(r Route, desired []Route) bool {
+	return r.Index == s.Index && r.Type == 0 && r.Destination.IsSingleIP() && !r.Gateway.IsValid() &&
+		slices.ContainsFunc(s.Routes, func(d Route) bool {
+			return d.Index == s.Index && d.IsDefault() && d.Gateway == r.Destination.Addr() && !slices.ContainsFunc(desired, func(w Route) bool { return w.Gateway == d.Gateway })
+		})
 }
 
 // hides reports whether the route with index i comes before a desired route with
@@ -229,7 +239,7 @@ func key(r Route) routeKey { return routeKey{r.Destination, r.TOS, r.Metric} }
 // comes last.
 func Forwarding(want Network, have State) []Change {
 	var steps []Change
-	if have.IPv6 != nil && !have.IPv6.Forwards {
+	if len(want.Sources.Of(true)) > 0 && have.IPv6 != nil && !have.IPv6.Forwards {
 		steps = append(steps, Change{Op: WriteSysctl, Sysctl: IPv6Forward, Value: "1", OldValue: "0"})
 	}
 	if len(want.Sources.Of(false)) == 0 {

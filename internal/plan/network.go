@@ -124,7 +124,7 @@ type State struct {
 	Carrier   bool // false: the NIC below has no link
 	NoARP     bool // the interface resolves no addresses (IFF_NOARP)
 	MAC       net.HardwareAddr
-	Addresses []netip.Prefix // of the egress interface; of IPv6 only with an IPv6 source
+	Addresses []netip.Prefix // of the egress interface; of IPv6 only if IPv6 is set
 	Routes    []Route        // IPv4, of the main table
 	Promotes  bool           // promote_secondaries of the egress interface
 	Forwards  bool           // net.ipv4.ip_forward
@@ -138,7 +138,7 @@ type State struct {
 	AdvertisedRoutes []Route
 	Lost             []Rule // missing ones of the kernel's own routing rules
 	Cluster          ClusterState
-	IPv6             *IPv6State // nil: there is no IPv6 source
+	IPv6             *IPv6State // nil: there is no IPv6 source, nor one of an earlier configuration
 }
 
 // An Advertised is an IPv6 address from a router advertisement.

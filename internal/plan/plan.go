@@ -50,7 +50,9 @@ type Have struct {
 	State     State    // of the network
 	Differs   []string // the differences between the kernel's rules and those wanted
 	Redirects bool     // the kernel has redirects of ours
-	Strays    []string // the rules of other backends, for people
+	// The reserved addresses of the rules that the run has found.
+	Former []netip.Addr
+	Strays []string // the rules of other backends, for people
 
 	Failed    []string    // the optional changes that failed, which are not tried again
 	Loaded    *rules.Plan // what this run has loaded last; nil: nothing
@@ -77,6 +79,7 @@ const (
 	Claim                       // of the address
 	Routing                     // of both sides
 	Rules                       // all of them
+	Leaving                     // of addresses and routes of an earlier configuration
 	Opening                     // of the way between the sides, and the end of stale state
 	Detection                   // of other hosts with an IPv6 address, by the kernel
 	Admission                   // of IPv6 packets to the physical network
@@ -232,6 +235,9 @@ func Steps(want Want, have Have) []Group {
 	add(Routing, steps(without(all, slices.Concat(prepare, claim)))...)
 	if len(have.Differs) > 0 && (loaded == nil || !loaded.Equal(want.Rules)) {
 		add(Rules, Load{Rules: want.Rules, Why: why})
+	}
+	if want.Start { // while a router stays, another program may have changed the rules
+		add(Leaving, steps(have.remaining(want.Network.leave(have.State, have.Former)))...)
 	}
 	var opening []Step
 	if want.Forward {

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // Remove returns the steps that take everything of a router out of a namespace, in their
@@ -74,6 +76,72 @@ func (n Network) routesOf(have State, ipv6 bool) []Route {
 		}
 	}
 	return routes
+}
+
+// leave returns the changes that remove what an earlier configuration has left: addresses
+// that are no longer wanted, with their routes, and all of a family without a source.
+// former are the reserved addresses of the rules that the run has found. Any other address
+// of the egress interface is of another program, and stays.
+//
+// The new rules are loaded before, so that no packet leaves with an address that is gone.
+func (n Network) leave(have State, former []netip.Addr) []Change {
+	gone := n
+	gone.Sources = nil
+	stay := slices.DeleteFunc(slices.Clone(have.Addresses), func(a netip.Prefix) bool {
+		leaves := slices.Contains(former, a.Addr()) && !n.Sources.Have(a.Addr())
+		if leaves {
+			gone.Sources = append(gone.Sources, spec.Source{Prefix: a})
+		}
+		return leaves
+	})
+	has := func(all []netip.Prefix, subnet netip.Prefix) bool {
+		return slices.ContainsFunc(all, func(a netip.Prefix) bool { return a.Masked() == subnet })
+	}
+	var changes, last []Change
+	before := n.Before(have, nil)
+	for _, ipv6 := range []bool{false, true} {
+		have, before := have.of(ipv6), before.of(ipv6)
+		var ours []Route
+		switch {
+		case len(n.Sources.Of(ipv6)) > 0:
+			for _, r := range have.Routes {
+				if r.Index == have.Index && r.Type == 0 && !r.Gateway.IsValid() && has(gone.Sources.Prefixes(), r.Destination) && !has(stay, r.Destination) {
+					ours = append(ours, r)
+				}
+			}
+		case len(have.Cluster.Rules) > 0:
+			ours = n.routesOf(have, ipv6)
+			changes = append(changes, leaveCluster(n, ours, have, before)...)
+			if i := slices.IndexFunc(have.Routes, n.rejecting().same); i >= 0 { // while the addresses are there
+				last = []Change{{Op: DeleteRoute, Interface: n.Interface, Index: have.Index, Route: have.Routes[i]}}
+			}
+			changes = append(changes, n.giveBack(have, gone.Sources, stay)...)
+		}
+		have.Routes = slices.DeleteFunc(slices.Clone(have.Routes), func(r Route) bool { return has(stay, r.Destination) })
+		changes = append(changes, leaveRoutes(gone, ours, have, before)...)
+	}
+	return slices.Concat(changes, leaveEgress(gone, have, before), last)
+}
+
+// giveBack returns the changes that give the routes of other addresses of the egress
+// interface their own source, which of IPv6 is none: with an address the kernel deletes the
+// IPv4 routes that have it as their source.
+func (n Network) giveBack(have State, gone spec.Sources, stay []netip.Prefix) (changes []Change) {
+	for i, r := range have.Routes {
+		at := slices.IndexFunc(stay, func(a netip.Prefix) bool { return a.Masked() == r.Destination })
+		if at < 0 || r.Index != have.Index || r.Type != 0 || !gone.Have(r.Source) {
+			continue
+		}
+		source := stay[at].Addr()
+		if source.Is6() {
+			source = netip.Addr{}
+		}
+		for _, c := range setRouteSource(i, source, have.Routes) {
+			c.Interface, c.Index = n.Interface, have.Index
+			changes = append(changes, c)
+		}
+	}
+	return changes
 }
 
 // Traces reports whether a namespace has IPv6 routes or routing rules of a router, perhaps

@@ -195,6 +195,7 @@ func (c *change) use(ctx context.Context, current Rules) (err error) {
 		c.have.Strays = append(c.have.Strays, s.String())
 	}
 	c.rules, c.have.Differs, c.have.Redirects = current, current.Differs(c.want.Rules), current.Redirects()
+	c.have.Former = append(c.have.Former, current.Sources()...)
 	for _, note := range c.rules.Notes() {
 		c.warnOnce("rules warning", "backend", c.rules.String(), "warning", note)
 	}

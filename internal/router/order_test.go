@@ -34,6 +34,7 @@ func (s *script) Observe(plan.Network) (plan.State, error) { return s.state, nil
 func (s *script) Watched() bool                            { return false }
 func (s *script) Holds() bool                              { return false }
 func (s *script) Named() map[string][]netip.Addr           { return nil }
+func (s *script) Sources() []netip.Addr                    { return nil }
 func (s *script) Exists(string) error                      { return nil }
 func (s *script) Close()                                   {}
 

@@ -67,6 +67,7 @@ type Rules interface {
 	Holds() bool                      // whether the kernel has rules that this backend loaded
 	Differs(want rules.Plan) []string // differences from the plan, one line each
 	Named() map[string][]netip.Addr   // addresses of the redirects to names, by name
+	Sources() []netip.Addr            // reserved addresses of the rules
 	// Apply loads the plan and returns the rollback. If it returns an error and
 	// no rollback, the rules are unchanged.
 	Apply(ctx context.Context, want rules.Plan) (undo func() error, err error)

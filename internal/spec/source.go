@@ -42,6 +42,15 @@ func (s Sources) Addresses() []netip.Addr {
 	return all
 }
 
+// Prefixes returns the addresses with their lengths.
+func (s Sources) Prefixes() []netip.Prefix {
+	var all []netip.Prefix
+	for _, a := range s {
+		all = append(all, a.Prefix)
+	}
+	return all
+}
+
 // Have reports whether a is a source.
 func (s Sources) Have(a netip.Addr) bool {
 	return slices.ContainsFunc(s, func(have Source) bool { return have.Prefix.Addr() == a })
