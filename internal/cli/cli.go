@@ -204,7 +204,7 @@ func runMode(ctx context.Context, p Process) error {
 		log.Warn("configuration warning", "warning", w)
 	}
 	log.Debug("configuration", "mode", c.Mode, "source", c.Sources.String(), "gateway", c.Sources.Gateways(),
-		"egress", c.Egress, "cluster", c.Cluster, "redirects", len(c.Set.Redirects), "fallback", c.Set.Fallback)
+		"egress", c.Egress, "cluster", c.Cluster, "redirects", len(c.Set.Redirects), "fallback", addressText(c.Set.Fallbacks()))
 	if c.Mode == config.UnitTest {
 		_, err := p.Stdout.Write(rules.UnitTest(c.Set, c.Sides()))
 		return err

@@ -36,8 +36,13 @@ func (c *Config) parseExtendedSource(s string) *Error {
 	return nil
 }
 
+const commas = "write commas between addresses"
+
 // parseSourceWord parses an address with or without a length, or returns why it is none.
 func parseSourceWord(word string) (p netip.Prefix, why string) {
+	if strings.ContainsAny(word, "; \t\n") && mistake(word) == "" {
+		return p, commas
+	}
 	address, length, given := strings.Cut(word, "/")
 	a, why := parseAddress(address)
 	if why != "" {
@@ -60,8 +65,8 @@ func parseAddress(s string) (a netip.Addr, why string) {
 	switch m := mistake(s); {
 	case m != "":
 		return a, m
-	case err != nil && strings.Contains(s, " "):
-		return a, "write commas between addresses"
+	case err != nil && strings.ContainsAny(s, " ;"):
+		return a, commas
 	case err != nil:
 		return a, "expected an IPv4 or IPv6 address"
 	case a.Zone() != "":

@@ -50,7 +50,9 @@ func TestExtendedSourcesRefuse(t *testing.T) {
 	for name, test := range map[string]struct{ source, gateway, variable, hint string }{
 		"unset":                {"", "192.168.12.1", source, "EGRESS_SOURCE is not set"},
 		"comma at the end":     {"192.168.12.99/24,", "192.168.12.1", source, "an address is missing beside a comma"},
-		"spaces alone":         {"192.168.12.99/24 192.168.12.100/24", "192.168.12.1", source, "is a number from 0 to 32"},
+		"spaces alone":         {"192.168.12.99/24 192.168.12.100/24", "192.168.12.1", source, "write commas between addresses"},
+		"semicolons":           {"192.168.12.99/24;192.168.12.100/24", "192.168.12.1", source, "write commas between addresses"},
+		"semicolon, no length": {"192.168.12.99;192.168.12.100", "192.168.12.1", source, "write commas between addresses"},
 		"spaces, no length":    {"192.168.12.99 192.168.12.100", "192.168.12.1", source, "write commas between addresses"},
 		"name":                 {"host", "192.168.12.1", source, `EGRESS_SOURCE contains "host": expected an IPv4 or IPv6 address`},
 		"length":               {"2001:db8:12::99/129", "fe80::1", source, "a number from 0 to 128"},

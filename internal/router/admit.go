@@ -29,10 +29,14 @@ func (c *change) admit(ctx context.Context, begin time.Time) error {
 	if before || len(c.want.Network.Sources.Of(true)) == 0 {
 		return nil
 	}
+	ready := c.want.Network.Sources
+	if !c.mayRefuse() { // IPv4 is ready
+		ready = ready.Of(true)
+	}
 	if err := c.apply(ctx); err != nil {
 		return err
 	}
-	c.router.logReady(c.have.State, c.rules, begin, c.want.Network.Sources.Of(true))
+	c.router.logReady(c.have.State, c.rules, begin, ready)
 	c.awaitGateways(ctx)
 	return nil
 }

@@ -183,7 +183,7 @@ func TestDuplicateAddress(t *testing.T) {
 
 		p.Env["EGRESS_CONFLICT"] = "refuse"
 		before := p.Exec("ip", "-6", "route").Stdout
-		if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Stderr, "take reserved address 2001:db8:12::99: already in use") {
+		if r := p.Exec(); r.Code != 1 || !strings.Contains(r.Stderr, "take reserved address 2001:db8:12::99: already in use") || strings.Contains(r.Stderr, "msg=ready") {
 			p.Errorf("refuse: exit code %d, stderr:\n%s", r.Code, r.Stderr)
 		}
 		if after := p.Exec("ip", "-6", "route").Stdout; strings.Contains(after, "unreachable default") || strings.Contains(after, "metric 1 ") {

@@ -138,7 +138,10 @@ func (r *Router) Apply(ctx context.Context) (err error) {
 	if err := c.apply(ctx); err != nil {
 		return err
 	}
-	r.ready(c.have.State, c.rules, begin)
+	r.warn(c.have.State)
+	if !c.mayRefuse() {
+		r.logReady(c.have.State, c.rules, begin, r.Want.Network.Sources)
+	}
 	if err := c.answer(ctx); err != nil {
 		return err
 	}
@@ -253,8 +256,14 @@ func (r *Router) checkCluster(network Network) error {
 	return err
 }
 
-// ready logs the result of Apply.
-func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
+// mayRefuse reports whether the kernel may still find another host with an IPv6 address, which
+// ends the run: nothing is ready before.
+func (c *change) mayRefuse() bool {
+	return c.want.Conflict == spec.ConflictRefuse && !c.router.Stays && !c.want.Network.Usable(c.have.State, true) && len(c.want.Network.Sources.Of(true)) > 0
+}
+
+// warn logs what is odd in the state after Apply.
+func (r *Router) warn(have plan.State) {
 	if r.start.noCarrier = !have.Carrier; r.start.noCarrier {
 		r.Log.Warn(noCarrier, "interface", r.Want.Network.Interface, "hint", noCarrierHint)
 	}
@@ -269,7 +278,6 @@ func (r *Router) ready(have plan.State, current Rules, begin time.Time) {
 			r.Log.Warn("unused address on egress interface", "address", a.String())
 		}
 	}
-	r.logReady(have, current, begin, r.Want.Network.Sources)
 }
 
 // logReady logs those of the sources whose family packets can cross by.
