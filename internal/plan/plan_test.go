@@ -220,8 +220,16 @@ func TestStepsConverge(t *testing.T) {
 			Rules: rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: network.Sources.Addresses()}),
 		}
 		have := Have{State: random(source, network), Redirects: source.IntN(2) == 0}
-		if six {
-			randomIPv6(source, network, &have.State)
+		if six || source.IntN(3) == 0 {
+			if randomIPv6(source, network, &have.State); !six && len(have.State.IPv6.Cluster.Rules) == 0 {
+				have.State.IPv6 = nil // it is not observed
+				have.State.Addresses = slices.DeleteFunc(have.State.Addresses, func(a netip.Prefix) bool { return a.Addr().Is6() })
+			}
+		}
+		for _, a := range []string{"192.168.12.98", "2001:db8:12::98", "192.168.12.99", "192.168.13.7"} {
+			if source.IntN(3) == 0 {
+				have.Former = append(have.Former, addr(a))
+			}
 		}
 		another := six && source.IntN(3) == 0 // host has an IPv6 address
 		if source.IntN(3) > 0 {
@@ -287,6 +295,14 @@ func TestStepsConverge(t *testing.T) {
 			if last = g.Stage; last == Opening {
 				have.Opened = true
 			}
+		}
+		for _, a := range have.State.Addresses {
+			if goal.Start && slices.Contains(have.Former, a.Addr()) && !network.Sources.Have(a.Addr()) {
+				t.Fatalf("%d: %s of an earlier configuration is left, from %s, after\n%s", n, a, begin, strings.Join(log, "\n"))
+			}
+		}
+		if s := have.State.IPv6; goal.Start && !six && s != nil && (len(s.Cluster.Rules) > 0 || len(s.Cluster.Table) > 0 || slices.ContainsFunc(s.Routes, network.rejecting().same)) {
+			t.Fatalf("%d: IPv6 of an earlier configuration is left, from %s, after\n%s", n, begin, strings.Join(log, "\n"))
 		}
 		have.Differs, have.Changed, have.Opened, goal.Start = nil, false, false, false
 		if six && !goal.Network.Usable(have.State, true) {

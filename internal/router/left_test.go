@@ -151,3 +151,25 @@ func TestFormerSourcesLeave(t *testing.T) {
 		}
 	})
 }
+
+// Without promote_secondaries the kernel deletes the new address with the former one of its
+// subnet, and the run adds it again.
+func TestFormerSourceTakesTheNewOneAlong(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		p.Tool("sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=0", "net.ipv4.conf.macvlan0.promote_secondaries=0")
+		p.Env["EGRESS_SOURCE"] = "192.168.12.98/24"
+		if r := p.Exec("with-read-only-proc"); r.Code != 0 || strings.Count(r.Stderr, `step="add address 192.168.12.98/24 to macvlan0"`) != 2 {
+			p.Errorf("exit code %d, want 0 and an address that is added twice:\n%s", r.Code, r.Stderr)
+		}
+		if out := p.Tool("ip", "-4", "address", "show", "dev", "macvlan0"); strings.Count(out, "inet ") != 1 || !strings.Contains(out, "192.168.12.98/24") {
+			p.Errorf("addresses:\n%s", out)
+		}
+		a, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+		if err != nil || a.Peer.Addr().String() != "192.168.12.98" {
+			p.Errorf("%v, %v", a, err)
+		}
+		p.WantUnchanged(p.Exec("with-read-only-proc"))
+	})
+}
