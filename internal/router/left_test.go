@@ -126,7 +126,7 @@ func TestFormerSourcesLeave(t *testing.T) {
 				t.Errorf("%s, %s: plan --kernel afterwards:\n%s", p.Backend.Name, c.name, plan)
 			}
 			var now []netip.Addr
-			for _, s := range strings.Split(c.sources, ", ") {
+			for s := range strings.SplitSeq(c.sources, ", ") {
 				now = append(now, netip.MustParsePrefix(s).Addr())
 			}
 			ask := func(pod string) {
