@@ -59,7 +59,7 @@ func unusable(c config.Config, own *netns.Addresses, a netip.Addr) string {
 }
 
 // resolveOnce sets the addresses that the names of the destinations have now. Nobody
-// follows them. A nil router reads no addresses from the kernel.
+// follows them.
 func resolveOnce(ctx context.Context, c *config.Config, r *router.Router, log *slog.Logger) {
 	names := c.Set.Names()
 	if len(names) == 0 {
@@ -72,9 +72,7 @@ func resolveOnce(ctx context.Context, c *config.Config, r *router.Router, log *s
 	f.Follow(names, true)
 	go f.Run(looking)
 	f.Await(looking)
-	if r != nil {
-		adopt(ctx, f, r, log)
-	}
+	adopt(ctx, f, r, log)
 	c.Set = c.Set.Resolve(f.Resolution)
 	if without := len(slices.DeleteFunc(slices.Clone(c.Set.Redirects), func(r rules.Redirect) bool { return !r.Unresolved() })); without > 0 {
 		log.Warn("destinations without address", "number", without, "effect", "their ports refuse connections")

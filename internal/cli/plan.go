@@ -19,8 +19,9 @@ import (
 func asksKernelPlan(args []string) bool { return slices.Equal(args, []string{"plan", "--kernel"}) }
 
 // runPlan prints the effect of a run, its steps in a fresh pod, and the rules. It reads
-// only the variables, and looks up the names of destinations. With --kernel it reads the kernel, and prints the steps
-// that a run would take now.
+// only the variables, and looks up no name: the name servers of this machine may be others
+// than those of the pod. With --kernel it reads the kernel, looks the names up, and prints
+// the steps that a run would take now.
 func runPlan(ctx context.Context, p Process) error {
 	c, err := parse(p)
 	if err != nil {
@@ -31,9 +32,6 @@ func runPlan(ctx context.Context, p Process) error {
 	if asksKernelPlan(p.Args) && c.Mode != config.UnitTest {
 		text, err = missingText(ctx, c, log)
 	} else {
-		if c.Mode != config.UnitTest {
-			resolveOnce(ctx, &c, nil, log)
-		}
 		text = planText(c)
 	}
 	if err != nil {
@@ -57,7 +55,7 @@ func missingText(ctx context.Context, c config.Config, log *slog.Logger) (string
 		return "", advised(c, err)
 	}
 	var b strings.Builder
-	writeSummary(&b, c, missing.Backend)
+	writeSummary(&b, c, missing.Backend, true)
 	if len(missing.Steps) == 0 {
 		b.WriteString("nothing is missing: the namespace is as configured\n")
 	} else {
@@ -69,7 +67,7 @@ func missingText(ctx context.Context, c config.Config, log *slog.Logger) (string
 
 func planText(c config.Config) string {
 	var b strings.Builder
-	writeSummary(&b, c, string(c.Backend))
+	writeSummary(&b, c, string(c.Backend), false)
 	if c.Mode == config.UnitTest {
 		b.Write(rules.UnitTest(c.Set, c.Sides()))
 		return b.String()
@@ -91,12 +89,17 @@ func planText(c config.Config) string {
 		}
 		b.WriteString("\n")
 	}
-	fmt.Fprintf(&b, "\nrules:\n%s", want.Rules)
+	until := ""
+	if len(c.Set.Names()) > 0 {
+		until = " until the names have addresses"
+	}
+	fmt.Fprintf(&b, "\nrules%s:\n%s", until, want.Rules)
 	return b.String()
 }
 
-// writeSummary writes the configuration and its effect.
-func writeSummary(b *strings.Builder, c config.Config, backend string) {
+// writeSummary writes the configuration and its effect. resolved is set if names have been
+// looked up.
+func writeSummary(b *strings.Builder, c config.Config, backend string, resolved bool) {
 	for _, w := range c.Warnings {
 		fmt.Fprintf(b, "warning    %s\n", w)
 	}
@@ -108,7 +111,7 @@ func writeSummary(b *strings.Builder, c config.Config, backend string) {
 	fmt.Fprintf(b, "address    %s, announced to the physical network\n", c.Sources)
 	fmt.Fprintf(b, "backend    %s\n\n", backend)
 	if c.Mode.Redirects() {
-		b.WriteString(effect(c.Set, c.Sources) + "\n")
+		b.WriteString(effect(c.Set, c.Sources, resolved) + "\n")
 	}
 }
 

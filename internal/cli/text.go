@@ -29,8 +29,9 @@ func runVersion(_ context.Context, p Process) error {
 	return err
 }
 
-// effect describes the redirects for a client.
-func effect(set rules.Set, sources spec.Sources) string {
+// effect describes the redirects for a client, those to names with the addresses if these
+// have been looked up.
+func effect(set rules.Set, sources spec.Sources, resolved bool) string {
 	var b strings.Builder
 	var addresses []string
 	for _, a := range sources.Addresses() {
@@ -45,7 +46,7 @@ func effect(set rules.Set, sources spec.Sources) string {
 	for _, r := range set.Redirects {
 		limits := strings.ReplaceAll(r.Limits.Value().String(), " ", ", ") // each begins with a space
 		to := r.Destination()
-		if r.Name() != "" {
+		if resolved && r.Name() != "" {
 			to += " (" + addressText(slices.Collect(r.All())) + ")"
 		}
 		fmt.Fprintf(table, "  %s %s\tto %s %s%s\n", r.Protocol, portText(r.LocalPorts()), to, portText(r.ToPorts()), limits)
