@@ -31,6 +31,9 @@ const (
 	// gather is how long a change waits for those of look-ups in progress. Without any, it
 	// does not wait.
 	gather = 250 * time.Millisecond
+	// pace is the shortest time between two changes: among thousands of names, some may get
+	// other addresses all the time, and each change loads rules.
+	pace = 500 * time.Millisecond
 	// mostFormer is the number of addresses of a name that are known to be former ones: a
 	// name server may answer with others each time.
 	mostFormer = 1024
@@ -215,7 +218,7 @@ func (f *Follower) Run(ctx context.Context) {
 	finished := make(chan bool, atOnce) // whether the name has changed
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	changed := time.Time{} // time of the first change that is not reported; zero: none
+	var changed, last time.Time // of the first change that is not reported; of the last report; zero: none
 	for {
 		f.mu.Lock()
 		now := time.Now()
@@ -240,8 +243,11 @@ func (f *Follower) Run(ctx context.Context) {
 		f.mu.Unlock()
 		if !changed.IsZero() {
 			left := gather - now.Sub(changed)
-			if idle || left <= 0 {
-				changed = time.Time{}
+			if idle {
+				left = 0
+			}
+			if left = max(left, pace-now.Sub(last)); left <= 0 {
+				changed, last = time.Time{}, now
 				f.Changed()
 				continue
 			}

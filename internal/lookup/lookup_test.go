@@ -211,6 +211,42 @@ func TestFollowerKeepsAddresses(t *testing.T) {
 	})
 }
 
+// Names that get other addresses all the time are reported at intervals, and none late.
+func TestFollowerPacesChanges(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+		var names []string
+		for i := range 50 {
+			names = append(names, fmt.Sprintf("n%d.test", i))
+		}
+		set := func(n int) {
+			for i, name := range names {
+				z.set(name, fmt.Sprintf("192.0.%d.%d", i, n%250+1))
+			}
+		}
+		set(0)
+		z.mu.Lock()
+		z.ttl = time.Second
+		z.mu.Unlock()
+		for i := range names { // each at another time
+			f.Follow(names[:i+1], false)
+			time.Sleep(17 * time.Millisecond)
+		}
+		for n := range 100 {
+			set(n)
+			time.Sleep(100 * time.Millisecond)
+		}
+		all := slices.Clone(*changes)
+		for i := range all[1:] {
+			if gap := all[i+1].Sub(all[i]); gap < pace || gap > pace+gather {
+				t.Errorf("%v between two changes", gap)
+			}
+		}
+		if len(all) < 15 {
+			t.Errorf("%d changes", len(all))
+		}
+	})
+}
+
 // A name gets the addresses of an earlier run if it has none, until its first answer.
 func TestFollowerAdopts(t *testing.T) {
 	following(t, func(t *testing.T, z *zone, f *Follower, _ *[]time.Time, log *strings.Builder) {
