@@ -17,19 +17,20 @@ import (
 // get asks a program by HTTP, as a kubelet does: from the cluster side.
 func get(p *labtest.Pod, path string) (status int, body string) {
 	p.Helper()
-	conn := p.Dial(p.Lab.Client, "tcp", labtest.HealthAddr)
-	defer conn.Close()
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: pod\r\n\r\n", path)
-	r, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		p.Fatal(err)
-	}
-	defer r.Body.Close()
-	text, err := io.ReadAll(r.Body)
-	if err != nil {
-		p.Fatal(err)
-	}
-	return r.StatusCode, string(text)
+	p.Until("GET "+path+" is answered", func() bool { // as labtest.Pod.Metrics
+		conn := p.Dial(p.Lab.Client, "tcp", labtest.HealthAddr)
+		defer conn.Close()
+		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: pod\r\n\r\n", path)
+		r, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			return false
+		}
+		defer r.Body.Close()
+		text, err := io.ReadAll(r.Body)
+		status, body = r.StatusCode, string(text)
+		return err == nil
+	})
+	return status, body
 }
 
 func wantGet(p *labtest.Pod, path string, status int, body string) {

@@ -136,16 +136,19 @@ func (p *Pod) Metric(name string) int {
 	return 0
 }
 
-// Metrics returns the page /metrics.
+// Metrics returns the page /metrics. It asks again after a connection without an answer: the
+// endpoint ends one whose request takes long, as on a machine that has stood still.
 func (p *Pod) Metrics() string {
 	p.Helper()
-	conn := p.Dial(p.Lab.Client, "tcp", HealthAddr)
-	defer conn.Close()
-	fmt.Fprint(conn, "GET /metrics HTTP/1.0\r\nHost: pod\r\n\r\n")
-	text, err := io.ReadAll(conn)
-	if err != nil {
-		p.Fatal(err)
-	}
+	var text []byte
+	p.Until("/metrics answers", func() bool {
+		conn := p.Dial(p.Lab.Client, "tcp", HealthAddr)
+		defer conn.Close()
+		fmt.Fprint(conn, "GET /metrics HTTP/1.0\r\nHost: pod\r\n\r\n")
+		var err error
+		text, err = io.ReadAll(conn)
+		return err == nil && len(text) > 0
+	})
 	return string(text)
 }
 
