@@ -439,8 +439,8 @@ func TestNotIdle(t *testing.T) {
 				t.Fatalf("%d bytes before the end: %v", left, err)
 			}
 			// More comes in, which is the progress that counts.
+			queued := 0
 			await(t, func() (err error) {
-				queued := 0
 				if err := raw.Control(func(fd uintptr) { queued, err = unix.IoctlGetInt(int(fd), unix.SIOCINQ) }); err != nil {
 					return err
 				}
@@ -449,7 +449,9 @@ func TestNotIdle(t *testing.T) {
 				}
 				return err
 			})
-			j.pass(8)
+			if queued < left-piece { // otherwise the relay has nothing left to do
+				j.pass(8)
+			}
 		}
 		wantEnd(t, j.client, io.EOF)
 		_ = j.client.Close()
