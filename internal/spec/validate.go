@@ -67,7 +67,7 @@ func (s Sources) ValidateGateways() []Fault {
 			fault.Why = wording.Textf("%s and %s are gateways of one family, which has one: remove one", first, a.Gateway)
 		case unusable && !again:
 			fault.Why = why
-		case !unusable && !a.Prefix.IsSingleIP() && !a.Prefix.Contains(a.Gateway) && !(family && a.Gateway.IsLinkLocalUnicast()):
+		case !unusable && !a.Prefix.IsSingleIP() && !a.Prefix.Contains(a.Gateway) && (!family || !a.Gateway.IsLinkLocalUnicast()):
 			// Legal, because the router adds a route to the gateway, and probably a mistake.
 			fault.Why = wording.Textf("%s is outside of the subnet of %s, %s: check both, and the length", a.Gateway, wording.Source, a.Prefix.Masked())
 			fault.Warning = true
