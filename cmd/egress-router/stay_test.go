@@ -260,7 +260,7 @@ func TestConfigFile(t *testing.T) {
 		p.Serve(p.Lab.Outside, "tcp", "[2001:db8::25]:80")
 		const web, mail, six = "{port: 80, protocol: TCP, destinationIP: 203.0.113.25}", "{port: 8443, targetPort: 443, protocol: TCP, destinationIP: 203.0.113.26}", `{port: 81, targetPort: 80, protocol: TCP, destinationIP: "2001:db8::25"}`
 		object("192.168.12.99/24", web+", "+mail)
-		for _, name := range []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_DESTINATION"} {
+		for _, name := range []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_DESTINATION", "EGRESS_GRAMMAR"} {
 			delete(p.Env, name)
 		}
 		p.Env["EGRESS_CONFIG"], p.Env["EGRESS_HEALTH_INTERVAL"], p.Env["EGRESS_HEALTH_LISTEN"] = m.file(), "1h", ":9465"
