@@ -659,7 +659,7 @@ func TestSourcesAreShared(t *testing.T) {
 	for _, s := range []string{"192.168.12.120", lab.Source6.String(), "192.168.12.101", "2001:db8:12::77", "2001:db8:12::1:5"} {
 		sources = append(sources, netip.MustParseAddr(s))
 	}
-	results := make(chan string, len(labtest.Backends)) // the source of each client
+	results := make(chan string, 2*len(labtest.Backends)) // the source of each client, with both grammars
 	t.Run("backends", func(t *testing.T) {
 		labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 			connectDual(p, list, sources...)
