@@ -260,9 +260,10 @@ func TestConfigFile(t *testing.T) {
 		p.Serve(p.Lab.Outside, "tcp", "[2001:db8::25]:80")
 		const web, mail, six = "{port: 80, protocol: TCP, destinationIP: 203.0.113.25}", "{port: 8443, targetPort: 443, protocol: TCP, destinationIP: 203.0.113.26}", `{port: 81, targetPort: 80, protocol: TCP, destinationIP: "2001:db8::25"}`
 		object("192.168.12.99/24", web+", "+mail)
-		for _, name := range []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_DESTINATION", "EGRESS_GRAMMAR"} {
+		for _, name := range []string{"EGRESS_SOURCE", "EGRESS_GATEWAY", "EGRESS_DESTINATION"} {
 			delete(p.Env, name)
 		}
+		p.Env["EGRESS_GRAMMAR"] = "" // the resource has none
 		p.Env["EGRESS_CONFIG"], p.Env["EGRESS_HEALTH_INTERVAL"], p.Env["EGRESS_HEALTH_LISTEN"] = m.file(), "1h", ":9465"
 		r := p.Start("legacy")
 		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
