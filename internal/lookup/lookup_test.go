@@ -39,9 +39,11 @@ func (z *zone) lookup(ctx context.Context, name string) (resolver.Answer, error)
 	if silent {
 		takes = 10 * time.Second
 	}
-	select {
-	case <-ctx.Done():
-	case <-time.After(takes):
+	if takes > 0 { // in a bubble, a timer that has expired at once crashes the race detector of Go 1.26
+		select {
+		case <-ctx.Done():
+		case <-time.After(takes):
+		}
 	}
 	z.mu.Lock()
 	defer z.mu.Unlock()
@@ -74,13 +76,37 @@ func (z *zone) count(name string) int {
 	return z.asked[name]
 }
 
+// reported are the times at which changes were reported, by the follower's goroutine.
+type reported struct {
+	mu    sync.Mutex
+	times []time.Time
+}
+
+func (r *reported) add() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.times = append(r.times, time.Now())
+}
+
+func (r *reported) all() []time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.times)
+}
+
+func (r *reported) reset() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.times = nil
+}
+
 // following calls test with a follower that runs, in a bubble with its own clock.
-func following(t *testing.T, test func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, log *strings.Builder)) {
+func following(t *testing.T, test func(t *testing.T, z *zone, f *Follower, changes *reported, log *strings.Builder)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		z := &zone{ttl: 10 * time.Second, addrs: make(map[string][]netip.Addr), silent: make(map[string]bool), asked: make(map[string]int)}
 		var log strings.Builder
-		var changes []time.Time
+		var changes reported
 		f := &Follower{
 			Lookup: z.lookup, Log: slog.New(slog.NewTextHandler(&log, nil)),
 			Unusable: func(a netip.Addr) string {
@@ -89,7 +115,7 @@ func following(t *testing.T, test func(t *testing.T, z *zone, f *Follower, chang
 				}
 				return ""
 			},
-			Changed: func() { changes = append(changes, time.Now()) },
+			Changed: changes.add,
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -104,7 +130,7 @@ func text(f *Follower, name string) string { return join(f.Resolution(name).Addr
 
 // IPv6 addresses stay while the name servers answer only for those of IPv4.
 func TestFollowerKeepsIPv6(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, _ *strings.Builder) {
 		z.set("db.example.com", "203.0.113.25", "2001:db8::25")
 		f.Follow([]string{"db.example.com"}, true)
 		f.Await(t.Context())
@@ -115,8 +141,8 @@ func TestFollowerKeepsIPv6(t *testing.T) {
 			z.mu.Unlock()
 			time.Sleep(10 * time.Second)
 			synctest.Wait()
-			if text(f, "db.example.com") != want || len(*changes) != wantChanges {
-				t.Errorf("%s after %d changes, want %s after %d", text(f, "db.example.com"), len(*changes), want, wantChanges)
+			if text(f, "db.example.com") != want || len(changes.all()) != wantChanges {
+				t.Errorf("%s after %d changes, want %s after %d", text(f, "db.example.com"), len(changes.all()), want, wantChanges)
 			}
 		}
 		step(true, "203.0.113.25,2001:db8::25", 1)
@@ -131,14 +157,14 @@ func TestFollowerKeepsIPv6(t *testing.T) {
 // A name is looked up when its answer expires, and at no other time, and a change is
 // reported at once.
 func TestFollowerKeepsToTheTTL(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, _ *strings.Builder) {
 		z.set("db.example.com", "203.0.113.26", "203.0.113.25")
 		begin := time.Now()
 		f.Follow([]string{"db.example.com"}, true)
 		f.Await(t.Context())
 		synctest.Wait()
-		if text(f, "db.example.com") != "203.0.113.25,203.0.113.26" || len(*changes) != 1 || time.Since(begin) != 0 {
-			t.Errorf("%s after %v and %d changes", text(f, "db.example.com"), time.Since(begin), len(*changes))
+		if text(f, "db.example.com") != "203.0.113.25,203.0.113.26" || len(changes.all()) != 1 || time.Since(begin) != 0 {
+			t.Errorf("%s after %v and %d changes", text(f, "db.example.com"), time.Since(begin), len(changes.all()))
 		}
 		z.set("db.example.com", "203.0.113.27")
 		time.Sleep(10*time.Second - 1)
@@ -148,8 +174,8 @@ func TestFollowerKeepsToTheTTL(t *testing.T) {
 		}
 		time.Sleep(time.Nanosecond)
 		synctest.Wait()
-		if text(f, "db.example.com") != "203.0.113.27" || len(*changes) != 2 || (*changes)[1].Sub(begin) != 10*time.Second {
-			t.Errorf("%s, changes at %v, want one when the answer expires", text(f, "db.example.com"), *changes)
+		if text(f, "db.example.com") != "203.0.113.27" || len(changes.all()) != 2 || changes.all()[1].Sub(begin) != 10*time.Second {
+			t.Errorf("%s, changes at %v, want one when the answer expires", text(f, "db.example.com"), changes.all())
 		}
 		r := f.Resolution("db.example.com")
 		if join(r.Former) != "203.0.113.25,203.0.113.26" || !r.AnyFormer {
@@ -158,8 +184,8 @@ func TestFollowerKeepsToTheTTL(t *testing.T) {
 		z.set("db.example.com", "203.0.113.25", "203.0.113.27") // one of them again
 		time.Sleep(100 * time.Second)
 		synctest.Wait()
-		if r := f.Resolution("db.example.com"); join(r.Former) != "203.0.113.26" || z.count("db.example.com") != 12 || len(*changes) != 3 {
-			t.Errorf("%v after %d look-ups and %d changes", r, z.count("db.example.com"), len(*changes))
+		if r := f.Resolution("db.example.com"); join(r.Former) != "203.0.113.26" || z.count("db.example.com") != 12 || len(changes.all()) != 3 {
+			t.Errorf("%v after %d look-ups and %d changes", r, z.count("db.example.com"), len(changes.all()))
 		}
 	})
 }
@@ -167,7 +193,7 @@ func TestFollowerKeepsToTheTTL(t *testing.T) {
 // Without a usable answer the addresses stay, and the failure is logged once. A name server
 // that is back is noticed within five seconds.
 func TestFollowerKeepsAddresses(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, log *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, log *strings.Builder) {
 		z.set("db.example.com", "203.0.113.25")
 		f.Follow([]string{"db.example.com", "none.example.com"}, false)
 		f.Await(t.Context())
@@ -188,8 +214,8 @@ func TestFollowerKeepsAddresses(t *testing.T) {
 		z.set("db.example.com", "203.0.113.26")
 		time.Sleep(10*time.Second + longestPause)
 		synctest.Wait()
-		if text(f, "db.example.com") != "203.0.113.26" || len(*changes) != 2 {
-			t.Errorf("%s, %d changes", text(f, "db.example.com"), len(*changes))
+		if text(f, "db.example.com") != "203.0.113.26" || len(changes.all()) != 2 {
+			t.Errorf("%s, %d changes", text(f, "db.example.com"), len(changes.all()))
 		}
 		for text, want := range map[string]int{
 			`msg="name lookup failed" name=db.example.com error="no such name" addresses=203.0.113.25`:              1,
@@ -213,7 +239,7 @@ func TestFollowerKeepsAddresses(t *testing.T) {
 
 // Names that get other addresses all the time are reported at intervals, and none late.
 func TestFollowerPacesChanges(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, _ *strings.Builder) {
 		var names []string
 		for i := range 50 {
 			names = append(names, fmt.Sprintf("n%d.test", i))
@@ -235,7 +261,7 @@ func TestFollowerPacesChanges(t *testing.T) {
 			set(n)
 			time.Sleep(100 * time.Millisecond)
 		}
-		all := slices.Clone(*changes)
+		all := changes.all()
 		for i := range all[1:] {
 			if gap := all[i+1].Sub(all[i]); gap < pace || gap > pace+gather {
 				t.Errorf("%v between two changes", gap)
@@ -249,7 +275,7 @@ func TestFollowerPacesChanges(t *testing.T) {
 
 // A name gets the addresses of an earlier run if it has none, until its first answer.
 func TestFollowerAdopts(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, _ *[]time.Time, log *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, _ *reported, log *strings.Builder) {
 		z.set("db.test", "192.0.2.1")
 		z.silent["late.test"] = true
 		f.Follow([]string{"db.test", "late.test", "never.test"}, true)
@@ -287,7 +313,7 @@ func TestFollowerAdopts(t *testing.T) {
 // Thousands of names are looked up with limited concurrency, and some without an answer do
 // not delay the others for long. Changes are reported together.
 func TestFollowerWithManyNames(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, changes *[]time.Time, _ *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, _ *strings.Builder) {
 		const many = 10_000
 		z.ttl, z.takes = time.Minute, 10*time.Millisecond
 		var names []string
@@ -304,17 +330,17 @@ func TestFollowerWithManyNames(t *testing.T) {
 		if took := time.Since(begin); took > 2*time.Second || z.most != atOnce {
 			t.Errorf("the first look-ups took %v, %d at once", took, z.most)
 		}
-		if n := len(*changes); n > 10 {
+		if n := len(changes.all()); n > 10 {
 			t.Errorf("%d changes reported", n)
 		}
 		time.Sleep(time.Second)
-		*changes = nil
+		changes.reset()
 		for i := range 10 {
 			z.set(names[i*100], "10.99.99.99")
 		}
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
-		if n := len(*changes); n == 0 || n > 10 || text(f, names[900]) != "10.99.99.99" || text(f, names[901]) == "10.99.99.99" {
+		if n := len(changes.all()); n == 0 || n > 10 || text(f, names[900]) != "10.99.99.99" || text(f, names[901]) == "10.99.99.99" {
 			t.Errorf("%d changes reported, %s", n, text(f, names[900]))
 		}
 		f.Follow(names[:1], false)
@@ -331,7 +357,7 @@ func TestFollowerWithManyNames(t *testing.T) {
 
 // A name server is trusted with at most so many addresses.
 func TestFollowerLimitsAddresses(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, _ *[]time.Time, log *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, _ *reported, log *strings.Builder) {
 		var all []string
 		for i := range 70 {
 			all = append(all, fmt.Sprintf("10.0.0.%d", 100-i))
