@@ -42,10 +42,10 @@ func Unusable(a netip.Addr, subnet netip.Prefix) string {
 	return ""
 }
 
-// UnusableSource is Unusable for a source of either family. The address of a link is not
+// unusableSource is Unusable for a source of either family. The address of a link is not
 // routed (RFC 4291, section 2.5.6), and the first address of an IPv6 subnet is that of
 // every router in it (section 2.6.1; RFC 6164 excepts a length of 127).
-func UnusableSource(p netip.Prefix) string {
+func unusableSource(p netip.Prefix) string {
 	a := p.Addr()
 	if a.Is4() {
 		return Unusable(a, p)

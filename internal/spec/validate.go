@@ -37,7 +37,7 @@ func (s Sources) Validate() []Fault {
 		faults = append(faults, Fault{Field: wording.Source, Index: i, Why: wording.Textf(format, args...)})
 	}
 	for i, a := range s {
-		if is := UnusableSource(a.Prefix); is != "" {
+		if is := unusableSource(a.Prefix); is != "" {
 			fault(i, "%s cannot be the source of connections", is)
 		}
 		if s[:i].Have(a.Prefix.Addr()) {
@@ -92,7 +92,7 @@ func (s Sources) unusableGateway(a netip.Addr) (why wording.Text, unusable bool)
 		case a.Is4():
 			is = Unusable(a, other.Prefix)
 		case !a.IsLinkLocalUnicast():
-			is = UnusableSource(netip.PrefixFrom(a, 128)) // a gateway may be the first of its subnet
+			is = unusableSource(netip.PrefixFrom(a, 128)) // a gateway may be the first of its subnet
 		}
 		if is != "" {
 			return wording.Textf("%s cannot be a gateway", is), true
@@ -139,7 +139,7 @@ func (r Router) ValidateHealthPort() []Fault {
 // unusableDestination returns why no external server has an address.
 func (s Sources) unusableDestination(a netip.Addr) string {
 	if a.Is6() {
-		return UnusableSource(netip.PrefixFrom(a, a.BitLen()))
+		return unusableSource(netip.PrefixFrom(a, a.BitLen()))
 	}
 	for _, other := range s {
 		if is := Unusable(a, other.Prefix); is != "" {
