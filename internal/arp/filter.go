@@ -60,20 +60,3 @@ func program(addresses []netip.Addr, gateway netip.Addr) ([]bpf.Instruction, err
 	}
 	return append(p, drop), nil // the kernel also drops a frame too short for a load
 }
-
-// attach sets p as the filter of a socket (SO_ATTACH_FILTER, socket(7)).
-func attach(fd int, p []bpf.Instruction) error {
-	raw, err := bpf.Assemble(p)
-	if err != nil {
-		return fmt.Errorf("assemble ARP filter: %w", err)
-	}
-	filter := make([]unix.SockFilter, len(raw))
-	for i, r := range raw {
-		filter[i] = unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K}
-	}
-	err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
-	if err != nil {
-		return fmt.Errorf("attach ARP filter: %w", err)
-	}
-	return nil
-}

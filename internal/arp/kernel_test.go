@@ -85,7 +85,7 @@ func (h *host) transmit(frames ...[]byte) {
 		}
 		defer s.Close()
 		for _, f := range frames {
-			if err := send(s.fd, s.index, f); err != nil {
+			if err := s.c.Send(f); err != nil {
 				return err
 			}
 		}
@@ -174,7 +174,7 @@ func TestKernelFilters(t *testing.T) {
 		t.Errorf("then %v, %v", p, err)
 	}
 	var stats *unix.TpacketStats
-	listener.must(c.control(func(fd int) (err error) {
+	listener.must(c.Control(func(fd int) (err error) {
 		stats, err = unix.GetsockoptTpacketStats(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
 		return err
 	}))
