@@ -34,6 +34,7 @@ type Router struct {
 	ClusterDestinations []netip.Prefix // other networks to reach by the cluster side
 
 	Conflict Conflict // what to do if another host has a reserved address
+	Standby  *Standby // nil: the router is the only one with its addresses
 }
 
 // The defaults of the reply path. Marks and tables belong to the pod's network
