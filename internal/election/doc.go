@@ -1,0 +1,2 @@
+// Package election decides which of several routers holds a reserved address.
+package election

@@ -1,0 +1,218 @@
+package election
+
+import (
+	"flag"
+	"fmt"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
+)
+
+var seedFlag = flag.Uint64("seed", 0, "replay this seed of TestSchedules with a trace")
+
+// bound is the time from the end of the last fault to a holder that stays. In the worst case
+// a router lost to one whose heartbeats it did not hear, and stays away.
+const bound = 8 * time.Second
+
+// rounds is the number of schedules in one world, one after the other.
+const rounds = 10
+
+// play runs the schedules of a seed. It returns what went wrong, the number of schedules
+// and the longest time to settle.
+func play(seed uint64, b breaks, trace bool) (w *world, failure string, longest time.Duration) {
+	w = newWorld(seed, 2+int(seed%3), DefaultInterval, b, trace)
+	if _, ok := w.settle(w.now + bound); !ok && w.violation == "" {
+		return w, "no holder after the start", 0
+	}
+	for range rounds {
+		if w.violation != "" {
+			break
+		}
+		w.schedule()
+		ended := w.now
+		since, ok := w.settle(w.now + bound)
+		if !ok && w.violation == "" {
+			return w, fmt.Sprintf("no holder %v after the last fault", bound), longest
+		}
+		longest = max(longest, since-ended)
+	}
+	return w, w.violation, longest
+}
+
+// schedule runs random faults until they have ended.
+func (w *world) schedule() {
+	w.faulty = true
+	for _, r := range w.routers {
+		w.after(w.duration(20*time.Millisecond, 500*time.Millisecond), happening{kind: hSpeak, to: r.index})
+	}
+	faults := 1
+	for faults < 4 && w.rng.IntN(10) < 3 {
+		faults++
+	}
+	end := w.now
+	for range faults {
+		start := time.Duration(w.rng.Int64N(int64(150 * time.Millisecond)))
+		w.after(start, happening{kind: hFault, call: func() { end = max(end, w.now+w.fault()) }})
+	}
+	w.run(w.now + 150*time.Millisecond)
+	for w.now < end && w.violation == "" {
+		w.run(end)
+	}
+	w.faulty = false
+	for _, r := range w.routers {
+		r.upLoss, r.downLoss, r.beatLoss, r.isolated, r.slow = 0, 0, 0, false, 0
+	}
+	w.run(w.now + time.Millisecond)
+	// Everything that was paused or delayed ends too.
+	for _, r := range w.routers {
+		end = max(end, r.paused, r.arrived)
+	}
+	w.run(max(end, w.now))
+	for _, r := range w.routers {
+		if r.ended || !r.alive {
+			r.start()
+		}
+		if r.unready {
+			r.unready = false
+			r.post(Event{Kind: Ready, OK: true})
+		}
+		if !r.link {
+			r.link = true
+			r.post(Event{Kind: Link, OK: true})
+		}
+		r.post(Event{Kind: Reference, OK: true})
+	}
+}
+
+// fault begins a random fault, and returns how long it lasts.
+func (w *world) fault() time.Duration {
+	r := w.routers[w.rng.IntN(len(w.routers))]
+	if h := w.holder(); h != nil && w.rng.IntN(3) > 0 {
+		r = h
+	}
+	d := w.duration(10*time.Millisecond, 600*time.Millisecond)
+	later := func(d time.Duration, f func()) { w.after(d, happening{kind: hFault, call: f}) }
+	restart := func(r *router, d time.Duration) {
+		w.after(d, happening{kind: hStart, to: r.index, gen: r.gen})
+	}
+	if w.trace != nil {
+		fmt.Fprintf(w.trace, "%12v fault on r%d for %v\n", w.now, r.index, d)
+	}
+	switch w.rng.IntN(19) {
+	case 0:
+		r.kill()
+		restart(r, d)
+	case 1:
+		r.lose()
+		restart(r, d)
+	case 2, 3:
+		if w.rng.IntN(4) == 0 {
+			d = w.duration(20*time.Millisecond, 2*time.Second)
+		}
+		r.pause(d)
+	case 4, 5:
+		r.post(Event{Kind: Leave})
+	case 6:
+		r.link = false
+		w.after(time.Duration(w.rng.Int64N(int64(5*time.Millisecond))), happening{kind: hEvent, to: r.index, gen: r.gen, event: Event{Kind: Link}})
+		later(d, func() {
+			r.link = true
+			r.post(Event{Kind: Link, OK: true})
+		})
+	case 7:
+		r.isolated = true
+		w.after(w.duration(time.Millisecond, 500*time.Millisecond), happening{kind: hEvent, to: r.index, gen: r.gen, event: Event{Kind: Reference}})
+	case 8:
+		r.upLoss, r.downLoss = 1, 1
+		later(d, func() { r.upLoss, r.downLoss = 0, 0 })
+	case 9:
+		r.upLoss, r.downLoss, r.isolated = 1, 1, true
+		later(d, func() { r.upLoss, r.downLoss, r.isolated = 0, 0, false })
+	case 10:
+		r.upLoss = 0.3 + 0.7*w.rng.Float64()
+	case 11:
+		r.downLoss = 0.3 + 0.7*w.rng.Float64()
+	case 12, 13:
+		r.beatLoss = 0.3 + 0.9*w.rng.Float64()
+	case 14:
+		w.owner = -1
+	case 15:
+		w.silent = w.now + d
+	case 16:
+		for _, r := range w.routers {
+			r.kill()
+			restart(r, d+time.Duration(w.rng.Int64N(int64(5*time.Millisecond))))
+		}
+	case 17:
+		r.unready = true
+		r.post(Event{Kind: Ready})
+	case 18:
+		for _, r := range w.routers {
+			r.slow = 40 * time.Millisecond
+		}
+	}
+	return d
+}
+
+// count returns the number of schedules.
+func count() int {
+	if nstest.Long() {
+		return 1_000_000
+	}
+	return 5_000
+}
+
+// TestSchedules runs random faults: at no instant are two gates open, and when the faults
+// have ended one router holds the address within the bound.
+func TestSchedules(t *testing.T) {
+	if *seedFlag != 0 {
+		w, failure, _ := play(*seedFlag, breaks{}, true)
+		t.Logf("seed %d: %s\n%s", *seedFlag, failure, w.trace)
+		return
+	}
+	begin := time.Now()
+	seed, failure, longest := search(count()/rounds, breaks{})
+	t.Logf("%d schedules in %v, longest time without a holder after the last fault %v", count(), time.Since(begin).Round(time.Millisecond), longest)
+	if failure != "" {
+		w, failure, _ := play(seed, breaks{}, true)
+		t.Fatalf("seed %d: %s\n%s", seed, failure, tail(w.trace.String(), 150))
+	}
+}
+
+// search plays n seeds on all processors, and returns the first failure.
+func search(n int, b breaks) (seed uint64, failure string, longest time.Duration) {
+	var next atomic.Uint64
+	var mu sync.Mutex
+	var group sync.WaitGroup
+	var found atomic.Bool
+	for range runtime.GOMAXPROCS(0) {
+		group.Go(func() {
+			for !found.Load() {
+				s := next.Add(1)
+				if s > uint64(n) {
+					return
+				}
+				_, f, l := play(s, b, false)
+				mu.Lock()
+				longest = max(longest, l)
+				if f != "" && failure == "" {
+					seed, failure = s, f
+					found.Store(true)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	group.Wait()
+	return seed, failure, longest
+}
+
+func tail(s string, n int) string {
+	lines := strings.Split(s, "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}
