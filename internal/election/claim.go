@@ -110,7 +110,7 @@ func (m *Machine) seek() {
 // still answers this router if no other one claimed.
 func (m *Machine) resume(reason string) {
 	m.become(Resuming, reason)
-	m.fast(m.held + m.s.Quiet())
+	m.fast(m.held + m.safe)
 }
 
 // fast begins the phase quick: no other gate can open before the deadline.
@@ -336,7 +336,7 @@ func (m *Machine) permitted(left time.Duration) {
 // extended notes a permit that lives. Nobody else can open while it does.
 func (m *Machine) extended(left time.Duration) {
 	m.replied = m.now - max(0, m.s.Permit()-left)
-	m.held = max(m.held, m.now+left-m.s.Quiet())
+	m.held = max(m.held, m.now+left-m.safe)
 }
 
 // defended processes that another host uses the address.

@@ -49,7 +49,7 @@ func (m *Machine) hold() {
 // kept notes the reply to a ping sent at the time sent.
 func (m *Machine) kept(sent time.Duration) {
 	// No other gate was open at the ping before nor could open since, so none is open now.
-	if m.now-m.held <= m.s.Quiet() {
+	if m.now-m.held <= m.safe {
 		m.held = max(m.held, sent)
 		m.replied = m.now
 	}

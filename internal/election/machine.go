@@ -138,6 +138,8 @@ type Machine struct {
 	mixed bool
 	// fresh is the largest age of the last answered ping at a promise.
 	fresh time.Duration
+	// safe is how long after an answered ping no other gate opens.
+	safe time.Duration
 	// promiseLife is how long after the ask a promise is of use.
 	promiseLife time.Duration
 
@@ -200,7 +202,7 @@ type Machine struct {
 // permit of a process before this one, the machine goes on with it.
 func New(s Settings, now time.Duration) *Machine {
 	return &Machine{
-		s: s, wait: s.Opening(), fresh: s.Ticket(), promiseLife: s.Permit(), now: now, awake: now, due: now, beat: now, unreachable: now, reshut: never,
+		s: s, wait: s.Opening(), fresh: s.Ticket(), safe: s.Quiet(), promiseLife: s.Permit(), now: now, awake: now, due: now, beat: now, unreachable: now, reshut: never,
 		notBefore: past, away: past, replied: past, contested: past, held: past, asked: past, promised: past,
 		number: uint32(s.ID), ask: uint32(s.ID >> 32), actions: make([]Action, 0, 16),
 	}

@@ -50,14 +50,14 @@ func (w *world) schedule() {
 	for _, r := range w.routers {
 		w.after(w.duration(20*time.Millisecond, 500*time.Millisecond), happening{kind: hSpeak, to: r.index})
 	}
-	faults := 1
-	for faults < 4 && w.rng.IntN(10) < 3 {
-		faults++
+	n := 1
+	for n < 4 && w.rng.IntN(10) < 4 {
+		n++
 	}
 	end := w.now
-	for range faults {
+	for range n {
 		start := time.Duration(w.rng.Int64N(int64(150 * time.Millisecond)))
-		w.after(start, happening{kind: hFault, call: func() { end = max(end, w.now+w.fault()) }})
+		w.call(start, func() { end = max(end, w.now+w.fault()) })
 	}
 	w.run(w.now + 150*time.Millisecond)
 	for w.now < end && w.violation == "" {
@@ -66,6 +66,7 @@ func (w *world) schedule() {
 	w.faulty = false
 	for _, r := range w.routers {
 		r.upLoss, r.downLoss, r.beatLoss, r.isolated, r.slow = 0, 0, 0, false, 0
+		r.deaf, r.blind, r.upLag, r.downLag = 0, 0, 0, 0
 	}
 	w.run(w.now + time.Millisecond)
 	// Everything that was paused or delayed ends too.
@@ -89,6 +90,15 @@ func (w *world) schedule() {
 	}
 }
 
+// Faults by number, as far as a test names them.
+const (
+	deaf    = 19
+	lagUp   = 22
+	lagDown = 23
+	upgrade = 24
+	faults  = 26
+)
+
 // fault begins a random fault, and returns how long it lasts.
 func (w *world) fault() time.Duration {
 	r := w.routers[w.rng.IntN(len(w.routers))]
@@ -96,14 +106,17 @@ func (w *world) fault() time.Duration {
 		r = h
 	}
 	d := w.duration(10*time.Millisecond, 600*time.Millisecond)
-	later := func(d time.Duration, f func()) { w.after(d, happening{kind: hFault, call: f}) }
 	restart := func(r *router, d time.Duration) {
 		w.after(d, happening{kind: hStart, to: r.index, gen: r.gen})
 	}
 	if w.trace != nil {
 		fmt.Fprintf(w.trace, "%12v fault on r%d for %v\n", w.now, r.index, d)
 	}
-	switch w.rng.IntN(19) {
+	kind := w.rng.IntN(faults)
+	if w.breaks.likely > 0 && w.rng.IntN(2) == 0 {
+		kind = w.breaks.likely
+	}
+	switch kind {
 	case 0:
 		r.kill()
 		restart(r, d)
@@ -119,20 +132,20 @@ func (w *world) fault() time.Duration {
 		r.post(Event{Kind: Leave})
 	case 6:
 		r.link = false
-		w.after(time.Duration(w.rng.Int64N(int64(5*time.Millisecond))), happening{kind: hEvent, to: r.index, gen: r.gen, event: Event{Kind: Link}})
-		later(d, func() {
+		w.after(time.Duration(w.rng.Int64N(int64(5*time.Millisecond))), w.withEvent(happening{kind: hEvent, to: r.index, gen: r.gen}, &Event{Kind: Link}))
+		w.call(d, func() {
 			r.link = true
 			r.post(Event{Kind: Link, OK: true})
 		})
 	case 7:
 		r.isolated = true
-		w.after(w.duration(time.Millisecond, 500*time.Millisecond), happening{kind: hEvent, to: r.index, gen: r.gen, event: Event{Kind: Reference}})
+		w.after(w.duration(time.Millisecond, 500*time.Millisecond), w.withEvent(happening{kind: hEvent, to: r.index, gen: r.gen}, &Event{Kind: Reference}))
 	case 8:
 		r.upLoss, r.downLoss = 1, 1
-		later(d, func() { r.upLoss, r.downLoss = 0, 0 })
+		w.call(d, func() { r.upLoss, r.downLoss = 0, 0 })
 	case 9:
 		r.upLoss, r.downLoss, r.isolated = 1, 1, true
-		later(d, func() { r.upLoss, r.downLoss, r.isolated = 0, 0, false })
+		w.call(d, func() { r.upLoss, r.downLoss, r.isolated = 0, 0, false })
 	case 10:
 		r.upLoss = 0.3 + 0.7*w.rng.Float64()
 	case 11:
@@ -155,8 +168,64 @@ func (w *world) fault() time.Duration {
 		for _, r := range w.routers {
 			r.slow = 40 * time.Millisecond
 		}
+	case deaf, deaf + 1, deaf + 2:
+		// Two routers do not reach each other, or only one of the other.
+		except := uint8(w.rng.Uint32())
+		for _, p := range w.routers {
+			if p != r && except>>p.index&1 == 0 {
+				p.deaf |= 1 << r.index
+				p.blind |= 1 << r.index
+			}
+		}
+		if except>>7 == 0 {
+			r.deaf, r.blind = ^except, ^except
+		}
+	case lagUp:
+		r.upLag = w.duration(time.Millisecond, 150*time.Millisecond)
+		w.call(d, func() { r.upLag = 0 })
+	case lagDown:
+		r.downLag = w.duration(time.Millisecond, 150*time.Millisecond)
+		if w.rng.IntN(2) == 0 {
+			// Just fast enough for the permit, while the others claim.
+			r.downLag = time.Duration(30+w.rng.IntN(50)) * time.Millisecond
+			for _, p := range w.routers {
+				p.deaf |= 1 << r.index
+				p.blind |= 1 << r.index
+			}
+		}
+		w.call(d, func() { r.downLag = 0 })
+	case upgrade, upgrade + 1:
+		w.upgrade(w.routers[w.rng.IntN(len(w.routers))])
 	}
 	return d
+}
+
+// upgrade is a hand-over while another router does not hear the rest: it claims at the same
+// time, and the router that takes over may be slow.
+func (w *world) upgrade(other *router) {
+	h := w.holder()
+	if h == nil || h == other {
+		return
+	}
+	other.deaf, other.blind = 0xff, 0xff
+	w.call(50*time.Millisecond+time.Duration(w.rng.Int64N(int64(150*time.Millisecond))), func() {
+		if w.rng.IntN(2) == 0 {
+			h.post(Event{Kind: Leave})
+		} else {
+			h.link = false
+			h.post(Event{Kind: Link})
+		}
+		if w.rng.IntN(2) == 0 {
+			h.beatLoss = 0.8
+		}
+		for _, r := range w.routers {
+			if r != h && r != other && w.rng.IntN(2) == 0 {
+				loss := 0.5 + 0.6*w.rng.Float64()
+				r.upLoss = loss
+				w.call(w.duration(20*time.Millisecond, 300*time.Millisecond), func() { r.upLoss = 0 })
+			}
+		}
+	})
 }
 
 // count returns the number of schedules.
@@ -176,7 +245,7 @@ func TestSchedules(t *testing.T) {
 		return
 	}
 	begin := time.Now()
-	seed, failure, longest := search(count()/rounds, breaks{})
+	seed, failure, longest := search(count()/rounds, breaks{}, "")
 	t.Logf("%d schedules in %v, longest time without a holder after the last fault %v", count(), time.Since(begin).Round(time.Millisecond), longest)
 	if failure != "" {
 		w, failure, _ := play(seed, breaks{}, true)
@@ -184,8 +253,8 @@ func TestSchedules(t *testing.T) {
 	}
 }
 
-// search plays n seeds on all processors, and returns the first failure.
-func search(n int, b breaks) (seed uint64, failure string, longest time.Duration) {
+// search plays n seeds on all processors, and returns the first failure with a text.
+func search(n int, b breaks, want string) (seed uint64, failure string, longest time.Duration) {
 	var next atomic.Uint64
 	var mu sync.Mutex
 	var group sync.WaitGroup
@@ -200,7 +269,7 @@ func search(n int, b breaks) (seed uint64, failure string, longest time.Duration
 				_, f, l := play(s, b, false)
 				mu.Lock()
 				longest = max(longest, l)
-				if f != "" && failure == "" {
+				if f != "" && failure == "" && strings.Contains(f, want) {
 					seed, failure = s, f
 					found.Store(true)
 				}

@@ -14,6 +14,10 @@ type world struct {
 	now   time.Duration
 	queue []happening
 	order uint64
+	// events and calls are what happenings refer to: a queue without pointers is fast.
+	events []Event
+	free   []int32
+	calls  []func()
 
 	routers []*router
 	// owner is the router that the gateway's neighbour table has, or -1.
@@ -37,6 +41,8 @@ type breaks struct {
 	noWait         bool          // open at once after the first reply
 	stale          bool          // promise whatever the age of the last answered ping
 	late           bool          // use a promise whatever its age
+	resume         bool          // resume without the wait whatever the age of the last reply
+	likely         int           // every second fault is this one, if not 0
 	unshut         bool          // promise without shutting
 }
 
@@ -52,7 +58,7 @@ const (
 	hWhoHas   // a request for the address at a router
 	hProceed  // a paused process goes on
 	hStart    // a process starts
-	hFault    // a fault begins or ends
+	hCall     // a fault begins or ends
 	hSpeak    // the kernel of the holder sends ARP for its own purposes
 )
 
@@ -65,9 +71,31 @@ type happening struct {
 	from  int8
 	gen   uint32
 	num   uint32
-	beat  *Heartbeat
-	event Event
-	call  func()
+	event int32 // its place in world.events, or in world.calls
+}
+
+// withEvent returns a happening that carries an event.
+func (w *world) withEvent(h happening, e *Event) happening {
+	if len(w.free) == 0 {
+		w.free = append(w.free, int32(len(w.events)))
+		w.events = append(w.events, Event{})
+	}
+	h.event = w.free[len(w.free)-1]
+	w.free = w.free[:len(w.free)-1]
+	w.events[h.event] = *e
+	return h
+}
+
+// take returns the event of a happening, which happens now.
+func (w *world) take(h *happening) Event {
+	w.free = append(w.free, h.event)
+	return w.events[h.event]
+}
+
+// call calls a function later.
+func (w *world) call(d time.Duration, f func()) {
+	w.calls = append(w.calls, f)
+	w.after(d, happening{kind: hCall, event: int32(len(w.calls) - 1)})
 }
 
 func (w *world) after(d time.Duration, h happening) {
@@ -96,7 +124,6 @@ func (w *world) pop() happening {
 	q := w.queue
 	top := q[0]
 	last := q[len(q)-1]
-	q[len(q)-1] = happening{}
 	q = q[:len(q)-1]
 	i := 0
 	for {
@@ -156,6 +183,10 @@ type router struct {
 	upLoss, downLoss float64
 	beatLoss         float64
 	isolated         bool // from the cluster's network
+	// deaf and blind are the routers whose heartbeats and whose ARP do not arrive, as bits.
+	deaf, blind uint8
+	// upLag and downLag are added to the delays of frames to and from the gateway.
+	upLag, downLag time.Duration
 }
 
 func (r *router) tracef(format string, args ...any) {
@@ -312,12 +343,12 @@ func (r *router) carryOne(a *Action) {
 		if r.isolated {
 			return
 		}
-		beat := a.Heartbeat
 		for _, p := range w.routers {
-			if p != r && !p.isolated && w.rng.Float64() >= r.beatLoss {
-				w.after(w.delay(), happening{kind: hHeard, to: p.index, beat: &beat})
+			if p != r && !p.isolated && p.deaf>>r.index&1 == 0 && w.rng.Float64() >= r.beatLoss {
+				beat := Event{Kind: Heard, Heartbeat: a.Heartbeat}
+				w.after(w.delay(), w.withEvent(happening{kind: hHeard, to: p.index}, &beat))
 				if w.faulty && w.rng.Uint32()&0x3f == 0 {
-					w.after(w.delay(), happening{kind: hHeard, to: p.index, beat: &beat})
+					w.after(w.delay(), w.withEvent(happening{kind: hHeard, to: p.index}, &beat))
 				}
 			}
 		}
@@ -342,7 +373,7 @@ func (r *router) up(h happening) {
 	if !r.link || !r.powered || w.rng.Float64() < r.upLoss {
 		return
 	}
-	r.arrived = max(r.arrived, w.now+w.delay())
+	r.arrived = max(r.arrived, w.now+w.delay()+r.upLag)
 	h.from = r.index
 	w.after(r.arrived-w.now, h)
 }
@@ -353,7 +384,7 @@ func (r *router) broadcast(kind happeningKind) {
 		return
 	}
 	for _, p := range r.w.routers {
-		if p != r && r.w.rng.Float64() >= r.upLoss && r.w.rng.Float64() >= p.downLoss {
+		if p != r && p.blind>>r.index&1 == 0 && r.w.rng.Float64() >= r.upLoss && r.w.rng.Float64() >= p.downLoss {
 			r.w.after(r.w.delay(), happening{kind: kind, to: p.index, from: r.index})
 		}
 	}
@@ -408,6 +439,9 @@ func (r *router) start() {
 	if r.w.breaks.noWait {
 		r.m.wait = 0
 	}
+	if r.w.breaks.resume {
+		r.m.safe = time.Hour
+	}
 	if r.w.breaks.late {
 		r.m.promiseLife = time.Hour
 	}
@@ -443,12 +477,12 @@ func (w *world) happen(h *happening) {
 			r.schedule()
 		}
 	case hHeard:
-		if !r.isolated {
-			r.post(Event{Kind: Heard, Heartbeat: *h.beat})
+		if e := w.take(h); !r.isolated {
+			r.post(e)
 		}
 	case hEvent:
-		if h.gen == r.gen {
-			r.post(h.event)
+		if e := w.take(h); h.gen == r.gen {
+			r.post(e)
 		}
 	case hUp:
 		w.gateway(h)
@@ -463,8 +497,8 @@ func (w *world) happen(h *happening) {
 		if r.link && r.permits() && w.rng.Float64() >= r.upLoss {
 			if h.from < 0 {
 				r.up(happening{kind: hUp})
-			} else if asker := w.routers[h.from]; asker.link && w.rng.Float64() >= asker.downLoss {
-				w.after(w.delay(), happening{kind: hEvent, to: h.from, gen: asker.gen, event: Event{Kind: Defended, MAC: r.settings.MAC}})
+			} else if asker := w.routers[h.from]; asker.link && asker.blind>>r.index&1 == 0 && w.rng.Float64() >= asker.downLoss {
+				w.after(w.delay(), w.withEvent(happening{kind: hEvent, to: h.from, gen: asker.gen}, &Event{Kind: Defended, MAC: r.settings.MAC}))
 			}
 		}
 	case hProceed:
@@ -483,8 +517,8 @@ func (w *world) happen(h *happening) {
 		if h.gen == r.gen && (!r.alive || r.ended) {
 			r.start()
 		}
-	case hFault:
-		h.call()
+	case hCall:
+		w.calls[h.event]()
 	case hSpeak:
 		if r.permits() {
 			r.up(happening{kind: hUp})
@@ -524,7 +558,7 @@ func (w *world) gateway(h *happening) {
 	if w.rng.Float64() < r.downLoss {
 		return
 	}
-	w.after(w.delay(), happening{kind: hReply, to: r.index, num: h.num})
+	w.after(w.delay()+r.downLag, happening{kind: hReply, to: r.index, num: h.num})
 }
 
 // reply is the ingress hook of a router, which also gives the reply to its process.
