@@ -135,10 +135,14 @@ func (m *Machine) open() {
 			m.lost()
 			return
 		}
+		if m.now >= m.begun+m.s.Detection() {
+			m.yield("gateway answers too late")
+			return
+		}
 		if m.now >= m.step {
 			m.arm()
 		}
-		m.due = min(m.step, m.replied+m.s.Detection())
+		m.due = min(m.step, m.replied+m.s.Detection(), m.begun+m.s.Detection())
 	}
 }
 
@@ -149,7 +153,7 @@ func (m *Machine) seeking() {
 		limit = m.begun + m.s.GiveUp()
 	}
 	if m.now >= limit {
-		m.yield()
+		m.yield("gateway does not answer")
 		return
 	}
 	if m.now >= m.step {
@@ -190,7 +194,7 @@ func (m *Machine) waiting() {
 		return
 	}
 	if m.stable != never && m.now >= m.stable+m.wait {
-		m.phase, m.step = opening, m.now
+		m.phase, m.step, m.begun = opening, m.now, m.now
 		m.open()
 		return
 	}
@@ -216,17 +220,17 @@ func (m *Machine) lost() {
 		m.open()
 		return
 	}
-	m.yield()
+	m.yield("gateway does not answer")
 }
 
 // yield leaves the address to others. A router that lost to a host whose heartbeats it does
 // not hear stays away for long: both would claim in turn.
-func (m *Machine) yield() {
+func (m *Machine) yield(reason string) {
 	if m.isContested() {
 		m.away = max(m.away, m.now+awayTime)
 		m.retreat("another host claimed the address", 0)
 	} else {
-		m.retreat("gateway does not answer", m.apart())
+		m.retreat(reason, m.apart())
 	}
 	m.standby()
 }

@@ -12,10 +12,11 @@ func (m *Machine) heard(h Heartbeat) {
 	case m.state == Standby && h.State.holds():
 		m.defences = 0
 	case m.state == Claiming && (h.State == Active || h.State == Claiming && m.better(p)):
-		// Nobody preempts, and of two claimants the better one goes on. Both claimed against
-		// each other, so that the one that goes on has to claim again, which it notices by
-		// its pings.
+		// Nobody preempts, and of two claimants the better one goes on.
 		m.retreat("peer is "+h.State.String(), 0)
+	case m.state == Claiming && before == Claiming && h.State == Standby:
+		// The other one stepped back, and the gateway may answer it.
+		m.claim("")
 	case m.state == Resuming && h.State == Active:
 		m.retreat("peer is active", 0)
 	case m.state == Active && before == Claiming && h.State == Standby:

@@ -160,7 +160,7 @@ type Machine struct {
 	// step is when the phase has its next action, count the number of actions of its kind.
 	step  time.Duration
 	count int
-	// begun is when the phase seeking began, replied when the last echo reply was seen.
+	// begun is when the phase seeking or opening began, replied when the last echo reply was seen.
 	begun, replied time.Duration
 	// stable is the first reply to a ping after the last claim, the begin of the wait.
 	stable time.Duration

@@ -113,8 +113,9 @@ func (s Settings) Promise() time.Duration { return 20 * s.Interval }
 func (s Settings) GiveUp() time.Duration { return 25 * s.Interval }
 
 // quickArm is the life of an arm that opens without the wait. It is short: it has to end
-// before others can open.
-func (s Settings) quickArm() time.Duration { return s.Interval / 2 }
+// before others can open. It is two ticks at least, since the kernel counts whole ticks and
+// the first one has begun.
+func (s Settings) quickArm() time.Duration { return max(s.Interval/2, 2*tick) }
 
 // lives returns the longest life of an element with a timeout in a set of the kernel.
 func lives(timeout time.Duration) time.Duration {
