@@ -230,14 +230,14 @@ func (m *Machine) yield(reason string) {
 		m.away = max(m.away, m.now+awayTime)
 		m.retreat("another host claimed the address", 0)
 	} else {
-		m.retreat(reason, m.apart())
+		m.retreat(reason, m.apart()<<m.failures)
+		m.failures = min(m.failures+1, maxFailures)
 	}
 	m.standby()
 }
 
-// isContested reports whether a host without heartbeats claimed the address since about the
-// last reply of the gateway.
-func (m *Machine) isContested() bool { return m.contested >= m.replied-m.s.Quiet() }
+// isContested reports whether a host without heartbeats claimed the address lately.
+func (m *Machine) isContested() bool { return m.now-m.contested < m.s.GiveUp() }
 
 // arm arms the gate. In the phase quick the arm has to end before the deadline.
 func (m *Machine) arm() {
@@ -292,6 +292,7 @@ func (m *Machine) echoed(number uint32) {
 	if sent == past {
 		return // A ping of another router.
 	}
+	m.failures = 0
 	switch m.phase {
 	case idle:
 		if m.state == Active && counts && m.now-sent <= m.s.Ticket() {
@@ -321,26 +322,36 @@ func (m *Machine) echoed(number uint32) {
 
 // permitted processes the rest of the permit.
 func (m *Machine) permitted(left time.Duration) {
+	// The kernel answered after the question, so that this is not after the end.
+	end := m.reading + left
+	starting := m.starting
+	m.starting = false
 	switch {
-	case left > 0 && m.state == Active:
-		m.extended(left)
-	case left > 0 && (m.phase == quick || m.phase == opening):
-		m.extended(left)
+	case left == 0 || end <= m.now:
+		if starting {
+			m.do(Shut)
+		}
+		if m.state == Active {
+			m.resume("gateway did not answer")
+		}
+	case m.state == Active:
+		m.extended(end)
+	case m.phase == quick, m.phase == opening:
+		m.extended(end)
 		m.activate("gateway answers")
-	case left > 0 && m.state == Standby && m.sequence == 0 && m.link:
-		m.extended(left)
+	case starting && m.link && m.state == Standby:
+		m.extended(end)
 		m.activate("permit of the process before")
-	case left == 0 && m.state == Active:
-		m.resume("gateway did not answer")
-	case m.state == Standby:
+	default:
 		m.do(Shut)
 	}
 }
 
-// extended notes a permit that lives. Nobody else can open while it does.
-func (m *Machine) extended(left time.Duration) {
-	m.replied = m.now - max(0, m.s.Permit()-left)
-	m.held = max(m.held, m.now+left-m.safe)
+// extended notes until when a permit lives. No other gate opens before: the ping that
+// extended it was answered a ticket earlier at most.
+func (m *Machine) extended(end time.Duration) {
+	m.replied = end - m.s.Permit()
+	m.held = max(m.held, end-m.safe)
 }
 
 // defended processes that another host uses the address.

@@ -11,9 +11,10 @@ func (m *Machine) heard(h Heartbeat) {
 	switch {
 	case m.state == Standby && h.State.holds():
 		m.defences = 0
-	case m.state == Claiming && (h.State == Active || h.State == Claiming && m.better(p)):
-		// Nobody preempts, and of two claimants the better one goes on.
-		m.retreat("peer is "+h.State.String(), 0)
+	case m.state == Claiming && h.State == Active:
+		m.retreat("peer is active", 0)
+	case m.state == Claiming && h.State == Claiming && m.better(p):
+		m.retreat("better peer is claiming", 0)
 	case m.state == Claiming && before == Claiming && h.State == Standby:
 		// The other one stepped back, and the gateway may answer it.
 		m.claim("")
@@ -173,6 +174,7 @@ func (m *Machine) leave() {
 // end shuts the gate for good.
 func (m *Machine) end(reason string) {
 	m.retreat(reason, 0)
+	m.send()
 	m.do(Ended)
 	m.ended, m.due, m.beat = true, never, never
 }

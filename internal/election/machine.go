@@ -124,14 +124,18 @@ type Machine struct {
 
 	now     time.Duration
 	started bool
-	state   State
-	phase   phase
-	peers   []peer
+	// starting: the answer to the first Read is the permit of a process before.
+	starting bool
+	state    State
+	phase    phase
+	peers    []peer
 
 	link, ready, reference bool
 	leaving, ended         bool
 	// pending: the answer to Arm or Read is the next event.
 	pending bool
+	// reading is the time of the last Read.
+	reading time.Duration
 	// wait is the opening time for the largest interval of all routers, mixed whether
 	// they differ.
 	wait  time.Duration
@@ -152,8 +156,8 @@ type Machine struct {
 	// notBefore is when the next claim may start, away the same for a router that lost to
 	// a claimant without heartbeats or promised to stay shut.
 	notBefore, away time.Duration
-	// defences counts the probes answered in a row.
-	defences int
+	// defences counts the probes answered in a row, failures the claims without a reply.
+	defences, failures int
 	// unreachable is when the reference was lost.
 	unreachable time.Duration
 
@@ -225,11 +229,11 @@ func (m *Machine) Step(now time.Duration, e Event) []Action {
 	m.wake(now)
 	m.event(e)
 	if !m.started && e.Kind == Tick {
-		m.started = true
+		m.started, m.starting = true, true
 		m.read()
 	}
 	m.work()
-	if m.now >= m.beat && !m.pending && !m.ended {
+	if m.now >= m.beat && m.started && !m.pending && !m.ended {
 		m.send()
 	}
 	return m.actions
@@ -318,7 +322,7 @@ func (m *Machine) do(kind ActionKind) { m.actions = append(m.actions, Action{Kin
 
 func (m *Machine) read() {
 	m.do(Read)
-	m.pending = true
+	m.pending, m.reading = true, m.now
 }
 
 // ping sends a ping with the next number.

@@ -208,6 +208,34 @@ func (w *world) upgrade(other *router) {
 		return
 	}
 	other.deaf, other.blind = 0xff, 0xff
+	between := func(from, to int) time.Duration { return time.Duration(from+w.rng.IntN(to-from)) * time.Millisecond }
+	if w.rng.IntN(3) == 0 {
+		// The other router has claimed, and the holder loses its link shortly before its
+		// permit ends. The frames of the next one get lost until the other one opens.
+		w.became = func(r *router, a *Action) {
+			if r != other || a.To != Claiming {
+				return
+			}
+			w.became = nil
+			h.upLoss = 1
+			w.call(between(60, 80), func() {
+				h.link = false
+				h.post(Event{Kind: Link})
+				for _, r := range w.routers {
+					if r != h && r != other {
+						r.upLoss = 1
+					}
+				}
+			})
+			w.call(between(110, 130), func() {
+				for _, r := range w.routers {
+					r.upLoss = 0
+				}
+			})
+		}
+		w.call(150*time.Millisecond, func() { w.became = nil })
+		return
+	}
 	w.call(50*time.Millisecond+time.Duration(w.rng.Int64N(int64(150*time.Millisecond))), func() {
 		if w.rng.IntN(2) == 0 {
 			h.post(Event{Kind: Leave})

@@ -301,7 +301,7 @@ func (r *router) carry(actions []Action) {
 			continue
 		}
 		// The answer is the next event, before those that waited.
-		if r.w.faulty && r.w.rng.Uint32()&0xff == 0 {
+		if r.w.faulty && r.w.rng.Uint32()&0x3f == 0 {
 			r.pause(r.w.duration(time.Millisecond, 300*time.Millisecond))
 			r.inbox = append([]Event{answer}, r.inbox...)
 			return

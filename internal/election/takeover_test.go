@@ -92,6 +92,24 @@ func TestTakeover(t *testing.T) {
 
 func round(d time.Duration) time.Duration { return d.Round(100 * time.Microsecond) }
 
+// TestRestart kills the holder's process and starts another one within the permit: it goes
+// on with the permit, and no peer takes over.
+func TestRestart(t *testing.T) {
+	for seed := range uint64(100) {
+		w, h := settled(t, seed+1, 2+int(seed%3))
+		h.kill()
+		w.after(time.Duration(w.rng.Int64N(int64(2*DefaultInterval))), happening{kind: hStart, to: h.index, gen: h.gen})
+		for end := w.now + time.Second; w.now < end; w.run(w.now + 100*time.Microsecond) {
+			if !h.permits() {
+				t.Fatalf("seed %d: gate shut:\n%s", seed+1, w.trace)
+			}
+		}
+		if w.holder() != h {
+			t.Fatalf("seed %d: not active:\n%s", seed+1, w.trace)
+		}
+	}
+}
+
 // TestNoFalseTakeover runs routers for hours without faults: the first takeover is the
 // only one.
 func TestNoFalseTakeover(t *testing.T) {
