@@ -69,7 +69,7 @@ tidy: ## check that go mod tidy would not change go.mod and go.sum of any module
 vulnerabilities: ## check all modules for known vulnerabilities, with govulncheck
 	.ci/vulnerabilities
 
-fuzz: ## fuzz the grammars, the resource, the framing of HTTP requests and ARP, 30 s each
+fuzz: ## fuzz the grammars, the resource, the framing of HTTP requests, ARP and heartbeats, 30 s each
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/object
@@ -77,6 +77,7 @@ fuzz: ## fuzz the grammars, the resource, the framing of HTTP requests and ARP, 
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/httpproxy
 	$(GO) test -fuzz FuzzFraming -fuzztime 30s ./internal/httpproxy
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/arp
+	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/election
 
 golden: ## rewrite testdata/golden, script and the READMEs' tables after an intended change
 	$(GO) test ./internal/cli -run Golden -update

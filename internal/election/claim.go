@@ -230,8 +230,8 @@ func (m *Machine) yield(reason string) {
 		m.away = max(m.away, m.now+awayTime)
 		m.retreat("another host claimed the address", 0)
 	} else {
-		m.retreat(reason, m.apart()<<m.failures)
-		m.failures = min(m.failures+1, maxFailures)
+		m.retreat(reason, min(m.apart()<<m.failures, maxApart))
+		m.failures = min(m.failures+1, 10)
 	}
 	m.standby()
 }

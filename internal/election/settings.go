@@ -33,9 +33,9 @@ const (
 	// maxClaimGap bounds the growing time between claims that no echo reply follows: a
 	// claim is three ARP frames, and switches that inspect ARP close a port at 15 a second.
 	maxClaimGap = 250 * time.Millisecond
-	// maxFailures bounds the time between attempts to claim while the gateway answers nobody:
-	// detection doubled that often.
-	maxFailures = 5
+	// maxApart bounds the growing time between attempts to claim while the gateway answers
+	// nobody.
+	maxApart = 2 * time.Second
 	// quickClaims is the number of claims at claimGap; the gap doubles after each later one.
 	quickClaims = 4
 	// probes is the number of unanswered probes before a claim, as in RFC 5227, section 1.1.
