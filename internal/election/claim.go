@@ -15,7 +15,7 @@ func (m *Machine) standby() {
 	at := m.candidate()
 	if m.now < at {
 		m.phase = idle
-		m.due = min(m.due, at, m.isolatedAt())
+		m.due = min(m.due, at)
 		return
 	}
 	if m.phase == idle {

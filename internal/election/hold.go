@@ -17,8 +17,13 @@ func (m *Machine) hold() {
 		m.resign("no peer and no reference")
 		m.standby()
 		return
-	case m.leaving && (m.now >= m.leaveBy || !m.hasCandidate()):
+	case m.leaving && (m.now >= m.leaveBy || !m.hasCandidate() || m.mixed):
 		m.end("leaving")
+		return
+	case m.resigned() && m.mixed:
+		// Nobody asks for a promise.
+		m.resign("not ready")
+		m.standby()
 		return
 	case m.now >= lapse:
 		m.read()

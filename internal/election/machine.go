@@ -208,7 +208,7 @@ func New(s Settings, now time.Duration) *Machine {
 	return &Machine{
 		s: s, wait: s.Opening(), fresh: s.Ticket(), safe: s.Quiet(), promiseLife: s.Permit(), now: now, awake: now, due: now, beat: now, unreachable: now, reshut: never,
 		notBefore: past, away: past, replied: past, contested: past, held: past, asked: past, promised: past,
-		number: uint32(s.ID), ask: uint32(s.ID >> 32), actions: make([]Action, 0, 16),
+		number: uint32(s.ID), first: uint32(s.ID) + 1, ask: uint32(s.ID >> 32), actions: make([]Action, 0, 16),
 	}
 }
 

@@ -267,6 +267,19 @@ func TestMixedIntervals(t *testing.T) {
 	st.want(Active, "")
 }
 
+// Without a fast hand-over a router shuts at once.
+func TestMixedHandOver(t *testing.T) {
+	for kind, reason := range map[EventKind]string{Leave: "leaving", Ready: "not ready"} {
+		st := newStepper(t, Settings{})
+		slow := peerBeat(1, Standby)
+		slow.Interval = 2 * DefaultInterval
+		st.run(time.Second, slow)
+		st.want(Active, "gateway answers")
+		st.step(Event{Kind: kind})
+		st.want(Standby, reason)
+	}
+}
+
 func slowOpening(interval time.Duration) time.Duration {
 	return Settings{Interval: interval}.Opening()
 }

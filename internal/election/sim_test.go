@@ -102,7 +102,8 @@ func (w *world) after(d time.Duration, h happening) {
 	h.at = w.now + d
 	h.order = w.order
 	w.order++
-	q := append(w.queue, h)
+	w.queue = append(w.queue, h)
+	q := w.queue
 	i := len(q) - 1
 	for i > 0 {
 		p := (i - 1) / 2
@@ -113,7 +114,6 @@ func (w *world) after(d time.Duration, h happening) {
 		i = p
 	}
 	q[i] = h
-	w.queue = q
 }
 
 func (h *happening) before(o *happening) bool {
@@ -264,6 +264,9 @@ func (r *router) step(e Event) {
 		r.tracef("<- %+v", shortEvent(e))
 	}
 	r.carry(actions)
+	if r.alive && !r.m.pending && r.w.now >= r.paused && len(r.inbox) == 0 && r.m.started && r.m.Next() <= r.m.now {
+		r.w.violation = fmt.Sprintf("at %v router %d has nothing to do, but does not wait", r.w.now, r.index)
+	}
 }
 
 // carry carries actions out. In faulty times the process can pause between any two.
