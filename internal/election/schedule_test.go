@@ -13,7 +13,12 @@ import (
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
-var seedFlag = flag.Uint64("seed", 0, "replay this seed of TestSchedules with a trace")
+// TestSchedules by hand: go test ./internal/election -run 'TestSchedules$' -v -seed 42
+var (
+	seedFlag      = flag.Uint64("seed", 0, "replay this seed of TestSchedules with a trace")
+	firstFlag     = flag.Uint64("first", 1, "first seed of TestSchedules")
+	schedulesFlag = flag.Int("schedules", 0, "number of schedules of TestSchedules")
+)
 
 // bound is the time from the end of the last fault to a holder that stays. In the worst case
 // a router lost to one whose heartbeats it did not hear, and stays away.
@@ -258,6 +263,9 @@ func (w *world) upgrade(other *router) {
 
 // count returns the number of schedules.
 func count() int {
+	if *schedulesFlag > 0 {
+		return *schedulesFlag
+	}
 	if nstest.Long() {
 		return 1_000_000
 	}
@@ -273,7 +281,7 @@ func TestSchedules(t *testing.T) {
 		return
 	}
 	begin := time.Now()
-	seed, failure, longest := search(count()/rounds, breaks{}, "")
+	seed, failure, longest := search((count()+rounds-1)/rounds, breaks{}, "")
 	t.Logf("%d schedules in %v, longest time without a holder after the last fault %v", count(), time.Since(begin).Round(time.Millisecond), longest)
 	if failure != "" {
 		w, failure, _ := play(seed, breaks{}, true)
@@ -284,6 +292,7 @@ func TestSchedules(t *testing.T) {
 // search plays n seeds on all processors, and returns the first failure with a text.
 func search(n int, b breaks, want string) (seed uint64, failure string, longest time.Duration) {
 	var next atomic.Uint64
+	next.Store(*firstFlag - 1)
 	var mu sync.Mutex
 	var group sync.WaitGroup
 	var found atomic.Bool
@@ -291,7 +300,7 @@ func search(n int, b breaks, want string) (seed uint64, failure string, longest 
 		group.Go(func() {
 			for !found.Load() {
 				s := next.Add(1)
-				if s > uint64(n) {
+				if s >= *firstFlag+uint64(n) {
 					return
 				}
 				_, f, l := play(s, b, false)
