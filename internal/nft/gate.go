@@ -1,0 +1,296 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/rules"
+)
+
+// gateName is the name of the gate's table.
+const gateName = "egress-router-gate"
+
+// A Gate drops what leaves an interface with a reserved address, unless the gateway, or
+// another witness, has just answered a ping from that address. Whoever gets the answer is
+// whom the neighbours take for the holder of the address: of several hosts with it, at most
+// one sends. The kernel alone closes it, at the end of the time that an answer permits, even
+// if the process has ended or hangs.
+//
+// The pings, and the announcements by which the neighbours learn the address, come from
+// packet sockets with the gate's mark (socket(7), SO_MARK). The table has sets with
+// lifetimes (nft(8), timeout). That of tickets contains numbers of pings, the others the interface:
+//
+//	ticket  a ping; set by the kernel as it leaves
+//	permit  packets leave; extended by the kernel as the answer to a live ticket arrives,
+//	        if it is alive or the gate is armed
+//	claim   marked announcements and pings leave
+//	arm     pings leave, and an answer opens
+//	open    a permit counts; without a lifetime, since an answer on its way during Shut may
+//	        extend the permit afterwards
+//
+// Probes for an address (RFC 5227, section 2.1.1; RFC 4862, section 5.4.2) and the packets of
+// a link-local address always leave, unless these advertise a reserved address.
+//
+// A kernel without the egress hook of netdev (Linux 5.16, CONFIG_NETFILTER_EGRESS) has the rules
+// behind the translation of sources, where they see no ARP and no packet socket.
+//
+// All methods work in the calling thread's network namespace.
+type Gate struct {
+	Interface string
+	// Sources are the reserved addresses. Only answers to the first one open: two hosts of
+	// which each had an answer to another address would both send.
+	Sources []netip.Addr
+	// Witnesses are the hosts whose answers open: those of the family of the first source.
+	Witnesses []netip.Addr
+	Mark      uint32 // of the packet sockets
+	// Ticket is the time in which a ping has to be answered, Permit the time that an answer
+	// permits. The kernel rounds them down to its ticks, of 1 to 10 ms.
+	Ticket, Permit time.Duration
+	WithoutEgress  bool // the kernel has no egress hook
+}
+
+// The names of the gate's sets and chains.
+const (
+	ticketSet = "ticket"
+	permitSet = "permit"
+	claimSet  = "claim"
+	armSet    = "arm"
+	openSet   = "open"
+
+	egressChain  = "egress"
+	ingressChain = "ingress"
+	leaveChain   = "leave" // the rules of egress for the interface, in inet
+	pingChain    = "ping"  // our pings to a witness
+	replyChain   = "reply" // their answers
+)
+
+// gateSets are the gate's sets, in the order of their creation.
+var gateSets = []string{ticketSet, permitSet, claimSet, armSet, openSet}
+
+// most is the number of elements of a set. The kernel collects dead elements once a second
+// (nft_set_gc_interval in net/netfilter).
+const most = 1 << 16
+
+// netdevEgress is the egress hook of netdev (linux/netfilter.h, nf_dev_hooks), inetIngress the
+// ingress hook of inet (NF_INET_INGRESS).
+const (
+	netdevIngress = 0
+	netdevEgress  = 1
+	inetIngress   = 5
+)
+
+// The types of ICMP (RFC 792) and ICMPv6 (RFC 4443, RFC 4861) messages, and the offset of
+// identifier and sequence number of a ping, which is its number here.
+const (
+	echoRequest4 = 8
+	echoReply4   = 0
+	echoRequest6 = 128
+	echoReply6   = 129
+	solicitation = 135
+	advertises   = 136
+
+	echoNumber   = 4
+	advertised   = 8  // offset of the target of an advertisement
+	arpSender    = 14 // offset of the sender's address (RFC 826)
+	etherTypeAt  = 12
+	etherTypeLen = 2
+)
+
+// family returns the family of the gate's table.
+func (g Gate) family() nftables.TableFamily {
+	if g.WithoutEgress {
+		return nftables.TableFamilyINet
+	}
+	return nftables.TableFamilyNetdev
+}
+
+func (g Gate) table() *nftables.Table {
+	return &nftables.Table{Name: gateName, Family: g.family()}
+}
+
+// Validate returns what is wrong with the gate.
+func (g Gate) Validate() error {
+	switch {
+	case g.Interface == "":
+		return errors.New("gate: expected an interface, found none")
+	case len(g.Sources) == 0 || len(g.witnesses()) == 0:
+		return errors.New("gate: expected a reserved address and a witness of its family, found none")
+	case g.Mark == 0:
+		return errors.New("gate: expected a mark, found none")
+	case g.Ticket < time.Millisecond || g.Permit < time.Millisecond: // without a lifetime an element stays
+		return fmt.Errorf("gate: expected lifetimes of at least 1ms, found %v and %v", g.Ticket, g.Permit)
+	}
+	return nil
+}
+
+// witnesses returns those of the family of the first source.
+func (g Gate) witnesses() []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(g.Witnesses), func(a netip.Addr) bool { return a.Is4() != g.Sources[0].Is4() })
+}
+
+// A gateChain is a chain of the gate. Without a hook it is one to jump to.
+type gateChain struct {
+	name   string
+	based  bool
+	hook   uint32
+	at     int32  // priority
+	device string // of a hook of one interface
+	drops  bool   // its policy is drop
+	rules  [][]expr.Any
+}
+
+// chains returns the chains that the kernel shall have, each before a jump to it.
+func (g Gate) chains() []gateChain {
+	ping, reply := g.pings()
+	egress := gateChain{name: egressChain, based: true, hook: netdevEgress, device: g.Interface, drops: true, rules: g.egress()}
+	ingress := gateChain{name: ingressChain, based: true, hook: netdevIngress, device: g.Interface, rules: g.ingress()}
+	if !g.WithoutEgress {
+		return []gateChain{ping, reply, egress, ingress}
+	}
+	leave := gateChain{name: leaveChain, rules: egress.rules}
+	egress = gateChain{name: egressChain, based: true, hook: uint32(*nftables.ChainHookPostrouting), at: int32(*nftables.ChainPriorityNATSource) + 2, rules: [][]expr.Any{{
+		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: register}, compare(expr.CmpOpEq, interfaceName(g.Interface)),
+		&expr.Verdict{Kind: expr.VerdictGoto, Chain: leaveChain},
+	}}}
+	ingress.hook = inetIngress
+	return []gateChain{reply, leave, egress, ingress}
+}
+
+// pings returns the chains of our pings and their answers.
+func (g Gate) pings() (ping, reply gateChain) {
+	number := &expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: echoNumber, Len: 4}
+	update := func(set string, lives time.Duration) expr.Any {
+		return &expr.Dynset{SrcRegKey: register, SetName: set, Operation: uint32(unix.NFT_DYNSET_OP_UPDATE), Timeout: lives.Truncate(time.Millisecond)}
+	}
+	ping, reply = gateChain{name: pingChain}, gateChain{name: replyChain}
+	for _, set := range []string{permitSet, claimSet, armSet} {
+		ping.rules = append(ping.rules, append(leaves(set), number, update(ticketSet, g.Ticket), &expr.Verdict{Kind: expr.VerdictAccept}))
+	}
+	for _, set := range []string{permitSet, armSet} {
+		reply.rules = append(reply.rules, append(arrives(set), update(permitSet, g.Permit), &expr.Verdict{Kind: expr.VerdictReturn}))
+	}
+	return ping, reply
+}
+
+// leaves matches while a set contains the interface by which the packet leaves.
+func leaves(set string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIF, Register: register}, lookUpIn(set)}
+}
+
+// arrives does the same with the interface by which it has arrived.
+func arrives(set string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: register}, lookUpIn(set)}
+}
+
+func lookUpIn(set string) expr.Any { return &expr.Lookup{SourceRegister: register, SetName: set} }
+
+// isMarked matches packets with the gate's mark.
+func (g Gate) isMarked() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: register}, compare(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(g.Mark))}
+}
+
+// isOf matches frames of a protocol (linux/if_ether.h).
+func (g Gate) isOf(etherType uint16) []expr.Any {
+	if g.WithoutEgress { // there are no frames behind routing
+		number := map[uint16]byte{unix.ETH_P_IP: unix.NFPROTO_IPV4, unix.ETH_P_IPV6: unix.NFPROTO_IPV6}[etherType]
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: register}, compare(expr.CmpOpEq, []byte{number})}
+	}
+	return []expr.Any{
+		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseLLHeader, Offset: etherTypeAt, Len: etherTypeLen},
+		compare(expr.CmpOpEq, binary.BigEndian.AppendUint16(nil, etherType)),
+	}
+}
+
+// behindEthernet matches bytes of the header behind that of Ethernet.
+func behindEthernet(offset uint32, value []byte) []expr.Any {
+	length := uint32(len(value)) //nolint:gosec // at most 16
+	return []expr.Any{&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length}, compare(expr.CmpOpEq, value)}
+}
+
+// message matches an ICMP or ICMPv6 message by its type.
+func message(protocol, kind byte) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register}, compare(expr.CmpOpEq, []byte{protocol}),
+		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, compare(expr.CmpOpEq, []byte{kind}),
+	}
+}
+
+// An echo is the pings of a family.
+type echo struct {
+	etherType      uint16
+	protocol       byte
+	request, reply byte // types of the messages
+	format         format
+}
+
+func echoOf(a netip.Addr) echo {
+	if a.Is4() {
+		return echo{unix.ETH_P_IP, unix.IPPROTO_ICMP, echoRequest4, echoReply4, formats[rules.IPv4]}
+	}
+	return echo{unix.ETH_P_IPV6, unix.IPPROTO_ICMPV6, echoRequest6, echoReply6, formats[rules.IPv6]}
+}
+
+// egress returns the rules for what leaves. A frame of a packet socket may say one protocol and
+// contain another: only the frame itself counts.
+func (g Gate) egress() (all [][]expr.Any) {
+	accept, drop := &expr.Verdict{Kind: expr.VerdictAccept}, &expr.Verdict{Kind: expr.VerdictDrop}
+	add := func(verdict expr.Any, matches ...[]expr.Any) {
+		all = append(all, append(slices.Concat(matches...), verdict))
+	}
+	source := g.Sources[0].AsSlice()
+	e := echoOf(g.Sources[0])
+	if !g.WithoutEgress {
+		for _, w := range g.witnesses() {
+			add(&expr.Verdict{Kind: expr.VerdictJump, Chain: pingChain}, g.isOf(e.etherType), g.isMarked(), message(e.protocol, e.request),
+				behindEthernet(e.format.source, source), behindEthernet(e.format.destination, w.AsSlice()))
+		}
+	}
+	add(accept, leaves(permitSet), []expr.Any{lookUpIn(openSet)})
+	if !g.WithoutEgress {
+		add(accept, leaves(claimSet), g.isMarked(), g.isOf(unix.ETH_P_ARP))
+		add(accept, g.isOf(unix.ETH_P_ARP), behindEthernet(arpSender, make([]byte, 4)))
+		for _, kind := range []byte{solicitation, advertises} {
+			add(accept, leaves(claimSet), g.isMarked(), g.isOf(unix.ETH_P_IPV6), message(unix.IPPROTO_ICMPV6, kind))
+		}
+	}
+	six := formats[rules.IPv6]
+	for _, a := range g.Sources {
+		if a.Is6() {
+			add(drop, g.isOf(unix.ETH_P_IPV6), message(unix.IPPROTO_ICMPV6, advertises), []expr.Any{
+				&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: advertised, Len: 16},
+				compare(expr.CmpOpEq, a.AsSlice()), &expr.Counter{},
+			})
+		}
+	}
+	add(accept, g.isOf(unix.ETH_P_IPV6), behindEthernet(six.source, make([]byte, 16)))
+	add(accept, g.isOf(unix.ETH_P_IPV6), []expr.Any{
+		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: six.source, Len: 2},
+		&expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 2, Mask: []byte{0xff, 0xc0}, Xor: make([]byte, 2)},
+		compare(expr.CmpOpEq, []byte{0xfe, 0x80}), // fe80::/10 (RFC 4291, section 2.5.6)
+	})
+	add(drop, []expr.Any{&expr.Counter{}})
+	return all
+}
+
+// ingress returns the rules for what arrives: the answers to live tickets.
+func (g Gate) ingress() (all [][]expr.Any) {
+	e := echoOf(g.Sources[0])
+	for _, w := range g.witnesses() {
+		all = append(all, slices.Concat(g.isOf(e.etherType), message(e.protocol, e.reply), behindEthernet(e.format.source, w.AsSlice()),
+			behindEthernet(e.format.destination, g.Sources[0].AsSlice()), []expr.Any{
+				&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: echoNumber, Len: 4},
+				lookUpIn(ticketSet),
+				&expr.Verdict{Kind: expr.VerdictJump, Chain: replyChain},
+			}))
+	}
+	return all
+}

@@ -1,0 +1,537 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"reflect"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Load loads the gate, shut. It changes nothing if the kernel has it already, not even the
+// permit. A damaged gate is replaced by a shut one; a new chain drops from the moment when the
+// kernel knows it, even before the transaction ends.
+func (g Gate) Load() error {
+	found, err := g.Differs()
+	if err != nil || len(found) == 0 {
+		return err
+	}
+	var b batch
+	for _, other := range gateFamilies {
+		t := &nftables.Table{Name: gateName, Family: other}
+		if found, err := hasTable(t); err != nil {
+			return err
+		} else if found {
+			b.deleteTable(t)
+		}
+	}
+	t := g.table()
+	b.addTable(t)
+	for i, set := range gateSets {
+		b.addGateSet(t, set, uint32(i+1)) //nolint:gosec // a small number
+	}
+	chains := g.chains()
+	for _, c := range chains {
+		b.addGateChain(t, c)
+	}
+	for _, c := range chains {
+		for _, r := range c.rules {
+			b.addRule(t, c.name, r)
+		}
+	}
+	if err := b.run(); err != nil {
+		return fmt.Errorf("load gate: %w", err)
+	}
+	return nil
+}
+
+// gateFamilies are the families in which the gate may be.
+var gateFamilies = []nftables.TableFamily{nftables.TableFamilyNetdev, nftables.TableFamilyINet}
+
+// Shut drops everything from now on, in one transaction.
+func (g Gate) Shut() error {
+	return g.change("shut gate", permitSet, openSet, claimSet, armSet, ticketSet)
+}
+
+// Claim lets announcements and pings leave for a time.
+func (g Gate) Claim(d time.Duration) error {
+	return g.change("claim", claimSet, live{set: claimSet, left: d})
+}
+
+// Arm lets the answer to a ping that leaves from now on open the gate, for a time. The gate is
+// shut until then.
+func (g Gate) Arm(d time.Duration) error {
+	return g.change("arm gate", ticketSet, permitSet, armSet, live{set: armSet, left: d}, live{set: openSet})
+}
+
+// AddTicket does what the kernel does as a ping with a number leaves, if it has no egress hook. It is called before
+// the ping is sent.
+func (g Gate) AddTicket(n uint32) error {
+	if !g.WithoutEgress {
+		return nil
+	}
+	return g.change("add ticket", live{ticketSet, binary.BigEndian.AppendUint32(nil, n), g.Ticket})
+}
+
+// A live is an element of a set, with its lifetime.
+type live struct {
+	set  string
+	key  []byte        // nil: the interface
+	left time.Duration // zero: it stays
+}
+
+// change flushes sets, by their names, and adds elements, in one transaction.
+func (g Gate) change(what string, steps ...any) error {
+	var b batch
+	t := g.table()
+	for _, s := range steps {
+		switch s := s.(type) {
+		case string:
+			b.add(unix.NFT_MSG_DELSETELEM, 0, t.Family, func(e *netlink.AttributeEncoder) {
+				e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
+				e.String(unix.NFTA_SET_ELEM_LIST_SET, s)
+			})
+		case live:
+			if s.set != openSet && s.left < time.Millisecond { // zero: for ever
+				return fmt.Errorf("%s: expected at least 1ms, found %v", what, s.left)
+			}
+			if s.key == nil {
+				key, err := g.key()
+				if err != nil {
+					return fmt.Errorf("%s: %w", what, err)
+				}
+				s.key = key
+			}
+			b.addElement(t, s)
+		}
+	}
+	if err := b.run(); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+// key returns the key of the interface, its index in the order of the machine.
+func (g Gate) key() ([]byte, error) {
+	found, err := net.InterfaceByName(g.Interface)
+	if err != nil {
+		return nil, fmt.Errorf("find %q: %w", g.Interface, err)
+	}
+	return binary.NativeEndian.AppendUint32(nil, uint32(found.Index)), nil //nolint:gosec // positive
+}
+
+// addElement adds an element of one of the gate's sets.
+func (b *batch) addElement(t *nftables.Table, l live) {
+	b.add(unix.NFT_MSG_NEWSETELEM, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
+		e.String(unix.NFTA_SET_ELEM_LIST_SET, l.set)
+		e.Nested(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(e *netlink.AttributeEncoder) error {
+			e.Nested(unix.NFTA_LIST_ELEM, func(e *netlink.AttributeEncoder) error {
+				e.Nested(unix.NFTA_SET_ELEM_KEY, func(e *netlink.AttributeEncoder) error {
+					e.Bytes(unix.NFTA_DATA_VALUE, l.key)
+					return nil
+				})
+				if l.left != 0 {
+					e.Uint64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(l.left.Milliseconds())) //nolint:gosec // positive
+				}
+				return nil
+			})
+			return nil
+		})
+	})
+}
+
+// Left returns how long packets may leave without another answer; zero: the gate is shut.
+func (g Gate) Left() (time.Duration, error) {
+	key, err := g.key()
+	if err != nil {
+		return 0, err
+	}
+	var left time.Duration
+	for _, set := range []string{openSet, permitSet} {
+		found, err := g.elements(set)
+		if err != nil {
+			return 0, fmt.Errorf("read set %s of gate: %w", set, err)
+		}
+		at := slices.IndexFunc(found, func(l live) bool { return slices.Equal(l.key, key) })
+		if at < 0 {
+			return 0, nil
+		}
+		left = found[at].left
+	}
+	return left, nil
+}
+
+// elements returns the live elements of a set.
+func (g Gate) elements(set string) ([]live, error) {
+	return readElements(g.table(), set, func(b []byte) (l live, err error) {
+		l.set = set
+		err = attributes(b, func(kind uint16, data []byte) error {
+			switch kind {
+			case unix.NFTA_SET_ELEM_EXPIRATION:
+				if len(data) == 8 {
+					l.left = time.Duration(min(binary.BigEndian.Uint64(data), math.MaxInt32)) * time.Millisecond //nolint:gosec // limited
+				}
+			case unix.NFTA_SET_ELEM_KEY:
+				return attributes(data, func(_ uint16, value []byte) error {
+					l.key = slices.Clone(value)
+					return nil
+				})
+			}
+			return nil
+		})
+		return l, err
+	}, func(a, b live) int { return slices.Compare(a.key, b.key) })
+}
+
+// A gateSet is a set of the gate, as the kernel has it.
+type gateSet struct {
+	name                             string
+	flags, keyType, keyLength, limit uint32
+}
+
+// setOf returns the set with a name that the kernel shall have.
+func setOf(name string) gateSet {
+	s := gateSet{name, unix.NFT_SET_TIMEOUT | unix.NFT_SET_EVAL, nftables.TypeIFIndex.GetNFTMagic(), nftables.TypeIFIndex.Bytes, most}
+	switch name {
+	case ticketSet:
+		s.keyType = nftables.TypeMark.GetNFTMagic()
+	case openSet:
+		s.flags, s.limit = 0, 0
+	}
+	return s
+}
+
+// hostOrder is the user data by which nft(8) prints keys that are numbers in the order of the machine
+// (libnftnl/udata.h, NFTNL_UDATA_SET_KEYBYTEORDER, of four bytes, which are 1).
+var hostOrder = append([]byte{0, 4}, binary.NativeEndian.AppendUint32(nil, 1)...)
+
+// addGateSet adds a set of the gate, without elements.
+func (b *batch) addGateSet(t *nftables.Table, name string, id uint32) {
+	s := setOf(name)
+	b.add(unix.NFT_MSG_NEWSET, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_SET_TABLE, t.Name)
+		e.String(unix.NFTA_SET_NAME, name)
+		e.Uint32(unix.NFTA_SET_ID, id)
+		e.Uint32(unix.NFTA_SET_FLAGS, s.flags)
+		e.Uint32(unix.NFTA_SET_KEY_TYPE, s.keyType)
+		e.Uint32(unix.NFTA_SET_KEY_LEN, s.keyLength)
+		if s.keyType == nftables.TypeIFIndex.GetNFTMagic() {
+			e.Bytes(unix.NFTA_SET_USERDATA, hostOrder)
+		}
+		if s.limit != 0 {
+			e.Nested(unix.NFTA_SET_DESC, func(e *netlink.AttributeEncoder) error {
+				e.Uint32(unix.NFTA_SET_DESC_SIZE, s.limit)
+				return nil
+			})
+		}
+	})
+}
+
+// addGateChain adds a chain of the gate, without rules.
+func (b *batch) addGateChain(t *nftables.Table, c gateChain) {
+	b.add(unix.NFT_MSG_NEWCHAIN, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
+		e.String(unix.NFTA_CHAIN_TABLE, t.Name)
+		e.String(unix.NFTA_CHAIN_NAME, c.name)
+		if !c.based {
+			return
+		}
+		e.Nested(unix.NFTA_CHAIN_HOOK, func(e *netlink.AttributeEncoder) error {
+			e.Uint32(unix.NFTA_HOOK_HOOKNUM, c.hook)
+			e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.at)) //nolint:gosec // the kernel reads two's complement
+			if c.device != "" {
+				e.String(unix.NFTA_HOOK_DEV, c.device)
+			}
+			return nil
+		})
+		policy := uint32(nftables.ChainPolicyAccept)
+		if c.drops {
+			policy = uint32(nftables.ChainPolicyDrop)
+		}
+		e.Uint32(unix.NFTA_CHAIN_POLICY, policy)
+		e.String(unix.NFTA_CHAIN_TYPE, string(nftables.ChainTypeFilter))
+	})
+}
+
+// list calls fn for each object of our tables of a family with a given name, with its attributes.
+// The number of the attribute with the name of the table is 1 in all of them.
+func list(kind int, t *nftables.Table, fn func(attribute uint16, data []byte) error, next func() error) error {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return fmt.Errorf("open nfnetlink socket: %w", err)
+	}
+	defer conn.Close()
+	var b batch
+	b.append(kind, netlink.Dump, t.Family, nil)
+	if _, err := conn.Send(b.messages[0]); err != nil {
+		return reason(err)
+	}
+	return receive(conn, func(m syscall.NetlinkMessage) error {
+		content, ours := m.Data[len(header(0, 0)):], false
+		if err := attributes(content, func(a uint16, data []byte) error {
+			ours = ours || a == unix.NFTA_TABLE_NAME && textOf(data) == t.Name
+			return nil
+		}); err != nil || !ours {
+			return err
+		}
+		if err := attributes(content, fn); err != nil {
+			return err
+		}
+		return next()
+	})
+}
+
+func textOf(data []byte) string { return strings.TrimRight(string(data), "\x00") }
+
+func numberOf(data []byte) uint32 {
+	if len(data) != 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(data)
+}
+
+// hasTable reports whether a table exists, and its flags are none.
+func hasTable(t *nftables.Table) (there bool, err error) {
+	err = list(unix.NFT_MSG_GETTABLE, t, func(uint16, []byte) error { return nil }, func() error { there = true; return nil })
+	if missing(err) {
+		return false, nil
+	}
+	return there, err
+}
+
+// isDormant reports whether a table is disabled.
+func isDormant(t *nftables.Table) (dormant bool, err error) {
+	err = list(unix.NFT_MSG_GETTABLE, t, func(a uint16, data []byte) error {
+		dormant = dormant || a == unix.NFTA_TABLE_FLAGS && numberOf(data) != 0
+		return nil
+	}, func() error { return nil })
+	return dormant, err
+}
+
+// listSets returns the sets of the gate.
+func (g Gate) listSets() (found []gateSet, err error) {
+	var s gateSet
+	err = list(unix.NFT_MSG_GETSET, g.table(), func(a uint16, data []byte) error {
+		switch a {
+		case unix.NFTA_SET_NAME:
+			s.name = textOf(data)
+		case unix.NFTA_SET_FLAGS:
+			s.flags = numberOf(data)
+		case unix.NFTA_SET_KEY_TYPE:
+			s.keyType = numberOf(data)
+		case unix.NFTA_SET_KEY_LEN:
+			s.keyLength = numberOf(data)
+		case unix.NFTA_SET_DESC:
+			return attributes(data, func(a uint16, data []byte) error {
+				if a == unix.NFTA_SET_DESC_SIZE {
+					s.limit = numberOf(data)
+				}
+				return nil
+			})
+		}
+		return nil
+	}, func() error {
+		found, s = append(found, s), gateSet{}
+		return nil
+	})
+	return found, err
+}
+
+// listChains returns the chains of the gate, without their rules.
+func (g Gate) listChains() (found []gateChain, err error) {
+	var c gateChain
+	err = list(unix.NFT_MSG_GETCHAIN, g.table(), func(a uint16, data []byte) error {
+		switch a {
+		case unix.NFTA_CHAIN_NAME:
+			c.name = textOf(data)
+		case unix.NFTA_CHAIN_POLICY:
+			c.drops = numberOf(data) == uint32(nftables.ChainPolicyDrop)
+		case unix.NFTA_CHAIN_HOOK:
+			c.based = true
+			return attributes(data, func(a uint16, data []byte) error {
+				switch a {
+				case unix.NFTA_HOOK_HOOKNUM:
+					c.hook = numberOf(data)
+				case unix.NFTA_HOOK_PRIORITY:
+					c.at = int32(numberOf(data)) //nolint:gosec // the kernel writes two's complement
+				case unix.NFTA_HOOK_DEV: // only if there is one
+					c.device = textOf(data)
+				}
+				return nil
+			})
+		}
+		return nil
+	}, func() error {
+		found, c = append(found, c), gateChain{}
+		return nil
+	})
+	return found, err
+}
+
+// Differs returns the differences of the kernel from the gate, one line each. Elements of sets do
+// not count.
+func (g Gate) Differs() (found []string, err error) {
+	if err := g.Validate(); err != nil {
+		return nil, err
+	}
+	there, err := hasTable(g.table())
+	if err != nil {
+		return nil, fmt.Errorf("read gate: %w", err)
+	}
+	if !there {
+		return []string{"gate: missing"}, nil
+	}
+	found, err = g.differences()
+	if err != nil {
+		return nil, fmt.Errorf("read gate: %w", err)
+	}
+	return found, nil
+}
+
+func (g Gate) differences() (found []string, err error) {
+	say := func(format string, args ...any) { found = append(found, "gate: "+fmt.Sprintf(format, args...)) }
+	dormant, err := isDormant(g.table())
+	if err != nil {
+		return nil, err
+	}
+	if dormant {
+		say("unexpected flags")
+	}
+	sets, err := g.listSets()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range gateSets {
+		if !slices.Contains(sets, setOf(name)) {
+			say("set %s missing or of another kind", name)
+		}
+	}
+	chains, err := g.listChains()
+	if err != nil {
+		return nil, err
+	}
+	conn, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
+	}
+	defer func() { _ = conn.CloseLasting() }()
+	want := g.chains()
+	for _, c := range want {
+		at := slices.IndexFunc(chains, func(other gateChain) bool { return other.name == c.name })
+		if at < 0 {
+			say("chain %s is missing", c.name)
+			continue
+		}
+		listed, err := conn.GetRules(g.table(), &nftables.Chain{Name: c.name})
+		if err != nil {
+			return nil, fmt.Errorf("list rules of chain %s: %w", c.name, err)
+		}
+		for _, r := range listed {
+			takeCount(r.Exprs)
+			chains[at].rules = append(chains[at].rules, r.Exprs)
+		}
+		if !slices.EqualFunc(chains[at].rules, c.rules, sameTimed) {
+			say("chain %s has other rules", c.name)
+		}
+		if chains[at].rules = c.rules; !reflect.DeepEqual(chains[at], c) {
+			say("chain %s has another interface, hook, priority or policy", c.name)
+		}
+	}
+	if len(chains) > len(want) || len(sets) > len(gateSets) {
+		say("chains or sets not in the plan")
+	}
+	return found, nil
+}
+
+// tick is the longest tick of a kernel (CONFIG_HZ), to which it rounds a lifetime down.
+const tick = 10 * time.Millisecond
+
+// sameTimed reports whether a rule of the kernel is the planned one.
+func sameTimed(have, want []expr.Any) bool {
+	return slices.EqualFunc(have, want, func(have, want expr.Any) bool {
+		a, is := have.(*expr.Dynset)
+		if b, also := want.(*expr.Dynset); is && also && a.Timeout <= b.Timeout && a.Timeout > b.Timeout-tick {
+			same := *a
+			same.Timeout = b.Timeout
+			have = &same
+		}
+		return reflect.DeepEqual(have, want)
+	})
+}
+
+// Dropped returns the number of packets that the gate has dropped.
+func (g Gate) Dropped() (packets uint64, err error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return 0, fmt.Errorf("open nfnetlink socket: %w", err)
+	}
+	chain := egressChain
+	if g.WithoutEgress {
+		chain = leaveChain
+	}
+	listed, err := conn.GetRules(g.table(), &nftables.Chain{Name: chain})
+	if errors.Is(err, unix.ENOENT) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("list rules of gate: %w", err)
+	}
+	for _, r := range listed {
+		packets += takeCount(r.Exprs)
+	}
+	return packets, nil
+}
+
+// hooksEgress remembers that the kernel has or lacks the hook: it keeps it as long as it runs.
+var hooksEgress atomic.Pointer[bool]
+
+// HooksEgress reports whether the kernel has the egress hook of netdev (Linux 5.16,
+// CONFIG_NETFILTER_EGRESS). To find out it adds a chain to the loopback interface and deletes it,
+// in one transaction.
+func HooksEgress() (bool, error) {
+	if known := hooksEgress.Load(); known != nil {
+		return *known, nil
+	}
+	probe := &nftables.Table{Name: gateName + "-probe", Family: nftables.TableFamilyNetdev}
+	var b batch
+	b.addTable(probe)
+	b.addGateChain(probe, gateChain{name: egressChain, based: true, hook: netdevEgress, device: "lo"})
+	b.deleteTable(probe)
+	err := b.run()
+	hooks := err == nil
+	if err != nil && !missing(err) && !errors.Is(err, unix.ENOENT) {
+		return false, fmt.Errorf("probe the egress hook of nftables: %w", err)
+	}
+	hooksEgress.Store(&hooks)
+	return hooks, nil
+}
+
+// RemoveGate removes the gate of any interface.
+func RemoveGate() (removed bool, err error) {
+	var b batch
+	for _, f := range gateFamilies {
+		t := &nftables.Table{Name: gateName, Family: f}
+		there, err := hasTable(t)
+		if err != nil {
+			return false, fmt.Errorf("read gate: %w", err)
+		}
+		if there {
+			b.deleteTable(t)
+		}
+	}
+	if err := b.run(); err != nil {
+		return false, fmt.Errorf("remove gate: %w", err)
+	}
+	return len(b.messages) > 0, nil
+}
