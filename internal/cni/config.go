@@ -89,6 +89,8 @@ func kindOf(t string) string {
 		return "a text"
 	case "[]string", "object.Texts":
 		return "a list of texts"
+	case "uint16":
+		return "a port"
 	}
 	return "an object"
 }

@@ -30,8 +30,12 @@ func TestMain(m *testing.M) {
 	labtest.MainOf(m, program)
 }
 
-// program is the main function of cmd/egress-router-cni, which cannot be imported.
+// program is the main function of cmd/egress-router-cni, which cannot be imported, and in
+// mode monitor that of the router in a container.
 func program() {
+	if os.Getenv("CNI_COMMAND") == "" && os.Getenv("EGRESS_ROUTER_MODE") == "monitor" {
+		labtest.Program()
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code := cni.Run(ctx, cni.Process{
 		Args: os.Args[1:], Getenv: os.Getenv, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,

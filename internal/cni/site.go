@@ -111,6 +111,7 @@ func newRouter(want plan.Want, log *slog.Logger) *router.Router {
 // want returns what the pod's namespace shall be, with m as the egress interface to create.
 func (c *call) want(r spec.Router, m *spec.Macvlan, cluster string) plan.Want {
 	r.Egress, r.Cluster, r.Macvlan = c.ifname, cluster, m
+	r.HealthPort = rules.Port(c.conf.MonitorPort)
 	r.ReplyMark, r.ReplyTable = spec.DefaultReplyMark, spec.DefaultReplyTable
 	r.Conflict = cmp.Or(spec.Conflict(c.conf.Conflict), spec.ConflictWarn)
 	want := plan.WantOf(r)

@@ -20,8 +20,12 @@ type Attachment struct {
 	IP            *IP           `json:"ip,omitempty"`
 	// Capabilities are the keys of RuntimeConfig that the runtime may set.
 	Capabilities map[string]bool `json:"capabilities,omitempty"`
-	LogFile      string          `json:"log_file,omitempty"`  // on the node
-	LogLevel     string          `json:"log_level,omitempty"` // debug, warning or error
+	// MonitorPort is the TCP port at which a container of the pod in mode monitor serves its
+	// health; zero: there is none. The port is not redirected, and CHECK leaves the rules to
+	// the container, which changes them with the resource.
+	MonitorPort uint16 `json:"monitorPort,omitempty"`
+	LogFile     string `json:"log_file,omitempty"`  // on the node
+	LogLevel    string `json:"log_level,omitempty"` // debug, warning or error
 }
 
 // InterfaceArgs are the arguments of the macvlan.

@@ -26,7 +26,7 @@ import (
 
 // Main runs the tests in namespaces of their own, and makes the test binary the
 // program under each of its names. A TestMain calls it.
-func Main(m *testing.M) { MainOf(m, program) }
+func Main(m *testing.M) { MainOf(m, Program) }
 
 // MainOf is Main with the main function of the program itself.
 func MainOf(m *testing.M, program func()) {
@@ -43,6 +43,7 @@ func MainOf(m *testing.M, program func()) {
 		"without-privilege":    func() { become(nobody) },
 		"with-read-only-proc":  func() { become(readOnlyProc) },
 		"with-read-only-run":   func() { become(readOnlyRun) },
+		"without-name-servers": func() { become(noNameServers) },
 		"with-termination-log": func() { become(terminationLog) },
 		"with-empty-dev":       func() { become(emptyDev) },
 		"as-another-user":      func() { become(anotherUser) },
@@ -57,8 +58,8 @@ func MainOf(m *testing.M, program func()) {
 	})
 }
 
-// program is the main function of cmd/egress-router, which cannot be imported.
-func program() {
+// Program is the main function of cmd/egress-router, which cannot be imported.
+func Program() {
 	os.Exit(cli.Run(context.Background(), cli.Process{
 		Name: os.Args[0], Args: os.Args[1:], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr,
 		TerminationLog: cli.TerminationLog,
@@ -105,6 +106,28 @@ func readOnlyProc() error {
 		return err
 	}
 	return unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+}
+
+// noNameServers is a container without --privileged in a pod that looks nothing up:
+// dnsPolicy None, with the loopback address as its name server.
+func noNameServers() error {
+	if err := readOnlyProc(); err != nil {
+		return err
+	}
+	file, err := os.CreateTemp("", "resolv.conf")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(file.Name()) // the mount holds the file
+	if _, err := file.WriteString("nameserver 127.0.0.1\n"); err != nil {
+		return err
+	}
+	const resolvConf = "/etc/resolv.conf"
+	// The tests' own is a deleted file, over which the kernel does not mount another one.
+	if err := unix.Unmount(resolvConf, unix.MNT_DETACH); err != nil {
+		return err
+	}
+	return unix.Mount(file.Name(), resolvConf, "", unix.MS_BIND, "")
 }
 
 // readOnlyRun makes /run read-only, as the root file system of a container can be.
