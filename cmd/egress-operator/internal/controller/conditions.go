@@ -35,6 +35,7 @@ const (
 	reasonUnscheduled = "Unschedulable"
 	reasonContainer   = "ContainerFailed"
 	reasonReplica     = "PodRefused"
+	reasonNotWatched  = "NotWatched"
 )
 
 // An observation is the state of a router's objects.
@@ -43,6 +44,7 @@ type observation struct {
 	pods       []corev1.Pod
 	events     []corev1.Event // FailedCreatePodSandBox of these pods
 	problem    problem        // what prevented an apply
+	unwatched  problem        // why there is no container in mode monitor, if it is requested
 	warnings   string
 }
 
@@ -100,7 +102,7 @@ func rolledOut(d *appsv1.Deployment) bool {
 }
 
 // find returns what prevents the router from running: first what prevented an apply, then
-// what a pod reports, then what prevents a pod.
+// what a pod reports, then what prevents a pod, at last what it runs without.
 func (o observation) find() problem {
 	if o.problem.reason != "" {
 		return o.problem
@@ -117,7 +119,7 @@ func (o observation) find() problem {
 			}
 		}
 	}
-	return problem{}
+	return o.unwatched
 }
 
 func (o observation) findInPod(pod *corev1.Pod) problem {

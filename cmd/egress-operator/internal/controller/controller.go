@@ -160,6 +160,7 @@ func cacheOptions(namespace string) cache.Options {
 			attachment:           {Label: own},
 			&appsv1.Deployment{}: {Label: own},
 			&corev1.Pod{}:        {Label: own},
+			&corev1.ConfigMap{}:  {Label: own},
 			&corev1.Event{}:      {Field: fields.OneTermEqualSelector("reason", "FailedCreatePodSandBox")},
 		},
 	}
@@ -183,6 +184,8 @@ func slim(o any) (any, error) {
 		o.Spec = appsv1.DeploymentSpec{}
 	case *corev1.Pod:
 		o.Spec = corev1.PodSpec{}
+	case *metav1.PartialObjectMetadata: // a namespace or a ConfigMap
+		o.Annotations = nil
 	}
 	return o, nil
 }
@@ -198,6 +201,9 @@ func (r *reconciler) watch(m manager.Manager) error {
 		Watches(&api.EgressRouter{}, handler.EnqueueRequestsFromMapFunc(r.blockedRouters), builder.WithPredicates(changed)).
 		Watches(attachment, handler.EnqueueRequestsFromMapFunc(r.ofObject)).
 		Watches(&appsv1.Deployment{}, handler.EnqueueRequestsFromMapFunc(r.ofObject)).
+		// Only their metadata: of a ConfigMap the owner is read, of a namespace the labels.
+		Watches(&corev1.ConfigMap{}, handler.EnqueueRequestsFromMapFunc(r.ofObject), builder.OnlyMetadata).
+		Watches(&corev1.Namespace{}, handler.EnqueueRequestsFromMapFunc(r.inNamespace), builder.OnlyMetadata, builder.WithPredicates(predicate.LabelChangedPredicate{})).
 		Watches(&corev1.Pod{}, handler.EnqueueRequestsFromMapFunc(ofPod)).
 		Watches(&corev1.Event{}, handler.EnqueueRequestsFromMapFunc(r.ofEvent), builder.WithPredicates(predicate.Funcs{
 			DeleteFunc: func(event.DeleteEvent) bool { return false }, // events expire after an hour
@@ -225,7 +231,21 @@ func (r *reconciler) blockedRouters(ctx context.Context, _ client.Object) (all [
 	return all
 }
 
-// ofObject returns the router of an attachment or a Deployment, and those that wait.
+// inNamespace returns the routers of a namespace whose way to run depends on its labels.
+func (r *reconciler) inNamespace(ctx context.Context, namespace client.Object) (all []reconcile.Request) {
+	var routers api.EgressRouterList
+	if err := r.List(ctx, &routers, client.InNamespace(namespace.GetName()), client.UnsafeDisableDeepCopy); err != nil {
+		return nil // the cache has stopped
+	}
+	for _, router := range routers.Items {
+		if render.WantsNamespace(&router) {
+			all = append(all, request(router.Namespace, router.Name))
+		}
+	}
+	return all
+}
+
+// ofObject returns the router of an object that the operator makes, and those that wait.
 func (r *reconciler) ofObject(ctx context.Context, o client.Object) []reconcile.Request {
 	all := r.blockedRouters(ctx, o)
 	if c := metav1.GetControllerOfNoCopy(o); c != nil {

@@ -168,7 +168,11 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 		o.problem = standAside
 		return nil
 	}
-	objects, err := render.New(router.EgressRouter, n, r.render)
+	watch, err := r.watches(ctx, router.EgressRouter, o)
+	if err != nil {
+		return err
+	}
+	objects, err := render.New(router.EgressRouter, n, r.render, watch)
 	if err != nil {
 		o.problem = problem{reason: reasonInvalid, message: err.Error()}
 		return nil
@@ -187,6 +191,14 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 		o.problem = p
 		return err
 	}
+	if objects.ConfigMap != nil {
+		kept := &metav1.PartialObjectMetadata{}
+		kept.SetGroupVersionKind(objects.ConfigMap.GroupVersionKind())
+		if _, p, err := r.check(ctx, router, kept, n.Config, all); err != nil || p.reason != "" {
+			o.problem = p
+			return err
+		}
+	}
 	description, invalid := router.Spec.Description()
 	if invalid != nil {
 		if o.problem = (problem{reason: reasonInvalid, message: invalid.Error()}); attachment || deployment {
@@ -198,6 +210,12 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 	if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Attachment), options...); err != nil {
 		o.problem = applyProblem(err)
 		return fmt.Errorf("apply network attachment: %w", err)
+	}
+	if objects.ConfigMap != nil { // before the pod that mounts it
+		if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.ConfigMap), options...); err != nil {
+			o.problem = applyProblem(err)
+			return fmt.Errorf("apply config map: %w", err)
+		}
 	}
 	apply := func() error {
 		return r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Deployment), options...)
@@ -215,6 +233,25 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 		return fmt.Errorf("convert deployment: %w", err)
 	}
 	return nil
+}
+
+// watches reports whether the pod of a router gets a container in mode monitor. It sets why
+// a router that requests one gets none.
+func (r *reconciler) watches(ctx context.Context, router *api.EgressRouter, o *observation) (bool, error) {
+	allowed := false
+	if render.WantsNamespace(router) {
+		namespace := &metav1.PartialObjectMetadata{}
+		namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
+		if err := r.Get(ctx, types.NamespacedName{Name: router.Namespace}, namespace); err != nil {
+			return false, fmt.Errorf("get namespace: %w", err)
+		}
+		allowed = render.Allows(namespace.Labels)
+	}
+	watch, err := render.Watch(router, allowed)
+	if err != nil {
+		o.unwatched = problem{reason: reasonNotWatched, message: err.Error()}
+	}
+	return watch, nil
 }
 
 // resetStrategy sets the strategy of a Deployment without the parameters of another one.

@@ -241,8 +241,9 @@ func TestSameAddressTwice(t *testing.T) {
 	}
 	status(t, namespace, "one", "FTF", "")
 
-	deleteAll(t, one, getAttachment(t, namespace, attachment), getDeployment(t, namespace, deployment))
+	deleteAll(t, one)
 	eventually(t, "wait for the Deployment of the second router", func() (bool, any) {
+		collect(t, namespace, one)
 		d := getDeployment(t, namespace, deployment)
 		return d != nil && d.GetOwnerReferences()[0].Name == "two", nil
 	})

@@ -49,7 +49,8 @@ func listeners(t *testing.T, pid int) (all []string) {
 	return all
 }
 
-// The program as it is shipped: 200 routers with a pod each need at most 64 MB. It serves
+// The program as it is shipped: 200 routers with a pod each, half of them with a container
+// that monitors, need at most 64 MB. It serves
 // metrics and health, and ends with code 0 on SIGTERM.
 func TestProcess(t *testing.T) {
 	const routers, most = 200, 64_000_000 // bytes
@@ -60,7 +61,7 @@ func TestProcess(t *testing.T) {
 	}
 	namespace := newNamespace(t)
 	for i := range routers {
-		create(t, namespace, named(fmt.Sprintf("router-%03d", i), fmt.Sprintf("192.168.%d.%d/16", 100+i/100, 1+i%100)))
+		create(t, namespace, named(fmt.Sprintf("router-%03d", i), fmt.Sprintf("192.168.%d.%d/16", 100+i/100, 1+i%100)), watched([]string{"never", "always"}[i%2]))
 	}
 	cmd := exec.Command(program, "-namespace", namespace, "-leader-elect=false", "-metrics-listen", "127.0.0.1:0", "-health-listen", "127.0.0.1:0")
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+kubeconfig(t, operatorConfig()))

@@ -24,6 +24,7 @@ const (
 	attachmentName = "egress-router-cni-nad"
 	deploymentName = "egress-router-cni-deployment"
 	appLabel       = "egress-router-cni"
+	configName     = "egress-router-cni-config"
 	containerName  = "egress-router-cni-pod"
 )
 
@@ -38,10 +39,14 @@ const (
 const (
 	// RouterAnnotation is the name of a pod's router. A label is too short for it.
 	RouterAnnotation = "egress-router.io/router"
-	// HashAnnotation is the hash of a pod's attachment: a new one replaces the pod.
+	// HashAnnotation is the hash of a pod's attachment: a new one replaces the pod. With a
+	// container in mode monitor it is that of the attachment without destinations.
 	HashAnnotation = "egress-router.io/attachment-hash"
 	// MACAnnotation on a router, with the value auto, gives it a fixed hardware address.
 	MACAnnotation = "egress-router.io/mac"
+	// WatchAnnotation on a router, with the value auto, always or never, selects whether a
+	// container in mode monitor runs in its pod.
+	WatchAnnotation = "egress-router.io/watch"
 	// NetworksAnnotation selects the attachments of a pod (Kubernetes Network Custom
 	// Resource Definition De-facto Standard, version 1.3, section 4).
 	NetworksAnnotation = "k8s.v1.cni.cncf.io/networks"
@@ -68,14 +73,15 @@ type Names struct {
 	Attachment string
 	Deployment string
 	App        string // value of the label app
+	Config     string // of the ConfigMap
 }
 
 // First returns the names of a namespace's first router.
-func First() Names { return Names{attachmentName, deploymentName, appLabel} }
+func First() Names { return Names{attachmentName, deploymentName, appLabel, configName} }
 
 // Further returns the names of a further router of a namespace.
 func Further(router string) Names {
-	return Names{join(attachmentName, router), join(deploymentName, router), join(appLabel, router)}
+	return Names{join(attachmentName, router), join(deploymentName, router), join(appLabel, router), join(configName, router)}
 }
 
 // longest is the maximum length of a label's value (RFC 1123, as Kubernetes uses it). The
@@ -100,10 +106,11 @@ func hash(text string) string {
 type Objects struct {
 	Attachment *unstructured.Unstructured
 	Deployment *unstructured.Unstructured
+	ConfigMap  *unstructured.Unstructured // nil: no container in mode monitor
 }
 
-// New returns the objects of a router.
-func New(router *api.EgressRouter, names Names, options Options) (Objects, error) {
+// New returns the objects of a router, with a container in mode monitor if watch is set.
+func New(router *api.EgressRouter, names Names, options Options, watch bool) (Objects, error) {
 	mac, err := MAC(router)
 	if err != nil {
 		return Objects{}, err
@@ -112,21 +119,44 @@ func New(router *api.EgressRouter, names Names, options Options) (Objects, error
 	if mac != "" {
 		attachment.Capabilities = map[string]bool{"mac": true}
 	}
+	if watch {
+		attachment.MonitorPort = healthPort(router.Spec)
+	}
 	config, err := json.Marshal(attachment)
 	if err != nil {
 		return Objects{}, fmt.Errorf("marshal attachment: %w", err)
 	}
+	fixed := config // what a change of replaces the pod
+	if watch {
+		without := *attachment.IP
+		without.Destinations, without.FallbackIP = nil, ""
+		a := attachment
+		a.IP = &without
+		if fixed, err = json.Marshal(a); err != nil {
+			return Objects{}, fmt.Errorf("marshal attachment: %w", err)
+		}
+	}
+	attachmentHash := hash(string(fixed))
 	networks, err := json.Marshal([]network{{
 		Name: names.Attachment, MAC: mac, DefaultRoute: defaultRoute(attachment, options),
 	}})
 	if err != nil {
 		return Objects{}, fmt.Errorf("marshal annotation %s: %w", NetworksAnnotation, err)
 	}
-	d, err := runtime.DefaultUnstructuredConverter.ToUnstructured(deployment(router, names, options, string(networks), hash(string(config))))
+	made := Objects{Attachment: networkAttachment(router, names, string(config))}
+	deployment := deployment(router, names, options, string(networks), attachmentHash)
+	if watch {
+		monitor(deployment.Spec.Template, names, attachmentHash, attachment.MonitorPort)
+		if made.ConfigMap, err = configMap(router, names, attachmentHash); err != nil {
+			return Objects{}, err
+		}
+	}
+	d, err := runtime.DefaultUnstructuredConverter.ToUnstructured(deployment)
 	if err != nil {
 		return Objects{}, fmt.Errorf("convert deployment: %w", err)
 	}
-	return Objects{networkAttachment(router, names, string(config)), &unstructured.Unstructured{Object: d}}, nil
+	made.Deployment = &unstructured.Unstructured{Object: d}
+	return made, nil
 }
 
 // network is an element of the annotation of attachments.

@@ -47,15 +47,15 @@ func TestNames(t *testing.T) {
 		made render.Names
 		want render.Names
 	}{
-		{"first", render.First(), render.Names{"egress-router-cni-nad", "egress-router-cni-deployment", "egress-router-cni"}},
-		{"further", render.Further("two"), render.Names{"egress-router-cni-nad-two", "egress-router-cni-deployment-two", "egress-router-cni-two"}},
+		{"first", render.First(), render.Names{"egress-router-cni-nad", "egress-router-cni-deployment", "egress-router-cni", "egress-router-cni-config"}},
+		{"further", render.Further("two"), render.Names{"egress-router-cni-nad-two", "egress-router-cni-deployment-two", "egress-router-cni-two", "egress-router-cni-config-two"}},
 	} {
 		if diff := cmp.Diff(test.want, test.made); diff != "" {
 			t.Errorf("%s (-want +found):\n%s", test.name, diff)
 		}
 	}
 	a, b := render.Further(strings.Repeat("x", 250)+"a"), render.Further(strings.Repeat("x", 250)+"b")
-	for _, name := range []string{a.Attachment, a.Deployment, a.App} {
+	for _, name := range []string{a.Attachment, a.Deployment, a.App, a.Config} {
 		if len(name) > 63 {
 			t.Errorf("%s has %d characters, want at most 63", name, len(name))
 		}
@@ -121,7 +121,7 @@ func TestNetworksAnnotation(t *testing.T) {
 		{"default route", router(), render.Options{DefaultRoute: true}, `[{"name":"egress-router-cni-nad","default-route":["192.168.12.1"]}]`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			o, err := render.New(test.router, render.First(), test.options)
+			o, err := render.New(test.router, render.First(), test.options, false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -136,7 +136,7 @@ func TestNetworksAnnotation(t *testing.T) {
 // same resource makes the same objects.
 func TestHash(t *testing.T) {
 	hash := func(r *api.EgressRouter) string {
-		o, err := render.New(r, render.First(), render.Options{})
+		o, err := render.New(r, render.First(), render.Options{}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
