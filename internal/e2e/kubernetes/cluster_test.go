@@ -192,6 +192,13 @@ func peer(args ...string) (string, error) {
 // for one of its containers.
 func want(t *testing.T, from, protocol, address, server string) {
 	t.Helper()
+	wantSource(t, from, protocol, address, server, reserved)
+}
+
+// wantSource is want with another reserved address.
+func wantSource(t *testing.T, from, protocol, address, server string, source netip.Addr) {
+	t.Helper()
+	right := who.Answer{Server: netip.MustParseAddrPort(server), Peer: source}
 	a, err := ask(from, protocol, address)
 	// A Service gets its endpoint a moment after the pod is ready.
 	for end := time.Now().Add(patience); err != nil && time.Now().Before(end); {
@@ -199,8 +206,8 @@ func want(t *testing.T, from, protocol, address, server string) {
 	}
 	if err != nil {
 		t.Errorf("%s %s from %s: %v", protocol, address, from, err)
-	} else if a != (who.Answer{Server: netip.MustParseAddrPort(server), Peer: reserved}) {
-		t.Errorf("%s %s from %s: %q, want %q", protocol, address, from, a, who.Answer{Server: netip.MustParseAddrPort(server), Peer: reserved})
+	} else if a != right {
+		t.Errorf("%s %s from %s: %q, want %q", protocol, address, from, a, right)
 	}
 }
 

@@ -1,6 +1,7 @@
 package kubernetes
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -77,14 +78,10 @@ func prepared(tests func() int) (code int, err error) {
 		return 1, err
 	}
 
-	pid := "1"
-	if set := os.Getenv("E2E_NODE_PID"); set != "" {
-		pid = set
-	}
 	if set := os.Getenv("E2E_NIC"); set != "" {
 		nic = set
 	}
-	node, err := netns.Open("/proc/" + pid + "/ns/net")
+	node, err := netns.Open("/proc/" + nodePID() + "/ns/net")
 	if err != nil {
 		return 1, fmt.Errorf("open network namespace of the node (E2E_NODE_PID): %w", err)
 	}
@@ -111,6 +108,9 @@ func prepared(tests func() int) (code int, err error) {
 	// The absence of a frame proves something only if the capture lost none.
 	return code, theNetwork.frames.Stop()
 }
+
+// nodePID is the number of a process on the node.
+func nodePID() string { return cmp.Or(os.Getenv("E2E_NODE_PID"), "1") }
 
 // loadImages builds the images and loads them into the cluster.
 func loadImages() error {

@@ -28,9 +28,9 @@ import (
 //	node                     gateway                          outside
 //	nic 192.168.12.10/24 --- lan0 192.168.12.1/24, .7
 //	                         wan0 198.51.100.1/30 ----------- wan0 198.51.100.2/30
-//	                                                          lo   203.0.113.25, .26, .27, .53
+//	                                                          lo   203.0.113.25, .26, .27, .53, 10.0.0.99
 //
-// The gateway is a firewall that lets only the reserved address through to the servers.
+// The gateway is a firewall that lets only the reserved addresses through to the servers.
 // The node has a route to them too, and translates the source of its pods on it: without
 // a router, connections reach the firewall with the node's address and are refused.
 // 192.168.12.7 is an intruder.
@@ -45,10 +45,11 @@ type physical struct {
 var (
 	reserved = netip.MustParseAddr("192.168.12.99")
 	nodeAddr = netip.MustParseAddr("192.168.12.10")
+	second   = netip.MustParseAddr("192.168.12.98") // of another router
 	gateway  = netip.MustParseAddr("192.168.12.1")
 	intruder = netip.MustParseAddr("192.168.12.7")
 	servers  = []string{
-		"203.0.113.25:80", "203.0.113.26:80", "203.0.113.26:443", "203.0.113.27:80", "203.0.113.27:100", "203.0.113.27:9000",
+		"203.0.113.25:80", "203.0.113.26:80", "203.0.113.26:443", "203.0.113.27:80", "203.0.113.27:100", "203.0.113.27:443", "203.0.113.27:9000",
 	}
 )
 
@@ -68,7 +69,7 @@ table ip firewall {
 	chain forward {
 		type filter hook forward priority 0; policy drop;
 		ct state established,related accept
-		ip saddr 192.168.12.99 accept
+		ip saddr { 192.168.12.98, 192.168.12.99 } accept
 		ip daddr 203.0.113.53 meta l4proto { tcp, udp } th dport 53 accept
 		reject with icmp admin-prohibited
 	}
@@ -115,7 +116,8 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 			ip link add wan0 type veth peer name wan0 netns ` + file(p.outside) + `
 			ip address add 198.51.100.1/30 dev wan0
 			ip link set wan0 up
-			ip route add 203.0.113.0/24 via 198.51.100.2`},
+			ip route add 203.0.113.0/24 via 198.51.100.2
+			ip route add 10.0.0.99/32 via 198.51.100.2`},
 		{p.outside, `
 			ip link set lo up
 			ip address add 198.51.100.2/30 dev wan0
@@ -124,6 +126,7 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 			ip address add 203.0.113.25/32 dev lo
 			ip address add 203.0.113.26/32 dev lo
 			ip address add 203.0.113.27/32 dev lo
+			ip address add 10.0.0.99/32 dev lo
 			ip address add ` + nameServer + `/32 dev lo`},
 	} {
 		for line := range strings.Lines(part.commands) {
@@ -146,8 +149,10 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 	if err := who.ServeHTTPS(p.outside, "203.0.113.25:443"); err != nil {
 		return p, err
 	}
-	if err := who.ServeUDP(p.outside, "203.0.113.27:53"); err != nil {
-		return p, err
+	for _, s := range []string{"203.0.113.27:53", "10.0.0.99:80"} {
+		if err := who.ServeUDP(p.outside, s); err != nil {
+			return p, err
+		}
 	}
 	if err := who.ServeDatagrams(p.outside, nameServer+":53", names.Answer); err != nil {
 		return p, err
@@ -158,13 +163,19 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 
 // run runs a program in a namespace.
 func (p *physical) run(in *netns.Namespace, stdin string, args ...string) error {
+	_, err := p.output(in, stdin, args...)
+	return err
+}
+
+// output runs a program in a namespace, and returns its output.
+func (p *physical) output(in *netns.Namespace, stdin string, args ...string) (string, error) {
 	var out strings.Builder
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
 	if err := p.lab.Run(in, cmd); err != nil {
-		return fmt.Errorf("run %q: %w\n%s", strings.Join(args, " "), err, &out)
+		return "", fmt.Errorf("run %q: %w\n%s", strings.Join(args, " "), err, &out)
 	}
-	return nil
+	return out.String(), nil
 }
 
 // close deletes the NIC, and with it the node's address and route on it.
@@ -182,14 +193,14 @@ func (p *physical) close() {
 }
 
 // guard checks, when the test ends, that every packet to a server during the test had
-// the reserved address as its source.
-func guard(t *testing.T) {
+// the reserved address as its source, or another one of the test's routers.
+func guard(t *testing.T, others ...netip.Addr) {
 	t.Helper()
 	before := len(theNetwork.frames.Frames())
 	t.Cleanup(func() {
 		for _, f := range theNetwork.frames.Frames()[before:] {
 			packet, ok := f.IPv4()
-			if !ok || f.Outgoing || packet.Src.Addr() == reserved {
+			if !ok || f.Outgoing || packet.Src.Addr() == reserved || slices.Contains(others, packet.Src.Addr()) {
 				continue
 			}
 			if slices.ContainsFunc(servers, func(s string) bool { return netip.MustParseAddrPort(s).Addr() == packet.Dst.Addr() }) {

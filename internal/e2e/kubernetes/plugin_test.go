@@ -1,6 +1,7 @@
 package kubernetes
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -38,7 +39,22 @@ func installPlugin(t *testing.T) {
 // test ends.
 func install(t *testing.T, text string) {
 	t.Helper()
-	set := strings.Replace(text, "path: /opt/cni/bin\n", "path: "+pluginDir()+"\n", 1)
+	t.Cleanup(func() { // after the removal
+		if _, err := os.Stat(filepath.Join(pluginDir(), "egress-router")); err == nil {
+			t.Error("uninstall leaves the plugin")
+		}
+	})
+	installKeeping(t, onThisNode(text))
+}
+
+// onThisNode sets the directory of the node's plugins in the DaemonSet of the plugin.
+func onThisNode(text string) string {
+	return strings.Replace(text, "path: /opt/cni/bin\n", "path: "+pluginDir()+"\n", 1)
+}
+
+// installKeeping is install on a node that has another plugin of that name.
+func installKeeping(t *testing.T, set string) {
+	t.Helper()
 	if _, err := runWith(set, "kubectl", "apply", "-f", "-"); err != nil {
 		t.Fatal(err)
 	}
@@ -50,9 +66,6 @@ func install(t *testing.T, text string) {
 		}
 		if _, err := run(file, "uninstall", "--dir", pluginDir()); err != nil {
 			t.Error(err)
-		}
-		if _, err := os.Stat(file); err == nil {
-			t.Error("uninstall leaves the plugin")
 		}
 	})
 	if _, err := run("kubectl", "-n", "kube-system", "rollout", "status", "daemonset/egress-router-cni", "--timeout=600s"); err != nil {
@@ -78,6 +91,54 @@ func attachment(t *testing.T) string {
 	}
 	t.Fatal("no example in the README")
 	return ""
+}
+
+// The DaemonSet leaves another plugin of that name, unless --replace is set. The former one is
+// brought back.
+func TestReplacePlugin(t *testing.T) {
+	guard(t)
+	const foreign = "#!/bin/sh\n# another plugin\nexit 1\n"
+	file := filepath.Join(pluginDir(), "egress-router")
+	if err := os.WriteFile(file, []byte(foreign), 0o755); err != nil { //nolint:gosec // a runtime executes it
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(file) })
+	wantForeign := func() {
+		t.Helper()
+		if text, err := os.ReadFile(file); err != nil || string(text) != foreign {
+			t.Fatalf("%s: %v, and not the other plugin's text", file, err)
+		}
+	}
+	text, err := os.ReadFile("../../../cmd/egress-router-cni/daemonset.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := onThisNode(imageName.ReplaceAllString(string(text), "$1:"+tag))
+	system := func(args ...string) (string, error) {
+		return run(append([]string{"kubectl", "-n", "kube-system"}, args...)...)
+	}
+	if _, err := runWith(set, "kubectl", "apply", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the refusal of the other plugin", func() error {
+		log, err := system("logs", "daemonset/egress-router-cni")
+		if err == nil && !strings.Contains(log, "is another plugin: add --replace to replace it") {
+			err = errors.New("log: " + log)
+		}
+		return err
+	})
+	wantForeign()
+
+	t.Run("replaced", func(t *testing.T) {
+		installKeeping(t, strings.Replace(set, "--stay]", "--stay, --replace]", 1))
+		apply(t, attachment(t))
+		ready(t, "pod/egress-1")
+		want(t, "client", "tcp", pod(t, "egress-1").Status.PodIP+":8080", "203.0.113.26:80")
+	})
+	wantForeign()
+	if _, err := os.Stat(file + ".replaced"); err == nil {
+		t.Error("a copy of the other plugin is left")
+	}
 }
 
 // restricted is the security context of a pod that Pod Security admits at its strictest level.

@@ -65,20 +65,9 @@ spec:
 ---
 `
 
-// Replies reach clients in another subnet of the cluster network, on the node's own
-// network, and in the router's pod itself, whose connections to its own Service return
-// through the node (hairpin).
-func TestClients(t *testing.T) {
-	guard(t)
-	service := manifest(t, "service.yaml")
-	apply(t, service)
-	address := strings.TrimSpace(kubectl(t, "get", "service", "egress-1", "-o", "jsonpath={.spec.clusterIP}"))
-	router, _, _ := strings.Cut(manifest(t, "redirect-pod.yaml", "egress-multi", "egress-1",
-		// The pod's own connections to a Service have to stay on the cluster side.
-		"    - name: EGRESS_GATEWAY\n", "    - name: EGRESS_CLUSTER_CIDRS\n      value: "+address+"/32\n    - name: EGRESS_GATEWAY\n",
-		"  - name: egress-router-wait\n    image: localhost/egress-router:"+tag, "  - name: inside\n    image: "+peerImage), "\n---\n")
-	apply(t, router)
-
+// farClient starts the pod far in farNetwork, and removes both when the test ends.
+func farClient(t *testing.T) {
+	t.Helper()
 	// The test assigns the address of the bridge: the plugin would leave a record of the
 	// addresses in use on the node.
 	for _, line := range []string{
@@ -94,12 +83,30 @@ func TestClients(t *testing.T) {
 		}
 	})
 	const annotation = "metadata:\n  annotations:\n    v1.multus-cni.io/default-network: " + namespace + "/far\n"
-	apply(t, farNetwork+strings.Replace(peerPod("far", "wait"), "metadata:\n", annotation, 1)+"---\n"+
-		strings.Replace(peerPod("onnode", "wait"), "spec:\n", "spec:\n  hostNetwork: true\n  dnsPolicy: ClusterFirstWithHostNet\n", 1))
-	ready(t, "pod/egress-1", "pod/far", "pod/onnode")
+	apply(t, farNetwork+strings.Replace(peerPod("far", "wait"), "metadata:\n", annotation, 1))
+	ready(t, "pod/far")
 	if far := pod(t, "far").Status.PodIP; far != "10.245.0.2" {
 		t.Fatalf("address of the far client: %s, want 10.245.0.2", far)
 	}
+}
+
+// Replies reach clients in another subnet of the cluster network, on the node's own
+// network, and in the router's pod itself, whose connections to its own Service return
+// through the node (hairpin).
+func TestClients(t *testing.T) {
+	guard(t)
+	service := manifest(t, "service.yaml")
+	apply(t, service)
+	address := strings.TrimSpace(kubectl(t, "get", "service", "egress-1", "-o", "jsonpath={.spec.clusterIP}"))
+	router, _, _ := strings.Cut(manifest(t, "redirect-pod.yaml", "egress-multi", "egress-1",
+		// The pod's own connections to a Service have to stay on the cluster side.
+		"    - name: EGRESS_GATEWAY\n", "    - name: EGRESS_CLUSTER_CIDRS\n      value: "+address+"/32\n    - name: EGRESS_GATEWAY\n",
+		"  - name: egress-router-wait\n    image: localhost/egress-router:"+tag, "  - name: inside\n    image: "+peerImage), "\n---\n")
+	apply(t, router)
+
+	farClient(t)
+	apply(t, strings.Replace(peerPod("onnode", "wait"), "spec:\n", "spec:\n  hostNetwork: true\n  dnsPolicy: ClusterFirstWithHostNet\n", 1))
+	ready(t, "pod/egress-1", "pod/onnode")
 
 	direct := pod(t, "egress-1").Status.PodIP
 	for _, from := range []string{"client", "far", "onnode", "egress-1 -c inside"} {

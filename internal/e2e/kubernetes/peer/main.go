@@ -7,6 +7,8 @@
 //	watch HOST:PORT      send a request every 20 ms on a new connection, print its time and the answer or error
 //	hold HOST:PORT       send a request every 20 ms on one connection, print time and answer every second;
 //	                     end with an error if the connection breaks or an answer is late
+//	keep N HOST:PORT     hold N connections, each with a request every 500 ms; print every second the
+//	                     number of answers of the slowest one; end with an error if one breaks
 //	receive :PORT        print the datagrams that arrive at the port, with their senders
 //	send HOST:PORT TEXT  send a datagram
 //	set SYSCTL VALUE     set a sysctl, such as net/ipv4/ip_forward
@@ -29,6 +31,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -66,6 +69,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return watch(ctx, stdout, args[1])
 	case len(args) == 2 && args[0] == "hold":
 		return hold(ctx, stdout, args[1])
+	case len(args) == 3 && args[0] == "keep":
+		return keep(ctx, stdout, args[1], args[2])
 	case len(args) == 2 && args[0] == "receive":
 		return receive(ctx, stdout, args[1])
 	case len(args) == 3 && args[0] == "send":
@@ -184,6 +189,47 @@ func hold(ctx context.Context, stdout io.Writer, address string) error {
 		case <-ctx.Done():
 			return nil
 		case <-time.After(pace):
+		}
+	}
+}
+
+// keep waits for each answer as long as it takes: a busy machine is late, and the kernel
+// repeats what is lost.
+func keep(ctx context.Context, stdout io.Writer, number, address string) error {
+	n, err := strconv.Atoi(number)
+	if err != nil {
+		return err
+	}
+	answers, broken := make([]atomic.Int64, n), make(chan error, n)
+	for i := range n {
+		conn, err := net.Dial("tcp4", address)
+		if err != nil {
+			return err
+		}
+		go func() {
+			for replies := bufio.NewReader(conn); ; time.Sleep(500 * time.Millisecond) {
+				if _, err := who.Ask(conn, replies); err != nil {
+					broken <- err
+					return
+				}
+				answers[i].Add(1)
+			}
+		}()
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-broken:
+			return err
+		case <-time.After(time.Second):
+		}
+		slowest := answers[0].Load()
+		for i := range answers {
+			slowest = min(slowest, answers[i].Load())
+		}
+		if _, err := fmt.Fprintln(stdout, slowest); err != nil {
+			return err
 		}
 	}
 }

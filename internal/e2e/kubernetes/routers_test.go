@@ -1,0 +1,315 @@
+package kubernetes
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// Two routers of a namespace have names and a label each. A third one with the address of
+// another is Degraded. A user's nodeName survives a change of the resource.
+func testSeveralRouters(t *testing.T) {
+	guard(t, second)
+	applyRouters(t, documented+"---\n"+routerManifest("second", "", "addresses: [{ip: 192.168.12.98/24, gateway: 192.168.12.1}], redirect: {fallbackIP: 203.0.113.27}"))
+	available(t, first)
+	available(t, "second")
+	const app, deployment = "app=egress-router-cni-second", "egress-router-cni-deployment-second"
+	want(t, "client", "tcp", podAddress(t, frozenApp)+":8080", "203.0.113.26:80")
+	wantSource(t, "client", "tcp", podAddress(t, app)+":9000", "203.0.113.27:9000", second)
+	kubectl(t, "get", "network-attachment-definition", "egress-router-cni-nad-second")
+
+	apply(t, routerManifest("copy", "", "addresses: [{ip: 192.168.12.98/24, gateway: 192.168.12.1}], redirect: {fallbackIP: 203.0.113.27}"))
+	degraded(t, namespace, "copy", "reserved address 192.168.12.98 belongs to EgressRouter "+namespace+"/second")
+	if out := kubectl(t, "get", "pods,deployments", "-l", "app=egress-router-cni-copy", "-o", "name"); out != "" {
+		t.Errorf("the router with the address of another one has\n%s", out)
+	}
+
+	node := strings.TrimSpace(kubectl(t, "get", "pod", "client", "-o", "jsonpath={.spec.nodeName}"))
+	kubectl(t, "patch", "deployment", deployment, "--patch", `{"spec":{"template":{"spec":{"nodeName":"`+node+`"}}}}`)
+	kubectl(t, "patch", "egressrouter", "second", "--type=merge", "--patch", `{"spec":{"redirect":{"fallbackIP":"203.0.113.26"}}}`)
+	await(t, "the new destination of the second router", func() error {
+		a, err := ask("client", "tcp", podAddress(t, app)+":80")
+		if err == nil && a.Server.Addr().String() != "203.0.113.26" {
+			err = fmt.Errorf("answer %s", a)
+		}
+		return err
+	})
+	if out := kubectl(t, "get", "deployment", deployment, "-o", "jsonpath={.spec.template.spec.nodeName}"); out != node {
+		t.Errorf("nodeName is %q after a change of the resource, want %q", out, node)
+	}
+	want(t, "client", "tcp", podAddress(t, frozenApp)+":8080", "203.0.113.26:80")
+}
+
+// kept returns the number of answers that each connection of the pod keeper has got.
+func kept(t *testing.T) int {
+	t.Helper()
+	if p := pod(t, "keeper"); p.Status.ContainerStatuses[0].RestartCount > 0 {
+		t.Fatalf("a connection has broken:\n%s", kubectl(t, "logs", "keeper", "--previous"))
+	}
+	lines := strings.Fields(kubectl(t, "logs", "keeper"))
+	if len(lines) == 0 {
+		return 0
+	}
+	n, err := strconv.Atoi(lines[len(lines)-1])
+	if err != nil {
+		t.Fatalf("the keeper logs %q", lines[len(lines)-1])
+	}
+	return n
+}
+
+// awaitKept waits until each connection of the pod keeper has got n more answers.
+func awaitKept(t *testing.T, n int) {
+	t.Helper()
+	n += kept(t)
+	await(t, fmt.Sprintf("answer %d on each connection", n), func() error {
+		if found := kept(t); found < n {
+			return fmt.Errorf("%d answers", found)
+		}
+		return nil
+	})
+}
+
+// While the operator is killed, for longer than its Lease lasts, no connection is lost, and
+// its successor changes nothing of what runs.
+func testOperatorKilled(t *testing.T) {
+	guard(t)
+	applyRouters(t, documented+service)
+	available(t, first)
+	want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")
+	before := kubectl(t, "get", "pods", "-l", frozenApp, "-o", "jsonpath={.items[*].metadata.uid}")
+	apply(t, peerPod("keeper", "keep", "50", "egress-1:8080"))
+	ready(t, "pod/keeper")
+	awaitKept(t, 1)
+
+	operator := func(args ...string) string {
+		t.Helper()
+		out, err := run(append([]string{"kubectl", "-n", "egress-operator"}, args...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	t.Cleanup(func() {
+		operator("scale", "deployment/egress-operator", "--replicas=1")
+		operator("rollout", "status", "deployment/egress-operator", "--timeout=600s")
+	})
+	uid := operator("get", "pods", "-l", "app=egress-operator", "-o", "jsonpath={.items[0].metadata.uid}")
+	onNode(t, "kill", uid)
+	operator("scale", "deployment/egress-operator", "--replicas=0")
+	await(t, "the end of the operator's Lease", func() error {
+		out := strings.Fields(operator("get", "lease", "egress-operator", "-o", "jsonpath={.spec.renewTime} {.spec.leaseDurationSeconds}"))
+		if len(out) != 2 {
+			return fmt.Errorf("lease %q", out)
+		}
+		renewed, err := time.Parse(time.RFC3339Nano, out[0])
+		if err != nil {
+			return err
+		}
+		lasts, err := time.ParseDuration(out[1] + "s")
+		if left := time.Until(renewed.Add(lasts)); err == nil && left > 0 {
+			err = fmt.Errorf("valid for %s", left)
+		}
+		return err
+	})
+	awaitKept(t, 20) // 1,000 requests, in 10 s or more
+	operator("scale", "deployment/egress-operator", "--replicas=1")
+	operator("rollout", "status", "deployment/egress-operator", "--timeout=600s")
+	// The successor works: it reports a change.
+	kubectl(t, "annotate", "egressrouter", first, watchKey+"=yes")
+	degraded(t, namespace, first, `is "yes": expected auto, always or never`)
+	awaitKept(t, 2)
+	if after := kubectl(t, "get", "pods", "-l", frozenApp, "-o", "jsonpath={.items[*].metadata.uid}"); after != before {
+		t.Errorf("pods %s after the operator's restart, want %s", after, before)
+	}
+}
+
+// A namespace that enforces the Pod Security Standard "restricted" has routers without
+// privilege. It refuses a container that monitors, and says why.
+func testRestricted(t *testing.T) {
+	guard(t)
+	const restrictedNamespace = "egress-restricted"
+	text := "apiVersion: v1\nkind: Namespace\nmetadata: {name: " + restrictedNamespace + ", labels: {pod-security.kubernetes.io/enforce: restricted}}\n---\n" +
+		strings.Replace(documented, "metadata:\n", "metadata:\n  namespace: "+restrictedNamespace+"\n  annotations: {"+watchKey+": auto}\n", 1)
+	t.Cleanup(func() {
+		if _, err := run("kubectl", "delete", "namespace", restrictedNamespace, "--ignore-not-found"); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := runWith(text, "kubectl", "apply", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	in := func(args ...string) string {
+		t.Helper()
+		out, err := run(append([]string{"kubectl", "-n", restrictedNamespace}, args...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	works := func() {
+		t.Helper()
+		in("wait", "--for=condition=Available", "egressrouter/"+first, "--timeout=600s")
+		await(t, "the router's pod", func() error {
+			address := strings.TrimSpace(in("get", "pods", "-l", frozenApp, "-o", "jsonpath={.items[0].status.podIP}"))
+			a, err := ask("client", "tcp", address+":8080")
+			if err == nil && a.Peer != reserved {
+				t.Fatalf("answer %s, want one that saw %s", a, reserved)
+			}
+			return err
+		})
+	}
+	works()
+	in("annotate", "egressrouter", first, watchKey+"=always", "--overwrite")
+	t.Log(degraded(t, restrictedNamespace, first, `violates PodSecurity "restricted`))
+	in("annotate", "egressrouter", first, watchKey+"=never", "--overwrite")
+	works()
+}
+
+// dualStack sets up IPv6 on the physical network, with a server.
+func dualStack(t *testing.T) (reserved6 netip.Addr, server netip.AddrPort) {
+	t.Helper()
+	for _, line := range []string{
+		"sysctl -q -w net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.all.forwarding=1",
+		"ip address replace 2001:db8:12::1/64 dev lan0 nodad",
+	} {
+		if err := theNetwork.run(theNetwork.gateway, "", strings.Fields(line)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := theNetwork.run(theNetwork.gateway, "", "sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1"); err != nil {
+			t.Error(err)
+		}
+	})
+	server = netip.MustParseAddrPort("[2001:db8:12::1]:80")
+	s, err := theNetwork.lab.Serve(theNetwork.gateway, "tcp", server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return netip.MustParseAddr("2001:db8:12::99"), server
+}
+
+// A router with addresses of both families, TCP and UDP on one port, and SCTP. The kernel
+// need not have sockets of SCTP: a packet is enough to show where it goes.
+func testProtocols(t *testing.T) {
+	guard(t)
+	reserved6, server := dualStack(t)
+	applyRouters(t, routerManifest(first, "", `addresses: [{ip: 192.168.12.99/24, gateway: 192.168.12.1}, {ip: "2001:db8:12::99/64", gateway: "2001:db8:12::1"}],
+  redirect: {redirectRules: [{port: 53, protocol: TCP, destinationIP: 203.0.113.26, targetPort: 80}, {port: 53, protocol: UDP, destinationIP: 203.0.113.27},
+    {port: 132, protocol: SCTP, destinationIP: 203.0.113.26, targetPort: 133}, {port: 53, protocol: TCP, destinationIP: "2001:db8:12::80"}]}`))
+	available(t, first)
+	address := podAddress(t, frozenApp)
+	want(t, "client", "tcp", address+":53", "203.0.113.26:80")
+	want(t, "client", "udp", address+":53", "203.0.113.27:53")
+	wantClosedPort(t, address+":80")
+
+	pod := podNamespace(t, address)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if a, err := theNetwork.lab.Ask(ctx, pod, "tcp", server); err != nil || a.Peer.Addr() != reserved6 {
+		t.Errorf("IPv6 from the pod: answer %v, error %v; want one that saw %s", a, err, reserved6)
+	}
+	if rules := output(t, pod, "nft", "list", "ruleset"); !strings.Contains(rules, "tcp . 53 : 2001:db8:12::80 . 53") {
+		t.Errorf("no redirect of IPv6:\n%s", rules)
+	}
+
+	begin := len(theNetwork.frames.Frames())
+	await(t, "a packet of SCTP from the reserved address", func() error {
+		if err := theNetwork.node.Do(func() error { return sendSCTP(address, 132) }); err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(theNetwork.frames.Frames()[begin:], func(f lab.Frame) bool {
+			p, is := f.IPv4()
+			return is && p.Protocol == unix.IPPROTO_SCTP && p.Src.Addr() == reserved && p.Dst.String() == "203.0.113.26:133"
+		}) {
+			return errors.New("none yet")
+		}
+		return nil
+	})
+}
+
+// sendSCTP sends the first packet of an association, with one chunk INIT (RFC 9260).
+func sendSCTP(address string, port uint16) error {
+	conn, err := net.Dial("ip4:132", address)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	packet := make([]byte, 32)
+	binary.BigEndian.PutUint16(packet, 40000)
+	binary.BigEndian.PutUint16(packet[2:], port)
+	packet[12] = 1                                   // INIT
+	binary.BigEndian.PutUint16(packet[14:], 20)      // its length
+	binary.BigEndian.PutUint32(packet[16:], 1)       // initiate tag
+	binary.BigEndian.PutUint32(packet[20:], 65536)   // receiver window
+	binary.BigEndian.PutUint32(packet[24:], 1<<16|1) // streams
+	binary.BigEndian.PutUint32(packet[28:], 1)       // sequence number
+	binary.LittleEndian.PutUint32(packet[8:], crc32.Checksum(packet, crc32.MakeTable(crc32.Castagnoli)))
+	_, err = conn.Write(packet)
+	return err
+}
+
+// With the annotation watch, other destinations take effect in the running pod, and an open
+// connection goes on.
+func testWatch(t *testing.T) {
+	guard(t)
+	applyRouters(t, strings.Replace(documented, "metadata:\n", "metadata:\n  annotations: {"+watchKey+": always}\n", 1)+service)
+	available(t, first)
+	address := podAddress(t, frozenApp)
+	want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")
+	apply(t, peerPod("keeper", "keep", "1", address+":8080"))
+	ready(t, "pod/keeper")
+	awaitKept(t, 1)
+	state := func() string {
+		return kubectl(t, "get", "pods", "-l", frozenApp, "-o", "jsonpath={.items[*].metadata.uid} restarts {.items[*].status.containerStatuses[*].restartCount}") +
+			kubectl(t, "get", "deployment", "egress-router-cni-deployment", "-o", "jsonpath= generation {.metadata.generation}")
+	}
+	before := state()
+	for path, answer := range map[string]string{"/healthz": "200 ", "/readyz": "200 ", "/metrics": "200 "} {
+		if out, err := peer("get", "http://"+address+":9465"+path); err != nil || !strings.HasPrefix(out, answer) {
+			t.Errorf("%s: %q, %v", path, out, err)
+		}
+	}
+	log := func() string { return kubectl(t, "logs", "-l", frozenApp, "--tail=-1") }
+	if text := log(); strings.Contains(text, `"msg":"repaired"`) || strings.Contains(text, `"msg":"rules loaded"`) {
+		t.Errorf("the container changes what the plugin has made:\n%s", text)
+	}
+
+	kubectl(t, "patch", "egressrouter", first, "--type=merge", "--patch", `{"spec":{"redirect":{"redirectRules":[{"port":8080,"targetPort":80,"protocol":"TCP","destinationIP":"203.0.113.26"},{"port":8081,"targetPort":80,"protocol":"TCP","destinationIP":"203.0.113.27"}]}}}`)
+	begin := time.Now()
+	await(t, "the new destination", func() error {
+		// A kubelet updates a volume at once when the pod changes, otherwise within a minute or two.
+		kubectl(t, "annotate", "pods", "-l", frozenApp, "--overwrite", fmt.Sprintf("example.com/touched=%d", time.Now().UnixNano()))
+		_, err := ask("client", "tcp", address+":8081")
+		return err
+	})
+	t.Logf("live after %s", time.Since(begin).Round(time.Millisecond))
+	want(t, "client", "tcp", address+":8081", "203.0.113.27:80")
+	await(t, "the refusal of the former destination", func() error {
+		if a, err := ask("client", "tcp", address+":8443"); err == nil {
+			return fmt.Errorf("answer %s", a)
+		}
+		return nil
+	})
+	awaitKept(t, 2)
+	if after := state(); after != before {
+		t.Errorf("after the change: %s, before %s", after, before)
+	}
+	if text := log(); !strings.Contains(text, `"msg":"connection begins"`) {
+		t.Errorf("no audit log:\n%s", text)
+	}
+}
