@@ -213,23 +213,13 @@ func (c *Config) parseSource(s string) *Error {
 	}
 	bits := a.BitLen()
 	if given {
-		n, err := parseLength(length, bits)
-		if err != nil {
-			return bad(fmt.Sprintf("EGRESS_SOURCE is %s: the length after the slash is a number from 0 to 32", quote(s)))
+		var why string
+		if bits, why = spec.ParseLength(length, bits); why != "" {
+			return bad(fmt.Sprintf("EGRESS_SOURCE is %s: %s", quote(s), why))
 		}
-		bits = n
 	}
 	c.Sources = spec.Sources{{Prefix: netip.PrefixFrom(a, bits)}}
 	return nil
-}
-
-// parseLength parses the length of a subnet, in bits.
-func parseLength(s string, most int) (int, error) {
-	n, err := strconv.Atoi(s)
-	if err == nil && (n < 0 || n > most || strconv.Itoa(n) != s) {
-		err = strconv.ErrRange
-	}
-	return n, err
 }
 
 func (c *Config) parseGateway(s string) *Error {

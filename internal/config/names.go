@@ -30,6 +30,3 @@ func (n Names) Name(f wording.Field) string {
 	}
 	return string(f)
 }
-
-// Set returns the assignment to that variable.
-func (n Names) Set(f wording.Field, value string) string { return n.Name(f) + "=" + value }

@@ -39,7 +39,7 @@ func TestEveryFieldHasName(t *testing.T) {
 	if fields == 0 {
 		t.Error("no field")
 	}
-	if got, want := (Names{}).Set(wording.Conflict, "warn"), "EGRESS_CONFLICT=warn"; got != want {
+	if got, want := wording.Set(wording.Conflict, "warn").In(Names{}), "EGRESS_CONFLICT=warn"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }

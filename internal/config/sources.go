@@ -43,38 +43,23 @@ func parseSourceWord(word string) (p netip.Prefix, why string) {
 	if strings.ContainsAny(word, "; \t\n") && mistake(word) == "" {
 		return p, commas
 	}
-	address, length, given := strings.Cut(word, "/")
-	a, why := parseAddress(address)
-	if why != "" {
+	address, _, _ := strings.Cut(word, "/")
+	if _, why := parseAddress(address); why != "" {
 		return p, why
 	}
-	bits := a.BitLen()
-	if given {
-		n, err := parseLength(length, bits)
-		if err != nil {
-			return p, fmt.Sprintf("the length after the slash is a number from 0 to %d", bits)
-		}
-		bits = n
-	}
-	return netip.PrefixFrom(a, bits), ""
+	return spec.ParsePrefix(word)
 }
 
 // parseAddress parses an address, or returns why it is none.
 func parseAddress(s string) (a netip.Addr, why string) {
-	a, err := netip.ParseAddr(s)
-	switch m := mistake(s); {
-	case m != "":
+	a, why = spec.ParseAddress(s)
+	if m := mistake(s); m != "" {
 		return a, m
-	case err != nil && strings.ContainsAny(s, " ;"):
-		return a, commas
-	case err != nil:
-		return a, "expected an IPv4 or IPv6 address"
-	case a.Zone() != "":
-		return a, "an address has no zone: the interface is known, write " + a.WithZone("").String()
-	case a.Is4In6():
-		return a, "an IPv4 address within IPv6: write " + a.Unmap().String()
 	}
-	return a, ""
+	if why != "" && strings.ContainsAny(s, " ;") {
+		return a, commas
+	}
+	return a, why
 }
 
 // parseExtendedGateway parses EGRESS_GATEWAY in the extended grammar: one gateway for each

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // PluginType is the type of an attachment: the name of the plugin's file.
@@ -127,7 +129,7 @@ func (s Spec) Attachment(name string) Attachment {
 // contains reports whether a list has an address, perhaps in another notation.
 func contains(list []string, text string) bool {
 	for _, other := range list {
-		if a, why := parseAddress(text); other == text || why == "" && a.String() == other {
+		if a, why := spec.ParseAddress(text); other == text || why == "" && a.String() == other {
 			return true
 		}
 	}

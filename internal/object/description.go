@@ -1,7 +1,6 @@
 package object
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -112,7 +111,7 @@ func (b *builder) place(f spec.Fault) (at field, index int, value netip.Addr) {
 	case wording.Gateway:
 		value = b.made.Sources[f.Index].Gateway
 		i := max(0, slices.IndexFunc(b.gateways, func(g indexed) bool {
-			a, _ := parseAddress(g.text)
+			a, _ := spec.ParseAddress(g.text)
 			return a == value
 		}))
 		if len(b.gateways) > 0 {
@@ -154,7 +153,7 @@ func (b *builder) setSources(ips []string, gateways []indexed) {
 		b.fault(addresses, 0, "is empty: add the reserved address with the length of its subnet, for example 192.168.12.99/24")
 	}
 	for i, text := range ips {
-		p, why := parsePrefix(text)
+		p, why := spec.ParsePrefix(text)
 		if why != "" {
 			b.fault(addressIP, i, "is %q: %s", text, why)
 			continue
@@ -172,7 +171,7 @@ func (b *builder) setSources(ips []string, gateways []indexed) {
 
 // setGateway sets the gateway of a family.
 func (b *builder) setGateway(g indexed) {
-	a, why := parseAddress(g.text)
+	a, why := spec.ParseAddress(g.text)
 	if why != "" {
 		b.fault(gateway, g.index, "is %q: %s", g.text, why)
 		return
@@ -253,9 +252,9 @@ func (b *builder) setFallback(text string) {
 // parseDestination parses the address of a server. A length behind it has no meaning.
 func (b *builder) parseDestination(f field, i int, text string) netip.Addr {
 	address, length, given := strings.Cut(text, "/")
-	a, why := parseAddress(address)
+	a, why := spec.ParseAddress(address)
 	if why == "" && given {
-		if _, err := parseLength(length, a.BitLen()); err != nil {
+		if _, why = spec.ParseLength(length, a.BitLen()); why != "" {
 			why = "a length is not needed, and this one is none"
 		}
 	}
@@ -265,53 +264,8 @@ func (b *builder) parseDestination(f field, i int, text string) netip.Addr {
 	return a
 }
 
-// parsePrefix parses an address with or without a length, or returns why it is none.
-func parsePrefix(text string) (p netip.Prefix, why string) {
-	address, length, given := strings.Cut(text, "/")
-	a, why := parseAddress(address)
-	if why != "" {
-		return p, why
-	}
-	bits := a.BitLen()
-	if given {
-		var err error
-		if bits, err = parseLength(length, bits); err != nil {
-			return p, fmt.Sprintf("the length behind the slash is a number from 0 to %d", a.BitLen())
-		}
-	}
-	return netip.PrefixFrom(a, bits), ""
-}
-
-// parseLength parses the length of a subnet, in bits.
-func parseLength(s string, most int) (int, error) {
-	n, err := strconv.Atoi(s)
-	if err == nil && (n < 0 || n > most || strconv.Itoa(n) != s) {
-		err = strconv.ErrRange
-	}
-	return n, err
-}
-
 // parsePort parses a decimal number without leading zeros.
 func parsePort(s string) (rules.Port, bool) {
 	n, err := strconv.ParseUint(s, 10, 16)
 	return rules.Port(n), err == nil && n > 0 && strconv.FormatUint(n, 10) == s
-}
-
-// parseAddress parses an address, or returns why it is none. The schema of the resource
-// accepts some of the others.
-func parseAddress(s string) (a netip.Addr, why string) {
-	a, err := netip.ParseAddr(s)
-	switch {
-	case err != nil && strings.Contains(s, "/"):
-		return a, "expected one address, without a length"
-	case err != nil && s != "" && strings.Trim(s, "0123456789.") == "":
-		return a, "an IPv4 address is four numbers from 0 to 255, without leading zeros"
-	case err != nil:
-		return a, "expected an IPv4 or IPv6 address"
-	case a.Zone() != "":
-		return a, "an address has no zone: the interface is known, write " + a.WithZone("").String()
-	case a.Is4In6():
-		return a, "an IPv4 address within IPv6: write " + a.Unmap().String()
-	}
-	return a, ""
 }

@@ -68,9 +68,6 @@ func (p paths) Name(f wording.Field) string {
 	return p[addresses]
 }
 
-// Set is not used: no message gives a field a value.
-func (p paths) Set(f wording.Field, value string) string { return p.Name(f) + ": " + value }
-
 // at returns a fault of a field.
 func (p paths) at(f field, index int, format string, args ...any) Fault {
 	return Fault{strings.Replace(p[f], "%d", fmt.Sprint(index), 1), fmt.Sprintf(format, args...)}

@@ -157,7 +157,7 @@ func TestFaultsOfResourceNameTheirField(t *testing.T) {
 		{`{"addresses"`, `{"networkInterface": {"macvlan": {"master": "eth/1"}}, "addresses"`, `spec.networkInterface.macvlan.master is "eth/1": expected the name of a NIC of the node, for example eth1`},
 		{`{"ip": "192.168.12.99/24", "gateway": "192.168.12.1"}`, ``, `spec.addresses is empty: add the reserved address with the length of its subnet, for example 192.168.12.99/24`},
 		{`192.168.12.99/24`, `foo`, `spec.addresses[0].ip is "foo": expected an IPv4 or IPv6 address`},
-		{`192.168.12.99/24`, `192.168.12.99/33`, `spec.addresses[0].ip is "192.168.12.99/33": the length behind the slash is a number from 0 to 32`},
+		{`192.168.12.99/24`, `192.168.12.99/33`, `spec.addresses[0].ip is "192.168.12.99/33": the length after the slash is a number from 0 to 32`},
 		{`192.168.12.99/24`, `::ffff:1.2.3.4/24`, `spec.addresses[0].ip is "::ffff:1.2.3.4/24": an IPv4 address within IPv6: write 1.2.3.4`},
 		{`"192.168.12.1"}`, `"192.168.12.1"}, {"ip": "192.168.12.99/25"}`, `spec.addresses[1].ip is "192.168.12.99": it is there twice: remove one`},
 		{`192.168.12.99/24`, `127.0.0.1/8`, `spec.addresses[0].ip is "127.0.0.1": a loopback address cannot be the source of connections`},

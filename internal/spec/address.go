@@ -4,8 +4,52 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 )
+
+// ParseAddress parses an address, or returns why it is none.
+func ParseAddress(s string) (a netip.Addr, why string) {
+	a, err := netip.ParseAddr(s)
+	switch {
+	case err != nil && strings.Contains(s, "/"):
+		return a, "expected one address, without a length"
+	case err != nil && s != "" && strings.Trim(s, "0123456789.") == "":
+		return a, "an IPv4 address is four numbers from 0 to 255, without leading zeros"
+	case err != nil:
+		return a, "expected an IPv4 or IPv6 address"
+	case a.Zone() != "":
+		return a, "an address has no zone: the interface is known, write " + a.WithZone("").String()
+	case a.Is4In6():
+		return a, "an IPv4 address within IPv6: write " + a.Unmap().String()
+	}
+	return a, ""
+}
+
+// ParsePrefix parses an address with or without the length of its subnet, or returns why it
+// is none. Without a length it has that of the address.
+func ParsePrefix(s string) (p netip.Prefix, why string) {
+	address, length, given := strings.Cut(s, "/")
+	a, why := ParseAddress(address)
+	bits := a.BitLen()
+	if given && why == "" {
+		bits, why = ParseLength(length, bits)
+	}
+	if why != "" {
+		return p, why
+	}
+	return netip.PrefixFrom(a, bits), ""
+}
+
+// ParseLength parses the length of a subnet, in bits of an address that has most, or returns
+// why it is none. Like netip, it takes no leading zeros.
+func ParseLength(s string, most int) (bits int, why string) {
+	bits, err := strconv.Atoi(s)
+	if err != nil || bits < 0 || bits > most || strconv.Itoa(bits) != s {
+		return 0, fmt.Sprintf("the length after the slash is a number from 0 to %d", most)
+	}
+	return bits, ""
+}
 
 // last returns the last address of an IPv4 network, its broadcast address
 // (RFC 919).

@@ -39,7 +39,13 @@ const (
 // Names are the names of the fields for the users of a front end.
 type Names interface {
 	Name(Field) string
-	Set(f Field, value string) string // the field with a value, as users write it
+}
+
+// A Setter is Names of a front end whose users write a field with a value in another form
+// than field=value.
+type Setter interface {
+	Names
+	Set(f Field, value string) string
 }
 
 // A Text is a message about fields, before they have names. The zero Text is empty.
@@ -52,6 +58,13 @@ type Text struct {
 type setting struct {
 	field Field
 	value string
+}
+
+func (s setting) in(names Names) string {
+	if setter, is := names.(Setter); is {
+		return setter.Set(s.field, s.value)
+	}
+	return names.Name(s.field) + "=" + s.value
 }
 
 // Textf returns a Text with a format of package fmt, for which a Field and a Text among the
@@ -72,7 +85,7 @@ func (t Text) In(names Names) string {
 		case Field:
 			args[i] = names.Name(a)
 		case setting:
-			args[i] = names.Set(a.field, a.value)
+			args[i] = a.in(names)
 		case Text:
 			args[i] = a.In(names)
 		}
@@ -83,5 +96,4 @@ func (t Text) In(names Names) string {
 // plain is the names without a front end.
 type plain struct{}
 
-func (plain) Name(f Field) string              { return string(f) }
-func (plain) Set(f Field, value string) string { return string(f) + "=" + value }
+func (plain) Name(f Field) string { return string(f) }
