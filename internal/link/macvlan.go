@@ -300,6 +300,12 @@ func describe(l netlink.Link, below string) string {
 	return fmt.Sprintf("a macvlan of interface %d of a third network namespace in mode %s", m.ParentIndex, modeName(m.Mode))
 }
 
+// MacvlanGroup is the group (ip-link(8)) of a macvlan that is to have an alias, by which its
+// owner knows it also if the creation ended before the alias: the kernel takes a group along
+// with the creation, and an alias after it (rtnl_create_link in net/core/rtnetlink.c). Few
+// programs use groups, and those count from 1.
+const MacvlanGroup = 4711
+
 // CreateMacvlan creates m from p in the namespace with the descriptor podFd. k is
 // the host's. A single request creates it inside the pod, so the host's namespace
 // never contains it, needs no cleanup, and may have an interface of the same name.
@@ -307,6 +313,9 @@ func (k *Kernel) CreateMacvlan(m plan.Macvlan, p Parent, podFd int) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.ParentIndex, attrs.MTU, attrs.Namespace = m.Interface, p.Index, cmp.Or(m.MTU, p.MTU), netlink.NsFd(podFd)
 	attrs.HardwareAddr = m.MAC
+	if m.Alias != "" {
+		attrs.Group = MacvlanGroup
+	}
 	err := k.handle.LinkAdd(&netlink.Macvlan{LinkAttrs: attrs, Mode: macvlanModes[m.Mode]})
 	if err != nil {
 		return macvlanError(creationHint(m, p, err), "create %q, a macvlan of the host's %q in mode %s: %w", m.Interface, p.Name, m.Mode, err)

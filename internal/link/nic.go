@@ -150,6 +150,7 @@ type Interface struct {
 	MTU     int // in bytes
 	Alias   string
 	Macvlan bool
+	Marked  bool // it is in MacvlanGroup
 }
 
 // Interfaces returns the interfaces of the namespace.
@@ -161,7 +162,7 @@ func (k *Kernel) Interfaces() ([]Interface, error) {
 	var found []Interface
 	for _, l := range links {
 		a := l.Attrs()
-		found = append(found, Interface{a.Name, a.HardwareAddr, a.MTU, a.Alias, l.Type() == "macvlan"})
+		found = append(found, Interface{a.Name, a.HardwareAddr, a.MTU, a.Alias, l.Type() == "macvlan", a.Group == MacvlanGroup})
 	}
 	return found, nil
 }

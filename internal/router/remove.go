@@ -46,6 +46,7 @@ func (r *Router) Remove(ctx context.Context, before *plan.State) error {
 			return err
 		}
 		state := c.want.Network.Before(c.have.State, initial)
+		state.Addresses = r.Keeps
 		before = &state
 	}
 	var failed []error

@@ -31,6 +31,9 @@ type Router struct {
 	Stays bool
 	// LeavesParent: the addresses of the macvlan's NIC get no route by the cluster side.
 	LeavesParent bool
+	// Keeps are the reserved addresses that the egress interface had before the router, which
+	// Remove leaves there.
+	Keeps []netip.Prefix
 
 	start start // result of Apply for a Keeper
 	Log   *slog.Logger
