@@ -2,6 +2,7 @@ package cni
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -19,10 +20,10 @@ import (
 
 // add makes a router of a pod. It checks everything before it changes anything, and rolls
 // back after a failure.
-func (c *call) add(ctx context.Context) error {
+func (c *call) add(ctx context.Context) (err error) {
 	c.logRequest()
 	_, c.adjusts = c.previous()
-	p, err := c.prepare()
+	p, err := c.prepare(ctx)
 	if err != nil {
 		return err
 	}
@@ -30,15 +31,22 @@ func (c *call) add(ctx context.Context) error {
 		c.log.line(levelWarning, "%s", w)
 	}
 	defer p.close()
+	made := false
+	defer func() {
+		if made && err != nil { // the runtime has no result
+			err = errors.Join(err, p.pod.Do(func() error { return c.remove(context.WithoutCancel(ctx), p.site) }))
+		}
+	}()
 	var egress link.Interface
 	if err := p.pod.Do(func() error {
 		before, err := p.inspect(c)
 		if err != nil {
 			return err
 		}
-		if err := p.apply(ctx, c); err != nil {
+		if err := p.apply(ctx, c, before); err != nil {
 			return err
 		}
+		made = true
 		c.logResult(p.made, p.macvlan != nil, p.cluster, before)
 		egress, err = c.egress()
 		return err
@@ -62,7 +70,7 @@ type prepared struct {
 }
 
 // prepare reads the configuration and the node. The caller closes the site.
-func (c *call) prepare() (p prepared, err error) {
+func (c *call) prepare(ctx context.Context) (p prepared, err error) {
 	var mac net.HardwareAddr
 	if p.made, mac, err = c.describe(); err != nil {
 		return p, err
@@ -70,13 +78,13 @@ func (c *call) prepare() (p prepared, err error) {
 	if err = c.complete(&p.made); err != nil {
 		return p, err
 	}
-	if p.site, err = c.enter(); err != nil {
+	if p.site, err = c.enter(ctx); err != nil {
 		return p, err
 	}
 	if !c.adjusts {
 		p.macvlan = &spec.Macvlan{
 			Parent: p.made.Master, Mode: spec.MacvlanMode(p.made.Mode), HostNetns: p.hostFile(),
-			MTU: p.made.MTU, MAC: mac, Alias: c.alias(true),
+			MTU: p.made.MTU, MAC: mac, Alias: c.alias(madeBeginning),
 		}
 	}
 	if err = p.pod.Do(func() error { return p.find(c) }); err != nil {
@@ -102,6 +110,8 @@ func (p *prepared) find(c *call) error {
 	return nil
 }
 
+const otherHint = "a pod can have one router: remove the other attachment or container, or have the runtime call DEL first"
+
 // inspect checks that the namespace can get a router, and returns its state before.
 func (p *prepared) inspect(c *call) (plan.State, error) {
 	kernel, err := link.Open()
@@ -120,48 +130,40 @@ func (p *prepared) inspect(c *call) (plan.State, error) {
 		return before, err
 	}
 	stray, err := nft.FindAll(families())
-	if err == nil && stray != nil {
-		err = newError(CodeOther, "a pod can have one router: remove the other attachment or container, or have the runtime call DEL first",
-			"load rules: the namespace has those of another egress-router: %s", stray)
+	all, listErr := attached(kernel)
+	switch err = errors.Join(err, listErr); {
+	case err != nil:
+	case len(all) > 0:
+		err = newError(CodeOther, otherHint, "load rules: the namespace has the router of %q", all[0].ifname)
+	case stray != nil:
+		err = newError(CodeOther, otherHint, "load rules: the namespace has those of another egress-router: %s", stray)
 	}
 	return before, err
 }
 
 // apply configures the namespace. An interface of another plugin gets the alias by which it
-// is known that this one did not make it.
-func (p *prepared) apply(ctx context.Context, c *call) error {
+// is known that this one did not make it, and what it had before.
+func (p *prepared) apply(ctx context.Context, c *call, before plan.State) error {
 	r := newRouter(p.want, c.log.warnings())
 	if p.macvlan != nil {
 		return r.Apply(ctx)
 	}
-	undo, err := mark(c.ifname, c.alias(false))
-	if err != nil {
-		return err
-	}
-	if err := r.Apply(ctx); err != nil {
-		undo()
-		return err
-	}
-	return nil
-}
-
-// mark sets the alias of an interface that has none.
-func mark(name, alias string) (undo func(), err error) {
 	kernel, err := link.Open()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer kernel.Close()
-	now, _, err := find(kernel, name)
-	if err != nil || now.Alias != "" {
-		return func() {}, err
+	now, _, err := find(kernel, c.ifname)
+	if err == nil {
+		err = kernel.SetAlias(c.ifname, c.adjustedAlias(p.made.Sources, before, now.Alias))
 	}
-	return func() {
-		if kernel, err := link.Open(); err == nil {
-			_ = kernel.SetAlias(name, "") // the error that is rolled back counts
-			kernel.Close()
-		}
-	}, kernel.SetAlias(name, alias)
+	if err != nil {
+		return err
+	}
+	if err = r.Apply(ctx); err != nil {
+		_ = kernel.SetAlias(c.ifname, now.Alias) // the error that is rolled back counts
+	}
+	return err
 }
 
 // find returns an interface of the calling thread's namespace.

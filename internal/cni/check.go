@@ -23,10 +23,10 @@ func (c *call) check(ctx context.Context) error {
 	if c.conf.prevResult == nil {
 		return newError(types.ErrInvalidNetworkConfig, "the runtime has to pass the result of ADD", "prevResult is missing")
 	}
-	if err := c.findMaker(); err != nil {
+	if err := c.findMaker(ctx); err != nil {
 		return err
 	}
-	p, err := c.prepare()
+	p, err := c.prepare(ctx)
 	if err != nil {
 		return err
 	}
@@ -63,15 +63,16 @@ func (c *call) check(ctx context.Context) error {
 
 // findMaker finds out whether an earlier plugin has made the interface, which the result of ADD
 // does not contain.
-func (c *call) findMaker() error {
-	s, err := c.enter()
+func (c *call) findMaker(ctx context.Context) error {
+	s, err := c.enter(ctx)
 	if err != nil {
 		return err
 	}
 	defer s.close()
 	return s.pod.Do(func() error {
 		egress, err := c.egress()
-		c.adjusts = egress.Alias != "" && !strings.HasPrefix(egress.Alias, aliases[true]+" ")
+		a, found := attachmentOf(egress)
+		c.adjusts = found && !a.made
 		return err
 	})
 }

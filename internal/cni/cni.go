@@ -11,12 +11,14 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/signal"
 	"slices"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
 	"github.com/containernetworking/cni/pkg/version"
+	"golang.org/x/sys/unix"
 )
 
 // A Process is what the program has of its environment.
@@ -58,6 +60,7 @@ func Run(ctx context.Context, p Process) int {
 	if name == "" && len(p.Args) > 0 {
 		return manage(ctx, p)
 	}
+	signal.Ignore(unix.SIGPIPE) // ADD rolls back if nobody reads its result
 	c := &call{process: p, stderr: slog.New(slog.NewTextHandler(p.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
 	if err := c.serve(ctx, name); err != nil {
 		e := failure(err)
@@ -105,6 +108,9 @@ func (c *call) serve(ctx context.Context, name string) error {
 		}
 		return newError(types.ErrInvalidEnvironmentVariables, "a runtime sets CNI_COMMAND; for a person: egress-router-cni install, uninstall, version",
 			"CNI_COMMAND is %q: expected ADD, DEL, CHECK, STATUS, GC or VERSION", name)
+	}
+	if !v.fails { // half of it would be no success
+		ctx = context.WithoutCancel(ctx)
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -39,10 +40,15 @@ type runtimeConfig struct {
 func (c *call) parse(text []byte) error {
 	var v struct {
 		CNIVersion any `json:"cniVersion"`
+		LogFile    any `json:"log_file"`
+		LogLevel   any `json:"log_level"`
 	}
 	if err := json.Unmarshal(text, &v); err != nil {
 		return newError(types.ErrDecodingFailure, "", "decode configuration: %v", err)
 	}
+	// The log has the error of a key before these.
+	c.conf.LogFile, _ = v.LogFile.(string)
+	c.conf.LogLevel, _ = v.LogLevel.(string)
 	switch v := v.CNIVersion.(type) {
 	case nil:
 		c.version = "0.1.0" // before there was the key
@@ -60,7 +66,7 @@ func (c *call) parse(text []byte) error {
 		return newError(types.ErrIncompatibleCNIVersion, "", "cniVersion is %q: expected one of %v", found, all)
 	}
 	if wrong, is := errors.AsType[*json.UnmarshalTypeError](err); is {
-		return newError(types.ErrInvalidNetworkConfig, "", "%s is a %s: expected %s", strings.TrimPrefix(wrong.Field, "Attachment."), wrong.Value, kindOf(wrong.Type.String()))
+		return newError(types.ErrInvalidNetworkConfig, "", "%s is %s: expected %s", strings.TrimPrefix(wrong.Field, "Attachment."), kindOf(wrong.Value), kindOf(wrong.Type.String()))
 	}
 	if err != nil {
 		return newError(types.ErrDecodingFailure, "", "decode configuration: %v", err)
@@ -71,26 +77,46 @@ func (c *call) parse(text []byte) error {
 	if c.conf.RawPrevResult == nil {
 		return nil
 	}
-	previous := types.PluginConf{CNIVersion: c.version, RawPrevResult: c.conf.RawPrevResult}
-	err = version.ParsePrevResult(&previous)
-	if err == nil {
-		c.conf.prevResult, err = types100.GetResult(previous.PrevResult)
-	}
-	if err != nil {
+	if c.conf.prevResult, err = parseResult(c.version, c.conf.RawPrevResult); err != nil {
 		return newError(types.ErrDecodingFailure, "", "decode prevResult: %v", err)
 	}
 	return nil
 }
 
-// kindOf describes a type of Go for people.
+// parseResult reads the result of an earlier plugin. JSON can have a null in place of each of
+// its objects, which the types of the specification do not expect.
+func parseResult(cniVersion string, raw map[string]any) (r *types100.Result, err error) {
+	for _, key := range slices.Sorted(maps.Keys(raw)) {
+		list, _ := raw[key].([]any)
+		if i := slices.Index(list, nil); i >= 0 {
+			return nil, fmt.Errorf("%s[%d] is null: expected an object", key, i)
+		}
+	}
+	previous := types.PluginConf{CNIVersion: cniVersion, RawPrevResult: raw}
+	if err := version.ParsePrevResult(&previous); err != nil {
+		return nil, err
+	}
+	return types100.GetResult(previous.PrevResult)
+}
+
+// kindOf describes a kind of JSON, or a type of Go, for people.
 func kindOf(t string) string {
-	switch t {
+	kind, _, _ := strings.Cut(t, " ") // a number may follow
+	switch kind {
 	case "string", "object.Text":
 		return "a text"
 	case "[]string", "object.Texts":
 		return "a list of texts"
 	case "uint16":
 		return "a port"
+	case "bool":
+		return "true or false"
+	case "number":
+		return "a number"
+	case "array":
+		return "a list"
+	case "[]types.GCAttachment":
+		return "a list of objects"
 	}
 	return "an object"
 }

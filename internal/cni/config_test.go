@@ -13,6 +13,7 @@ func FuzzConfig(f *testing.F) {
 		"", "{}", `{"cniVersion": "0.4.0", "name": "x", "ip": {"addresses": ["192.168.12.99/24"], "gateway": "192.168.12.1", "destinations": ["80 TCP 203.0.113.25/30 81"], "fallbackIP": "203.0.113.27"}}`,
 		`{"cniVersion": "1.1.0", "name": "x", "interfaceArgs": {"mtu": 1400}, "ip": {"gateway": ["fe80::1"], "addresses": ["2001:db8:12::99/64"], "destinations": ["80 SCTP 2001:db8::25", "80 sctp 2001:db8::26"]}, "runtimeConfig": {"mac": "0a:58:c0:a8:0c:63"}}`,
 		`{"cniVersion": "1.1.0", "name": "x", "ip": {}, "prevResult": {"cniVersion": "1.1.0", "interfaces": [{"name": "net1", "sandbox": "/x"}], "ips": [{"address": "192.168.12.99/24", "gateway": "192.168.12.1", "interface": 0}]}}`,
+		`{"cniVersion": "1.0.0", "name": "x", "ip": {}, "prevResult": {"interfaces": [{"name": "net1", "sandbox": "/x"}, null], "ips": [{"address": null, "interface": 0}, null]}}`,
 	} {
 		f.Add([]byte(text))
 	}

@@ -15,7 +15,9 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/egress-router/egress-router/internal/cli"
 	"github.com/egress-router/egress-router/internal/cni"
+	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
@@ -30,11 +32,11 @@ func TestMain(m *testing.M) {
 	labtest.MainOf(m, program)
 }
 
-// program is the main function of cmd/egress-router-cni, which cannot be imported, and in
-// mode monitor that of the router in a container.
+// program is the main function of cmd/egress-router-cni, which cannot be imported. Without a
+// call or an argument it is that of a router in a container.
 func program() {
-	if os.Getenv("CNI_COMMAND") == "" && os.Getenv("EGRESS_ROUTER_MODE") == "monitor" {
-		labtest.Program()
+	if os.Getenv("CNI_COMMAND") == "" && len(os.Args) == 1 {
+		os.Exit(cli.Run(context.Background(), cli.Process{Name: os.Args[0], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr}))
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code := cni.Run(ctx, cni.Process{
@@ -58,8 +60,14 @@ type pod struct {
 // newPod returns a pod with the example of labtest as its configuration.
 func newPod(t *testing.T, o lab.Options) *pod {
 	t.Helper()
+	return newPodWith(t, o, labtest.Nftables)
+}
+
+// newPodWith returns one whose container's router has a backend.
+func newPodWith(t *testing.T, o lab.Options, b labtest.Backend) *pod {
+	t.Helper()
 	o.NoMacvlan = true
-	p := &pod{Pod: labtest.New(t, o, labtest.Nftables), log: filepath.Join(t.TempDir(), "log")}
+	p := &pod{Pod: labtest.New(t, o, b), log: filepath.Join(t.TempDir(), "log")}
 	p.Conf = map[string]any{
 		"cniVersion": "0.4.0", "type": "egress-router", "name": "egress-router-cni-nad", "log_file": p.log, "log_level": "debug",
 		"ip": map[string]any{

@@ -265,9 +265,12 @@ func TestDelNeverFails(t *testing.T) {
 		"nothing":               func(cmd *exec.Cmd) { cmd.Stdin = nil },
 		"no configuration":      func(cmd *exec.Cmd) { cmd.Stdin = strings.NewReader("{}") },
 		"version of the future": func(cmd *exec.Cmd) { cmd.Stdin = strings.NewReader(`{"cniVersion": "9.0.0", "name": "x", "ip": 7}`) },
-		"no container":          func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_CONTAINERID=") },
-		"no interface":          func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_IFNAME=") },
-		"invalid interface":     func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_IFNAME=../all") },
+		"null in prevResult": func(cmd *exec.Cmd) {
+			cmd.Stdin = strings.NewReader(`{"cniVersion": "1.1.0", "name": "x", "prevResult": {"interfaces": [null], "ips": [null]}}`)
+		},
+		"no container":      func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_CONTAINERID=") },
+		"no interface":      func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_IFNAME=") },
+		"invalid interface": func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "CNI_IFNAME=../all") },
 	} {
 		p := p
 		if name == "garbage" {

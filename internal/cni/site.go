@@ -3,15 +3,19 @@ package cni
 import (
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"log/slog"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/netns"
@@ -30,8 +34,9 @@ type site struct {
 	host, pod *netns.Namespace
 }
 
-// enter opens the namespaces of a call.
-func (c *call) enter() (s site, err error) {
+// enter opens the namespaces of a call, and waits until no other call works in that of the
+// pod.
+func (c *call) enter(ctx context.Context) (s site, err error) {
 	if s.host, err = netns.Current(); err != nil {
 		return s, err
 	}
@@ -42,7 +47,30 @@ func (c *call) enter() (s site, err error) {
 		s.close()
 		return site{}, newError(types.ErrInvalidNetNS, cmp.Or(hintOf(err), "the runtime has to create the namespace first"), "CNI_NETNS is %q: %v", c.netns, err)
 	}
+	if err := s.reserve(ctx); err != nil {
+		s.close()
+		return site{}, err
+	}
 	return s, nil
+}
+
+// reserve locks the namespace of the pod, until it is closed: what a call finds there, and
+// what it makes of it, is no other call's matter. The kernel unlocks it with the process.
+func (s site) reserve(ctx context.Context) error {
+	for {
+		err := unix.Flock(s.pod.Fd(), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("lock network namespace: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return newError(types.ErrTryAgainLater, "", "another call for this pod has not ended: %v", ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }
 
 func (s site) close() {
@@ -157,15 +185,40 @@ func (c *call) complete(d *object.Description) error {
 }
 
 // alias is the text by which a router is found on a node: the network and the container of an
-// attachment. The interface of another plugin has another beginning.
-func (c *call) alias(own bool) string {
-	return strings.Join([]string{aliases[own], short(c.conf.Name), short(c.container)}, " ")
+// attachment.
+func (c *call) alias(beginning string) string {
+	return strings.Join([]string{beginning, short(c.conf.Name), short(c.container)}, " ")
 }
 
+// adjustedAlias is the alias of the interface of another plugin, with signs of the addresses
+// that it gets, and the alias that it had.
+func (c *call) adjustedAlias(sources spec.Sources, had plan.State, before string) string {
+	added := "-"
+	for _, s := range sources {
+		if !slices.Contains(had.Addresses, s.Prefix) {
+			added += sign(s.Prefix)
+		}
+	}
+	if before != "" {
+		added += " " + before
+	}
+	return c.alias(adjustedBeginning) + " " + added
+}
+
+// sign returns signLength characters that stand for an address.
+func sign(p netip.Prefix) string {
+	hash := fnv.New32a()
+	_, _ = hash.Write([]byte(p.String())) // never fails
+	return base64.RawURLEncoding.EncodeToString(hash.Sum(nil)[:3])
+}
+
+const signLength = 4
+
 // short returns a name, or a shorter one that stands for it: an alias has at most 255 bytes
-// (linux/if.h, IFALIASZ), and names in Kubernetes have up to 253.
+// (linux/if.h, IFALIASZ), and names in Kubernetes have up to 253. Two of them leave room for
+// the signs of 27 addresses.
 func short(name string) string {
-	const most = 110
+	const most = 60
 	if len(name) <= most {
 		return name
 	}
@@ -175,31 +228,52 @@ func short(name string) string {
 	return name[:most-len(end)] + end
 }
 
-// aliases are the beginnings of the alias of an interface, by whether the plugin has made it.
-var aliases = map[bool]string{true: "egress-router", false: "egress-router-chained"}
+// The beginnings of the alias of an interface: one that the plugin has made, and one of
+// another plugin.
+const (
+	madeBeginning     = "egress-router"
+	adjustedBeginning = "egress-router-chained"
+)
 
 // An attachment is a router that an alias describes.
 type attachment struct {
 	network, container, ifname string
 	made                       bool // the plugin has made the interface
+
+	// Of an interface of another plugin.
+	added  []string // the signs of the addresses that it got
+	before string   // the alias that it had
 }
 
-// attached returns the routers of the calling thread's namespace.
-func attached() ([]attachment, error) {
-	kernel, err := link.Open()
-	if err != nil {
-		return nil, err
+// attachmentOf returns the router that an interface has.
+func attachmentOf(i link.Interface) (a attachment, found bool) {
+	words := append(strings.SplitN(i.Alias, " ", 5), "", "", "", "")
+	a = attachment{network: words[1], container: words[2], ifname: i.Name}
+	switch words[0] {
+	case madeBeginning:
+		a.made = true
+	case adjustedBeginning:
+		for sign := range slices.Chunk([]byte(strings.TrimPrefix(words[3], "-")), signLength) {
+			a.added = append(a.added, string(sign))
+		}
+		a.before = words[4]
+	default: // of a killed call, which had no time for the alias, or of nobody
+		a = attachment{ifname: i.Name, made: i.Macvlan && i.Marked}
+		return a, a.made
 	}
-	defer kernel.Close()
+	return a, true
+}
+
+// attached returns the routers of a namespace.
+func attached(kernel *link.Kernel) ([]attachment, error) {
 	interfaces, err := kernel.Interfaces()
 	if err != nil {
 		return nil, err
 	}
 	var all []attachment
 	for _, i := range interfaces {
-		words := strings.Fields(i.Alias)
-		if len(words) == 3 && (words[0] == aliases[true] || words[0] == aliases[false]) {
-			all = append(all, attachment{words[1], words[2], i.Name, words[0] == aliases[true]})
+		if a, found := attachmentOf(i); found {
+			all = append(all, a)
 		}
 	}
 	return all, nil
@@ -224,8 +298,13 @@ func (p Process) eachNamespace(do func(file string, routers []attachment) error)
 		}
 		var routers []attachment
 		if err == nil {
-			err = ns.Do(func() (err error) {
-				routers, err = attached()
+			err = ns.Do(func() error {
+				kernel, err := link.Open()
+				if err != nil {
+					return err
+				}
+				defer kernel.Close()
+				routers, err = attached(kernel)
 				return err
 			})
 			_ = ns.Close() // nothing was written
