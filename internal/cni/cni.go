@@ -19,6 +19,8 @@ import (
 	"github.com/containernetworking/cni/pkg/utils"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Process is what the program has of its environment.
@@ -151,7 +153,11 @@ func (c *call) readEnvironment(v verb) error {
 		case name == "CNI_CONTAINERID":
 			invalid = utils.ValidateContainerID(value)
 		case name == "CNI_IFNAME":
-			invalid = utils.ValidateInterfaceName(value)
+			if invalid = utils.ValidateInterfaceName(value); invalid == nil {
+				if why := spec.FaultOfInterface(value); why != "" {
+					invalid = newError(0, "", "%s", why)
+				}
+			}
 		}
 		if invalid != nil {
 			return newError(types.ErrInvalidEnvironmentVariables, "", "%s is %q: %s", name, value, invalid.Msg)

@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"golang.org/x/sys/unix"
+
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/object"
@@ -33,16 +35,17 @@ func newError(code uint, hint, format string, args ...any) *types.Error {
 	return types.NewError(code, fmt.Sprintf(format, args...), hint)
 }
 
-// names are the keys of the fields.
+// names are the keys of the fields, and the fields of the resource that an attachment may be
+// made of: its user does not know the attachment.
 type names struct{}
 
 var keys = map[wording.Field]string{
-	wording.Source:           "ip.addresses",
-	wording.Gateway:          "ip.gateway",
+	wording.Source:           "ip.addresses (EgressRouter: spec.addresses[].ip)",
+	wording.Gateway:          "ip.gateway (EgressRouter: spec.addresses[].gateway)",
 	wording.Destinations:     "ip.destinations",
 	wording.Interface:        "CNI_IFNAME",
 	wording.ClusterInterface: "the pod's first interface",
-	wording.MacvlanParent:    "interfaceArgs.master",
+	wording.MacvlanParent:    "interfaceArgs.master (EgressRouter: spec.networkInterface.macvlan.master)",
 	wording.Conflict:         "conflict",
 }
 
@@ -108,8 +111,18 @@ func hintOf(err error) string {
 	if errors.Is(err, os.ErrPermission) {
 		return "the runtime has to run the plugin as root, with all capabilities"
 	}
-	if codeOf(err) == CodeRules { // there is no other backend
+	switch {
+	case codeOf(err) == CodeRules: // there is no other backend
 		return "load the kernel's modules on the node: modprobe nf_tables nft_nat nft_ct nft_reject_ipv4 nft_reject_ipv6"
+	case errors.Is(err, unix.EROFS):
+		return "the runtime has to run the plugin with a writable /proc/sys, or to set the sysctl in the pod (securityContext.sysctls)"
+	case is[*router.UndoError](err):
+		return "the pod is partly configured: the runtime has to call DEL, or delete the pod"
+	case is[*router.HostError](err): // its hints are for a container
+		return ""
 	}
-	return strings.ReplaceAll(router.Hint(err, names{}), "\n", "; ")
+	return hints.Replace(router.Hint(err, names{}))
 }
+
+// hints changes hints for one line, and for the keys.
+var hints = strings.NewReplacer("\n", "; ", ", or to true for the NIC of the host's IPv4 default route", ", or remove it for the NIC in the subnet of the address")

@@ -31,6 +31,9 @@ var faults = []fault{
 	{"no namespace", "ADD CHECK", func(p *pod) { delete(p.Vars, "CNI_NETNS") }, 4, "CNI_NETNS is not set", ""},
 	{"no interface", "ADD CHECK", func(p *pod) { delete(p.Vars, "CNI_IFNAME") }, 4, "CNI_IFNAME is not set", ""},
 	{"long interface", "ADD CHECK", func(p *pod) { p.Vars["CNI_IFNAME"] = "macvlan012345678" }, 4, `CNI_IFNAME is "macvlan012345678": `, ""},
+	{"interface with a number of the kernel's choice", "ADD CHECK", func(p *pod) { p.Vars["CNI_IFNAME"] = "net%d" }, 4, `CNI_IFNAME is "net%d": it contains '%'`, ""},
+	{"interface with the name of sysctls", "ADD CHECK", func(p *pod) { p.Vars["CNI_IFNAME"] = "all" }, 4, `CNI_IFNAME is "all": the kernel does not allow it`, ""},
+	{"interface that is a pattern", "ADD CHECK", func(p *pod) { p.Vars["CNI_IFNAME"] = "net+" }, 4, `CNI_IFNAME is "net+": it contains '+'`, ""},
 	{"namespace gone", "ADD CHECK", func(p *pod) { p.Vars["CNI_NETNS"] = "/run/netns/gone" }, 8, `CNI_NETNS is "/run/netns/gone": `, ""},
 	{"another file", "ADD CHECK", func(p *pod) { p.Vars["CNI_NETNS"] = "/proc/self/exe" }, 8, "not a network namespace", ""},
 	{"namespace of the plugin", "ADD CHECK", func(p *pod) { p.Vars["CNI_NETNS"] = labtest.File(p.Lab.Node) }, 8, "expected that of a pod", ""},
@@ -58,6 +61,12 @@ var faults = []fault{
 	{"several", "ADD CHECK STATUS", func(p *pod) { p.ip()["gateway"], p.ip()["fallbackIP"] = "g", "f" }, 7, `ip.gateway is "g"`, `also: ip.fallbackIP is "f"`},
 	{"mode", "ADD CHECK STATUS", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"mode": "ring"} }, 7, `interfaceArgs.mode is "ring": expected one of bridge, private, vepa, passthru`, ""},
 	{"mtu", "ADD CHECK STATUS", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"mtu": "big"} }, 7, `interfaceArgs.mtu is "big"`, ""},
+	{"small mtu", "ADD CHECK STATUS", func(p *pod) {
+		p.Conf["interfaceArgs"] = map[string]any{"mtu": 1279}
+		p.ip()["addresses"], p.ip()["gateway"] = []string{"2001:db8:12::99/64"}, "2001:db8:12::1"
+		p.ip()["destinations"], p.ip()["fallbackIP"] = []string{}, ""
+	}, 7, `interfaceArgs.mtu is "1279": IPv6 needs at least 1280 bytes`, ""},
+	{"large mtu", "ADD", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"mtu": 1501} }, cni.CodeNIC, "invalid argument", "which is 1500 for nic0: expected no more, found 1501"},
 	{"type", "ADD CHECK STATUS", func(p *pod) { p.Conf["interfaceType"] = "ipvlan" }, 7, `interfaceType is "ipvlan": expected macvlan`, ""},
 	{"conflict", "ADD CHECK STATUS", func(p *pod) { p.Conf["conflict"] = "fight" }, 7, `conflict is "fight": expected warn, refuse or defend`, ""},
 	{"hardware address", "ADD CHECK STATUS", func(p *pod) { p.Conf["runtimeConfig"] = map[string]any{"mac": "01:00:5e:00:00:01"} }, 7, `runtimeConfig.mac is "01:00:5e:00:00:01": expected the hardware address of one host`, ""},
@@ -67,11 +76,11 @@ var faults = []fault{
 		p.Conf["prevResult"] = map[string]any{"interfaces": []any{map[string]any{"name": "eth0"}, nil}}
 	}, 6, "decode prevResult: interfaces[1] is null: expected an object", ""},
 	{"null among addresses", "ADD CHECK STATUS GC", func(p *pod) { p.Conf["prevResult"] = map[string]any{"ips": []any{nil}} }, 6, "decode prevResult: ips[0] is null", ""},
-	{"master", "ADD CHECK", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"master": "eth9"} }, cni.CodeNIC, `the host has no interface "eth9"; usable interfaces: `, "set interfaceArgs.master to a NIC of the host"},
-	{"master", "STATUS", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"master": "eth9"} }, 50, `the host has no interface "eth9"; usable interfaces: `, "set interfaceArgs.master to a NIC of the host"},
+	{"master", "ADD CHECK", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"master": "eth9"} }, cni.CodeNIC, `the host has no interface "eth9"; usable interfaces: `, "set interfaceArgs.master (EgressRouter: spec.networkInterface.macvlan.master) to a NIC of the host, or remove it for the NIC in the subnet of the address"},
+	{"master", "STATUS", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"master": "eth9"} }, 50, `the host has no interface "eth9"; usable interfaces: `, "set interfaceArgs.master (EgressRouter: spec.networkInterface.macvlan.master) to a NIC of the host, or remove it for the NIC in the subnet of the address"},
 	{"master is lo", "ADD CHECK", func(p *pod) { p.Conf["interfaceArgs"] = map[string]any{"master": "lo"} }, cni.CodeNIC, "expected Ethernet", ""},
-	{"gateway of the node", "ADD CHECK", func(p *pod) { p.ip()["gateway"] = "192.168.12.10" }, cni.CodeNIC, "192.168.12.10 is an address of the host's", "set ip.gateway to a router"},
-	{"address of the node", "ADD CHECK", func(p *pod) { p.ip()["addresses"] = []string{"192.168.12.10/24"} }, cni.CodeNIC, "check reserved address: 192.168.12.10 is an address of the host's", "set ip.addresses to an address that no other host has"},
+	{"gateway of the node", "ADD CHECK", func(p *pod) { p.ip()["gateway"] = "192.168.12.10" }, cni.CodeNIC, "192.168.12.10 is an address of the host's", "set ip.gateway (EgressRouter: spec.addresses[].gateway) to a router"},
+	{"address of the node", "ADD CHECK", func(p *pod) { p.ip()["addresses"] = []string{"192.168.12.10/24"} }, cni.CodeNIC, "check reserved address: 192.168.12.10 is an address of the host's", "set ip.addresses (EgressRouter: spec.addresses[].ip) to an address that no other host has"},
 	{"gateway of the cluster", "ADD", func(p *pod) { p.ip()["gateway"], p.ip()["addresses"] = "10.128.0.1", []string{"192.168.12.99/32"} }, 7, "expected the router of the physical network, found the cluster side's gateway", "set ip.gateway"},
 	{"address of the pod", "ADD", func(p *pod) { p.ip()["addresses"] = []string{"10.128.0.98/23"} }, 7, "found the pod's cluster address", ""},
 	{"no prevResult", "CHECK", func(p *pod) { delete(p.Conf, "prevResult") }, 7, "prevResult is missing", "the runtime has to pass the result of ADD"},
@@ -194,6 +203,57 @@ func TestFaultsOfSite(t *testing.T) {
 			p.wantBefore("after ADD", before)
 			p.ok("DEL")
 		})
+	}
+}
+
+// With a read-only /proc/sys, as in some containers of a runtime, ADD reports so, unless the
+// pod forwards already.
+func TestReadOnlySysctls(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{})
+	before := p.before()
+	plugin := p.command("ADD", p.stdin())
+	readOnly := func() reply {
+		cmd := p.Command("with-read-only-proc")
+		cmd.Env, cmd.Stdin = plugin.Env, strings.NewReader(p.stdin())
+		return p.run(p.Lab.Node, cmd)
+	}
+	if r := readOnly(); r.Code != cni.CodeRouter || !strings.Contains(r.Msg, "net.ipv4.ip_forward = 1") || !strings.Contains(r.Details, "writable /proc/sys") {
+		t.Errorf("error %d %s (%s)", r.Code, r.Msg, r.Details)
+	}
+	p.wantBefore("after ADD", before)
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+		t.Fatal(err)
+	}
+	if r := readOnly(); r.Result.Code != 0 {
+		t.Errorf("error %d %s (%s)", r.Code, r.Msg, r.Details)
+	}
+	p.WantExample()
+}
+
+// A NIC that disappears during ADD ends it, and the namespace is as before.
+func TestNICDisappears(t *testing.T) {
+	t.Parallel()
+	for ended := false; !ended; { // on a busy machine ADD may end before
+		p := newPod(t, lab.Options{})
+		before := p.before()
+		p.Conf["conflict"] = "refuse" // takes seconds
+		cmd := p.command("ADD", p.stdin())
+		if err := p.Lab.Start(p.Lab.Node, cmd); err != nil {
+			t.Fatal(err)
+		}
+		inPod, onNode := p.Handle(p.Lab.Router), p.Handle(p.Lab.Node)
+		p.Until("the interface is there", func() bool { _, err := inPod.LinkByName("macvlan0"); return err == nil })
+		if err := onNode.LinkDel(p.Link(onNode, lab.NIC)); err != nil {
+			t.Fatal(err)
+		}
+		if ended = cmd.Wait() != nil; ended {
+			p.wantBefore("after ADD", before)
+		}
+		p.del()
+		if text := p.logged(); strings.Contains(text, "restart the router") {
+			t.Errorf("log:\n%s", text)
+		}
 	}
 }
 

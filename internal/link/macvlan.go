@@ -331,6 +331,8 @@ func creationHint(m plan.Macvlan, p Parent, err error) wording.Text {
 		return wording.Textf("%s is a port of %s, which takes its frames: set %s to the interface that has the host's address on that network, or to another NIC", p.Name, p.master, wording.MacvlanParent)
 	case errors.Is(err, unix.EBUSY):
 		return wording.Textf("another device takes the frames of %s, such as an ipvlan or a bridge: set %s to another NIC", p.Name, wording.MacvlanParent)
+	case errors.Is(err, unix.EINVAL) && m.MTU > p.MTU:
+		return wording.Textf("a macvlan has at most the MTU of its NIC, which is %d for %s: expected no more, found %d", p.MTU, p.Name, m.MTU)
 	case errors.Is(err, unix.EINVAL) && m.Mode == "passthru":
 		return wording.Textf("mode passthru allows one macvlan for each NIC, and %s has another", p.Name)
 	case errors.Is(err, unix.EINVAL):

@@ -86,6 +86,11 @@ func (b *builder) done() (Description, error) {
 
 // validate adds the faults and the warnings about the router.
 func (b *builder) validate() {
+	// RFC 8200, section 5. Below it, Linux has no IPv6 on an interface.
+	const least = 1280
+	if b.made.MTU != 0 && b.made.MTU < least && len(b.made.Sources.Of(true)) > 0 {
+		b.fault(macvlanMTU, 0, "is \"%d\": IPv6 needs at least %d bytes", b.made.MTU, least)
+	}
 	for _, f := range slices.Concat(b.made.Sources.Validate(), b.made.Sources.ValidateGateways(), b.made.ValidateDestinations()) {
 		at, index, value := b.place(f)
 		if !value.IsValid() {

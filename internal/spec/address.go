@@ -129,20 +129,22 @@ func (s Sources) UnusableServer(a netip.Addr) string {
 // empty: it may be. It accepts the kernel's interface names (dev_valid_name in
 // net/core/dev.c: 1 to 15 bytes, no slash, colon or white space) that are literal in
 // a rule: for iptables, + at the end of a name is a pattern and ! a negation, and
-// restore input has its own quoting.
+// restore input has its own quoting. The kernel takes %d for a number of its choice
+// (dev_alloc_name).
 func FaultOfInterface(name string) string {
 	switch {
 	case name == "":
 		return "it is empty"
 	case len(name) > 15:
 		return "it has more than 15 bytes"
-	case name == "." || name == "..":
+	// The last two are names of sysctls (devinet_sysctl_register in net/ipv4/devinet.c).
+	case name == "." || name == ".." || name == "all" || name == "default":
 		return "the kernel does not allow it"
 	case strings.HasPrefix(name, "-") || strings.HasPrefix(name, "!"):
 		return "it begins with " + name[:1]
 	}
 	for _, r := range name {
-		if r <= ' ' || r > '~' || strings.ContainsRune(`/:+"'\`+"`", r) {
+		if r <= ' ' || r > '~' || strings.ContainsRune(`/:+%"'\`+"`", r) {
 			return fmt.Sprintf("it contains %q", r)
 		}
 	}
