@@ -71,7 +71,7 @@ func call(b *testing.B, l *lab.Lab, program, verb string, conf map[string]any) [
 		b.Fatal(err)
 	}
 	cmd := exec.Command(program)
-	cmd.Env = []string{"CNI_COMMAND=" + verb, "CNI_CONTAINERID=c1", fmt.Sprintf("CNI_NETNS=/proc/%d/fd/%d", os.Getpid(), l.Router.Fd()), "CNI_IFNAME=net1", "CNI_PATH=/opt/cni/bin"}
+	cmd.Env = []string{"CNI_COMMAND=" + verb, "CNI_CONTAINERID=c1", fmt.Sprintf("CNI_NETNS=/proc/%d/fd/%d", os.Getpid(), l.Router.Fd()), "CNI_IFNAME=net1", "CNI_PATH=/opt/cni/bin", "TMPDIR=" + os.TempDir()}
 	var stdout bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(text), &stdout, os.Stderr
 	if err := l.Run(l.Node, cmd); err != nil {

@@ -123,7 +123,7 @@ func (c *call) serve(ctx context.Context, name string) error {
 	} else {
 		err = newError(types.ErrIOFailure, "", "read configuration from stdin: %v", err)
 	}
-	c.log = nodeLog{file: c.conf.LogFile, level: levelOf(c.conf.LogLevel), stderr: c.stderr, now: time.Now}
+	c.log = nodeLog{file: c.conf.LogFile, level: levelOf(c.conf.LogLevel), stderr: c.stderr, now: time.Now, wait: maxLogWait, busy: new(bool)}
 	if !v.fails { // a garbled call still has to end
 		return v.run(c, ctx)
 	}

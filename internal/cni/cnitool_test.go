@@ -56,7 +56,7 @@ func TestCnitool(t *testing.T) {
 	tool := func(verb string) string {
 		t.Helper()
 		cmd := p.Command(os.Getenv(cnitoolVariable), verb, "egress", p.Vars["CNI_NETNS"])
-		cmd.Env = append(cmd.Env, "NETCONFPATH="+dir, "CNI_PATH="+filepath.Dir(p.command("ADD", "").Path), "CNI_IFNAME=macvlan0")
+		cmd.Env = append(cmd.Env, "NETCONFPATH="+dir, "CNI_PATH="+filepath.Dir(p.command("ADD", "").Path), "CNI_IFNAME=macvlan0", "TMPDIR="+os.TempDir())
 		var stdout, stderr strings.Builder
 		cmd.Stdout, cmd.Stderr = &stdout, &stderr
 		if err := p.Lab.Run(p.Lab.Node, cmd); err != nil {

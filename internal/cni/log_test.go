@@ -19,7 +19,8 @@ func newLog(t *testing.T) (nodeLog, *bytes.Buffer) {
 	var stderr bytes.Buffer
 	return nodeLog{
 		file: filepath.Join(t.TempDir(), "log"), level: levelDebug, stderr: slog.New(slog.NewTextHandler(&stderr, nil)),
-		now: func() time.Time { return time.Date(2021, 4, 26, 14, 27, 20, 7, time.FixedZone("", 2*3600)) },
+		now:  func() time.Time { return time.Date(2021, 4, 26, 14, 27, 20, 7, time.FixedZone("", 2*3600)) },
+		wait: maxLogWait, busy: new(bool),
 	}, &stderr
 }
 
@@ -73,6 +74,7 @@ func TestLogRefusesFilesOfOthers(t *testing.T) {
 		"second name":   func(file, other string) error { return os.Link(other, file) },
 		"pipe":          func(file, _ string) error { return unix.Mkfifo(file, 0o600) },
 		"directory":     func(file, _ string) error { return os.Mkdir(file, 0o700) },
+		"another text":  func(file, _ string) error { return os.WriteFile(file, []byte("root:x:0:0:"), 0o600) },
 	} {
 		l, stderr := newLog(t)
 		other := filepath.Join(t.TempDir(), "other")
@@ -140,5 +142,53 @@ func TestLogWithoutDirectory(t *testing.T) {
 	l.line(levelError, "text")
 	if stderr.Len() > 0 {
 		t.Error(stderr)
+	}
+}
+
+// The user of an attachment names the file of a log, and the plugin is root on the node: it
+// writes in directories for logs alone, and no link leads out of these.
+func TestLogStaysInDirectoriesForLogs(t *testing.T) {
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink("/etc", link); err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]string{
+		"/etc/ld.so.preload":            "expected a file in /tmp or /var/log",
+		"/tmp/../etc/egress-router-log": "expected a file in /tmp or /var/log",
+		"egress-router-log":             "expected a file in /tmp or /var/log",
+		"/tmp":                          "expected a file in /tmp or /var/log",
+		"/tmpfile":                      "expected a file in /tmp or /var/log",
+		link + "/egress-router-log":     "path escapes",
+	} {
+		l, stderr := newLog(t)
+		l.file = file
+		l.line(levelError, "text")
+		if !strings.Contains(stderr.String(), want) {
+			t.Errorf("%s: stderr %q, want %q", file, stderr, want)
+		}
+		if _, err := os.Stat("/etc/egress-router-log"); err == nil {
+			t.Errorf("%s is written", file)
+		}
+	}
+}
+
+// A stopped call that has the lock costs the others the lines, and no time for each.
+func TestLogOfStoppedCall(t *testing.T) {
+	l, stderr := newLog(t)
+	l.line(levelError, "text")
+	f, err := os.Open(l.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	l.wait = time.Millisecond
+	for range 3 {
+		l.line(levelError, "more")
+	}
+	if got := stderr.String(); strings.Count(got, "locked by another call for more than 1ms") != 1 {
+		t.Errorf("stderr %q", got)
 	}
 }

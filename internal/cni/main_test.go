@@ -100,7 +100,7 @@ func (p *pod) stdin() string {
 func (p *pod) command(verb, stdin string) *exec.Cmd {
 	cmd := p.Command("egress-router")
 	cmd.Stdin = strings.NewReader(stdin)
-	cmd.Env = append(cmd.Env, "CNI_COMMAND="+verb, "CNI_PATH=/opt/cni/bin")
+	cmd.Env = append(cmd.Env, "CNI_COMMAND="+verb, "CNI_PATH=/opt/cni/bin", "TMPDIR="+os.TempDir())
 	for name, value := range p.Vars {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
@@ -161,12 +161,18 @@ func (p *pod) wantFault(verb string, code uint, msg string) reply {
 func (p *pod) add() reply {
 	p.Helper()
 	r := p.ok("ADD")
+	p.keep(r)
+	return r
+}
+
+// keep keeps the result of ADD for CHECK.
+func (p *pod) keep(r reply) {
+	p.Helper()
 	var result map[string]any
 	if err := json.Unmarshal([]byte(r.Stdout), &result); err != nil {
 		p.Fatal(err)
 	}
 	p.Conf["prevResult"] = result
-	return r
 }
 
 // del calls DEL as a runtime does after ADD.

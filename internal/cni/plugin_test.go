@@ -192,6 +192,32 @@ func TestCheckFindsDamage(t *testing.T) {
 	p.WantExample()
 }
 
+// ADD does without the MSS clamp if the kernel refuses it. CHECK finds that the kernel would
+// take it by now.
+func TestRefusedPart(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{})
+	for i := 0; ; i++ {
+		n := i%60 + 1 // of the messages of a thread to nf_tables, whose threads differ
+		plugin := p.command("ADD", p.stdin())
+		cmd := p.Command("strace", "-f", "-qq", "-o", os.DevNull, "-e", "trace=sendmsg", "-e", fmt.Sprintf("inject=sendmsg:error=ENOENT:when=%d", n), plugin.Path)
+		cmd.Env, cmd.Stdin = plugin.Env, plugin.Stdin
+		r := p.run(p.Lab.Node, cmd)
+		if r.Result.Code == 0 && strings.Contains(p.logged(), "MSS clamp not loaded") {
+			p.keep(r)
+			p.Logf("message %d", n)
+			break
+		}
+		if i == 1200 {
+			t.Fatal("ADD does without the clamp after no failure")
+		}
+		p.del()
+	}
+	p.WantExample()
+	p.wantFault("CHECK", cni.CodeDrift, "load the rules, because ")
+	p.del()
+}
+
 // The interface itself may be gone, or another one.
 func TestCheckFindsOtherInterface(t *testing.T) {
 	t.Parallel()

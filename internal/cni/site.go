@@ -95,7 +95,8 @@ func families() []rules.Family {
 // tables are the rules of a router, all of them in nftables.
 type tables struct {
 	*nft.Tx
-	log *slog.Logger
+	log     *slog.Logger
+	canLoad func(rules.Plan) bool // the kernel takes them
 }
 
 // Apply loads the plan, or, if the kernel refuses it, the plan without the parts that need
@@ -111,6 +112,33 @@ func (t tables) Apply(ctx context.Context, want rules.Plan) (undo func() error, 
 	return undo, err
 }
 
+// Differs compares the rules with the plan, of which they may lack the parts that Apply has
+// left out: what the kernel refuses here, it refuses in a new namespace too.
+func (t tables) Differs(want rules.Plan) []string {
+	differs, parts := t.Tx.Differs(want), want.Parts()
+	if len(differs) == 0 || len(parts) == 0 || len(t.Tx.Differs(want.WithoutParts(parts))) > 0 || t.canLoad(want) {
+		return differs
+	}
+	return nil
+}
+
+// canLoad reports whether the kernel takes rules.
+func canLoad(want rules.Plan) bool {
+	ns, err := netns.New()
+	if err != nil {
+		return true
+	}
+	defer ns.Close()
+	return ns.Do(func() error {
+		ctx := context.Background()
+		tx, err := nft.BeginAll(ctx, families()...)
+		if err == nil {
+			_, err = tx.Apply(ctx, want)
+		}
+		return err
+	}) == nil
+}
+
 // newRouter returns the router for what a namespace shall be. Its methods run in the pod's
 // namespace.
 func newRouter(want plan.Want, log *slog.Logger) *router.Router {
@@ -120,7 +148,7 @@ func newRouter(want plan.Want, log *slog.Logger) *router.Router {
 		Network:      func() (router.Network, error) { return link.Open() },
 		Rules: func(ctx context.Context, _ rules.Plan) (router.Rules, error) {
 			tx, err := nft.BeginAll(ctx, families()...)
-			return tables{tx, log}, err
+			return tables{tx, log, canLoad}, err
 		},
 		Next: func(context.Context, router.Rules, error) (router.Rules, error) { return nil, nil },
 		Strays: func(_ context.Context, inUse router.Rules) ([]router.Stray, error) {
