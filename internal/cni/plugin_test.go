@@ -56,7 +56,7 @@ func TestFamiliesAndProtocols(t *testing.T) {
 		p.Serve(p.Lab.Outside, proto, "[2001:db8::26]:80")
 		p.Serve(p.Lab.Outside, proto, "[2001:db8::27]:81")
 	}
-	p.ip()["destinations"] = []string{"80 TCP 203.0.113.26", "53 udp 203.0.113.25", "53 TCP 203.0.113.26 80", "80 Tcp 2001:db8::26", "80 UDP 2001:db8::26/64", "132 SCTP 203.0.113.26", "132 sctp 2001:db8::26 133"}
+	p.ip()["destinations"] = []string{"80 TCP 203.0.113.26", "53 udp 203.0.113.25", "53 TCP 203.0.113.26 80", "80 Tcp 2001:db8::26", "80 UDP 2001:db8::26/64", "132 SCTP 203.0.113.26", "53 SCTP 203.0.113.27 3869", "132 sctp 2001:db8::26 133"}
 	delete(p.ip(), "fallbackIP")
 	p.add()
 	p.WantAnswer("tcp", 80, "203.0.113.26:80")
@@ -69,6 +69,7 @@ func TestFamiliesAndProtocols(t *testing.T) {
 			p.Errorf("%s with IPv6: answer %v, error %v; want one that saw %s", proto, a, err, lab.Source6)
 		}
 	}
+	p.WantSCTP(53, 3869) // beside TCP and UDP on one port
 	if rules := p.Rules(); !strings.Contains(rules, "sctp . 132 : 203.0.113.26 . 132") || !strings.Contains(rules, "sctp . 132 : 2001:db8::26 . 133") {
 		p.Errorf("SCTP is not redirected:\n%s", rules)
 	}

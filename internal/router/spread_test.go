@@ -139,13 +139,13 @@ func wantAllSCTP(p *labtest.Pod, local, remote uint16, servers ...string) {
 	from, buffer := uint16(20000), make([]byte, 1500)
 	for i, c := range got {
 		p.Until("an association with "+servers[i], func() bool {
-			if _, err := client.WriteToIP(sctpPacket(from, local, 0, sctpInit, initiation(clientTag)...), &net.IPAddr{IP: lab.RouterAddr.AsSlice()}); err != nil {
+			if _, err := client.WriteToIP(labtest.SCTPInit(from, local), &net.IPAddr{IP: lab.RouterAddr.AsSlice()}); err != nil {
 				p.Fatal(err)
 			}
 			from++
 			_ = c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
 			n, sender, err := c.ReadFromIP(buffer)
-			if err != nil || n <= 12 || buffer[12] != sctpInit {
+			if err != nil || n <= 12 || buffer[12] != labtest.SCTPInitChunk {
 				return false
 			}
 			if port := binary.BigEndian.Uint16(buffer[2:]); port != remote || sender.IP.String() != lab.Source.String() {
