@@ -10,6 +10,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/object"
 )
@@ -99,6 +102,9 @@ const replaced = ".replaced"
 
 // isOurs reports whether a file is this program, perhaps in another version.
 func isOurs(file string) (ours, exists bool, err error) {
+	if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // a pipe would have no end
+		return false, true, nil
+	}
 	text, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
 		_, err := os.Lstat(file) // a link without a target is a file of somebody
@@ -110,6 +116,7 @@ func isOurs(file string) (ours, exists bool, err error) {
 // install copies the program to a file. A plugin that is called meanwhile is the former or the
 // new one.
 func (p Process) install(file string, replace bool) error {
+	defer lockDirectory(filepath.Dir(file))()
 	ours, exists, err := isOurs(file)
 	if err != nil {
 		return fmt.Errorf("read %s: %w", file, err)
@@ -133,10 +140,35 @@ func (p Process) install(file string, replace bool) error {
 	return err
 }
 
+// lockDirectory waits until no other command changes a directory, and removes what killed ones
+// have left there: a pod that is restarted again and again would fill the disk. A file system
+// without locks is no obstacle, and for a missing directory its use has the error.
+func lockDirectory(dir string) (unlock func()) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return func() {}
+	}
+	_ = unix.Flock(int(d.Fd()), unix.LOCK_EX)
+	names, _ := d.Readdirnames(-1)
+	for _, name := range names {
+		if strings.HasPrefix(name, temporary) {
+			_ = os.Remove(filepath.Join(dir, name))
+		}
+	}
+	return func() { _ = d.Close() }
+}
+
+// temporary is the beginning of the names of unfinished copies.
+const temporary = "." + object.PluginType + "-"
+
 // keep keeps a plugin of somebody else beside its name, under which it stays until the new one
-// is there.
+// is there. A killed command may have done so already.
 func keep(file string) error {
-	if _, err := os.Lstat(file + replaced); err == nil {
+	kept, err := os.Lstat(file + replaced)
+	if err == nil {
+		if now, err := os.Lstat(file); err == nil && os.SameFile(kept, now) {
+			return nil
+		}
 		return fmt.Errorf("%s%s exists already: move it away", file, replaced)
 	}
 	if err := os.Link(file, file+replaced); err != nil {
@@ -152,7 +184,7 @@ func replaceBy(from, file string) (err error) {
 		return fmt.Errorf("open the program: %w", err)
 	}
 	defer in.Close()
-	out, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+"-*")
+	out, err := os.CreateTemp(filepath.Dir(file), temporary+"*")
 	if err != nil {
 		return fmt.Errorf("create a temporary file: %w", err)
 	}
@@ -183,6 +215,7 @@ func replaceBy(from, file string) (err error) {
 // uninstall removes the program, and brings back the plugin that install has replaced. Without
 // the program a runtime could not delete pods with a router.
 func (p Process) uninstall(file string) error {
+	defer lockDirectory(filepath.Dir(file))()
 	ours, exists, err := isOurs(file)
 	switch {
 	case err != nil:

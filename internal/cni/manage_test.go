@@ -4,11 +4,16 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/cni"
 	"github.com/egress-router/egress-router/internal/lab"
@@ -17,12 +22,12 @@ import (
 // manage runs a command for an administrator.
 func manage(t *testing.T, namespaces string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
-	var out, errors bytes.Buffer
+	var out, errs bytes.Buffer
 	ctx := t.Context()
 	code = cni.Run(ctx, cni.Process{
-		Args: args, Getenv: func(string) string { return "" }, Stdin: strings.NewReader(""), Stdout: &out, Stderr: &errors, Namespaces: namespaces,
+		Args: args, Getenv: func(string) string { return "" }, Stdin: strings.NewReader(""), Stdout: &out, Stderr: &errs, Namespaces: namespaces,
 	})
-	return code, out.String(), errors.String()
+	return code, out.String(), errs.String()
 }
 
 // wantManaged runs a command and checks what it prints.
@@ -154,4 +159,92 @@ func TestUninstallWithRouter(t *testing.T) {
 	if code, stdout, stderr := manage(t, namespaces, "uninstall", "--dir", dir); code != 0 || !strings.Contains(stdout, "removed ") {
 		t.Errorf("exit code %d, stderr %q", code, stderr)
 	}
+}
+
+// A killed installation leaves parts, which the next one removes or goes on from.
+func TestInstallAfterKilledOne(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "egress-router")
+	err := os.WriteFile(file, []byte("#!/bin/sh\n"), 0o755) //nolint:gosec // it is a program
+	if err == nil {
+		err = os.Link(file, file+".replaced")
+	}
+	for _, name := range []string{".egress-router-1", ".egress-router-2"} {
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), nil, 0o600)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantManaged(t, 0, "installed "+file, "install", "--dir", dir, "--replace")
+	if list, _ := os.ReadDir(dir); len(list) != 2 {
+		t.Errorf("%d files, want two", len(list))
+	}
+	wantManaged(t, 0, "brought back", "uninstall", "--dir", dir)
+	if list, _ := os.ReadDir(dir); len(list) != 1 {
+		t.Errorf("%d files, want one", len(list))
+	}
+}
+
+// startPlugin starts a call of an installed plugin, which waits for its configuration.
+func startPlugin(t *testing.T, file string) (*exec.Cmd, io.Closer) {
+	t.Helper()
+	for {
+		cmd := exec.Command(file)
+		cmd.Env = []string{"CNI_COMMAND=VERSION"}
+		stdin, err := cmd.StdinPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err == nil {
+			return cmd, stdin
+		}
+		// A process that another test starts has the file open for writing until execve(2).
+		if !errors.Is(err, unix.ETXTBSY) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Odd files in place of the plugin are those of somebody else, and several installations at a
+// time, also while the plugin runs, leave a whole one.
+func TestInstallInOddDirectories(t *testing.T) {
+	t.Parallel()
+	for name, make := range map[string]func(file string) error{
+		"directory":     func(file string) error { return os.Mkdir(file, 0o755) },
+		"pipe":          func(file string) error { return unix.Mkfifo(file, 0o600) },
+		"dangling link": func(file string) error { return os.Symlink("/gone", file) },
+	} {
+		dir := t.TempDir()
+		if err := make(filepath.Join(dir, "egress-router")); err != nil {
+			t.Fatal(err)
+		}
+		wantManaged(t, 1, "is another plugin: add --replace", "install", "--dir", dir)
+		wantManaged(t, 1, "is another plugin: it stays", "uninstall", "--dir", dir)
+		if list, _ := os.ReadDir(dir); len(list) != 1 {
+			t.Errorf("%s: %d files, want one", name, len(list))
+		}
+	}
+	dir, link := t.TempDir(), filepath.Join(t.TempDir(), "bin")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	wantManaged(t, 0, "installed ", "install", "--dir", link)
+	file := filepath.Join(dir, "egress-router")
+	cmd, stdin := startPlugin(t, file)
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() { wantManaged(t, 0, "installed ", "install", "--dir", dir) })
+	}
+	all.Wait()
+	_ = stdin.Close()
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if list, _ := os.ReadDir(dir); len(list) != 1 {
+		t.Errorf("%d files, want one", len(list))
+	}
+	wantManaged(t, 0, "removed ", "uninstall", "--dir", link)
 }
