@@ -537,7 +537,8 @@ func TestConflict(t *testing.T) {
 }
 
 // While a router comes and goes, no packet of a client reaches the physical network with
-// another source, or leaves by the cluster side.
+// another source, or leaves by the cluster side, also if the calls are killed at any step and
+// nobody continues them for a while.
 func TestSourceUnderTraffic(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, lab.Options{})
@@ -553,6 +554,43 @@ func TestSourceUnderTraffic(t *testing.T) {
 		p.del()
 		traffic.Stop()
 	}
+	wantSource(p, outside, router)
+}
+
+// TestSourceUnderTrafficWithKilledCalls is the same with killed calls.
+func TestSourceUnderTrafficWithKilledCalls(t *testing.T) {
+	t.Parallel()
+	const calls = "sendto,sendmsg,write"
+	p := newPod(t, lab.Options{})
+	outside, router := p.Watch(p.Lab.Outside, lab.LANLink), p.Watch(p.Lab.Router, "eth0")
+	kill := func(verb string, n int) (killed bool) {
+		plugin := p.command(verb, p.stdin())
+		cmd := p.Command("strace", "-f", "-qq", "-o", os.DevNull, "-e", "trace="+calls, "-e", fmt.Sprintf("inject=%s:signal=SIGKILL:when=%d", calls, n), plugin.Path)
+		cmd.Env, cmd.Stdin = plugin.Env, plugin.Stdin
+		return p.Lab.Run(p.Lab.Node, cmd) != nil
+	}
+	p.add()
+	conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
+	traffic := p.Traffic(conn)
+	for n, adds, dels := 1, true, true; adds || dels; n += 1 + n/5 {
+		dels = kill("DEL", n)
+		traffic.Await(2)
+		p.del()
+		traffic.Await(2)
+		adds = kill("ADD", n)
+		traffic.Await(2)
+		p.del()
+		p.add()
+		traffic.Await(2)
+	}
+	traffic.Stop()
+	wantSource(p, outside, router)
+}
+
+// wantSource checks that packets to servers had the reserved address, and left by the egress
+// side alone.
+func wantSource(p *pod, outside, router labtest.Watch) {
+	p.Helper()
 	seen := 0
 	for _, f := range outside.Captures[lab.LANLink].Frames() {
 		ip, is := f.IPv4()
@@ -560,11 +598,11 @@ func TestSourceUnderTraffic(t *testing.T) {
 			continue
 		}
 		if seen++; ip.Src.Addr() != lab.Source {
-			t.Errorf("on the physical network: %s", f)
+			p.Errorf("on the physical network: %s", f)
 		}
 	}
 	if seen == 0 {
-		t.Error("no packet to a server")
+		p.Error("no packet to a server")
 	}
 	router.WantNothing("eth0", labtest.ToServers)
 }
