@@ -157,6 +157,10 @@ func (b *builder) setSources(ips []string, gateways []indexed) {
 	if len(ips) == 0 {
 		b.fault(addresses, 0, "is empty: add the reserved address with the length of its subnet, for example 192.168.12.99/24")
 	}
+	if most := 2 * rules.MostSources; len(ips) > most {
+		b.fault(addresses, 0, "has %d entries: expected at most %d of each family", len(ips), most/2)
+		return
+	}
 	for i, text := range ips {
 		p, why := spec.ParsePrefix(text)
 		if why != "" {

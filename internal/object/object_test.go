@@ -170,6 +170,8 @@ func TestFaultsOfResourceNameTheirField(t *testing.T) {
 		{`"192.168.12.1"}`, `"192.168.12.1"}, {"ip": "192.168.12.98/24", "gateway": "192.168.12.2"}`, `spec.addresses[1].gateway is "192.168.12.2", and 192.168.12.1 before it: the addresses of a family have one gateway`},
 		{`"port": 80`, `"port": 0`, `spec.redirect.redirectRules[0].port is 0: expected a port from 1 to 65535`},
 		{`"port": 80`, `"port": 80, "targetPort": 70000`, `spec.redirect.redirectRules[0].targetPort is 70000: expected a port from 1 to 65535`},
+		{`"port": 80`, `"port": 80, "targetPort": 0`, `spec.redirect.redirectRules[0].targetPort is 0: expected a port from 1 to 65535`},
+		{`{"ip": "192.168.12.99/24"`, strings.Repeat(`{"ip": "192.168.12.99/24"}, `, 64) + `{"ip": "192.168.12.99/24"`, `spec.addresses has 65 entries: expected at most 32 of each family`},
 		{`"TCP"`, `"ICMP"`, `spec.redirect.redirectRules[0].protocol is "ICMP": expected TCP, UDP or SCTP`},
 		{`203.0.113.26`, `203.0.113.260`, `spec.redirect.redirectRules[0].destinationIP is "203.0.113.260": an IPv4 address is four numbers from 0 to 255, without leading zeros`},
 		{`203.0.113.26`, `2001:db8::26`, `spec.redirect.redirectRules[0].destinationIP is "2001:db8::26": it is for IPv6, and spec.addresses has no IPv6 address (connections leave with a source of the same family: remove it, or reserve an address for them)`},
@@ -229,6 +231,14 @@ func TestAcceptedInputWithWarning(t *testing.T) {
 	}
 }
 
+func TestOneDocumentAmongEmptyOnes(t *testing.T) {
+	for _, text := range []string{"# a comment\n---\n" + documented, "---\n" + documented + "...\n---\n# the end\n", "%YAML 1.1\n---\r\n" + valid + "\r\n---\r\n"} {
+		if _, err := parse(t, text).Description(); err != nil {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
 func TestOtherDocumentsAreErrors(t *testing.T) {
 	for text, want := range map[string]string{
 		"":          "expected an object with the field spec",
@@ -239,6 +249,8 @@ func TestOtherDocumentsAreErrors(t *testing.T) {
 		"{apiVersion: v1, kind: List, items: [], spec: {}}":                            "save one object with kubectl get egressrouter NAME -o yaml",
 		"{apiVersion: network.operator.openshift.io/v2, kind: EgressRouter, spec: {}}": `apiVersion is "network.operator.openshift.io/v2"`,
 		"{addresses: [], addresses: []}":                                               "already set",
+		documented + "---\n" + valid:                                                   "parse EgressRouter: expected one document, found 2",
+		"--- " + valid + "\n...\n" + valid:                                             "parse EgressRouter: expected one document, found 2",
 	} {
 		if _, err := Parse([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: got %v, want %s", text, err, want)

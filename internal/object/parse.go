@@ -21,6 +21,9 @@ const (
 // alone. An unknown field of the spec is an error, as is a value of another type. The error
 // of a field is a Faults.
 func Parse(text []byte) (Spec, error) {
+	if n := documents(string(text)); n > 1 {
+		return Spec{}, fmt.Errorf("parse %s: expected one document, found %d", Kind, n)
+	}
 	converted, err := yaml.YAMLToJSONStrict(text)
 	if err != nil {
 		return Spec{}, fmt.Errorf("parse %s: %w", Kind, err)
@@ -56,6 +59,30 @@ func Parse(text []byte) (Spec, error) {
 		return Spec{}, fmt.Errorf("parse %s: %w", Kind, err)
 	}
 	return s, nil
+}
+
+// documents returns the number of documents with content, of which YAML reads the first. Three
+// hyphens or dots at the beginning of a line separate them (YAML 1.2, section 9.1.2), also
+// within a text.
+func documents(text string) (n int) {
+	content := false
+	count := func() {
+		if content {
+			n++
+		}
+		content = false
+	}
+	for line := range strings.Lines(text) {
+		first, _, _ := strings.Cut(strings.TrimRight(line, "\r\n"), " ")
+		if first == "---" || first == "..." {
+			count()
+			line = line[len(first):]
+		}
+		line = strings.TrimSpace(line)
+		content = content || line != "" && line[0] != '#' && line[0] != '%'
+	}
+	count()
+	return n
 }
 
 // checkKind checks the kind and the version, if they are there.
@@ -114,9 +141,11 @@ func mismatches(t reflect.Type, value any, path string) (faults Faults) {
 		if _, is := value.(string); !is {
 			return wrong("a text")
 		}
-	default: // a number
+	default: // a port, which is not absent if it is zero
 		if n, is := value.(float64); !is || n != float64(int32(n)) {
 			return wrong("a whole number")
+		} else if n == 0 {
+			return wrong("a port from 1 to 65535")
 		}
 	}
 	return faults

@@ -27,6 +27,9 @@ func (r Router) Validate() []Fault {
 		r.validateInterfaces(), r.validateReply(), r.ValidateClusterDestinations())
 }
 
+// mostOfBoth is the largest number of reserved addresses.
+const mostOfBoth = 2 * rules.MostSources
+
 // Validate returns the faults of the addresses.
 func (s Sources) Validate() []Fault {
 	if len(s) == 0 {
@@ -36,7 +39,7 @@ func (s Sources) Validate() []Fault {
 	fault := func(i int, format string, args ...any) {
 		faults = append(faults, Fault{Field: wording.Source, Index: i, Why: wording.Textf(format, args...)})
 	}
-	for i, a := range s {
+	for i, a := range s[:min(len(s), mostOfBoth+1)] { // the last one is too many
 		if is := unusableSource(a.Prefix); is != "" {
 			fault(i, "%s cannot be the source of connections", is)
 		}
@@ -53,6 +56,9 @@ func (s Sources) Validate() []Fault {
 
 // ValidateGateways returns the faults of the gateways.
 func (s Sources) ValidateGateways() []Fault {
+	if len(s) > mostOfBoth { // a fault of Validate
+		return nil
+	}
 	var faults []Fault
 	seen := make(map[bool]netip.Addr) // by whether the family is IPv6
 	for i, a := range s {

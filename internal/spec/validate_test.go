@@ -63,6 +63,8 @@ func TestValidate(t *testing.T) {
 		"health port":         {func(r *Router) { r.HealthPort = 80 }, "health address 0: health address has port 80, which is also a local port of the destinations: choose another port"},
 		"no name":             {func(r *Router) { r.Egress = "" }, `interface 0: "" is not an interface name: it is empty`},
 		"long name":           {func(r *Router) { r.Egress = "a123456789abcdef" }, `interface 0: "a123456789abcdef" is not an interface name: it has more than 15 bytes`},
+		"number":              {func(r *Router) { r.Egress = "eth%d" }, `interface 0: "eth%d" is not an interface name: it contains '%'`},
+		"name of sysctls":     {func(r *Router) { r.Egress = "default" }, `interface 0: "default" is not an interface name: the kernel does not allow it`},
 		"pattern":             {func(r *Router) { r.Cluster = "eth+" }, `cluster interface 0: "eth+" is not an interface name: it contains '+'`},
 		"loopback":            {func(r *Router) { r.Cluster = "lo" }, `cluster interface 0: "lo" is the loopback interface: expected one that leads to a network`},
 		"one side":            {func(r *Router) { r.Cluster = "net1" }, `cluster interface 0: "net1" is also interface (the cluster side and the egress side need an interface each)`},
