@@ -1,0 +1,200 @@
+// Package diagnose tells why traffic does not arrive. It is pure: an Observation is
+// everything that was found in a network namespace and on the physical network, and
+// Diagnose derives from it one finding for each check, in the order in which a packet of a
+// client meets them, and one sentence for the operator of the server.
+package diagnose
+
+import (
+	"net/netip"
+	"time"
+)
+
+// An Observation is the state in which a router was found. Fields named Unknown are why the
+// values beside them were not observed, such as a missing privilege; empty: they were.
+type Observation struct {
+	At      time.Time
+	Egress  string // interface of the physical network
+	Cluster string // interface of the clients
+	Partial string // why the configuration is not known, only what the namespace shows; empty: it is
+
+	Interface   Interface
+	Addresses   []Address
+	Gateways    []Gateway // one of each family with a reserved address
+	Drift       Drift
+	Forwards    bool // the configuration forwards; false: a proxy connects to the servers
+	Drops       Drops
+	Table       Table
+	Clients     Clients
+	Ports       []Ports // those most in use first
+	Names       []Name
+	Probed      []Destination
+	Configured  int        // number of the destinations, of which Probed are a sample if it is larger
+	Reported    []Reported // checks of a running router, by its health socket
+	HealthError string     // why a running router did not report; empty: it did, or none runs
+}
+
+// An Interface is the egress interface.
+type Interface struct {
+	Unknown  string
+	Missing  string // the error with the interfaces that exist; empty: it exists
+	Kind     string // such as "macvlan in mode private"
+	Parent   string // the NIC below, as far as it is known
+	MAC      string
+	MTU      int // bytes
+	Up       bool
+	Carrier  bool
+	Received uint64 // frames since its creation
+	Sent     uint64
+}
+
+// An Address is a reserved address.
+type Address struct {
+	Prefix    netip.Prefix
+	Present   bool
+	Duplicate bool   // the kernel's duplicate address detection found another host
+	Unknown   string // of Holder
+	Holder    string // hardware address of another host that answers for it; empty: none did
+}
+
+// A Gateway is the gateway of one family.
+type Gateway struct {
+	Address  netip.Addr
+	Source   netip.Addr // sender of the requests
+	Protocol string     // ARP or NDP
+	Unknown  string
+	Requests int
+	MAC      string        // of the answer; empty: there was none
+	Took     time.Duration // until the answer
+	Heard    string        // hardware address from which the gateway asked for others meanwhile
+	Listed   string        // hardware address in the neighbour table; empty: none
+	// Age of the last confirmation in the neighbour table; negative: none.
+	Confirmed time.Duration
+	Echo      Echo
+}
+
+// An Echo is the result of ICMP echo requests of several sizes that must not be fragmented.
+type Echo struct {
+	Unknown  string
+	Answered bool       // a small one
+	Size     int        // largest size of a packet that was tried, in bytes: the MTU of the interface
+	Largest  int        // largest size that was answered
+	Reported int        // MTU in an ICMP error; 0: none came
+	By       netip.Addr // sender of that error
+	TTL      int        // of an answer
+}
+
+// A Drift is the difference between the configuration and the kernel.
+type Drift struct {
+	Unknown string // of all
+	Rules   string // why the rules were not compared; empty: they were
+	Backend string
+	Changes []Change
+}
+
+// A Part is what a change is about.
+type Part string
+
+// The parts, by the check that reports them.
+const (
+	LinkPart       Part = "interface"
+	AddressPart    Part = "address"
+	RoutesPart     Part = "routes"
+	RulesPart      Part = "rules"
+	ForwardingPart Part = "forwarding"
+	SettingsPart   Part = "settings"
+)
+
+// A Change is a step that a run of the router would take.
+type Change struct {
+	Part Part
+	Text string
+}
+
+// Drops are the packets that the router's rules have dropped since they were loaded.
+type Drops struct {
+	Unknown string
+	Reasons []Drop
+}
+
+// A Drop is the number of packets of one reason.
+type Drop struct {
+	Reason  string
+	Packets uint64
+}
+
+// A Table is the kernel's table of connections.
+type Table struct {
+	Unknown string
+	Entries int
+	Limit   int
+}
+
+// Clients are the redirected connections of clients that the kernel tracks.
+type Clients struct {
+	Unknown   string
+	Known     int                    // open or recently closed
+	Unreplied map[netip.AddrPort]int // without an answer, by server
+}
+
+// Ports are the source ports in use to one server.
+type Ports struct {
+	Protocol string
+	Server   netip.AddrPort
+	InUse    int
+	Limit    int
+}
+
+// A Name is a name among the destinations.
+type Name struct {
+	Name      string
+	Addresses []netip.Addr
+	Failure   string
+}
+
+// An Outcome is how a probe of a TCP port ended.
+type Outcome string
+
+// The outcomes.
+const (
+	Connected   Outcome = "connected"
+	Refused     Outcome = "refused"     // a reset answered the SYN
+	Reset       Outcome = "reset"       // a reset came after the connection was accepted
+	Silent      Outcome = "silent"      // no answer in time
+	Unreachable Outcome = "unreachable" // an ICMP error came, or the kernel has no neighbour
+	Unsent      Outcome = "unsent"      // the kernel refused to send
+)
+
+// A Destination is one server of a line, with what was probed.
+type Destination struct {
+	Protocol string // tcp, udp, sctp; empty: the fallback, of any
+	Local    string // ports of the pod; empty: the fallback
+	To       netip.AddrPort
+	Name     string // of the server; empty: the line has an address
+
+	Route       string // of packets with the reserved address; empty: there is none
+	RouteKnown  bool
+	Astray      bool // the route leads to another interface
+	Probe       Probe
+	Echo        Echo
+	PathMTU     int    // of the route, as the kernel knows it, in bytes; 0: unknown
+	Stray       string // interface by which its answers arrived, if not the egress interface
+	ConntrackOK bool   // the kernel tracked an answer to the probe
+}
+
+// A Probe is the result of one connection, or of one empty datagram.
+type Probe struct {
+	Unknown string // why none was sent
+	Outcome Outcome
+	Sent    int // SYN segments
+	Took    time.Duration
+	Text    string     // error
+	By      netip.Addr // sender of an ICMP error
+	At      time.Time
+	Source  netip.AddrPort
+	TTL     int // of the reset
+}
+
+// A Reported is a check in the health of a running router.
+type Reported struct {
+	Name, State, Detail string
+}
