@@ -45,7 +45,8 @@ const (
 	ctaProtoInfoSCTP  = 3
 	ctaProtoInfoState = 1 // in ctaProtoInfo…
 
-	ctaTimestampStop = 2 // in ctaTimestamp
+	ctaTimestampStart = 1 // in ctaTimestamp
+	ctaTimestampStop  = 2
 
 	ctaCountersPackets = 1 // in ctaCounters…
 	ctaCountersBytes   = 2
@@ -104,7 +105,8 @@ type record struct {
 	// at is the time of an event, as far as the kernel sends it, in Unix nanoseconds.
 	// It sends both times only with nf_conntrack_timestamp. For the end of an entry it
 	// is the time when it expired, which the kernel notices up to a minute later.
-	at int64
+	at    int64
+	start int64 // time of its first packet, likewise; 0: unknown
 }
 
 // closed reports whether it is a closed TCP connection whose entry waits for its timeout.
@@ -133,6 +135,9 @@ func decode(b []byte) (r record, ok bool) {
 		case ctaTimeout:
 			r.left = time.Duration(number(data)) * time.Second //nolint:gosec // a number of 32 bits
 		case ctaTimestamp:
+			if start, ok := find(data, ctaTimestampStart); ok {
+				r.start = int64(number(start)) //nolint:gosec // until 2262
+			}
 			if stop, ok := find(data, ctaTimestampStop); ok {
 				r.at = int64(number(stop)) //nolint:gosec // until 2262
 			}

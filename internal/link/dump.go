@@ -42,6 +42,15 @@ func (k *Kernel) addressesIPv6(l netlink.Link) ([]netlink.Addr, error) {
 	return k.addresses(netlink.FAMILY_V6, l)
 }
 
+// neighbours lists the neighbours of one family on an interface.
+func (k *Kernel) neighbours(index int, ipv6 bool) ([]netlink.Neigh, error) {
+	family := netlink.FAMILY_V4
+	if ipv6 {
+		family = netlink.FAMILY_V6
+	}
+	return dump(func() ([]netlink.Neigh, error) { return k.handle.NeighList(index, family) })
+}
+
 // routesIPv6 lists the IPv6 routes of the main table.
 func (k *Kernel) routesIPv6() ([]netlink.Route, error) {
 	return dump(func() ([]netlink.Route, error) { return k.handle.RouteList(nil, netlink.FAMILY_V6) })

@@ -177,6 +177,8 @@ func (r *Router) Named(ctx context.Context) (map[string][]netip.Addr, error) {
 type Missing struct {
 	Steps   []plan.Group // none if it would change nothing
 	Backend string
+	// Drops reads the counters of the rules that drop, as of the plan.
+	Drops func(context.Context) (rules.Drops, error)
 }
 
 // Check returns the steps that are missing to what the namespace shall be. It changes
@@ -205,7 +207,7 @@ func (r *Router) Check(ctx context.Context) (Missing, error) {
 	if err := c.use(ctx, current); err != nil {
 		return Missing{}, err
 	}
-	found := Missing{Backend: current.String()}
+	found := Missing{Backend: current.String(), Drops: func(ctx context.Context) (rules.Drops, error) { return current.Drops(ctx, c.want.Rules) }}
 	if steps := plan.Steps(c.want, c.have); slices.ContainsFunc(steps, plan.Group.Changes) {
 		found.Steps = steps
 	}
