@@ -67,10 +67,11 @@ var (
 	}}
 )
 
-// commands are the commands by their argument. Only health and plan accept another one,
-// besides those that ask for help.
+// commands are the commands by their argument. Only health, plan and diagnose
+// accept others, besides those that ask for help.
 var commands = map[string]command{
 	"plan":       {run: runPlan},
+	"diagnose":   {run: runDiagnose},
 	"remove":     {run: runRemove},
 	"wait":       {run: runWait}, // has no error
 	"http-proxy": httpProxyCommand,
@@ -103,7 +104,7 @@ func Run(ctx context.Context, p Process) int {
 	if err == nil {
 		return exitOK
 	}
-	if errors.Is(err, errNotReady) { // stdout has the reasons
+	if errors.Is(err, errNotReady) || errors.Is(err, errFault) { // stdout has the reasons
 		return exitError
 	}
 	text := report(err)
@@ -134,6 +135,10 @@ func commandOf(p Process) (c command, ok bool) {
 		return helpOf(name), true
 	case len(p.Args) == 1 || asksHealthJSON(p.Args) || asksKernelPlan(p.Args):
 		c, ok = commands[p.Args[0]]
+	default:
+		if _, valid := parsePlace(p.Args); valid {
+			c, ok = commands[p.Args[0]]
+		}
 	}
 	return c, ok
 }

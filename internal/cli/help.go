@@ -20,6 +20,7 @@ const usage = `usage:
   egress-router http-proxy   run the pod's HTTP proxy until SIGTERM
   egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
   egress-router health       print the health of the running program; -o json for JSON
+  egress-router diagnose     find out why traffic does not arrive, and change nothing
   egress-router help         print every variable; with a command, its help
   egress-router version      print the version
 `
@@ -77,6 +78,26 @@ its state (ok, warning or failed) and its age in that state. It needs no privile
 can be an exec probe. With -o json it prints a list in JSON.
 
 exit codes: 0 every program is ready; 1 one is not ready or does not answer, or none runs
+`,
+	"diagnose": `usage: egress-router diagnose [DESTINATION|PORT] [--pid PID | --netns FILE] [-o json]
+
+Checks everything that a client's packet meets, in its order: the egress interface, the
+reserved address, the gateway, routes, rules, forwarding, connection tracking, names, and
+then each destination, or the one that is named by its address, its address and port, its
+name, or the port of the pod. It prints what it found, what to do, one sentence for the
+operator of the server, and the tcpdump command that shows the packets. It changes nothing.
+
+It reads the router's variables. In a container without them it checks what the network
+namespace shows. On a node, --pid names a process of the router, whose variables it takes,
+and --netns the file of its network namespace. Without NET_ADMIN and NET_RAW it says which
+checks need them, and uses what a running router reports.
+
+Its probes leave by the egress interface with the reserved address: ARP or NDP requests to
+the gateway and for other holders, and to each destination one TCP connection without data,
+one empty UDP datagram, and echo requests of up to eight sizes. Of more than 64 servers it
+probes a sample. -o json prints JSON.
+
+exit codes: 0 no check failed; 1 one did, or error; 2 invalid arguments
 `,
 	"version": `usage: egress-router version
 

@@ -31,7 +31,12 @@ const (
 // newFollower returns a follower of names for a configuration. The queries leave by the
 // cluster side, to which the name servers are routed (keepNameServers).
 func newFollower(c config.Config, log *slog.Logger) *lookup.Follower {
-	r, own := resolver.New(resolver.Options{Log: log}), new(netns.Addresses)
+	return newFollowerOf(c, "", log)
+}
+
+// newFollowerOf is newFollower with the name servers of a file; empty: the pod's.
+func newFollowerOf(c config.Config, resolvConf string, log *slog.Logger) *lookup.Follower {
+	r, own := resolver.New(resolver.Options{ResolvConf: resolvConf, Log: log}), new(netns.Addresses)
 	return &lookup.Follower{
 		Lookup: func(ctx context.Context, name string) (resolver.Answer, error) {
 			answer, err := r.Lookup(ctx, netip.Addr{}, name)

@@ -33,8 +33,11 @@ func wanted(c config.Config) plan.Want {
 }
 
 // keepNameServers keeps the pod's name servers on the cluster side.
-func keepNameServers(c *config.Config, log *slog.Logger) {
-	if resolvConf, err := readFile(resolvConf); err != nil {
+func keepNameServers(c *config.Config, log *slog.Logger) { keepNameServersOf(c, resolvConf, log) }
+
+// keepNameServersOf is keepNameServers with the name servers of a file.
+func keepNameServersOf(c *config.Config, file string, log *slog.Logger) {
+	if resolvConf, err := readFile(file); err != nil {
 		log.Debug("name servers not read", "error", err)
 	} else {
 		c.KeepNameServers(resolvConf)

@@ -59,6 +59,9 @@ var commands = map[string]command{
 	"egress-router wait":                                 {test: "TestWait"},
 	"egress-router health":                               {test: "testdata/script/health.txt: exec nsenter --net=$ROUTER egress-router health"},
 	"egress-router health -o json":                       {test: "testdata/script/health.txt: exec nsenter --net=$ROUTER egress-router health -o json"},
+	"egress-router diagnose":                             {test: "TestDiagnoseNamesFault"},
+	"egress-router diagnose 8080":                        {test: "TestDiagnoseOne"},
+	"egress-router diagnose --pid PID":                   {test: "TestDiagnoseProcess"},
 	"egress-router http-proxy":                           {test: "testdata/script/http-proxy.txt: exec egress-router http-proxy"},
 	"egress-router dns-proxy":                            {test: "testdata/script/dns-proxy.txt: exec egress-router dns-proxy"},
 
