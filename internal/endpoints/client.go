@@ -224,15 +224,29 @@ func newStatusError(server string, r request, a *http.Response, body []byte) *st
 // rule that gives it.
 func (e *statusError) Error() string {
 	text := fmt.Sprintf("API server %s, %s %s %q: %d %s", e.server, e.request.verb, e.request.resource, e.request.name, e.code, e.message)
-	if e.code != http.StatusForbidden {
+	rule := e.rule()
+	if e.code != http.StatusForbidden || rule == "" {
 		return text
 	}
-	verbs := fmt.Sprintf("%q", e.request.verb)
-	if e.request.creates {
+	return text + ": the Role of the service account needs the rule {" + rule + "}"
+}
+
+// rule returns the rule of a Role without which a request is forbidden; empty: it is
+// forbidden for another reason, such as a namespace that is being deleted.
+func (e *statusError) rule() string {
+	r := e.request
+	switch {
+	case strings.Contains(e.message, "endpoint address"):
+		// An admission plugin of OpenShift, for addresses of the cluster's networks.
+		return fmt.Sprintf(`apiGroups: [%q], resources: ["%s/restricted"], verbs: ["create"]`, r.group(), r.resource)
+	case !strings.Contains(e.message, " cannot "): // RBAC: User "…" cannot patch resource "…"
+		return ""
+	}
+	verbs := strconv.Quote(r.verb)
+	if r.creates {
 		verbs += `, "create"`
 	}
-	return fmt.Sprintf("%s: the Role of the service account needs the rule {apiGroups: [%q], resources: [%q], resourceNames: [%q], verbs: [%s]}",
-		text, e.request.group(), e.request.resource, e.request.name, verbs)
+	return fmt.Sprintf("apiGroups: [%q], resources: [%q], resourceNames: [%q], verbs: [%s]", r.group(), r.resource, r.name, verbs)
 }
 
 // hasCode reports whether an error is an answer of the API server with a status code.

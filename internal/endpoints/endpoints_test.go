@@ -347,8 +347,8 @@ func TestFailuresAreRepeated(t *testing.T) {
 		want   string
 	}{
 		{"PATCH", 409, nil, `patch endpointslices "web-egress-router": 409 refused with 409`},
-		{"PATCH", 403, nil, `403 refused with 403: the Role of the service account needs the rule {apiGroups: ["discovery.k8s.io"], resources: ["endpointslices"], resourceNames: ["web-egress-router"], verbs: ["patch", "create"]}`},
-		{"GET", 403, nil, `get services "web": 403 refused with 403: the Role of the service account needs the rule {apiGroups: [""], resources: ["services"], resourceNames: ["web"], verbs: ["get"]}`},
+		{"PATCH", 403, nil, "403 refused with 403"},
+		{"GET", 403, nil, "403 refused with 403"},
 		{"GET", 404, nil, `get services "web": 404 refused with 404`},
 		{"PATCH", 404, nil, "404 refused with 404"},
 		{"PATCH", 410, nil, "410 refused with 410"},
@@ -372,6 +372,35 @@ func TestFailuresAreRepeated(t *testing.T) {
 				t.Errorf("log, want once %s:\n%s", c.want, log)
 			}
 		})
+	}
+}
+
+// An answer 403 names the rule of the Role that is missing, if one is.
+func TestForbidden(t *testing.T) {
+	get := request{verb: "get", resource: "services", name: "web"}
+	patch := request{verb: "patch", resource: endpointSlices, name: "web-egress-router"}
+	create := patch
+	create.creates = true
+	const rbac = `forbidden: User "system:serviceaccount:egress:egress-router" cannot do it`
+	for _, c := range []struct {
+		request request
+		message string
+		want    string
+	}{
+		{get, rbac, `{apiGroups: [""], resources: ["services"], resourceNames: ["web"], verbs: ["get"]}`},
+		{patch, rbac, `{apiGroups: ["discovery.k8s.io"], resources: ["endpointslices"], resourceNames: ["web-egress-router"], verbs: ["patch"]}`},
+		{create, rbac, `{apiGroups: ["discovery.k8s.io"], resources: ["endpointslices"], resourceNames: ["web-egress-router"], verbs: ["patch", "create"]}`},
+		{patch, "forbidden: endpoint address 10.128.0.98 is not allowed", `{apiGroups: ["discovery.k8s.io"], resources: ["endpointslices/restricted"], verbs: ["create"]}`},
+		{create, "forbidden: unable to create new content in namespace egress because it is being terminated", ""},
+	} {
+		got := (&statusError{code: 403, message: c.message, server: "10.96.0.1:443", request: c.request}).Error()
+		want := fmt.Sprintf("API server 10.96.0.1:443, %s %s %q: 403 %s", c.request.verb, c.request.resource, c.request.name, c.message)
+		if c.want != "" {
+			want += ": the Role of the service account needs the rule " + c.want
+		}
+		if got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
 	}
 }
 
