@@ -36,7 +36,7 @@ func newFollower(c config.Config, log *slog.Logger) *lookup.Follower {
 
 // newFollowerOf is newFollower with the name servers of a file; empty: the pod's.
 func newFollowerOf(c config.Config, resolvConf string, log *slog.Logger) *lookup.Follower {
-	r, own := resolver.New(resolver.Options{ResolvConf: resolvConf, Log: log}), new(netns.Addresses)
+	r, own := resolver.New(resolver.Options{ResolvConf: resolvConf, Log: log, EitherFamily: true}), new(netns.Addresses)
 	return &lookup.Follower{
 		Lookup: func(ctx context.Context, name string) (resolver.Answer, error) {
 			answer, err := r.Lookup(ctx, netip.Addr{}, name)

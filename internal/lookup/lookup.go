@@ -289,8 +289,9 @@ func (f *Follower) finish(e *entry, answer resolver.Answer, err error) (changed 
 	if err == nil && len(usable) == 0 {
 		err = errors.New("no usable address")
 	}
-	if answer.OnlyIPv4 { // those of IPv6 stay
-		usable = append(usable, slices.DeleteFunc(slices.Clone(e.Addresses), netip.Addr.Is4)...)
+	if answer.OnlyIPv4 || answer.OnlyIPv6 { // those of the other family stay
+		usable = append(usable, slices.DeleteFunc(slices.Clone(e.Addresses), func(a netip.Addr) bool { return a.Is4() == answer.OnlyIPv4 })...)
+		slices.SortStableFunc(usable, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
 	}
 	switch {
 	case err != nil:

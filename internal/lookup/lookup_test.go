@@ -23,6 +23,7 @@ type zone struct {
 	addrs   map[string][]netip.Addr // none: no such name
 	silent  map[string]bool
 	silent6 bool // without an answer for AAAA records
+	silent4 bool // and for A records
 	takes   time.Duration
 	asked   map[string]int
 	running int
@@ -58,7 +59,10 @@ func (z *zone) lookup(ctx context.Context, name string) (resolver.Answer, error)
 	if z.silent6 {
 		addrs = slices.DeleteFunc(addrs, netip.Addr.Is6)
 	}
-	return resolver.Answer{Addrs: addrs, Name: name, Expires: time.Now().Add(z.ttl), OnlyIPv4: z.silent6}, nil
+	if z.silent4 {
+		addrs = slices.DeleteFunc(addrs, netip.Addr.Is4)
+	}
+	return resolver.Answer{Addrs: addrs, Name: name, Expires: time.Now().Add(z.ttl), OnlyIPv4: z.silent6, OnlyIPv6: z.silent4}, nil
 }
 
 func (z *zone) set(name string, addrs ...string) {
@@ -128,16 +132,16 @@ func following(t *testing.T, test func(t *testing.T, z *zone, f *Follower, chang
 // text returns the addresses of a name.
 func text(f *Follower, name string) string { return join(f.Resolution(name).Addresses) }
 
-// IPv6 addresses stay while the name servers answer only for those of IPv4.
-func TestFollowerKeepsIPv6(t *testing.T) {
+// The addresses of a family stay while the name servers answer only for the other one.
+func TestFollowerKeepsFamily(t *testing.T) {
 	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, _ *strings.Builder) {
 		z.set("db.example.com", "203.0.113.25", "2001:db8::25")
 		f.Follow([]string{"db.example.com"}, true)
 		f.Await(t.Context())
-		step := func(silent6 bool, want string, wantChanges int) {
+		step := func(silent4, silent6 bool, want string, wantChanges int) {
 			t.Helper()
 			z.mu.Lock()
-			z.silent6 = silent6
+			z.silent4, z.silent6 = silent4, silent6
 			z.mu.Unlock()
 			time.Sleep(10 * time.Second)
 			synctest.Wait()
@@ -145,12 +149,14 @@ func TestFollowerKeepsIPv6(t *testing.T) {
 				t.Errorf("%s after %d changes, want %s after %d", text(f, "db.example.com"), len(changes.all()), want, wantChanges)
 			}
 		}
-		step(true, "203.0.113.25,2001:db8::25", 1)
+		step(false, true, "203.0.113.25,2001:db8::25", 1)
 		z.set("db.example.com", "203.0.113.26", "2001:db8::26")
-		step(true, "203.0.113.26,2001:db8::25", 2)
-		step(false, "203.0.113.26,2001:db8::26", 3)
-		z.set("db.example.com", "203.0.113.26")
-		step(false, "203.0.113.26", 4)
+		step(false, true, "203.0.113.26,2001:db8::25", 2)
+		step(false, false, "203.0.113.26,2001:db8::26", 3)
+		z.set("db.example.com", "203.0.113.27", "2001:db8::27")
+		step(true, false, "203.0.113.26,2001:db8::27", 4)
+		z.set("db.example.com", "203.0.113.27")
+		step(false, false, "203.0.113.27", 5)
 	})
 }
 

@@ -21,7 +21,8 @@ type result struct {
 	err     error         // ErrNoName, ErrNoAddress or ErrNoAnswer
 	cause   error         // cause of ErrNoAnswer
 
-	onlyIPv4 bool // as in Answer
+	onlyIPv4 bool // as in Answer, and the next one
+	onlyIPv6 bool
 
 	// answered is set with ErrNoAnswer if the servers answered with a failure: the
 	// name may exist below another search domain.

@@ -111,6 +111,9 @@ type Options struct {
 	Hosts      string       // in place of /etc/hosts, for tests
 	ResolvConf string       // in place of /etc/resolv.conf, for tests
 	Log        *slog.Logger // may be nil
+	// EitherFamily makes IPv6 addresses an answer while the IPv4 ones are unknown, for a
+	// caller that reaches both: one that reaches IPv4 alone would take them for all.
+	EitherFamily bool
 }
 
 // A Resolver looks up names. Its methods may be called from any goroutine. It need not
@@ -124,6 +127,7 @@ type Resolver struct {
 	names  *cache[netip.Addr, []string]
 	edns   ednsMap
 	slots  *slots               // of queries in progress
+	either bool                 // EitherFamily
 	used   atomic.Pointer[conf] // the configuration of the cached answers
 	turn   atomic.Uint32        // index of the first server, with the option rotate
 }
@@ -140,8 +144,8 @@ func New(o Options) *Resolver {
 		conf:  &file[*conf]{name: cmp.Or(o.ResolvConf, "/etc/resolv.conf"), parse: parseConf},
 		addrs: newCache[string](maxEntries, Answer.size, slots),
 		names: newCache[netip.Addr](maxEntries, sizeOfNames, slots),
-		slots: slots,
-		edns:  ednsMap{with: map[string]time.Time{}, without: map[string]time.Time{}},
+		slots: slots, either: o.EitherFamily,
+		edns: ednsMap{with: map[string]time.Time{}, without: map[string]time.Time{}},
 	}
 }
 
@@ -151,8 +155,8 @@ type Answer struct {
 	Name    string       // name that has the addresses, perhaps of the search list; lower case, no final dot
 	Expires time.Time    // in the past for an old answer
 	// The AAAA records are unknown: no name server answered for them in time. There may be
-	// some.
-	OnlyIPv4 bool
+	// some. OnlyIPv6 is the same of the A records, with EitherFamily alone.
+	OnlyIPv4, OnlyIPv6 bool
 }
 
 // size returns the size of an answer in bytes.
@@ -284,7 +288,7 @@ func (r *Resolver) search(ctx context.Context, c *conf, name string) (Answer, ti
 	for i, candidate := range c.candidates(name) {
 		found := r.address(ctx, c, candidate.name)
 		if found.err == nil {
-			return Answer{Addrs: limited(r, candidate.name, addresses(found.records), maxAddrs), Name: strings.TrimSuffix(candidate.name, "."), OnlyIPv4: found.onlyIPv4}, found.ttl, nil
+			return Answer{Addrs: limited(r, candidate.name, addresses(found.records), maxAddrs), Name: strings.TrimSuffix(candidate.name, "."), OnlyIPv4: found.onlyIPv4, OnlyIPv6: found.onlyIPv6}, found.ttl, nil
 		}
 		// A full name is searched below other domains only if it is known not to
 		// exist (RFC 1535): it could be another host there.
@@ -335,21 +339,21 @@ func (r *Resolver) address(ctx context.Context, c *conf, name string) result {
 	defer cancel()
 	go func() { six <- r.chase(ctx, c, name, dns.TypeAAAA) }()
 	v4 := r.chase(ctx, c, name, dns.TypeA)
-	if errors.Is(v4.err, ErrNoAnswer) || errors.Is(v4.err, ErrNoName) {
-		// The egress side is IPv4: IPv6 addresses alone would hide that the IPv4
-		// ones are unknown. And a name that does not exist has no records of any
-		// type (RFC 8020).
+	unknown := errors.Is(v4.err, ErrNoAnswer)
+	if unknown && !r.either || errors.Is(v4.err, ErrNoName) {
+		// IPv6 addresses alone would hide that the IPv4 ones are unknown. And a name that
+		// does not exist has no records of any type (RFC 8020).
 		return v4
 	}
 	var late <-chan time.Time
-	if v4.err == nil {
+	if v4.err == nil || unknown {
 		timer := time.NewTimer(patience)
 		defer timer.Stop()
 		late = timer.C
 	}
 	select {
 	case <-late:
-		v4.onlyIPv4 = true
+		v4.onlyIPv4 = v4.err == nil
 		return v4
 	case v6 := <-six:
 		switch {
@@ -359,6 +363,7 @@ func (r *Resolver) address(ctx context.Context, c *conf, name string) result {
 			v4.onlyIPv4 = errors.Is(v6.err, ErrNoAnswer)
 			return v4
 		case v6.err == nil:
+			v6.onlyIPv6 = unknown
 			return v6
 		}
 		return worse(v4, v6, false)

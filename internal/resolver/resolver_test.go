@@ -275,6 +275,18 @@ func TestOneKindFails(t *testing.T) {
 			t.Errorf("%s: %+v, error %v; want OnlyIPv4 %v", name, answer, err, only)
 		}
 	}
+
+	// For a caller that reaches both families they are an answer.
+	r.either = true
+	r.addrs.expire()
+	want(t, r, "a.example", "192.0.2.1")
+	want(t, r, "c.example", "2001:db8::3")
+	want(t, r, "d.example", ErrNoName)
+	for name, only := range map[string]bool{"a.example": false, "c.example": true} {
+		if answer, err := r.Lookup(t.Context(), netip.Addr{}, name); err != nil || answer.OnlyIPv6 != only {
+			t.Errorf("either family, %s: %+v, error %v; want OnlyIPv6 %v", name, answer, err, only)
+		}
+	}
 }
 
 // If a server does not answer or fails, the next one is queried.
