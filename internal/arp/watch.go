@@ -72,6 +72,14 @@ type Options struct {
 	// unreachable gateway, but if that is still unreachable when the carrier is back.
 	GatewayChanged func(reachable bool, mac net.HardwareAddr)
 
+	// Holds reports whether this host holds the addresses, of which other hosts may be the
+	// holder in turn. While it does not, the Watch claims nothing: its requests are probes,
+	// and claims of others are no conflicts. Nil: it always does.
+	Holds func() bool
+	// Peer reports whether a hardware address is that of another host that may be the holder:
+	// its claims are no conflicts. Nil: there is none.
+	Peer func(mac net.HardwareAddr) bool
+
 	Log *slog.Logger // may be nil
 }
 
@@ -144,6 +152,12 @@ func newWatch(o Options, p port) *Watch {
 	if o.GatewayChanged == nil {
 		o.GatewayChanged = func(bool, net.HardwareAddr) {}
 	}
+	if o.Holds == nil {
+		o.Holds = func() bool { return true }
+	}
+	if o.Peer == nil {
+		o.Peer = func(net.HardwareAddr) bool { return false }
+	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -200,7 +214,9 @@ func (w *Watch) see(p Packet) {
 	defer w.turn.Unlock()
 	switch {
 	case slices.Contains(w.options.Addresses, p.SenderIP):
-		w.conflict(p.SenderIP, p.SenderMAC)
+		if w.options.Holds() && !w.options.Peer(p.SenderMAC) {
+			w.conflict(p.SenderIP, p.SenderMAC)
+		}
 	case p.SenderIP == w.options.Gateway:
 		w.answered(p.SenderMAC)
 	}
@@ -249,10 +265,10 @@ func (w *Watch) conflict(address netip.Addr, mac net.HardwareAddr) {
 // request that cannot be sent is an error, and a miss unless a packet arrives in that
 // time.
 //
-// The sender of the request is the first reserved address, so the interface must have it. So
-// the gateway keeps the hardware address of this interface for it, and a gateway that
-// checks its own address for conflicts takes no request for one, as it would take a probe
-// (RFC 5227 section 2.1.1). A second call does nothing.
+// The sender of the request is the first reserved address, so the interface must have it,
+// unless another host holds it. So the gateway keeps the hardware address of this interface
+// for it, and a gateway that checks its own address for conflicts takes no request for one,
+// as it would take a probe (RFC 5227 section 2.1.1). A second call does nothing.
 func (w *Watch) ProbeGateway() error {
 	w.turn.Lock()
 	defer w.turn.Unlock()
@@ -300,7 +316,11 @@ func (w *Watch) request() error {
 	if !w.asked {
 		via = g.MAC
 	}
-	frame, err := requestBy(via, w.options.Gateway, w.options.MAC, w.options.Addresses[0])
+	sender := w.options.Addresses[0]
+	if !w.options.Holds() {
+		via, sender = nil, unspecified(sender) // a probe goes to all (RFC 5227 section 2.1.1)
+	}
+	frame, err := requestBy(via, w.options.Gateway, w.options.MAC, sender)
 	if err != nil {
 		return err
 	}
@@ -322,6 +342,14 @@ func (w *Watch) request() error {
 		return fmt.Errorf("request gateway %s: %w", w.options.Gateway, err)
 	}
 	return nil
+}
+
+// unspecified returns the unspecified address of a's family.
+func unspecified(a netip.Addr) netip.Addr {
+	if a.Is6() {
+		return netip.IPv6Unspecified()
+	}
+	return netip.IPv4Unspecified()
 }
 
 // missed counts an unanswered request.

@@ -107,6 +107,47 @@ func TestConflictsOfMany(t *testing.T) {
 	})
 }
 
+// A host that does not hold the address claims nothing: it neither defends it nor has it in a
+// request to the gateway. One that does has no conflict with a peer.
+func TestHolderAmongPeers(t *testing.T) {
+	for _, c := range []struct {
+		name               string
+		holds, peer        bool
+		conflicts, defends int
+	}{{"standby", false, false, 0, 0}, {"standby beside the holder", false, true, 0, 0}, {"holder and a peer", true, true, 0, 0}, {"holder and a stranger", true, false, 1, 1}} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWire()
+				watch := newWatch(Options{
+					MAC: ourMAC, Addresses: []netip.Addr{address}, Gateway: gateway,
+					Holds: func() bool { return c.holds },
+					Peer:  func(mac net.HardwareAddr) bool { return c.peer && bytes.Equal(mac, otherMAC) },
+				}, w)
+				ended := make(chan error)
+				go func() { ended <- watch.Run(t.Context()) }()
+				w.say(theirClaim)
+				if s := watch.State(); s.Conflicts != c.conflicts || s.Defences != c.defends {
+					t.Errorf("expected %d conflicts and %d defences, found %+v", c.conflicts, c.defends, s)
+				}
+				before := len(w.frames())
+				if err := watch.ProbeGateway(); err != nil {
+					t.Error(err)
+				}
+				for _, f := range w.frames()[before:] {
+					p, err := Parse(f.frame)
+					if err != nil || p.TargetIP != gateway || (p.SenderIP == address) != c.holds || p.SenderIP.IsUnspecified() == c.holds {
+						t.Errorf("request %+v, %v", p, err)
+					}
+				}
+				watch.Close()
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
 // Neither a frame that a switch sends back nor a probe is a claim.
 func TestNoConflict(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -38,6 +39,11 @@ type Keeper struct {
 	// Rests is called after a full comparison that found no difference, with the number of
 	// redirects and fallbacks; may be nil.
 	Rests func(redirects int)
+
+	// Holds reports whether the router holds its addresses, and Peer whether a hardware address
+	// is that of another router that may; nil: it is the only one.
+	Holds func() bool
+	Peer  func(mac net.HardwareAddr) bool
 
 	// Events subscribes to the kernel's events.
 	Events func() (Events, error)
@@ -123,6 +129,13 @@ func (k *Keeper) Status() Status {
 	}
 	s.reasons(want, k.ProbeFailsReady)
 	return s
+}
+
+// InSync reports whether the last comparison found no difference.
+func (k *Keeper) InSync() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.status.InSync
 }
 
 // update changes the status.

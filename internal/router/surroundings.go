@@ -76,6 +76,8 @@ func (k *Keeper) watch(ctx context.Context, first spec.Source, addresses []netip
 		Conflict:       k.conflict,
 		GatewayChanged: func(reachable bool, mac net.HardwareAddr) { k.gatewayChanged(first, reachable, mac) },
 		Misses:         misses,
+		Holds:          k.Holds,
+		Peer:           k.Peer,
 		Log:            k.Router.Log,
 	}
 	protocol := ProtocolOf(first.Gateway)
