@@ -3,10 +3,14 @@
 package events
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync/atomic"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,12 +43,15 @@ type Subscription struct {
 	sockets []*os.File
 	changed atomic.Uint32 // a Kind
 	wake    chan struct{}
+	timed   []string // names of tables
+	inside  bool     // a message of the current transaction of nftables has arrived
 }
 
 // Subscribe begins to receive events in the calling thread's network namespace. On
-// a kernel without nftables there are no rule events.
-func Subscribe() (*Subscription, error) {
-	s := &Subscription{wake: make(chan struct{}, 1)}
+// a kernel without nftables there are no rule events. Elements of sets in the tables with
+// the given names come and go all the time, and are no events.
+func Subscribe(timed ...string) (*Subscription, error) {
+	s := &Subscription{wake: make(chan struct{}, 1), timed: timed}
 	if err := s.listen(unix.NETLINK_ROUTE, Network, networkGroups...); err != nil {
 		return nil, fmt.Errorf("subscribe to rtnetlink events: %w", err)
 	}
@@ -55,23 +62,41 @@ func Subscribe() (*Subscription, error) {
 	return s, nil
 }
 
-// listen opens a socket for groups of a netlink protocol, and reads it until the
-// subscription is closed.
-func (s *Subscription) listen(protocol int, kind Kind, groups ...int) error {
+// SubscribeLinks begins to receive the events of interfaces alone.
+func SubscribeLinks() (*Subscription, error) {
+	s := &Subscription{wake: make(chan struct{}, 1)}
+	if err := s.listen(unix.NETLINK_ROUTE, Network, unix.RTNLGRP_LINK); err != nil {
+		return nil, fmt.Errorf("subscribe to rtnetlink events: %w", err)
+	}
+	return s, nil
+}
+
+// open opens a socket for groups of a netlink protocol.
+func open(protocol int, groups ...int) (*os.File, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
 	if err != nil {
-		return os.NewSyscallError("socket", err)
+		return nil, os.NewSyscallError("socket", err)
 	}
 	file := os.NewFile(uintptr(fd), "netlink")
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		_ = file.Close()
-		return os.NewSyscallError("bind", err)
+		return nil, os.NewSyscallError("bind", err)
 	}
 	for _, g := range groups {
 		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g); err != nil {
 			_ = file.Close()
-			return os.NewSyscallError("setsockopt", err)
+			return nil, os.NewSyscallError("setsockopt", err)
 		}
+	}
+	return file, nil
+}
+
+// listen opens a socket for groups of a netlink protocol, and reads it until the
+// subscription is closed.
+func (s *Subscription) listen(protocol int, kind Kind, groups ...int) error {
+	file, err := open(protocol, groups...)
+	if err != nil {
+		return err
 	}
 	raw, err := file.SyscallConn()
 	if err != nil {
@@ -80,14 +105,20 @@ func (s *Subscription) listen(protocol int, kind Kind, groups ...int) error {
 	}
 	s.sockets = append(s.sockets, file)
 	go func() {
-		// The content of a message does not matter: the watcher compares with the
-		// kernel. A few bytes are enough to consume a message.
-		var b [64]byte
+		// The watcher compares with the kernel: of a message of nftables its table alone
+		// matters, and of others nothing. A few bytes are enough to consume one.
+		b := make([]byte, 64)
+		if kind == Rules && len(s.timed) > 0 {
+			b = make([]byte, longest)
+		}
 		_ = raw.Read(func(fd uintptr) bool {
 			notified := false
 			for {
-				_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_DONTWAIT)
+				n, _, err := unix.Recvfrom(int(fd), b, unix.MSG_DONTWAIT)
 				switch {
+				case err == nil && len(b) == longest:
+					notified = s.matters(b[:n]) || notified
+					continue
 				case err == nil, errors.Is(err, unix.ENOBUFS): // more than the socket's buffer
 					notified = true
 					continue
@@ -103,6 +134,52 @@ func (s *Subscription) listen(protocol int, kind Kind, groups ...int) error {
 		})
 	}()
 	return nil
+}
+
+// longest is more than the kernel puts into one packet of messages (linux/netlink.h,
+// NLMSG_GOODSIZE).
+const longest = 64 << 10
+
+// The types of messages of nftables (linux/netfilter/nf_tables.h).
+const (
+	newElement    = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWSETELEM
+	deleteElement = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_DELSETELEM
+	newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
+)
+
+// matters reports whether messages of nftables are of more than elements of the tables whose
+// elements come and go. The kernel sends those of a transaction, and then a message with the
+// number of the next generation (nf_tables_commit in net/netfilter/nf_tables_api.c).
+func (s *Subscription) matters(b []byte) (matters bool) {
+	messages, err := syscall.ParseNetlinkMessage(b)
+	if err != nil {
+		return true
+	}
+	for _, m := range messages {
+		if m.Header.Type == newGeneration {
+			matters = matters || !s.inside // its messages are lost
+			s.inside = false
+			continue
+		}
+		s.inside = true
+		matters = matters || !s.isTimed(m)
+	}
+	return matters
+}
+
+// isTimed reports whether a message is of an element of one of those tables. The name of the
+// table is its first attribute (nf_tables_fill_setelem_info).
+func (s *Subscription) isTimed(m syscall.NetlinkMessage) bool {
+	const attributes = 4 // behind struct nfgenmsg
+	if m.Header.Type != newElement && m.Header.Type != deleteElement || len(m.Data) < attributes+unix.NLA_HDRLEN {
+		return false
+	}
+	first := m.Data[attributes:]
+	length, kind := int(binary.NativeEndian.Uint16(first)), binary.NativeEndian.Uint16(first[2:])
+	if kind != unix.NFTA_SET_ELEM_LIST_TABLE || length < unix.NLA_HDRLEN || length > len(first) {
+		return false
+	}
+	return slices.Contains(s.timed, string(bytes.TrimRight(first[unix.NLA_HDRLEN:length], "\x00")))
 }
 
 func (s *Subscription) notify(kind Kind) {

@@ -16,8 +16,9 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// gateName is the name of the gate's table.
-const gateName = "egress-router-gate"
+// GateTable is the name of the gate's table, in any family. Elements of its sets come and go all the
+// time.
+const GateTable = "egress-router-gate"
 
 // A Gate drops what leaves an interface with a reserved address, unless the gateway, or
 // another witness, has just answered a ping from that address. Whoever gets the answer is
@@ -56,6 +57,7 @@ type Gate struct {
 	// permits. The kernel rounds them down to its ticks, of 1 to 10 ms.
 	Ticket, Permit time.Duration
 	WithoutEgress  bool // the kernel has no egress hook
+	Index          int  // of the interface; zero: it is looked up, which waits on a busy machine
 }
 
 // The names of the gate's sets and chains.
@@ -79,6 +81,9 @@ var gateSets = []string{ticketSet, permitSet, claimSet, armSet, openSet}
 // most is the number of elements of a set. The kernel collects dead elements once a second
 // (nft_set_gc_interval in net/netfilter).
 const most = 1 << 16
+
+// tick is the longest tick of a kernel (CONFIG_HZ=100): it rounds lifetimes down to whole ticks.
+const tick = 10 * time.Millisecond
 
 // netdevEgress is the egress hook of netdev (linux/netfilter.h, nf_dev_hooks), inetIngress the
 // ingress hook of inet (NF_INET_INGRESS).
@@ -114,7 +119,7 @@ func (g Gate) family() nftables.TableFamily {
 }
 
 func (g Gate) table() *nftables.Table {
-	return &nftables.Table{Name: gateName, Family: g.family()}
+	return &nftables.Table{Name: GateTable, Family: g.family()}
 }
 
 // Validate returns what is wrong with the gate.
@@ -126,8 +131,8 @@ func (g Gate) Validate() error {
 		return errors.New("gate: expected a reserved address and a witness of its family, found none")
 	case g.Mark == 0:
 		return errors.New("gate: expected a mark, found none")
-	case g.Ticket < time.Millisecond || g.Permit < time.Millisecond: // without a lifetime an element stays
-		return fmt.Errorf("gate: expected lifetimes of at least 1ms, found %v and %v", g.Ticket, g.Permit)
+	case g.Ticket < tick || g.Permit < tick: // without a lifetime an element stays
+		return fmt.Errorf("gate: expected lifetimes of at least %v, found %v and %v", tick, g.Ticket, g.Permit)
 	}
 	return nil
 }
@@ -176,8 +181,10 @@ func (g Gate) pings() (ping, reply gateChain) {
 		ping.rules = append(ping.rules, append(leaves(set), number, update(ticketSet, g.Ticket), &expr.Verdict{Kind: expr.VerdictAccept}))
 	}
 	for _, set := range []string{permitSet, armSet} {
-		reply.rules = append(reply.rules, append(arrives(set), update(permitSet, g.Permit), &expr.Verdict{Kind: expr.VerdictReturn}))
+		reply.rules = append(reply.rules, append(arrives(set), update(permitSet, g.Permit), &expr.Verdict{Kind: expr.VerdictDrop}))
 	}
+	// Packet sockets have them; nothing else in the namespace has asked.
+	reply.rules = append(reply.rules, []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}})
 	return ping, reply
 }
 

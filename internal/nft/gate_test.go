@@ -262,7 +262,7 @@ func arpMessage(operation uint16, sender net.HardwareAddr, from netip.Addr, targ
 // sees it.
 func (g *gated) ping(number uint32) {
 	g.Helper()
-	g.inRouter(func() error { return g.AddTicket(number) })
+	g.inRouter(func() error { return g.Number(number) })
 	from, to := g.Sources[0], g.witness()
 	g.marked.send(g.gateway.mac, etherTypeOf(from), icmp(from, to, 8, 128, number))
 }
@@ -920,9 +920,14 @@ func TestGateLoadsAgain(t *testing.T) {
 				g.Errorf("another %s: no difference", what)
 			}
 		}
-		var removed bool
+		var loaded, removed bool
+		g.inRouter(func() (err error) { loaded, err = nft.GateLoaded(); return err })
+		if !loaded {
+			g.Error("GateLoaded of a gate: false")
+		}
 		g.inRouter(func() (err error) { removed, err = nft.RemoveGate(); return err })
-		if text := g.nft("list ruleset"); !removed || strings.Contains(text, "egress-router-gate") {
+		g.inRouter(func() (err error) { loaded, err = nft.GateLoaded(); return err })
+		if text := g.nft("list ruleset"); !removed || loaded || strings.Contains(text, "egress-router-gate") {
 			g.Errorf("after RemoveGate:\n%s", text)
 		}
 	})

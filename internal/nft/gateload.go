@@ -27,14 +27,13 @@ func (g Gate) Load() error {
 	if err != nil || len(found) == 0 {
 		return err
 	}
+	tables, err := gateTables()
+	if err != nil {
+		return err
+	}
 	var b batch
-	for _, other := range gateFamilies {
-		t := &nftables.Table{Name: gateName, Family: other}
-		if found, err := hasTable(t); err != nil {
-			return err
-		} else if found {
-			b.deleteTable(t)
-		}
+	for _, t := range tables {
+		b.deleteTable(t)
 	}
 	t := g.table()
 	b.addTable(t)
@@ -75,9 +74,9 @@ func (g Gate) Arm(d time.Duration) error {
 	return g.change("arm gate", ticketSet, permitSet, armSet, live{set: armSet, left: d}, live{set: openSet})
 }
 
-// AddTicket does what the kernel does as a ping with a number leaves, if it has no egress hook. It is called before
-// the ping is sent.
-func (g Gate) AddTicket(n uint32) error {
+// Number makes the answer to a ping with a number count, if the kernel has no egress hook, by which
+// it does that itself as the ping leaves. It is called before the ping is sent.
+func (g Gate) Number(n uint32) error {
 	if !g.WithoutEgress {
 		return nil
 	}
@@ -103,8 +102,8 @@ func (g Gate) change(what string, steps ...any) error {
 				e.String(unix.NFTA_SET_ELEM_LIST_SET, s)
 			})
 		case live:
-			if s.set != openSet && s.left < time.Millisecond { // zero: for ever
-				return fmt.Errorf("%s: expected at least 1ms, found %v", what, s.left)
+			if s.set != openSet && s.left < tick { // no tick: for ever
+				return fmt.Errorf("%s: expected at least %v, found %v", what, tick, s.left)
 			}
 			if s.key == nil {
 				key, err := g.key()
@@ -124,6 +123,9 @@ func (g Gate) change(what string, steps ...any) error {
 
 // key returns the key of the interface, its index in the order of the machine.
 func (g Gate) key() ([]byte, error) {
+	if g.Index > 0 {
+		return binary.NativeEndian.AppendUint32(nil, uint32(g.Index)), nil //nolint:gosec // positive
+	}
 	found, err := net.InterfaceByName(g.Interface)
 	if err != nil {
 		return nil, fmt.Errorf("find %q: %w", g.Interface, err)
@@ -454,9 +456,6 @@ func (g Gate) differences() (found []string, err error) {
 	return found, nil
 }
 
-// tick is the longest tick of a kernel (CONFIG_HZ), to which it rounds a lifetime down.
-const tick = 10 * time.Millisecond
-
 // sameTimed reports whether a rule of the kernel is the planned one.
 func sameTimed(have, want []expr.Any) bool {
 	return slices.EqualFunc(have, want, func(have, want expr.Any) bool {
@@ -493,45 +492,63 @@ func (g Gate) Dropped() (packets uint64, err error) {
 	return packets, nil
 }
 
-// hooksEgress remembers that the kernel has or lacks the hook: it keeps it as long as it runs.
-var hooksEgress atomic.Pointer[bool]
+// hasEgressHook remembers that the kernel has or lacks the hook: it keeps it as long as it runs.
+var hasEgressHook atomic.Pointer[bool]
 
-// HooksEgress reports whether the kernel has the egress hook of netdev (Linux 5.16,
+// HasEgressHook reports whether the kernel has the egress hook of netdev (Linux 5.16,
 // CONFIG_NETFILTER_EGRESS). To find out it adds a chain to the loopback interface and deletes it,
 // in one transaction.
-func HooksEgress() (bool, error) {
-	if known := hooksEgress.Load(); known != nil {
+func HasEgressHook() (bool, error) {
+	if known := hasEgressHook.Load(); known != nil {
 		return *known, nil
 	}
-	probe := &nftables.Table{Name: gateName + "-probe", Family: nftables.TableFamilyNetdev}
+	probe := &nftables.Table{Name: GateTable + "-probe", Family: nftables.TableFamilyNetdev}
 	var b batch
 	b.addTable(probe)
 	b.addGateChain(probe, gateChain{name: egressChain, based: true, hook: netdevEgress, device: "lo"})
 	b.deleteTable(probe)
 	err := b.run()
-	hooks := err == nil
-	if err != nil && !missing(err) && !errors.Is(err, unix.ENOENT) {
+	has := err == nil
+	if err != nil && !missing(err) {
 		return false, fmt.Errorf("probe the egress hook of nftables: %w", err)
 	}
-	hooksEgress.Store(&hooks)
-	return hooks, nil
+	hasEgressHook.Store(&has)
+	return has, nil
+}
+
+// GateLoaded reports whether the kernel has a gate's table, in either form.
+func GateLoaded() (bool, error) {
+	tables, err := gateTables()
+	return len(tables) > 0, err
+}
+
+// gateTables returns the tables of gates.
+func gateTables() (found []*nftables.Table, err error) {
+	for _, f := range gateFamilies {
+		t := &nftables.Table{Name: GateTable, Family: f}
+		there, err := hasTable(t)
+		if err != nil {
+			return nil, fmt.Errorf("read gate: %w", err)
+		}
+		if there {
+			found = append(found, t)
+		}
+	}
+	return found, nil
 }
 
 // RemoveGate removes the gate of any interface.
 func RemoveGate() (removed bool, err error) {
+	tables, err := gateTables()
+	if err != nil {
+		return false, err
+	}
 	var b batch
-	for _, f := range gateFamilies {
-		t := &nftables.Table{Name: gateName, Family: f}
-		there, err := hasTable(t)
-		if err != nil {
-			return false, fmt.Errorf("read gate: %w", err)
-		}
-		if there {
-			b.deleteTable(t)
-		}
+	for _, t := range tables {
+		b.deleteTable(t)
 	}
 	if err := b.run(); err != nil {
 		return false, fmt.Errorf("remove gate: %w", err)
 	}
-	return len(b.messages) > 0, nil
+	return len(tables) > 0, nil
 }

@@ -37,6 +37,10 @@ const largest = 256
 // namespace of the calling thread. The interface may be down.
 func Open(index int) (*Conn, error) { return Listen(index, 0, nil) }
 
+// All is the EtherType of all frames, which arrive before nftables' ingress hook sees them
+// (__netif_receive_skb_core in net/core/dev.c). Those of one EtherType arrive behind it.
+const All = unix.ETH_P_ALL
+
 // Listen returns a Conn that also receives the frames of an EtherType that pass a filter
 // (classic BPF, Documentation/networking/filter.rst). The interface belongs to the calling
 // thread's network namespace; it may be down.
@@ -63,6 +67,9 @@ func Listen(index int, etherType uint16, filter []bpf.Instruction) (*Conn, error
 		c.Close()
 		return nil, err
 	}
+	if etherType == All { // otherwise the kernel copies each frame that leaves
+		_ = unix.SetsockoptInt(fd, unix.SOL_PACKET, packetIgnoreOutgoing, 1) // an error: before Linux 4.20
+	}
 	networkOrder := etherType<<8 | etherType>>8
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: networkOrder, Ifindex: index}); err != nil {
 		c.Close()
@@ -70,6 +77,9 @@ func Listen(index int, etherType uint16, filter []bpf.Instruction) (*Conn, error
 	}
 	return c, nil
 }
+
+// packetIgnoreOutgoing is an option of packet sockets (linux/if_packet.h).
+const packetIgnoreOutgoing = 23
 
 // attach sets p as the filter of a socket (SO_ATTACH_FILTER, socket(7)).
 func attach(fd int, p []bpf.Instruction) error {
