@@ -261,6 +261,7 @@ type Sides struct {
 	Sources []netip.Addr
 	Mark    Mark // mark of connections from the cluster side
 	Health  Port // TCP port of the pod that the fallback does not redirect; zero: none
+	Peers   Port // UDP port of the pod for other routers, likewise
 	// The connections that may cross to the egress side.
 	Crossing Crossing
 	Helpers  []Helper // helpers to attach, by the port of the server
@@ -488,6 +489,9 @@ func redirectRules(refuse []Rule, fallback netip.Addr, sides Sides) []Rule {
 		rules = append(rules, refuse...)
 		if sides.Health != 0 {
 			rules = append(rules, Rule{In: sides.Cluster, Protocol: TCP, Port: sides.Health, Target: Return})
+		}
+		if sides.Peers != 0 {
+			rules = append(rules, Rule{In: sides.Cluster, Protocol: UDP, Port: sides.Peers, Target: Return})
 		}
 		rules = append(rules, Rule{In: sides.Cluster, Target: DNAT, To: fallback})
 	}

@@ -473,6 +473,9 @@ func (k *Kernel) do(s plan.Change) error {
 		if listed, ok := s.Kernel.(netlink.Addr); ok {
 			return k.handle.AddrAdd(iface, &netlink.Addr{IPNet: listed.IPNet, Flags: unix.IFA_F_NOPREFIXROUTE, ValidLft: listed.ValidLft, PreferedLft: listed.PreferedLft})
 		}
+		if s.Shared {
+			address.Flags |= unix.IFA_F_NODAD // ip-address(8), nodad: of IPv6
+		}
 		return k.handle.AddrAdd(iface, address)
 	case plan.RemoveAddress:
 		err := k.handle.AddrDel(iface, address)

@@ -28,6 +28,7 @@ type Change struct {
 	Interface string
 	Index     int // index of Interface
 	Address   netip.Prefix
+	Shared    bool // other hosts may have Address: the kernel does not look for duplicates
 	Route     Route
 	Old       *Route // route that ReplaceRoute replaces
 	Rule      Rule

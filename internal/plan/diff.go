@@ -56,12 +56,12 @@ func claim(want Network, have State) []Change {
 				take(Change{Op: RemoveAddress, Address: a})
 			}
 		}
-		take(Change{Op: AddAddress, Address: s.Prefix})
+		take(Change{Op: AddAddress, Address: s.Prefix, Shared: want.Shared})
 	}
 	if want.retry {
 		for _, s := range want.Contested(have) {
 			take(Change{Op: RemoveAddress, Address: s.Prefix})
-			take(Change{Op: AddAddress, Address: s.Prefix})
+			take(Change{Op: AddAddress, Address: s.Prefix, Shared: want.Shared})
 		}
 	}
 	return append(steps, up(want, have)...)

@@ -15,6 +15,8 @@ type Network struct {
 	Interface string // name of the egress interface
 	Sources   spec.Sources
 	Cluster   ClusterSide
+	Shared    bool // other routers have the sources, too: nobody looks for duplicates
+	Silent    bool // requests for the sources are not answered
 
 	// retry: IPv6 sources that another host had are added again.
 	retry bool

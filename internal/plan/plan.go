@@ -21,6 +21,8 @@ type Want struct {
 	Rules    rules.Plan
 	Forward  bool // the namespace forwards between the two sides
 	Conflict spec.Conflict
+	Gate     *Gate // nil: the router is the only one with its addresses
+	Role     Role  // with a gate: who announces the addresses is decided elsewhere
 	// Start: the address is announced and the gateway asked also without a change, and
 	// other holders are looked for before the address is taken. Without it the steps are
 	// repairs.
@@ -36,7 +38,11 @@ func WantOf(r spec.Router) Want {
 			Interface: r.Egress, Sources: r.Sources,
 			Cluster: ClusterSide{Interface: r.Cluster, Mark: uint32(r.ReplyMark), Table: r.ReplyTable, Destinations: r.ClusterDestinations},
 		},
-		Rules: r.Plan(), Forward: r.Forward, Conflict: r.Conflict,
+		Rules: r.Plan(), Forward: r.Forward, Conflict: r.Conflict, Gate: gateOf(r),
+	}
+	if want.Gate != nil {
+		want = want.WithRole(Standby)
+		want.Network.Shared = true
 	}
 	if r.Macvlan != nil {
 		want.Macvlan = &Macvlan{r.Egress, *r.Macvlan}
@@ -53,6 +59,10 @@ type Have struct {
 	// The reserved addresses of the rules that the run has found.
 	Former []netip.Addr
 	Strays []string // the rules of other backends, for people
+	// Gate has the differences between the kernel's gate and that wanted; without one wanted,
+	// what is there.
+	Gate   []string
+	Fenced bool // this run has changed the gate
 
 	Failed    []string    // the optional changes that failed, which are not tried again
 	Loaded    *rules.Plan // what this run has loaded last; nil: nothing
@@ -227,11 +237,11 @@ func Steps(want Want, have Have) []Group {
 		}
 		guard, loaded = append(guard, first), &first.Rules
 	}
-	add(Guard, append(guard, steps(prepare)...)...)
+	add(Guard, slices.Concat(fence(want, have), guard, steps(prepare))...)
 	add(Permission, late...)
 	claim = without(claim, prepare)
 	of4 := func(c Change) bool { return !c.Address.Addr().Is6() }
-	add(Claim, append(steps(claim), announce(want, have, slices.ContainsFunc(claim, of4))...)...)
+	add(Claim, slices.Concat(unfence(want, have), steps(claim), announce(want, have, slices.ContainsFunc(claim, of4)))...)
 	add(Routing, steps(without(all, slices.Concat(prepare, claim)))...)
 	if len(have.Differs) > 0 && (loaded == nil || !loaded.Equal(want.Rules)) {
 		add(Rules, Load{Rules: want.Rules, Why: why})
@@ -276,7 +286,7 @@ func isListed(s Step, groups []Group) bool {
 func (g Group) Changes() bool {
 	return slices.ContainsFunc(g.Steps, func(s Step) bool {
 		switch s.(type) {
-		case Create, Load, Change, RemoveStray:
+		case Create, Load, Change, RemoveStray, Fence, RemoveGate:
 			return true
 		}
 		return false
@@ -286,7 +296,13 @@ func (g Group) Changes() bool {
 // inquire returns the questions to the physical network that decide about the address:
 // those that a start may ask at once, and the one whose answer decides whether the address
 // may be claimed.
+//
+// A router that is not the only one asks nothing: another one holds the addresses, and the gate
+// lets no question out that has them.
 func inquire(want Want, have Have) (early, late []Step) {
+	if want.Gate != nil {
+		return nil, nil
+	}
 	if want.Start && !have.Trusted {
 		for _, doubt := range doubts(want.Network, have.State) {
 			early = append(early, Settle{doubt})
@@ -309,7 +325,7 @@ func inquire(want Want, have Have) (early, late []Step) {
 // announce returns the packets to the neighbours that learn the addresses. claims is set if
 // IPv4 addresses change.
 func announce(want Want, have Have, claims bool) []Step {
-	if have.State.NoARP {
+	if have.State.NoARP || want.Gate != nil { // a claim announces them
 		return nil
 	}
 	var packets []Step

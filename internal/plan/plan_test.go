@@ -232,6 +232,13 @@ func TestStepsConverge(t *testing.T) {
 			}
 		}
 		another := six && source.IntN(3) == 0 // host has an IPv6 address
+		if source.IntN(3) == 0 {
+			goal.Gate, goal.Role, goal.Network.Shared = &Gate{Interface: "macvlan0", Sources: network.Sources.Addresses()}, Standby+Role(source.IntN(3)), true
+			another = false // other routers with the address are no other hosts
+		}
+		if source.IntN(2) == 0 {
+			have.Gate = []string{"no gate"} // or one that is not wanted
+		}
 		if source.IntN(3) > 0 {
 			have.Differs = []string{"other rules"}
 		}
@@ -253,8 +260,15 @@ func TestStepsConverge(t *testing.T) {
 			for _, s := range g.Steps {
 				log = append(log, s.String())
 				switch s := s.(type) {
+				case Fence:
+					have.Fenced, have.Changed = true, true
+				case RemoveGate:
+					have.Fenced = true
 				case Change:
 					opens := !s.Optional && s.Op == WriteSysctl
+					if s.Op == AddAddress && len(have.Gate) > 0 && !have.Fenced || s.Op == AddAddress && s.Shared != (goal.Gate != nil) {
+						t.Fatalf("%d: %q before the gate, after\n%s", n, s, strings.Join(log, "\n"))
+					}
 					open := have.Loaded == nil && len(have.Differs) > 0 || have.Loaded != nil && !have.Loaded.Equal(goal.Rules)
 					if opens && open || !opens && !s.Optional && have.Loaded == nil && len(have.Differs) > 0 {
 						t.Fatalf("%d: %q before the rules, after\n%s", n, s, strings.Join(log, "\n"))
@@ -288,6 +302,9 @@ func TestStepsConverge(t *testing.T) {
 					have.Strays = have.Strays[1:]
 				}
 			}
+			if goal.Gate != nil && (have.Probed || have.Trusted || have.Announced != [2]bool{} || have.Asked != [2]bool{}) {
+				t.Fatalf("%d: a claim beside that of the election: %v", n, g.Steps)
+			}
 			have.Claimed = have.Claimed || g.Stage == Claim
 			if six && !have.Opened && g.Stage >= Routing && leaks(network, have.State) {
 				t.Fatalf("%d: IPv6 open after stage %d, from %s, after\n%s", n, g.Stage, begin, strings.Join(log, "\n"))
@@ -295,6 +312,9 @@ func TestStepsConverge(t *testing.T) {
 			if last = g.Stage; last == Opening {
 				have.Opened = true
 			}
+		}
+		if len(have.Gate) > 0 && !have.Fenced {
+			t.Fatalf("%d: the gate stays as it was, after\n%s", n, strings.Join(log, "\n"))
 		}
 		for _, a := range have.State.Addresses {
 			if goal.Start && slices.Contains(have.Former, a.Addr()) && !network.Sources.Have(a.Addr()) {
@@ -367,7 +387,7 @@ func TestRemoveLeadsBack(t *testing.T) {
 				}
 			}
 		}
-		have.Strays = []string{"rules"}
+		have.Strays, have.Gate = []string{"rules"}, []string{"a gate"}
 		begin := fmt.Sprintf("%+v\nthen %+v", before, have.State)
 		var log []string
 		forgotten := false
@@ -377,6 +397,12 @@ func TestRemoveLeadsBack(t *testing.T) {
 				simulate(&have.State, c)
 			}
 			forgotten = forgotten || s == Step(Forget{})
+			if _, is := s.(RemoveGate); is {
+				have.Gate = nil
+				if len(have.State.Addresses) > 0 || len(have.Strays) > 0 {
+					t.Fatalf("%d: the gate goes before the address or the rules:\n%s", n, strings.Join(log, "\n"))
+				}
+			}
 			if _, is := s.(RemoveStray); is {
 				have.Strays = nil
 				if !forgotten {

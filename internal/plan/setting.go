@@ -73,6 +73,25 @@ func arp(name, key string, value int) setting {
 	return setting{own, value, func(have Sysctls) bool { return max(have[own], have[all]) >= value }, []string{all}, misleads}
 }
 
+// Of arp_ignore: answer for the addresses of the interface that is asked, or for none
+// (ip-sysctl.rst).
+const (
+	ownAddresses = 1
+	noAddress    = 8
+)
+
+// answering is the setting of the addresses for which the egress interface answers ARP.
+func (n Network) answering() setting {
+	s := arp(n.Interface, "arp_ignore", ownAddresses)
+	if right := s.right; n.Silent {
+		s = arp(n.Interface, "arp_ignore", noAddress)
+		s.effect = "two routers answer ARP for the reserved addresses"
+	} else {
+		s.right = func(have Sysctls) bool { return right(have) && (!n.Shared || have[s.sysctl] != noAddress) }
+	}
+	return s
+}
+
 // loose is the setting of a reverse-path filter that must not be strict. By a strict
 // one the kernel drops packets that arrive by another interface than the route to their
 // source (ip-sysctl.rst, rp_filter: 0 off, 1 strict, 2 loose; the higher one of the
@@ -139,7 +158,7 @@ func (n Network) settings() []setting {
 		off(conf4(egress, "accept_redirects"), believes),
 		off(conf4("all", "proxy_arp"), misleads),
 		off(conf4(egress, "proxy_arp"), misleads),
-		arp(egress, "arp_ignore", 1),
+		n.answering(),
 		// With 2 the kernel would ask from the first address of the subnet, which another
 		// program may have set.
 		arp(egress, "arp_announce", 1),

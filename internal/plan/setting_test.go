@@ -104,3 +104,31 @@ func TestREADMEListsSysctls(t *testing.T) {
 		}
 	}
 }
+
+// On a kernel that cannot hold back ARP, a router that does not hold the addresses leaves
+// requests for them unanswered.
+func TestSilentStandby(t *testing.T) {
+	const ignore = "net/ipv4/conf/macvlan0/arp_ignore"
+	for _, c := range []struct {
+		role    Role
+		partial bool
+		have    int
+		want    string
+	}{
+		{Standby, false, 1, ""}, {Standby, false, 0, "1"}, {Standby, true, 1, "8"}, {Standby, true, 8, ""},
+		{Claiming, true, 8, ""}, {Active, true, 8, "1"}, {Active, true, 1, ""}, {Active, false, 8, "1"},
+	} {
+		goal := Want{Network: want, Gate: &Gate{Partial: c.partial}}.WithRole(c.role)
+		goal.Network.Shared = true
+		have := State{Sysctls: Sysctls{ignore: c.have, "net/ipv4/conf/all/arp_ignore": 0}}
+		got := ""
+		for _, s := range set(goal.Network, have) {
+			if s.Sysctl == ignore {
+				got = s.Value
+			}
+		}
+		if got != c.want {
+			t.Errorf("role %d, partial %t, %d: expected %q, found %q", c.role, c.partial, c.have, c.want, got)
+		}
+	}
+}

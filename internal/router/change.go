@@ -132,6 +132,9 @@ func (c *change) prepare(ctx context.Context) error {
 	if c.moved != nil && c.moved(c.have.State) {
 		c.want.Announce = true
 	}
+	if err := c.readGate(); err != nil {
+		return err
+	}
 	groups := plan.Steps(c.want, c.have)
 	if err := c.feasible(groups); err != nil {
 		return err
@@ -279,6 +282,10 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 			err = c.removeStray(ctx)
 		case plan.Forget:
 			c.forget()
+		case plan.Fence:
+			err = c.fence(s)
+		case plan.RemoveGate:
+			err = c.removeGate(s)
 		}
 		if err != nil {
 			return changed, err
@@ -309,6 +316,39 @@ func (c *change) removeStray(ctx context.Context) error {
 			return
 		}
 		c.router.Log.Info("stale rules removed", "backend", c.rules.String(), "removed", s.String())
+	})
+	return nil
+}
+
+// readGate compares the gate. Its interface may not exist yet.
+func (c *change) readGate() (err error) {
+	if c.router.Gate != nil {
+		c.have.Gate, err = c.router.Gate.Differs(c.want.Gate)
+	}
+	return err
+}
+
+// fence loads the gate.
+func (c *change) fence(s plan.Fence) error {
+	if err := c.router.Gate.Load(s.Gate); err != nil {
+		return err
+	}
+	c.have.Fenced, c.have.Changed = true, true
+	c.done.add(c.router.Gate.Remove)
+	c.note(RepairRules, s.Why, "loaded the gate, shut", func() {
+		c.router.Log.Info("gate loaded", "interface", s.Interface, "because", s.Why)
+	})
+	return nil
+}
+
+// removeGate removes the gate of an earlier configuration, or of the router that is removed.
+func (c *change) removeGate(s plan.RemoveGate) error {
+	if err := c.router.Gate.Remove(); err != nil {
+		return err
+	}
+	c.have.Fenced = true
+	c.note(RepairStrays, "a gate of an earlier configuration", "removed", func() {
+		c.router.Log.Info("rules removed", "removed", s.String())
 	})
 	return nil
 }

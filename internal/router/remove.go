@@ -56,6 +56,10 @@ func (r *Router) Remove(ctx context.Context, before *plan.State) error {
 	for _, s := range c.strays {
 		c.have.Strays = append(c.have.Strays, s.String())
 	}
+	c.want.Gate = nil
+	if err := c.readGate(); err != nil {
+		failed = append(failed, err)
+	}
 	steps := plan.Remove(c.want, c.have, *before)
 	for rest := steps; len(rest) > 0; {
 		n := 1

@@ -45,6 +45,8 @@ type Router struct {
 	// Next reads them by another backend, after the first one could not load its
 	// first rules; nil: there is no other backend.
 	Next func(ctx context.Context, failed Rules, why error) (Rules, error)
+	// Gate is the kernel's gate; nil: it has none.
+	Gate Gate
 	// Strays finds rules of other backends than that of the given rules; without them,
 	// those of every backend. They are removed in this order after all other changes.
 	Strays func(context.Context, Rules) ([]Stray, error)
@@ -59,6 +61,16 @@ type Network interface {
 	Initial(plan.Network) (plan.Sysctls, error)
 	Forget(ipv6 bool, stale func(link.Connection) bool) (int, error)
 	Close()
+}
+
+// A Gate keeps packets with the reserved addresses in while the router does not hold these.
+type Gate interface {
+	// Differs returns the differences of the kernel's gate; want is nil if there shall be
+	// none.
+	Differs(want *plan.Gate) ([]string, error)
+	// Load loads the gate, shut.
+	Load(plan.Gate) error
+	Remove() error
 }
 
 // Rules are the rules of one network namespace, as a backend reads them.
@@ -198,6 +210,9 @@ func (r *Router) Check(ctx context.Context) (Missing, error) {
 	c := &change{router: r, network: network, want: r.Want, looks: true}
 	c.want.Start = true
 	if err := c.observe(ctx); err != nil {
+		return Missing{}, err
+	}
+	if err := c.readGate(); err != nil {
 		return Missing{}, err
 	}
 	current, err := r.Rules(ctx, c.want.Rules)

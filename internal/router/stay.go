@@ -225,9 +225,18 @@ func (k *Keeper) Resolve(want plan.Want) {
 // set makes want the wanted state. k.mu is locked.
 func (k *Keeper) set(want plan.Want) {
 	k.wanted = want.Rules
-	want.Rules = k.Router.Want.Rules
+	want.Rules, want.Gate = k.Router.Want.Rules, k.Router.Want.Gate
+	want = want.WithRole(k.Router.Want.Role)
 	k.Router.Want = want
 	k.narrow()
+}
+
+// SetRole sets the role of a router that is one of several, and triggers a reconcile.
+func (k *Keeper) SetRole(role plan.Role) {
+	k.mu.Lock()
+	k.Router.Want = k.Router.Want.WithRole(role)
+	k.mu.Unlock()
+	k.trigger()
 }
 
 // Replace sets new destinations and triggers a reconcile.

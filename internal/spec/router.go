@@ -93,10 +93,14 @@ func (r Router) Sides() rules.Sides {
 	if !r.Spread {
 		sources = sources.Families()
 	}
-	return rules.Sides{
+	sides := rules.Sides{
 		Cluster: r.Cluster, Egress: r.Egress, Sources: sources.Addresses(), Mark: r.ReplyMark,
 		Health: r.HealthPort, Crossing: r.Crossing, Helpers: r.Helpers,
 	}
+	if r.Standby != nil {
+		sides.Peers = rules.Port(r.Standby.Port)
+	}
+	return sides
 }
 
 // Plan returns the rules of the router.

@@ -23,7 +23,7 @@ type Fault struct {
 // Validate returns the faults of a description. Without faults other than warnings a router
 // can be made of it.
 func (r Router) Validate() []Fault {
-	return slices.Concat(r.Sources.Validate(), r.Sources.ValidateGateways(), r.ValidateDestinations(), r.ValidateHealthPort(),
+	return slices.Concat(r.Sources.Validate(), r.Sources.ValidateGateways(), r.ValidateDestinations(), r.ValidateHealthPort(), r.ValidateStandby(),
 		r.validateInterfaces(), r.validateReply(), r.ValidateClusterDestinations())
 }
 
@@ -140,6 +140,19 @@ func (r Router) ValidateHealthPort() []Fault {
 		return nil
 	}
 	return []Fault{{Field: wording.HealthListen, Why: wording.Textf("%s has port %d, which is also a local port of the destinations: choose another port", wording.HealthListen, r.HealthPort)}}
+}
+
+// ValidateStandby returns a fault if a redirect has the port by which the routers with the
+// same addresses speak with each other.
+func (r Router) ValidateStandby() []Fault {
+	if r.Standby == nil {
+		return nil
+	}
+	port := rules.Port(r.Standby.Port)
+	if !slices.ContainsFunc(r.Set.Redirects, func(redirect rules.Redirect) bool { return redirect.Contains(rules.UDP, port) }) {
+		return nil
+	}
+	return []Fault{{Field: wording.Standby, Why: wording.Textf("the routers of one address speak with each other by UDP port %d, which is also a local port of the destinations: redirect another port", port)}}
 }
 
 // unusableDestination returns why no external server has an address.

@@ -33,6 +33,7 @@ const (
 	HostNetns           Field = "host network namespace"
 	Conflict            Field = "conflict"
 	HealthListen        Field = "health address"
+	Standby             Field = "standby"
 	HTTPProxyListen     Field = "HTTP proxy address"
 )
 
