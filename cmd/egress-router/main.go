@@ -32,6 +32,14 @@
 //	EGRESS_PROBE_FAILS_READY  (false) true: not ready while no destination is reachable
 //	EGRESS_AUDIT_LOG          (false) true: legacy and monitor log the start and the end of each redirected connection
 //	EGRESS_LOG_DROPS          (false) true: legacy and monitor log an example of the packets that the rules drop or reject, for each reason at most one line in 10 seconds
+//	EGRESS_STANDBY            (false) true: legacy and monitor are one of several routers with the same reserved addresses, of which one sends
+//	EGRESS_STANDBY_PEERS      (required to stand by) the routers with these addresses: the name of a headless Service, or addresses on the cluster side, separated by commas; the own one may be among them
+//	EGRESS_STANDBY_PRIORITY   (100) 0 to 255: of several standbys the one with the highest priority takes over; none takes the addresses from an active router
+//	EGRESS_STANDBY_INTERVAL   (20ms) interval of heartbeats and pings, 10ms to 1s; a take-over takes some 9 of them
+//	EGRESS_STANDBY_WITNESS    (the gateway) address that answers pings by way of the gateway, for a gateway that answers none
+//	EGRESS_STANDBY_REFERENCE  (the API server) IP:PORT that takes TCP connections while the cluster side works, or none: a router that reaches neither it nor another router gives the addresses up
+//	EGRESS_STANDBY_KEY_FILE   (none) file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers
+//	EGRESS_STANDBY_FENCE      (auto) auto, or require: refuse to stand by on a kernel that cannot fence all packets (before Linux 5.16)
 //	EGRESS_LOG_FORMAT         (text) format of log lines: text or json
 //	EGRESS_LOG_LEVEL          (info) minimum level of log lines: debug, info, warn or error
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and all rules

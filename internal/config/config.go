@@ -49,6 +49,7 @@ type Config struct {
 	Grammar rules.Grammar // of the destinations
 	Log     Log
 	Health  Health // settings of a mode that stays
+	Peers   Peers  // of a router that stands by
 	Backend Backend
 	Object  bool // the addresses and the destinations are those of an object
 
@@ -168,7 +169,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 	for _, e := range c.parseMacvlan(env) {
 		report(e)
 	}
-	c.parseHealth(env, report)
+	c.parseHealth(env, readFile, report)
 	c.Log.parse(env.LogEnvironment, report)
 	if env.Debug != "" {
 		c.Log.Level = slog.LevelDebug

@@ -403,6 +403,7 @@ func TestRead(t *testing.T) {
 		t.Setenv(v.Name, "")
 		t.Setenv(strings.TrimPrefix(v.Name, "EGRESS_"), "stray")
 	}
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	env, err := Read()
 	env.Names = nil
 	if diff := cmp.Diff(Environment{}, env); err != nil || diff != "" {

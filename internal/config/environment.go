@@ -56,8 +56,18 @@ type Environment struct {
 	ProbeFailsReady  string `envconfig:"EGRESS_PROBE_FAILS_READY" unset:"false" doc:"true: not ready while no destination is reachable"`
 	AuditLog         string `envconfig:"EGRESS_AUDIT_LOG" unset:"false" doc:"true: legacy and monitor log the start and the end of each redirected connection"`
 	LogDrops         string `envconfig:"EGRESS_LOG_DROPS" unset:"false" doc:"true: legacy and monitor log an example of the packets that the rules drop or reject, for each reason at most one line in 10 seconds"`
+	Standby          string `envconfig:"EGRESS_STANDBY" spec:"standby" unset:"false" doc:"true: legacy and monitor are one of several routers with the same reserved addresses, of which one sends"`
+	StandbyPeers     string `envconfig:"EGRESS_STANDBY_PEERS" unset:"required to stand by" doc:"the routers with these addresses: the name of a headless Service, or addresses on the cluster side, separated by commas; the own one may be among them"`
+	StandbyPriority  string `envconfig:"EGRESS_STANDBY_PRIORITY" unset:"100" doc:"0 to 255: of several standbys the one with the highest priority takes over; none takes the addresses from an active router"`
+	StandbyInterval  string `envconfig:"EGRESS_STANDBY_INTERVAL" unset:"20ms" doc:"interval of heartbeats and pings, 10ms to 1s; a take-over takes some 9 of them"`
+	StandbyWitness   string `envconfig:"EGRESS_STANDBY_WITNESS" unset:"the gateway" doc:"address that answers pings by way of the gateway, for a gateway that answers none"`
+	StandbyReference string `envconfig:"EGRESS_STANDBY_REFERENCE" unset:"the API server" doc:"IP:PORT that takes TCP connections while the cluster side works, or none: a router that reaches neither it nor another router gives the addresses up"`
+	StandbyKeyFile   string `envconfig:"EGRESS_STANDBY_KEY_FILE" unset:"none" doc:"file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers"`
+	StandbyFence     string `envconfig:"EGRESS_STANDBY_FENCE" unset:"auto" doc:"auto, or require: refuse to stand by on a kernel that cannot fence all packets (before Linux 5.16)"`
 	LogEnvironment
 	Debug string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and all rules"`
+
+	APIServer string `ignored:"true"` // its address and port, of which Kubernetes tells every container; empty: none
 }
 
 // A LogEnvironment contains the variables of every mode and both proxies.
@@ -70,7 +80,7 @@ type LogEnvironment struct {
 
 // Read returns the variables of this process.
 func Read() (Environment, error) {
-	env := Environment{LogEnvironment: LogEnvironment{Names: names()}}
+	env := Environment{LogEnvironment: LogEnvironment{Names: names()}, APIServer: apiServer()}
 	err := envconfig.Process("", &env)
 	return env, err
 }
@@ -83,6 +93,17 @@ func names() (set []string) {
 		}
 	}
 	return set
+}
+
+// value returns the value of a variable by its name.
+func (e Environment) value(name string) string {
+	v := reflect.ValueOf(e)
+	for i := range v.NumField() {
+		if v.Type().Field(i).Tag.Get("envconfig") == name {
+			return v.Field(i).String()
+		}
+	}
+	return ""
 }
 
 // File returns the file with the destinations; empty: they are in a variable.

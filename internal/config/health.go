@@ -24,7 +24,7 @@ type Health struct {
 }
 
 // parseHealth reads the settings of a router that stays.
-func (c *Config) parseHealth(env Environment, report func(*Error)) {
+func (c *Config) parseHealth(env Environment, readFile func(string) ([]byte, error), report func(*Error)) {
 	c.Conflict = spec.Conflict(orDefault(env.Conflict, string(spec.ConflictWarn)))
 	report(choose("EGRESS_CONFLICT", string(c.Conflict), string(spec.ConflictWarn), string(spec.ConflictRefuse), string(spec.ConflictDefend)))
 	h := &c.Health
@@ -32,6 +32,7 @@ func (c *Config) parseHealth(env Environment, report func(*Error)) {
 	report(parseTime("EGRESS_ANNOUNCE_INTERVAL", orDefault(env.AnnounceInterval, "60s"), orZero, &h.AnnounceInterval))
 	report(parseHealthListen(env.HealthListen, &h.Listen))
 	c.HealthPort = rules.Port(h.Listen.Port())
+	c.parseStandby(env, readFile, report)
 	switch env.Probe {
 	case "":
 	case "tcp":
@@ -81,10 +82,14 @@ func (c *Config) parseLogDrops(s string) *Error {
 	return fault
 }
 
-// checkHealthPort checks that no destination has the port of the health endpoint.
+// checkHealthPort checks that no destination has a port that the pod itself answers: of the
+// health endpoint, and of heartbeats.
 func (c *Config) checkHealthPort() *Error {
 	for _, f := range c.ValidateHealthPort() {
 		return &Error{"EGRESS_HEALTH_LISTEN", f.Why.In(Names{}), ""}
+	}
+	for _, f := range c.ValidateStandby() {
+		return &Error{"EGRESS_STANDBY", f.Why.In(Names{}), ""}
 	}
 	return nil
 }

@@ -1,0 +1,207 @@
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/egress-router/egress-router/internal/spec"
+)
+
+// A Peers is how a router that stands by finds the others with its addresses, and how it
+// speaks with them; the rest is spec.Standby.
+type Peers struct {
+	Names     []string // addresses, and names of which all addresses are peers
+	Priority  uint8    // the router with a higher one claims first; nobody gives way to it
+	Reference string   // address and port that is reachable while the cluster side works; empty: none
+	Key       []byte   // that authenticates heartbeats; nil: none
+}
+
+// The limits and defaults of EGRESS_STANDBY_INTERVAL and EGRESS_STANDBY_PRIORITY. Below the
+// least interval the ticks of the kernel's timers, of 1 to 10 ms, weigh too much.
+const (
+	defaultInterval = 20 * time.Millisecond
+	leastInterval   = 10 * time.Millisecond
+	mostInterval    = time.Second
+
+	defaultPriority = 100
+	mostPriority    = 255
+
+	leastKey = 16 // bytes, of a key that nobody guesses
+)
+
+// heartbeatPort is the UDP port of heartbeats on the cluster side. It is below the ephemeral
+// ports, and IANA has assigned it to nobody.
+const heartbeatPort = 9467
+
+// parseStandby reads the settings of a router that is one of several with its addresses.
+func (c *Config) parseStandby(env Environment, readFile func(string) ([]byte, error), report func(*Error)) {
+	on := false
+	report(parseBool("EGRESS_STANDBY", env.Standby, &on))
+	if !on {
+		for _, v := range Variables() {
+			if strings.HasPrefix(v.Name, "EGRESS_STANDBY_") && env.value(v.Name) != "" && env.Standby == "" {
+				c.Warnings = append(c.Warnings, v.Name+" has no effect without EGRESS_STANDBY=true")
+			}
+		}
+		return
+	}
+	switch {
+	case c.Mode == Init:
+		report(&Error{"EGRESS_STANDBY", "EGRESS_STANDBY=true is not possible in mode init, which ends at once: standing by takes a process that stays",
+			remedy("use mode legacy, or mode monitor in a container of its own without an init container")})
+		return
+	case !c.Mode.Stays():
+		report(&Error{"EGRESS_STANDBY", fmt.Sprintf("EGRESS_STANDBY=true is not possible in mode %s", c.Mode), remedy("use mode legacy or monitor, or unset the variable")})
+		return
+	}
+	s := &spec.Standby{Port: heartbeatPort, Interval: defaultInterval}
+	c.Standby, c.Peers = s, Peers{Priority: defaultPriority, Reference: env.APIServer}
+	report(parseTime("EGRESS_STANDBY_INTERVAL", orDefault(env.StandbyInterval, defaultInterval.String()), notZero, &s.Interval))
+	if s.Interval < leastInterval || s.Interval > mostInterval {
+		report(&Error{"EGRESS_STANDBY_INTERVAL", fmt.Sprintf("EGRESS_STANDBY_INTERVAL %s is out of range: expected %s to %s", quote(env.StandbyInterval), leastInterval, mostInterval), ""})
+	}
+	report(c.parsePeers(env.StandbyPeers))
+	report(c.parsePriority(env.StandbyPriority))
+	report(c.parseWitness(env.StandbyWitness))
+	report(c.parseReference(env.StandbyReference))
+	report(c.parseKey(env.StandbyKeyFile, readFile))
+	report(choose("EGRESS_STANDBY_FENCE", orDefault(env.StandbyFence, string(spec.FenceAuto)), string(spec.FenceAuto), string(spec.FenceRequire)))
+	s.Fence = spec.Fence(orDefault(env.StandbyFence, string(spec.FenceAuto)))
+}
+
+// parsePeers parses the addresses and names of the other routers.
+func (c *Config) parsePeers(list string) *Error {
+	const variable = "EGRESS_STANDBY_PEERS"
+	c.Peers.Names = strings.FieldsFunc(list, func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
+	if len(c.Peers.Names) == 0 {
+		return &Error{variable, variable + " is not set: a router that stands by needs to know the others",
+			remedy("set it to the name of a headless Service that selects all of them, or to their addresses on the cluster side, separated by commas")}
+	}
+	for _, name := range c.Peers.Names {
+		if _, err := netip.ParseAddr(name); err == nil {
+			continue
+		}
+		if why := faultOfName(name); why != "" {
+			return &Error{variable, fmt.Sprintf("%s %s is neither an address nor a name: %s", variable, quote(name), why), ""}
+		}
+	}
+	return nil
+}
+
+// faultOfName returns why a word is no name of the DNS (RFC 1123, section 2.1; RFC 1035,
+// section 2.3.4; the underscore is that of RFC 2782); empty: it may be one.
+func faultOfName(name string) string {
+	if len(name) > 253 {
+		return "it has more than 253 bytes"
+	}
+	for label := range strings.SplitSeq(strings.TrimSuffix(name, "."), ".") {
+		switch {
+		case label == "":
+			return "a label is empty"
+		case len(label) > 63:
+			return "a label has more than 63 bytes"
+		case strings.HasPrefix(label, "-") || strings.HasSuffix(label, "-"):
+			return "a label begins or ends with -"
+		}
+		for _, r := range label {
+			if !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '-' || r == '_') {
+				return fmt.Sprintf("it contains %q", r)
+			}
+		}
+	}
+	return ""
+}
+
+func (c *Config) parsePriority(s string) *Error {
+	if s == "" {
+		return nil
+	}
+	n, err := strconv.ParseUint(s, 10, 8)
+	if err != nil || strconv.FormatUint(n, 10) != s {
+		return &Error{"EGRESS_STANDBY_PRIORITY", fmt.Sprintf("EGRESS_STANDBY_PRIORITY %s is not a priority: expected a number from 0 to %d", quote(s), mostPriority), ""}
+	}
+	c.Peers.Priority = uint8(n)
+	return nil
+}
+
+// parseWitness parses the host whose answers to pings decide; the gateway by default.
+func (c *Config) parseWitness(s string) *Error {
+	const variable = "EGRESS_STANDBY_WITNESS"
+	if len(c.Sources) == 0 {
+		return nil // a fault of its own
+	}
+	first := c.Sources[0]
+	c.Standby.Witness = first.Gateway
+	if s == "" {
+		return nil
+	}
+	a, err := netip.ParseAddr(s)
+	switch {
+	case err != nil || a.Zone() != "" || a.Is4In6():
+		return &Error{variable, fmt.Sprintf("%s %s is not an address", variable, quote(s)), remedy("write the address of the gateway, or of a host beyond it that answers pings")}
+	case a.Is6() != first.Prefix.Addr().Is6():
+		return &Error{variable, fmt.Sprintf("%s %s is not of the family of %s, the first reserved address", variable, a, first.Prefix.Addr()), ""}
+	case c.Sources.Have(a):
+		return &Error{variable, fmt.Sprintf("%s %s is a reserved address: expected the gateway, or a host beyond it", variable, a), ""}
+	case a != first.Gateway && first.Prefix.Contains(a):
+		return &Error{variable, fmt.Sprintf("%s %s is in the subnet of the reserved address and not the gateway", variable, a),
+			remedy("the answer shows to whom the gateway sends: write the gateway, or an address beyond it")}
+	}
+	c.Standby.Witness = a
+	return nil
+}
+
+// noReference is the value of EGRESS_STANDBY_REFERENCE for none.
+const noReference = "none"
+
+func (c *Config) parseReference(s string) *Error {
+	switch s {
+	case "":
+		return nil
+	case noReference:
+		c.Peers.Reference = ""
+		return nil
+	}
+	at, err := netip.ParseAddrPort(s)
+	if err != nil || at.Port() == 0 {
+		return &Error{"EGRESS_STANDBY_REFERENCE", fmt.Sprintf("EGRESS_STANDBY_REFERENCE %s is not an address and a port: expected such as 10.96.0.1:443, or none", quote(s)), ""}
+	}
+	c.Peers.Reference = at.String()
+	return nil
+}
+
+func (c *Config) parseKey(file string, readFile func(string) ([]byte, error)) *Error {
+	const variable = "EGRESS_STANDBY_KEY_FILE"
+	if file == "" {
+		c.Warnings = append(c.Warnings, "heartbeats are not authenticated: any pod can end the service of this address; set "+variable)
+		return nil
+	}
+	content, err := readFile(file)
+	if err != nil {
+		return &Error{variable, fmt.Sprintf("%s cannot be read: %v", variable, err), remedy("mount a Secret with at least %d random bytes, the same for all routers of the address", leastKey)}
+	}
+	key := bytes.TrimSpace(content)
+	if len(key) < leastKey {
+		return &Error{variable, fmt.Sprintf("%s %s has %d bytes: expected at least %d", variable, quote(file), len(key), leastKey), ""}
+	}
+	c.Peers.Key = key
+	return nil
+}
+
+// apiServer returns the address and port of the API server, which Kubernetes tells every
+// container; empty: there is none.
+func apiServer() string {
+	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
+	at, err := netip.ParseAddrPort(net.JoinHostPort(host, port))
+	if err != nil {
+		return ""
+	}
+	return at.String()
+}
