@@ -15,7 +15,7 @@ func runRemove(ctx context.Context, p Process) error {
 		return fmt.Errorf("read environment: %w", err)
 	}
 	// A mode without destinations: they may be invalid, or their file gone.
-	env.Mode = string(config.HTTPProxy)
+	env.Mode, env.Standby = string(config.HTTPProxy), ""
 	c, err := config.Parse(env, readFile)
 	if err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
+	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/metrics"
 	"github.com/egress-router/egress-router/internal/router"
@@ -31,6 +32,13 @@ func (w *watch) reporter(p Process) reporter {
 			}
 			reportDrops(r, w.keeper.Drops())
 			w.ports.report(r)
+			if w.standby != nil {
+				s := w.standby.Status()
+				reportStandby(r, s, time.Now())
+				if s.Role != election.Active && s.Role != election.Resuming {
+					r.Reasons = append(r.Reasons, "another router holds the addresses")
+				}
+			}
 			if err := w.alive(); err != nil {
 				r.Reasons = append(r.Reasons, err.Error())
 			}
@@ -201,6 +209,9 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	emit(name+"reloads_total", float64(s.Reloads))
 	emit(name+"reload_failures_total", float64(s.ReloadFailures))
 	w.collectNames(emit)
+	if w.standby != nil {
+		collectStandby(emit, w.standby.Status())
+	}
 	drops := w.keeper.Drops()
 	for _, reason := range rules.Reasons {
 		emit(name+"dropped_packets_total", float64(drops[reason]), string(reason))

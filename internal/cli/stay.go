@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -11,9 +12,13 @@ import (
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
+	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/events"
 	"github.com/egress-router/egress-router/internal/lookup"
+	"github.com/egress-router/egress-router/internal/nft"
+	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/standby"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -26,6 +31,7 @@ type watch struct {
 	set     atomic.Pointer[rules.Set]         // last destinations; nil: those of the start
 	counted *rules.Set                        // those of the counters; nil: those of the start
 	names   *lookup.Follower                  // nil: the grammar has none
+	standby *standby.Runner                   // nil: the router is the only one with its addresses
 	ports   portWatch
 
 	background sync.WaitGroup
@@ -48,7 +54,22 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	defer end()
 	r := newRouter(c, log)
 	r.Stays = true
+	kernelGate, err := newGate(c, log)
+	if err != nil {
+		return err
+	}
+	if r.Gate = kernelGate; r.Want.Gate != nil {
+		r.Want.Gate.Partial = kernelGate.partial
+		r.Want = r.Want.WithRole(plan.Standby)
+	}
 	w.keeper = newKeeper(r, c)
+	if c.Standby != nil {
+		if w.standby, err = newStandby(c, r, w.keeper, log); err != nil {
+			return err
+		}
+		w.keeper.Holds = func() bool { return w.standby.Status().Role == election.Active }
+		w.keeper.Peer = func(mac net.HardwareAddr) bool { return len(mac) == 6 && w.standby.PeerMAC([6]byte(mac)) }
+	}
 	w.keeper.Replaced = w.count
 
 	// Listen first: an error comes before any change.
@@ -62,7 +83,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	if w.names != nil {
 		w.keeper.Resolve(wanted(w.resolved()))
 	}
-	if c.Mode == config.Legacy {
+	if c.Mode == config.Legacy || c.Standby != nil { // no init container may claim the addresses
 		err = r.Apply(ctx)
 	}
 	w.mu.Unlock()
@@ -106,8 +127,21 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	}
 	w.background.Go(func() { file.run(ctx) })
 	restoreGC()
+	if w.standby != nil {
+		outer := ctx
+		stays, leave := context.WithCancel(context.WithoutCancel(ctx))
+		defer leave()
+		w.background.Go(func() { // the keeper stays until the addresses are handed over
+			w.standby.Run(outer)
+			leave()
+		})
+		ctx = stays
+	}
 	err = w.keeper.Run(ctx)
-	if err == nil {
+	switch {
+	case err == nil && w.standby != nil:
+		log.Info("stopping, configuration stays, gate shut")
+	case err == nil:
 		log.Info("stopping, configuration stays")
 	}
 	return err
@@ -121,7 +155,11 @@ func newKeeper(r *router.Router, c config.Config) *router.Keeper {
 	if c.Health.Probe {
 		k.ProbeInterval, k.ProbeFailsReady = c.Health.ProbeInterval, c.Health.ProbeFailsReady
 	}
-	k.Events = func() (router.Events, error) { return events.Subscribe() }
+	var timed []string
+	if c.Standby != nil {
+		timed = append(timed, nft.GateTable)
+	}
+	k.Events = func() (router.Events, error) { return events.Subscribe(timed...) }
 	k.Neighbours = func(o arp.Options) (router.Neighbours, error) { return arp.NewWatch(o) }
 	return k
 }

@@ -35,6 +35,13 @@ var Router = []Metric{
 	{"egress_router_conntrack_entries", Gauge, nil, "Entries in the connection tracking table of the pod."},
 	{"egress_router_conntrack_limit", Gauge, nil, "Maximum number of entries in the connection tracking table (net.netfilter.nf_conntrack_max)."},
 	{"egress_router_dropped_packets_total", Counter, []string{"reason"}, "Packets that the rules dropped or rejected, by reason."},
+	{"egress_router_standby_role", Gauge, []string{"role"}, "1 for the role of this router, otherwise 0: standby, claiming, active or resuming; these metrics exist only with EGRESS_STANDBY=true."},
+	{"egress_router_standby_takeovers_total", Counter, []string{"reason"}, "Times that this router became active, by the reason."},
+	{"egress_router_standby_last_gap_seconds", Gauge, nil, "Time from the last sign of the former active router until this one became active."},
+	{"egress_router_standby_echo_round_trip_seconds", Gauge, nil, "Time of the last answer of the witness to a ping."},
+	{"egress_router_standby_peers", Gauge, nil, "Other routers with the reserved addresses that are heard."},
+	{"egress_router_standby_heartbeats_lost_total", Counter, nil, "Heartbeats of other routers that did not arrive."},
+	{"egress_router_standby_packets_refused_total", Counter, nil, "Packets to the port of heartbeats that were none, or not authenticated by the key."},
 	{"egress_router_event_overruns_total", Counter, nil, "Overruns of the conntrack event buffer, after which some connections are missing from the counters."},
 	{"egress_router_log_lines_dropped_total", Counter, nil, "Log lines that were dropped because nothing read the log or writing it failed."},
 }

@@ -1,0 +1,231 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/election"
+	"github.com/egress-router/egress-router/internal/health"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/nft"
+	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/resolver"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/standby"
+)
+
+// roles are the roles of the plan.
+var roles = map[election.State]plan.Role{election.Standby: plan.Standby, election.Claiming: plan.Claiming, election.Active: plan.Active, election.Resuming: plan.Active}
+
+// A gate is the kernel's gate for a router.
+type gate struct{ partial bool } // the kernel has no egress hook
+
+func (g gate) of(want plan.Gate) nft.Gate {
+	return nft.Gate{
+		Interface: want.Interface, Sources: want.Sources, Witnesses: []netip.Addr{want.Witness}, Mark: want.Mark,
+		Ticket: want.Ticket, Permit: want.Permit, WithoutEgress: g.partial,
+	}
+}
+
+// Differs returns the differences of the gate in the kernel.
+func (g gate) Differs(want *plan.Gate) ([]string, error) {
+	if want != nil {
+		return g.of(*want).Differs()
+	}
+	loaded, err := nft.GateLoaded()
+	if err != nil || !loaded {
+		return nil, err
+	}
+	return []string{"a gate is there"}, nil
+}
+
+// Load loads a gate, shut.
+func (g gate) Load(want plan.Gate) error { return g.of(want).Load() }
+
+// Remove removes the gate.
+func (g gate) Remove() error {
+	_, err := nft.RemoveGate()
+	return err
+}
+
+// notFenced is what a kernel without the egress hook cannot hold back.
+const notFenced = "the kernel has no netdev egress hook (Linux 5.16): ARP of a router that has lost the addresses is not held back while its process hangs or has ended"
+
+// newGate returns the gate for the kernel. It is an error if the kernel cannot fence what the
+// configuration requires.
+func newGate(c config.Config, log *slog.Logger) (gate, error) {
+	if c.Standby == nil {
+		return gate{}, nil
+	}
+	has, err := nft.HasEgressHook()
+	switch {
+	case err != nil:
+		return gate{}, fmt.Errorf("look for the netdev egress hook: %w", err)
+	case has:
+		return gate{}, nil
+	case c.Standby.Fence == spec.FenceRequire:
+		return gate{}, fmt.Errorf("EGRESS_STANDBY_FENCE=require: %s", notFenced)
+	}
+	log.Warn("not fenced", "effect", notFenced)
+	return gate{partial: true}, nil
+}
+
+// newStandby returns the runner of a router that is one of several.
+func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.Logger) (*standby.Runner, error) {
+	own, err := clusterAddress(c.Cluster)
+	if err != nil {
+		return nil, err
+	}
+	s, g := c.Standby, r.Gate.(gate).of(*r.Want.Gate)
+	return standby.New(standby.Options{
+		Settings:  election.Settings{Interval: s.Interval, ID: newID(), Priority: c.Peers.Priority},
+		Interface: c.Egress, Sources: c.Sources, Witness: s.Witness,
+		Gate: func(index int) standby.Gate {
+			g := g
+			g.Index = index
+			return g
+		},
+		Mark:   g.Mark,
+		Listen: netip.AddrPortFrom(own, s.Port), Peers: lookUpPeers(c, own, log), Key: c.Peers.Key, Reference: c.Peers.Reference,
+		Reach: func(gateway netip.Addr, mac [6]byte) error {
+			kernel, err := link.Open()
+			if err != nil {
+				return err
+			}
+			defer kernel.Close()
+			return kernel.Reach(c.Egress, gateway, mac[:])
+		},
+		Ready:   k.InSync,
+		Changed: func(role election.State) { k.SetRole(roles[role]) },
+		Log:     log,
+	})
+}
+
+// newID returns a random number by which peers know this process.
+func newID() uint64 {
+	for {
+		if id := rand.Uint64(); id != 0 {
+			return id
+		}
+	}
+}
+
+// clusterAddress returns the address of the cluster side that peers know: of IPv4, if it has
+// one.
+func clusterAddress(name string) (netip.Addr, error) {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("find cluster interface %q: %w", name, err)
+	}
+	list, err := i.Addrs()
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("list addresses of %q: %w", name, err)
+	}
+	var all []netip.Addr
+	for _, a := range list {
+		if p, err := netip.ParsePrefix(a.String()); err == nil && !p.Addr().IsLinkLocalUnicast() {
+			all = append(all, p.Addr())
+		}
+	}
+	if len(all) == 0 {
+		return netip.Addr{}, fmt.Errorf("cluster interface %q has no address: heartbeats need one", name)
+	}
+	slices.SortStableFunc(all, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
+	return all[0], nil
+}
+
+// lookUpPeers returns the look-up of the other routers. The queries leave by the cluster side,
+// as those of other names.
+func lookUpPeers(c config.Config, own netip.Addr, log *slog.Logger) standby.Lookup {
+	r := resolver.New(resolver.Options{Log: log})
+	return func(ctx context.Context) (addresses []netip.Addr, again time.Time, err error) {
+		again = time.Now().Add(resolver.MaxTTL)
+		var errs []error
+		for _, name := range c.Peers.Names {
+			answer, err := r.Lookup(ctx, netip.Addr{}, name)
+			missing, _ := errors.AsType[*resolver.Error](err)
+			if err != nil && (missing == nil || !missing.NotFound()) { // a headless Service without other pods has no address
+				errs = append(errs, err)
+			}
+			addresses = append(addresses, answer.Addrs...)
+			if _, literal := netip.ParseAddr(name); literal != nil && answer.Expires.Before(again) {
+				again = answer.Expires
+			}
+		}
+		addresses = slices.DeleteFunc(addresses, func(a netip.Addr) bool { return a.Is4() != own.Is4() || a == own })
+		return addresses, again, errors.Join(errs...)
+	}
+}
+
+// reportStandby reports the role and the peers.
+func reportStandby(r *health.Report, s standby.Status, now time.Time) {
+	add := func(name string, state health.State, since time.Time, format string, args ...any) {
+		r.Checks = append(r.Checks, health.Check{Name: name, State: state, Since: since, Detail: fmt.Sprintf(format, args...)})
+	}
+	detail := s.Role.String()
+	if s.Role == election.Active {
+		detail += fmt.Sprintf(", gate open for %s without another answer", s.PermitLeft.Round(time.Millisecond))
+	}
+	if s.Why != "" {
+		detail += ", " + s.Why
+	}
+	if !s.TakenOver.IsZero() {
+		detail += fmt.Sprintf("; last take-over %s ago", health.Age(s.TakenOver, now))
+		if s.Gap > 0 {
+			detail += fmt.Sprintf(", %s after the last sign of the holder", s.Gap.Round(time.Millisecond))
+		}
+	}
+	state := health.OK
+	if s.Trouble != "" {
+		state, detail = health.Warning, detail+"; "+s.Trouble
+	}
+	add("standby", state, s.Since, "%s", detail)
+
+	var all []string
+	since := r.Started
+	for _, p := range s.Peers {
+		all = append(all, fmt.Sprintf("%s %s", p.Address, p.State))
+		since = p.Heard
+	}
+	slices.Sort(all)
+	switch {
+	case len(all) == 0 && s.Refused > 0:
+		add("peers", health.Warning, since, "none heard, %d packets without the key of EGRESS_STANDBY_KEY_FILE", s.Refused)
+	case len(all) == 0:
+		add("peers", health.Warning, since, "none heard: nobody would take over")
+	default:
+		add("peers", health.OK, r.Started, "%s", strings.Join(all, ", "))
+	}
+}
+
+// collectStandby emits the metrics of a router that is one of several.
+func collectStandby(emit metrics.Emit, s standby.Status) {
+	const name = "egress_router_standby_"
+	for role := election.Standby; role <= election.Resuming; role++ {
+		emit(name+"role", oneIf(s.Role == role), role.String())
+	}
+	for _, reason := range slices.Sorted(maps.Keys(s.TakeOvers)) {
+		emit(name+"takeovers_total", float64(s.TakeOvers[reason]), reason)
+	}
+	if s.Gap > 0 {
+		emit(name+"last_gap_seconds", s.Gap.Seconds())
+	}
+	if !s.Echoed.IsZero() {
+		emit(name+"echo_round_trip_seconds", s.RoundTrip.Seconds())
+	}
+	emit(name+"peers", float64(len(s.Peers)))
+	emit(name+"heartbeats_lost_total", float64(s.Lost))
+	emit(name+"packets_refused_total", float64(s.Refused))
+}

@@ -1,0 +1,214 @@
+package standby
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/election"
+)
+
+// A Lookup returns the addresses of the other routers, with or without the own one, and when
+// to ask again.
+type Lookup func(ctx context.Context) ([]netip.Addr, time.Time, error)
+
+// forgetAfter is the time after which a router that is not heard is no peer any more, unless
+// the look-up has it.
+const forgetAfter = 10 * time.Second
+
+// peers speaks with the other routers.
+type peers struct {
+	own  netip.AddrPort
+	key  []byte
+	conn *net.UDPConn
+
+	refused, lost atomic.Uint64
+
+	mu    sync.Mutex
+	known []netip.Addr // of the look-up
+	heard map[uint64]*heard
+}
+
+// heard is what one router has said last.
+type heard struct {
+	Peer
+	sequence uint32
+}
+
+// listenPeers opens the socket of the heartbeats.
+func listenPeers(o Options) (*peers, error) {
+	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(o.Listen))
+	if err != nil {
+		return nil, fmt.Errorf("listen for heartbeats: %w", err)
+	}
+	return &peers{own: o.Listen, key: o.Key, conn: conn, heard: make(map[uint64]*heard)}, nil
+}
+
+func (p *peers) close() { _ = p.conn.Close() }
+
+// read passes heartbeats on until close.
+func (p *peers) read(post func(election.Event)) {
+	buf := make([]byte, 256)
+	for {
+		n, from, err := p.conn.ReadFromUDPAddrPort(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			continue // an ICMP error of a peer that is not there
+		}
+		h, err := election.Parse(buf[:n], p.key)
+		if err != nil {
+			p.refused.Add(1)
+			continue
+		}
+		p.from(h.ID, from.Addr().Unmap())
+		post(election.Event{Kind: election.Heard, Heartbeat: h})
+	}
+}
+
+// mostPeers is the number of routers that are kept: without a key anybody can invent more.
+const mostPeers = 64
+
+// from keeps the address of a router.
+func (p *peers) from(id uint64, address netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	h := p.heard[id]
+	if h == nil {
+		if len(p.heard) == mostPeers {
+			return
+		}
+		h = &heard{}
+		p.heard[id] = h
+	}
+	h.Address = address
+}
+
+// note keeps what a router says.
+func (p *peers) note(h election.Heartbeat, interval time.Duration) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	have := p.heard[h.ID]
+	if have == nil {
+		return
+	}
+	// A number that is not the next one: some were lost, unless the router has started again.
+	if missing := h.Sequence - have.sequence - 1; have.sequence != 0 && missing < uint32(forgetAfter/interval) { //nolint:gosec // at most 1000
+		p.lost.Add(uint64(missing))
+	}
+	have.sequence = h.Sequence
+	have.Peer = Peer{Address: have.Address, State: h.State, Priority: h.Priority, Healthy: h.Healthy, MAC: h.MAC, Heard: now}
+	for id, other := range p.heard {
+		if now.Sub(other.Heard) > forgetAfter && !other.Heard.IsZero() {
+			delete(p.heard, id)
+		}
+	}
+}
+
+// holderHeard returns when the last active router was heard.
+func (p *peers) holderHeard() (last time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, h := range p.heard {
+		if h.State == election.Active && h.Heard.After(last) {
+			last = h.Heard
+		}
+	}
+	return last
+}
+
+// last returns when a router was heard.
+func (p *peers) last() (last time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, h := range p.heard {
+		if h.Heard.After(last) {
+			last = h.Heard
+		}
+	}
+	return last
+}
+
+// list returns the routers that are heard.
+func (p *peers) list() []Peer {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var list []Peer
+	for _, h := range p.heard {
+		if !h.Heard.IsZero() {
+			list = append(list, h.Peer)
+		}
+	}
+	return list
+}
+
+// has reports whether a router has a hardware address.
+func (p *peers) has(mac [6]byte) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, h := range p.heard {
+		if h.MAC == mac {
+			return true
+		}
+	}
+	return false
+}
+
+// send sends a heartbeat to every router that is known. One that cannot be sent is lost as any
+// other: the reference tells whether the cluster side works.
+func (p *peers) send(h election.Heartbeat) {
+	message := h.Append(nil, p.key)
+	p.mu.Lock()
+	to := make(map[netip.Addr]bool, len(p.known)+len(p.heard))
+	for _, a := range p.known {
+		to[a] = true
+	}
+	for _, other := range p.heard {
+		to[other.Address] = true
+	}
+	p.mu.Unlock()
+	delete(to, p.own.Addr())
+	for a := range to {
+		_, _ = p.conn.WriteToUDPAddrPort(message, netip.AddrPortFrom(a, p.own.Port()))
+	}
+}
+
+// The least time between look-ups, and that after a failed one.
+const leastLookup = time.Second
+
+// lookUp follows the addresses of the peers until ctx ends.
+func (p *peers) lookUp(ctx context.Context, o Options) {
+	failed := ""
+	for {
+		addresses, again, err := o.Peers(ctx)
+		wait := max(leastLookup, time.Until(again))
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			if err.Error() != failed {
+				o.Log.Warn("peers not looked up", "error", err)
+			}
+			failed, wait = err.Error(), leastLookup
+		default:
+			failed = ""
+			p.mu.Lock()
+			p.known = addresses
+			p.mu.Unlock()
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+	}
+}

@@ -1,0 +1,348 @@
+// Package standby makes a router one of several with the same reserved addresses, of which
+// at most one sends. It carries out what an election decides: it speaks with the other
+// routers on the cluster side, and on the physical network it claims the addresses and asks
+// the gateway who has them.
+//
+// What keeps a second router from sending is not here, but in the kernel: a gate that only
+// the answers of the gateway keep open (package nft).
+package standby
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/election"
+	"github.com/egress-router/egress-router/internal/spec"
+)
+
+// A Gate decides in the kernel whether packets with a reserved address leave; implemented by
+// nft.Gate.
+type Gate interface {
+	Shut() error
+	Claim(time.Duration) error
+	Arm(time.Duration) error
+	// Left returns how long the gate stays open without another answer; zero: it is shut.
+	Left() (time.Duration, error)
+	// Number makes the answer to a ping count, if the kernel cannot as the ping leaves.
+	Number(uint32) error
+}
+
+// Options are the options of a Runner.
+type Options struct {
+	Settings  election.Settings // without the hardware address
+	Interface string            // on the physical network
+	Sources   spec.Sources
+	Witness   netip.Addr           // that answers pings; of the family of the first source
+	Gate      func(index int) Gate // of the interface with an index
+	Mark      uint32               // of the gate
+
+	Listen    netip.AddrPort // own address on the cluster side, and the port of heartbeats
+	Peers     Lookup
+	Key       []byte // of heartbeats; nil: none
+	Reference string // address and port on the cluster side that takes TCP connections; empty: none
+
+	// Reach tells the kernel the hardware address of the gateway, of which it could not ask
+	// while the gate was shut.
+	Reach func(gateway netip.Addr, mac [6]byte) error
+	// Ready reports whether the router could take over: rules and network are right.
+	Ready func() bool
+	// Changed is called after a change of the role.
+	Changed func(role election.State)
+
+	Log *slog.Logger
+}
+
+// Status is the state of a Runner.
+type Status struct {
+	Role  election.State
+	Since time.Time // of the role
+	Why   string    // reason of the last change of the role
+
+	Peers []Peer
+	// PermitLeft is how long the gate stays open without another answer; zero: it is shut.
+	PermitLeft time.Duration
+	Echoed     time.Time     // time of the last answer of the witness; zero: none yet
+	RoundTrip  time.Duration // of that answer
+
+	TakeOvers map[string]uint64 // times that this router became active, by the reason
+	TakenOver time.Time         // last time; zero: never
+	Gap       time.Duration     // from the last sign of the holder until then; zero: unknown
+	Lost      uint64            // heartbeats of peers that did not arrive
+	Refused   uint64            // packets that were no heartbeats with the key
+	Trouble   string            // error of the last action; empty: none
+}
+
+// A Peer is another router with the same addresses.
+type Peer struct {
+	Address  netip.Addr
+	State    election.State
+	Priority uint8
+	Healthy  bool
+	MAC      [6]byte
+	Heard    time.Time
+}
+
+// A Runner takes part in the election.
+type Runner struct {
+	o       Options
+	machine *election.Machine
+	start   time.Time // zero of the machine's clock
+	events  chan election.Event
+	peers   *peers
+	ground  *ground // the physical network
+
+	ready, ended bool
+	cause        string        // why the current claim began
+	done         chan struct{} // closed at the end of Run
+
+	mu     sync.Mutex
+	status Status
+}
+
+// pollInterval is the interval at which a Runner looks whether the router is ready.
+const pollInterval = 100 * time.Millisecond
+
+// handOverLimit ends a hand-over of which nobody takes the other end.
+const handOverLimit = 2 * time.Second
+
+// New returns a Runner that listens for heartbeats, in the network namespace of the calling
+// thread.
+func New(o Options) (*Runner, error) {
+	r := &Runner{o: o, start: time.Now(), events: make(chan election.Event, 1024), done: make(chan struct{})}
+	r.status = Status{Role: election.Standby, Since: r.start, TakeOvers: map[string]uint64{}}
+	r.machine = election.New(o.Settings, 0)
+	var err error
+	if r.peers, err = listenPeers(o); err != nil {
+		return nil, err
+	}
+	r.ground = newGround(o, r.post)
+	return r, nil
+}
+
+// now returns the time of the machine's clock, which no change of the time of day affects.
+func (r *Runner) now() time.Duration { return time.Since(r.start) }
+
+// Status returns the current status. It may be called at any time.
+func (r *Runner) Status() Status {
+	r.mu.Lock()
+	s := r.status
+	s.TakeOvers = make(map[string]uint64, len(r.status.TakeOvers))
+	for why, n := range r.status.TakeOvers {
+		s.TakeOvers[why] = n
+	}
+	r.mu.Unlock()
+	s.Peers = r.peers.list()
+	s.Refused = r.peers.refused.Load()
+	s.Lost = r.peers.lost.Load()
+	return s
+}
+
+// PeerMAC reports whether a hardware address is that of another router with the addresses.
+func (r *Runner) PeerMAC(mac [6]byte) bool { return r.peers.has(mac) }
+
+// Run takes part until ctx ends, and then hands over. The gate is shut in the end.
+func (r *Runner) Run(ctx context.Context) {
+	inner, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var background sync.WaitGroup
+	defer background.Wait()
+	defer r.peers.close()
+	defer cancel()
+	defer close(r.done)
+	background.Go(func() { r.ground.follow(inner, r.trouble) })
+	background.Go(func() { r.ground.tell(inner, r.trouble) })
+	background.Go(func() { r.peers.read(r.post) })
+	background.Go(func() { r.peers.lookUp(inner, r.o) })
+	background.Go(func() { r.refer(inner) })
+
+	poll := time.NewTicker(pollInterval)
+	defer poll.Stop()
+	r.step(election.Event{Kind: election.Reference, OK: true}) // until refer knows better
+	r.poll()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var limit <-chan time.Time
+	for done := ctx.Done(); !r.ended; {
+		timer.Reset(max(0, r.machine.Next()-r.now()))
+		select {
+		case e := <-r.events:
+			r.step(e)
+		case <-timer.C:
+			r.step(election.Event{Kind: election.Tick})
+		case <-poll.C:
+			r.poll()
+		case <-done:
+			done = nil
+			after := time.NewTimer(handOverLimit)
+			defer after.Stop()
+			limit = after.C
+			r.step(election.Event{Kind: election.Leave})
+		case <-limit:
+			r.ended = true
+		}
+	}
+	if err := r.shut(); err != nil {
+		r.trouble(err)
+	}
+}
+
+// post passes an event to Run, unless that has ended.
+func (r *Runner) post(e election.Event) {
+	select {
+	case r.events <- e:
+	case <-r.done:
+	}
+}
+
+// poll looks whether the router could take over.
+func (r *Runner) poll() {
+	if ready := r.o.Ready(); ready != r.ready {
+		r.ready = ready
+		r.step(election.Event{Kind: election.Ready, OK: ready})
+	}
+}
+
+// step has the machine take an event, and carries out its actions in their order: after one
+// that fails it leaves out the rest, and tells the machine.
+func (r *Runner) step(e election.Event) {
+	for again := true; again; {
+		now := r.now()
+		switch e.Kind {
+		case election.Heard:
+			r.peers.note(e.Heartbeat, r.o.Settings.Interval)
+		case election.Echoed:
+			r.echoed(e.Number, now)
+		}
+		again = false
+		for _, a := range r.machine.Step(now, e) {
+			answer, err := r.carryOut(a)
+			if err != nil {
+				r.trouble(err)
+				answer = &election.Event{Kind: election.Failed}
+			}
+			if answer != nil { // always of the last action
+				e, again = *answer, true
+				break
+			}
+		}
+	}
+}
+
+// carryOut carries out an action. The event is the machine's next one.
+func (r *Runner) carryOut(a election.Action) (*election.Event, error) {
+	switch a.Kind {
+	case election.Shut:
+		return nil, r.shut()
+	case election.Claim:
+		r.ground.reach()
+		return nil, r.gate().Claim(a.For)
+	case election.Arm:
+		r.ground.reach()
+		if err := r.gate().Arm(a.For); err != nil {
+			return nil, err
+		}
+		return &election.Event{Kind: election.Armed}, nil
+	case election.Ping:
+		if err := r.gate().Number(a.Number); err != nil {
+			return nil, err
+		}
+		r.said(r.ground.ping(a.Number, r.now()))
+	case election.Probe:
+		r.said(r.ground.probe())
+	case election.Announce:
+		r.said(r.ground.announce())
+	case election.Read:
+		left, err := r.gate().Left()
+		r.mu.Lock()
+		r.status.PermitLeft = left
+		r.mu.Unlock()
+		return &election.Event{Kind: election.Permitted, Left: left}, err
+	case election.Send:
+		a.Heartbeat.MAC = r.ground.hardware()
+		r.peers.send(a.Heartbeat)
+	case election.Became:
+		r.became(a)
+	case election.Ended:
+		r.ended = true
+	}
+	return nil, nil //nolint:nilnil // most actions have no answer
+}
+
+// gate returns the gate of the current interface.
+func (r *Runner) gate() Gate { return r.o.Gate(r.ground.index()) }
+
+// said records that a frame could not be sent: it is lost, as others are on the network.
+func (r *Runner) said(err error) {
+	if err != nil {
+		r.trouble(err)
+	}
+}
+
+// shutAttempts is the number of times that a failing shut is tried at once. The kernel shuts
+// by itself, since a router that shuts sends no ping any more.
+const shutAttempts = 3
+
+func (r *Runner) shut() (err error) {
+	for range shutAttempts {
+		if err = r.gate().Shut(); err == nil {
+			r.mu.Lock()
+			r.status.PermitLeft = 0
+			r.mu.Unlock()
+			return nil
+		}
+	}
+	return err
+}
+
+// became records a change of the role.
+func (r *Runner) became(a election.Action) {
+	now := time.Now()
+	r.mu.Lock()
+	s := &r.status
+	s.Role, s.Why, s.Since = a.To, a.Reason, now
+	var gap time.Duration
+	if a.To == election.Claiming {
+		r.cause = a.Reason
+	}
+	if a.To == election.Active && a.From == election.Claiming {
+		s.TakeOvers[r.cause]++
+		s.TakenOver, s.Gap = now, 0
+		if last := r.peers.holderHeard(); !last.IsZero() {
+			s.Gap = now.Sub(last)
+		}
+		gap = s.Gap
+	}
+	r.mu.Unlock()
+	attributes := []any{"role", a.To.String(), "before", a.From.String(), "reason", a.Reason}
+	if gap > 0 {
+		attributes = append(attributes, "gap", gap.Round(time.Millisecond).String())
+	}
+	r.o.Log.Info("role changed", attributes...)
+	if r.o.Changed != nil {
+		r.o.Changed(a.To)
+	}
+}
+
+// echoed records an answer of the witness.
+func (r *Runner) echoed(number uint32, now time.Duration) {
+	sent, known := r.ground.sent(number)
+	if !known {
+		return
+	}
+	r.mu.Lock()
+	r.status.Echoed, r.status.RoundTrip = time.Now(), now-sent
+	r.mu.Unlock()
+}
+
+// trouble records an error, and logs another one than the last.
+func (r *Runner) trouble(err error) {
+	r.mu.Lock()
+	same := r.status.Trouble == err.Error()
+	r.status.Trouble = err.Error()
+	r.mu.Unlock()
+	if !same {
+		r.o.Log.Warn("standby action failed", "error", err)
+	}
+}
