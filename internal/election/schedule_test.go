@@ -30,7 +30,11 @@ const rounds = 10
 // play runs the schedules of a seed. It returns what went wrong, the number of schedules
 // and the longest time to settle.
 func play(seed uint64, b breaks, trace bool) (w *world, failure string, longest time.Duration) {
-	w = newWorld(seed, 2+int(seed%3), DefaultInterval, b, trace)
+	interval := DefaultInterval
+	if seed%4 == 0 {
+		interval = []time.Duration{MinInterval, 15 * time.Millisecond, 50 * time.Millisecond}[seed/4%3]
+	}
+	w = newWorld(seed, 2+int(seed%3), interval, b, trace)
 	if _, ok := w.settle(w.now + bound); !ok && w.violation == "" {
 		return w, "no holder after the start", 0
 	}
