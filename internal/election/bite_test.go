@@ -14,7 +14,8 @@ func TestSchedulesBite(t *testing.T) {
 	}{
 		{"permit of an hour", breaks{permit: time.Hour}},
 		{"ticket of an hour", breaks{ticket: time.Hour, likely: lagDown}},
-		{"no wait before opening", breaks{noWait: true, likely: deaf}},
+		{"no wait before opening", breaks{early: time.Hour, likely: deaf}},
+		{"wait without the life of a ticket", breaks{early: Settings{Interval: DefaultInterval}.Ticket(), likely: lagDown}},
 		{"promise without a fresh reply", breaks{stale: true, likely: upgrade}},
 		{"promise used late", breaks{late: true, likely: upgrade}},
 		{"promise without shutting", breaks{unshut: true, likely: upgrade}},

@@ -195,8 +195,16 @@ func (w *world) fault() time.Duration {
 	case lagDown:
 		r.downLag = w.duration(time.Millisecond, 150*time.Millisecond)
 		if w.rng.IntN(2) == 0 {
-			// Just fast enough for the permit, while the others claim.
-			r.downLag = time.Duration(30+w.rng.IntN(50)) * time.Millisecond
+			// Just fast enough for the permit, while the others claim. Its process freezes
+			// then: only replies under way extend the permit.
+			w.became = func(o *router, a *Action) {
+				if o != r && a.To == Claiming {
+					w.became = nil
+					r.pause(200 * time.Millisecond)
+				}
+			}
+			w.call(d, func() { w.became = nil })
+			r.downLag = time.Duration(15+w.rng.IntN(65)) * time.Millisecond
 			for _, p := range w.routers {
 				p.deaf |= 1 << r.index
 				p.blind |= 1 << r.index

@@ -38,7 +38,7 @@ type world struct {
 // breaks are defects made on purpose: the judge has to find them.
 type breaks struct {
 	permit, ticket time.Duration // their life in the kernel, if not 0
-	noWait         bool          // open at once after the first reply
+	early          time.Duration // open that much too early
 	stale          bool          // promise whatever the age of the last answered ping
 	late           bool          // use a promise whatever its age
 	resume         bool          // resume without the wait whatever the age of the last reply
@@ -439,9 +439,7 @@ func (r *router) start() {
 	r.powered, r.alive, r.tick = true, true, 0
 	r.settings.ID = r.w.rng.Uint64() | 1
 	r.m = New(r.settings, r.clock())
-	if r.w.breaks.noWait {
-		r.m.wait = 0
-	}
+	r.m.wait = max(0, r.m.wait-r.w.breaks.early)
 	if r.w.breaks.resume {
 		r.m.safe = time.Hour
 	}
