@@ -251,3 +251,34 @@ func TestEndedDel(t *testing.T) {
 		})
 	}
 }
+
+// Of pods that get the same address at the same time, and shall refuse one in use, at most
+// one takes it.
+func TestSameAddressAtOnce(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{})
+	p.Conf["conflict"] = "refuse"
+	var running []*exec.Cmd
+	answers := make([]strings.Builder, 3)
+	for i := range answers {
+		q := *p
+		q.Vars = map[string]string{"CNI_CONTAINERID": fmt.Sprintf("c%d", i), "CNI_NETNS": labtest.File(p.newNamespace(i)), "CNI_IFNAME": "net1"}
+		cmd := q.command("ADD", q.stdin())
+		cmd.Stdout = &answers[i]
+		if err := p.Lab.Start(p.Lab.Node, cmd); err != nil {
+			t.Fatal(err)
+		}
+		running = append(running, cmd)
+	}
+	made := 0
+	for i, cmd := range running {
+		if cmd.Wait() == nil {
+			made++
+		} else if !strings.Contains(answers[i].String(), fmt.Sprintf(`"code": %d`, cni.CodeConflict)) {
+			t.Errorf("ADD: %s", &answers[i])
+		}
+	}
+	if made > 1 {
+		t.Errorf("%d pods have the address", made)
+	}
+}
