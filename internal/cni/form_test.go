@@ -89,6 +89,27 @@ func TestMasterAndGatewayOfNode(t *testing.T) {
 	}
 }
 
+// A port that is there twice has a warning, keys that the original never used have no effect,
+// and the pod answers ARP for no other address, whatever its namespace begins with.
+func TestAcceptedWithWarning(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{})
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/conf/default/proxy_arp", "1"); err != nil {
+		t.Fatal(err)
+	}
+	p.Conf["podIP"], p.Conf["ipConfig"] = "10.1.2.3", map[string]any{"type": "host-local"}
+	p.ip()["destinations"] = []string{"80 TCP 203.0.113.25", "80 tcp 203.0.113.26", "8080 TCP 203.0.113.26 80", "8443 TCP 203.0.113.26 443"}
+	p.add()
+	p.WantExample()
+	if want := "[warning] ip.destinations[1]: port is 80 of tcp, as an earlier one: the first one is used\n"; !strings.Contains(p.logged(), want) {
+		t.Errorf("log lacks %q:\n%s", want, p.logged())
+	}
+	if value, err := p.Lab.Sysctl(p.Lab.Router, "net/ipv4/conf/macvlan0/proxy_arp"); err != nil || value != "0" {
+		t.Errorf("proxy_arp %q, error %v", value, err)
+	}
+	p.ok("CHECK")
+}
+
 // Several addresses are all there, the first one as the source.
 func TestSeveralAddresses(t *testing.T) {
 	t.Parallel()

@@ -215,13 +215,13 @@ func TestAddWithoutReader(t *testing.T) {
 func TestEndedDel(t *testing.T) {
 	t.Parallel()
 	const calls = "sendto,sendmsg,write" // those that change something
-	for signal, least := range map[string]int{"SIGTERM": 5, "SIGKILL": 5} {
+	for signal, least := range map[string]int{"SIGTERM": 4, "SIGKILL": 4} {
 		t.Run(signal, func(t *testing.T) {
 			t.Parallel()
 			p := newPod(t, lab.Options{})
 			before := p.before()
 			ended := 0
-			for n := 1; ; n += 1 + n/4 {
+			for n := 1; ; n += 1 + n/2 {
 				p.add()
 				plugin := p.command("DEL", p.stdin())
 				trace := filepath.Join(t.TempDir(), "trace")
