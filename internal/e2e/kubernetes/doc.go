@@ -21,7 +21,7 @@
 //	E2E_NODE_PID=$(docker inspect --format '{{.State.Pid}}' kind-control-plane)
 //
 // The physical network consists of two network namespaces and the NIC, a veth. The
-// tests use the namespace egress of the cluster, and add two zones to CoreDNS. They
-// remove all of it at the end. After SIGKILL or the timeout of go test the namespace
+// tests use the namespaces egress and egress-restricted of the cluster, install the operator
+// and the CNI plugin, and add two zones to CoreDNS. They remove all of it at the end. After SIGKILL or the timeout of go test the namespace
 // and the zones remain until the next run.
 package kubernetes

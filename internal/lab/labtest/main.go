@@ -118,7 +118,7 @@ func noNameServers() error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(file.Name()) // the mount holds the file
+	defer func() { _ = os.Remove(file.Name()) }() // the mount holds the file
 	if _, err := file.WriteString("nameserver 127.0.0.1\n"); err != nil {
 		return err
 	}
