@@ -15,9 +15,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/egress-router/egress-router/internal/cli"
 	"github.com/egress-router/egress-router/internal/cni"
-	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
@@ -33,10 +31,10 @@ func TestMain(m *testing.M) {
 }
 
 // program is the main function of cmd/egress-router-cni, which cannot be imported. Without a
-// call or an argument it is that of a router in a container.
+// call or an argument, and to ask for its health, it is that of a router in a container.
 func program() {
-	if os.Getenv("CNI_COMMAND") == "" && len(os.Args) == 1 {
-		os.Exit(cli.Run(context.Background(), cli.Process{Name: os.Args[0], Environment: config.Read, Stdout: os.Stdout, Stderr: os.Stderr}))
+	if os.Getenv("CNI_COMMAND") == "" && (len(os.Args) == 1 || os.Args[1] == "health") {
+		labtest.Program()
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code := cni.Run(ctx, cni.Process{
