@@ -184,7 +184,11 @@ func (w *observer) watch() (all []watched) {
 			continue // another check reports it
 		}
 		for _, s := range w.c.Sources.Families() {
-			if on, err := probe.Listen(look.Index, s.Prefix.Addr()); err == nil {
+			what := probe.Everything
+			if name == w.c.Egress { // all other answers arrive there, too
+				what = probe.Resets
+			}
+			if on, err := probe.Listen(look.Index, s.Prefix.Addr(), what); err == nil {
 				all = append(all, watched{on, name, name == w.c.Egress})
 			} else {
 				w.log.Debug("interface not watched", "interface", name, "error", err)

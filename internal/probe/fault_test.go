@@ -144,6 +144,9 @@ var faults = []struct {
 	{"reset in between", diagnose.ResetBetween, nil, func(p *labtest.Pod) {
 		filter(p, p.Lab.Outside, atServer("tcp flags & (syn | ack | rst) == ack reject with tcp reset"))
 	}, "then reset before any data"},
+	{"reset by a host in between", diagnose.ResetBetween, func(p *labtest.Pod) { p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25 81" }, func(p *labtest.Pod) {
+		filter(p, p.Lab.Outside, "table ip fault { chain output { type filter hook output priority 0; icmp type echo-reply ip ttl set 60 } }")
+	}, "the reset made 0 hops, the server's echo 4"},
 	{"firewall forbids", diagnose.ServerUnreachable, nil, func(p *labtest.Pod) {
 		filter(p, p.Lab.Outside, atServer("meta l4proto tcp reject with icmp type admin-prohibited"))
 	}, "no route to host, from 203.0.113.2"},

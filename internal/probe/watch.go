@@ -2,152 +2,115 @@ package probe
 
 import (
 	"encoding/binary"
-	"errors"
-	"fmt"
 	"net/netip"
-	"os"
-	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/packet"
 )
 
-// A Watch records which hosts send IP packets to the reserved address, by one interface.
+// A Watch collects IP packets to the reserved address that arrive by one interface. The
+// kernel keeps some hundred until Close reads them.
 type Watch struct {
-	file  *os.File
-	raw   syscall.RawConn
-	ended chan struct{}
-
-	mu     sync.Mutex
+	conn   *packet.Conn
 	seen   map[netip.Addr]bool
 	resets map[netip.AddrPort]int
 }
 
-// Listen begins to record packets to an address that arrive by an interface, in the network
+// The offsets in a frame (RFC 894; RFC 791, section 3.1; RFC 8200, section 3; RFC 9293,
+// section 3.1).
+const (
+	ether        = 14
+	protocol4    = ether + 9
+	destination4 = ether + 16
+	protocol6    = ether + 6
+	destination6 = ether + 24
+	header6      = ether + 40
+	tcpFlags     = 13 // in the header of TCP
+
+	rst = 1 << 2
+)
+
+// Watched is what a Watch collects.
+type Watched uint8
+
+// What a Watch collects.
+const (
+	Everything Watched = iota
+	Resets             // of TCP
+)
+
+// Listen begins to collect packets to an address that arrive by an interface, in the network
 // namespace of the calling thread. It needs CAP_NET_RAW.
-func Listen(index int, to netip.Addr) (*Watch, error) {
-	filter, err := bpf.Assemble(program(to))
-	if err != nil {
-		return nil, fmt.Errorf("assemble filter: %w", err)
-	}
-	sock := make([]unix.SockFilter, len(filter))
-	for i, r := range filter {
-		sock[i] = unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K}
-	}
-	// With protocol 0 it receives nothing before it has the filter (packet(7)).
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return nil, os.NewSyscallError("socket", err)
-	}
-	w := &Watch{file: os.NewFile(uintptr(fd), "packet"), ended: make(chan struct{}), seen: make(map[netip.Addr]bool), resets: make(map[netip.AddrPort]int)}
-	protocol := uint16(unix.ETH_P_IP)
+func Listen(index int, to netip.Addr, what Watched) (*Watch, error) {
+	etherType := uint16(unix.ETH_P_IP)
 	if to.Is6() {
-		protocol = unix.ETH_P_IPV6
+		etherType = unix.ETH_P_IPV6
 	}
-	err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(sock)), Filter: &sock[0]}) //nolint:gosec // a few
-	if err == nil {
-		err = unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol<<8 | protocol>>8, Ifindex: index})
-	}
-	if err == nil {
-		w.raw, err = w.file.SyscallConn()
-	}
+	conn, err := packet.Listen(index, etherType, program(to, what))
 	if err != nil {
-		_ = w.file.Close()
-		return nil, fmt.Errorf("watch interface: %w", err)
+		return nil, err
 	}
-	go w.run()
-	return w, nil
+	return &Watch{conn: conn, seen: make(map[netip.Addr]bool), resets: make(map[netip.AddrPort]int)}, nil
 }
 
-// program returns the filter for packets to an address that others have sent. Its offsets
-// are in the IP header (RFC 791, RFC 8200).
-func program(to netip.Addr) []bpf.Instruction {
-	offset, words := uint32(16), to.AsSlice()
+// program returns the filter for packets to an address, which others have sent.
+func program(to netip.Addr, what Watched) []bpf.Instruction {
+	drop := bpf.RetConstant{Val: 0}
+	unless := func(load bpf.Instruction, test bpf.JumpTest, value uint32) []bpf.Instruction {
+		return []bpf.Instruction{load, bpf.JumpIf{Cond: test, Val: value, SkipTrue: 1}, drop}
+	}
+	p := unless(bpf.LoadExtension{Num: bpf.ExtType}, bpf.JumpLessOrEqual, unix.PACKET_MULTICAST)
+	at, protocol := uint32(destination4), uint32(protocol4)
 	if to.Is6() {
-		offset = 24
+		at, protocol = destination6, protocol6
 	}
-	p := []bpf.Instruction{
-		bpf.LoadExtension{Num: bpf.ExtType},
-		bpf.JumpIf{Cond: bpf.JumpLessThan, Val: unix.PACKET_OUTGOING, SkipTrue: 1},
-		bpf.RetConstant{Val: 0},
+	for words := to.AsSlice(); len(words) > 0; words = words[4:] {
+		p = append(p, unless(bpf.LoadAbsolute{Off: at, Size: 4}, bpf.JumpEqual, binary.BigEndian.Uint32(words))...)
+		at += 4
 	}
-	for i := 0; i < len(words); i += 4 {
-		p = append(p,
-			bpf.LoadAbsolute{Off: offset + uint32(i), Size: 4}, //nolint:gosec // below 16
-			bpf.JumpIf{Cond: bpf.JumpEqual, Val: binary.BigEndian.Uint32(words[i:]), SkipTrue: 1},
-			bpf.RetConstant{Val: 0},
-		)
+	if what == Resets {
+		p = append(p, unless(bpf.LoadAbsolute{Off: protocol, Size: 1}, bpf.JumpEqual, unix.IPPROTO_TCP)...)
+		if to.Is6() {
+			p = append(p, unless(bpf.LoadAbsolute{Off: header6 + tcpFlags, Size: 1}, bpf.JumpBitsSet, rst)...)
+		} else {
+			p = append(p, bpf.LoadMemShift{Off: ether}) // the length of the IP header
+			p = append(p, unless(bpf.LoadIndirect{Off: ether + tcpFlags, Size: 1}, bpf.JumpBitsSet, rst)...)
+		}
 	}
-	return append(p, bpf.RetConstant{Val: largestHeader})
+	return append(p, bpf.RetConstant{Val: ether + 80}) // the headers
 }
 
-// largestHeader is the length of the longest IPv4 header and of one of TCP, in bytes.
-const largestHeader = 80
-
-func (w *Watch) run() {
-	defer close(w.ended)
-	var b [largestHeader]byte
+// Close ends the Watch, and reads what it has collected.
+func (w *Watch) Close() {
+	defer w.conn.Close()
 	for {
-		var n int
-		var err error
-		waited := w.raw.Read(func(fd uintptr) bool {
-			n, _, err = unix.Recvfrom(int(fd), b[:], unix.MSG_DONTWAIT)
-			return !errors.Is(err, unix.EAGAIN)
-		})
-		if waited != nil {
+		frame, err := w.conn.Receive(time.Unix(1, 0))
+		if err != nil {
 			return
 		}
-		if err == nil {
-			w.take(b[:n])
-		}
+		w.take(frame)
 	}
 }
 
-// take records a packet.
+// take records a frame.
 func (w *Watch) take(b []byte) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	switch {
-	case len(b) >= 40 && b[0]>>4 == 6:
-		w.seen[netip.AddrFrom16([16]byte(b[8:24]))] = true
-	case len(b) >= 20 && b[0]>>4 == 4:
-		from, header := netip.AddrFrom4([4]byte(b[12:16])), int(b[0]&15)*4
+	case len(b) >= header6 && b[ether]>>4 == 6:
+		w.seen[netip.AddrFrom16([16]byte(b[ether+8:destination6]))] = true
+	case len(b) >= ether+20 && b[ether]>>4 == 4:
+		from, tcp := netip.AddrFrom4([4]byte(b[ether+12:destination4])), ether+int(b[ether]&15)*4
 		w.seen[from] = true
-		if b[9] == unix.IPPROTO_TCP && len(b) >= header+14 && b[header+13]&4 != 0 {
-			w.resets[netip.AddrPortFrom(from, binary.BigEndian.Uint16(b[header:]))] = int(b[8])
+		if b[protocol4] == unix.IPPROTO_TCP && len(b) > tcp+tcpFlags && b[tcp+tcpFlags]&rst != 0 {
+			w.resets[netip.AddrPortFrom(from, binary.BigEndian.Uint16(b[tcp:]))] = int(b[ether+8])
 		}
 	}
 }
 
-// Close ends the Watch, after it has recorded what has arrived.
-func (w *Watch) Close() {
-	_ = w.file.SetReadDeadline(time.Unix(1, 0))
-	<-w.ended
-	_ = w.raw.Control(func(fd uintptr) {
-		for {
-			var b [largestHeader]byte
-			n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_DONTWAIT)
-			if err != nil {
-				return
-			}
-			w.take(b[:n])
-		}
-	})
-	_ = w.file.Close() // nothing was written
-}
+// Seen reports, after Close, whether a host has sent a packet.
+func (w *Watch) Seen(from netip.Addr) bool { return w.seen[from] }
 
-// Seen reports whether a host has sent a packet.
-func (w *Watch) Seen(from netip.Addr) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.seen[from]
-}
-
-// ResetTTL returns the TTL of a TCP reset from a server; 0: there was none.
-func (w *Watch) ResetTTL(from netip.AddrPort) int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.resets[from]
-}
+// ResetTTL returns, after Close, the TTL of a TCP reset from a server; 0: there was none.
+func (w *Watch) ResetTTL(from netip.AddrPort) int { return w.resets[from] }
