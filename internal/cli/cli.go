@@ -67,21 +67,22 @@ var (
 	}}
 )
 
-// commands are the commands by their argument. Only health, plan and diagnose
-// accept others, besides those that ask for help.
+// commands are the commands by their argument. Only health, plan, diagnose and
+// connections accept others, besides those that ask for help.
 var commands = map[string]command{
-	"plan":       {run: runPlan},
-	"diagnose":   {run: runDiagnose},
-	"remove":     {run: runRemove},
-	"wait":       {run: runWait}, // has no error
-	"http-proxy": httpProxyCommand,
-	"dns-proxy":  dnsProxyCommand,
-	"health":     {run: runHealth},
-	"help":       {run: runHelp},
-	"-h":         {run: runHelp},
-	"--help":     {run: runHelp},
-	"version":    {run: runVersion},
-	"--version":  {run: runVersion},
+	"plan":        {run: runPlan},
+	"diagnose":    {run: runDiagnose},
+	"connections": {run: runConnections},
+	"remove":      {run: runRemove},
+	"wait":        {run: runWait}, // has no error
+	"http-proxy":  httpProxyCommand,
+	"dns-proxy":   dnsProxyCommand,
+	"health":      {run: runHealth},
+	"help":        {run: runHelp},
+	"-h":          {run: runHelp},
+	"--help":      {run: runHelp},
+	"version":     {run: runVersion},
+	"--version":   {run: runVersion},
 }
 
 // Run runs the program and returns its exit code.

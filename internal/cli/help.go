@@ -21,6 +21,7 @@ const usage = `usage:
   egress-router dns-proxy    run the pod's DNS proxy until SIGTERM
   egress-router health       print the health of the running program; -o json for JSON
   egress-router diagnose     find out why traffic does not arrive, and change nothing
+  egress-router connections  print the connections with the reserved address
   egress-router help         print every variable; with a command, its help
   egress-router version      print the version
 `
@@ -98,6 +99,18 @@ one empty UDP datagram, and echo requests of up to eight sizes. Of more than 64 
 probes a sample. -o json prints JSON.
 
 exit codes: 0 no check failed; 1 one did, or error; 2 invalid arguments
+`,
+	"connections": `usage: egress-router connections [--follow] [--pid PID | --netns FILE] [-o json]
+
+Prints the connections with a reserved address that the kernel tracks: those of clients
+that were redirected, and the pod's own. Bytes are known if the kernel counts them, as for a
+router that stays with EGRESS_HEALTH_LISTEN or EGRESS_AUDIT_LOG, and ages if it keeps
+times, as with EGRESS_AUDIT_LOG. With --follow it then prints the begin and the end of each
+redirected one until SIGTERM or SIGINT. It changes nothing, and needs NET_ADMIN. Variables,
+--pid and --netns are as for diagnose. -o json prints a list in JSON, with --follow one
+object a line.
+
+exit codes: 0 done or stopped by a signal; 1 error; 2 invalid arguments
 `,
 	"version": `usage: egress-router version
 

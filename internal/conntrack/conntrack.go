@@ -125,7 +125,9 @@ type Options struct {
 	// Audit is called for each begin and end of a redirected connection, one at
 	// a time. It must not call the Tracker. May be nil.
 	Audit func(Event)
-	Log   *slog.Logger
+	// Passive leaves the kernel's settings as they are.
+	Passive bool
+	Log     *slog.Logger
 }
 
 // A Tracker tracks the connections of one network namespace. Its methods may be
@@ -149,7 +151,7 @@ type Tracker struct {
 
 // Open begins to track the network namespace of the calling thread. It enables the
 // kernel's counting of packets and bytes (nf_conntrack_acct), and for the audit log its
-// times of connections (nf_conntrack_timestamp).
+// times of connections (nf_conntrack_timestamp), unless it is passive.
 func Open(o Options) (*Tracker, error) {
 	sources := make(map[[16]byte]bool)
 	for _, a := range o.Sources {
@@ -181,6 +183,9 @@ func (t *Tracker) open(o Options) error {
 	var err error
 	if t.events, err = openSocket(groups...); err != nil {
 		return &KernelError{"subscribe to conntrack events", err}
+	}
+	if o.Passive {
+		return nil
 	}
 	// The subscription has loaded the module, so its sysctls exist.
 	t.accounted = startAccounting(t.log)

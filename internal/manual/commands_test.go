@@ -62,6 +62,8 @@ var commands = map[string]command{
 	"egress-router diagnose":                             {test: "TestDiagnoseNamesFault"},
 	"egress-router diagnose 8080":                        {test: "TestDiagnoseOne"},
 	"egress-router diagnose --pid PID":                   {test: "TestDiagnoseProcess"},
+	"egress-router connections":                          {test: "TestConnections"},
+	"egress-router connections --follow":                 {test: "TestConnectionsAreFollowed"},
 	"egress-router http-proxy":                           {test: "testdata/script/http-proxy.txt: exec egress-router http-proxy"},
 	"egress-router dns-proxy":                            {test: "testdata/script/dns-proxy.txt: exec egress-router dns-proxy"},
 
