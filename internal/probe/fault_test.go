@@ -6,11 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os/exec"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -191,25 +191,18 @@ var faults = []struct {
 	}, "not probed: the reserved address is missing"},
 }
 
-// askForHosts has the gateway ask for hosts of its network all the time.
+// askForHosts has the gateway ask for a host of its network all the time: the kernel
+// repeats the request.
 func askForHosts(p *labtest.Pod) {
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for i := 0; p.Context().Err() == nil; i++ {
-			_ = p.Lab.Outside.Do(func() error { // an error is a host that is missing
-				conn, err := net.Dial("udp", fmt.Sprintf("192.168.12.%d:9", 200+i%50))
-				if err != nil {
-					return err
-				}
-				defer conn.Close()
-				_, err = conn.Write([]byte("?"))
-				return err
-			})
-			time.Sleep(10 * time.Millisecond)
+	p.Helper()
+	for setting, value := range map[string]string{"mcast_solicit": "1000000", "retrans_time_ms": "20"} {
+		if err := p.Lab.SetSysctl(p.Lab.Outside, "net/ipv4/neigh/lan0/"+setting, value); err != nil {
+			p.Fatal(err)
 		}
-	}()
-	p.Cleanup(func() { <-ended })
+	}
+	if _, err := p.Dial(p.Lab.Outside, "udp", netip.MustParseAddrPort("192.168.12.200:9")).Write([]byte("?")); err != nil {
+		p.Fatal(err)
+	}
 }
 
 // exhaust adds a tracked connection for each port of the reserved address to one server.
@@ -273,5 +266,49 @@ func TestDiagnoseNobodyConnects(t *testing.T) {
 				p.Errorf("diagnosis:\n%s", text(d))
 			}
 		})
+	})
+}
+
+// Faults of IPv6 are named while IPv4 is healthy.
+func TestDiagnoseNamesFaultOfIPv6(t *testing.T) {
+	t.Parallel()
+	for name, f := range map[string]struct {
+		fault diagnose.Fault
+		rules string // at the host of the servers
+		says  string
+	}{
+		"server refuses":   {diagnose.ServerRefuses, "", "a reset answered the SYN"},
+		"firewall forbids": {diagnose.ServerUnreachable, "table ip6 fault { chain input { type filter hook input priority 0; meta l4proto tcp reject with icmpv6 type admin-prohibited } }", ", from 2001:db8::25"},
+		"firewall drops":   {diagnose.DroppedBeyond, "table ip6 fault { chain input { type filter hook input priority 0; meta l4proto tcp drop } }", "the server answers echo: a firewall drops the port"},
+		"black hole":       {diagnose.MTUBlackHole, "table ip6 fault { chain input { type filter hook input priority 0; meta length > 1400 drop } }", "1400 bytes arrive"},
+		"gateway silent":   {diagnose.GatewaySilent, "table ip6 fault { chain input { type filter hook input priority 0; icmpv6 type nd-neighbor-solicit drop } }", "does not answer 3 NDP requests from 2001:db8:12::99 to 2001:db8:12::1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := labtest.New(t, lab.Options{IPv6: true}, labtest.Nftables)
+			p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_SOURCE"], p.Env["EGRESS_GATEWAY"] = "extended", "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, 2001:db8:12::1"
+			p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n81 tcp 2001:db8::25 80"
+			if f.rules != "" {
+				p.Serve(p.Lab.Outside, "tcp", "[2001:db8::25]:80")
+			}
+			p.OK()
+			filter(p, p.Lab.Outside, f.rules)
+			if d := diagnosed(p, p.Lab.Router, "egress-router"); d.Fault != f.fault || !strings.Contains(text(d), f.says) {
+				t.Errorf("fault %q, want %q and %q:\n%s", d.Fault, f.fault, f.says, text(d))
+			}
+		})
+	}
+}
+
+// Without its egress interface, a router has one fault, and what cannot be observed then is
+// unknown.
+func TestDiagnoseMissingInterface(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{NoMacvlan: true}, func(p *labtest.Pod) {
+		r := p.Exec("egress-router", "diagnose", "-o", "json")
+		var d diagnose.Diagnosis
+		if err := json.Unmarshal([]byte(r.Stdout), &d); err != nil || r.Code != 1 || d.Fault != diagnose.InterfaceMissing {
+			p.Errorf("%v, %+v", err, r)
+		}
 	})
 }
