@@ -18,6 +18,7 @@ import (
 	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/internal/sysctl"
@@ -295,6 +296,10 @@ func (w *observer) drops(ctx context.Context, found router.Missing) {
 	drops, err := found.Drops(ctx)
 	if err != nil {
 		w.o.Drops.Unknown = oneLine(err.Error())
+		return
+	}
+	if w.o.Drops.Foreign, err = nft.ForeignDrops(); err != nil {
+		w.o.Drops.Unknown = err.Error()
 		return
 	}
 	packets := make(map[rules.Reason]uint64)

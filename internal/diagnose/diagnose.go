@@ -24,26 +24,27 @@ type Fault string
 
 // The faults, in the order in which a packet meets them.
 const (
-	InterfaceMissing  Fault = "interface-missing"
-	InterfaceDown     Fault = "interface-down"
-	NoCarrier         Fault = "no-carrier"
-	AddressMissing    Fault = "address-missing"
-	WrongMAC          Fault = "address-conflict" // another host has the reserved address
-	GatewaySilent     Fault = "gateway-silent"
-	ForeignMACDropped Fault = "foreign-address-dropped" // a hypervisor or switch drops frames of the egress interface
-	RoutesWrong       Fault = "routes-wrong"
-	RulesMissing      Fault = "rules-missing"
-	ForwardingOff     Fault = "forwarding-off"
-	TableFull         Fault = "conntrack-full"
-	PortsExhausted    Fault = "ports-exhausted"
-	NobodyConnects    Fault = "nobody-connects"
-	NameFailed        Fault = "dns"
-	AsymmetricReturn  Fault = "asymmetric-return"
-	DroppedBeyond     Fault = "dropped-beyond-gateway"
-	ServerRefuses     Fault = "refused-by-server"
-	ResetBetween      Fault = "reset-in-between"
-	ServerUnreachable Fault = "unreachable"
-	MTUBlackHole      Fault = "mtu-black-hole"
+	InterfaceMissing   Fault = "interface-missing"
+	InterfaceDown      Fault = "interface-down"
+	NoCarrier          Fault = "no-carrier"
+	AddressMissing     Fault = "address-missing"
+	WrongMAC           Fault = "address-conflict" // another host has the reserved address
+	GatewaySilent      Fault = "gateway-silent"
+	ForeignMACDropped  Fault = "foreign-address-dropped" // a hypervisor or switch drops frames of the egress interface
+	RoutesWrong        Fault = "routes-wrong"
+	RulesMissing       Fault = "rules-missing"
+	ForwardingOff      Fault = "forwarding-off"
+	ForwardingFiltered Fault = "forwarding-filtered" // perhaps, by chains of another program
+	TableFull          Fault = "conntrack-full"
+	PortsExhausted     Fault = "ports-exhausted"
+	NobodyConnects     Fault = "nobody-connects"
+	NameFailed         Fault = "dns"
+	AsymmetricReturn   Fault = "asymmetric-return"
+	DroppedBeyond      Fault = "dropped-beyond-gateway"
+	ServerRefuses      Fault = "refused-by-server"
+	ResetBetween       Fault = "reset-in-between"
+	ServerUnreachable  Fault = "unreachable"
+	MTUBlackHole       Fault = "mtu-black-hole"
 )
 
 // A Finding is the result of one check.
@@ -334,6 +335,11 @@ func filters(o Observation) []Finding {
 	}
 	if len(parts) > 0 {
 		f.Found = "packets dropped since the rules were loaded: " + strings.Join(parts, ", ")
+	}
+	if len(o.Drops.Foreign) > 0 && o.Forwards {
+		f.Verdict, f.Fault = Warning, ForwardingFiltered
+		f.Found += "; redirected packets pass " + list(o.Drops.Foreign) + " of another program, which drops what its rules do not accept"
+		f.Remedy = "have that program accept what the router forwards, if its rules do not (nft list ruleset)"
 	}
 	return one(f)
 }

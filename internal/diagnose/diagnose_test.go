@@ -199,6 +199,18 @@ func TestNobodyConnects(t *testing.T) {
 	t.Errorf("%+v", d)
 }
 
+// A chain of another program that may drop is odd, and no fault.
+func TestForeignChain(t *testing.T) {
+	o := healthy()
+	o.Drops.Foreign = []string{"chain FORWARD of table ip filter"}
+	for _, f := range Diagnose(o).Findings {
+		if f.Fault == ForwardingFiltered && f.Verdict == Warning && strings.Contains(f.Found, "pass chain FORWARD of table ip filter of another program") {
+			return
+		}
+	}
+	t.Errorf("%+v", Diagnose(o))
+}
+
 func TestSampleIsNamed(t *testing.T) {
 	o := healthy()
 	o.Configured = 10000

@@ -114,6 +114,8 @@ type Change struct {
 type Drops struct {
 	Unknown string
 	Reasons []Drop
+	// Foreign are chains of other programs that drop what their rules do not accept.
+	Foreign []string
 }
 
 // A Drop is the number of packets of one reason.

@@ -269,6 +269,21 @@ func TestDiagnoseNobodyConnects(t *testing.T) {
 	})
 }
 
+// A chain of another program that drops what it does not accept is named.
+func TestDiagnoseForeignChain(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		filter(p, p.Lab.Router, "table inet other { chain crossing { type filter hook forward priority 10; policy drop } }")
+		fromEverywhere(p, func(p *labtest.Pod, d diagnose.Diagnosis) {
+			p.Helper()
+			if f := found(p, d, "filters"); !d.OK || f.Verdict != diagnose.Warning || f.Fault != diagnose.ForwardingFiltered || !strings.Contains(f.Found, "chain crossing of table inet other") {
+				p.Errorf("diagnosis:\n%s", text(d))
+			}
+		})
+	})
+}
+
 // Faults of IPv6 are named while IPv4 is healthy.
 func TestDiagnoseNamesFaultOfIPv6(t *testing.T) {
 	t.Parallel()
