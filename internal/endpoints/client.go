@@ -139,12 +139,14 @@ func (c *client) do(ctx context.Context, r request, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	if err := c.send(ctx, r, answer); err != nil {
-		var refused *statusError
-		switch {
-		case errors.As(err, &refused):
+		if _, refused := errors.AsType[*statusError](err); refused {
 			return err
-		case errors.Is(err, context.DeadlineExceeded):
+		}
+		if errors.Is(err, context.DeadlineExceeded) {
 			err = fmt.Errorf("no answer in %s", c.timeout)
+		}
+		if op, ok := errors.AsType[*net.OpError](err); ok {
+			op.Source = nil // its port makes each failure another one
 		}
 		return fmt.Errorf("API server %s, %s %s %q: %w", c.o.Server, r.verb, r.resource, r.name, err)
 	}
@@ -251,6 +253,6 @@ func (e *statusError) rule() string {
 
 // hasCode reports whether an error is an answer of the API server with a status code.
 func hasCode(err error, code int) bool {
-	var refused *statusError
-	return errors.As(err, &refused) && refused.code == code
+	refused, ok := errors.AsType[*statusError](err)
+	return ok && refused.code == code
 }

@@ -201,8 +201,7 @@ func (w *Writer) delay(failures int, err error) time.Duration {
 		return 0 // a write by another client came in between
 	}
 	delay := leastDelay << min(failures-1, 10)
-	var refused *statusError
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*statusError](err); ok {
 		delay = max(delay, refused.retryAfter)
 	}
 	return min(delay, mostDelay)

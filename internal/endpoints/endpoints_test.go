@@ -30,7 +30,7 @@ func TestSliceOfHolder(t *testing.T) {
 		t.Errorf("held-since is %q", got.Metadata.Annotations)
 	}
 	got.Metadata.Annotations, got.Metadata.revision = nil, revision{}
-	const want = `{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{"name":"web-egress-router","labels":{"endpointslice.kubernetes.io/managed-by":"egress-router","kubernetes.io/service-name":"web"}},` +
+	const want = `{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{"name":"web-egress-router","labels":{"endpointslice.kubernetes.io/managed-by":"egress-router","kubernetes.io/service-name":"web"},"ownerReferences":[{"apiVersion":"v1","kind":"Service","name":"web","uid":"uid-service"}]},` +
 		`"addressType":"IPv4","endpoints":[{"addresses":["127.0.0.1"],"conditions":{"ready":true,"serving":true,"terminating":false},"nodeName":"node-127.0.0.1","targetRef":{"kind":"Pod","namespace":"egress","name":"pod-127.0.0.1"}}],` +
 		`"ports":[{"name":"http","protocol":"TCP","port":8080},{"name":"dns","protocol":"UDP","port":53}]}`
 	if diff := cmp.Diff(want, got.text()); diff != "" {

@@ -53,7 +53,7 @@ type server struct {
 	clients  map[string]bool                                   // addresses with ports: one for each connection
 }
 
-const plain = `{"metadata": {"namespace": "egress"}, "spec": {"type": "ClusterIP", "ipFamilies": ["IPv4"],
+const plain = `{"metadata": {"namespace": "egress", "uid": "uid-service"}, "spec": {"type": "ClusterIP", "ipFamilies": ["IPv4"],
 	"ports": [{"name": "http", "protocol": "TCP", "port": 80, "targetPort": 8080}, {"name": "dns", "protocol": "UDP", "port": 53}]}}`
 
 func newServer(t *testing.T) *server {

@@ -24,6 +24,7 @@ const (
 // A service is what the slices of a Service follow from.
 type service struct {
 	namespace string
+	uid       string
 	families  []string
 	ports     []port
 }
@@ -32,6 +33,7 @@ type service struct {
 type serviceObject struct {
 	Metadata struct {
 		Namespace string `json:"namespace"`
+		UID       string `json:"uid"`
 	} `json:"metadata"`
 	Spec struct {
 		Type       string            `json:"type"`
@@ -59,6 +61,16 @@ type metadata struct {
 	revision
 	Labels      map[string]string `json:"labels,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
+	Owners      []owner           `json:"ownerReferences,omitempty"`
+}
+
+// An owner is an object with which the slice is deleted: a slice that outlives its Service
+// would be part of the next one with that name.
+type owner struct {
+	APIVersion string `json:"apiVersion"`
+	Kind       string `json:"kind"`
+	Name       string `json:"name"`
+	UID        string `json:"uid"`
 }
 
 // A revision is one content of one object, which may have been deleted and created again;
@@ -109,11 +121,11 @@ func (s *serviceObject) service(o Options) (*service, error) {
 	if !served {
 		return nil, fmt.Errorf("reading Service %q: expected an IP family of which the pod has an address, found %q", o.Service, s.Spec.IPFamilies)
 	}
-	found := &service{s.Metadata.Namespace, s.Spec.IPFamilies, []port{}}
+	found := &service{s.Metadata.Namespace, s.Metadata.UID, s.Spec.IPFamilies, []port{}}
 	for _, p := range s.Spec.Ports {
-		name := p.port.Port
+		name := p.Port
 		if len(p.TargetPort) > 0 {
-			if err := json.Unmarshal(p.TargetPort, &p.port.Port); err != nil {
+			if err := json.Unmarshal(p.TargetPort, &p.Port); err != nil {
 				return nil, fmt.Errorf("reading Service %q, port %d: expected a number as targetPort, found %s: a name is resolved by the pods of a selector", o.Service, name, p.TargetPort)
 			}
 		}
@@ -138,6 +150,7 @@ func (s *service) slices(o Options, since string) []slice {
 				},
 				// With the pod's name, since two nodes may have the same time.
 				Annotations: map[string]string{heldAnnotation: strings.TrimSpace(since + " " + o.Pod)},
+				Owners:      []owner{{"v1", "Service", o.Service, s.uid}},
 			},
 			AddressType: family, Endpoints: []endpoint{}, Ports: s.ports,
 		}
