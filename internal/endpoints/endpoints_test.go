@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/egress-router/egress-router/internal/netns/nstest"
 )
 
 // The slice of the holder is what Kubernetes would write for the pod.
@@ -225,8 +227,11 @@ func TestDelayedWriteDoesNotWin(t *testing.T) {
 // The same with random orders of holders and writes: in the end the slice leads to the last
 // holder.
 func TestRandomHolders(t *testing.T) {
-	const rounds = 20
-	for seed := range uint64(rounds) {
+	rounds := uint64(20)
+	if nstest.Long() {
+		rounds = 500
+	}
+	for seed := range rounds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			random := rand.New(rand.NewPCG(seed, 18))
 			s := newServer(t)
