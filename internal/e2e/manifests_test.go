@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -14,6 +15,8 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
@@ -41,12 +44,17 @@ type macvlanConfig struct {
 
 // kinds are the types of the objects in manifests.
 var kinds = map[string]func() any{
-	"v1 ConfigMap":       func() any { return new(corev1.ConfigMap) },
-	"v1 Namespace":       func() any { return new(corev1.Namespace) },
-	"v1 Pod":             func() any { return new(corev1.Pod) },
-	"v1 Service":         func() any { return new(corev1.Service) },
-	"v1 ServiceAccount":  func() any { return new(corev1.ServiceAccount) },
-	"apps/v1 Deployment": func() any { return new(appsv1.Deployment) },
+	"v1 ConfigMap":                      func() any { return new(corev1.ConfigMap) },
+	"v1 Namespace":                      func() any { return new(corev1.Namespace) },
+	"v1 Pod":                            func() any { return new(corev1.Pod) },
+	"v1 Secret":                         func() any { return new(corev1.Secret) },
+	"v1 Service":                        func() any { return new(corev1.Service) },
+	"v1 ServiceAccount":                 func() any { return new(corev1.ServiceAccount) },
+	"apps/v1 DaemonSet":                 func() any { return new(appsv1.DaemonSet) },
+	"apps/v1 Deployment":                func() any { return new(appsv1.Deployment) },
+	"policy/v1 PodDisruptionBudget":     func() any { return new(policyv1.PodDisruptionBudget) },
+	"rbac.authorization.k8s.io/v1 Role": func() any { return new(rbacv1.Role) },
+	"rbac.authorization.k8s.io/v1 RoleBinding":       func() any { return new(rbacv1.RoleBinding) },
 	"k8s.cni.cncf.io/v1 NetworkAttachmentDefinition": func() any { return new(NetworkAttachmentDefinition) },
 }
 
@@ -91,13 +99,15 @@ func decode(t *testing.T) []manifest {
 	return all
 }
 
-// pods returns the pods of a manifest, including the templates of Deployments.
+// pods returns the pods of a manifest, including the templates of Deployments and DaemonSets.
 func (m manifest) pods() []corev1.PodTemplateSpec {
 	var found []corev1.PodTemplateSpec
 	for _, o := range m.objects {
 		switch o := o.(type) {
 		case *corev1.Pod:
 			found = append(found, corev1.PodTemplateSpec{ObjectMeta: o.ObjectMeta, Spec: o.Spec})
+		case *appsv1.DaemonSet:
+			found = append(found, o.Spec.Template)
 		case *appsv1.Deployment:
 			found = append(found, o.Spec.Template)
 		}
@@ -120,17 +130,19 @@ func TestManifests(t *testing.T) {
 	}
 	for _, m := range all {
 		t.Run(m.file, func(t *testing.T) {
-			maps := map[string]*corev1.ConfigMap{}
+			maps, secrets := map[string]*corev1.ConfigMap{}, map[string]*corev1.Secret{}
 			for _, o := range m.objects {
 				switch o := o.(type) {
 				case *corev1.ConfigMap:
 					maps[o.Name] = o
+				case *corev1.Secret:
+					secrets[o.Name] = o
 				case *appsv1.Deployment:
 					checkDeployment(t, o)
 				case *NetworkAttachmentDefinition:
 					checkAttachment(t, o)
 				case *corev1.Service:
-					if o.Spec.Type != corev1.ServiceTypeExternalName && m.file != "service.yaml" && !slices.ContainsFunc(m.pods(), func(p corev1.PodTemplateSpec) bool { return selects(o.Spec.Selector, p.Labels) }) {
+					if o.Spec.Type != corev1.ServiceTypeExternalName && m.file != "service.yaml" && !m.sets("EGRESS_STANDBY_ENDPOINTS", o.Name) && !slices.ContainsFunc(m.pods(), func(p corev1.PodTemplateSpec) bool { return selects(o.Spec.Selector, p.Labels) }) {
 						t.Errorf("Service %s selects no pod of its file", o.Name)
 					}
 				}
@@ -151,7 +163,7 @@ func TestManifests(t *testing.T) {
 							t.Errorf("container %s waits with privilege", c.Name)
 						}
 					case c.Image == image:
-						checkRouter(t, c, p.Spec, maps, variables)
+						checkRouter(t, c, p.Spec, maps, secrets, variables)
 					case strings.HasSuffix(c.Image, "-proxy"):
 						checkProxy(t, c, variables)
 					}
@@ -170,10 +182,34 @@ func selects(selector, labels map[string]string) bool {
 	return len(selector) > 0
 }
 
-// checkDeployment checks that one pod at a time has the reserved address.
+// value returns the value of a variable of the router in a pod; empty: it is not set.
+func value(p corev1.PodSpec, variable string) string {
+	for _, c := range p.Containers {
+		for _, e := range c.Env {
+			if e.Name == variable {
+				return e.Value
+			}
+		}
+	}
+	return ""
+}
+
+// sets reports whether a pod of the manifest has a variable with a value.
+func (m manifest) sets(variable, to string) bool {
+	return slices.ContainsFunc(m.pods(), func(p corev1.PodTemplateSpec) bool { return value(p.Spec, variable) == to })
+}
+
+// checkDeployment checks that one pod at a time has the reserved address, or that the pods
+// stand by for each other, on different nodes.
 func checkDeployment(t *testing.T, d *appsv1.Deployment) {
 	t.Helper()
-	if d.Spec.Replicas == nil || *d.Spec.Replicas != 1 || d.Spec.Strategy.Type != appsv1.RecreateDeploymentStrategyType {
+	if value(d.Spec.Template.Spec, "EGRESS_STANDBY") == "true" {
+		if a := d.Spec.Template.Spec.Affinity; a == nil || a.PodAntiAffinity == nil || !slices.ContainsFunc(a.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution, func(term corev1.PodAffinityTerm) bool {
+			return term.TopologyKey == "kubernetes.io/hostname" && selects(term.LabelSelector.MatchLabels, d.Spec.Template.Labels)
+		}) {
+			t.Errorf("Deployment %s could run two routers on one node", d.Name)
+		}
+	} else if d.Spec.Replicas == nil || *d.Spec.Replicas != 1 || d.Spec.Strategy.Type != appsv1.RecreateDeploymentStrategyType {
 		t.Errorf("Deployment %s could run two routers at once", d.Name)
 	}
 	if d.Spec.Selector == nil || !selects(d.Spec.Selector.MatchLabels, d.Spec.Template.Labels) {
@@ -194,9 +230,74 @@ func checkAttachment(t *testing.T, a *NetworkAttachmentDefinition) {
 	}
 }
 
+// placeholder is the key of heartbeats in the manifests. The router refuses it.
+const placeholder = "CHANGE-ME"
+
+// The objects of routers that stand by fit together: the names in their variables, in the
+// rules of the Role and in the references of one object to another.
+func TestStandbyManifests(t *testing.T) {
+	found := 0
+	for _, m := range decode(t) {
+		if !m.sets("EGRESS_STANDBY", "true") {
+			continue
+		}
+		found++
+		services := map[string]*corev1.Service{}
+		var role *rbacv1.Role
+		var binding *rbacv1.RoleBinding
+		for _, o := range m.objects {
+			switch o := o.(type) {
+			case *corev1.Service:
+				services[o.Name] = o
+			case *rbacv1.Role:
+				role = o
+			case *rbacv1.RoleBinding:
+				binding = o
+			case *policyv1.PodDisruptionBudget:
+				if !selects(o.Spec.Selector.MatchLabels, m.pods()[0].Labels) {
+					t.Errorf("%s: PodDisruptionBudget %s selects no pod", m.file, o.Name)
+				}
+			}
+		}
+		pod := m.pods()[0].Spec
+		if !strings.Contains(m.text, "\n  key: "+placeholder+"\n") {
+			t.Errorf("%s: a key that everybody knows is not too short", m.file)
+		}
+		peers := services[value(pod, "EGRESS_STANDBY_PEERS")]
+		if peers == nil || peers.Spec.ClusterIP != corev1.ClusterIPNone || !peers.Spec.PublishNotReadyAddresses || len(peers.Spec.Ports) != 1 || peers.Spec.Ports[0].Port != 9467 {
+			t.Errorf("%s: no headless Service of all peers with the port of heartbeats: %+v", m.file, peers)
+		}
+		name := value(pod, "EGRESS_STANDBY_ENDPOINTS")
+		if name == "" {
+			if role != nil || pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
+				t.Errorf("%s: the router has access to the API server that it does not use", m.file)
+			}
+			continue
+		}
+		if s := services[name]; s == nil || len(s.Spec.Selector) != 0 || slices.ContainsFunc(s.Spec.Ports, func(p corev1.ServicePort) bool { return p.TargetPort.StrVal != "" }) {
+			t.Errorf("%s: Service %s has a selector or a targetPort with a name: %+v", m.file, name, s)
+		}
+		slicesOf := []string{name + "-egress-router", name + "-egress-router-ipv6"}
+		want := []rbacv1.PolicyRule{
+			{APIGroups: []string{""}, Resources: []string{"services"}, ResourceNames: []string{name}, Verbs: []string{"get"}},
+			{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, ResourceNames: slicesOf, Verbs: []string{"get", "patch", "create"}},
+			{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices/restricted"}, Verbs: []string{"create"}},
+		}
+		if role == nil || !reflect.DeepEqual(role.Rules, want) {
+			t.Errorf("%s: Role %+v, want the rules %+v", m.file, role, want)
+		}
+		if binding == nil || binding.RoleRef.Name != role.Name || len(binding.Subjects) != 1 || binding.Subjects[0].Name != pod.ServiceAccountName || binding.Subjects[0].Namespace != "egress" {
+			t.Errorf("%s: RoleBinding %+v does not bind the Role to the pod's service account %s", m.file, binding, pod.ServiceAccountName)
+		}
+	}
+	if found == 0 {
+		t.Error("no manifest with EGRESS_STANDBY")
+	}
+}
+
 // checkRouter checks a container that runs the router: its variables are known, plan
 // accepts them, and it has the privilege that the router needs.
-func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMaps map[string]*corev1.ConfigMap, variables string) {
+func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMaps map[string]*corev1.ConfigMap, secrets map[string]*corev1.Secret, variables string) {
 	t.Helper()
 	mounts := map[string]map[string]string{} // directory -> file -> text
 	for _, m := range c.VolumeMounts {
@@ -204,9 +305,15 @@ func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMap
 			if v.Name == m.Name && v.ConfigMap != nil && configMaps[v.ConfigMap.Name] != nil {
 				mounts[m.MountPath] = configMaps[v.ConfigMap.Name].Data
 			}
+			if v.Name == m.Name && v.Secret != nil && secrets[v.Secret.SecretName] != nil {
+				mounts[m.MountPath] = maps.Clone(secrets[v.Secret.SecretName].StringData)
+				for file, text := range mounts[m.MountPath] {
+					mounts[m.MountPath][file] = strings.Replace(text, placeholder, "a key of 16 bytes or more", 1)
+				}
+			}
 		}
 		if mounts[m.MountPath] == nil {
-			t.Errorf("container %s mounts %s, which is not from a ConfigMap of the file", c.Name, m.Name)
+			t.Errorf("container %s mounts %s, which is from no ConfigMap or Secret of the file", c.Name, m.Name)
 		}
 	}
 	args := []string{"podman", "run", "--rm", "--network", "none", "--cap-drop", "all"}
@@ -223,7 +330,7 @@ func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMap
 			}
 			value = configMaps[key.Name].Data[key.Key]
 		}
-		if e.Name == "EGRESS_DESTINATION_FILE" {
+		if strings.HasSuffix(e.Name, "_FILE") {
 			text, there := mounts[filepath.Dir(value)][filepath.Base(value)]
 			if !there {
 				t.Errorf("container %s: nothing mounts %s", c.Name, value)
