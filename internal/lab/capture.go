@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -28,6 +29,7 @@ type Capture struct {
 	frames  []Frame
 	changed chan struct{} // closed when frames are added
 	buf     []byte
+	oob     [64]byte // control messages: one time stamp
 	lost    uint32
 	stopped bool
 }
@@ -72,6 +74,10 @@ func capture(ns *netns.Namespace, link string) (*Capture, error) {
 		if err != nil {
 			return err
 		}
+		// The kernel notes when a frame passed, on one clock for all links (socket(7)).
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1); err != nil {
+			return err
+		}
 		const all = unix.ETH_P_ALL<<8&0xff00 | unix.ETH_P_ALL>>8 // in network order
 		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: l.Index})
 	})
@@ -108,7 +114,7 @@ func capture(ns *netns.Namespace, link string) (*Capture, error) {
 // drain reads all frames that the kernel has queued. The caller holds the lock.
 func (c *Capture) drain(fd int) {
 	for had := len(c.frames); ; {
-		n, from, err := unix.Recvfrom(fd, c.buf, unix.MSG_DONTWAIT)
+		n, oobn, _, from, err := unix.Recvmsg(fd, c.buf, c.oob[:], unix.MSG_DONTWAIT)
 		if errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.EINTR) {
 			continue // the link went down or was so; it may come up
 		}
@@ -121,11 +127,31 @@ func (c *Capture) drain(fd int) {
 		}
 		ll, _ := from.(*unix.SockaddrLinklayer)
 		c.frames = append(c.frames, Frame{
-			At:       time.Now(),
+			At:       passed(c.oob[:oobn]),
 			Outgoing: ll != nil && ll.Pkttype == unix.PACKET_OUTGOING,
 			Data:     slices.Clone(c.buf[:n]),
 		})
 	}
+}
+
+// passed returns the time in the control messages of a frame.
+func passed(oob []byte) time.Time {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err == nil && len(messages) > 0 && len(messages[0].Data) >= 16 {
+		b := messages[0].Data                                                                            // a struct timespec
+		return time.Unix(int64(binary.NativeEndian.Uint64(b)), int64(binary.NativeEndian.Uint64(b[8:]))) //nolint:gosec // the kernel's own
+	}
+	return time.Now()
+}
+
+// Take returns the frames since the last Take, like Frames, and forgets them, for a test
+// that runs for hours. It is not for a capture with Wait.
+func (c *Capture) Take() []Frame {
+	frames := c.Frames()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.frames = slices.Delete(c.frames, 0, len(frames))
+	return frames
 }
 
 // Frames returns the frames so far, in order, including those that are still queued in the

@@ -14,7 +14,7 @@ import (
 // Frame is an Ethernet frame of a [Capture]. Its methods decode only what tests use, and
 // report frames that are too short as not decoded.
 type Frame struct {
-	At       time.Time // time of reading, shortly after it passed
+	At       time.Time // when the frame passed: the kernel's clock CLOCK_REALTIME
 	Outgoing bool      // sent, not received, by the captured namespace
 	Data     []byte    // the frame, which begins with the destination address
 }

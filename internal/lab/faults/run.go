@@ -1,0 +1,190 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os/exec"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+)
+
+// Options are those of [Run].
+type Options struct {
+	Nodes   int // 2 to 4
+	Count   int // rounds, each of one or two faults
+	Seed    uint64
+	Command func(s *lab.Site, node int) *exec.Cmd
+	Out     io.Writer // a line for each round
+
+	// Bite is called after a fault has stopped a process: with what undoes its fence, the
+	// judge must find violations.
+	Bite func(s *lab.Site, node int) error
+}
+
+// Result is what [Run] found.
+type Result struct {
+	Violations []Violation
+	Gaps       []time.Duration // the longest of each round
+	Takeovers  int             // rounds after which another router holds
+}
+
+// inRow is the number of answered attempts after which a site works: 100 ms without a gap.
+const inRow = 20
+
+// Run injects random faults into routers, judges what they send, and returns after the
+// last round. After each round traffic must flow again: if it does not within
+// [lab.Patience], or ctx ends, that is an error.
+func Run(ctx context.Context, o Options) (Result, error) {
+	ring, err := Build(o.Nodes, o.Command)
+	if err != nil {
+		return Result{}, err
+	}
+	defer ring.Close()
+	f := &field{site: ring.Site, routers: ring.Routers, losses: map[string][]lab.Loss{}}
+	if o.Bite != nil {
+		f.bite = func(node int) error { return o.Bite(ring.Site, node) }
+	}
+	var result Result
+	r := rand.New(rand.NewPCG(o.Seed, 0)) //nolint:gosec // a seed reproduces the faults
+	if err := ring.AwaitTraffic(ctx); err != nil {
+		return result, err
+	}
+	ring.Judge()
+	for round := range o.Count {
+		holder := ring.Holder()
+		steps := schedule(r, o.Nodes)
+		fmt.Fprintf(o.Out, "%d: %s: ", round+1, describe(steps, holder, o.Nodes))
+		ring.Traffic.Take()
+		if err := f.inject(steps, holder, ctx.Done()); err != nil {
+			return result, fmt.Errorf("injecting a fault: %w", err)
+		}
+		if err := ring.AwaitTraffic(ctx); err != nil {
+			return result, err
+		}
+		found := ring.Judge()
+		gap := Gap(ring.Traffic.Take())
+		result.Violations = append(result.Violations, found...)
+		result.Gaps = append(result.Gaps, gap)
+		if ring.Holder() != holder {
+			result.Takeovers++
+		}
+		fmt.Fprintf(o.Out, "gap %d ms, %d holds", gap.Milliseconds(), ring.Holder()+1)
+		if len(found) > 0 {
+			fmt.Fprintf(o.Out, ", %d violations", len(found))
+		}
+		fmt.Fprintln(o.Out)
+	}
+	found, err := ring.Stop()
+	result.Violations = append(result.Violations, found...)
+	return result, err
+}
+
+// Ring is a site with its routers, a client, and a judge of what they send.
+type Ring struct {
+	Site    *lab.Site
+	Routers []*Router
+	Traffic *Traffic
+
+	judge    Judge
+	macs     []string
+	captures []*lab.Capture
+}
+
+// Build makes a site and starts routers and client.
+func Build(nodes int, command func(s *lab.Site, node int) *exec.Cmd) (*Ring, error) {
+	site, err := lab.NewSite(nodes)
+	if err != nil {
+		return nil, err
+	}
+	r := &Ring{Site: site, judge: Judge{Source: lab.Source}}
+	if err := r.start(command); err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *Ring) start(command func(s *lab.Site, node int) *exec.Cmd) error {
+	for i, n := range r.Site.Nodes {
+		mac, err := r.Site.MAC(i)
+		if err != nil {
+			return err
+		}
+		r.macs = append(r.macs, mac)
+		c, err := r.Site.Capture(r.Site.Switch, n.LAN)
+		if err != nil {
+			return err
+		}
+		r.captures = append(r.captures, c)
+	}
+	for i := range r.Site.Nodes {
+		router := NewRouter(r.Site, i, func(node int) *exec.Cmd { return command(r.Site, node) })
+		r.Routers = append(r.Routers, router)
+		if err := router.Start(); err != nil {
+			return err
+		}
+	}
+	var err error
+	r.Traffic, err = StartTraffic(r.Site)
+	return err
+}
+
+// Close ends everything.
+func (r *Ring) Close() {
+	if r.Traffic != nil {
+		r.Traffic.Close()
+	}
+	for _, router := range r.Routers {
+		_ = router.Kill() // an error means that it has ended
+	}
+	r.Site.Close()
+}
+
+// AwaitTraffic waits until clients are answered without a gap.
+func (r *Ring) AwaitTraffic(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, lab.Patience)
+	defer cancel()
+	if r.Traffic.Await(inRow, ctx.Done()) {
+		return nil
+	}
+	err := fmt.Errorf("waiting for answers after the faults ended: %w", context.Cause(ctx))
+	for i, router := range r.Routers {
+		err = errors.Join(err, fmt.Errorf("log of router %d:\n%s", i+1, router.Log()))
+	}
+	return err
+}
+
+// Judge judges the frames so far.
+func (r *Ring) Judge() []Violation {
+	until := time.Now()
+	for _, c := range r.captures {
+		r.judge.Add(c.Take())
+	}
+	return r.judge.Until(until)
+}
+
+// Holder returns the number of the node whose router sent last, of the frames judged; 0 if
+// none has.
+func (r *Ring) Holder() int {
+	for i, mac := range r.macs {
+		if mac == r.judge.Holder() {
+			return i
+		}
+	}
+	return 0
+}
+
+// Stop ends the captures and judges the last frames. The error says that a capture is
+// incomplete.
+func (r *Ring) Stop() ([]Violation, error) {
+	var err error
+	for _, c := range r.captures {
+		err = errors.Join(err, c.Stop())
+	}
+	found := r.Judge()
+	return found, err
+}
