@@ -8,23 +8,17 @@ import (
 	"github.com/egress-router/egress-router/internal/lab/faults"
 )
 
-// build makes a ring of pods with rules only; the first holders of them have the reserved
-// address.
-func build(t *testing.T, nodes, holders int) *faults.Ring {
+// build makes a ring of pods with rules only, all of which have the reserved address.
+func build(t *testing.T, nodes int) *faults.Ring {
 	t.Helper()
-	ring, err := faults.Build(nodes, func(*lab.Site, int) *exec.Cmd { return exec.Command("sleep", "infinity") })
+	ring, err := faults.Build(nodes, true, func(*lab.Site, int) *exec.Cmd { return exec.Command("sleep", "infinity") })
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(ring.Close)
 	for node := range nodes {
-		if node < holders {
-			if err := ring.Site.AddSource(node); err != nil {
-				t.Fatal(err)
-			}
-			if err := ring.Site.RouteUnfenced(node); err != nil {
-				t.Fatal(err)
-			}
+		if err := ring.Site.AddSource(node); err != nil {
+			t.Fatal(err)
 		}
 	}
 	return ring
@@ -41,7 +35,7 @@ func judge(t *testing.T, r *faults.Ring) []faults.Violation {
 
 // The client reaches the server by one router, which alone is seen to send.
 func TestOneHolder(t *testing.T) {
-	ring := build(t, 2, 1)
+	ring := build(t, 1)
 	if err := ring.AwaitTraffic(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +58,7 @@ func TestOneHolder(t *testing.T) {
 
 // The judge finds two routers that send at the same time, in what the switch received.
 func TestTwoHolders(t *testing.T) {
-	ring := build(t, 3, 2)
+	ring := build(t, 2)
 	if err := ring.AwaitTraffic(t.Context()); err != nil {
 		t.Fatal(err)
 	}

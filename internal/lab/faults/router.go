@@ -5,13 +5,19 @@ package faults
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
 )
@@ -42,6 +48,9 @@ func (r *Router) Start() error {
 	}
 	r.cmd, r.exited = r.make(r.node), make(chan struct{})
 	r.cmd.Stdout, r.cmd.Stderr = r, r
+	r.mu.Lock()
+	r.log = append(r.log, Started...)
+	r.mu.Unlock()
 	if err := r.site.Start(r.site.Nodes[r.node].Pod, r.cmd); err != nil {
 		return err
 	}
@@ -70,7 +79,16 @@ func (r *Router) Signal(s syscall.Signal) error {
 	if !r.Running() {
 		return nil
 	}
-	return signalTree(r.cmd.Process.Pid, s)
+	pids := tree(r.cmd.Process.Pid) // keepalived does its work in a child process
+	if s == syscall.SIGTERM {
+		pids = pids[:1] // the program ends them itself
+	}
+	for i, pid := range pids {
+		if err := syscall.Kill(pid, s); err != nil && (i == 0 || !errors.Is(err, syscall.ESRCH)) {
+			return fmt.Errorf("sending %s to process %d: %w", s, pid, err)
+		}
+	}
+	return nil
 }
 
 // Terminate asks the program to end.
@@ -94,29 +112,45 @@ func (r *Router) Kill() error {
 	return nil
 }
 
-// Pid returns the number of the process.
-func (r *Router) Pid() int { return r.cmd.Process.Pid }
+// Processor returns the processor time of the program and its child processes.
+func (r *Router) Processor() (time.Duration, error) {
+	var sum time.Duration
+	for _, pid := range tree(r.cmd.Process.Pid) {
+		// The clock of a process, in nanoseconds (clock_getcpuclockid(3), CPUCLOCK_SCHED in
+		// include/linux/posix-timers.h).
+		const sched = 2
+		var t unix.Timespec
+		if err := unix.ClockGettime(int32(^pid<<3|sched), &t); err != nil {
+			return 0, fmt.Errorf("reading the processor time of process %d: %w", pid, err)
+		}
+		sum += time.Duration(t.Nano())
+	}
+	return sum, nil
+}
 
-// signalTree signals a process and those that it has started: keepalived does its work in
-// one of them.
-func signalTree(pid int, s syscall.Signal) error {
-	if err := syscall.Kill(pid, s); err != nil {
-		return fmt.Errorf("sending %s to process %d: %w", s, pid, err)
-	}
-	if s == syscall.SIGTERM {
-		return nil // the program ends them itself
-	}
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid))
+// tree returns a process and those that it has started.
+func tree(pid int) []int {
+	all := []int{pid}
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	if err != nil {
-		return nil //nolint:nilerr // it has ended, or is a program without threads of its own
+		return all
 	}
-	for child := range strings.FieldsSeq(string(text)) {
-		if n, err := strconv.Atoi(child); err == nil {
-			_ = signalTree(n, s) // it may have ended
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			continue // it has ended
+		}
+		for child := range strings.FieldsSeq(string(text)) {
+			if n, err := strconv.Atoi(child); err == nil {
+				all = append(all, tree(n)...)
+			}
 		}
 	}
-	return nil
+	return all
 }
+
+// Started is the line of a Router's log before those of each start.
+const Started = "--- start\n"
 
 // logged is the size of a log's end that a Router keeps, in bytes.
 const logged = 64 << 10
@@ -131,6 +165,29 @@ func (r *Router) Write(b []byte) (int, error) {
 	}
 	return len(b), nil
 }
+
+// Environment returns the variables, NAME=VALUE, of a router that stands by for another one
+// of the site.
+func Environment(s *lab.Site, node int) []string {
+	var peers []string
+	for _, n := range s.Nodes {
+		peers = append(peers, n.Addr.String())
+	}
+	return []string{
+		"EGRESS_ROUTER_MODE=legacy",
+		"EGRESS_SOURCE=" + netip.PrefixFrom(lab.Source, lab.LAN.Bits()).String(),
+		"EGRESS_GATEWAY=" + lab.GatewayAddr.String(),
+		"EGRESS_DESTINATION=" + lab.Remote[0].String(),
+		"EGRESS_ROUTER_BACKEND=nftables",
+		"EGRESS_STANDBY=true",
+		"EGRESS_STANDBY_PEERS=" + strings.Join(peers, ","),
+		"EGRESS_STANDBY_REFERENCE=" + reference.String(),
+		"EGRESS_STANDBY_PRIORITY=" + strconv.Itoa(100+node),
+	}
+}
+
+// reference is the server on the cluster side that takes connections while it works.
+var reference = netip.AddrPortFrom(lab.NodeAddr, 443)
 
 // Log returns the end of what the router has written.
 func (r *Router) Log() string {

@@ -7,7 +7,10 @@ import (
 	"io"
 	"math/rand/v2"
 	"os/exec"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
 )
@@ -20,9 +23,24 @@ type Options struct {
 	Command func(s *lab.Site, node int) *exec.Cmd
 	Out     io.Writer // a line for each round
 
-	// Bite is called after a fault has stopped a process: with what undoes its fence, the
-	// judge must find violations.
-	Bite func(s *lab.Site, node int) error
+	// Bite is called after a fault has stopped a process: with [Unfence] the judge must find
+	// violations.
+	Bite  func(s *lab.Site, node int) error
+	First bool // end after the first round with violations
+}
+
+// Unfence makes the permit in the kernel of a router whose process has stopped live an hour,
+// if it lives, and so what the fence is for go wrong.
+func Unfence(s *lab.Site, node int) error {
+	const script = `flush set netdev egress-router-gate ticket
+delete element netdev egress-router-gate permit { %[1]q }
+add element netdev egress-router-gate permit { %[1]q timeout 1h }
+`
+	err := s.Script(s.Nodes[node].Pod, fmt.Sprintf(script, s.MacvlanName))
+	if err != nil && strings.Contains(strings.ToLower(err.Error()), unix.ENOENT.Error()) {
+		return nil // the gate is shut
+	}
+	return err
 }
 
 // Result is what [Run] found.
@@ -39,7 +57,7 @@ const inRow = 20
 // last round. After each round traffic must flow again: if it does not within
 // [lab.Patience], or ctx ends, that is an error.
 func Run(ctx context.Context, o Options) (Result, error) {
-	ring, err := Build(o.Nodes, o.Command)
+	ring, err := Build(o.Nodes, false, o.Command)
 	if err != nil {
 		return Result{}, err
 	}
@@ -77,6 +95,9 @@ func Run(ctx context.Context, o Options) (Result, error) {
 			fmt.Fprintf(o.Out, ", %d violations", len(found))
 		}
 		fmt.Fprintln(o.Out)
+		if o.First && len(result.Violations) > 0 {
+			break
+		}
 	}
 	found, err := ring.Stop()
 	result.Violations = append(result.Violations, found...)
@@ -94,11 +115,21 @@ type Ring struct {
 	captures []*lab.Capture
 }
 
-// Build makes a site and starts routers and client.
-func Build(nodes int, command func(s *lab.Site, node int) *exec.Cmd) (*Ring, error) {
+// Build makes a site and starts routers and client. Unfenced pods are routers for the
+// reserved address by rules that their programs do not know of.
+func Build(nodes int, unfenced bool, command func(s *lab.Site, node int) *exec.Cmd) (*Ring, error) {
 	site, err := lab.NewSite(nodes)
 	if err != nil {
 		return nil, err
+	}
+	for node := range nodes {
+		if !unfenced {
+			break
+		}
+		if err := site.RouteUnfenced(node); err != nil {
+			site.Close()
+			return nil, err
+		}
 	}
 	r := &Ring{Site: site, judge: Judge{Source: lab.Source}}
 	if err := r.start(command); err != nil {
@@ -120,6 +151,9 @@ func (r *Ring) start(command func(s *lab.Site, node int) *exec.Cmd) error {
 			return err
 		}
 		r.captures = append(r.captures, c)
+	}
+	if _, err := r.Site.Serve(r.Site.Switch, "tcp", reference); err != nil {
+		return err
 	}
 	for i := range r.Site.Nodes {
 		router := NewRouter(r.Site, i, func(node int) *exec.Cmd { return command(r.Site, node) })
@@ -177,6 +211,9 @@ func (r *Ring) Holder() int {
 	}
 	return 0
 }
+
+// MAC returns the hardware address of a router.
+func (r *Ring) MAC(node int) string { return r.macs[node] }
 
 // Stop ends the captures and judges the last frames. The error says that a capture is
 // incomplete.

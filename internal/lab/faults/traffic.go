@@ -3,7 +3,9 @@ package faults
 import (
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/lab"
@@ -25,6 +27,7 @@ type Traffic struct {
 	routers []netip.Addr
 	done    sync.WaitGroup
 	stop    chan struct{}
+	paused  atomic.Bool
 
 	mu       sync.Mutex
 	changed  chan struct{} // closed with each answer
@@ -60,6 +63,12 @@ func (t *Traffic) Close() {
 	t.done.Wait()
 }
 
+// Pause stops the client's attempts until Resume.
+func (t *Traffic) Pause() { t.paused.Store(true) }
+
+// Resume goes on after Pause.
+func (t *Traffic) Resume() { t.paused.Store(false) }
+
 func (t *Traffic) send() {
 	tick := time.NewTicker(Cadence)
 	defer tick.Stop()
@@ -68,6 +77,9 @@ func (t *Traffic) send() {
 		case <-tick.C:
 		case <-t.stop:
 			return
+		}
+		if t.paused.Load() {
+			continue
 		}
 		t.mu.Lock()
 		port := t.first + len(t.attempts)
@@ -137,12 +149,18 @@ func (t *Traffic) Await(inRow int, end <-chan struct{}) bool {
 	}
 }
 
-// Take returns the attempts since the last Take, and forgets them.
+// Take returns the attempts since the last answered one of the last Take, with which a gap
+// begins, and forgets those before the last answered one.
 func (t *Traffic) Take() []Attempt {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	taken := t.attempts
-	t.first += len(taken)
-	t.attempts = nil
+	taken := slices.Clone(t.attempts)
+	for i, a := range slices.Backward(taken) {
+		if a.Answered {
+			t.first += i
+			t.attempts = t.attempts[i:]
+			break
+		}
+	}
 	return taken
 }
