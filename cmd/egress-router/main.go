@@ -39,6 +39,7 @@
 //	EGRESS_STANDBY_WITNESS    (the gateway) address that answers pings by way of the gateway, for a gateway that answers none
 //	EGRESS_STANDBY_REFERENCE  (the API server) IP:PORT that takes TCP connections while the cluster side works, or none: a router that reaches neither it nor another router gives the addresses up
 //	EGRESS_STANDBY_KEY_FILE   (none) file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers
+//	EGRESS_STANDBY_ENDPOINTS  (none) name of a Service without selector in the pod's namespace, which the active router leads to itself; without it, a standby is not ready, so that a Service with a selector leaves it out
 //	EGRESS_STANDBY_FENCE      (auto) auto, or require: refuse to stand by on a kernel that cannot fence all packets (before Linux 5.16)
 //	EGRESS_LOG_FORMAT         (text) format of log lines: text or json
 //	EGRESS_LOG_LEVEL          (info) minimum level of log lines: debug, info, warn or error

@@ -35,7 +35,10 @@ func (w *watch) reporter(p Process) reporter {
 			if w.standby != nil {
 				s := w.standby.Status()
 				reportStandby(r, s, time.Now())
-				if s.Role != election.Active && s.Role != election.Resuming {
+				switch holds := s.Role == election.Active || s.Role == election.Resuming; {
+				case w.service != nil:
+					reportEndpoints(r, w.config.Peers.Endpoints, w.service.Status(), time.Now())
+				case !holds:
 					r.Reasons = append(r.Reasons, "another router holds the addresses")
 				}
 			}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,12 +10,14 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/election"
+	"github.com/egress-router/egress-router/internal/endpoints"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/metrics"
@@ -82,14 +85,16 @@ func newGate(c config.Config, log *slog.Logger) (gate, error) {
 	return gate{partial: true}, nil
 }
 
-// newStandby returns the runner of a router that is one of several.
-func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.Logger) (*standby.Runner, error) {
+// newStandby returns the runner of a router that is one of several, and what leads a Service to
+// it; nil: nothing does.
+func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.Logger) (*standby.Runner, *endpoints.Writer, error) {
 	own, err := clusterAddress(c.Cluster)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	s, g := c.Standby, r.Gate.(gate).of(*r.Want.Gate)
-	return standby.New(standby.Options{
+	service := newEndpoints(c, own, g, log)
+	runner, err := standby.New(standby.Options{
 		Settings:  election.Settings{Interval: s.Interval, ID: newID(), Priority: c.Peers.Priority},
 		Interface: c.Egress, Sources: c.Sources, Witness: s.Witness,
 		Gate: func(index int) standby.Gate {
@@ -108,8 +113,39 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 			return kernel.Reach(c.Egress, gateway, mac[:])
 		},
 		Ready:   k.InSync,
-		Changed: func(role election.State) { k.SetRole(roles[role]) },
-		Log:     log,
+		Changed: func(role election.State) {
+			k.SetRole(roles[role])
+			lead(service, role)
+		},
+		Log: log,
+	})
+	return runner, service, err
+}
+
+// lead has the Service lead to this router while it is active.
+func lead(service *endpoints.Writer, role election.State) {
+	switch {
+	case service == nil:
+	case role == election.Active:
+		service.Hold()
+	case role != election.Resuming: // which may be active again in a moment
+		service.Release()
+	}
+}
+
+// newEndpoints returns what leads a Service to the active router; nil: nothing does.
+func newEndpoints(c config.Config, own netip.Addr, g nft.Gate, log *slog.Logger) *endpoints.Writer {
+	if c.Peers.Endpoints == "" {
+		return nil
+	}
+	pod, _ := os.Hostname() // of a pod, its name; without it the endpoint has none
+	return endpoints.New(endpoints.Options{
+		Service: c.Peers.Endpoints, Addresses: []netip.Addr{own}, Pod: pod, Server: c.Peers.APIServer,
+		Holds: func() bool {
+			left, err := g.Left()
+			return err == nil && left > 0
+		},
+		Log: log,
 	})
 }
 
@@ -208,6 +244,22 @@ func reportStandby(r *health.Report, s standby.Status, now time.Time) {
 	default:
 		add("peers", health.OK, r.Started, "%s", strings.Join(all, ", "))
 	}
+}
+
+// reportEndpoints reports the Service that leads to the active router.
+func reportEndpoints(r *health.Report, name string, s endpoints.Status, now time.Time) {
+	check := health.Check{Name: "endpoints", State: health.OK, Since: cmp.Or(s.Since, r.Started)}
+	switch {
+	case s.Err != nil:
+		check.State, check.Detail = health.Warning, fmt.Sprintf("Service %s: %v", name, s.Err)
+	case !s.Holding:
+		check.Detail = fmt.Sprintf("Service %s leads to the active router", name)
+	case s.Written.IsZero():
+		check.Detail = fmt.Sprintf("Service %s not written yet", name)
+	default:
+		check.Detail = fmt.Sprintf("Service %s leads here since %s ago, %s after the take-over", name, health.Age(s.Written, now), s.Took.Round(time.Millisecond))
+	}
+	r.Checks = append(r.Checks, check)
 }
 
 // collectStandby emits the metrics of a router that is one of several.

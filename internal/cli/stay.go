@@ -13,6 +13,7 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/election"
+	"github.com/egress-router/egress-router/internal/endpoints"
 	"github.com/egress-router/egress-router/internal/events"
 	"github.com/egress-router/egress-router/internal/lookup"
 	"github.com/egress-router/egress-router/internal/nft"
@@ -32,6 +33,7 @@ type watch struct {
 	counted *rules.Set                        // those of the counters; nil: those of the start
 	names   *lookup.Follower                  // nil: the grammar has none
 	standby *standby.Runner                   // nil: the router is the only one with its addresses
+	service *endpoints.Writer                 // nil: no Service is led to the active router
 	ports   portWatch
 
 	background sync.WaitGroup
@@ -64,7 +66,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	}
 	w.keeper = newKeeper(r, c)
 	if c.Standby != nil {
-		if w.standby, err = newStandby(c, r, w.keeper, log); err != nil {
+		if w.standby, w.service, err = newStandby(c, r, w.keeper, log); err != nil {
 			return err
 		}
 		w.keeper.Holds = func() bool { return w.standby.Status().Role == election.Active }
@@ -131,6 +133,9 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		outer := ctx
 		stays, leave := context.WithCancel(context.WithoutCancel(ctx))
 		defer leave()
+		if w.service != nil {
+			w.background.Go(func() { w.service.Run(stays) })
+		}
 		w.background.Go(func() { // the keeper stays until the addresses are handed over
 			w.standby.Run(outer)
 			leave()

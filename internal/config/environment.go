@@ -63,6 +63,7 @@ type Environment struct {
 	StandbyWitness   string `envconfig:"EGRESS_STANDBY_WITNESS" unset:"the gateway" doc:"address that answers pings by way of the gateway, for a gateway that answers none"`
 	StandbyReference string `envconfig:"EGRESS_STANDBY_REFERENCE" unset:"the API server" doc:"IP:PORT that takes TCP connections while the cluster side works, or none: a router that reaches neither it nor another router gives the addresses up"`
 	StandbyKeyFile   string `envconfig:"EGRESS_STANDBY_KEY_FILE" unset:"none" doc:"file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers"`
+	StandbyEndpoints string `envconfig:"EGRESS_STANDBY_ENDPOINTS" unset:"none" doc:"name of a Service without selector in the pod's namespace, which the active router leads to itself; without it, a standby is not ready, so that a Service with a selector leaves it out"`
 	StandbyFence     string `envconfig:"EGRESS_STANDBY_FENCE" unset:"auto" doc:"auto, or require: refuse to stand by on a kernel that cannot fence all packets (before Linux 5.16)"`
 	LogEnvironment
 	Debug string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and all rules"`

@@ -21,6 +21,8 @@ type Peers struct {
 	Priority  uint8    // the router with a higher one claims first; nobody gives way to it
 	Reference string   // address and port that is reachable while the cluster side works; empty: none
 	Key       []byte   // that authenticates heartbeats; nil: none
+	Endpoints string   // Service that the active router leads to itself; empty: none
+	APIServer string   // host and port
 }
 
 // The limits and defaults of EGRESS_STANDBY_INTERVAL and EGRESS_STANDBY_PRIORITY. Below the
@@ -72,6 +74,7 @@ func (c *Config) parseStandby(env Environment, readFile func(string) ([]byte, er
 	report(c.parseWitness(env.StandbyWitness))
 	report(c.parseReference(env.StandbyReference))
 	report(c.parseKey(env.StandbyKeyFile, readFile))
+	report(c.parseEndpoints(env.StandbyEndpoints, env.APIServer))
 	report(choose("EGRESS_STANDBY_FENCE", orDefault(env.StandbyFence, string(spec.FenceAuto)), string(spec.FenceAuto), string(spec.FenceRequire)))
 	s.Fence = spec.Fence(orDefault(env.StandbyFence, string(spec.FenceAuto)))
 }
@@ -174,6 +177,21 @@ func (c *Config) parseReference(s string) *Error {
 		return &Error{"EGRESS_STANDBY_REFERENCE", fmt.Sprintf("EGRESS_STANDBY_REFERENCE %s is not an address and a port: expected such as 10.96.0.1:443, or none", quote(s)), ""}
 	}
 	c.Peers.Reference = at.String()
+	return nil
+}
+
+// parseEndpoints parses the name of a Service (RFC 1035 label, as Kubernetes requires).
+func (c *Config) parseEndpoints(name, apiServer string) *Error {
+	const variable = "EGRESS_STANDBY_ENDPOINTS"
+	switch {
+	case name == "":
+		return nil
+	case faultOfName(name) != "" || strings.ContainsAny(name, "._") || name != strings.ToLower(name) || len(name) > 63 || name[0] <= '9':
+		return &Error{variable, fmt.Sprintf("%s %s is not the name of a Service", variable, quote(name)), remedy("write the name alone, without the namespace")}
+	case apiServer == "":
+		return &Error{variable, fmt.Sprintf("%s is set, and there is no API server: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set", variable), remedy("unset the variable outside of Kubernetes")}
+	}
+	c.Peers.Endpoints, c.Peers.APIServer = name, apiServer
 	return nil
 }
 

@@ -141,10 +141,12 @@ func mismatches(t reflect.Type, value any, path string) (faults Faults) {
 		if _, is := value.(string); !is {
 			return wrong("a text")
 		}
-	default: // a port, which is not absent if it is zero
-		if n, is := value.(float64); !is || n != float64(int32(n)) {
+	default: // a number
+		n, is := value.(float64)
+		switch {
+		case !is || n != float64(int32(n)):
 			return wrong("a whole number")
-		} else if n == 0 {
+		case n == 0 && strings.HasSuffix(path, ".targetPort"): // which is not absent
 			return wrong("a port from 1 to 65535")
 		}
 	}
