@@ -93,6 +93,9 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 		return nil, nil, err
 	}
 	s, g := c.Standby, r.Gate.(gate).of(*r.Want.Gate)
+	if c.Peers.Endpoints != "" && c.Peers.APIServer == "" { // known where a router runs, and not to plan
+		return nil, nil, errors.New("EGRESS_STANDBY_ENDPOINTS is set, and there is no API server: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set; unset it outside of Kubernetes")
+	}
 	service := newEndpoints(c, own, g, log)
 	runner, err := standby.New(standby.Options{
 		Settings:  election.Settings{Interval: s.Interval, ID: newID(), Priority: c.Peers.Priority},
@@ -112,7 +115,7 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 			defer kernel.Close()
 			return kernel.Reach(c.Egress, gateway, mac[:])
 		},
-		Ready:   k.InSync,
+		Ready: k.InSync,
 		Changed: func(role election.State) {
 			k.SetRole(roles[role])
 			lead(service, role)

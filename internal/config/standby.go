@@ -22,7 +22,7 @@ type Peers struct {
 	Reference string   // address and port that is reachable while the cluster side works; empty: none
 	Key       []byte   // that authenticates heartbeats; nil: none
 	Endpoints string   // Service that the active router leads to itself; empty: none
-	APIServer string   // host and port
+	APIServer string   // host and port; empty: there is none
 }
 
 // The limits and defaults of EGRESS_STANDBY_INTERVAL and EGRESS_STANDBY_PRIORITY. Below the
@@ -188,8 +188,6 @@ func (c *Config) parseEndpoints(name, apiServer string) *Error {
 		return nil
 	case faultOfName(name) != "" || strings.ContainsAny(name, "._") || name != strings.ToLower(name) || len(name) > 63 || name[0] <= '9':
 		return &Error{variable, fmt.Sprintf("%s %s is not the name of a Service", variable, quote(name)), remedy("write the name alone, without the namespace")}
-	case apiServer == "":
-		return &Error{variable, fmt.Sprintf("%s is set, and there is no API server: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set", variable), remedy("unset the variable outside of Kubernetes")}
 	}
 	c.Peers.Endpoints, c.Peers.APIServer = name, apiServer
 	return nil

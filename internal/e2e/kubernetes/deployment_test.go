@@ -100,18 +100,7 @@ func TestDeployment(t *testing.T) {
 // the old pod.
 func TestRollingUpdate(t *testing.T) {
 	guard(t)
-	// Macvlans of one NIC exchange frames in mode bridge only, as macvlans of two
-	// nodes do through the switch.
-	network, _, _ := strings.Cut(manifest(t, "multus.yaml", `"mode": "private"`, `"mode": "bridge"`), "\n---\n")
-	private, _, _ := strings.Cut(manifest(t, "multus.yaml"), "\n---\n")
-	if err := tryApply(network); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := tryApply(private); err != nil {
-			t.Error(err)
-		}
-	})
+	bridged(t)
 	text := manifest(t, "deployment.yaml", "    type: Recreate\n", "    type: RollingUpdate\n    rollingUpdate:\n      maxSurge: 1\n      maxUnavailable: 0\n")
 	apply(t, text)
 	const deployment = "deployment/egress-demo-controller"
@@ -170,6 +159,22 @@ func TestRollingUpdate(t *testing.T) {
 		}
 		if !slices.ContainsFunc(routers(t), func(p corev1.Pod) bool { return p.Name == holder && isReady(p) }) {
 			t.Errorf("the old pod %s is deleted or not ready", holder)
+		}
+	})
+}
+
+// bridged gives the test's pods macvlans in mode bridge: those of one NIC exchange frames in that
+// mode only, as macvlans of two nodes do through the switch.
+func bridged(t *testing.T) {
+	t.Helper()
+	network, _, _ := strings.Cut(manifest(t, "multus.yaml", `"mode": "private"`, `"mode": "bridge"`), "\n---\n")
+	private, _, _ := strings.Cut(manifest(t, "multus.yaml"), "\n---\n")
+	if err := tryApply(network); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := tryApply(private); err != nil {
+			t.Error(err)
 		}
 	})
 }
