@@ -35,7 +35,7 @@ var Router = []Metric{
 	{"egress_router_conntrack_entries", Gauge, nil, "Entries in the connection tracking table of the pod."},
 	{"egress_router_conntrack_limit", Gauge, nil, "Maximum number of entries in the connection tracking table (net.netfilter.nf_conntrack_max)."},
 	{"egress_router_dropped_packets_total", Counter, []string{"reason"}, "Packets that the rules dropped or rejected, by reason."},
-	{"egress_router_standby_role", Gauge, []string{"role"}, "1 for the role of this router, otherwise 0: standby, claiming, active or resuming; these metrics exist only with EGRESS_STANDBY=true."},
+	{"egress_router_standby_role", Gauge, []string{"role"}, "1 for the role of this router, otherwise 0: standby, claiming, active or resuming; like the other metrics of standby only of a router that is one of several."},
 	{"egress_router_standby_takeovers_total", Counter, []string{"reason"}, "Times that this router became active, by the reason."},
 	{"egress_router_standby_last_gap_seconds", Gauge, nil, "Time from the last sign of the former active router until this one became active."},
 	{"egress_router_standby_echo_round_trip_seconds", Gauge, nil, "Time of the last answer of the witness to a ping."},
