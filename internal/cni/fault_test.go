@@ -4,10 +4,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/cni"
 	"github.com/egress-router/egress-router/internal/lab"
@@ -36,6 +38,13 @@ var faults = []fault{
 	{"interface that is a pattern", "ADD CHECK", func(p *pod) { p.Vars["CNI_IFNAME"] = "net+" }, 4, `CNI_IFNAME is "net+": it contains '+'`, ""},
 	{"namespace gone", "ADD CHECK", func(p *pod) { p.Vars["CNI_NETNS"] = "/run/netns/gone" }, 8, `CNI_NETNS is "/run/netns/gone": `, ""},
 	{"another file", "ADD CHECK", func(p *pod) { p.Vars["CNI_NETNS"] = "/proc/self/exe" }, 8, "not a network namespace", ""},
+	{"pipe as a namespace", "ADD CHECK", func(p *pod) {
+		p.Vars["CNI_NETNS"] = filepath.Join(p.TempDir(), "pipe")
+		if err := unix.Mkfifo(p.Vars["CNI_NETNS"], 0o600); err != nil {
+			p.Fatal(err)
+		}
+	}, 8, "not a network namespace", ""},
+	{"directory as a namespace", "ADD CHECK", func(p *pod) { p.Vars["CNI_NETNS"] = p.TempDir() }, 8, "not a network namespace", ""},
 	{"namespace of the plugin", "ADD CHECK", func(p *pod) { p.Vars["CNI_NETNS"] = labtest.File(p.Lab.Node) }, 8, "expected that of a pod", ""},
 	{"version of the future", "ADD CHECK STATUS GC", func(p *pod) { p.Conf["cniVersion"] = "9.0.0" }, 1, `cniVersion is "9.0.0": expected one of [0.1.0 0.2.0 0.3.0 0.3.1 0.4.0 1.0.0 1.1.0]`, ""},
 	{"version is a number", "ADD CHECK STATUS GC", func(p *pod) { p.Conf["cniVersion"] = 1 }, 6, "cniVersion is 1: expected a text", ""},

@@ -123,7 +123,7 @@ func (l nodeLog) directory() (dir *os.File, name string, err error) {
 			return nil, "", err
 		}
 		defer root.Close()
-		dir, err = root.Open(filepath.Dir(path))
+		dir, err = root.OpenFile(filepath.Dir(path), unix.O_DIRECTORY, 0)
 		return dir, filepath.Base(path), err
 	}
 	return nil, "", errors.New("expected a file in /tmp or /var/log")

@@ -2,6 +2,7 @@ package cni
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -149,7 +150,8 @@ func TestLogWithoutDirectory(t *testing.T) {
 // writes in directories for logs alone, and no link leads out of these.
 func TestLogStaysInDirectoriesForLogs(t *testing.T) {
 	link := filepath.Join(t.TempDir(), "link")
-	if err := os.Symlink("/etc", link); err != nil {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := errors.Join(os.Symlink("/etc", link), unix.Mkfifo(pipe, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	for file, want := range map[string]string{
@@ -159,6 +161,7 @@ func TestLogStaysInDirectoriesForLogs(t *testing.T) {
 		"/tmp":                          "expected a file in /tmp or /var/log",
 		"/tmpfile":                      "expected a file in /tmp or /var/log",
 		link + "/egress-router-log":     "path escapes",
+		pipe + "/egress-router-log":     "not a directory",
 	} {
 		l, stderr := newLog(t)
 		l.file = file

@@ -57,10 +57,11 @@ func New() (*Namespace, error) {
 // Open opens a namespace by its file, such as /proc/1/ns/net or the path that a container
 // runtime passes to a plugin. The error of another file is an ErrNoNamespace.
 func Open(path string) (*Namespace, error) {
-	handle, err := netns.GetFromPath(path)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0) // a pipe would wait
 	if err != nil {
 		return nil, fmt.Errorf("opening network namespace %q: %w", path, err)
 	}
+	handle := netns.NsHandle(fd)
 	// Any file can be opened: without this check, Do would fail with "invalid argument"
 	// (ioctl_ns(2)).
 	if kind, err := unix.IoctlRetInt(int(handle), unix.NS_GET_NSTYPE); err != nil || kind != unix.CLONE_NEWNET {
