@@ -221,16 +221,16 @@ func (c *call) alias(beginning string) string {
 // adjustedAlias is the alias of the interface of another plugin, with signs of the addresses
 // that it gets, and the alias that it had.
 func (c *call) adjustedAlias(sources spec.Sources, had plan.State, before string) string {
-	added := "-"
+	alias := []string{c.alias(adjustedBeginning), " -"}
 	for _, s := range sources {
 		if !slices.Contains(had.Addresses, s.Prefix) {
-			added += sign(s.Prefix)
+			alias = append(alias, sign(s.Prefix))
 		}
 	}
 	if before != "" {
-		added += " " + before
+		alias = append(alias, " ", before)
 	}
-	return c.alias(adjustedBeginning) + " " + added
+	return strings.Join(alias, "")
 }
 
 // sign returns signLength characters that stand for an address.
