@@ -112,9 +112,11 @@ func newNamespace(t *testing.T) string {
 // returns a function that stops it.
 func startOperator(t *testing.T, namespace string, change ...func(*controller.Options)) (stop func()) {
 	t.Helper()
+	log := &testWriter{t: t}
+	t.Cleanup(log.end) // after the operator has stopped
 	o := controller.Options{
 		Image: "localhost/egress-router", Namespace: namespace, DefaultRoute: controller.Auto,
-		MetricsListen: "0", HealthListen: "0", Log: slog.New(slog.NewTextHandler(testWriter{t}, nil)),
+		MetricsListen: "0", HealthListen: "0", Log: slog.New(slog.NewTextHandler(log, nil)),
 	}
 	for _, c := range change {
 		c(&o)
@@ -147,11 +149,28 @@ func operatorConfig() *rest.Config {
 	return c
 }
 
-type testWriter struct{ t *testing.T }
+// A testWriter writes to the log of a test until the test ends. The recorder of events
+// may write later, since the manager does not wait for it.
+type testWriter struct {
+	t *testing.T
 
-func (w testWriter) Write(p []byte) (int, error) {
-	w.t.Log(strings.TrimSuffix(string(p), "\n"))
+	mu    sync.Mutex
+	ended bool
+}
+
+func (w *testWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.ended {
+		w.t.Log(strings.TrimSuffix(string(p), "\n"))
+	}
 	return len(p), nil
+}
+
+func (w *testWriter) end() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ended = true
 }
 
 // eventually waits until a condition holds: found returns what it found instead.
