@@ -47,11 +47,12 @@ type observer struct {
 	lacks   []string // capabilities that this process lacks
 	o       diagnose.Observation
 
+	usable        map[netip.Addr]bool // the reserved addresses that the interface has
 	gatewayEchoes map[netip.Addr]*diagnose.Echo
 }
 
 func newObserver(at place, c config.Config, partial string, log *slog.Logger) *observer {
-	return &observer{at: at, c: c, log: log, lacks: missing(capabilities...), o: diagnose.Observation{
+	return &observer{at: at, c: c, log: log, lacks: missing(capabilities...), usable: make(map[netip.Addr]bool), o: diagnose.Observation{
 		At: time.Now(), Egress: c.Egress, Cluster: c.Cluster, Partial: partial, Forwards: c.Forward,
 	}}
 }
@@ -180,13 +181,12 @@ func (w *observer) interfaces() {
 			a.Duplicate = slices.Contains(six.Duplicate, s.Prefix.Addr())
 		}
 		w.o.Addresses = append(w.o.Addresses, a)
+		w.usable[s.Prefix.Addr()] = a.Present && !a.Duplicate
 	}
 }
 
-// present reports whether the egress interface has an address.
-func (w *observer) present(a netip.Addr) bool {
-	return slices.ContainsFunc(w.o.Addresses, func(have diagnose.Address) bool { return have.Prefix.Addr() == a && have.Present && !have.Duplicate })
-}
+// present reports whether the egress interface has an address that can be used.
+func (w *observer) present(a netip.Addr) bool { return w.usable[a] }
 
 // neighbours asks the gateways, and other hosts for the reserved addresses.
 func (w *observer) neighbours(ctx context.Context) {
