@@ -24,7 +24,8 @@ const (
 	// mostProbed is the number of servers that are probed; of more, a sample.
 	mostProbed = 64
 	// connectLimit is the time for the answer of a server: that of three SYN segments, by
-	// the kernel's first pauses of 1 and 2 s (RFC 6298).
+	// the kernel's first pauses of 1 and 2 s (RFC 6298); since Linux 6.5 of four, by three
+	// pauses of 1 s (tcp_syn_linear_timeouts, ip-sysctl.rst).
 	connectLimit = 3300 * time.Millisecond
 	// resetLimit is the time after the handshake in which a reset may come.
 	resetLimit    = 250 * time.Millisecond

@@ -146,6 +146,20 @@ func TestSentenceIsAboutFault(t *testing.T) {
 	}
 }
 
+// A remedy of several destinations is printed once.
+func TestRemedyIsNotRepeated(t *testing.T) {
+	o := healthy()
+	silentServer(&o)
+	o.Probed = append([]Destination{o.Probed[0], o.Probed[0]}, o.Probed...)
+	var b strings.Builder
+	if err := Diagnose(o).WriteText(&b); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(b.String(), "  remedy: "); n != 1 {
+		t.Errorf("%d times:\n%s", n, b.String())
+	}
+}
+
 // Without privilege, a check is unknown or what the running router reports, and no fault.
 func TestUnknownIsNoFault(t *testing.T) {
 	o := healthy()

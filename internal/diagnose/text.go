@@ -26,7 +26,8 @@ func (d Diagnosis) WriteText(w io.Writer) error {
 	lines := strings.SplitAfter(table.String(), "\n")
 	for i, f := range d.Findings {
 		b.WriteString(lines[i])
-		if f.Remedy != "" && f.Verdict != OK {
+		// Many destinations may have one fault.
+		if again := i > 0 && d.Findings[i-1].Remedy == f.Remedy; f.Remedy != "" && f.Verdict != OK && !again {
 			fmt.Fprintf(&b, "  remedy: %s\n", oneLine(f.Remedy))
 		}
 	}

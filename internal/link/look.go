@@ -52,6 +52,25 @@ func (k *Kernel) Look(name string) (Look, error) {
 	return look, nil
 }
 
+// ParentIn returns the name and the kind of the NIC below a macvlan, if it is in the host's
+// namespace, whose descriptor is hostFd; otherwise it is empty.
+func (k *Kernel) ParentIn(host *Kernel, hostFd int, name string) (string, error) {
+	l, err := k.find(name)
+	if err != nil {
+		return "", err
+	}
+	id, err := k.handle.GetNetNsIdByFd(hostFd)
+	a := l.Attrs()
+	if err != nil || id < 0 || a.NetNsID != id || a.ParentIndex == 0 {
+		return "", err
+	}
+	parent, err := dump(func() (netlink.Link, error) { return host.handle.LinkByIndex(a.ParentIndex) })
+	if err != nil {
+		return "", fmt.Errorf("get interface %d of the host: %w", a.ParentIndex, err)
+	}
+	return fmt.Sprintf("%s (%s)", parent.Attrs().Name, parent.Type()), nil
+}
+
 // userHertz is the unit of the times in a neighbour entry (USER_HZ, time(7)), in 1/s.
 const userHertz = 100
 

@@ -72,6 +72,22 @@ func TestDiagnoseProcess(t *testing.T) {
 	})
 }
 
+// On the node, and where the host's namespace is known, the NIC below the macvlan is named.
+func TestDiagnoseNamesParent(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.OK()
+	p.Env["EGRESS_MACVLAN_PARENT"], p.Env["EGRESS_HOST_NETNS"] = lab.NIC, labtest.File(p.Lab.Node)
+	for _, d := range []diagnose.Diagnosis{
+		diagnosed(p, p.Lab.Router, "egress-router"),
+		diagnosed(p, p.Lab.Node, "egress-router", "--netns", labtest.File(p.Lab.Router)),
+	} {
+		if f := found(p, d, "interface"); !strings.Contains(f.Found, "macvlan in mode private of nic0 (veth), ") {
+			t.Errorf("%+v", f)
+		}
+	}
+}
+
 // Without privilege, each check states what it needs, or what a running router reports.
 func TestDiagnoseWithoutPrivilege(t *testing.T) {
 	t.Parallel()
