@@ -83,8 +83,8 @@ func (r *Router) Signal(s syscall.Signal) error {
 	if s == syscall.SIGTERM {
 		pids = pids[:1] // the program ends them itself
 	}
-	for i, pid := range pids {
-		if err := syscall.Kill(pid, s); err != nil && (i == 0 || !errors.Is(err, syscall.ESRCH)) {
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, s); err != nil && !errors.Is(err, syscall.ESRCH) { // it has just ended
 			return fmt.Errorf("sending %s to process %d: %w", s, pid, err)
 		}
 	}
@@ -153,7 +153,7 @@ func tree(pid int) []int {
 const Started = "--- start\n"
 
 // logged is the size of a log's end that a Router keeps, in bytes.
-const logged = 64 << 10
+const logged = 4 << 20
 
 // Write appends to the router's log.
 func (r *Router) Write(b []byte) (int, error) {

@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,7 @@ type Result struct {
 	Violations []Violation
 	Gaps       []time.Duration // the longest of each round
 	Takeovers  int             // rounds after which another router holds
+	Logs       string          // of the routers, after the first round with violations
 }
 
 // inRow is the number of answered attempts after which a site works: 100 ms without a gap.
@@ -92,6 +94,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		}
 		fmt.Fprintf(o.Out, "gap %d ms, %d holds", gap.Milliseconds(), ring.Holder()+1)
 		if len(found) > 0 {
+			result.Logs = cmp.Or(result.Logs, ring.logs())
 			fmt.Fprintf(o.Out, ", %d violations", len(found))
 		}
 		fmt.Fprintln(o.Out)
@@ -185,11 +188,17 @@ func (r *Ring) AwaitTraffic(ctx context.Context) error {
 	if r.Traffic.Await(inRow, ctx.Done()) {
 		return nil
 	}
-	err := fmt.Errorf("waiting for answers after the faults ended: %w", context.Cause(ctx))
+	return fmt.Errorf("waiting for answers: %w\n%s", context.Cause(ctx), r.logs())
+}
+
+// logs returns the ends of the routers' logs, at most 16 KB of each.
+func (r *Ring) logs() string {
+	var b strings.Builder
 	for i, router := range r.Routers {
-		err = errors.Join(err, fmt.Errorf("log of router %d:\n%s", i+1, router.Log()))
+		log := router.Log()
+		fmt.Fprintf(&b, "log of router %d:\n%s", i+1, log[max(0, len(log)-16<<10):])
 	}
-	return err
+	return b.String()
 }
 
 // Judge judges the frames so far.
