@@ -23,7 +23,7 @@ GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkg
 # The longest first.
 PACKAGES = ./internal/router ./internal/iptables ./... ./.ci
 
-.PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies image e2e e2e-kubernetes clean
+.PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies faults image e2e e2e-kubernetes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -89,12 +89,15 @@ golden: ## rewrite testdata/golden, script and the READMEs' tables after an inte
 golden-operator: ## rewrite the golden files of the operator, with an API server as in test-operator
 	.ci/operator ./internal/envtest -run 'Objects|Several' -update
 
-bench: build iptables nft plugin ## measure the router, as ratios, and the CNI plugin; PART=load, connections or throughput for one part
+bench: build iptables nft keepalived plugin ## measure the router, as ratios, and the CNI plugin; PART=load, connections, throughput or standby for one part
 	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)
 	$(if $(PART),,$(GO) test -run '^$$' -bench . -benchtime 25x ./cmd/egress-router-cni)
 
 bench-proxies: build squid haproxy ## measure the proxies and squid or haproxy; PART=http or dns for one part
 	$(GO) run ./cmd/egress-lab bench-proxies bin/egress-router $(PART)
+
+faults: build nft ## inject COUNT=20 rounds of random faults into routers that stand by for each other; SEED repeats a run
+	$(GO) run ./cmd/egress-lab faults bin/egress-router $(or $(COUNT),20) $(SEED)
 
 image: ## build the container images and print their sizes
 	.ci/image
@@ -108,10 +111,10 @@ e2e-kubernetes: ## run the images on the cluster of KUBECONFIG, with E2E_LOAD to
 clean: ## remove bin
 	rm -rf bin
 
-.PHONY: programs iptables nft squid haproxy gcc
+.PHONY: programs iptables nft squid haproxy keepalived gcc
 programs:
-	@.ci/install iptables nftables:nft curl squid haproxy strace
-iptables squid haproxy:
+	@.ci/install iptables nftables:nft curl squid haproxy keepalived strace
+iptables squid haproxy keepalived:
 	@.ci/install $@
 nft:
 	@.ci/install nftables:nft

@@ -33,7 +33,7 @@ const (
 	partThroughput  = "throughput"
 )
 
-var parts = []string{partLoad, partConnections, partThroughput}
+var parts = []string{partLoad, partConnections, partThroughput, partStandby}
 
 const benchFoot = `Each ratio is the median of the ratios of all rounds, the spread their middle half; the
 figures are medians. MISSED means that this run missed a goal; the exit code is 0.
@@ -45,6 +45,7 @@ func bench(parts []string) func(context.Context, string, io.Writer) error {
 		partLoad:        benchLoad,
 		partConnections: benchConnections,
 		partThroughput:  benchThroughput,
+		partStandby:     benchStandby,
 	}
 	return func(ctx context.Context, program string, stdout io.Writer) error {
 		found, err := variants()

@@ -4,12 +4,14 @@
 //	egress-lab demo PROGRAM                   shows the answers that a client of the router gets
 //	egress-lab bench PROGRAM [PART]           measures the router, as ratios
 //	egress-lab bench-proxies PROGRAM [PART]   measures the proxies, as ratios to other proxies
+//	egress-lab faults PROGRAM [COUNT [SEED]]  injects faults into routers that stand by for each other
 //
 // The parts of bench, without PART all of them, are
 //
 //	load          start to exit, to the bare tool with the same rules; sizes
 //	connections   new connections with long lists, to those with one destination
 //	throughput    bytes and datagrams, to plain routing
+//	standby       outages of a router with another one that stands by, beside keepalived
 //
 // and those of bench-proxies
 //
@@ -48,9 +50,11 @@ const (
 const usage = `usage: egress-lab demo PROGRAM                   show the answers that a client of the router gets
        egress-lab bench PROGRAM [PART]           measure the router, as ratios
        egress-lab bench-proxies PROGRAM [PART]   measure the proxies, as ratios to other proxies
+       egress-lab faults PROGRAM [COUNT [SEED]]  inject faults into routers that stand by for each other
 PROGRAM is an egress-router: make build creates bin/egress-router
-PART is load, connections or throughput for bench, http or dns for bench-proxies; without
-it all parts are measured
+PART is load, connections, throughput or standby for bench, http or dns for bench-proxies;
+without it all parts are measured
+COUNT is a number of rounds, 20 without it; the same SEED chooses the same faults
 `
 
 // peers are the processes that bench-proxies starts, in the namespaces of the lab.
@@ -83,7 +87,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 		c.run = benchProxies(proxyParts)
 	case len(args) == 3 && args[0] == "bench-proxies" && slices.Contains(proxyParts, args[2]):
 		c.run = benchProxies(args[2:])
-	default:
+	case len(args) >= 2 && args[0] == "faults":
+		c.run = injectFaults(args[2:])
+	}
+	if c.run == nil {
 		fmt.Fprintf(stderr, "egress-lab: invalid arguments: %q\n%s", args, usage)
 		return exitUsage
 	}

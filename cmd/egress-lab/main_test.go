@@ -165,7 +165,7 @@ func TestDemoFindsFaults(t *testing.T) {
 }
 
 func TestInvalidArgumentsPrintUsage(t *testing.T) {
-	for _, args := range [][]string{nil, {"demo"}, {"show", "/bin/true"}, {"demo", "/bin/true", "load"}, {"bench"}, {"bench", "/bin/true", "all"}, {"bench", "/bin/true", "load", "more"}} {
+	for _, args := range [][]string{nil, {"demo"}, {"show", "/bin/true"}, {"demo", "/bin/true", "load"}, {"bench"}, {"bench", "/bin/true", "all"}, {"bench", "/bin/true", "load", "more"}, {"faults"}, {"faults", "/bin/true", "none"}, {"faults", "/bin/true", "0"}, {"faults", "/bin/true", "1", "2", "3"}} {
 		code, stdout, stderr := finish(t, labCommand(t, args...))
 		if code != 2 || stdout != "" || !strings.HasSuffix(stderr, usage) {
 			t.Errorf("%q: exit code %d, stdout %q, stderr %q; want the usage", args, code, stdout, stderr)

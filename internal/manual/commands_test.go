@@ -88,6 +88,7 @@ var commands = map[string]command{
 	"make image":          {test: "TestImages"},
 	"make bench":          {test: "TestMeasure"},
 	"make bench-proxies":  {test: "TestMeasureProxies"},
+	"make faults":         {test: "TestInjectFaults"},
 
 	// Not run.
 	".ci/run":             {notRun: "it runs these tests"},

@@ -1,0 +1,40 @@
+package main
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+// One round of each outage shows that it measures; the figures do not matter. At a longer
+// interval a busy machine causes no take-overs.
+func TestMeasureStandby(t *testing.T) {
+	var out strings.Builder
+	err := measureStandby(t.Context(), router(t), standbyEffort{rounds: 1, interval: 200 * time.Millisecond, idle: 100 * time.Millisecond, load: 100 * time.Millisecond}, &out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range outages {
+		if !strings.Contains(out.String(), "\n"+o.name+" ") {
+			t.Errorf("the table lacks %q:\n%s", o.name, &out)
+		}
+	}
+	for _, figure := range []string{"take-overs in 100ms of load", "idle processor time, active, %", "idle processor time, standby, %"} {
+		if !strings.Contains(out.String(), "\n"+figure+" ") {
+			t.Errorf("the table lacks %q:\n%s", figure, &out)
+		}
+	}
+}
+
+// The command injects as many rounds as it is asked for, and prints each.
+func TestInjectFaults(t *testing.T) {
+	code, stdout, stderr := finish(t, labCommand(t, "faults", router(t), "2", "1"))
+	if code != 0 || stderr != "" {
+		t.Errorf("exit code %d, stderr %q", code, stderr)
+	}
+	for _, want := range []string{"2 rounds of faults, 3 routers, seed 1\n1: ", "\n2: ", "\nfaults: no two routers sent at the same time; "} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("stdout lacks %q:\n%s", want, stdout)
+		}
+	}
+}
