@@ -197,6 +197,14 @@ func (b *batch) run() error {
 	if err := conn.SetWriteBuffer(writeBuffer); err != nil {
 		return fmt.Errorf("set nfnetlink send buffer: %w", err)
 	}
+	return b.runOn(conn)
+}
+
+// runOn sends the batch, which is not empty, by a socket.
+func (b *batch) runOn(conn *netlink.Conn) error {
+	if b.err != nil {
+		return b.err
+	}
 	edge := func(kind int) netlink.Message {
 		return netlink.Message{
 			Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request},
@@ -216,7 +224,7 @@ func (b *batch) run() error {
 	if _, err := conn.SendMessages(append(messages, edge(unix.NFNL_MSG_BATCH_END))); err != nil {
 		return reason(err)
 	}
-	_, err = conn.Receive()
+	_, err := conn.Receive()
 	return reason(err)
 }
 

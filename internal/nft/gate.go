@@ -50,7 +50,8 @@ type Gate struct {
 	// Sources are the reserved addresses. Only answers to the first one open: two hosts of
 	// which each had an answer to another address would both send.
 	Sources []netip.Addr
-	// Witnesses are the hosts whose answers open: those of the family of the first source.
+	// Witnesses are the host whose answers open, exactly one of the family of the first source:
+	// another one could take another router for the holder. Others do not count.
 	Witnesses []netip.Addr
 	Mark      uint32 // of the packet sockets
 	// Ticket is the time in which a ping has to be answered, Permit the time that an answer
@@ -58,6 +59,8 @@ type Gate struct {
 	Ticket, Permit time.Duration
 	WithoutEgress  bool // the kernel has no egress hook
 	Index          int  // of the interface; zero: it is looked up, which waits on a busy machine
+
+	socket *lasting // nil: each call opens one
 }
 
 // The names of the gate's sets and chains.
@@ -127,8 +130,8 @@ func (g Gate) Validate() error {
 	switch {
 	case g.Interface == "":
 		return errors.New("gate: expected an interface, found none")
-	case len(g.Sources) == 0 || len(g.witnesses()) == 0:
-		return errors.New("gate: expected a reserved address and a witness of its family, found none")
+	case len(g.Sources) == 0 || len(g.witnesses()) != 1:
+		return fmt.Errorf("gate: expected a reserved address and one witness of its family, found %v and %v", g.Sources, g.Witnesses)
 	case g.Mark == 0:
 		return errors.New("gate: expected a mark, found none")
 	case g.Ticket < tick || g.Permit < tick: // without a lifetime an element stays

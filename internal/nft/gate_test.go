@@ -3,9 +3,12 @@ package nft_test
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -89,7 +92,8 @@ func newGated(t *testing.T, gate nft.Gate) *gated {
 		t.Fatal(err)
 	}
 	t.Cleanup(l.Close)
-	g := &gated{T: t, Lab: l, Gate: gate}
+	g := &gated{T: t, Lab: l, Gate: gate.Open()}
+	t.Cleanup(g.Gate.Close)
 	g.inRouter(gate.Load)
 	g.set(l.Outside, "net/ipv4/icmp_echo_ignore_all", "1")
 	g.set(l.Outside, "net/ipv6/icmp/echo_ignore_all", "1")
@@ -222,11 +226,19 @@ func (g *gated) open(ns *netns.Namespace, link string, mark int) packetSocket {
 // send sends a frame. The kernel returns ENOBUFS for one that an egress hook drops.
 func (s packetSocket) send(to net.HardwareAddr, etherType uint16, content []byte) {
 	s.t.Helper()
-	frame := binary.BigEndian.AppendUint16(slices.Concat(to, s.mac), etherType)
-	err := unix.Sendto(s.fd, append(frame, content...), 0, &unix.SockaddrLinklayer{Ifindex: s.index})
-	if err != nil && err != unix.ENOBUFS {
+	if err := s.try(to, etherType, content); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// try does the same, and returns another error.
+func (s packetSocket) try(to net.HardwareAddr, etherType uint16, content []byte) error {
+	frame := binary.BigEndian.AppendUint16(slices.Concat(to, s.mac), etherType)
+	err := unix.Sendto(s.fd, append(frame, content...), 0, &unix.SockaddrLinklayer{Ifindex: s.index})
+	if err == unix.ENOBUFS {
+		return nil
+	}
+	return err
 }
 
 var toAll = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
@@ -847,6 +859,43 @@ func TestGateShuts(t *testing.T) {
 	})
 }
 
+// Loading an open gate again lets every packet leave; after the repair of a damaged one none does.
+func TestGateLoadsUnderTraffic(t *testing.T) {
+	eachGate(t, long, long, func(g *gated) {
+		s, stop := g.startSender()
+		defer stop()
+		g.until("packets are dropped", func() bool { return g.dropped() > 0 })
+		g.unlock()
+		from := len(g.seen.Frames())
+		g.until("packets leave", func() bool { return len(s.sent(g.seen.Frames()[from:])) > 0 })
+		dropped := g.dropped()
+		for n := 10; n <= 100; n += 10 {
+			g.inRouter(g.Load)
+			g.until("more packets leave", func() bool { return len(s.sent(g.seen.Frames()[from:])) > n })
+		}
+		if more := g.dropped() - dropped; more > 0 {
+			g.Errorf("%d packets dropped", more)
+		}
+		g.nft("flush chain " + g.tableName() + " reply")
+		g.inRouter(g.Load)
+		repaired := time.Now()
+		g.until("packets are dropped", func() bool { return g.dropped() > 10 })
+		for _, at := range s.sent(g.seen.Frames()[from:]) {
+			if at.After(repaired) {
+				g.Errorf("a packet left %v after the repair", at.Sub(repaired))
+			}
+		}
+	})
+}
+
+// tableName returns the gate's table as nft(8) takes it.
+func (g *gated) tableName() string {
+	if g.WithoutEgress {
+		return "inet " + nft.GateTable
+	}
+	return "netdev " + nft.GateTable
+}
+
 // Loading what is there changes nothing, and a damaged gate is found, and is shut after its repair.
 func TestGateLoadsAgain(t *testing.T) {
 	eachGate(t, long, long, func(g *gated) {
@@ -869,11 +918,7 @@ func TestGateLoadsAgain(t *testing.T) {
 		if again := g.listed(); again != listed {
 			g.Errorf("loading a gate again changed it:\n%s\n%s", listed, again)
 		}
-		family := "netdev"
-		if g.WithoutEgress {
-			family = "inet"
-		}
-		table := family + " " + "egress-router-gate"
+		table := g.tableName()
 		damages := []string{
 			"delete table " + table,
 			"flush table " + table,
@@ -916,7 +961,8 @@ func TestGateLoadsAgain(t *testing.T) {
 			other(&o)
 			var found []string
 			g.inRouter(func() (err error) { found, err = o.Differs(); return err })
-			if len(found) == 0 && !(g.WithoutEgress && (what == "mark" || what == "ticket")) { // no rule has them
+			inRules := !g.WithoutEgress || what != "mark" && what != "ticket"
+			if len(found) == 0 && inRules {
 				g.Errorf("another %s: no difference", what)
 			}
 		}
@@ -927,10 +973,155 @@ func TestGateLoadsAgain(t *testing.T) {
 		}
 		g.inRouter(func() (err error) { removed, err = nft.RemoveGate(); return err })
 		g.inRouter(func() (err error) { loaded, err = nft.GateLoaded(); return err })
-		if text := g.nft("list ruleset"); !removed || loaded || strings.Contains(text, "egress-router-gate") {
+		if text := g.nft("list ruleset"); !removed || loaded || strings.Contains(text, nft.GateTable) {
 			g.Errorf("after RemoveGate:\n%s", text)
 		}
+		claim := func() error { return g.Claim(long) }
+		if err := g.Router.Do(claim); !errors.Is(err, unix.ENOENT) {
+			g.Errorf("claim without a gate: %v, want %v", err, unix.ENOENT)
+		}
+		g.inRouter(g.Load)
+		g.inRouter(claim)
 	})
+}
+
+// A new interface with the name of the old one is shut from the first packet, also if the gate was
+// open.
+func TestGateOfNewInterface(t *testing.T) {
+	eachGate(t, long, long, func(g *gated) {
+		g.unlock()
+		router, node := g.handle(g.Router), g.handle(g.Node)
+		defer router.Close()
+		defer node.Close()
+		if err := router.LinkDel(g.link(router, "macvlan0")); err != nil {
+			g.Fatal(err)
+		}
+		attributes := netlink.NewLinkAttrs()
+		attributes.Name, attributes.ParentIndex, attributes.Namespace = "macvlan0", g.link(node, lab.NIC).Attrs().Index, netlink.NsFd(g.Router.Fd())
+		if err := node.LinkAdd(&netlink.Macvlan{LinkAttrs: attributes, Mode: netlink.MACVLAN_MODE_PRIVATE}); err != nil {
+			g.Fatal(err)
+		}
+		g.inRouter(g.Load)
+		g.configure()
+		if left := g.left(); left != 0 {
+			g.Errorf("open for %v", left)
+		}
+		for _, e := range emissions() {
+			if strings.HasSuffix(e.name, "forwarded") || strings.HasSuffix(e.name, "own") {
+				dropped := g.dropped()
+				e.send(g)
+				g.until(e.name+" is dropped", func() bool { return g.dropped() > dropped })
+			}
+		}
+		for _, f := range g.seen.Frames() {
+			if p, is := f.IPv4(); is && p.Protocol == unix.IPPROTO_UDP && !f.Outgoing {
+				g.Errorf("%v", f)
+			}
+			if p, is := f.IPv6(); is && p.Protocol == unix.IPPROTO_UDP && !f.Outgoing {
+				g.Errorf("%v", f)
+			}
+		}
+		g.marked = g.open(g.Router, "macvlan0", aMark)
+		g.countReplies()
+		g.unlock()
+	})
+}
+
+// The gate of a process that is killed shuts by itself.
+func TestGateOfKilledProcess(t *testing.T) {
+	const permit = 200 * time.Millisecond
+	eachGate(t, long, permit, func(g *gated) {
+		g.set(g.Outside, "net/ipv4/icmp_echo_ignore_all", "0")
+		g.set(g.Outside, "net/ipv6/icmp/echo_ignore_all", "0")
+		s, stop := g.startSender()
+		defer stop()
+		self, err := os.Executable()
+		if err != nil {
+			g.Fatal(err)
+		}
+		gate, err := json.Marshal(g.Gate)
+		if err != nil {
+			g.Fatal(err)
+		}
+		cmd := exec.Command(self)
+		cmd.Env = append(nstest.Environment(), keeperVariable+"="+string(gate), gatewayVariable+"="+g.gateway.mac.String())
+		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+		if err := g.Start(g.Router, cmd); err != nil {
+			g.Fatal(err)
+		}
+		g.until("packets leave", func() bool { return len(s.sent(g.seen.Frames())) > 10 })
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		killed := time.Now()
+		// While it was armed, an answer that a busy machine handles late opens.
+		g.until("the gate shuts", func() bool {
+			var armed int
+			g.inRouter(func() (err error) { armed, err = g.Count("arm"); return err })
+			return armed == 0 && time.Since(killed) > permit && g.left() == 0
+		})
+		shut := time.Now()
+		dropped := g.dropped()
+		g.until("packets are dropped", func() bool { return g.dropped() > dropped+10 })
+		for _, at := range s.sent(g.seen.Frames()) {
+			if at.After(shut) {
+				g.Errorf("a packet left %v after the gate was shut", at.Sub(shut))
+			}
+		}
+	})
+}
+
+// The variables of the process that holds a gate open.
+const (
+	keeperVariable  = "EGRESS_TEST_GATE"
+	gatewayVariable = "EGRESS_TEST_GATEWAY"
+)
+
+func init() { // the process is a copy of the test binary
+	if text := os.Getenv(keeperVariable); text != "" {
+		fmt.Fprintln(os.Stderr, "keep a gate open:", keepGate(text))
+		os.Exit(1)
+	}
+}
+
+// keepGate holds a gate open, until it is killed.
+func keepGate(text string) error {
+	var g nft.Gate
+	if err := json.Unmarshal([]byte(text), &g); err != nil {
+		return err
+	}
+	gateway, err := net.ParseMAC(os.Getenv(gatewayVariable))
+	if err != nil {
+		return err
+	}
+	s := packetSocket{}
+	found, err := net.InterfaceByName(g.Interface)
+	if err != nil {
+		return err
+	}
+	s.index, s.mac = found.Index, found.HardwareAddr
+	if s.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
+		return err
+	}
+	if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_MARK, int(g.Mark)); err != nil {
+		return err
+	}
+	witness := g.Witnesses[slices.IndexFunc(g.Witnesses, func(a netip.Addr) bool { return a.Is4() == g.Sources[0].Is4() })]
+	for n := uint32(1); ; n++ {
+		left, err := g.Left()
+		if err == nil && left == 0 {
+			err = g.Arm(time.Second)
+		}
+		if err == nil {
+			err = g.Number(n)
+		}
+		if err != nil {
+			return err
+		}
+		if err := s.try(gateway, etherTypeOf(witness), icmp(g.Sources[0], witness, 8, 128, n)); err != nil {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 // listed returns the gate as nft(8) lists it, without what changes by itself.
@@ -955,4 +1146,55 @@ func (g *gated) nft(line string) string {
 		g.Fatalf("nft %s: %v\n%s", line, err, &out)
 	}
 	return out.String()
+}
+
+// A gate with which two routers could both be open, or one stay open, is refused.
+func TestGateRefused(t *testing.T) {
+	for what, spoil := range map[string]func(*nft.Gate){
+		"no interface":          func(g *nft.Gate) { g.Interface = "" },
+		"no source":             func(g *nft.Gate) { g.Sources = nil },
+		"no witness":            func(g *nft.Gate) { g.Witnesses = nil },
+		"of another family":     func(g *nft.Gate) { g.Witnesses = []netip.Addr{lab.GatewayAddr6} },
+		"two witnesses":         func(g *nft.Gate) { g.Witnesses = append(g.Witnesses, lab.LANServer) },
+		"no mark":               func(g *nft.Gate) { g.Mark = 0 },
+		"ticket without a tick": func(g *nft.Gate) { g.Ticket = 9 * time.Millisecond },
+		"permit without a tick": func(g *nft.Gate) { g.Permit = 9 * time.Millisecond },
+	} {
+		g := nft.Gate{Interface: "lo", Sources: []netip.Addr{lab.Source}, Witnesses: []netip.Addr{lab.GatewayAddr}, Mark: 1, Ticket: long, Permit: long}
+		spoil(&g)
+		if err := g.Load(); err == nil {
+			t.Errorf("%s: loaded", what)
+		}
+		if there, err := nft.GateLoaded(); there || err != nil {
+			t.Errorf("%s: loaded %v, %v", what, there, err)
+		}
+	}
+}
+
+// A gate with the egress hook loads if the kernel is found to have the hook, and not otherwise.
+func TestHasEgressHook(t *testing.T) {
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	if err := ns.Do(func() error {
+		has, err := nft.HasEgressHook()
+		if err != nil {
+			return err
+		}
+		if there, err := nft.GateLoaded(); there || err != nil {
+			t.Errorf("after the probe: gate loaded %v, %v", there, err)
+		}
+		g := nft.Gate{Interface: "lo", Sources: []netip.Addr{lab.Source}, Witnesses: []netip.Addr{lab.GatewayAddr}, Mark: 1, Ticket: long, Permit: long}
+		if err := g.Load(); has != (err == nil) {
+			t.Errorf("has the hook: %v; load: %v", has, err)
+		}
+		if found, err := g.Differs(); has != (len(found) == 0 && err == nil) {
+			t.Errorf("has the hook: %v; differences %q, %v", has, found, err)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 }

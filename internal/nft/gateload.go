@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -115,10 +116,66 @@ func (g Gate) change(what string, steps ...any) error {
 			b.addElement(t, s)
 		}
 	}
-	if err := b.run(); err != nil {
+	run := b.run
+	if g.socket != nil {
+		run = func() error { return g.socket.use(b.runOn) }
+	}
+	if err := run(); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
+}
+
+// Open returns the gate with a socket that stays open until Close, for changes of its elements
+// and for Left: as it closes one, the kernel waits until all packets have left that may use what a
+// transaction has deleted, some 15 ms (nft_rcv_nl_event in net/netfilter/nf_tables_api.c). Changes
+// of other programs wait as long.
+func (g Gate) Open() Gate {
+	g.socket = new(lasting)
+	return g
+}
+
+// Close closes that socket.
+func (g Gate) Close() {
+	if g.socket != nil {
+		g.socket.close()
+	}
+}
+
+// A lasting is a socket for several requests.
+type lasting struct {
+	mu   sync.Mutex
+	conn *netlink.Conn // nil: none is open
+}
+
+// use calls fn with the socket. After an error, which may leave other answers unread, the next
+// call gets another one.
+func (l *lasting) use(fn func(*netlink.Conn) error) (err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn == nil {
+		if l.conn, err = netlink.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
+			return fmt.Errorf("open nfnetlink socket: %w", err)
+		}
+	}
+	if err = fn(l.conn); err != nil {
+		l.end()
+	}
+	return err
+}
+
+func (l *lasting) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.end()
+}
+
+// end closes the socket. The caller holds the lock.
+func (l *lasting) end() {
+	if l.conn != nil {
+		_ = l.conn.Close()
+		l.conn = nil
+	}
 }
 
 // key returns the key of the interface, its index in the order of the machine.
@@ -176,25 +233,37 @@ func (g Gate) Left() (time.Duration, error) {
 }
 
 // elements returns the live elements of a set.
-func (g Gate) elements(set string) ([]live, error) {
-	return readElements(g.table(), set, func(b []byte) (l live, err error) {
-		l.set = set
-		err = attributes(b, func(kind uint16, data []byte) error {
-			switch kind {
-			case unix.NFTA_SET_ELEM_EXPIRATION:
-				if len(data) == 8 {
-					l.left = time.Duration(min(binary.BigEndian.Uint64(data), math.MaxInt32)) * time.Millisecond //nolint:gosec // limited
-				}
-			case unix.NFTA_SET_ELEM_KEY:
-				return attributes(data, func(_ uint16, value []byte) error {
-					l.key = slices.Clone(value)
-					return nil
-				})
+func (g Gate) elements(set string) (found []live, err error) {
+	parse := func(b []byte) (live, error) { return parseLive(set, b) }
+	compare := func(a, b live) int { return slices.Compare(a.key, b.key) }
+	if g.socket == nil {
+		return readElements(g.table(), set, parse, compare)
+	}
+	err = g.socket.use(func(conn *netlink.Conn) error {
+		found, err = readElementsOn(conn, g.table(), set, parse, compare)
+		return err
+	})
+	return found, err
+}
+
+// parseLive reads an element of a set.
+func parseLive(set string, b []byte) (l live, err error) {
+	l.set = set
+	err = attributes(b, func(kind uint16, data []byte) error {
+		switch kind {
+		case unix.NFTA_SET_ELEM_EXPIRATION:
+			if len(data) == 8 {
+				l.left = time.Duration(min(binary.BigEndian.Uint64(data), math.MaxInt32)) * time.Millisecond //nolint:gosec // limited
 			}
-			return nil
-		})
-		return l, err
-	}, func(a, b live) int { return slices.Compare(a.key, b.key) })
+		case unix.NFTA_SET_ELEM_KEY:
+			return attributes(data, func(_ uint16, value []byte) error {
+				l.key = slices.Clone(value)
+				return nil
+			})
+		}
+		return nil
+	})
+	return l, err
 }
 
 // A gateSet is a set of the gate, as the kernel has it.
