@@ -54,7 +54,8 @@ type observer struct {
 
 func newObserver(at place, c config.Config, partial string, log *slog.Logger) *observer {
 	return &observer{at: at, c: c, log: log, lacks: missing(capabilities...), usable: make(map[netip.Addr]bool), o: diagnose.Observation{
-		At: time.Now(), Egress: c.Egress, Cluster: c.Cluster, Partial: partial, Forwards: c.Forward,
+		Words: c.Names(),
+		At:    time.Now(), Egress: c.Egress, Cluster: c.Cluster, Partial: partial, Forwards: c.Forward,
 	}}
 }
 

@@ -93,7 +93,7 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 		return nil, nil, err
 	}
 	s, g := c.Standby, r.Gate.(gate).of(*r.Want.Gate).Open() // until the process ends
-	if c.Peers.Endpoints != "" && c.Peers.APIServer == "" { // known where a router runs, and not to plan
+	if c.Peers.Endpoints != "" && c.Peers.APIServer == "" {  // known where a router runs, and not to plan
 		return nil, nil, errors.New("EGRESS_STANDBY_ENDPOINTS is set, and there is no API server: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set; unset it outside of Kubernetes")
 	}
 	service := newEndpoints(c, own, g, log)

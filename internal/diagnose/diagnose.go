@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // A Verdict is the result of a check.
@@ -112,7 +114,7 @@ func interfaces(o Observation) []Finding {
 		f.Verdict, f.Found = Unknown, i.Unknown
 	case i.Missing != "":
 		f.Verdict, f.Fault, f.Found = Failed, InterfaceMissing, i.Missing
-		f.Remedy = "check the network attachment of the pod, or set EGRESS_MACVLAN_PARENT or EGRESS_INTERFACE"
+		f.Remedy = "check the network attachment of the pod, or set " + o.name(wording.MacvlanParent) + " or " + o.name(wording.Interface)
 	case !i.Up:
 		f.Verdict, f.Fault, f.Found = Failed, InterfaceDown, text+", down"
 		f.Remedy = "run the router, which sets it up"
@@ -146,10 +148,10 @@ func addresses(o Observation) []Finding {
 		switch {
 		case a.Holder != "":
 			f.Verdict, f.Fault, f.Found = Failed, WrongMAC, "another host, "+a.Holder+", answers for it: the gateway may send answers there"
-			f.Remedy = "stop the host with that hardware address: an older pod that still runs, or another pod with the same EGRESS_SOURCE"
+			f.Remedy = "stop the host with that hardware address: an older pod that still runs, or another pod with the same " + o.name(wording.Source)
 		case a.Duplicate:
 			f.Verdict, f.Fault, f.Found = Failed, WrongMAC, "another host has it: duplicate address detection failed"
-			f.Remedy = "stop the other host, or set another EGRESS_SOURCE"
+			f.Remedy = "stop the other host, or set another " + o.name(wording.Source)
 		case !a.Present:
 			f.Verdict, f.Fault, f.Found = Failed, AddressMissing, "missing from "+o.Egress
 			f.Remedy = "run the router; in mode legacy or monitor it repairs this"
@@ -211,7 +213,7 @@ func (o Observation) gateway(g Gateway) Finding {
 			f.Found += ", and no frame has been received since the interface exists"
 		}
 		f.Found += g.age()
-		f.Remedy = "check that EGRESS_GATEWAY is right, that the node's NIC is in that network or VLAN, and that the switch or hypervisor accepts " + orUnknown(o.Interface.MAC)
+		f.Remedy = "check that " + o.name(wording.Gateway) + " is right, that the node's NIC is in that network or VLAN, and that the switch or hypervisor accepts " + orUnknown(o.Interface.MAC)
 	}
 	return f
 }
@@ -282,7 +284,7 @@ func routes(o Observation) []Finding {
 		f := Finding{Check: "routes", Verdict: Failed, Fault: RoutesWrong, Found: fmt.Sprintf("no route to %s by %s", d.To.Addr(), o.Egress), Remedy: "run the router again"}
 		if d.Astray {
 			f.Found = fmt.Sprintf("the route to %s leads elsewhere: %s", d.To.Addr(), d.Route)
-			f.Remedy = "delete that route, or leave that network out of EGRESS_CLUSTER_CIDRS"
+			f.Remedy = "delete that route, or leave that network out of " + o.name(wording.ClusterDestinations)
 		}
 		return one(f)
 	}
@@ -376,10 +378,10 @@ func ports(o Observation) []Finding {
 	case p.InUse >= p.Limit-p.Limit/1000: // the kernel gives up before it has tried each port
 		f.Verdict, f.Fault = Failed, PortsExhausted
 		f.Found += ": new connections to it are dropped"
-		f.Remedy = "give the router more reserved addresses (EGRESS_GRAMMAR=extended), or have the clients keep their connections open"
+		f.Remedy = "give the router more reserved addresses (" + o.several() + "), or have the clients keep their connections open"
 	case p.InUse > p.Limit-p.Limit/5:
 		f.Verdict = Warning
-		f.Remedy = "give the router more reserved addresses (EGRESS_GRAMMAR=extended)"
+		f.Remedy = "give the router more reserved addresses (" + o.several() + ")"
 	}
 	return one(f)
 }
@@ -403,7 +405,7 @@ func clients(o Observation) []Finding {
 		f.Remedy = "connect from a client, since this cannot be tried from inside the pod; if nothing appears in egress-router connections, check the Service, its port and the network policies"
 		if i := slices.IndexFunc(o.Drops.Reasons, func(d Drop) bool { return d.Reason == "not-redirected" && d.Packets > 0 }); i >= 0 {
 			f.Found += fmt.Sprintf("; %d packets to ports without a destination were rejected", o.Drops.Reasons[i].Packets)
-			f.Remedy = "clients connect to a port that no line has: compare the ports of the Service with those of EGRESS_DESTINATION"
+			f.Remedy = "clients connect to a port that no line has: compare the ports of the Service with those of " + o.name(wording.Destinations)
 		}
 	}
 	return one(f)

@@ -63,7 +63,7 @@ var faults = map[string]struct {
 	fault Fault
 	says  string // part of the output
 }{
-	"interface missing":     {func(o *Observation) { o.Interface = Interface{Missing: `interface "macvlan0" not found`} }, InterfaceMissing, "EGRESS_MACVLAN_PARENT"},
+	"interface missing":     {func(o *Observation) { o.Interface = Interface{Missing: `interface "macvlan0" not found`} }, InterfaceMissing, "macvlan parent"},
 	"interface down":        {func(o *Observation) { o.Interface.Up = false }, InterfaceDown, "down"},
 	"no carrier":            {func(o *Observation) { o.Interface.Carrier = false }, NoCarrier, "without carrier"},
 	"address missing":       {func(o *Observation) { o.Addresses[0].Present = false }, AddressMissing, "missing from macvlan0"},

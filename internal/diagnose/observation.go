@@ -7,6 +7,8 @@ package diagnose
 import (
 	"net/netip"
 	"time"
+
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // An Observation is the state in which a router was found. Fields named Unknown are why the
@@ -16,6 +18,9 @@ type Observation struct {
 	Egress  string // interface of the physical network
 	Cluster string // interface of the clients
 	Partial string // why the configuration is not known, only what the namespace shows; empty: it is
+	// Words are the names of the fields of the configuration for its user; nil: those without
+	// a front end.
+	Words wording.Names `json:"-"`
 
 	Interface   Interface
 	Addresses   []Address
@@ -32,6 +37,17 @@ type Observation struct {
 	Reported    []Reported // checks of a running router, by its health socket
 	HealthError string     // why a running router did not report; empty: it did, or none runs
 }
+
+// text returns a text for the user of the configuration.
+func (o Observation) text(format string, args ...any) string {
+	return wording.Textf(format, args...).In(o.Words)
+}
+
+// name returns the name of a field.
+func (o Observation) name(f wording.Field) string { return o.text("%s", f) }
+
+// several returns the setting that allows several reserved addresses.
+func (o Observation) several() string { return o.text("%s", wording.Set(wording.Grammar, "extended")) }
 
 // An Interface is the egress interface.
 type Interface struct {
