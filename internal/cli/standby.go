@@ -85,6 +85,26 @@ func newGate(c config.Config, log *slog.Logger) (gate, error) {
 	return gate{partial: true}, nil
 }
 
+// standBy makes r one of several routers, if the configuration says so.
+func (w *watch) standBy(r *router.Router) error {
+	g, err := newGate(w.config, w.log)
+	if err != nil {
+		return err
+	}
+	r.Gate = g
+	if w.config.Standby == nil {
+		return nil
+	}
+	r.Want.Gate.Partial = g.partial
+	r.Want = r.Want.WithRole(plan.Standby)
+	if w.standby, w.service, err = newStandby(w.config, r, w.keeper, w.log); err != nil {
+		return err
+	}
+	w.keeper.Holds = func() bool { return w.standby.Status().Role == election.Active }
+	w.keeper.Peer = func(mac net.HardwareAddr) bool { return len(mac) == 6 && w.standby.PeerMAC([6]byte(mac)) }
+	return nil
+}
+
 // newStandby returns the runner of a router that is one of several, and what leads a Service to
 // it; nil: nothing does.
 func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.Logger) (*standby.Runner, *endpoints.Writer, error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,12 +11,10 @@ import (
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
-	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/endpoints"
 	"github.com/egress-router/egress-router/internal/events"
 	"github.com/egress-router/egress-router/internal/lookup"
 	"github.com/egress-router/egress-router/internal/nft"
-	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/internal/standby"
 	"github.com/egress-router/egress-router/rules"
@@ -56,23 +53,11 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	defer end()
 	r := newRouter(c, log)
 	r.Stays = true
-	kernelGate, err := newGate(c, log)
-	if err != nil {
+	w.keeper = newKeeper(r, c)
+	w.keeper.Replaced = w.count
+	if err := w.standBy(r); err != nil {
 		return err
 	}
-	if r.Gate = kernelGate; r.Want.Gate != nil {
-		r.Want.Gate.Partial = kernelGate.partial
-		r.Want = r.Want.WithRole(plan.Standby)
-	}
-	w.keeper = newKeeper(r, c)
-	if c.Standby != nil {
-		if w.standby, w.service, err = newStandby(c, r, w.keeper, log); err != nil {
-			return err
-		}
-		w.keeper.Holds = func() bool { return w.standby.Status().Role == election.Active }
-		w.keeper.Peer = func(mac net.HardwareAddr) bool { return len(mac) == 6 && w.standby.PeerMAC([6]byte(mac)) }
-	}
-	w.keeper.Replaced = w.count
 
 	// Listen first: an error comes before any change.
 	stop, err := w.reporter(p).start(ctx, log)
@@ -129,25 +114,30 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	}
 	w.background.Go(func() { file.run(ctx) })
 	restoreGC()
-	if w.standby != nil {
-		outer := ctx
-		stays, leave := context.WithCancel(context.WithoutCancel(ctx))
-		defer leave()
-		if w.service != nil {
-			w.background.Go(func() { w.service.Run(stays) })
+	return w.keep(ctx)
+}
+
+// keep repairs drift until ctx ends, and a router that is one of several has handed over.
+func (w *watch) keep(ctx context.Context) error {
+	if w.standby == nil {
+		err := w.keeper.Run(ctx)
+		if err == nil {
+			w.log.Info("stopping, configuration stays")
 		}
-		w.background.Go(func() { // the keeper stays until the addresses are handed over
-			w.standby.Run(outer)
-			leave()
-		})
-		ctx = stays
+		return err
 	}
-	err = w.keeper.Run(ctx)
-	switch {
-	case err == nil && w.standby != nil:
-		log.Info("stopping, configuration stays, gate shut")
-	case err == nil:
-		log.Info("stopping, configuration stays")
+	stays, leave := context.WithCancel(context.WithoutCancel(ctx))
+	defer leave()
+	if w.service != nil {
+		w.background.Go(func() { w.service.Run(stays) })
+	}
+	w.background.Go(func() {
+		w.standby.Run(ctx)
+		leave()
+	})
+	err := w.keeper.Run(stays)
+	if err == nil {
+		w.log.Info("stopping, configuration stays, gate shut")
 	}
 	return err
 }
