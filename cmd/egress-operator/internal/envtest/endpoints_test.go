@@ -3,7 +3,6 @@ package envtest
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
@@ -150,7 +149,7 @@ func startRouter(t *testing.T, namespace string, addresses ...string) *endpoints
 	}
 	r.Writer = endpoints.New(endpoints.Options{
 		Service: "egress-standby", Addresses: r.addresses, Pod: "pod-" + addresses[0], Node: "node-1",
-		Server: net.JoinHostPort("localhost", port), Account: dir, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil)),
+		Server: net.JoinHostPort("localhost", port), Account: dir, Log: testLog(t),
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})

@@ -112,11 +112,9 @@ func newNamespace(t *testing.T) string {
 // returns a function that stops it.
 func startOperator(t *testing.T, namespace string, change ...func(*controller.Options)) (stop func()) {
 	t.Helper()
-	log := &testWriter{t: t}
-	t.Cleanup(log.end) // after the operator has stopped
 	o := controller.Options{
 		Image: "localhost/egress-router", Namespace: namespace, DefaultRoute: controller.Auto,
-		MetricsListen: "0", HealthListen: "0", Log: slog.New(slog.NewTextHandler(log, nil)),
+		MetricsListen: "0", HealthListen: "0", Log: testLog(t),
 	}
 	for _, c := range change {
 		c(&o)
@@ -147,6 +145,13 @@ func operatorConfig() *rest.Config {
 		Groups:   []string{"system:serviceaccounts", "system:serviceaccounts:egress-operator", "system:authenticated"},
 	}
 	return c
+}
+
+// testLog returns the log of a test, which ends after all that is cleaned up before it.
+func testLog(t *testing.T) *slog.Logger {
+	w := &testWriter{t: t}
+	t.Cleanup(w.end)
+	return slog.New(slog.NewTextHandler(w, nil))
 }
 
 // A testWriter writes to the log of a test until the test ends. The recorder of events
