@@ -113,8 +113,9 @@ func faultOfName(name string) string {
 		case strings.HasPrefix(label, "-") || strings.HasSuffix(label, "-"):
 			return "a label begins or ends with -"
 		}
-		for _, r := range label {
-			if !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '-' || r == '_') {
+		const allowed = "abcdefghijklmnopqrstuvwxyz0123456789-_"
+		for _, r := range strings.ToLower(label) {
+			if !strings.ContainsRune(allowed, r) {
 				return fmt.Sprintf("it contains %q", r)
 			}
 		}

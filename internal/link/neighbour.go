@@ -21,7 +21,7 @@ func (k *Kernel) Reach(name string, a netip.Addr, mac net.HardwareAddr) error {
 	if a.Is6() {
 		family = unix.AF_INET6
 	}
-	entries, err := k.handle.NeighList(index, family)
+	entries, err := k.neighbours(index, a.Is6())
 	if err != nil {
 		return fmt.Errorf("list neighbours of %q: %w", name, err)
 	}

@@ -10,6 +10,7 @@ package standby
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"sync"
 	"time"
@@ -129,10 +130,7 @@ func (r *Runner) now() time.Duration { return time.Since(r.start) }
 func (r *Runner) Status() Status {
 	r.mu.Lock()
 	s := r.status
-	s.TakeOvers = make(map[string]uint64, len(r.status.TakeOvers))
-	for why, n := range r.status.TakeOvers {
-		s.TakeOvers[why] = n
-	}
+	s.TakeOvers = maps.Clone(r.status.TakeOvers)
 	r.mu.Unlock()
 	s.Peers = r.peers.list()
 	s.Refused = r.peers.refused.Load()

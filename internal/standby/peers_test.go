@@ -1,0 +1,178 @@
+package standby
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/election"
+)
+
+// between returns the peers of two routers on the loopback interface, with keys.
+func between(t *testing.T, keys ...string) (all []*peers, heard []chan election.Event) {
+	t.Helper()
+	var port uint16
+	for i, key := range keys {
+		o := Options{Listen: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, byte(i + 1)}), port)}
+		if key != "" {
+			o.Key = []byte(key)
+		}
+		p, err := listenPeers(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		port = p.conn.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+		p.own = netip.AddrPortFrom(p.own.Addr(), port)
+		events := make(chan election.Event, 16)
+		ended := make(chan struct{})
+		go func() {
+			p.read(func(e election.Event) { events <- e })
+			close(ended)
+		}()
+		t.Cleanup(func() { p.close(); <-ended })
+		all, heard = append(all, p), append(heard, events)
+	}
+	return all, heard
+}
+
+func heartbeat(id uint64, sequence uint32) election.Heartbeat {
+	return election.Heartbeat{ID: id, Sequence: sequence, Interval: election.DefaultInterval, State: election.Active, MAC: [6]byte{2, 0, 0, 0, 0, byte(id)}, Priority: 7, Healthy: true}
+}
+
+// until waits until a condition holds.
+func until(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Minute); !is(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waiting for: %s", what)
+		}
+	}
+}
+
+// A router that is heard is a peer, also if the look-up does not have it, and is answered.
+func TestPeersHear(t *testing.T) {
+	for _, key := range []string{"", "0123456789abcdef"} {
+		all, heard := between(t, key, key)
+		a, b := all[0], all[1]
+		b.known = []netip.Addr{a.own.Addr(), b.own.Addr()}
+		b.send(heartbeat(2, 1))
+		e := <-heard[0]
+		if e.Kind != election.Heard || e.Heartbeat != heartbeat(2, 1) {
+			t.Fatalf("heard %+v", e)
+		}
+		a.note(e.Heartbeat, election.DefaultInterval)
+		list := a.list()
+		if len(list) != 1 || list[0].Address != b.own.Addr() || list[0].State != election.Active || list[0].Priority != 7 || !list[0].Healthy || !a.has([6]byte{2, 0, 0, 0, 0, 2}) || a.has([6]byte{2}) {
+			t.Errorf("peers %+v", list)
+		}
+		if a.holderHeard().IsZero() || a.last().IsZero() {
+			t.Error("the time of a heartbeat is not known")
+		}
+		a.send(heartbeat(1, 1)) // to the sender, of which no look-up has told
+		if e := <-heard[1]; e.Heartbeat.ID != 1 {
+			t.Errorf("answer %+v", e)
+		}
+		// b has sent nothing to itself.
+		select {
+		case e := <-heard[1]:
+			t.Errorf("heard itself: %+v", e)
+		default:
+		}
+	}
+}
+
+// Heartbeats that are missing in between are counted, and a restart is none of them.
+func TestPeersCountLost(t *testing.T) {
+	p := &peers{heard: map[uint64]*heard{2: {}}}
+	for _, step := range []struct {
+		sequence uint32
+		lost     uint64
+	}{{10, 0}, {11, 0}, {14, 2}, {15, 2}, {1, 2}, {2, 2}, {1 << 31, 2}} {
+		p.note(heartbeat(2, step.sequence), election.DefaultInterval)
+		if got := p.lost.Load(); got != step.lost {
+			t.Errorf("after number %d: expected %d lost, found %d", step.sequence, step.lost, got)
+		}
+	}
+}
+
+// A packet that is no heartbeat with the key is counted, and nothing else.
+func TestPeersRefuse(t *testing.T) {
+	all, heard := between(t, "0123456789abcdef", "another key......", "")
+	all[1].known, all[2].known = []netip.Addr{all[0].own.Addr()}, []netip.Addr{all[0].own.Addr()}
+	all[1].send(heartbeat(2, 1))
+	all[2].send(heartbeat(3, 1))
+	if _, err := all[2].conn.WriteToUDPAddrPort([]byte("x"), all[0].own); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "three packets are refused", func() bool { return all[0].refused.Load() == 3 })
+	if len(heard[0]) > 0 || len(all[0].list()) > 0 || len(all[0].heard) > 0 {
+		t.Errorf("heard %d, peers %v", len(heard[0]), all[0].list())
+	}
+}
+
+// Without a key anybody can invent routers: they use up no memory.
+func TestPeersOfMany(t *testing.T) {
+	p := &peers{heard: map[uint64]*heard{}}
+	for id := range uint64(10000) {
+		p.from(id+1, netip.AddrFrom4([4]byte{10, 0, byte(id >> 8), byte(id)}))
+		p.note(heartbeat(id+1, 1), election.DefaultInterval)
+	}
+	if n := len(p.heard); n != mostPeers {
+		t.Errorf("expected %d peers, found %d", mostPeers, n)
+	}
+}
+
+// A look-up that fails keeps the peers, and is logged once.
+func TestPeersLookUp(t *testing.T) {
+	var log strings.Builder
+	calls := 0
+	address := netip.MustParseAddr("10.0.0.2")
+	p := &peers{heard: map[uint64]*heard{}}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		p.lookUp(ctx, Options{Log: slog.New(slog.NewTextHandler(&log, nil)), Peers: func(context.Context) ([]netip.Addr, time.Time, error) {
+			calls++
+			switch calls {
+			case 1:
+				return []netip.Addr{address}, time.Now(), nil
+			case 4:
+				cancel()
+			}
+			return nil, time.Time{}, errors.New("no answer")
+		}})
+	}()
+	<-ended
+	if n := strings.Count(log.String(), "peers not looked up"); n != 1 || len(p.known) != 1 || p.known[0] != address {
+		t.Errorf("%d lines, peers %v", n, p.known)
+	}
+}
+
+// The reference is reachable if it takes a connection, or refuses it.
+func TestReference(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &Runner{o: Options{Listen: netip.MustParseAddrPort("127.0.0.2:1"), Reference: l.Addr().String()}}
+	if !r.connects(t.Context()) {
+		t.Error("takes connections: not reachable")
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if !r.connects(t.Context()) {
+		t.Error("refuses connections: not reachable")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if r.connects(ctx) {
+		t.Error("without an answer: reachable")
+	}
+}
