@@ -12,3 +12,6 @@ func (g Gate) Count(set string) (int, error) {
 func (g Gate) Extend(d time.Duration) error {
 	return g.change("extend permit", permitSet, live{set: permitSet, left: d})
 }
+
+// Answered returns the number of answers to live tickets that the gate has handled.
+func (g Gate) Answered() (uint64, error) { return g.count(replyChain) }

@@ -107,10 +107,11 @@ const (
 	advertises   = 136
 
 	echoNumber   = 4
-	advertised   = 8  // offset of the target of an advertisement
 	arpSender    = 14 // offset of the sender's address (RFC 826)
 	etherTypeAt  = 12
 	etherTypeLen = 2
+	etherLen     = 14
+	hopByHop     = 0 // extension header (RFC 8200, section 4.3)
 )
 
 // family returns the family of the gate's table.
@@ -175,19 +176,20 @@ func (g Gate) chains() []gateChain {
 
 // pings returns the chains of our pings and their answers.
 func (g Gate) pings() (ping, reply gateChain) {
-	number := &expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: echoNumber, Len: 4}
 	update := func(set string, lives time.Duration) expr.Any {
 		return &expr.Dynset{SrcRegKey: register, SetName: set, Operation: uint32(unix.NFT_DYNSET_OP_UPDATE), Timeout: lives.Truncate(time.Millisecond)}
 	}
 	ping, reply = gateChain{name: pingChain}, gateChain{name: replyChain}
+	number := g.at(echoOf(g.Sources[0]).message+echoNumber, 4)
 	for _, set := range []string{permitSet, claimSet, armSet} {
 		ping.rules = append(ping.rules, append(leaves(set), number, update(ticketSet, g.Ticket), &expr.Verdict{Kind: expr.VerdictAccept}))
 	}
+	// Packet sockets have the answers; nothing else in the namespace has asked.
+	drop := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
 	for _, set := range []string{permitSet, armSet} {
-		reply.rules = append(reply.rules, append(arrives(set), update(permitSet, g.Permit), &expr.Verdict{Kind: expr.VerdictDrop}))
+		reply.rules = append(reply.rules, append(append(arrives(set), update(permitSet, g.Permit)), drop...))
 	}
-	// Packet sockets have them; nothing else in the namespace has asked.
-	reply.rules = append(reply.rules, []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}})
+	reply.rules = append(reply.rules, drop)
 	return ping, reply
 }
 
@@ -220,73 +222,86 @@ func (g Gate) isOf(etherType uint16) []expr.Any {
 	}
 }
 
-// behindEthernet matches bytes of the header behind that of Ethernet.
-func behindEthernet(offset uint32, value []byte) []expr.Any {
-	length := uint32(len(value)) //nolint:gosec // at most 16
-	return []expr.Any{&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length}, compare(expr.CmpOpEq, value)}
+// at loads bytes of the packet behind the Ethernet header. What a packet socket says of its frame
+// may be wrong, or missing, and the kernel then finds no header in it: only its bytes count.
+func (g Gate) at(offset, length uint32) *expr.Payload {
+	if g.WithoutEgress {
+		return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length}
+	}
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseLLHeader, Offset: etherLen + offset, Len: length}
 }
 
-// message matches an ICMP or ICMPv6 message by its type.
-func message(protocol, kind byte) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register}, compare(expr.CmpOpEq, []byte{protocol}),
-		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, compare(expr.CmpOpEq, []byte{kind}),
-	}
+// has matches bytes of that packet.
+func (g Gate) has(offset uint32, value ...byte) []expr.Any {
+	return []expr.Any{g.at(offset, uint32(len(value))), compare(expr.CmpOpEq, value)} //nolint:gosec // at most 16
 }
 
 // An echo is the pings of a family.
 type echo struct {
 	etherType      uint16
 	protocol       byte
-	request, reply byte // types of the messages
+	protocolAt     uint32 // offset of the protocol in a packet
+	message        uint32 // offset of the message in a packet without options
+	request, reply byte   // types of the messages
 	format         format
 }
 
 func echoOf(a netip.Addr) echo {
 	if a.Is4() {
-		return echo{unix.ETH_P_IP, unix.IPPROTO_ICMP, echoRequest4, echoReply4, formats[rules.IPv4]}
+		return echo{unix.ETH_P_IP, unix.IPPROTO_ICMP, 9, 20, echoRequest4, echoReply4, formats[rules.IPv4]}
 	}
-	return echo{unix.ETH_P_IPV6, unix.IPPROTO_ICMPV6, echoRequest6, echoReply6, formats[rules.IPv6]}
+	return echo{unix.ETH_P_IPV6, unix.IPPROTO_ICMPV6, 6, 40, echoRequest6, echoReply6, formats[rules.IPv6]}
 }
 
-// egress returns the rules for what leaves. A frame of a packet socket may say one protocol and
-// contain another: only the frame itself counts.
+// sends matches messages of a type that leave, in a packet without options.
+func (g Gate) sends(e echo, kind byte) []expr.Any {
+	matches := g.isOf(e.etherType)
+	if e.etherType == unix.ETH_P_IP {
+		matches = append(matches, g.has(0, 0x45)...) // version, and the length of the header in words
+	}
+	return slices.Concat(matches, g.has(e.protocolAt, e.protocol), g.has(e.message, kind))
+}
+
+// egress returns the rules for what leaves.
 func (g Gate) egress() (all [][]expr.Any) {
 	accept, drop := &expr.Verdict{Kind: expr.VerdictAccept}, &expr.Verdict{Kind: expr.VerdictDrop}
 	add := func(verdict expr.Any, matches ...[]expr.Any) {
 		all = append(all, append(slices.Concat(matches...), verdict))
 	}
-	source := g.Sources[0].AsSlice()
-	e := echoOf(g.Sources[0])
+	six := echoOf(netip.IPv6Unspecified())
 	if !g.WithoutEgress {
+		e := echoOf(g.Sources[0])
 		for _, w := range g.witnesses() {
-			add(&expr.Verdict{Kind: expr.VerdictJump, Chain: pingChain}, g.isOf(e.etherType), g.isMarked(), message(e.protocol, e.request),
-				behindEthernet(e.format.source, source), behindEthernet(e.format.destination, w.AsSlice()))
+			add(&expr.Verdict{Kind: expr.VerdictJump, Chain: pingChain}, g.isMarked(), g.sends(e, e.request),
+				g.has(e.format.source, g.Sources[0].AsSlice()...), g.has(e.format.destination, w.AsSlice()...))
 		}
 	}
 	add(accept, leaves(permitSet), []expr.Any{lookUpIn(openSet)})
 	if !g.WithoutEgress {
 		add(accept, leaves(claimSet), g.isMarked(), g.isOf(unix.ETH_P_ARP))
-		add(accept, g.isOf(unix.ETH_P_ARP), behindEthernet(arpSender, make([]byte, 4)))
+		add(accept, g.isOf(unix.ETH_P_ARP), g.has(arpSender, 0, 0, 0, 0))
 		for _, kind := range []byte{solicitation, advertises} {
-			add(accept, leaves(claimSet), g.isMarked(), g.isOf(unix.ETH_P_IPV6), message(unix.IPPROTO_ICMPV6, kind))
+			add(accept, leaves(claimSet), g.isMarked(), g.sends(six, kind))
 		}
 	}
-	six := formats[rules.IPv6]
 	for _, a := range g.Sources {
-		if a.Is6() {
-			add(drop, g.isOf(unix.ETH_P_IPV6), message(unix.IPPROTO_ICMPV6, advertises), []expr.Any{
-				&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: advertised, Len: 16},
-				compare(expr.CmpOpEq, a.AsSlice()), &expr.Counter{},
-			})
+		if a.Is6() { // behind flags, the target
+			add(drop, g.sends(six, advertises), g.has(six.message+8, a.AsSlice()...), []expr.Any{&expr.Counter{}})
 		}
 	}
-	add(accept, g.isOf(unix.ETH_P_IPV6), behindEthernet(six.source, make([]byte, 16)))
-	add(accept, g.isOf(unix.ETH_P_IPV6), []expr.Any{
-		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: six.source, Len: 2},
+	linkLocal := []expr.Any{
+		g.at(six.format.source, 2),
 		&expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 2, Mask: []byte{0xff, 0xc0}, Xor: make([]byte, 2)},
 		compare(expr.CmpOpEq, []byte{0xfe, 0x80}), // fe80::/10 (RFC 4291, section 2.5.6)
-	})
+	}
+	// The reports of multicast listeners have an option (RFC 3810, section 5). Behind any other
+	// extension header could be an advertisement.
+	reports := slices.Concat(g.has(six.protocolAt, hopByHop), g.has(six.message, unix.IPPROTO_ICMPV6, 0),
+		[]expr.Any{g.at(six.message+8, 1), compare(expr.CmpOpNeq, []byte{advertises})})
+	for _, source := range [][]expr.Any{g.has(six.format.source, make([]byte, 16)...), linkLocal} {
+		add(accept, g.isOf(unix.ETH_P_IPV6), source, g.has(six.protocolAt, unix.IPPROTO_ICMPV6))
+		add(accept, g.isOf(unix.ETH_P_IPV6), source, reports)
+	}
 	add(drop, []expr.Any{&expr.Counter{}})
 	return all
 }
@@ -294,13 +309,18 @@ func (g Gate) egress() (all [][]expr.Any) {
 // ingress returns the rules for what arrives: the answers to live tickets.
 func (g Gate) ingress() (all [][]expr.Any) {
 	e := echoOf(g.Sources[0])
+	header := func(offset uint32, a netip.Addr) []expr.Any {
+		return []expr.Any{&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: e.format.length}, compare(expr.CmpOpEq, a.AsSlice())}
+	}
 	for _, w := range g.witnesses() {
-		all = append(all, slices.Concat(g.isOf(e.etherType), message(e.protocol, e.reply), behindEthernet(e.format.source, w.AsSlice()),
-			behindEthernet(e.format.destination, g.Sources[0].AsSlice()), []expr.Any{
-				&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: echoNumber, Len: 4},
-				lookUpIn(ticketSet),
-				&expr.Verdict{Kind: expr.VerdictJump, Chain: replyChain},
-			}))
+		all = append(all, slices.Concat(g.isOf(e.etherType), []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register}, compare(expr.CmpOpEq, []byte{e.protocol}),
+			&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, compare(expr.CmpOpEq, []byte{e.reply}),
+		}, header(e.format.source, w), header(e.format.destination, g.Sources[0]), []expr.Any{
+			&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: echoNumber, Len: 4},
+			lookUpIn(ticketSet),
+			&expr.Verdict{Kind: expr.VerdictJump, Chain: replyChain},
+		}))
 	}
 	return all
 }

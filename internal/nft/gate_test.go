@@ -285,8 +285,8 @@ func (g *gated) reply(from, to netip.Addr, number uint32) {
 	g.gateway.send(g.marked.mac, etherTypeOf(from), icmp(from, to, 0, 129, number))
 }
 
-// countReplies adds a chain behind that of the gate, which counts answers to pings: those that it has
-// counted, the gate has handled.
+// countReplies adds a chain behind that of the gate, which counts answers to pings that the gate has
+// let pass. It drops those to live tickets, and counts them itself.
 func (g *gated) countReplies() {
 	g.Helper()
 	g.inRouter(func() error {
@@ -326,6 +326,11 @@ func (g *gated) awaitReplies() {
 			for _, r := range rules {
 				n += r.Exprs[len(r.Exprs)-1].(*expr.Counter).Packets
 			}
+			if err != nil {
+				return err
+			}
+			answered, err := g.Answered()
+			n += answered
 			return err
 		})
 		return n == g.replies
@@ -384,7 +389,7 @@ func reveals(f lab.Frame) bool {
 	p4, is4 := f.IPv4()
 	p6, is6 := f.IPv6()
 	ours := func(a netip.Addr) bool { return a == lab.Source || a == lab.Source6 }
-	advert := is6 && p6.Protocol == unix.IPPROTO_ICMPV6 && len(f.Data) >= 14+40+24 && f.Data[54] == advertises && ours(netip.AddrFrom16([16]byte(f.Data[62:78])))
+	advert := is6 && bytes.Contains(f.Data[54:], append([]byte{0x20, 0, 0, 0}, lab.Source6.AsSlice()...)) // flags and target
 	return isARP && ours(a.SenderIP) || is4 && ours(p4.Src.Addr()) || is6 && ours(p6.Src.Addr()) || advert
 }
 
@@ -439,8 +444,6 @@ func emissions() (all []emission) {
 			g.Fatal(err)
 		}
 	}
-	linkLocal := netip.MustParseAddr("fe80::99")
-	everyone := netip.MustParseAddr("ff02::1")
 	for _, f := range []struct{ router, remote, source netip.Addr }{{lab.RouterAddr, lab.Remote[0], lab.Source}, {lab.RouterAddr6, lab.Remote6[0], lab.Source6}} {
 		family := map[bool]string{true: "IPv4 ", false: "IPv6 "}[f.source.Is4()]
 		other := unicast("77", f.source)
@@ -475,12 +478,39 @@ func emissions() (all []emission) {
 				options := slices.Concat(lab.Source6.AsSlice(), []byte{1, 1}, g.gateway.mac)
 				g.gateway.send(g.marked.mac, unix.ETH_P_IPV6, icmp(lab.LANServer6, lab.Source6, 0, solicitation, 0, options...))
 			}},
-			emission{name: "advertisement of a link-local address", packet: true, sees: neighbour(advertises, linkLocal, lab.Source6), send: func(g *gated) {
-				options := slices.Concat(lab.Source6.AsSlice(), []byte{2, 1}, g.plain.mac)
-				g.plain.send(toAll, unix.ETH_P_IPV6, icmp(linkLocal, everyone, 0, advertises, 0x20000000, options...))
-			}},
 		)
+		all = append(all, forgeries()...)
 	}
+	return all
+}
+
+// forgeries returns advertisements of the reserved address by packet sockets, in packets that could
+// pass for others.
+func forgeries() (all []emission) {
+	linkLocal, everyone := netip.MustParseAddr("fe80::99"), netip.MustParseAddr("ff02::1")
+	mac := []byte{2, 1, 2, 0, 0, 0, 0, 9}
+	advertisement := func(from netip.Addr) []byte {
+		return icmp(from, everyone, 0, advertises, 0x20000000, append(lab.Source6.AsSlice(), mac...)...)
+	}
+	for name, packet := range map[string][]byte{
+		"from a link-local address":     advertisement(linkLocal),
+		"without a source":              advertisement(netip.IPv6Unspecified()),
+		"from another address":          advertisement(lab.LANServer6),
+		"behind options for hops":       behindOptions(0, advertisement(linkLocal)),
+		"behind options for the target": behindOptions(60, advertisement(linkLocal)),
+	} {
+		all = append(all, emission{name: "advertisement " + name, packet: true, sees: func(f lab.Frame) bool { return bytes.HasSuffix(f.Data, packet) }, send: func(g *gated) {
+			g.plain.send(toAll, unix.ETH_P_IPV6, packet)
+		}})
+	}
+	return all
+}
+
+// behindOptions returns an IPv6 packet with an extension header, of eight bytes, in front of its
+// message.
+func behindOptions(header byte, packet []byte) []byte {
+	all := slices.Concat(packet[:40], []byte{packet[6], 0, 5, 2, 0, 0, 1, 0}, packet[40:])
+	all[5], all[6] = all[5]+8, header
 	return all
 }
 
@@ -628,6 +658,9 @@ func harmless() []emission {
 		{name: "link-local solicitation", send: func(g *gated) {
 			g.plain.send(toAll, unix.ETH_P_IPV6, icmp(linkLocal, everyone, 0, solicitation, 0, lab.GatewayAddr6.AsSlice()...))
 		}, sees: is(solicitation, linkLocal)},
+		{name: "report of a listener", send: func(g *gated) {
+			g.plain.send(toAll, unix.ETH_P_IPV6, behindOptions(0, icmp(linkLocal, everyone, 0, 143, 0)))
+		}, sees: func(f lab.Frame) bool { return len(f.Data) == 14+40+8+8 && f.Data[62] == 143 }},
 		{name: "link-local advertisement", send: func(g *gated) {
 			g.plain.send(toAll, unix.ETH_P_IPV6, icmp(linkLocal, everyone, 0, advertises, 0x20000000, linkLocal.AsSlice()...))
 		}, sees: is(advertises, linkLocal)},

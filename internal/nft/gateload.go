@@ -539,14 +539,18 @@ func sameTimed(have, want []expr.Any) bool {
 }
 
 // Dropped returns the number of packets that the gate has dropped.
-func (g Gate) Dropped() (packets uint64, err error) {
+func (g Gate) Dropped() (uint64, error) {
+	if g.WithoutEgress {
+		return g.count(leaveChain)
+	}
+	return g.count(egressChain)
+}
+
+// count returns the sum of the counters of a chain.
+func (g Gate) count(chain string) (packets uint64, err error) {
 	conn, err := nftables.New()
 	if err != nil {
 		return 0, fmt.Errorf("open nfnetlink socket: %w", err)
-	}
-	chain := egressChain
-	if g.WithoutEgress {
-		chain = leaveChain
 	}
 	listed, err := conn.GetRules(g.table(), &nftables.Chain{Name: chain})
 	if errors.Is(err, unix.ENOENT) {
