@@ -398,11 +398,6 @@ func readElements[E any](t *nftables.Table, name string, parse func([]byte) (E, 
 		return nil, fmt.Errorf("open nfnetlink socket: %w", err)
 	}
 	defer conn.Close()
-	return readElementsOn(conn, t, name, parse, compare)
-}
-
-// readElementsOn does the same by a socket.
-func readElementsOn[E any](conn *netlink.Conn, t *nftables.Table, name string, parse func([]byte) (E, error), compare func(a, b E) int) ([]E, error) {
 	for try := 1; ; try++ {
 		d, err := listElements(conn, t, name, parse, compare)
 		if !errors.Is(err, errInterrupted) || try == readTries {

@@ -240,8 +240,13 @@ func (g Gate) elements(set string) (found []live, err error) {
 		return readElements(g.table(), set, parse, compare)
 	}
 	err = g.socket.use(func(conn *netlink.Conn) error {
-		found, err = readElementsOn(conn, g.table(), set, parse, compare)
-		return err
+		// Others wait for the socket: no pause before another try.
+		for try := 1; ; try++ {
+			found, err = listElements(conn, g.table(), set, parse, compare)
+			if !errors.Is(err, errInterrupted) || try == tries {
+				return err
+			}
+		}
 	})
 	return found, err
 }
