@@ -94,7 +94,7 @@ func applyStandby(t *testing.T, namespace string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, document := range strings.Split(string(text), "\n---\n") {
+	for document := range strings.SplitSeq(string(text), "\n---\n") {
 		o := new(unstructured.Unstructured)
 		if err := yaml.Unmarshal([]byte(strings.ReplaceAll(document, "namespace: egress", "namespace: "+namespace)), &o.Object); err != nil {
 			t.Fatal(err)
