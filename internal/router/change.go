@@ -334,7 +334,10 @@ func (c *change) fence(s plan.Fence) error {
 		return err
 	}
 	c.have.Fenced, c.have.Changed = true, true
-	c.done.add(c.router.Gate.Remove)
+	// An address from before the run stays after a rollback, and so does its gate.
+	if !slices.ContainsFunc(c.have.State.Addresses, func(a netip.Prefix) bool { return slices.Contains(s.Sources, a.Addr()) }) {
+		c.done.add(c.router.Gate.Remove)
+	}
 	c.note(RepairRules, s.Why, "loaded the gate, shut", func() {
 		c.router.Log.Info("gate loaded", "interface", s.Interface, "because", s.Why)
 	})

@@ -219,6 +219,7 @@ func (g *ground) readNeighbours(s *arp.Station, first spec.Source) {
 		switch {
 		case p.SenderIP == first.Gateway:
 			g.gateways.Store(first.Gateway, mac)
+		case mac == g.hardware(): // sent back by a switch
 		case g.o.Sources.Have(p.SenderIP):
 			g.post(election.Event{Kind: election.Defended, MAC: mac})
 		}

@@ -96,6 +96,7 @@ type Runner struct {
 	ground  *ground // the physical network
 
 	ready, ended bool
+	polls        int
 	cause        string        // why the current claim began
 	done         chan struct{} // closed at the end of Run
 
@@ -105,6 +106,10 @@ type Runner struct {
 
 // pollInterval is the interval at which a Runner looks whether the router is ready.
 const pollInterval = 100 * time.Millisecond
+
+// permitPolls is the number of such intervals after which an active router looks whether its gate
+// is open.
+const permitPolls = 10
 
 // handOverLimit ends a hand-over of which nobody takes the other end.
 const handOverLimit = 2 * time.Second
@@ -199,6 +204,14 @@ func (r *Runner) poll() {
 	if ready := r.o.Ready(); ready != r.ready {
 		r.ready = ready
 		r.step(election.Event{Kind: election.Ready, OK: ready})
+	}
+	if r.polls++; r.machine.State() != election.Active || r.polls%permitPolls != 0 {
+		return
+	}
+	// A repair has loaded the gate again, which is shut then, and without the egress hook pings
+	// leave and are answered all the same.
+	if left, err := r.gate().Left(); err == nil && left == 0 {
+		r.step(election.Event{Kind: election.Permitted})
 	}
 }
 
