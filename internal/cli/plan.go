@@ -82,6 +82,9 @@ func planText(c config.Config) string {
 	}
 	fmt.Fprintf(&b, "steps in a fresh pod with the defaults of the kernel, for example with %s on %s, its gateway %s and the name server %s%s:\n", e.address, c.Cluster, e.gateway, e.nameServer, six)
 	writeSteps(&b, plan.Steps(want, e.fresh(want)))
+	if c.Standby != nil {
+		fmt.Fprintf(&b, "then stand by, and take the address over when no other router holds it: open the gate as %s answers\n", c.Standby.Witness)
+	}
 	if c.Mode.Stays() {
 		b.WriteString("then repair drift as soon as the kernel notifies of a change")
 		if c.Health.Interval > 0 {
@@ -108,7 +111,11 @@ func writeSummary(b *strings.Builder, c config.Config, backend string, resolved 
 		return
 	}
 	fmt.Fprintf(b, "interface  %s on the physical network, %s on the cluster network\n", c.Egress, c.Cluster)
-	fmt.Fprintf(b, "address    %s, announced to the physical network\n", c.Sources)
+	if c.Standby != nil {
+		fmt.Fprintf(b, "address    %s, while no other router of %s holds it\n", c.Sources, strings.Join(c.Peers.Names, ", "))
+	} else {
+		fmt.Fprintf(b, "address    %s, announced to the physical network\n", c.Sources)
+	}
 	fmt.Fprintf(b, "backend    %s\n\n", backend)
 	if c.Mode.Redirects() {
 		b.WriteString(effect(c.Set, c.Sources, resolved) + "\n")
@@ -188,8 +195,12 @@ func (e example) fresh(want plan.Want) plan.Have {
 			Cluster: plan.ClusterState{Index: cluster, Addresses: []netip.Addr{exampleAddress6.Addr()}},
 		}
 	}
+	var gate []string
+	if want.Gate != nil {
+		gate = []string{"there is none"}
+	}
 	return plan.Have{
-		Missing: want.Macvlan != nil,
+		Missing: want.Macvlan != nil, Gate: gate,
 		State: plan.State{
 			Index: egress, Carrier: true, Sysctls: n.Defaults(),
 			Routes:  []plan.Route{route(netip.PrefixFrom(netip.IPv4Unspecified(), 0), e.gateway, netip.Addr{}), subnet},

@@ -202,11 +202,11 @@ func (c *Config) parseKey(file string, readFile func(string) ([]byte, error)) *E
 	}
 	content, err := readFile(file)
 	if err != nil {
-		return &Error{variable, fmt.Sprintf("%s cannot be read: %v", variable, err), remedy("mount a Secret with at least %d random bytes, the same for all routers of the address", leastKey)}
+		return &Error{variable, fmt.Sprintf("%s %s cannot be read: %v", variable, quote(file), cause(err)), remedy("mount a Secret with at least %d random bytes, the same for all routers of the address", leastKey)}
 	}
 	key := bytes.TrimSpace(content)
 	if len(key) < leastKey {
-		return &Error{variable, fmt.Sprintf("%s %s has %d bytes: expected at least %d", variable, quote(file), len(key), leastKey), ""}
+		return &Error{variable, fmt.Sprintf("%s %s has %d bytes: expected at least %d", variable, quote(file), len(key), leastKey), remedy(`take a random key, such as the output of "openssl rand -hex 32"`)}
 	}
 	c.Peers.Key = key
 	return nil

@@ -134,7 +134,7 @@ func TestStandbyFaults(t *testing.T) {
 		})
 	}
 	for name, read := range map[string]func(string) ([]byte, error){
-		"EGRESS_STANDBY_KEY_FILE cannot be read: no such file":              func(string) ([]byte, error) { return nil, errors.New("no such file") },
+		`EGRESS_STANDBY_KEY_FILE "/key" cannot be read: no such file`:       func(string) ([]byte, error) { return nil, errors.New("no such file") },
 		`EGRESS_STANDBY_KEY_FILE "/key" has 15 bytes: expected at least 16`: func(string) ([]byte, error) { return []byte("0123456789abcde\n"), nil },
 	} {
 		if _, err := Parse(standingBy(), read); err == nil || !strings.HasSuffix(err.Error(), name) {
