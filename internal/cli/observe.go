@@ -84,6 +84,9 @@ func (w *observer) observe(ctx context.Context) (diagnose.Observation, error) {
 	w.lookUp(ctx)
 	w.router.Want = wanted(w.c)
 	w.interfaces()
+	if w.o.Shut = shut(w.c.Egress); w.o.Shut {
+		return w.o, nil
+	}
 
 	targets, configured, err := w.targets()
 	if err != nil {
@@ -100,6 +103,19 @@ func (w *observer) observe(ctx context.Context) (diagnose.Observation, error) {
 	}
 	w.connections()
 	return w.o, ctx.Err()
+}
+
+// shut reports whether there is a gate of the egress interface, and it is shut.
+func shut(egress string) bool {
+	if loaded, err := nft.GateLoaded(); err != nil || !loaded {
+		return false
+	}
+	for _, partial := range []bool{false, true} {
+		if left, err := (nft.Gate{Interface: egress, WithoutEgress: partial}).Left(); err == nil {
+			return left == 0
+		}
+	}
+	return false
 }
 
 // reported asks a running router, for what this process may not observe itself.

@@ -73,6 +73,13 @@ type Diagnosis struct {
 // checks.
 func Diagnose(o Observation) Diagnosis {
 	d := Diagnosis{At: o.At.UTC()}
+	if o.Shut {
+		d.OK, d.Findings = true, append(configuration(o), Finding{
+			Check: "standby", Verdict: Unknown, Found: "this router stands by: its gate is shut, and no probe can leave",
+			Remedy: "run it in the pod of the active router, which egress-router health names",
+		})
+		return d
+	}
 	for _, check := range []func(Observation) []Finding{
 		configuration, interfaces, addresses, gateways, routes, rulesOf, forwarding, settings, filters, table, ports, clients, names, destinations,
 	} {

@@ -235,3 +235,11 @@ func TestSampleIsNamed(t *testing.T) {
 	}
 	t.Error("no finding about the sample")
 }
+
+// Of a router that stands by, the silence of everything says nothing.
+func TestStandby(t *testing.T) {
+	d := Diagnose(Observation{Shut: true, Egress: "macvlan0"})
+	if len(d.Findings) != 1 || d.Findings[0].Check != "standby" || d.Findings[0].Verdict != Unknown || !d.OK || d.Fault != "" {
+		t.Errorf("%+v", d)
+	}
+}

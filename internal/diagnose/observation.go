@@ -22,6 +22,9 @@ type Observation struct {
 	// a front end.
 	Words wording.Names `json:"-"`
 
+	// Shut: another router holds the reserved addresses, so that nothing leaves with them here.
+	Shut bool
+
 	Interface   Interface
 	Addresses   []Address
 	Gateways    []Gateway // one of each family with a reserved address

@@ -43,7 +43,10 @@ func (d Diagnosis) WriteText(w io.Writer) error {
 	case unknown > 0:
 		result = fmt.Sprintf("no fault found, %d checks without a result", unknown)
 	}
-	fmt.Fprintf(&b, "\n%s\n%s\n%s\n", result, oneLine(d.Sentence), d.Capture)
+	fmt.Fprintf(&b, "\n%s\n", result)
+	if d.Sentence != "" { // nothing was tried otherwise
+		fmt.Fprintf(&b, "%s\n%s\n", oneLine(d.Sentence), d.Capture)
+	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }
