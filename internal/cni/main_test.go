@@ -36,13 +36,12 @@ func program() {
 	if os.Getenv("CNI_COMMAND") == "" && (len(os.Args) == 1 || os.Args[1] == "health") {
 		labtest.Program()
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	code := cni.Run(ctx, cni.Process{
+	// A binary that counts its coverage writes it as it exits: until then a signal ends nothing.
+	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	os.Exit(cni.Run(ctx, cni.Process{
 		Args: os.Args[1:], Getenv: os.Getenv, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 		Namespaces: os.Getenv("CNI_TEST_NAMESPACES"),
-	})
-	stop()
-	os.Exit(code)
+	}))
 }
 
 // A pod is a pod of a lab without an egress interface, and the configuration of its
