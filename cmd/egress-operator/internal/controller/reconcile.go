@@ -115,10 +115,9 @@ func (r *reconciler) claims(ctx context.Context, routers []api.EgressRouter) ([]
 	}
 	for i := range attachments.Items {
 		a := &attachments.Items[i]
-		if c := controllerOf(a, byUID); c != nil {
-			c.names = namesOf(a.GetName(), render.First().Attachment)
+		if c := claimOf(a, byUID, func(n render.Names) string { return n.Attachment }); c != nil {
 			config, _, _ := unstructured.NestedString(a.Object, "spec", "config")
-			c.addresses = addresses(config)
+			c.addresses = append(c.addresses, addresses(config)...)
 		}
 	}
 	var deployments appsv1.DeploymentList
@@ -126,25 +125,35 @@ func (r *reconciler) claims(ctx context.Context, routers []api.EgressRouter) ([]
 		return nil, fmt.Errorf("list deployments: %w", err)
 	}
 	for i := range deployments.Items {
-		if c := controllerOf(&deployments.Items[i], byUID); c != nil {
-			c.names = namesOf(deployments.Items[i].Name, render.First().Deployment)
-		}
+		claimOf(&deployments.Items[i], byUID, func(n render.Names) string { return n.Deployment })
 	}
 	return all, nil
 }
 
-func controllerOf(o client.Object, byUID map[types.UID]*claim) *claim {
-	if c := metav1.GetControllerOfNoCopy(o); c != nil {
-		return byUID[c.UID]
+// claimOf returns the claim of the router that has an object, with the names of the object.
+// It is nil for an object with another name or in another namespace. The copy of an object
+// has its labels and its owner too, and users of other namespaces can write what they like
+// there: neither may move a router to other names, and so start a second pod.
+func claimOf(o client.Object, byUID map[types.UID]*claim, name func(render.Names) string) *claim {
+	owner := metav1.GetControllerOfNoCopy(o)
+	if owner == nil {
+		return nil
 	}
-	return nil
-}
-
-func namesOf(name, frozen string) names {
-	if name == frozen {
-		return first
+	c := byUID[owner.UID]
+	if c == nil || c.Namespace != o.GetNamespace() {
+		return nil
 	}
-	return further
+	switch o.GetName() {
+	case name(render.First()):
+		c.names = first
+	case name(render.Further(c.Name)):
+		if c.names == none {
+			c.names = further
+		}
+	default:
+		return nil
+	}
+	return c
 }
 
 // addresses returns the reserved addresses of an attachment. It leaves out invalid ones.
