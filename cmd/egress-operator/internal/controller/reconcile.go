@@ -216,15 +216,17 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 	}
 	o.warnings = strings.Join(description.Warnings, "; ")
 	options := []client.ApplyOption{client.FieldOwner(render.Manager), client.ForceOwnership}
-	if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Attachment), options...); err != nil {
-		o.problem = applyProblem(err)
-		return fmt.Errorf("apply network attachment: %w", err)
-	}
-	if objects.ConfigMap != nil { // before the pod that mounts it
+	// First the ConfigMap: a pod that starts in between has either the same addresses in it as
+	// in its attachment or, with other addresses, no file.
+	if objects.ConfigMap != nil {
 		if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.ConfigMap), options...); err != nil {
 			o.problem = applyProblem(err)
 			return fmt.Errorf("apply config map: %w", err)
 		}
+	}
+	if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Attachment), options...); err != nil {
+		o.problem = applyProblem(err)
+		return fmt.Errorf("apply network attachment: %w", err)
 	}
 	apply := func() error {
 		return r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Deployment), options...)

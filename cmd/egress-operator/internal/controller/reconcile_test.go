@@ -2,22 +2,30 @@ package controller
 
 import (
 	"context"
+	"slices"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/egress-router/egress-router/cmd/egress-operator/api"
 	"github.com/egress-router/egress-router/cmd/egress-operator/internal/render"
+	"github.com/egress-router/egress-router/internal/object"
 )
 
-// A server is an API server with some objects.
+// A server is an API server with some objects. It refuses to apply objects of one kind.
 type server struct {
 	client.Client
 	attachments []unstructured.Unstructured
 	deployments []appsv1.Deployment
+	refuses     string
+	applied     []string // kinds
 }
 
 func (s *server) List(_ context.Context, list client.ObjectList, _ ...client.ListOption) error {
@@ -27,6 +35,23 @@ func (s *server) List(_ context.Context, list client.ObjectList, _ ...client.Lis
 	case *appsv1.DeploymentList:
 		list.Items = s.deployments
 	}
+	return nil
+}
+
+func (s *server) Get(_ context.Context, key client.ObjectKey, _ client.Object, _ ...client.GetOption) error {
+	return apierrors.NewNotFound(schema.GroupResource{}, key.Name)
+}
+
+func (s *server) GroupVersionKindFor(o runtime.Object) (schema.GroupVersionKind, error) {
+	return o.GetObjectKind().GroupVersionKind(), nil
+}
+
+func (s *server) Apply(_ context.Context, o runtime.ApplyConfiguration, _ ...client.ApplyOption) error {
+	kind := o.(interface{ GetKind() string }).GetKind()
+	if kind == s.refuses {
+		return apierrors.NewForbidden(schema.GroupResource{Resource: kind}, "", nil)
+	}
+	s.applied = append(s.applied, kind)
 	return nil
 }
 
@@ -81,5 +106,33 @@ func TestCopiedObjects(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// If the API server refuses the ConfigMap, the attachment stays as it is: it would have other
+// addresses than the container that monitors, and the former ones would be free for another
+// router while a pod runs with them.
+func TestRefusedConfigMap(t *testing.T) {
+	for _, test := range []struct {
+		refuses string
+		want    []string // applied
+	}{
+		{"", []string{"ConfigMap", "NetworkAttachmentDefinition", "Deployment"}},
+		{"ConfigMap", nil},
+	} {
+		s := &server{refuses: test.refuses}
+		c := claim{EgressRouter: &api.EgressRouter{}}
+		c.Namespace, c.Name, c.UID = "egress", "one", types.UID("1")
+		c.Annotations = map[string]string{render.WatchAnnotation: "always"}
+		c.Spec.Addresses = []object.Address{{IP: "192.168.12.99/24", Gateway: "192.168.12.1"}}
+		c.Spec.Redirect = &object.Redirect{FallbackIP: "203.0.113.27"}
+		var o observation
+		err := (&reconciler{Client: s, uncached: s}).apply(t.Context(), c, render.First(), []claim{c}, &o)
+		if (err != nil) != (test.refuses != "") || err != nil && o.problem.reason != reasonApply {
+			t.Errorf("refused %q: error %v, problem %+v", test.refuses, err, o.problem)
+		}
+		if !slices.Equal(s.applied, test.want) {
+			t.Errorf("refused %q: applied %q, want %q", test.refuses, s.applied, test.want)
+		}
 	}
 }
