@@ -48,6 +48,11 @@ type observation struct {
 	warnings   string
 }
 
+// mostMessage is the length, in bytes, below which the message of a condition stays: that of
+// the API's own conditions (Condition in k8s.io/apimachinery/pkg/apis/meta/v1). A resource
+// may have a fault in each of thousands of rules, and the API server limits its size.
+const mostMessage = 32768
+
 // conditions returns the conditions of a router, with times of the earlier ones if their
 // status is the same.
 func (o observation) conditions(earlier []api.Condition, now metav1.Time) []api.Condition {
@@ -85,6 +90,7 @@ func (o observation) conditions(earlier []api.Condition, now metav1.Time) []api.
 		if o.problem == standAside {
 			made[i].Status, made[i].Reason, made[i].Message = metav1.ConditionUnknown, standAside.reason, standAside.message
 		}
+		made[i].Message = short(made[i].Message, mostMessage)
 		made[i].LastTransitionTime = now
 		before := slices.IndexFunc(earlier, func(c api.Condition) bool { return c.Type == made[i].Type })
 		if before >= 0 && earlier[before].Status == made[i].Status && !earlier[before].LastTransitionTime.IsZero() {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 
 	"github.com/go-logr/logr"
 	appsv1 "k8s.io/api/apps/v1"
@@ -184,6 +185,11 @@ func slim(o any) (any, error) {
 		o.Spec = appsv1.DeploymentSpec{}
 	case *corev1.Pod:
 		o.Spec = corev1.PodSpec{}
+	case *corev1.Event:
+		// Of all pods of the cluster: while a node's network fails, there are thousands.
+		if !strings.HasPrefix(o.InvolvedObject.Name, render.First().Deployment) {
+			*o = corev1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, UID: o.UID, ResourceVersion: o.ResourceVersion}}
+		}
 	case *metav1.PartialObjectMetadata: // a namespace or a ConfigMap
 		o.Annotations = nil
 	}

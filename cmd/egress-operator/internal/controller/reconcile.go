@@ -393,18 +393,21 @@ func (r *reconciler) announce(router *api.EgressRouter, now []api.Condition) {
 		}
 		switch {
 		case c.Type == api.Degraded && c.Message != "" && c.Message != before.Message:
-			r.recorder.Eventf(router, nil, corev1.EventTypeWarning, c.Reason, "Reconcile", "%s", short(c.Message))
+			r.recorder.Eventf(router, nil, corev1.EventTypeWarning, c.Reason, "Reconcile", "%s", short(c.Message, mostNote))
 		case c.Type == api.Available && c.Status != before.Status && c.Status == metav1.ConditionTrue:
 			r.recorder.Eventf(router, nil, corev1.EventTypeNormal, c.Reason, "Reconcile", "%s", c.Message)
 		}
 	}
 }
 
-// short shortens a message to what the API server accepts as the note of an event (1024
-// bytes, k8s.io/kubernetes/pkg/apis/core/validation/events.go).
-func short(message string) string {
-	if len(message) < 1024 {
+// mostNote is the length, in bytes, below which the API server accepts the note of an event
+// (k8s.io/kubernetes/pkg/apis/core/validation/events.go).
+const mostNote = 1024
+
+// short shortens a message to less than a number of bytes.
+func short(message string, most int) string {
+	if len(message) < most {
 		return message
 	}
-	return strings.ToValidUTF8(message[:1000], "") + "…"
+	return strings.ToValidUTF8(message[:most-4], "") + "…"
 }

@@ -3,9 +3,12 @@ package controller
 import (
 	"context"
 	"slices"
+	"strings"
 	"testing"
+	"unicode/utf8"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -133,6 +136,40 @@ func TestRefusedConfigMap(t *testing.T) {
 		}
 		if !slices.Equal(s.applied, test.want) {
 			t.Errorf("refused %q: applied %q, want %q", test.refuses, s.applied, test.want)
+		}
+	}
+}
+
+// A resource with a fault in each of 10,000 rules has a status that the API server accepts.
+func TestLongMessage(t *testing.T) {
+	s := object.Spec{Addresses: []object.Address{{IP: "192.168.12.99/24", Gateway: "192.168.12.1"}}, Redirect: &object.Redirect{}}
+	for port := range int32(10000) {
+		s.Redirect.RedirectRules = append(s.Redirect.RedirectRules, object.RedirectRule{DestinationIP: "2001:db8::1", Port: 1 + port, Protocol: object.TCP})
+	}
+	_, err := s.Description()
+	if err == nil || len(err.Error()) < 1<<20 {
+		t.Fatalf("the faults are too short to prove anything: %v", err)
+	}
+	found := observation{problem: problem{reasonInvalid, err.Error()}}.conditions(nil, metav1.Now())[2].Message
+	if len(found) > 32768 || !strings.HasPrefix(err.Error(), strings.TrimSuffix(found, "…")) || !utf8.ValidString(found) {
+		t.Errorf("message of %d bytes: %.300s", len(found), found)
+	}
+}
+
+// Of the events of a cluster's pods, the cache has the text of those of routers only.
+func TestSlimEvents(t *testing.T) {
+	for pod, want := range map[string]string{
+		"web-575465c75c-qkq6m":                              "",
+		render.First().Deployment + "-575465c75c-qkq6m":     "no network",
+		render.Further("two").Deployment + "-575465c7-abcd": "no network",
+	} {
+		e := &corev1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: "egress", Name: "e", ResourceVersion: "7"}, InvolvedObject: corev1.ObjectReference{Name: pod}, Message: "no network"}
+		found, err := slim(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e = found.(*corev1.Event); e.Message != want || e.Name != "e" || e.Namespace != "egress" || e.ResourceVersion != "7" {
+			t.Errorf("event of pod %s: %+v", pod, e)
 		}
 	}
 }
