@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -94,7 +95,8 @@ func join(prefix, name string) string {
 	if len(whole) <= longest {
 		return whole
 	}
-	return whole[:longest-9] + "-" + hash(whole)[:8]
+	// A hyphen may not follow a dot (RFC 1123).
+	return strings.TrimRight(whole[:longest-9], ".") + "-" + hash(whole)[:8]
 }
 
 func hash(text string) string {

@@ -8,6 +8,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/egress-router/egress-router/cmd/egress-operator/api"
 	"github.com/egress-router/egress-router/cmd/egress-operator/internal/render"
@@ -62,6 +63,21 @@ func TestNames(t *testing.T) {
 	}
 	if a == b {
 		t.Errorf("the names of two routers are the same: %+v", a)
+	}
+}
+
+// The names of a router are valid, wherever a long name is cut.
+func TestLongNames(t *testing.T) {
+	for _, router := range []string{strings.Repeat("a.", 126) + "a", "a" + strings.Repeat("a.", 125) + "a", strings.Repeat("a-a.", 62) + "a"} {
+		n := render.Further(router)
+		for _, name := range []string{n.Attachment, n.Deployment, n.Config} {
+			if faults := validation.IsDNS1123Subdomain(name); len(faults) > 0 {
+				t.Errorf("name %q: %v", name, faults)
+			}
+		}
+		if faults := validation.IsValidLabelValue(n.App); len(faults) > 0 {
+			t.Errorf("label %q: %v", n.App, faults)
+		}
 	}
 }
 
