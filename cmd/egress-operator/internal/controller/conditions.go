@@ -129,7 +129,8 @@ func (o observation) find() problem {
 }
 
 func (o observation) findInPod(pod *corev1.Pod) problem {
-	if pod.DeletionTimestamp != nil || condition(pod, corev1.PodReady).Status == corev1.ConditionTrue {
+	ready := condition(pod, corev1.PodReady)
+	if pod.DeletionTimestamp != nil || ready.Status == corev1.ConditionTrue {
 		return problem{}
 	}
 	if c := condition(pod, corev1.PodScheduled); c.Status == corev1.ConditionFalse {
@@ -140,7 +141,10 @@ func (o observation) findInPod(pod *corev1.Pod) problem {
 		if w := c.State.Waiting; w != nil && w.Reason != "ContainerCreating" && w.Reason != "PodInitializing" {
 			return problem{reasonContainer, fmt.Sprintf("container %s of pod %s: %s: %s", c.Name, pod.Name, w.Reason, w.Message)}
 		}
-		if c.State.Running != nil {
+		if running := c.State.Running; running != nil {
+			if ready.LastTransitionTime.After(running.StartedAt.Time) {
+				return problem{reasonNotReady, "pod " + pod.Name + " was ready and is not any more: look at its node, and at the log of its container"}
+			}
 			return problem{} // its network was there when it started
 		}
 	}
