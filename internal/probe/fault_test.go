@@ -231,10 +231,10 @@ func exhaust(p *labtest.Pod) {
 // from the node.
 func TestDiagnoseNamesFault(t *testing.T) {
 	t.Parallel()
-	for _, f := range faults {
+	for n, f := range faults {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+			labtest.EachBackendInTurn(t, n, lab.Options{}, func(p *labtest.Pod) {
 				if f.before != nil {
 					f.before(p)
 				}

@@ -75,6 +75,16 @@ func Example() map[string]string {
 // the same; a test about one of them sets EGRESS_GRAMMAR.
 func EachBackend(t *testing.T, o lab.Options, test func(*Pod)) { each(t, o, test, Backends...) }
 
+// EachBackendInTurn is EachBackend for the n-th of tests that are alike: in the short variant it
+// is one of the backends, another for the next test.
+func EachBackendInTurn(t *testing.T, n int, o lab.Options, test func(*Pod)) {
+	if nstest.Long() {
+		EachBackend(t, o, test)
+		return
+	}
+	each(t, o, test, Backends[n%len(Backends)])
+}
+
 // EachFlavour is EachBackend with each kind of iptables alone.
 func EachFlavour(t *testing.T, o lab.Options, test func(*Pod)) {
 	each(t, o, test, IptablesNFT, IptablesLegacy)
