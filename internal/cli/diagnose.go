@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -167,41 +168,72 @@ func (at place) configuration(p Process) (c config.Config, partial string, err e
 		env.Mode = string(config.Init)
 	}
 	if env.Source == "" && env.ConfigFile == "" {
-		source, gateway, err := shown(env)
+		s, err := show(env)
 		if err != nil {
 			return c, "", &notConfiguredError{err}
 		}
-		env.Mode, env.Source, env.Gateway, env.Grammar = string(config.HTTPProxy), source.String(), gateway.String(), ""
-		partial = fmt.Sprintf("this container lacks the router's variables; %s and the gateway %s are those of the default route, and destinations and rules are not known", source.Addr(), gateway)
+		env.Mode, env.Interface, env.Source, env.Gateway, env.Grammar = string(config.HTTPProxy), s.egress, s.source.String(), s.gateway.String(), ""
+		partial = fmt.Sprintf("this container lacks the router's variables; %s and the gateway %s are those of the default route, and destinations and rules are not known", s.source.Addr(), s.gateway)
 	}
 	c, err = config.Parse(env, readFile)
 	return c, partial, err
 }
 
-// shown returns the reserved address and the gateway, as far as the namespace shows them:
-// those of the default route by the egress interface.
-func shown(env config.Environment) (source netip.Prefix, gateway netip.Addr, err error) {
-	egress := env.Interface
-	if egress == "" {
-		egress = config.DefaultInterface
-	}
+// shown is what a namespace shows of a router.
+type shown struct {
+	egress  string // interface
+	source  netip.Prefix
+	gateway netip.Addr
+}
+
+// show returns the reserved address and the gateway, as far as the namespace shows them: those of
+// the default route by the egress interface, which without its variable is macvlan0, or else the
+// one that the default route has.
+func show(env config.Environment) (shown, error) {
 	kernel, err := link.Open()
 	if err != nil {
-		return source, gateway, err
+		return shown{}, err
 	}
 	defer kernel.Close()
-	state, err := kernel.Observe(plan.Network{Interface: egress})
-	if err != nil {
-		return source, gateway, err
-	}
-	for _, r := range state.Routes {
-		for _, a := range state.Addresses {
-			if r.IsDefault() && r.Index == state.Index && r.Gateway.IsValid() && r.Source == a.Addr() {
-				return a, r.Gateway, nil
+	egress := cmp.Or(env.Interface, config.DefaultInterface)
+	candidates := []string{egress}
+	if env.Interface == "" && kernel.Exists(egress) != nil {
+		all, err := kernel.Interfaces()
+		if err != nil {
+			return shown{}, err
+		}
+		for _, i := range all {
+			if i.Macvlan { // as the CNI plugin's
+				candidates = append(candidates, i.Name)
 			}
 		}
 	}
-	return source, gateway, fmt.Errorf("find the reserved address: no default route by %s has a source, and EGRESS_SOURCE is unset", egress)
+	var failed error
+	for _, name := range candidates {
+		s, err := showBy(kernel, name)
+		if err == nil {
+			return s, nil
+		}
+		failed = cmp.Or(failed, err)
+	}
+	return shown{}, failed
+}
+
+// showBy is show for one interface. Another program may have replaced the route by one without
+// a source.
+func showBy(kernel *link.Kernel, egress string) (shown, error) {
+	state, err := kernel.Observe(plan.Network{Interface: egress})
+	if err != nil {
+		return shown{}, err
+	}
+	for _, r := range state.Routes {
+		for _, a := range state.Addresses {
+			if r.IsDefault() && r.Index == state.Index && r.Gateway.IsValid() && (r.Source == a.Addr() || !r.Source.IsValid() && a.Addr().Is4() == r.Gateway.Is4()) {
+				return shown{egress, a, r.Gateway}, nil
+			}
+		}
+	}
+	return shown{}, fmt.Errorf("find the reserved address: no default route by %s has a source, and EGRESS_SOURCE is unset", egress)
 }
 
 // errFault makes diagnose exit with 1 after it has printed the findings.

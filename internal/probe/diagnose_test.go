@@ -3,6 +3,7 @@ package probe_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -143,6 +144,25 @@ func TestDiagnoseWithoutVariables(t *testing.T) {
 		if f := found(p, d, check); f.Verdict != verdict {
 			t.Errorf("%s: %+v", check, f)
 		}
+	}
+}
+
+// The egress interface that the CNI plugin makes has another name, and Multus takes the source off
+// its default route.
+func TestDiagnoseFindsInterface(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{MacvlanName: "net1"}, labtest.Nftables)
+	p.Env["EGRESS_INTERFACE"] = "net1"
+	p.OK()
+	p.Env = nil
+	if r := p.Lab.Router.Do(func() error {
+		return exec.Command("ip", "route", "replace", "default", "via", lab.GatewayAddr.String(), "dev", "net1").Run()
+	}); r != nil {
+		t.Fatal(r)
+	}
+	r := p.Exec("egress-router", "diagnose", "203.0.113.25:80")
+	if r.Code != 0 || !strings.Contains(r.Stdout, "net1, macvlan") || !strings.Contains(r.Stdout, lab.Source.String()+"/24: set, no other host answers for it") {
+		t.Errorf("diagnosis: %+v", r)
 	}
 }
 
