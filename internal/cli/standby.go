@@ -228,6 +228,9 @@ func lookUpPeers(c config.Config, own netip.Addr, log *slog.Logger) standby.Look
 	}
 }
 
+// recentTrouble is how long an error of an action is reported. One that goes on comes again.
+const recentTrouble = 2 * time.Minute
+
 // reportStandby reports the role and the peers.
 func reportStandby(r *health.Report, s standby.Status, now time.Time) {
 	add := func(name string, state health.State, since time.Time, format string, args ...any) {
@@ -247,7 +250,7 @@ func reportStandby(r *health.Report, s standby.Status, now time.Time) {
 		}
 	}
 	state := health.OK
-	if s.Trouble != "" {
+	if s.Trouble != "" && now.Sub(s.TroubleAt) < recentTrouble {
 		state, detail = health.Warning, detail+"; "+s.Trouble
 	}
 	add("standby", state, s.Since, "%s", detail)

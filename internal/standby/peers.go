@@ -105,6 +105,11 @@ func (p *peers) note(h election.Heartbeat, interval time.Duration) {
 	}
 	have.sequence = h.Sequence
 	have.Peer = Peer{Address: have.Address, State: h.State, Priority: h.Priority, Healthy: h.Healthy, MAC: h.MAC, Heard: now}
+	p.forget(now)
+}
+
+// forget removes the routers that are silent. p.mu is locked.
+func (p *peers) forget(now time.Time) {
 	for id, other := range p.heard {
 		if now.Sub(other.Heard) > forgetAfter && !other.Heard.IsZero() {
 			delete(p.heard, id)
@@ -140,6 +145,7 @@ func (p *peers) last() (last time.Time) {
 func (p *peers) list() []Peer {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.forget(time.Now()) // also if none is heard any more
 	var list []Peer
 	for _, h := range p.heard {
 		if !h.Heard.IsZero() {

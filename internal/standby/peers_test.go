@@ -73,6 +73,13 @@ func TestPeersHear(t *testing.T) {
 		if a.holderHeard().IsZero() || a.last().IsZero() {
 			t.Error("the time of a heartbeat is not known")
 		}
+		a.mu.Lock()
+		a.heard[2].Heard = time.Now().Add(-2 * forgetAfter)
+		a.mu.Unlock()
+		if list := a.list(); len(list) > 0 {
+			t.Errorf("silent peers %+v", list)
+		}
+		a.from(2, b.own.Addr())
 		a.send(heartbeat(1, 1)) // to the sender, of which no look-up has told
 		if e := <-heard[1]; e.Heartbeat.ID != 1 {
 			t.Errorf("answer %+v", e)

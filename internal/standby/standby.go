@@ -73,7 +73,8 @@ type Status struct {
 	Gap       time.Duration     // from the last sign of the holder until then; zero: unknown
 	Lost      uint64            // heartbeats of peers that did not arrive
 	Refused   uint64            // packets that were no heartbeats with the key
-	Trouble   string            // error of the last action; empty: none
+	Trouble   string            // last error of an action; empty: there was none
+	TroubleAt time.Time
 }
 
 // A Peer is another router with the same addresses.
@@ -239,6 +240,13 @@ func (r *Runner) step(e election.Event) {
 			}
 		}
 	}
+	// An action that failed has left out the news of the role, which others act on.
+	r.mu.Lock()
+	role := r.status.Role
+	r.mu.Unlock()
+	if is := r.machine.State(); is != role {
+		r.became(election.Action{From: role, To: is, Reason: "gate failed"})
+	}
 }
 
 // carryOut carries out an action. The event is the machine's next one.
@@ -347,11 +355,18 @@ func (r *Runner) echoed(number uint32, now time.Duration) {
 	r.mu.Unlock()
 }
 
-// trouble records an error, and logs another one than the last.
+// troubleAgain is the time after which the same error is logged again.
+const troubleAgain = time.Minute
+
+// trouble records an error, and logs it unless it has just been logged.
 func (r *Runner) trouble(err error) {
+	now := time.Now()
 	r.mu.Lock()
-	same := r.status.Trouble == err.Error()
+	same := r.status.Trouble == err.Error() && now.Sub(r.status.TroubleAt) < troubleAgain
 	r.status.Trouble = err.Error()
+	if !same {
+		r.status.TroubleAt = now
+	}
 	r.mu.Unlock()
 	if !same {
 		r.o.Log.Warn("standby action failed", "error", err)
