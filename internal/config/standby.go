@@ -11,6 +11,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
@@ -25,21 +26,15 @@ type Peers struct {
 	APIServer string   // host and port; empty: there is none
 }
 
-// The limits and defaults of EGRESS_STANDBY_INTERVAL and EGRESS_STANDBY_PRIORITY. Below the
-// least interval the ticks of the kernel's timers, of 1 to 10 ms, weigh too much.
-const (
-	defaultInterval = 20 * time.Millisecond
-	leastInterval   = 10 * time.Millisecond
-	mostInterval    = time.Second
+// mostPriority is the highest value of EGRESS_STANDBY_PRIORITY. The other limits are those of
+// package election.
+const mostPriority = 255
 
-	defaultPriority = 100
-	mostPriority    = 255
-
-	leastKey = 16 // bytes, of a key that nobody guesses
-)
+// leastKey is the least length of a key that nobody guesses, in bytes.
+const leastKey = 16
 
 // heartbeatPort is the UDP port of heartbeats on the cluster side. It is below the ephemeral
-// ports, and IANA has assigned it to nobody.
+// ports (ip_local_port_range in ip-sysctl.rst), so that no socket of the pod has it by chance.
 const heartbeatPort = 9467
 
 // parseStandby reads the settings of a router that is one of several with its addresses.
@@ -63,11 +58,11 @@ func (c *Config) parseStandby(env Environment, readFile func(string) ([]byte, er
 		report(&Error{"EGRESS_STANDBY", fmt.Sprintf("EGRESS_STANDBY=true is not possible in mode %s", c.Mode), remedy("use mode legacy or monitor, or unset the variable")})
 		return
 	}
-	s := &spec.Standby{Port: heartbeatPort, Interval: defaultInterval}
-	c.Standby, c.Peers = s, Peers{Priority: defaultPriority, Reference: env.APIServer}
-	report(parseTime("EGRESS_STANDBY_INTERVAL", orDefault(env.StandbyInterval, defaultInterval.String()), notZero, &s.Interval))
-	if s.Interval < leastInterval || s.Interval > mostInterval {
-		report(&Error{"EGRESS_STANDBY_INTERVAL", fmt.Sprintf("EGRESS_STANDBY_INTERVAL %s is out of range: expected %s to %s", quote(env.StandbyInterval), leastInterval, mostInterval), ""})
+	s := &spec.Standby{Port: heartbeatPort, Interval: election.DefaultInterval}
+	c.Standby, c.Peers = s, Peers{Priority: election.DefaultPriority, Reference: env.APIServer}
+	report(parseTime("EGRESS_STANDBY_INTERVAL", orDefault(env.StandbyInterval, election.DefaultInterval.String()), notZero, &s.Interval))
+	if s.Interval < election.MinInterval || s.Interval > election.MaxInterval || s.Interval%time.Millisecond != 0 {
+		report(&Error{"EGRESS_STANDBY_INTERVAL", fmt.Sprintf("EGRESS_STANDBY_INTERVAL %s is out of range: expected %s to %s, in whole milliseconds", quote(env.StandbyInterval), election.MinInterval, election.MaxInterval), ""})
 	}
 	report(c.parsePeers(env.StandbyPeers))
 	report(c.parsePriority(env.StandbyPriority))
