@@ -9,10 +9,10 @@
 // A router that has lost the address writes nothing over the entry of the next holder,
 // however long a request of it was delayed. Every write is bound to the resource version of
 // the slice that the router read before it, and the router asks after that read whether it
-// still holds (Options.Holds): the next holder's first write comes later and changes the
-// version. It changes it even if the slice already has the right content, because it
-// contains an annotation that differs for each time of holding. So a delayed write is either
-// refused by the API server (409) or overwritten.
+// still holds (no Release, and Options.Holds): the next holder's first write comes later and
+// changes the version. It changes it even if the slice already has the right content,
+// because it contains an annotation that differs for each time of holding. So a delayed
+// write is either refused by the API server (409) or overwritten.
 //
 // Sources: the Kubernetes API reference of EndpointSlice (discovery.k8s.io/v1) and Service,
 // and "Server-Side Apply" and "Accessing the Kubernetes API from a Pod" of its documentation.
@@ -209,9 +209,10 @@ func (w *Writer) delay(failures int, err error) time.Duration {
 
 // attempt reads the Service and its slices, and writes what the holder has to write.
 func (w *Writer) attempt(ctx context.Context, r *role) error {
-	ctx, cancel := context.WithCancel(ctx)
+	run := ctx
+	ctx, cancel := context.WithCancel(r.ctx) // a child of the role's: it has ended when Release returns
 	defer cancel()
-	defer context.AfterFunc(r.ctx, cancel)()
+	defer context.AfterFunc(run, cancel)()
 
 	// A take-over takes a single request, with the revision that was read while another
 	// router held: if it is outdated, the API server refuses it.
@@ -256,7 +257,7 @@ func (w *Writer) write(ctx context.Context, r *role) error {
 		if wrote && before == (written{w.found[name], content}) {
 			continue
 		}
-		if w.o.Holds != nil && !w.o.Holds() {
+		if r.ctx.Err() != nil || w.o.Holds != nil && !w.o.Holds() {
 			return errNotHeld
 		}
 		now, err := w.api.apply(ctx, want, w.found[name])

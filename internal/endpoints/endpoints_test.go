@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -269,6 +270,29 @@ func TestRandomHolders(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A router does not write after Release with a version that it has read since, which may be
+// that of the next holder, even if what ends its requests comes late.
+func TestNoWriteAfterRelease(t *testing.T) {
+	s := newServer(t)
+	w := New(Options{Service: "web", Addresses: []netip.Addr{netip.MustParseAddr("127.0.0.2")}, Server: s.http.Listener.Addr().String(), Account: s.account(), Log: slog.New(slog.DiscardHandler)})
+	defer w.api.close()
+	w.api.timeout, w.api.connect = patience, patience
+	w.Hold()
+	r := w.role
+	w.Release()
+	if err := w.read(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.write(t.Context(), r); !errors.Is(err, errNotHeld) {
+		t.Errorf("write returned %v, want %v", err, errNotHeld)
+	}
+	s.change(func() {
+		if n := s.count("PATCH"); n != 0 {
+			t.Errorf("%d patches", n)
+		}
+	})
 }
 
 // A router whose kernel no longer lets it send does not write, even if nobody has called
