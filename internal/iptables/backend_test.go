@@ -168,6 +168,16 @@ func TestAutoChoosesBackend(t *testing.T) {
 				p.Path = p.Programs("case $0 in */ip6tables-restore) echo 'No chain/target/match by that name.' >&2; exit 1; esac\nexec $real \"$@\"\n")
 			},
 		},
+		{
+			// The pod forwards before the start, so that the redirects are loaded last.
+			name: "iptables cannot load redirects", backend: "backend=nftables", log: "iptables load failed, using nftables",
+			prepare: func(p *labtest.Pod) {
+				p.Path = p.Programs("case $0 in *-restore) in=$(cat); case $in in *'-j DNAT'*) echo 'No chain/target/match by that name.' >&2; exit 1; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
+				if err := p.Lab.SetSysctl(p.Lab.Router, "net/ipv4/ip_forward", "1"); err != nil {
+					p.Fatal(err)
+				}
+			},
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

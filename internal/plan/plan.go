@@ -198,7 +198,8 @@ type Group struct {
 // In this order, redirected traffic never has another source than the reserved address or
 // another path than the egress interface, and the physical network never reaches the pod:
 // rules come before the address and the routes; redirects come after these if packets could
-// already be redirected; forwarding is enabled last. If the network is right, the new rules
+// already be redirected, or if there are so many that the answer to a probe arrives while they
+// are loaded; forwarding is enabled last. If the network is right, the new rules
 // replace the old ones at once, so that no new connection is rejected in between. Stale
 // rules of another backend work until they are removed, with the reserved address of their
 // time.
@@ -232,7 +233,7 @@ func Steps(want Want, have Have) []Group {
 	loaded, why := have.Loaded, strings.Join(have.Differs, "; ")
 	if required && len(have.Differs) > 0 && loaded == nil {
 		first := Load{Rules: want.Rules, Why: why}
-		if want.Forward && (have.Redirects || have.State.ForwardsAny()) {
+		if want.Forward && (have.Redirects || have.State.ForwardsAny() || len(want.Rules.Redirects) >= manyRedirects && slices.ContainsFunc(late, awaited)) {
 			first = Load{Rules: want.Rules.WithoutRedirects(), Part: true}
 		}
 		guard, loaded = append(guard, first), &first.Rules
@@ -269,6 +270,16 @@ func Steps(want Want, have Have) []Group {
 		}
 	}
 	return groups
+}
+
+// manyRedirects is the number of redirects that take longer to load, about 10 µs each, than
+// one more change of the rules.
+const manyRedirects = 1000
+
+// awaited reports whether a step is a probe whose answer the run waits for at its end.
+func awaited(s Step) bool {
+	p, is := s.(Probe)
+	return is && p.Conflict != spec.ConflictRefuse
 }
 
 // isListed reports whether a change is among the steps of groups.

@@ -191,6 +191,58 @@ func familyOf(ipv6 bool) int {
 	return 0
 }
 
+// The answer to a probe of an interface that is down arrives while many redirects are
+// loaded. If the run waits for it before it claims the address, or if there are few, the rules
+// are loaded once.
+func TestProbeBesideLargeLoad(t *testing.T) {
+	for _, test := range []struct {
+		name     string
+		redirect int
+		conflict spec.Conflict
+		up       bool
+		loads    []Stage
+	}{
+		{"many, down", manyRedirects, spec.ConflictWarn, false, []Stage{Guard, Rules}},
+		{"many, down, defended", manyRedirects, spec.ConflictDefend, false, []Stage{Guard, Rules}},
+		{"many, down, refused", manyRedirects, spec.ConflictRefuse, false, []Stage{Guard}},
+		{"many, up", manyRedirects, spec.ConflictWarn, true, []Stage{Guard}},
+		{"few, down", manyRedirects - 1, spec.ConflictWarn, false, []Stage{Guard}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			set := rules.Set{Redirects: make([]rules.Redirect, test.redirect)}
+			for i := range set.Redirects {
+				set.Redirects[i] = rules.Redirect{Protocol: rules.TCP, Port: rules.Port(i + 1), To: addr("203.0.113.25")}
+			}
+			goal := Want{
+				Network: want, Forward: true, Start: true, Conflict: test.conflict,
+				Rules: rules.NewPlan(set, rules.Sides{Cluster: "eth0", Egress: "macvlan0", Sources: want.Sources.Addresses()}),
+			}
+			have := Have{State: State{Index: 3, Up: test.up, Sysctls: Sysctls{}}, Differs: []string{"no rules"}}
+			var loads []Stage
+			probed := false
+			for _, g := range Steps(goal, have) {
+				for _, s := range g.Steps {
+					switch s := s.(type) {
+					case Probe:
+						probed = true
+					case Load:
+						loads = append(loads, g.Stage)
+						if last := len(loads) == len(test.loads); s.Part == last || s.Rules.Equal(goal.Rules) != last {
+							t.Errorf("load %d: %q", len(loads), s)
+						}
+						if g.Stage == Rules && !probed {
+							t.Error("loaded before the probe")
+						}
+					}
+				}
+			}
+			if !slices.Equal(loads, test.loads) || !probed {
+				t.Errorf("loaded in the stages %v, want %v; probed: %t", loads, test.loads, probed)
+			}
+		})
+	}
+}
+
 // From any state the steps lead to one without steps, in few rounds of each stage. Until
 // all rules are loaded, nothing opens the way between the sides, and the address comes
 // after rules and sysctls.
@@ -200,7 +252,17 @@ func TestStepsConverge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	many := set
+	for port := range rules.Port(manyRedirects) {
+		r := set.Redirects[0]
+		r.Port += port
+		many.Redirects = append(many.Redirects, r)
+	}
 	for n := range 1000 {
+		set := set
+		if source.IntN(3) == 0 {
+			set = many
+		}
 		network := want
 		network.Sources = slices.Clone(want.Sources)
 		if source.IntN(3) == 0 {

@@ -42,6 +42,7 @@ type change struct {
 	admits  bool // the changes of IPv6 are part of the start
 	repairs []Repair
 	reloads bool                  // the rules changed because the destinations did
+	first   bool                  // this run has loaded rules where the backend had none
 	held    bool                  // the interface had the address before
 	moved   func(plan.State) bool // whether the address moved; nil: it did not
 	warned  map[string]bool       // warnings logged before
@@ -357,9 +358,10 @@ func (c *change) removeGate(s plan.RemoveGate) error {
 }
 
 // load loads rules. If the backend fails, another one replaces it, unless the first one
-// holds rules of ours: they would keep working beside the new ones.
+// holds rules of an earlier run: they would keep working beside the new ones. Those of this
+// run, without redirects, drop what the new ones drop until they are removed.
 func (c *change) load(ctx context.Context, s plan.Load) error {
-	held := c.rules.Holds()
+	held := c.rules.Holds() && !c.first
 	if c.drops != nil {
 		c.drops.read(ctx, c.rules, c.want.Rules)
 		defer func() { c.drops.read(ctx, c.rules, c.want.Rules) }()
@@ -368,7 +370,7 @@ func (c *change) load(ctx context.Context, s plan.Load) error {
 	c.have.Changed = c.have.Changed || undo != nil
 	if err == nil {
 		c.done.add(undo)
-		c.have.Loaded = &s.Rules
+		c.have.Loaded, c.first = &s.Rules, !held
 		if !s.Part {
 			c.note(RepairRules, s.Why, "loaded by "+c.rules.String(), func() {
 				c.router.Log.Info("rules loaded", "backend", c.rules.String(), "because", s.Why)

@@ -190,7 +190,9 @@ func TestOnlyCommentsRedirectsNothing(t *testing.T) {
 	}
 }
 
-// A file can hold a list that is too large for an environment variable.
+// A file can hold a list that is too large for an environment variable. Its redirects are
+// loaded while the answer to the probe for the address may come, behind rules that close the
+// pod.
 func TestDestinationFileOf10000Lines(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
@@ -204,7 +206,10 @@ func TestDestinationFileOf10000Lines(t *testing.T) {
 		}
 		delete(p.Env, "EGRESS_DESTINATION")
 		p.Env["EGRESS_DESTINATION_FILE"] = file
-		p.OK()
+		log := p.OK().Stderr
+		if up, loaded := strings.Index(log, "set macvlan0 up"), strings.Index(log, "rules loaded"); up < 0 || loaded < up {
+			p.Errorf("the redirects were not loaded behind the probe:\n%s", log)
+		}
 		p.WantAnswer("tcp", 10001, "203.0.113.26:443")
 		p.WantAnswer("tcp", 20000, "203.0.113.26:443")
 		p.WantRefused("tcp", 20001)
