@@ -1,5 +1,11 @@
 // Package limit limits the connections of a server, so that clients that do nothing do
 // not keep others out.
+//
+// The HTTP proxy has a listener of its own. It limits open files instead of connections,
+// lets a new client wait until one of its connections rests, and never closes one with a part
+// of a request, whose client would lose work. Here the answers are short and asked for again,
+// and a new connection must not wait: a kubelet restarts a pod whose probe fails. A common
+// listener would contain both policies, and share no more than the count of each client.
 package limit
 
 import (
