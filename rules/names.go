@@ -135,7 +135,8 @@ func (s Set) Resolve(of func(name string) Resolution) Set {
 func (r Redirect) Unresolved() bool { return !r.To.IsValid() && r.Name() != "" }
 
 // refused returns the ports of lines with a name that has no address of a family, each with
-// the ones that follow. Their connections must not get the fallback.
+// the ones that follow, up to the next port without a line: the kernel compares the rest with
+// one rule after the other. Their connections must not get the fallback.
 func (s Set) refused(f Family) []Redirect {
 	resolved := make(map[service]bool)
 	var ports []Redirect
@@ -153,9 +154,23 @@ func (s Set) refused(f Family) []Redirect {
 	slices.SortFunc(ports, func(a, b Redirect) int {
 		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.Port, b.Port))
 	})
+	var others Lookup
+	if len(ports) > 1 {
+		others = NewLookup(s.Redirects)
+	}
+	// redirected reports whether all ports between two have redirects, which precede the
+	// refusals: a range may contain them.
+	redirected := func(p Protocol, between, and Port) bool {
+		for between++; between < and; between++ {
+			if _, found := others.Find(f, p, between); !found {
+				return false
+			}
+		}
+		return true
+	}
 	var joined []Redirect
 	for _, r := range ports {
-		if n := len(joined); n > 0 && joined[n-1].Protocol == r.Protocol && joined[n-1].Last+1 == r.Port {
+		if n := len(joined); n > 0 && joined[n-1].Protocol == r.Protocol && redirected(r.Protocol, joined[n-1].Last, r.Port) {
 			joined[n-1].Last = r.Last
 		} else {
 			joined = append(joined, r)

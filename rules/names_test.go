@@ -100,6 +100,42 @@ func TestUnresolvedNamesAreRefused(t *testing.T) {
 	}
 }
 
+// The number of rules that refuse does not grow with the number of names: one contains the
+// redirects between them, which precede it.
+func TestRefusalsOfManyNames(t *testing.T) {
+	var list strings.Builder
+	for i := range 6000 {
+		fmt.Fprintf(&list, "%d tcp %s 443\n", 10_000+i, []string{"a.example.com", "203.0.113.25", "2001:db8::25"}[i%3])
+	}
+	set := parseNamed(t, list.String()+"20000-20010 tcp a.example.com\n20011-20020 tcp 203.0.113.26\n20021 tcp a.example.com\n20023 tcp a.example.com\n203.0.113.27\n2001:db8::27\n")
+	for _, f := range []Family{IPv4, IPv6} {
+		got := make(map[string]bool)
+		for _, r := range set.refused(f) {
+			got[r.LocalPorts()] = true
+			for port := r.Port; port <= r.last(); port++ {
+				if i := int(port) - 10_000; port < 20_000 && i%3 != 0 && i%3 != map[Family]int{IPv4: 1, IPv6: 2}[f] {
+					t.Errorf("%s: port %d is refused, which the fallback has", f, port)
+				}
+			}
+		}
+		want := map[Family]int{IPv4: 2000 + 2, IPv6: 2000 + 3}[f]
+		if len(got) != want || !got["20023"] {
+			t.Errorf("%s: %d rules, want %d", f, len(got), want)
+		}
+	}
+	known := set.Resolve(resolutions(map[string]Resolution{"a.example.com": {Addresses: []netip.Addr{ip("10.0.0.1")}}}))
+	if got := known.refused(IPv4); len(got) != 0 {
+		t.Errorf("%d rules with an address", len(got))
+	}
+	var dense strings.Builder
+	for i := range 10_000 {
+		fmt.Fprintf(&dense, "%d tcp %s 443\n", 10_000+i, []string{"a.example.com", "203.0.113.25"}[i%2])
+	}
+	if got := parseNamed(t, dense.String()).refused(IPv4); len(got) != 1 || got[0].LocalPorts() != "10000-19998" {
+		t.Errorf("%d rules for one block of ports, want one", len(got))
+	}
+}
+
 func TestNamesBeside(t *testing.T) {
 	before := parseNamed(t, "443 tcp a.example.com\n444 tcp b.example.com\n445 tcp 203.0.113.25\n446 tcp c.example.com")
 	after := parseNamed(t, "443 tcp a.example.com\n444 tcp c.example.com\n445 tcp b.example.com\n446 tcp c.example.com")
