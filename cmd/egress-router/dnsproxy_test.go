@@ -32,6 +32,8 @@ type nameServer struct {
 	mu     sync.Mutex
 	addrs  map[string][]string // by name; nil: no such name
 	silent bool
+	unsure uint16       // type of the questions that get no answer
+	ttl    uint32       // of answers; zero: 1
 	asked  []netip.Addr // sources of the questions
 	missed int          // questions that were not answered
 }
@@ -46,6 +48,13 @@ func (n *nameServer) setSilent(silent bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.silent = silent
+}
+
+// setUnsure leaves the questions of a type without an answer.
+func (n *nameServer) setUnsure(of uint16) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.unsure = of
 }
 
 func (n *nameServer) unanswered() int {
@@ -69,12 +78,12 @@ func (n *nameServer) wantAskedBy(t *testing.T, want netip.Addr) {
 	}
 }
 
-// ServeDNS answers with TTL 1, so that a test need not wait long for a change.
+// ServeDNS answers with TTL 1 if there is no other one, so that a test need not wait long for a change.
 func (n *nameServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.asked = append(n.asked, w.RemoteAddr().(*net.UDPAddr).AddrPort().Addr().Unmap())
-	if n.silent {
+	if n.silent || n.unsure == q.Question[0].Qtype {
 		n.missed++
 		return
 	}
@@ -86,7 +95,7 @@ func (n *nameServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 		m.Rcode = dns.RcodeNameError
 	}
 	for _, a := range addrs {
-		header := dns.RR_Header{Name: q.Question[0].Name, Rrtype: q.Question[0].Qtype, Class: dns.ClassINET, Ttl: 1}
+		header := dns.RR_Header{Name: q.Question[0].Name, Rrtype: q.Question[0].Qtype, Class: dns.ClassINET, Ttl: max(1, n.ttl)}
 		switch six := strings.Contains(a, ":"); {
 		case header.Rrtype == dns.TypeA && !six:
 			m.Answer = append(m.Answer, &dns.A{Hdr: header, A: net.ParseIP(a)})

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
+
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 )
@@ -467,6 +469,56 @@ func TestNamesOfBothFamilies(t *testing.T) {
 		await6("[2001:db8::26]:80")
 		wantOnly(p, 5432, "203.0.113.25:80")
 		p.WantEcho("a connection to the former IPv6 address, after a restart", conn, reader)
+	})
+}
+
+// The addresses of one family do not wait for those of the other: its port refuses there, also
+// with a fallback, until they come. They are asked for again long before the first answer
+// expires, and break no connection.
+func TestNamesGetTheOtherFamilyLater(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+		servers := map[bool]string{false: "203.0.113.25:80", true: "[2001:db8::25]:80"}
+		for _, s := range []string{servers[true], "[2001:db8::27]:5432", "[2001:db8::27]:5433"} {
+			p.Serve(p.Lab.Outside, "tcp", s)
+		}
+		n := serveNames(p)
+		n.set("db.example.com.", "203.0.113.25", "2001:db8::25")
+		n.ttl = 300
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_SOURCE"], p.Env["EGRESS_GATEWAY"] = "extended", "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1"
+		p.Env["EGRESS_DESTINATION"] = "5432 tcp db.example.com 80\n203.0.113.27\n2001:db8::27\n"
+		pods := map[bool]netip.AddrPort{false: netip.AddrPortFrom(lab.RouterAddr, 5432), true: netip.MustParseAddrPort("[fd00:10:128::98]:5432")}
+		for _, late := range []struct {
+			six      bool
+			question uint16
+			family   string
+		}{{true, dns.TypeAAAA, "IPv6"}, {false, dns.TypeA, "IPv4"}} {
+			await := func(six bool) {
+				p.Helper()
+				p.Until("the port reaches "+servers[six], func() bool {
+					a, err := p.Ask(p.Lab.Client, "tcp", pods[six])
+					return err == nil && a.Server.String() == servers[six]
+				})
+			}
+			n.setUnsure(late.question)
+			r := p.Start("legacy")
+			await(!late.six)
+			r.AwaitLog(1, `msg="name lookup incomplete" name=db.example.com missing=`+late.family)
+			if a, err := p.Ask(p.Lab.Client, "tcp", pods[late.six]); !errors.Is(err, syscall.ECONNREFUSED) {
+				p.Errorf("%s before its answer: %v, error %v; want a refusal", late.family, a, err)
+			}
+			conn := p.Dial(p.Lab.Client, "tcp", pods[!late.six])
+			reader := bufio.NewReader(conn)
+			n.setUnsure(dns.TypeNone)
+			await(late.six)
+			await(!late.six)
+			p.WantEcho("a connection of the first family", conn, reader)
+			r.Terminate()
+			r.AwaitLog(1, "stopping, configuration stays")
+			if r := p.Exec("egress-router", "remove"); r.Code != 0 {
+				p.Errorf("remove:\n%s", r.Stderr)
+			}
+		}
 	})
 }
 

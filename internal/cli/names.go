@@ -36,7 +36,7 @@ func newFollower(c config.Config, log *slog.Logger) *lookup.Follower {
 
 // newFollowerOf is newFollower with the name servers of a file; empty: the pod's.
 func newFollowerOf(c config.Config, resolvConf string, log *slog.Logger) *lookup.Follower {
-	r, own := resolver.New(resolver.Options{ResolvConf: resolvConf, Log: log, EitherFamily: true}), new(netns.Addresses)
+	r, own := resolver.New(resolver.Options{ResolvConf: resolvConf, Log: log, EitherFamily: len(c.Sources.Of(true)) > 0}), new(netns.Addresses)
 	return &lookup.Follower{
 		Lookup: func(ctx context.Context, name string) (resolver.Answer, error) {
 			answer, err := r.Lookup(ctx, netip.Addr{}, name)
@@ -44,6 +44,8 @@ func newFollowerOf(c config.Config, resolvConf string, log *slog.Logger) *lookup
 			answer.Addrs = slices.DeleteFunc(answer.Addrs, func(a netip.Addr) bool {
 				return len(c.Sources.Of(a.Is6())) == 0
 			})
+			answer.OnlyIPv4 = answer.OnlyIPv4 && len(c.Sources.Of(true)) > 0
+			answer.OnlyIPv6 = answer.OnlyIPv6 && len(c.Sources.Of(false)) > 0
 			return answer, err
 		},
 		Unusable: func(a netip.Addr) string { return unusable(c, own, a) },

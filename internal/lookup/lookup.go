@@ -77,6 +77,7 @@ type entry struct {
 	any      bool // it may have had other addresses before the start of the program
 	failures int
 	refused  string // addresses that are not used, for the log
+	missing  string // family without an answer, for the log
 	due      time.Time
 	index    int  // in the queue
 	gone     bool // no longer in the list
@@ -289,6 +290,7 @@ func (f *Follower) finish(e *entry, answer resolver.Answer, err error) (changed 
 	if err == nil && len(usable) == 0 {
 		err = errors.New("no usable address")
 	}
+	f.incomplete(e, answer, err)
 	if answer.OnlyIPv4 || answer.OnlyIPv6 { // those of the other family stay
 		usable = append(usable, slices.DeleteFunc(slices.Clone(e.Addresses), func(a netip.Addr) bool { return a.Is4() == answer.OnlyIPv4 })...)
 		slices.SortStableFunc(usable, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
@@ -310,6 +312,23 @@ func (f *Follower) finish(e *entry, answer resolver.Answer, err error) (changed 
 	}
 	heap.Push(&f.queue, e)
 	return changed
+}
+
+// incomplete logs that the addresses of one family are not known, once.
+func (f *Follower) incomplete(e *entry, answer resolver.Answer, err error) {
+	missing := ""
+	switch {
+	case err != nil:
+		return
+	case answer.OnlyIPv4:
+		missing = rules.IPv6.String()
+	case answer.OnlyIPv6:
+		missing = rules.IPv4.String()
+	}
+	if e.missing != missing && missing != "" {
+		f.Log.Warn("name lookup incomplete", "name", e.Name, "missing", missing)
+	}
+	e.missing = missing
 }
 
 // fail records a look-up that failed. The addresses stay, also if the name server answers

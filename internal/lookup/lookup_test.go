@@ -134,7 +134,7 @@ func text(f *Follower, name string) string { return join(f.Resolution(name).Addr
 
 // The addresses of a family stay while the name servers answer only for the other one.
 func TestFollowerKeepsFamily(t *testing.T) {
-	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, _ *strings.Builder) {
+	following(t, func(t *testing.T, z *zone, f *Follower, changes *reported, log *strings.Builder) {
 		z.set("db.example.com", "203.0.113.25", "2001:db8::25")
 		f.Follow([]string{"db.example.com"}, true)
 		f.Await(t.Context())
@@ -157,6 +157,11 @@ func TestFollowerKeepsFamily(t *testing.T) {
 		step(true, false, "203.0.113.26,2001:db8::27", 4)
 		z.set("db.example.com", "203.0.113.27")
 		step(false, false, "203.0.113.27", 5)
+		for _, family := range []string{"IPv4", "IPv6"} {
+			if n := strings.Count(log.String(), `msg="name lookup incomplete" name=db.example.com missing=`+family); n != 1 {
+				t.Errorf("%d lines about %s, want 1:\n%s", n, family, log)
+			}
+		}
 	})
 }
 

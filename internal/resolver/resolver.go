@@ -112,7 +112,8 @@ type Options struct {
 	ResolvConf string       // in place of /etc/resolv.conf, for tests
 	Log        *slog.Logger // may be nil
 	// EitherFamily makes IPv6 addresses an answer while the IPv4 ones are unknown, for a
-	// caller that reaches both: one that reaches IPv4 alone would take them for all.
+	// caller that reaches both: one that reaches IPv4 alone would take them for all. An answer
+	// that lacks a family is kept for MaxNegativeTTL at most, so that the rest comes soon.
 	EitherFamily bool
 }
 
@@ -288,6 +289,9 @@ func (r *Resolver) search(ctx context.Context, c *conf, name string) (Answer, ti
 	for i, candidate := range c.candidates(name) {
 		found := r.address(ctx, c, candidate.name)
 		if found.err == nil {
+			if r.either && (found.onlyIPv4 || found.onlyIPv6) {
+				found.ttl = min(found.ttl, MaxNegativeTTL)
+			}
 			return Answer{Addrs: limited(r, candidate.name, addresses(found.records), maxAddrs), Name: strings.TrimSuffix(candidate.name, "."), OnlyIPv4: found.onlyIPv4, OnlyIPv6: found.onlyIPv6}, found.ttl, nil
 		}
 		// A full name is searched below other domains only if it is known not to

@@ -285,6 +285,8 @@ func TestOneKindFails(t *testing.T) {
 	for name, only := range map[string]bool{"a.example": false, "c.example": true} {
 		if answer, err := r.Lookup(t.Context(), netip.Addr{}, name); err != nil || answer.OnlyIPv6 != only {
 			t.Errorf("either family, %s: %+v, error %v; want OnlyIPv6 %v", name, answer, err, only)
+		} else if left := time.Until(answer.Expires); left > MaxNegativeTTL {
+			t.Errorf("either family, %s: the other one is asked for again after %v", name, left)
 		}
 	}
 }
