@@ -15,6 +15,7 @@ const nameServerAddr = "192.0.2.53"
 // names are its records.
 var names = who.Names{
 	"example.com.":        "203.0.113.27",
+	"db.example.com.":     "203.0.113.26",
 	"foobar.example.com.": "203.0.113.26",
 	"www.example.org.":    "203.0.113.25",
 }

@@ -2,9 +2,12 @@ package e2e
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -33,6 +36,63 @@ func TestRedirectPods(t *testing.T) {
 				t.Errorf("containers that run: %q, want only the one that waits", got)
 			}
 		})
+	}
+}
+
+// The pod with the extended grammar redirects as its lines say. A client keeps one of the
+// reserved addresses, and is refused beyond the limit of a line.
+func TestExtendedPod(t *testing.T) {
+	p := play(t, "extended-pod.yaml", bare)
+	p.awaitReady(t, p.name+"-egress-router")
+	c := newClient(t)
+	ask := func(proto string, port int) who.Answer {
+		t.Helper()
+		a, err := c.ask(proto, fmt.Sprintf("%s:%d", p.address, port))
+		if err != nil {
+			t.Fatalf("%s port %d: %v", proto, port, err)
+		}
+		return a
+	}
+	source := ask("tcp", 9000).Peer
+	if source != reserved && source != netip.MustParseAddr("192.168.12.100") {
+		t.Fatalf("the server sees %s, want one of the reserved addresses", source)
+	}
+	for _, w := range []struct {
+		proto  string
+		port   int
+		server string
+	}{
+		{"udp", 53, "203.0.113.27:53"}, {"tcp", 8080, "203.0.113.26:80"}, {"tcp", 9000, "203.0.113.27:9000"},
+		{"tcp", 30000, "203.0.113.26:443"}, {"tcp", 30100, "203.0.113.26:443"}, {"tcp", 8443, "203.0.113.26:443"},
+	} {
+		c.want(t, w.proto, fmt.Sprintf("%s:%d", p.address, w.port), w.server, source)
+	}
+	seen := map[netip.AddrPort]bool{}
+	await(t, "connections to both servers", func() bool {
+		seen[ask("tcp", 80).Server] = true
+		return len(seen) > 1
+	})
+	if first, second := netip.MustParseAddrPort("203.0.113.25:80"), netip.MustParseAddrPort("203.0.113.26:80"); !seen[first] || !seen[second] {
+		t.Errorf("port 80: %v answered, want %s and %s", seen, first, second)
+	}
+	if _, err := c.dial("tcp", p.address.String()+":30101"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("a port beyond the range: %v, want a refusal", err)
+	}
+
+	const most = 20
+	var open []net.Conn
+	await(t, "a refusal beyond the limit", func() bool {
+		conn, err := c.dial("tcp", p.address.String()+":8443")
+		if err != nil {
+			return errors.Is(err, syscall.ECONNREFUSED)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		open = append(open, conn)
+		return len(open) > most
+	})
+	// The connection of before may count, or not any more.
+	if len(open) > most || len(open) < most-1 {
+		t.Errorf("%d connections at a time, want %d", len(open), most)
 	}
 }
 
