@@ -71,8 +71,9 @@ func (r Request) Frame() ([]byte, error) {
 		b = append(b, 0x45, 0, 0, ipv4Length+icmpLength, 0, 0, 0x40, 0, hopLimit, icmp4, 0, 0)
 		b = append(b, r.Source.AsSlice()...)
 		b = append(b, r.Target.AsSlice()...)
-		binary.BigEndian.PutUint16(b[etherLength+10:], sum(b[etherLength:], 0))
-		b = r.message(b, request4, 0)
+		binary.BigEndian.PutUint16(b[etherLength+10:], Checksum(b[etherLength:], 0))
+		b = r.message(b, request4)
+		binary.BigEndian.PutUint16(b[etherLength+ipv4Length+2:], Checksum(b[etherLength+ipv4Length:], 0))
 		return b[:minimum], nil // the rest is padding, zero
 	}
 	b = binary.BigEndian.AppendUint16(b, EtherTypeIPv6)
@@ -80,30 +81,20 @@ func (r Request) Frame() ([]byte, error) {
 	b = append(b, 0x60, 0, 0, 0, 0, icmpLength, icmp6, hopLimit)
 	b = append(b, r.Source.AsSlice()...)
 	b = append(b, r.Target.AsSlice()...)
-	return r.message(b, request6, pseudo(b)), nil
+	b = r.message(b, request6)
+	// Also over the pseudo-header: addresses, length and protocol (RFC 8200, section 8.1).
+	binary.BigEndian.PutUint16(b[etherLength+ipv6Length+2:], Checksum(b[etherLength+8:], icmpLength+icmp6))
+	return b, nil
 }
 
-// message appends the ICMP message. start is the part of its checksum that is not in it.
-func (r Request) message(b []byte, kind byte, start uint32) []byte {
-	at := len(b)
-	b = append(b, kind, 0, 0, 0)
-	b = binary.BigEndian.AppendUint32(b, r.Number)
-	binary.BigEndian.PutUint16(b[at+2:], sum(b[at:], start))
-	return b
+// message appends the ICMP message, without its checksum.
+func (r Request) message(b []byte, kind byte) []byte {
+	return binary.BigEndian.AppendUint32(append(b, kind, 0, 0, 0), r.Number)
 }
 
-// pseudo returns the sum of the pseudo-header of a frame of IPv6 (RFC 8200, section 8.1).
-func pseudo(frame []byte) uint32 {
-	total := uint32(icmpLength) + icmp6
-	addresses := frame[etherLength+8 : etherLength+ipv6Length]
-	for i := 0; i < len(addresses); i += 2 {
-		total += uint32(binary.BigEndian.Uint16(addresses[i:]))
-	}
-	return total
-}
-
-// sum returns the checksum of data (RFC 1071).
-func sum(data []byte, start uint32) uint16 {
+// Checksum returns the Internet checksum of data and of what start is the sum of (RFC 1071);
+// 0 if data contains the right one.
+func Checksum(data []byte, start uint32) uint16 {
 	total := start
 	for i := 0; i+1 < len(data); i += 2 {
 		total += uint32(binary.BigEndian.Uint16(data[i:]))

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+
+	"github.com/egress-router/egress-router/internal/echo"
 )
 
 // EtherType is that of IPv6 (RFC 2464, section 3).
@@ -146,18 +148,7 @@ func frame(t Type, flags uint32, via, mac net.HardwareAddr, source, destination,
 // checksum returns the checksum of a message in a frame, over the message and the
 // pseudo-header (RFC 8200, section 8.1); 0 if that in the frame is right.
 func checksum(b []byte) uint16 {
-	sum := uint32(len(b)-typeOffset) + nextHeader //nolint:gosec // a frame is short
-	for words := b[sourceOffset:]; len(words) > 0; words = words[min(2, len(words)):] {
-		if len(words) == 1 {
-			sum += uint32(words[0]) << 8
-			break
-		}
-		sum += uint32(binary.BigEndian.Uint16(words))
-	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	return ^uint16(sum) //nolint:gosec // 16 bits are left
+	return echo.Checksum(b[sourceOffset:], uint32(len(b)-typeOffset)+nextHeader) //nolint:gosec // a frame is short
 }
 
 // Parse parses an Ethernet frame. It accepts only valid solicitations and advertisements

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	frames "github.com/egress-router/egress-router/internal/echo"
 )
 
 // An Echoed is the result of echo requests that must not be fragmented.
@@ -144,7 +146,7 @@ func (e *echo) request(size int) []byte {
 	binary.BigEndian.PutUint16(b[4:], e.id)
 	binary.BigEndian.PutUint16(b[6:], uint16(size)) //nolint:gosec // an MTU below 64 KiB
 	if !e.ipv6 {
-		binary.BigEndian.PutUint16(b[2:], checksum(b))
+		binary.BigEndian.PutUint16(b[2:], frames.Checksum(b, 0))
 	}
 	return b
 }
@@ -165,16 +167,4 @@ func (e *echo) answer(b []byte) int {
 	size := int(binary.BigEndian.Uint16(b[6:]))
 	e.found.Largest, e.found.TTL = max(e.found.Largest, size), ttl
 	return size
-}
-
-// checksum returns the Internet checksum (RFC 1071) of b, whose length is even.
-func checksum(b []byte) uint16 {
-	sum := uint32(0)
-	for i := 0; i+1 < len(b); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(b[i:]))
-	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	return ^uint16(sum) //nolint:gosec // 16 bits are left
 }
