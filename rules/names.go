@@ -15,22 +15,34 @@ const (
 	maxLabel = 63
 )
 
-// isName reports whether s is a domain name of at least two labels of letters, digits,
-// hyphens and underscores, with or without a final dot, which disables the search list of
-// the resolver. A name whose last label is a number is an invalid address (RFC 3696
-// section 2).
-func isName(s string) bool {
+// FaultOfName returns why s is no domain name of labels of letters, digits, hyphens and
+// underscores, with or without a final dot, which disables the search list of the resolver;
+// empty: it is one.
+func FaultOfName(s string) string {
 	s = strings.TrimSuffix(s, ".")
-	labels := strings.Split(s, ".")
-	if len(labels) < 2 || len(s) > maxName || isDigits(labels[len(labels)-1]) {
-		return false
+	if len(s) > maxName {
+		return fmt.Sprintf("it has more than %d bytes", maxName)
 	}
-	for _, label := range labels {
-		if label == "" || len(label) > maxLabel || label[0] == '-' || strings.Trim(strings.ToLower(label), "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
-			return false
+	for label := range strings.SplitSeq(s, ".") {
+		switch rest := strings.Trim(strings.ToLower(label), "abcdefghijklmnopqrstuvwxyz0123456789-_"); {
+		case label == "":
+			return "a label is empty"
+		case len(label) > maxLabel:
+			return fmt.Sprintf("a label has more than %d bytes", maxLabel)
+		case label[0] == '-':
+			return "a label begins with -"
+		case rest != "":
+			return fmt.Sprintf("it contains %q", []rune(rest)[0])
 		}
 	}
-	return true
+	return ""
+}
+
+// isName reports whether s is a domain name of at least two labels. One whose last label is a
+// number is an invalid address (RFC 3696, section 2).
+func isName(s string) bool {
+	labels := strings.Split(strings.TrimSuffix(s, "."), ".")
+	return len(labels) > 1 && !isDigits(labels[len(labels)-1]) && FaultOfName(s) == ""
 }
 
 // named returns r to a name, which has no address yet.

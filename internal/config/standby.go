@@ -13,6 +13,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/rules"
 )
 
 // A Peers is how a router that stands by finds the others with its addresses, and how it
@@ -93,29 +94,13 @@ func (c *Config) parsePeers(list string) *Error {
 	return nil
 }
 
-// faultOfName returns why a word is no name of the DNS (RFC 1123, section 2.1; RFC 1035,
+// faultOfName returns why a word is no name of a host (RFC 1123, section 2.1; RFC 1035,
 // section 2.3.4; the underscore is that of RFC 2782); empty: it may be one.
 func faultOfName(name string) string {
-	if len(name) > 253 {
-		return "it has more than 253 bytes"
+	if strings.Contains(name+".", "-.") {
+		return "a label ends with -"
 	}
-	for label := range strings.SplitSeq(strings.TrimSuffix(name, "."), ".") {
-		switch {
-		case label == "":
-			return "a label is empty"
-		case len(label) > 63:
-			return "a label has more than 63 bytes"
-		case strings.HasPrefix(label, "-") || strings.HasSuffix(label, "-"):
-			return "a label begins or ends with -"
-		}
-		const allowed = "abcdefghijklmnopqrstuvwxyz0123456789-_"
-		for _, r := range strings.ToLower(label) {
-			if !strings.ContainsRune(allowed, r) {
-				return fmt.Sprintf("it contains %q", r)
-			}
-		}
-	}
-	return ""
+	return rules.FaultOfName(name)
 }
 
 func (c *Config) parsePriority(s string) *Error {
