@@ -18,30 +18,23 @@ import (
 //
 // An error ends no removal: the other steps are taken, and the errors are joined.
 func (r *Router) Remove(ctx context.Context, before *plan.State) error {
-	release, err := lock(ctx)
+	c, end, err := r.begin(ctx)
 	if err != nil {
 		return err
 	}
-	defer release()
-	network, err := r.Network()
-	if err != nil {
-		return err
-	}
-	defer network.Close()
-
-	c := &change{router: r, network: network, want: r.Want}
+	defer end()
 	c.want.Rules = rules.Plan{}
 	if want := withIPv6(c.want.Network); link.HasIPv6() {
-		if have, _ := network.Observe(want); want.Traces(have) { // an error comes again
+		if have, _ := c.network.Observe(want); want.Traces(have) { // an error comes again
 			c.want.Network = want
 		}
 	}
-	c.have.State, err = network.Observe(c.want.Network)
+	c.have.State, err = c.network.Observe(c.want.Network)
 	if _, missing := errors.AsType[*link.MissingError](err); err != nil && !missing {
 		return err
 	}
 	if before == nil {
-		initial, err := network.Initial(c.want.Network)
+		initial, err := c.network.Initial(c.want.Network)
 		if err != nil {
 			return err
 		}

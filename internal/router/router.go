@@ -124,22 +124,29 @@ If the interface has another name, set %[3]s.`
 
 var clusterHint = wording.Textf("set %s to the interface by which clients reach the pod", wording.ClusterInterface)
 
+// begin returns a change of the namespace, which is locked until the end.
+func (r *Router) begin(ctx context.Context) (c *change, end func(), err error) {
+	release, err := lock(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	network, err := r.Network()
+	if err != nil {
+		release()
+		return nil, nil, err
+	}
+	return &change{router: r, network: network, want: r.Want}, func() { network.Close(); release() }, nil
+}
+
 // Apply configures the namespace. If there is no drift, it changes nothing and
 // only announces the address. After an error everything is as it was before.
 func (r *Router) Apply(ctx context.Context) (err error) {
 	begin := time.Now()
-	release, err := lock(ctx)
+	c, end, err := r.begin(ctx)
 	if err != nil {
 		return err
 	}
-	defer release()
-	network, err := r.Network()
-	if err != nil {
-		return err
-	}
-	defer network.Close()
-
-	c := &change{router: r, network: network, want: r.Want}
+	defer end()
 	c.want.Start = true
 	defer c.close()
 	defer func() {
@@ -197,17 +204,12 @@ type Missing struct {
 // nothing that a packet reaches: to compare rules that iptables prints in another form, it
 // loads them into chains without a jump.
 func (r *Router) Check(ctx context.Context) (Missing, error) {
-	release, err := lock(ctx)
+	c, end, err := r.begin(ctx)
 	if err != nil {
 		return Missing{}, err
 	}
-	defer release()
-	network, err := r.Network()
-	if err != nil {
-		return Missing{}, err
-	}
-	defer network.Close()
-	c := &change{router: r, network: network, want: r.Want, looks: true}
+	defer end()
+	c.looks = true
 	c.want.Start = true
 	if err := c.observe(ctx); err != nil {
 		return Missing{}, err
