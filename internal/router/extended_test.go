@@ -69,6 +69,36 @@ func TestExtendedRedirects(t *testing.T) {
 	}
 }
 
+// A range of 30,000 ports is one rule or element. One to shifted ports may be a few elements
+// in nftables, here two: the kernel shifts by the remainder of a division.
+func TestRangeCostsOneElement(t *testing.T) {
+	t.Parallel()
+	for name, to := range map[string]string{"to the same ports": "", "to one port": " 443", "to shifted ports": " 10000-39999"} {
+		t.Run(name, func(t *testing.T) {
+			labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+				p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_DESTINATION"] = "extended", "80 tcp 203.0.113.25\n20000-49999 tcp 203.0.113.26"+to+"\n"
+				for _, s := range []string{"203.0.113.26:20000", "203.0.113.26:49999", "203.0.113.26:10000", "203.0.113.26:39999"} {
+					p.Serve(p.Lab.Outside, "tcp", s)
+				}
+				p.OK()
+				want := 1
+				if p.Backend == labtest.Nftables && name == "to shifted ports" {
+					want = 2
+				}
+				if n := strings.Count(p.Rules(), "203.0.113.26"); n != want {
+					p.Errorf("%d rules or elements, want %d:\n%s", n, want, p.Rules())
+				}
+				for _, port := range []uint16{20000, 49999} {
+					server := map[string]uint16{"": port, " 443": 443, " 10000-39999": port - 10000}[to]
+					p.WantAnswer("tcp", port, fmt.Sprint("203.0.113.26:", server))
+				}
+				p.WantRefused("tcp", 19999)
+				p.WantRefused("tcp", 50000)
+			})
+		})
+	}
+}
+
 // The counters have a line for each range, and the router that stays applies another
 // range without a break of other connections.
 func TestExtendedReload(t *testing.T) {
