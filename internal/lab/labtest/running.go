@@ -89,6 +89,17 @@ func (r *Running) AwaitLog(n int, text string) {
 	r.Until(fmt.Sprintf("%q is logged %d times", text, n), func() bool { return strings.Count(r.Logged(), text) >= n })
 }
 
+// AwaitAfter waits until the router has logged a text after the last of another one, however
+// often each of them came before: a busy machine adds pairs of them.
+func (r *Running) AwaitAfter(last, text string) {
+	r.Helper()
+	r.Until(fmt.Sprintf("%q is logged after the last %q", text, last), func() bool {
+		log := r.Logged()
+		i := strings.LastIndex(log, last)
+		return i >= 0 && strings.Contains(log[i+len(last):], text)
+	})
+}
+
 // Settle waits until the namespace is in a state again.
 func (r *Running) Settle(want string) {
 	r.Helper()
