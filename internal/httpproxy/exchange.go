@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"sync/atomic"
@@ -20,11 +21,11 @@ type exchange struct {
 	proxy   *Proxy
 	request *http.Request
 	client  *clientConn
-	cancel  context.CancelCauseFunc
-	idle    *idleWatch
 	begun   time.Time
+	plain   bool // neither a body nor an upgrade
+	life    life
 
-	route    *route
+	route    route
 	server   net.Addr // nil: none
 	closing  bool     // the server closes a connection that the client has authenticated
 	status   int
@@ -42,17 +43,22 @@ func (p *Proxy) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	x := &exchange{ResponseWriter: w, proxy: p, begun: time.Now()}
 	x.client = r.Context().Value(clientKey{}).(*clientConn)
 	_ = x.client.SetWriteDeadline(time.Time{}) // a previous exchange may have set one, see expire
-	ctx := r.Context()
+	x.life = life{x: x, parent: r.Context()}
 	if r.Method == http.MethodConnect {
 		// net/http treats a client that has closed its half as gone, but a tunnel
 		// may begin with that.
-		ctx = x.client.proxy
+		x.life.parent = x.client.proxy
 	}
-	ctx, x.cancel = context.WithCancelCause(context.WithValue(ctx, exchangeKey{}, x))
+	x.client.idle.start(x.client.TCPConn, p.config.IdleTimeout, x.expire)
+	x.plain = r.Method != http.MethodConnect && (r.Body == nil || r.Body == http.NoBody) && len(r.Header["Upgrade"]) == 0
+	if x.plain {
+		x.request = r
+		return x
+	}
 	if len(r.TransferEncoding) > 0 && r.Trailer == nil {
 		r.Trailer = http.Header{} // net/http adds trailers that were not announced
 	}
-	x.request = r.WithContext(ctx)
+	x.request = r.WithContext(x.life.context())
 	if r.Body != nil && r.Body != http.NoBody {
 		removeForbidden(r.Trailer)
 		x.body = &requestBody{ReadCloser: r.Body, trailer: r.Trailer}
@@ -62,7 +68,6 @@ func (p *Proxy) begin(w http.ResponseWriter, r *http.Request) *exchange {
 		// HTTP/1 has no error.
 		_ = http.NewResponseController(w).EnableFullDuplex()
 	}
-	x.idle = watchIdle(x.client.TCPConn, p.config.IdleTimeout, x.expire)
 	return x
 }
 
@@ -73,7 +78,7 @@ type exchangeKey struct{}
 // context, waiting for the client with the deadlines; that of writing leaves time for
 // the response.
 func (x *exchange) expire() {
-	x.cancel(errIdle)
+	x.life.end(errIdle)
 	_ = x.client.SetReadDeadline(time.Now())
 	_ = x.client.SetWriteDeadline(time.Now().Add(time.Second))
 }
@@ -81,8 +86,8 @@ func (x *exchange) expire() {
 // end updates the counters and writes the access log. After it net/http reads and
 // drops the rest of the body, for which the limit is that of a header.
 func (x *exchange) end() {
-	x.idle.stop()
-	x.cancel(nil)
+	x.client.idle.stop()
+	x.life.end(context.Canceled)
 	x.client.logins.between.Store(true)
 	x.client.ended.Add(1)
 	x.client.state.CompareAndSwap(active, finishing)
@@ -121,15 +126,15 @@ func (x *exchange) end() {
 // refuse responds instead of a server. After a CONNECT it closes the connection, since
 // the data behind it are for the tunnel.
 func (x *exchange) refuse(r *refusal) {
-	ctx := x.request.Context()
+	cause := x.life.cause()
 	switch {
-	case errors.Is(context.Cause(ctx), errIdle):
+	case errors.Is(cause, errIdle):
 		r = &refusal{http.StatusGatewayTimeout, x.route.target.String() + ": idle timeout, no data for " + x.proxy.config.IdleTimeout.String()}
 		x.Header().Set("Connection", "close")
-	case errors.Is(context.Cause(ctx), errStopping):
+	case errors.Is(cause, errStopping):
 		r = &refusal{http.StatusServiceUnavailable, errStopping.Error()}
 		x.Header().Set("Connection", "close")
-	case ctx.Err() != nil:
+	case cause != nil:
 		// A client that has closed only its half still reads this.
 		r = &refusal{http.StatusBadGateway, "the client closed the connection before the response"}
 		x.Header().Set("Connection", "close")
@@ -184,6 +189,14 @@ func (x *exchange) WriteHeader(status int) {
 	if x.answered && x.reason != http.StatusText(status) {
 		x.client.statusLine = fmt.Sprintf("%03d %s\r\n", status, x.reason)
 	}
+}
+
+// forwardInterim forwards an interim response.
+func (x *exchange) forwardInterim(r *http.Response) {
+	h := x.Header()
+	maps.Copy(h, r.Header)
+	x.WriteHeader(r.StatusCode)
+	clear(h) // net/http keeps it
 }
 
 // Write forwards a part of the body.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httputil"
 	"slices"
@@ -24,10 +23,12 @@ func (p *Proxy) forward(x *exchange) {
 		x.refuse(refusal)
 		return
 	}
-	r, refusal := p.route(x.request.Context(), x.route.target)
-	x.route = r
-	if refusal != nil {
+	if refusal := p.route(x); refusal != nil {
 		x.refuse(refusal)
+		return
+	}
+	if x.plain {
+		p.forwardPlain(x)
 		return
 	}
 	p.forwarder.ServeHTTP(x, x.request)
@@ -57,9 +58,7 @@ func countForwards(r *http.Request) (last bool, answer *refusal) {
 // ReverseProxy is designed for the server's side, which does not trust the client.
 func rewrite(pr *httputil.ProxyRequest) {
 	in, out := pr.In, pr.Out
-	x := in.Context().Value(exchangeKey{}).(*exchange)
 	out.Host = in.Host // taken from the URL by net/http (RFC 9112 section 3.2.2)
-	out.URL.Host = net.JoinHostPort(x.route.poolKey(), strconv.Itoa(int(x.route.target.port)))
 	out.URL.RawQuery = in.URL.RawQuery
 	out.URL.Opaque = path(in)
 	out.Trailer = in.Trailer // the same map, which is filled at the end of the body
@@ -100,7 +99,10 @@ func namedByConnection(h http.Header, name string) bool {
 
 // modifyResponse derives the response to the client from that of the server.
 func modifyResponse(r *http.Response) error {
-	x := r.Request.Context().Value(exchangeKey{}).(*exchange)
+	return r.Request.Context().Value(exchangeKey{}).(*exchange).modify(r)
+}
+
+func (x *exchange) modify(r *http.Response) error {
 	if x.closing {
 		r.Header.Set("Connection", "close")
 	}
@@ -113,17 +115,25 @@ func modifyResponse(r *http.Response) error {
 }
 
 func addVia(h http.Header, major, minor int) {
-	h.Add("Via", fmt.Sprintf("%d.%d %s", major, minor, pseudonym))
+	via := "1.1 " + pseudonym
+	if major != 1 || minor != 1 {
+		via = fmt.Sprintf("%d.%d %s", major, minor, pseudonym)
+	}
+	h["Via"] = append(h["Via"], via)
 }
 
-// RoundTrip sends a request to its server and returns the response, for ReverseProxy.
+// RoundTrip is roundTrip for ReverseProxy.
+func (p *Proxy) RoundTrip(out *http.Request) (*http.Response, error) {
+	return p.roundTrip(out.Context().Value(exchangeKey{}).(*exchange), out)
+}
+
+// roundTrip sends a request to its server and returns the response.
 //
 // A request that may be repeated uses an idle connection, and is repeated if the server
 // has closed that connection. Others have a new one: they are not lost then, and never
 // run twice (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
-func (p *Proxy) RoundTrip(out *http.Request) (*http.Response, error) {
-	x := out.Context().Value(exchangeKey{}).(*exchange)
-	key := serverKey{out.URL.Scheme, out.URL.Host}
+func (p *Proxy) roundTrip(x *exchange, out *http.Request) (*http.Response, error) {
+	key := x.route.serverKey(out.URL.Scheme)
 	login := connectionScheme(out.Header["Authorization"])
 	repeatable := isSafe(out.Method) && out.Body == nil
 
@@ -144,7 +154,7 @@ func (p *Proxy) RoundTrip(out *http.Request) (*http.Response, error) {
 	for {
 		if c == nil {
 			var err error
-			if c, err = p.connectServer(out.Context(), x.route, key); err != nil {
+			if c, err = p.connectServer(x.life.context(), &x.route, key); err != nil {
 				return nil, err
 			}
 		}

@@ -8,50 +8,62 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An idleWatch calls a function when a connection has been without data in both
-// directions for a time. The kernel records the times of the last data (struct
-// tcp_info, linux/tcp.h), since io.Copy splices and reports nothing until its end. All
-// data of a server pass the client's connection, so watching that one is enough.
+// An idleWatch calls a function when a client's connection has been without data in both
+// directions for a time during a request. The kernel records the times of the last data
+// (struct tcp_info, linux/tcp.h), since io.Copy splices and reports nothing until its end.
+// All data of a server pass the client's connection, so watching that one is enough.
+//
+// The timer continues between two requests: most are over long before it ends.
 type idleWatch struct {
+	mu    sync.Mutex
 	conn  *net.TCPConn
 	limit time.Duration
-	end   func()
-	timer *time.Timer
-
-	mu      sync.Mutex
-	stopped bool
+	end   func()      // nil: no request
+	timer *time.Timer // nil: the limit is not running
 }
 
-func watchIdle(conn *net.TCPConn, limit time.Duration, end func()) *idleWatch {
-	w := &idleWatch{conn: conn, limit: limit, end: end}
-	w.mu.Lock() // until timer is set
-	defer w.mu.Unlock()
-	// The connection cannot be idle before the limit.
-	w.timer = time.AfterFunc(limit, w.check)
-	return w
-}
-
-// stop ends the watch. The function is not called after it returns.
-func (w *idleWatch) stop() {
-	w.timer.Stop()
+// start begins the watch for a request.
+func (w *idleWatch) start(conn *net.TCPConn, limit time.Duration, end func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.stopped = true
+	w.conn, w.limit, w.end = conn, limit, end
+	if w.timer == nil {
+		// The connection cannot be idle before the limit.
+		w.timer = time.AfterFunc(limit, w.check)
+	}
+}
+
+// stop ends the watch for a request. The function is not called after it returns.
+func (w *idleWatch) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.end = nil
+}
+
+// close stops the timer, which would keep the connection in memory.
+func (w *idleWatch) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.timer != nil {
+		w.timer.Stop()
+	}
 }
 
 func (w *idleWatch) check() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.stopped {
+	if w.end == nil {
+		w.timer = nil
 		return
 	}
 	quiet, err := quietFor(w.conn)
-	switch {
-	case err != nil: // closed
-	case quiet >= w.limit:
-		w.end()
-	default:
+	if err == nil && quiet < w.limit {
 		w.timer.Reset(w.limit - quiet)
+		return
+	}
+	w.timer = nil
+	if err == nil { // not closed
+		w.end()
 	}
 }
 

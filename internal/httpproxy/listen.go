@@ -128,6 +128,7 @@ type clientConn struct {
 	headers    atomic.Int64 // of requests, read completely
 	ended      atomic.Int64 // requests
 	logins     logins
+	idle       idleWatch
 	rest       atomic.Pointer[time.Time] // limit of reading the rest of a body; nil: none
 	from       netip.Addr
 	shares     *shares
@@ -211,6 +212,7 @@ func (c *clientConn) Write(p []byte) (int, error) {
 func (c *clientConn) Close() error {
 	err := c.TCPConn.Close()
 	c.once.Do(func() {
+		c.idle.close()
 		c.logins.close()
 		c.shares.end(c)
 	})

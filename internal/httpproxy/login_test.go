@@ -197,14 +197,16 @@ func TestLoginEnds(t *testing.T) {
 			send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 		})
 		p := start(t, "*", nil, nil)
-		var client *clientConn
-		p.forwarder.ModifyResponse = func(r *http.Response) error {
-			client = r.Request.Context().Value(exchangeKey{}).(*exchange).client
-			return modifyResponse(r)
-		}
 		alice := p.session(t)
 		alice.login(t, server, "NTLM", "alice")
-		lost := client
+		var lost *clientConn // the only one
+		clients := p.listener.Load().shares
+		clients.mu.Lock()
+		for _, conns := range clients.of {
+			for lost = range conns {
+			}
+		}
+		clients.mu.Unlock()
 		go func() {
 			<-asked
 			s.end("alice")

@@ -221,7 +221,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x := p.begin(w, r)
 	defer x.end()
 	t, err := targetOf(r)
-	x.route = &route{target: t}
+	x.route.target = t
 	switch {
 	case err != nil:
 		x.refuse(&refusal{http.StatusBadRequest, err.Error()})

@@ -2,7 +2,6 @@ package httpproxy
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"net"
 	"net/http"
@@ -41,14 +40,14 @@ type route struct {
 	aside   netip.Addr   // an allowed IPv6 address that is not dialled; the zero Addr: none
 }
 
-// route resolves a target and returns its allowed addresses. Only these are dialled
+// route resolves the target of an exchange and sets its allowed addresses. Only these are dialled
 // later, so that the rules have been evaluated on them: a name is resolved once per
 // request. Beside a refusal the route is complete as far as it is known.
-func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
-	r := &route{target: t}
+func (p *Proxy) route(x *exchange) *refusal {
+	r, t := &x.route, x.route.target
 	list := *p.rules.Load()
 	if t.host.Name == "" {
-		return r, p.choose(ctx, r, list, []netip.Addr{t.host.Addr})
+		return p.choose(&x.life, r, list, []netip.Addr{t.host.Addr})
 	}
 	name := t.host.Name
 	if t.host.Absolute {
@@ -56,8 +55,9 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 	}
 	if v, decided := list.DecideName(t.host.Name, p.resolver.FullNames(name)); decided {
 		r.verdict = v
-		return r, denied(r, netip.Addr{})
+		return denied(r, netip.Addr{})
 	}
+	ctx := x.life.context()
 	lookup, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
 	addrs, full, err := p.resolver.LookupAddr(lookup, clientOf(ctx), name)
@@ -74,12 +74,12 @@ func (p *Proxy) route(ctx context.Context, t target) (*route, *refusal) {
 		// whether a denied name exists. The search list has completed nothing, and
 		// a name that it might have completed is not denied for that.
 		if r.verdict = list.Decide(Destination{Host: t.host}); !r.verdict.Allow {
-			return r, denied(r, netip.Addr{})
+			return denied(r, netip.Addr{})
 		}
-		return r, unresolved(t, err)
+		return unresolved(t, err)
 	}
 	r.full = full
-	return r, p.choose(ctx, r, list, addrs)
+	return p.choose(&x.life, r, list, addrs)
 }
 
 // clientOf returns the address of the client of an exchange.
@@ -91,7 +91,7 @@ func clientOf(ctx context.Context) netip.Addr {
 // choose adds the allowed addresses to a route. If a name has an IPv4 address, allowed
 // or not, its IPv6 addresses are not used: the reserved address is an IPv4 address, and
 // the source address must not depend on the reachability of a server.
-func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.Addr) *refusal {
+func (p *Proxy) choose(life *life, r *route, list Rules, addrs []netip.Addr) *refusal {
 	var first Verdict // on an address that is denied
 	// The first rule that matches any of the addresses denies all of them, or allows
 	// those that are allowed alone, as with the original.
@@ -109,7 +109,7 @@ func (p *Proxy) choose(ctx context.Context, r *route, list Rules, addrs []netip.
 		}
 		d := Destination{Host: r.target.host, Full: r.full, Addr: a, Local: local}
 		if r.target.host.Name == "" {
-			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(ctx, list, a) })
+			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(life.context(), list, a) })
 		}
 		v := list.Decide(d)
 		if n := v.Rule.Number; n > 0 && (n < decisive.Rule.Number || decisive.Rule.Number == 0) && (!ipv4 || a.Is4() || !v.Rule.deniesFamily()) {
@@ -188,22 +188,26 @@ func overloaded(err error) bool {
 	return is
 }
 
-// poolKey returns the key of idle connections to servers: only requests with the same
-// name and the same allowed addresses share a connection. It has the form of a host
-// name, which http.Transport expects.
-func (r *route) poolKey() string {
-	if r.target.host.Name == "" && r.target.host.Addr.Is4() {
-		return r.target.host.Addr.String()
-	}
+// A serverKey distinguishes servers: only requests with the same name, the same allowed
+// addresses, the same port and the same protocol may share a connection.
+type serverKey struct {
+	scheme, name string
+	addr         netip.Addr // the first one
+	others       string
+	port         uint16
+}
+
+func (r *route) serverKey(scheme string) serverKey {
 	sorted := r.addrs
 	if len(sorted) > 1 {
 		sorted = slices.SortedFunc(slices.Values(sorted), netip.Addr.Compare)
 	}
-	var b strings.Builder
-	b.WriteString(r.target.host.Name)
-	for _, a := range sorted {
-		b.WriteByte('~')
-		b.WriteString(hex.EncodeToString(a.AsSlice()))
+	k := serverKey{scheme: scheme, name: r.target.host.Name, addr: sorted[0], port: r.target.port}
+	var others strings.Builder
+	for _, a := range sorted[1:] {
+		others.WriteString(a.String())
+		others.WriteByte(' ')
 	}
-	return b.String()
+	k.others = others.String()
+	return k
 }

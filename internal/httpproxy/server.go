@@ -3,13 +3,10 @@ package httpproxy
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptrace"
-	"net/textproto"
 	"os"
 	"strings"
 	"sync"
@@ -35,6 +32,7 @@ type serverConn struct {
 	login  bool          // a request on it had credentials that may hold for the connection
 	parked time.Time     // start of being idle
 	watch  chan struct{} // closed at the end of a watch, see clientConn.park
+	sent   chan error    // has the result of sending the current request
 
 	// Fields of the current response.
 	answered bool // the server has sent a part of it
@@ -50,10 +48,6 @@ type duplex interface {
 	net.Conn
 	CloseWrite() error
 }
-
-// A serverKey distinguishes servers: only requests with the same name, the same allowed
-// addresses, the same port and the same protocol may share a connection.
-type serverKey struct{ scheme, host string }
 
 // A socket is the TCP connection of a server.
 type socket struct {
@@ -130,18 +124,17 @@ var (
 // exchange sends a request and returns the response. done is called when both have
 // ended and the connection may have another exchange; otherwise it is closed.
 func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverConn)) (*http.Response, error) {
-	ctx := out.Context()
 	c.answered = false
 	if c.reader == nil {
 		c.reader = readers.Get().(*bufio.Reader)
 		c.reader.Reset(c)
 	}
-	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+	x.life.hold(c)
 	sent, expect := c.send(out, x)
-	r, err := c.receive(out, expect, int64(x.proxy.config.MaxHeaderBytes))
+	r, err := c.receive(out, expect, x)
 	expect.end(errFinalAnswer)
 	if err != nil {
-		stop()
+		x.life.release()
 		_ = c.Close()
 		select {
 		case fault := <-sent:
@@ -150,7 +143,7 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 			}
 		default:
 		}
-		if cause := context.Cause(ctx); cause != nil {
+		if cause := x.life.cause(); cause != nil {
 			err = cause
 		}
 		return nil, err
@@ -166,19 +159,18 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 		}
 	}
 	if r.StatusCode == http.StatusSwitchingProtocols {
-		r.Body = &switchedServer{c, stop} // ends with the context
+		r.Body = &switchedServer{c, x.life.release} // ends with the exchange
 		return r, nil
 	}
 	removeForbidden(r.Trailer)
-	if r.ContentLength > int64(c.reader.Buffered()) {
-		// Others are flushed by ReverseProxy after each part.
+	if r.ContentLength < 0 || r.ContentLength > int64(c.reader.Buffered()) {
 		c.tcp.pause = x.flush
 	}
 	body := &responseBody{ReadCloser: r.Body, end: func(whole bool) {
 		removeForbidden(r.Trailer)
 		c.tcp.pause = nil
 		whole = whole && !r.Close && c.reader.Buffered() == 0 && x.sentWhole(c, sent)
-		if !stop() || !whole {
+		if !x.life.release() || !whole {
 			_ = c.Close()
 			return
 		}
@@ -196,7 +188,10 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 // send sends a request. A body is sent in the background, since the server may respond
 // before its end, and its end is reported by the channel.
 func (c *serverConn) send(out *http.Request, x *exchange) (sent <-chan error, expect *expectation) {
-	result := make(chan error, 1)
+	if c.sent == nil {
+		c.sent = make(chan error, 1)
+	}
+	result := c.sent // empty: a connection has another exchange after sentWhole only
 	if out.Body == nil {
 		err := c.write(out)
 		result <- err
@@ -268,10 +263,9 @@ func (c *serverConn) ReadFrom(r io.Reader) (int64, error) {
 }
 
 // receive returns the final response. Interim ones are forwarded to the client.
-func (c *serverConn) receive(out *http.Request, expect *expectation, limit int64) (*http.Response, error) {
+func (c *serverConn) receive(out *http.Request, expect *expectation, x *exchange) (*http.Response, error) {
 	c.inHeader, c.line, c.named = true, c.line[:0], nil
-	c.left = limit + int64(c.reader.Size()) // a part of the body may come along
-	trace := httptrace.ContextClientTrace(out.Context())
+	c.left = int64(x.proxy.config.MaxHeaderBytes + c.reader.Size()) // a part of the body may come along
 	for {
 		r, err := http.ReadResponse(c.reader, out)
 		switch {
@@ -291,11 +285,7 @@ func (c *serverConn) receive(out *http.Request, expect *expectation, limit int64
 		case r.StatusCode == http.StatusContinue:
 			expect.end(nil)
 		}
-		if trace != nil && trace.Got1xxResponse != nil {
-			if err := trace.Got1xxResponse(r.StatusCode, textproto.MIMEHeader(r.Header)); err != nil {
-				return nil, err
-			}
-		}
+		x.forwardInterim(r)
 	}
 }
 
@@ -363,13 +353,13 @@ func (c *serverConn) alive() bool {
 	return err == nil && waiting
 }
 
-// silent reports whether a read of a socket would block.
+// silent reports whether a read of a socket would block. poll(2) needs no memory.
 func silent(fd uintptr) bool {
-	var b [1]byte
+	wait := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
-		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		n, err := unix.Poll(wait, 0)
 		if !errors.Is(err, unix.EINTR) {
-			return errors.Is(err, unix.EAGAIN)
+			return n == 0 && err == nil
 		}
 	}
 }

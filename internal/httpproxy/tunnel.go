@@ -12,14 +12,12 @@ func (p *Proxy) connect(x *exchange) {
 		x.refuse(&refusal{http.StatusBadRequest, "CONNECT must not have a body"})
 		return
 	}
-	ctx := x.request.Context()
-	r, refusal := p.route(ctx, x.route.target)
-	x.route = r
-	if refusal != nil {
+	if refusal := p.route(x); refusal != nil {
 		x.refuse(refusal)
 		return
 	}
-	server, err := p.dial(ctx, r)
+	ctx := x.life.context()
+	server, err := p.dial(ctx, &x.route)
 	if err != nil {
 		x.refuse(undialled(err))
 		return
