@@ -260,14 +260,10 @@ func outcome(protocol string, r probe.Result) diagnose.Outcome {
 	switch {
 	case r.Unsent:
 		return diagnose.Unsent
-	case r.Timeout, errors.Is(r.Err, unix.ETIMEDOUT):
-		return diagnose.Silent
-	case r.Reset, errors.Is(r.Err, unix.ECONNRESET): // before the handshake it is the other error
+	case r.Reset: // before the handshake it is ECONNREFUSED
 		return diagnose.Reset
-	case r.Err == nil:
-		return diagnose.Connected
-	case errors.Is(r.Err, unix.ECONNREFUSED) && (!r.By.IsValid() || protocol == "udp"):
-		return diagnose.Refused
+	case errors.Is(r.Err, unix.ECONNREFUSED) && r.By.IsValid() && protocol != "udp":
+		return diagnose.Unreachable
 	}
-	return diagnose.Unreachable
+	return diagnose.OutcomeOf(r.Err)
 }

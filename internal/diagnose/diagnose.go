@@ -360,16 +360,26 @@ func table(o Observation) []Finding {
 		f.Verdict, f.Found = Unknown, t.Unknown
 	case t.Limit <= 0:
 		f.Found = fmt.Sprintf("%d entries, limit not known", t.Entries)
-	case t.Entries >= t.Limit:
+	case t.Full():
 		f.Verdict, f.Fault = Failed, TableFull
 		f.Found += ": the kernel drops new connections"
 		f.Remedy = "raise net.netfilter.nf_conntrack_max on the node, or find the clients with most connections by egress-router connections"
-	case t.Entries > t.Limit-t.Limit/10:
+	case t.NearlyFull():
 		f.Verdict = Warning
 		f.Remedy = "raise net.netfilter.nf_conntrack_max on the node"
 	}
 	return one(f)
 }
+
+// Exhausted reports whether connections to a server find no port: the kernel gives up before
+// it has tried each one (nf_nat_l4proto_unique_tuple in net/netfilter/nf_nat_core.c).
+func Exhausted(inUse, limit int) bool { return inUse >= limit-limit/1000 }
+
+// NearlyFull reports whether the table of connections has little room.
+func (t Table) NearlyFull() bool { return t.Limit > 0 && t.Entries > t.Limit-t.Limit/10 }
+
+// Full reports whether the kernel drops new connections.
+func (t Table) Full() bool { return t.Limit > 0 && t.Entries >= t.Limit }
 
 func ports(o Observation) []Finding {
 	f := Finding{Check: "ports", Verdict: OK, Found: "none in use"}
@@ -382,7 +392,7 @@ func ports(o Observation) []Finding {
 	}
 	p := o.Ports[0]
 	switch f.Found = fmt.Sprintf("%d of %d in use to %s %s", p.InUse, p.Limit, p.Protocol, p.Server); {
-	case p.InUse >= p.Limit-p.Limit/1000: // the kernel gives up before it has tried each port
+	case Exhausted(p.InUse, p.Limit):
 		f.Verdict, f.Fault = Failed, PortsExhausted
 		f.Found += ": new connections to it are dropped"
 		f.Remedy = "give the router more reserved addresses (" + o.several() + "), or have the clients keep their connections open"

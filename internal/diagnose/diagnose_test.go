@@ -2,8 +2,12 @@ package diagnose
 
 import (
 	"encoding/json"
+	"fmt"
+	"net"
 	"net/netip"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -241,5 +245,27 @@ func TestStandby(t *testing.T) {
 	d := Diagnose(Observation{Shut: true, Egress: "macvlan0"})
 	if len(d.Findings) != 1 || d.Findings[0].Check != "standby" || d.Findings[0].Verdict != Unknown || !d.OK || d.Fault != "" {
 		t.Errorf("%+v", d)
+	}
+}
+
+// The outcome of a connection follows from its error, and is the fault of a server.
+func TestOutcomeOf(t *testing.T) {
+	for outcome, want := range map[Outcome]struct {
+		err   error
+		fault Fault
+	}{
+		Connected:   {nil, ""},
+		Refused:     {&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, ServerRefuses},
+		Reset:       {syscall.ECONNRESET, ResetBetween},
+		Silent:      {&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded}, DroppedBeyond},
+		Unreachable: {os.NewSyscallError("connect", syscall.EHOSTUNREACH), ServerUnreachable},
+		Unsent:      {os.NewSyscallError("bind", syscall.EADDRNOTAVAIL), ""},
+	} {
+		if got := OutcomeOf(want.err); got != outcome || got.Fault() != want.fault {
+			t.Errorf("%v: %q with fault %q, want %q with %q", want.err, got, got.Fault(), outcome, want.fault)
+		}
+	}
+	if got := OutcomeOf(fmt.Errorf("connect: %w", syscall.ETIMEDOUT)); got != Silent {
+		t.Errorf("the kernel's time-out: %q", got)
 	}
 }

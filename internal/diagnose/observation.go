@@ -5,7 +5,9 @@
 package diagnose
 
 import (
+	"errors"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/wording"
@@ -184,6 +186,42 @@ const (
 	Unreachable Outcome = "unreachable" // an ICMP error came, or the kernel has no neighbour
 	Unsent      Outcome = "unsent"      // the kernel refused to send
 )
+
+// OutcomeOf returns how a connection ended from the error of connect(2). A reset and an ICMP
+// port unreachable are both ECONNREFUSED.
+func OutcomeOf(err error) Outcome {
+	var timeout interface{ Timeout() bool }
+	switch {
+	case err == nil:
+		return Connected
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return Refused
+	case errors.Is(err, syscall.ECONNRESET):
+		return Reset
+	case errors.Is(err, syscall.EADDRNOTAVAIL), errors.Is(err, syscall.EPERM): // no address or port to send from; a filter
+		return Unsent
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return Silent
+	}
+	return Unreachable
+}
+
+// Fault returns the fault of a server whose connections end so, while the gateway answers;
+// empty: none, or one of another check.
+func (o Outcome) Fault() Fault {
+	switch o {
+	case Refused:
+		return ServerRefuses
+	case Reset:
+		return ResetBetween
+	case Silent:
+		return DroppedBeyond
+	case Unreachable:
+		return ServerUnreachable
+	case Connected, Unsent:
+	}
+	return ""
+}
 
 // A Destination is one server of a line, with what was probed.
 type Destination struct {
