@@ -162,6 +162,20 @@ func (l *line) add(connections uint64, t Traffic) {
 	}
 }
 
+// fail counts a connection that has ended without being accepted. An entry that was deleted
+// before its timeout had no time for an answer.
+func (l *line) fail(r *record, outcome Outcome) {
+	if l == nil || r.protocol != rules.TCP && r.protocol != sctp {
+		return
+	}
+	switch {
+	case outcome == Refused:
+		l.Refused++
+	case outcome == Unanswered && r.left == 0:
+		l.Unanswered++
+	}
+}
+
 // began processes a begin event.
 func (b *book) began(r *record, now time.Time) {
 	f := b.open[r.key]
@@ -211,14 +225,18 @@ func (b *book) ended(r *record, now time.Time) {
 		f.update(r)
 		b.remove(r.key)
 	}
-	if b.audit == nil {
-		return
-	}
 	if !f.over && r.state != 0 {
 		f.state = r.state
 	}
+	outcome := f.outcome(r.protocol, r)
+	if !f.before {
+		f.line.fail(r, outcome)
+	}
+	if b.audit == nil {
+		return
+	}
 	e := f.end()
-	e.Outcome = f.outcome(r.protocol, r)
+	e.Outcome = outcome
 	if e.Timed = f.known; f.known {
 		last := f.last(r.protocol, r, b.at(r, now), func(name string) time.Duration { return b.waits.get(name, now) })
 		e.Duration = max(last-f.began, 0)

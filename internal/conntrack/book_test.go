@@ -51,7 +51,7 @@ func (tb *table) end(r record)   { tb.ended(&r, tb.now) }
 // want checks the counters of a line.
 func (tb *table) want(line int, connections, packets uint64, open int) {
 	tb.Helper()
-	want := Counts{connections, Traffic{packets, 100 * packets, packets / 2, 50 * packets}, open}
+	want := Counts{Connections: connections, Traffic: Traffic{packets, 100 * packets, packets / 2, 50 * packets}, Open: open}
 	if d := cmp.Diff(want, tb.report().Lines[line].Counts); d != "" {
 		tb.Errorf("line %d, want less got:\n%s", line, d)
 	}
@@ -66,8 +66,8 @@ func entry(id uint32, packets uint64) record {
 		},
 		server:    endpoint{server.As16(), 8080},
 		reserved:  end("192.168.12.99", 40000),
-		accounted: true,
-		Traffic:   Traffic{packets, 100 * packets, packets / 2, 50 * packets},
+		accounted: true, status: statusSeenReply,
+		Traffic: Traffic{packets, 100 * packets, packets / 2, 50 * packets},
 	}
 }
 
@@ -141,6 +141,48 @@ func TestBook(t *testing.T) {
 			b.list()
 			if len(b.open) != 0 {
 				t.Errorf("%d connections are kept", len(b.open))
+			}
+		})
+	}
+}
+
+// A connection without an answer, and one whose first answer was a reset, are failures, if the
+// counters have their begin, and with an audit log and without one.
+func TestFailures(t *testing.T) {
+	const synSent = 1
+	for name, test := range map[string]struct {
+		protocol rules.Protocol
+		state    uint8
+		status   uint32
+		left     time.Duration
+		want     Counts
+	}{
+		"refused":            {rules.TCP, tcpClose, 0, time.Minute, Counts{Refused: 1}},
+		"unanswered":         {rules.TCP, synSent, 0, 0, Counts{Unanswered: 1}},
+		"removed before":     {rules.TCP, synSent, 0, time.Second, Counts{}},
+		"reset":              {rules.TCP, tcpClose, statusSeenReply, 0, Counts{}},
+		"closed":             {rules.TCP, tcpTimeWait, statusSeenReply, 0, Counts{}},
+		"datagrams one way":  {rules.UDP, 0, 0, 0, Counts{}},
+		"another one's port": {rules.TCP, tcpClose, 0, 0, Counts{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, audit := range []bool{false, true} {
+				before := entry(9, 4)
+				before.state = synSent
+				b := newTable(t, before)
+				if !audit {
+					b.audit = nil
+				}
+				r := entry(1, 4)
+				r.protocol, r.state, r.status, r.left = test.protocol, test.state, test.status, test.left
+				if name == "another one's port" {
+					r.local.port = 82
+				}
+				b.end(r)
+				b.end(before) // not counted as a connection either
+				if got := b.report().Lines[0].Counts; got.Refused != test.want.Refused || got.Unanswered != test.want.Unanswered {
+					t.Errorf("audit %v: %d refused, %d unanswered, want %d and %d", audit, got.Refused, got.Unanswered, test.want.Refused, test.want.Unanswered)
+				}
 			}
 		})
 	}

@@ -54,6 +54,10 @@ type Counts struct {
 	// Open is the number of open connections. A closed TCP connection does not
 	// count, although it stays in the table for a while.
 	Open int
+	// Of these connections, those over TCP and SCTP that the server refused, or did not
+	// answer, which includes an ICMP error. They count when their entry is deleted: an
+	// unanswered one nf_conntrack_tcp_timeout_syn_sent, 2 minutes, after the last SYN.
+	Refused, Unanswered uint64
 }
 
 // A Line is a redirect with its counters. The fallback has only the address of its server;

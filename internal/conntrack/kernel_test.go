@@ -202,7 +202,7 @@ func counts(t *testing.T, tracker *Tracker) Report {
 func wantUDP(t *testing.T, got Line, connections uint64, open, datagrams, payload int) {
 	t.Helper()
 	packets, size := uint64(datagrams), uint64(datagrams*28+payload)
-	want := Counts{connections, Traffic{packets, size, packets, size}, open}
+	want := Counts{Connections: connections, Traffic: Traffic{packets, size, packets, size}, Open: open}
 	if got.Counts != want {
 		t.Errorf("%v: got %+v, want %+v", got.Redirect, got.Counts, want)
 	}
