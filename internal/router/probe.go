@@ -2,12 +2,14 @@ package router
 
 import (
 	"context"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -26,9 +28,11 @@ const (
 
 // A Probe is the last result for one destination.
 type Probe struct {
-	To  netip.AddrPort
-	Err string // empty: reachable
-	Out bool   // new connections to a destination with several addresses do not get it
+	To       netip.AddrPort
+	Err      string // empty: reachable
+	Outcome  diagnose.Outcome
+	Failures map[diagnose.Outcome]uint64 // since the destination has been probed; not changed after
+	Out      bool                        // new connections to a destination with several addresses do not get it
 
 	silent bool // it failed outAfter times in a row, and has not answered inAfter times since
 	streak int  // results in a row that are the opposite
@@ -36,7 +40,12 @@ type Probe struct {
 
 // after returns the result of a probe after the previous one.
 func (p Probe) after(before Probe) Probe {
-	p.silent, p.streak = before.silent, before.streak
+	p.silent, p.streak, p.Failures = before.silent, before.streak, before.Failures
+	if p.unreachable() {
+		p.Failures = make(map[diagnose.Outcome]uint64, len(before.Failures)+1)
+		maps.Copy(p.Failures, before.Failures)
+		p.Failures[p.Outcome]++
+	}
 	if p.unreachable() == p.silent {
 		p.streak = 0
 		return p
@@ -47,11 +56,34 @@ func (p Probe) after(before Probe) Probe {
 	return p
 }
 
+// ConnectBounds are the upper bounds of the times in Connects: those of a LAN and of a WAN,
+// and those above one second, in which a SYN segment was lost (RFC 6298, section 2.1).
+var ConnectBounds = [...]time.Duration{
+	time.Millisecond, 2 * time.Millisecond, 5 * time.Millisecond, 10 * time.Millisecond, 20 * time.Millisecond, 50 * time.Millisecond,
+	100 * time.Millisecond, 200 * time.Millisecond, 500 * time.Millisecond, time.Second, 2 * time.Second, probeTimeout,
+}
+
+// Connects is the distribution of the times in which destinations accepted the connections
+// of probes, since the start of the process.
+type Connects struct {
+	Counts [len(ConnectBounds)]uint64 // by the first bound that is not less
+	Sum    time.Duration
+}
+
+// add counts a connection.
+func (c *Connects) add(took time.Duration) {
+	took = min(took, probeTimeout) // the deadline may be read late
+	i, _ := slices.BinarySearch(ConnectBounds[:], took)
+	c.Counts[i]++
+	c.Sum += took
+}
+
 // probes are the last results of all tcp destinations.
 type probes struct {
-	mu    sync.Mutex
-	last  []Probe
-	since time.Time // time of the last change between all reachable and some not
+	mu       sync.Mutex
+	last     []Probe
+	since    time.Time // time of the last change between all reachable and some not
+	connects Connects
 }
 
 // probeEvery probes each tcp destination from the reserved address, until ctx
@@ -107,11 +139,11 @@ func (k *Keeper) probe(ctx context.Context, every bool) {
 		}
 		room <- struct{}{}
 		all.Go(func() {
-			why := "IPv6 is closed" // and its source address not usable yet
+			p := Probe{To: to, Err: "IPv6 is closed", Outcome: diagnose.Unsent} // its source address is not usable yet
 			if to.Addr().Is4() || !closed {
-				why = probe(ctx, sources[family(to.Addr())], to)
+				p = k.probes.probe(ctx, sources[family(to.Addr())], to)
 			}
-			found[i] = Probe{To: to, Err: why}.after(before[to])
+			found[i] = p.after(before[to])
 			<-room
 		})
 	}
@@ -123,7 +155,7 @@ func (k *Keeper) probe(ctx context.Context, every bool) {
 		last, known := before[p.To]
 		switch {
 		case p.unreachable() && (!known || !last.unreachable()):
-			k.Router.Log.Warn("destination unreachable", "destination", p.To.String(), "error", p.Err)
+			k.Router.Log.Warn("destination unreachable", "destination", p.To.String(), "outcome", string(p.Outcome), "error", p.Err)
 		case !p.unreachable() && last.unreachable():
 			k.Router.Log.Info("destination reachable again", "destination", p.To.String())
 		}
@@ -193,12 +225,16 @@ func (p *probes) state() []Probe {
 	return p.last
 }
 
-// of returns the results of the given servers, and the time since which all are
-// reachable, or some are not.
-func (p *probes) of(targets []netip.AddrPort) ([]Probe, time.Time) {
+// of returns the results of the given servers, the time since which all are reachable, or
+// some are not, and the times of the connections.
+func (p *probes) of(targets []netip.AddrPort) ([]Probe, time.Time, Connects) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(p.last), func(p Probe) bool { return !slices.Contains(targets, p.To) }), p.since
+	wanted := make(map[netip.AddrPort]bool, len(targets))
+	for _, to := range targets {
+		wanted[to] = true
+	}
+	return slices.DeleteFunc(slices.Clone(p.last), func(p Probe) bool { return !wanted[p.To] }), p.since, p.connects
 }
 
 // targets returns the servers of the plan's TCP redirects, each once, in its
@@ -220,15 +256,20 @@ func targets(plan rules.Plan) []netip.AddrPort {
 	return all
 }
 
-// probe connects once and returns the error; empty: none.
-func probe(ctx context.Context, source netip.Addr, to netip.AddrPort) string {
+// probe connects once.
+func (p *probes) probe(ctx context.Context, source netip.Addr, to netip.AddrPort) Probe {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+	begin := time.Now()
 	conn, err := d.DialContext(ctx, "tcp", to.String())
 	if err != nil {
-		return err.Error()
+		return Probe{To: to, Err: err.Error(), Outcome: diagnose.OutcomeOf(err)}
 	}
+	took := time.Since(begin)
 	_ = conn.Close()
-	return ""
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.connects.add(took)
+	return Probe{To: to, Outcome: diagnose.Connected}
 }

@@ -97,6 +97,7 @@ type Status struct {
 	ClosedSince  time.Time      // time of the last change of Closed
 	Probes       []Probe
 	ProbesSince  time.Time // time since which all are reachable, or some are not; zero: no probe yet
+	Connects     Connects
 
 	NotReady []string // reasons, one line each; empty: it is ready
 }
@@ -134,8 +135,24 @@ func (s *Status) reasons(want plan.Network, probes bool) {
 	}
 	up := func(p Probe) bool { return p.Err == "" }
 	if probes && len(s.Probes) > 0 && !slices.ContainsFunc(s.Probes, up) {
-		s.NotReady = append(s.NotReady, "no destination reachable")
+		s.NotReady = append(s.NotReady, "no destination reachable: "+Failing(s.Probes))
 	}
+}
+
+// Failing returns the numbers of the failed probes by their outcome, such as "1 refused, 2
+// silent".
+func Failing(probes []Probe) string {
+	n := make(map[string]int)
+	for _, p := range probes {
+		if p.unreachable() {
+			n[string(p.Outcome)]++
+		}
+	}
+	var parts []string
+	for _, outcome := range slices.Sorted(maps.Keys(n)) {
+		parts = append(parts, fmt.Sprintf("%d %s", n[outcome], outcome))
+	}
+	return strings.Join(parts, ", ")
 }
 
 // silent reports whether the gateway does not answer.

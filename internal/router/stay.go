@@ -123,7 +123,7 @@ func (k *Keeper) Status() Status {
 	for _, first := range want.Sources.Families() {
 		s.Surroundings = append(s.Surroundings, k.surroundings[family(first.Gateway)].state())
 	}
-	s.Probes, s.ProbesSince = k.probes.of(servers)
+	s.Probes, s.ProbesSince, s.Connects = k.probes.of(servers)
 	for i, p := range s.Probes {
 		s.Probes[i].Out = left[p.To]
 	}

@@ -487,7 +487,7 @@ func TestKeeperFailed(t *testing.T) {
 func TestKeeperNotReady(t *testing.T) {
 	const (
 		gateway     = "gateway 192.168.12.1 does not answer ARP"
-		destination = "no destination reachable"
+		destination = "no destination reachable: 1 unsent" // the test has no reserved address
 		compared    = "not reconciled yet"
 	)
 	for name, test := range map[string]struct {
