@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/lookup"
 	"github.com/egress-router/egress-router/internal/metrics"
@@ -146,7 +147,7 @@ func reportNames(r *health.Report, states []lookup.State) {
 	for _, s := range states[:min(len(states), mostNames)] {
 		check := health.Check{Name: "name", State: health.OK, Since: s.Since, Detail: s.Name + ": " + addressText(s.Addresses)}
 		if s.Failure != "" {
-			check.State, check.Since = health.Warning, s.Failing
+			check.State, check.Since, check.Fault = health.Warning, s.Failing, string(diagnose.NameFailed)
 			check.Detail += ", lookup failed: " + s.Failure
 		}
 		r.Checks = append(r.Checks, check)

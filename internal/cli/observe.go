@@ -383,14 +383,19 @@ func (w *observer) partOf(s plan.Step) diagnose.Part {
 	return ""
 }
 
-// connections observes the kernel's table of connections, after the probes.
-func (w *observer) connections() {
-	t := &w.o.Table
-	entries, err := sysctl.ReadInt("net.netfilter.nf_conntrack_count")
-	if t.Entries = entries; err != nil {
+// tableNow returns the fill of the kernel's table of connections.
+func tableNow() (t diagnose.Table) {
+	var err error
+	if t.Entries, err = sysctl.ReadInt("net.netfilter.nf_conntrack_count"); err != nil {
 		t.Unknown = err.Error()
 	}
 	t.Limit, _ = sysctl.ReadInt("net.netfilter.nf_conntrack_max") // a namespace may lack it
+	return t
+}
+
+// connections observes the kernel's table of connections, after the probes.
+func (w *observer) connections() {
+	w.o.Table = tableNow()
 	c := &w.o.Clients
 	if c.Unknown = w.lack("NET_ADMIN"); c.Unknown != "" {
 		return

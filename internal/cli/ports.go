@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/conntrack"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/health"
 )
 
@@ -55,7 +56,11 @@ func (w *portWatch) report(r *health.Report) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var parts []string
+	var fault diagnose.Fault
 	for p, n := range w.few {
+		if diagnose.Exhausted(n, conntrack.PortLimit) {
+			fault = diagnose.PortsExhausted
+		}
 		parts = append(parts, fmt.Sprintf("%s uses %d of %d ports to %s %s", p.Reserved, n, conntrack.PortLimit, p.Protocol, p.Server))
 	}
 	if len(parts) == 0 {
@@ -65,7 +70,7 @@ func (w *portWatch) report(r *health.Report) {
 	if more := len(parts) - 1; more > 0 {
 		detail += fmt.Sprintf(", and %d more", more)
 	}
-	r.Checks = append(r.Checks, health.Check{Name: "ports", State: health.Warning, Since: w.since, Detail: detail})
+	r.Checks = append(r.Checks, health.Check{Name: "ports", State: health.Warning, Since: w.since, Detail: detail, Fault: string(fault)})
 }
 
 // watchPorts looks at the ports in use until ctx ends.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/metrics"
@@ -32,6 +33,7 @@ func (w *watch) reporter(p Process) reporter {
 			}
 			reportDrops(r, w.keeper.Drops())
 			w.ports.report(r)
+			reportTable(r, tableNow(), time.Time{})
 			if w.standby != nil {
 				s := w.standby.Status()
 				reportStandby(r, s, time.Now())
@@ -68,8 +70,9 @@ func (w *watch) alive() error {
 // reportRouter reports the router's state. Ages are relative to now.
 func reportRouter(r *health.Report, s router.Status, c config.Config, now time.Time) {
 	r.Reasons = append(r.Reasons, s.NotReady...)
-	add := func(name string, state health.State, since time.Time, format string, args ...any) {
+	add := func(name string, state health.State, since time.Time, format string, args ...any) *health.Check {
 		r.Checks = append(r.Checks, health.Check{Name: name, State: state, Since: since, Detail: fmt.Sprintf(format, args...)})
+		return &r.Checks[len(r.Checks)-1]
 	}
 
 	switch repairs := total(s.Repairs); {
@@ -85,9 +88,9 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 	case l.Since.IsZero():
 		add("interface", health.OK, r.Started, "%s, not read yet", c.Egress)
 	case !l.Found:
-		add("interface", health.Failed, l.Since, "%s not found", c.Egress)
+		add("interface", health.Failed, l.Since, "%s not found", c.Egress).Fault = string(diagnose.InterfaceMissing)
 	case !l.Carrier:
-		add("interface", health.Failed, l.Since, "%s at %s, without carrier", c.Egress, l.MAC)
+		add("interface", health.Failed, l.Since, "%s at %s, without carrier", c.Egress, l.MAC).Fault = string(diagnose.NoCarrier)
 	default:
 		add("interface", health.OK, l.Since, "%s at %s", c.Egress, l.MAC)
 	}
@@ -99,7 +102,9 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		}
 		around := s.Surroundings[i]
 		state, since, detail := gatewayCheck(around, first.Gateway, r.Started, now)
-		add("gateway"+suffix, state, since, "%s", detail)
+		if gateway := add("gateway"+suffix, state, since, "%s", detail); state == health.Failed {
+			gateway.Fault = string(diagnose.GatewaySilent)
+		}
 		sources := c.Sources.Of(first.Prefix.Addr().Is6())
 		switch {
 		case first.Prefix.Addr().Is6() && s.Closed != "":
@@ -107,9 +112,9 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		case around.Conflicts == 0:
 			add("address"+suffix, health.OK, r.Started, "%s, no conflict", sources)
 		case len(sources) == 1:
-			add("address"+suffix, health.Warning, around.ConflictAt, "%s, claimed by %s, %d conflicts", sources, around.ConflictMAC, around.Conflicts)
+			add("address"+suffix, health.Warning, around.ConflictAt, "%s, claimed by %s, %d conflicts", sources, around.ConflictMAC, around.Conflicts).Fault = string(diagnose.WrongMAC)
 		default:
-			add("address"+suffix, health.Warning, around.ConflictAt, "%s, %s claimed by %s, %d conflicts", sources, around.Conflicting, around.ConflictMAC, around.Conflicts)
+			add("address"+suffix, health.Warning, around.ConflictAt, "%s, %s claimed by %s, %d conflicts", sources, around.Conflicting, around.ConflictMAC, around.Conflicts).Fault = string(diagnose.WrongMAC)
 		}
 	}
 
@@ -123,9 +128,14 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 		add("destinations", health.OK, s.ReloadSince, "%s", destinations)
 	}
 
-	if !c.Health.Probe {
-		return
+	if c.Health.Probe {
+		r.Checks = append(r.Checks, serversCheck(s, r.Started))
 	}
+}
+
+// serversCheck returns the result of the probes.
+func serversCheck(s router.Status, started time.Time) health.Check {
+	check := health.Check{Name: "servers", State: health.OK, Since: s.ProbesSince}
 	down := slices.DeleteFunc(slices.Clone(s.Probes), func(p router.Probe) bool { return p.Err == "" })
 	out, leftOut := slices.DeleteFunc(slices.Clone(s.Probes), func(p router.Probe) bool { return !p.Out }), ""
 	if len(out) > 0 {
@@ -136,12 +146,31 @@ func reportRouter(r *health.Report, s router.Status, c config.Config, now time.T
 	}
 	switch {
 	case s.ProbesSince.IsZero():
-		add("servers", health.OK, r.Started, "not probed yet")
+		check.Since, check.Detail = started, "not probed yet"
 	case len(down) > 0:
-		add("servers", health.Warning, s.ProbesSince, "%d of %d unreachable: %s: %s%s", len(down), len(s.Probes), down[0].To, down[0].Err, leftOut)
+		reasons := router.Failing(down)
+		if len(down) > 1 {
+			leftOut = "; " + reasons + leftOut
+		}
+		check.State, check.Fault = health.Warning, string(down[0].Outcome.Fault())
+		check.Detail = fmt.Sprintf("%d of %d unreachable: %s: %s: %s%s", len(down), len(s.Probes), down[0].To, down[0].Outcome, down[0].Err, leftOut)
 	default:
-		add("servers", health.OK, s.ProbesSince, "%d reachable%s", len(s.Probes), leftOut)
+		check.Detail = fmt.Sprintf("%d reachable%s", len(s.Probes), leftOut)
 	}
+	return check
+}
+
+// reportTable reports the kernel's table of connections, if it has little room.
+func reportTable(r *health.Report, t diagnose.Table, since time.Time) {
+	if !t.NearlyFull() {
+		return
+	}
+	check := health.Check{Name: "conntrack", State: health.Warning, Since: since, Detail: fmt.Sprintf("%d of %d entries", t.Entries, t.Limit)}
+	if t.Full() {
+		check.Fault = string(diagnose.TableFull)
+		check.Detail += ": the kernel drops new connections"
+	}
+	r.Checks = append(r.Checks, check)
 }
 
 // gatewayCheck returns the state of a gateway.
@@ -185,11 +214,20 @@ func total(repairs map[router.RepairKind]uint64) (n uint64) {
 	return n
 }
 
+// noticed are the faults that a router notices while it runs.
+var noticed = []diagnose.Fault{
+	diagnose.InterfaceMissing, diagnose.NoCarrier, diagnose.WrongMAC, diagnose.GatewaySilent, diagnose.TableFull, diagnose.PortsExhausted,
+	diagnose.NameFailed, diagnose.DroppedBeyond, diagnose.ServerRefuses, diagnose.ResetBetween, diagnose.ServerUnreachable,
+}
+
 func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	const name = "egress_router_"
 	s := w.keeper.Status()
 	emit(name+"info", 1, r.Version, r.Mode, s.Backend, w.config.Sources.String(), w.config.Sources.Gateways())
 	emit(name+"ready", oneIf(r.Ready))
+	for _, fault := range noticed {
+		emit(name+"fault", oneIf(slices.ContainsFunc(r.Checks, func(c health.Check) bool { return c.Fault == string(fault) })), string(fault))
+	}
 	if !s.Compared.IsZero() {
 		emit(name+"last_comparison_timestamp_seconds", float64(s.Compared.UnixMilli())/1000)
 	}
@@ -212,6 +250,9 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	emit(name+"reloads_total", float64(s.Reloads))
 	emit(name+"reload_failures_total", float64(s.ReloadFailures))
 	w.collectNames(emit)
+	if w.config.Health.Probe {
+		collectProbes(emit, s)
+	}
 	if w.standby != nil {
 		collectStandby(emit, w.standby.Status())
 	}
@@ -236,6 +277,31 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 		emit(name+"conntrack_entries", float64(entries))
 		emit(name+"conntrack_limit", float64(limit))
 	}
+}
+
+// probeFailures are the outcomes of a failed probe.
+var probeFailures = []diagnose.Outcome{diagnose.Refused, diagnose.Silent, diagnose.Unreachable, diagnose.Reset, diagnose.Unsent}
+
+// mostZeros is the number of destinations up to which those without a failure have counters
+// of failures, so that the first failure is an increase for Prometheus. Of more, only those
+// that have failed have them.
+const mostZeros = 1000
+
+func collectProbes(emit metrics.Emit, s router.Status) {
+	const name = "egress_router_"
+	for _, p := range s.Probes {
+		if len(p.Failures) == 0 && len(s.Probes) > mostZeros {
+			continue
+		}
+		for _, reason := range probeFailures {
+			emit(name+"probe_failures_total", float64(p.Failures[reason]), rules.TCP.String(), p.To.String(), string(reason))
+		}
+	}
+	var bounds []float64
+	for _, b := range router.ConnectBounds {
+		bounds = append(bounds, b.Seconds())
+	}
+	emit.Distribution(name+"probe_connect_seconds", s.Connects.Sum.Seconds(), bounds, s.Connects.Counts[:])
 }
 
 // mostPorts is the number of servers with metrics of ports in use, those with most
@@ -279,6 +345,10 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 		}
 		emit(name+"connections_total", float64(l.Connections), labels...)
 		emit(name+"open_connections", float64(l.Open), labels...)
+		if l.Refused+l.Unanswered > 0 || len(report.Lines) <= mostZeros && l.Protocol != rules.UDP {
+			emit(name+"connection_failures_total", float64(l.Refused), append(labels, string(diagnose.Refused))...)
+			emit(name+"connection_failures_total", float64(l.Unanswered), append(labels, string(diagnose.Silent))...)
+		}
 		if report.Accounted {
 			emit(name+"sent_packets_total", float64(l.PacketsOut), labels...)
 			emit(name+"sent_bytes_total", float64(l.BytesOut), labels...)

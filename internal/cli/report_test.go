@@ -19,6 +19,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/httpproxy"
 	"github.com/egress-router/egress-router/internal/logqueue"
@@ -200,6 +201,10 @@ func TestReportRouter(t *testing.T) {
 	check := func(name string, state health.State, detail string, since time.Time) health.Check {
 		return health.Check{Name: name, State: state, Detail: detail, Since: since}
 	}
+	fault := func(f diagnose.Fault, c health.Check) health.Check {
+		c.Fault = string(f)
+		return c
+	}
 	begin := time.Now()
 	at := begin.Add(-10 * time.Second)
 	web := netip.MustParseAddrPort("203.0.113.25:80")
@@ -236,21 +241,21 @@ func TestReportRouter(t *testing.T) {
 					Conflicts: 3, ConflictMAC: other, ConflictAt: at,
 				}}},
 				Destinations: 2, ReloadError: "line 1", ReloadSince: at,
-				Probes: []router.Probe{{To: web, Err: "refused"}, {}}, ProbesSince: at,
+				Probes: []router.Probe{{To: web, Err: "reset", Outcome: diagnose.Refused}, {}}, ProbesSince: at,
 			},
 			[]health.Check{
 				check("kernel", health.Warning, "repair contested by another program: set macvlan0 up", at),
-				check("interface", health.Failed, "macvlan0 at 02:00:00:00:00:01, without carrier", at),
-				check("gateway", health.Failed, "192.168.12.1 does not answer ARP, last answer 10s ago by 02:00:00:00:00:09", at),
-				check("address", health.Warning, "192.168.12.99/24, claimed by 02:00:00:00:00:09, 3 conflicts", at),
+				fault(diagnose.NoCarrier, check("interface", health.Failed, "macvlan0 at 02:00:00:00:00:01, without carrier", at)),
+				fault(diagnose.GatewaySilent, check("gateway", health.Failed, "192.168.12.1 does not answer ARP, last answer 10s ago by 02:00:00:00:00:09", at)),
+				fault(diagnose.WrongMAC, check("address", health.Warning, "192.168.12.99/24, claimed by 02:00:00:00:00:09, 3 conflicts", at)),
 				check("destinations", health.Warning, "2 destinations, reload failed: line 1", at),
-				check("servers", health.Warning, "1 of 2 unreachable: 203.0.113.25:80: refused", at),
+				fault(diagnose.ServerRefuses, check("servers", health.Warning, "1 of 2 unreachable: 203.0.113.25:80: refused: reset", at)),
 			},
 		},
 		{
 			router.Status{Failure: "not found", Since: at, Link: router.LinkStatus{Since: at}, Surroundings: []router.Surroundings{{Unwatched: "denied", UnwatchedSince: at}}, ReloadSince: at, ProbesSince: at},
 			[]health.Check{
-				check("kernel", health.Failed, "not found", at), check("interface", health.Failed, "macvlan0 not found", at),
+				check("kernel", health.Failed, "not found", at), fault(diagnose.InterfaceMissing, check("interface", health.Failed, "macvlan0 not found", at)),
 				check("gateway", health.Warning, "192.168.12.1, ARP watch not running: denied", at),
 				check("address", health.OK, "192.168.12.99/24, no conflict", begin), check("destinations", health.OK, "0 destinations", at), check("servers", health.OK, "0 reachable", at),
 			},
@@ -264,7 +269,7 @@ func TestReportRouter(t *testing.T) {
 			[]health.Check{
 				check("kernel", health.OK, "no drift, backend nftables, 0 repairs", at), check("interface", health.OK, "macvlan0 at 02:00:00:00:00:01", at),
 				check("gateway", health.OK, "192.168.12.1, no answer yet", begin), check("address", health.OK, "192.168.12.99/24, no conflict", begin),
-				check("gateway-ipv6", health.Failed, "fe80::1 does not answer NDP, no answer yet", at),
+				fault(diagnose.GatewaySilent, check("gateway-ipv6", health.Failed, "fe80::1 does not answer NDP, no answer yet", at)),
 				check("address-ipv6", health.Failed, "2001:db8:12::99/64, another host has 2001:db8:12::99", at),
 				check("destinations", health.OK, "0 destinations", at), check("servers", health.OK, "0 reachable", at),
 			},
@@ -277,6 +282,45 @@ func TestReportRouter(t *testing.T) {
 		reportRouter(&r, test.status, c, begin)
 		if diff := cmp.Diff(test.want, r.Checks); diff != "" {
 			t.Errorf("checks (- want, + got):\n%s", diff)
+		}
+	}
+}
+
+// The table of connections is reported if it has little room, with a fault if it has none.
+func TestReportTable(t *testing.T) {
+	at := time.Now()
+	for table, want := range map[diagnose.Table][]health.Check{
+		{Entries: 90, Limit: 100}:           nil,
+		{Entries: 90}:                       nil,
+		{Entries: 91, Limit: 100}:           {{Name: "conntrack", State: health.Warning, Detail: "91 of 100 entries", Since: at}},
+		{Entries: 100, Limit: 100}:          {{Name: "conntrack", State: health.Warning, Detail: "100 of 100 entries: the kernel drops new connections", Since: at, Fault: "conntrack-full"}},
+		{Unknown: "permission", Entries: 0}: nil,
+	} {
+		var r health.Report
+		reportTable(&r, table, at)
+		if diff := cmp.Diff(want, r.Checks); diff != "" {
+			t.Errorf("%+v (- want, + got):\n%s", table, diff)
+		}
+	}
+}
+
+// Up to 1,000 destinations have counters of failures from the start, of more those that failed.
+func TestProbeFailureCounters(t *testing.T) {
+	for destinations, want := range map[int]int{1: 5, mostZeros: 5 * mostZeros, mostZeros + 1: 5} {
+		s := router.Status{Probes: make([]router.Probe, destinations)}
+		for i := range s.Probes {
+			s.Probes[i].To = netip.AddrPortFrom(netip.MustParseAddr("203.0.113.25"), uint16(i+1))
+		}
+		s.Probes[0].Failures = map[diagnose.Outcome]uint64{diagnose.Refused: 3}
+		n, failed := 0, 0.0
+		collectProbes(func(name string, value float64, _ ...string) {
+			if name == "egress_router_probe_failures_total" {
+				n++
+				failed += value
+			}
+		}, s)
+		if n != want || failed != 3 {
+			t.Errorf("%d destinations have %d counters with a sum of %g, want %d and 3", destinations, n, failed, want)
 		}
 	}
 }

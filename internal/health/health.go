@@ -59,7 +59,8 @@ type Check struct {
 	Name   string    `json:"name"`
 	State  State     `json:"state"`
 	Detail string    `json:"detail,omitempty"`
-	Since  time.Time `json:"since,omitzero"` // start of the state
+	Since  time.Time `json:"since,omitzero"`  // start of the state
+	Fault  string    `json:"fault,omitempty"` // cause, for scripts, in the words of egress-router diagnose; empty: none, or another one
 }
 
 // A Report is the health of a program.

@@ -20,7 +20,7 @@ func TestBoard(t *testing.T) {
 		b.Set("rules", OK, "4 of them") // the same state keeps its time
 		time.Sleep(time.Minute)
 		b.Set("gateway", OK, "")
-		want := []Check{{"rules", OK, "4 of them", start}, {"gateway", OK, "", start.Add(2 * time.Minute)}}
+		want := []Check{{"rules", OK, "4 of them", start, ""}, {"gateway", OK, "", start.Add(2 * time.Minute), ""}}
 		if diff := cmp.Diff(want, b.Checks()); diff != "" {
 			t.Errorf("checks (- want, + got):\n%s", diff)
 		}
@@ -51,7 +51,7 @@ func TestState(t *testing.T) {
 func TestWriteTable(t *testing.T) {
 	now := report(Router).Started.Add(3*time.Hour + 2*time.Minute)
 	router := report(Router)
-	router.Checks = append(router.Checks, Check{"destinations", Warning, "line 2:\tbad\x1b[m\nthe old ones stay", now.Add(-90 * time.Second)}, Check{Name: "new"})
+	router.Checks = append(router.Checks, Check{"destinations", Warning, "line 2:\tbad\x1b[m\nthe old ones stay", now.Add(-90 * time.Second), "rules-missing"}, Check{Name: "new"})
 	ready := Report{Program: HTTPProxy, Ready: true, Started: now.Add(-50 * time.Hour)}
 	var got strings.Builder
 	if err := WriteTable(&got, []Report{ready, router}, now); err != nil {
@@ -61,8 +61,10 @@ func TestWriteTable(t *testing.T) {
 router v1.2.3 (legacy): not ready, started 3h2m ago
   not ready: the gateway does not answer
   gateway       failed   3h2m   192.168.12.1
+    fault: gateway-silent
   rules         ok       3h2m
   destinations  warning  1m30s  line 2: bad [m; the old ones stay
+    fault: rules-missing
   new           ok       -
 `
 	if diff := cmp.Diff(want, got.String()); diff != "" {
@@ -101,7 +103,8 @@ func TestWriteJSON(t *testing.T) {
         "name": "gateway",
         "state": "failed",
         "detail": "192.168.12.1",
-        "since": "2026-07-01T12:00:00Z"
+        "since": "2026-07-01T12:00:00Z",
+        "fault": "gateway-silent"
       },
       {
         "name": "rules",

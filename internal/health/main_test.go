@@ -49,6 +49,6 @@ func report(program string) Report {
 	at := time.Date(2026, 7, 1, 12, 0, 0, 0, time.UTC)
 	return Report{
 		Program: program, Version: "v1.2.3", Mode: "legacy", Started: at, Reasons: []string{"the gateway does not answer"},
-		Checks: []Check{{"gateway", Failed, "192.168.12.1", at}, {"rules", OK, "", at}},
+		Checks: []Check{{"gateway", Failed, "192.168.12.1", at, "gateway-silent"}, {"rules", OK, "", at, ""}},
 	}
 }

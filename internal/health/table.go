@@ -36,8 +36,13 @@ func WriteTable(w io.Writer, reports []Report, now time.Time) error {
 			fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", oneLine(c.Name), c.State, Age(c.Since, now), oneLine(c.Detail))
 		}
 		table.Flush()
+		i := 0
 		for line := range strings.Lines(checks.String()) {
 			b.WriteString(strings.TrimRight(line, " \n") + "\n") // trailing blanks of rows without a detail
+			if fault := r.Checks[i].Fault; fault != "" {
+				b.WriteString("    fault: " + oneLine(fault) + "\n")
+			}
+			i++
 		}
 	}
 	_, err := io.WriteString(w, b.String())

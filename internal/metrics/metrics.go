@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strconv"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -21,8 +22,9 @@ type Type string
 
 // The types.
 const (
-	Counter Type = "counter" // it only grows, and starts at 0 with the process
-	Gauge   Type = "gauge"
+	Counter   Type = "counter" // it only grows, and starts at 0 with the process
+	Gauge     Type = "gauge"
+	Histogram Type = "histogram" // without labels; see Emit.Distribution
 )
 
 // A Metric describes one metric. Help is one sentence, which the manual repeats.
@@ -36,6 +38,18 @@ type Metric struct {
 // Emit exports the value of a metric, with its labels in the order of the table.
 type Emit func(name string, value float64, labels ...string)
 
+// The label of Emit for the parts of a histogram: the sum, or an upper bound.
+const sumPart = "sum"
+
+// Distribution exports a histogram: the sum of all values, and the number of those up to each
+// upper bound and above the previous one. No value is above the last bound.
+func (e Emit) Distribution(name string, sum float64, bounds []float64, counts []uint64) {
+	for i, bound := range bounds {
+		e(name, float64(counts[i]), strconv.FormatFloat(bound, 'g', -1, 64))
+	}
+	e(name, sum, sumPart)
+}
+
 // A collector is the prometheus.Collector of a table.
 type collector struct {
 	metrics map[string]described
@@ -43,8 +57,9 @@ type collector struct {
 }
 
 type described struct {
-	desc *prometheus.Desc
-	is   prometheus.ValueType
+	desc      *prometheus.Desc
+	is        prometheus.ValueType
+	histogram bool
 }
 
 func newCollector(table []Metric, collect func(Emit)) *collector {
@@ -54,7 +69,7 @@ func newCollector(table []Metric, collect func(Emit)) *collector {
 		if m.Type == Counter {
 			is = prometheus.CounterValue
 		}
-		c.metrics[m.Name] = described{prometheus.NewDesc(m.Name, m.Help, m.Labels, nil), is}
+		c.metrics[m.Name] = described{prometheus.NewDesc(m.Name, m.Help, m.Labels, nil), is, m.Type == Histogram}
 	}
 	return c
 }
@@ -69,11 +84,19 @@ func (c *collector) Describe(descs chan<- *prometheus.Desc) {
 // Collect sends the current values. A metric that is not in the table, or has other
 // labels, is sent as an error.
 func (c *collector) Collect(metrics chan<- prometheus.Metric) {
+	histograms := make(map[string]*histogram)
 	c.collect(func(name string, value float64, labels ...string) {
 		m, known := c.metrics[name]
 		if !known {
 			err := fmt.Errorf("collecting metric %q: not in the table", name)
 			metrics <- prometheus.NewInvalidMetric(prometheus.NewInvalidDesc(err), err)
+			return
+		}
+		if m.histogram && len(labels) == 1 {
+			if histograms[name] == nil {
+				histograms[name] = &histogram{buckets: make(map[float64]uint64)}
+			}
+			histograms[name].add(value, labels[0])
 			return
 		}
 		metric, err := prometheus.NewConstMetric(m.desc, m.is, value, labels...)
@@ -82,6 +105,25 @@ func (c *collector) Collect(metrics chan<- prometheus.Metric) {
 		}
 		metrics <- metric
 	})
+	for name, h := range histograms {
+		metrics <- prometheus.MustNewConstHistogram(c.metrics[name].desc, h.count, h.sum, h.buckets) // it has no labels
+	}
+}
+
+// A histogram is what Emit.Distribution has exported.
+type histogram struct {
+	count   uint64
+	sum     float64
+	buckets map[float64]uint64 // values up to a bound
+}
+
+func (h *histogram) add(value float64, part string) {
+	if bound, err := strconv.ParseFloat(part, 64); err == nil {
+		h.count += uint64(value)
+		h.buckets[bound] = h.count
+		return
+	}
+	h.sum = value
 }
 
 // Handler serves the metrics of a table, and those of the process, in Prometheus's

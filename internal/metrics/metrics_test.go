@@ -24,6 +24,10 @@ func TestTables(t *testing.T) {
 		err := registry.Register(newCollector(table, func(emit Emit) {
 			for _, m := range table {
 				for _, value := range []string{"a", "b"} {
+					if m.Type == Histogram {
+						emit.Distribution(m.Name, 1, []float64{1, 2}, []uint64{0, 1})
+						continue
+					}
 					labels := make([]string, len(m.Labels))
 					for i := range labels {
 						labels[i] = value
@@ -91,7 +95,10 @@ func TestCollectErrors(t *testing.T) {
 }
 
 func TestHandler(t *testing.T) {
-	table := []Metric{{"up", Gauge, nil, "Whether it is up."}, {"seen_total", Counter, []string{"what", "where"}, `what was "seen"`}}
+	table := []Metric{
+		{"up", Gauge, nil, "Whether it is up."}, {"seen_total", Counter, []string{"what", "where"}, `what was "seen"`},
+		{"took_seconds", Histogram, nil, "How long it took."},
+	}
 	var log bytes.Buffer
 	n := 0
 	h, err := Handler(table, func(e Emit) {
@@ -99,6 +106,7 @@ func TestHandler(t *testing.T) {
 		e("up", 0.5)
 		e("seen_total", float64(n), "a cat", "on\nthe \"roof\"")
 		e("seen_total", 1e9, "a dog", "")
+		e.Distribution("took_seconds", 2.25, []float64{0.25, 2}, []uint64{1, 3})
 	}, slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
@@ -121,6 +129,13 @@ func TestHandler(t *testing.T) {
 # TYPE seen_total counter
 seen_total{what="a cat",where="on\nthe \"roof\""} %d
 seen_total{what="a dog",where=""} 1e+09
+# HELP took_seconds How long it took.
+# TYPE took_seconds histogram
+took_seconds_bucket{le="0.25"} 1
+took_seconds_bucket{le="2"} 4
+took_seconds_bucket{le="+Inf"} 4
+took_seconds_sum 2.25
+took_seconds_count 4
 # HELP up Whether it is up.
 # TYPE up gauge
 up 0.5
