@@ -113,7 +113,7 @@ clean: ## remove bin
 
 .PHONY: programs iptables nft squid haproxy keepalived gcc
 programs:
-	@.ci/install iptables nftables:nft curl squid haproxy keepalived strace
+	@.ci/install iptables nftables:nft curl squid haproxy keepalived strace prometheus:promtool
 iptables squid haproxy keepalived:
 	@.ci/install $@
 nft:
