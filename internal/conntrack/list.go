@@ -34,24 +34,30 @@ var tcpStates = []string{"NONE", "SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAI
 // List returns the connections with a reserved address of the calling thread's network
 // namespace. It changes nothing, and needs CAP_NET_ADMIN.
 func List(sources []netip.Addr) ([]Connection, error) {
+	var found []Connection
+	err := Each(sources, func(c Connection) { found = append(found, c) })
+	return found, err
+}
+
+// Each calls visit for each connection that List returns, of which there may be a million.
+func Each(sources []netip.Addr, visit func(Connection)) error {
 	s, err := openSocket()
 	if err != nil {
-		return nil, &KernelError{"open conntrack socket", err}
+		return &KernelError{"open conntrack socket", err}
 	}
 	defer s.close()
 	own := make(map[[16]byte]bool)
 	for _, a := range sources {
 		own[a.As16()] = true
 	}
-	var found []Connection
 	if err := s.ask(messageGet, unix.NLM_F_DUMP, nil, func(m message) {
 		if r, ok := decode(m.data); ok && own[r.reserved.addr] && r.server.addr != r.reserved.addr {
-			found = append(found, r.connection())
+			visit(r.connection())
 		}
 	}); err != nil {
-		return nil, &KernelError{"list conntrack entries", err}
+		return &KernelError{"list conntrack entries", err}
 	}
-	return found, nil
+	return nil
 }
 
 // connection returns the record for people.
