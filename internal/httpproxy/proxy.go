@@ -41,7 +41,7 @@ type Proxy struct {
 	config   Config
 	log      *slog.Logger
 	resolver Resolver
-	rules    atomic.Pointer[Rules]
+	rules    atomic.Pointer[ruleSet]
 	silence  silence
 	unnamed  unnamed
 
@@ -81,7 +81,7 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 		c.MaxConnections = max(1, files/4*3) // idle clients need no second file
 	}
 	p := &Proxy{config: c, log: log, resolver: resolver, own: new(netns.Addresses).Has}
-	p.rules.Store(&c.Rules)
+	p.rules.Store(newRuleSet(c.Rules, nil))
 	p.silence.log = log
 	p.file.set(nil)
 	p.servers.most, p.connections = kept, connectionFiles(files)
@@ -101,7 +101,8 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 // SetRules sets the rules for the next requests. Active requests and tunnels continue.
 func (p *Proxy) SetRules(rules Rules) {
 	p.file.set(nil)
-	if before := p.rules.Swap(&rules); !before.Equal(rules) {
+	if before := p.rules.Load(); !before.Equal(rules) {
+		p.rules.Store(newRuleSet(rules, before))
 		p.counters.reloads.Add(1)
 		p.log.Info("rules changed", "rules", len(rules))
 	}
@@ -167,7 +168,7 @@ func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
 	clients := newListener(l, p.config.MaxConnections, func() bool { return p.used() >= p.connections-1 })
 	p.listener.Store(clients)
 	defer p.listener.Store(nil)
-	p.log.Info("ready", "listen", l.Addr(), "rules", len(*p.rules.Load()))
+	p.log.Info("ready", "listen", l.Addr(), "rules", len(p.rules.Load().Rules))
 	var err error
 	served := make(chan struct{})
 	background.Go(func() {

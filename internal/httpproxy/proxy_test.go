@@ -327,7 +327,7 @@ func TestKeptConnectionsAndRules(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p.rules.Store(&list)
+		p.rules.Store(newRuleSet(list, nil))
 		status, body := answer(t, p.get(t, "a.example:8011"))
 		if step.want == "" && status == 403 {
 			continue

@@ -44,8 +44,16 @@ type route struct {
 // later, so that the rules have been evaluated on them: a name is resolved once per
 // request. Beside a refusal the route is complete as far as it is known.
 func (p *Proxy) route(x *exchange) *refusal {
+	set := p.rules.Load()
+	refused := p.routeBy(x, set.Rules)
+	if n := x.route.verdict.Rule.Number; n > 0 || refused != nil && refused.status == http.StatusForbidden {
+		set.hits[n].Add(1)
+	}
+	return refused
+}
+
+func (p *Proxy) routeBy(x *exchange, list Rules) *refusal {
 	r, t := &x.route, x.route.target
-	list := *p.rules.Load()
 	if t.host.Name == "" {
 		return p.choose(&x.life, r, list, []netip.Addr{t.host.Addr})
 	}

@@ -74,7 +74,7 @@ func TestSquidDecides(t *testing.T) {
 
 	seen := map[string]int{}
 	for i, list := range lists {
-		p.rules.Store(&list)
+		p.rules.Store(newRuleSet(list, nil))
 		for _, host := range requests {
 			for _, method := range []string{"GET", "CONNECT"} {
 				ours, squids := ask(t, p.addr, method, host), ask(t, fmt.Sprintf("127.0.0.1:%d", port+i), method, cmp.Or(full[host], host))

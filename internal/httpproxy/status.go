@@ -114,7 +114,7 @@ func (f *fileState) set(err error) {
 // Status returns the state of the proxy.
 func (p *Proxy) Status() Status {
 	s := Status{
-		Rules: len(*p.rules.Load()), MaxConnections: p.config.MaxConnections, Running: p.running.count(), Counts: p.counters.read(),
+		Rules: len(p.rules.Load().Rules), MaxConnections: p.config.MaxConnections, Running: p.running.count(), Counts: p.counters.read(),
 	}
 	s.LookupSince, s.LookupErr = p.silence.state()
 	p.file.mu.Lock()
