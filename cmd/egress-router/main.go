@@ -26,7 +26,7 @@
 //	EGRESS_CONFLICT           (warn) what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it
 //	EGRESS_HEALTH_INTERVAL    (10s) interval at which legacy and monitor reconcile everything, besides on kernel events; 0: never
 //	EGRESS_ANNOUNCE_INTERVAL  (60s) interval at which they announce the reserved address again; 0: never
-//	EGRESS_HEALTH_LISTEN      (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
+//	EGRESS_HEALTH_LISTEN      (none) address of the status page /, /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
 //	EGRESS_PROBE              (none) tcp: probe each tcp destination, from the reserved address
 //	EGRESS_PROBE_INTERVAL     (30s) interval of these probes
 //	EGRESS_PROBE_FAILS_READY  (false) true: not ready while no destination is reachable
@@ -63,7 +63,7 @@
 //	EGRESS_HTTP_PROXY_MAX_CONNECTIONS   (3/4 of the open files allowed) maximum number of client connections; more wait
 //	EGRESS_SHUTDOWN_GRACE               (20s) time that active requests and connections may take after SIGTERM
 //	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel
-//	EGRESS_HEALTH_LISTEN                (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
+//	EGRESS_HEALTH_LISTEN                (none) address of the status page /, /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
 //	EGRESS_LOG_FORMAT                   (text) format of log lines: text or json
 //	EGRESS_LOG_LEVEL                    (info) minimum level of log lines: debug, info, warn or error
 //	EGRESS_HTTP_PROXY_MODE              (serve) unit-test: print the rules in squid's notation, and do nothing
@@ -76,7 +76,7 @@
 //	EGRESS_DNS_PROXY_SEND_PROXY         (false) true: send the client's address to servers, by the PROXY protocol, version 2
 //	EGRESS_SHUTDOWN_GRACE               (20s) time that active requests and connections may take after SIGTERM
 //	EGRESS_ACCESS_LOG                   (false) true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel
-//	EGRESS_HEALTH_LISTEN                (none) address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
+//	EGRESS_HEALTH_LISTEN                (none) address of the status page /, /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT
 //	EGRESS_LOG_FORMAT                   (text) format of log lines: text or json
 //	EGRESS_LOG_LEVEL                    (info) minimum level of log lines: debug, info, warn or error
 //	EGRESS_DNS_PROXY_MODE               (serve) unit-test: print the listen and dial addresses, and do nothing

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/follow"
 	"github.com/egress-router/egress-router/internal/logqueue"
+	"github.com/egress-router/egress-router/internal/page"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
@@ -40,7 +42,8 @@ type Process struct {
 	// TerminationLog is the file for a container's last error; empty: none.
 	TerminationLog string
 
-	logs *logqueue.Writer // Stderr, after Run has begun
+	logs   *logqueue.Writer // Stderr, after Run has begun
+	events *page.Events     // last lines of the log, for the page; nil: there is none
 }
 
 // A command is one of the program's commands.
@@ -204,8 +207,9 @@ func runMode(ctx context.Context, p Process) error {
 	}
 	if c.Mode.Stays() {
 		p.queueLog(c.Log)
+		p.keepEvents(c.Health.Listen)
 	}
-	log := logger(p.Stderr, c.Log)
+	log := p.events.Logger(logger(p.Stderr, c.Log))
 	for _, w := range c.Warnings {
 		log.Warn("configuration warning", "warning", w)
 	}
@@ -288,6 +292,13 @@ func (p Process) queueLog(l config.Log) {
 	// Libraries, such as the client of net/http, have no other logger.
 	log.SetFlags(0)
 	log.SetOutput(slog.NewLogLogger(logger(p.Stderr, l).Handler(), slog.LevelDebug).Writer())
+}
+
+// keepEvents keeps the last lines of the log of a program that has a page.
+func (p *Process) keepEvents(listen netip.AddrPort) {
+	if listen.Port() != 0 {
+		p.events = new(page.Events)
+	}
 }
 
 // stopped reports whether an error is an interruption by a signal with a complete

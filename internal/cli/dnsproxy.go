@@ -46,8 +46,9 @@ func runDNSProxy(ctx context.Context, p Process) error {
 	}
 	if !c.UnitTest { // it ends at once
 		p.queueLog(c.Log)
+		p.keepEvents(c.Health)
 	}
-	d.log = logger(p.Stderr, c.Log)
+	d.log = p.events.Logger(logger(p.Stderr, c.Log))
 	for _, w := range c.Warnings {
 		d.log.Warn("configuration warning", "warning", w)
 	}

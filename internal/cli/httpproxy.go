@@ -13,6 +13,7 @@ import (
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/httpproxy"
 	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/page"
 	"github.com/egress-router/egress-router/internal/resolver"
 )
 
@@ -36,8 +37,9 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 	}
 	if !c.UnitTest {
 		p.queueLog(c.Log)
+		p.keepEvents(c.Health)
 	}
-	log := logger(p.Stderr, c.Log)
+	log := p.events.Logger(logger(p.Stderr, c.Log))
 	for _, w := range c.Warnings {
 		log.Warn("configuration warning", "warning", w)
 	}
@@ -64,6 +66,8 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		report:  func(r *health.Report) { reportHTTPProxy(r, proxy.Status(), env.DestinationFile) },
 		table:   metrics.HTTPProxy,
 		collect: func(emit metrics.Emit, r health.Report) { collectHTTPProxy(emit, r, proxy.Status()) },
+		events:  p.events,
+		show:    func(page *page.Page, q page.Query) { showHTTPProxy(page, q, proxy) },
 	}.start(ctx, log)
 	if err != nil {
 		return err

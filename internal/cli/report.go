@@ -4,13 +4,16 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/logqueue"
 	"github.com/egress-router/egress-router/internal/metrics"
+	"github.com/egress-router/egress-router/internal/page"
 )
 
 // A reporter serves the health and metrics of a running program.
@@ -26,6 +29,9 @@ type reporter struct {
 
 	table   []metrics.Metric
 	collect func(metrics.Emit, health.Report)
+
+	events *page.Events
+	show   func(*page.Page, page.Query) // adds the program's parts to the page
 }
 
 // start serves requests until the returned function is called. The program is not
@@ -60,11 +66,22 @@ func (r reporter) start(ctx context.Context, log *slog.Logger) (stop func(), err
 
 // serve serves HTTP requests.
 func (r reporter) serve(ctx context.Context, report func() health.Report, log *slog.Logger) (wait func(), err error) {
-	page, err := metrics.Handler(r.table, func(emit metrics.Emit) { r.emit(emit, report()) }, log)
+	numbers, err := metrics.Handler(r.table, func(emit metrics.Emit) { r.emit(emit, report()) }, log)
 	if err != nil {
 		return nil, err
 	}
-	return health.Listen(ctx, r.listen, health.Handler(report, r.alive, page), log)
+	others := map[string]http.Handler{"/": page.Handler(r.page(report)), "/metrics": numbers}
+	return health.Listen(ctx, r.listen, health.Handler(report, r.alive, others), log)
+}
+
+// page returns the page for a query.
+func (r reporter) page(report func() health.Report) func(page.Query) page.Page {
+	host, _ := os.Hostname() // the name of the pod, without which the page is complete
+	return func(q page.Query) page.Page {
+		p := page.Page{Report: report(), Host: host, Advice: advice, Events: r.events.All(), Now: time.Now()}
+		r.show(&p, q)
+		return p
+	}
 }
 
 // emit exports the program's metrics, and those that all programs have.

@@ -28,6 +28,8 @@ func (d *dnsProxy) reporter(p Process, c config.DNSProxyConfig) reporter {
 		report:  d.report,
 		table:   metrics.DNSProxy,
 		collect: d.collect,
+		events:  p.events,
+		show:    d.show,
 	}
 }
 

@@ -22,6 +22,9 @@ import (
 // longer than its pause after failed repairs.
 const stuckAfter = 2 * time.Minute
 
+// notHolder is the reason of a router that stands by, without a Service of its own.
+const notHolder = "another router holds the addresses"
+
 func (w *watch) reporter(p Process) reporter {
 	return reporter{
 		program: health.Router, mode: string(w.config.Mode), listen: w.config.Health.Listen, logs: p.logs,
@@ -41,7 +44,7 @@ func (w *watch) reporter(p Process) reporter {
 				case w.service != nil:
 					reportEndpoints(r, w.config.Peers.Endpoints, w.service.Status(), time.Now())
 				case !holds:
-					r.Reasons = append(r.Reasons, "another router holds the addresses")
+					r.Reasons = append(r.Reasons, notHolder)
 				}
 			}
 			if err := w.alive(); err != nil {
@@ -51,6 +54,8 @@ func (w *watch) reporter(p Process) reporter {
 		alive:   w.alive,
 		table:   metrics.Router,
 		collect: w.collect,
+		events:  p.events,
+		show:    (&viewer{watch: w}).show,
 	}
 }
 

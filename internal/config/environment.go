@@ -50,7 +50,7 @@ type Environment struct {
 	Conflict         string `envconfig:"EGRESS_CONFLICT" spec:"conflict" unset:"warn" doc:"what to do if another host has the reserved address at the start: warn, refuse to take it, or defend it"`
 	HealthInterval   string `envconfig:"EGRESS_HEALTH_INTERVAL" unset:"10s" doc:"interval at which legacy and monitor reconcile everything, besides on kernel events; 0: never"`
 	AnnounceInterval string `envconfig:"EGRESS_ANNOUNCE_INTERVAL" unset:"60s" doc:"interval at which they announce the reserved address again; 0: never"`
-	HealthListen     string `envconfig:"EGRESS_HEALTH_LISTEN" spec:"health address" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
+	HealthListen     string `envconfig:"EGRESS_HEALTH_LISTEN" spec:"health address" unset:"none" doc:"address of the status page /, /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
 	Probe            string `envconfig:"EGRESS_PROBE" unset:"none" doc:"tcp: probe each tcp destination, from the reserved address"`
 	ProbeInterval    string `envconfig:"EGRESS_PROBE_INTERVAL" unset:"30s" doc:"interval of these probes"`
 	ProbeFailsReady  string `envconfig:"EGRESS_PROBE_FAILS_READY" unset:"false" doc:"true: not ready while no destination is reachable"`

@@ -12,7 +12,7 @@ import (
 type ProxyEnvironment struct {
 	ShutdownGrace string `envconfig:"EGRESS_SHUTDOWN_GRACE" unset:"20s" doc:"time that active requests and connections may take after SIGTERM"`
 	AccessLog     string `envconfig:"EGRESS_ACCESS_LOG" unset:"false" doc:"true: log one line for each connection, or, as the HTTP proxy, for each request and tunnel"`
-	HealthListen  string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"address of /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
+	HealthListen  string `envconfig:"EGRESS_HEALTH_LISTEN" unset:"none" doc:"address of the status page /, /healthz, /readyz and /metrics, on the cluster side: :PORT or IP:PORT"`
 	LogEnvironment
 	RouterMode string `ignored:"true"` // value of EGRESS_ROUTER_MODE, which is no variable of a proxy
 }

@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -18,10 +21,9 @@ import (
 )
 
 // Handler serves /healthz, with status 200 while alive returns nil, /readyz, with
-// status 200 while the report is ready, and /metrics; the status is 503 otherwise.
-// alive returns why the program is stuck; a nil alive is always healthy. A nil
-// metrics serves no /metrics.
-func Handler(report func() Report, alive func() error, metrics http.Handler) http.Handler {
+// status 200 while the report is ready, and others by their path; the status is 503
+// otherwise. alive returns why the program is stuck; a nil alive is always healthy.
+func Handler(report func() Report, alive func() error, others map[string]http.Handler) http.Handler {
 	pages := map[string]http.HandlerFunc{
 		"/healthz": func(w http.ResponseWriter, _ *http.Request) {
 			if alive != nil {
@@ -44,14 +46,17 @@ func Handler(report func() Report, alive func() error, metrics http.Handler) htt
 			}
 		},
 	}
-	if metrics != nil {
-		pages["/metrics"] = metrics.ServeHTTP
+	for path, h := range others {
+		pages[path] = h.ServeHTTP
 	}
+	known := slices.Sorted(maps.Keys(pages))
+	last := len(known) - 1
+	notFound := "not found: the paths are " + strings.Join(known[:last], ", ") + " and " + known[last]
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		page, known := pages[r.URL.Path]
+		page, found := pages[r.URL.Path]
 		switch {
-		case !known:
-			write(w, http.StatusNotFound, "not found: the paths are /healthz, /readyz and /metrics")
+		case !found:
+			write(w, http.StatusNotFound, notFound)
 		case r.Method != http.MethodGet && r.Method != http.MethodHead:
 			w.Header().Set("Allow", "GET, HEAD")
 			write(w, http.StatusMethodNotAllowed, "method not allowed: use GET or HEAD")

@@ -42,17 +42,21 @@ func TestHandler(t *testing.T) {
 		{"not ready without a reason", "GET /readyz", Report{}, nil, nil, 503, "not ready\n"},
 		{"metrics", "GET /metrics", ready, nil, metrics, 200, "up 1\n"},
 		{"head", "HEAD /metrics", ready, nil, metrics, 200, "up 1\n"}, // the server leaves the body out
-		{"no metrics", "GET /metrics", ready, nil, nil, 404, "not found: the paths are /healthz, /readyz and /metrics\n"},
+		{"no metrics", "GET /metrics", ready, nil, nil, 404, "not found: the paths are /healthz and /readyz\n"},
 		{"query", "GET /readyz?verbose", ready, nil, nil, 200, "ok\n"},
-		{"root", "GET /", ready, nil, nil, 404, "not found: the paths are /healthz, /readyz and /metrics\n"},
-		{"below", "GET /healthz/", ready, nil, nil, 404, "not found: the paths are /healthz, /readyz and /metrics\n"},
+		{"root", "GET /", ready, nil, nil, 404, "not found: the paths are /healthz and /readyz\n"},
+		{"below", "GET /healthz/", ready, nil, metrics, 404, "not found: the paths are /healthz, /metrics and /readyz\n"},
 		{"post", "POST /readyz", ready, nil, nil, 405, "method not allowed: use GET or HEAD\n"},
 		{"delete", "DELETE /metrics", ready, nil, metrics, 405, "method not allowed: use GET or HEAD\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			method, path, _ := strings.Cut(test.request, " ")
 			w := httptest.NewRecorder()
-			Handler(func() Report { return test.report }, test.alive, test.metrics).ServeHTTP(w, httptest.NewRequest(method, path, nil))
+			others := map[string]http.Handler{}
+			if test.metrics != nil {
+				others["/metrics"] = test.metrics
+			}
+			Handler(func() Report { return test.report }, test.alive, others).ServeHTTP(w, httptest.NewRequest(method, path, nil))
 			if w.Code != test.status || w.Body.String() != test.body {
 				t.Errorf("%d %q, want %d %q", w.Code, w.Body, test.status, test.body)
 			}
@@ -239,7 +243,7 @@ func TestProbesAmongIdleClients(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, %d addresses", name, addresses), func(t *testing.T) {
 				at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
 				ctx, cancel := context.WithCancel(t.Context())
-				wait, err := Listen(ctx, at, Handler(func() Report { return Report{Ready: true} }, nil, large), new(book).logger())
+				wait, err := Listen(ctx, at, Handler(func() Report { return Report{Ready: true} }, nil, map[string]http.Handler{"/metrics": large}), new(book).logger())
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -271,7 +275,7 @@ func TestReaderAmongIdleClients(t *testing.T) {
 		l := &pipeListener{make(chan net.Conn), make(chan struct{})}
 		ctx, cancel := context.WithCancel(t.Context())
 		metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, size)) })
-		wait := serveHTTP(ctx, l, Handler(func() Report { return Report{} }, nil, metrics), new(book).logger())
+		wait := serveHTTP(ctx, l, Handler(func() Report { return Report{} }, nil, map[string]http.Handler{"/metrics": metrics}), new(book).logger())
 		defer func() { cancel(); wait() }()
 		reader := l.request("GET /metrics HTTP/1.0\r\n\r\n")
 		var got int

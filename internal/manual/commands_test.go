@@ -97,5 +97,6 @@ var commands = map[string]command{
 	"podman system reset": {notRun: "it deletes the containers and images of the machine"},
 	"podman push localhost/egress-router REGISTRY/egress-router:TAG":                     {notRun: "it needs a registry"},
 	"openstack port set --allowed-address ip-address=192.168.12.99,mac-address=MAC PORT": {notRun: "it needs OpenStack"},
+	"kubectl port-forward -n egress egress-1 9465":                                       {notRun: "it needs a cluster; the tests of the page forward a port themselves"},
 	"crictl inspect": {notRun: "it needs a node with crictl"},
 }
