@@ -84,7 +84,7 @@ func (c *call) prepare(ctx context.Context) (p prepared, err error) {
 	if !c.adjusts {
 		p.macvlan = &spec.Macvlan{
 			Parent: p.made.Master, Mode: spec.MacvlanMode(p.made.Mode), HostNetns: p.hostFile(),
-			MTU: p.made.MTU, MAC: mac, Alias: c.alias(madeBeginning),
+			MTU: p.made.MTU, MAC: mac,
 		}
 	}
 	if err = p.pod.Do(func() error { return p.find(c) }); err != nil {
@@ -144,10 +144,12 @@ func (p *prepared) inspect(c *call) (plan.State, error) {
 // apply configures the namespace. An interface of another plugin gets the alias by which it
 // is known that this one did not make it, and what it had before.
 func (p *prepared) apply(ctx context.Context, c *call, before plan.State) error {
-	r := newRouter(p.want, c.log.warnings())
 	if p.macvlan != nil {
-		return r.Apply(ctx)
+		p.macvlan.Alias = strings.TrimSpace(c.alias(madeBeginning, before))
+		p.want = c.want(p.made.Router, p.macvlan, p.cluster)
+		return newRouter(p.want, c.log.warnings()).Apply(ctx)
 	}
+	r := newRouter(p.want, c.log.warnings())
 	kernel, err := link.Open()
 	if err != nil {
 		return err

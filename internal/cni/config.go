@@ -28,6 +28,7 @@ type config struct {
 	Valid         []types.GCAttachment `json:"cni.dev/valid-attachments"`
 
 	prevResult *types100.Result // nil: none
+	listsValid bool             // the list of valid attachments is there
 }
 
 // A runtimeConfig has the values of the capabilities mac and ips.
@@ -42,6 +43,8 @@ func (c *call) parse(text []byte) error {
 		CNIVersion any `json:"cniVersion"`
 		LogFile    any `json:"log_file"`
 		LogLevel   any `json:"log_level"`
+
+		Valid json.RawMessage `json:"cni.dev/valid-attachments"` // nil only if it is missing
 	}
 	if err := json.Unmarshal(text, &v); err != nil {
 		return newError(types.ErrDecodingFailure, "", "decode configuration: %v", err)
@@ -49,6 +52,7 @@ func (c *call) parse(text []byte) error {
 	// The log has the error of a key before these.
 	c.conf.LogFile, _ = v.LogFile.(string)
 	c.conf.LogLevel, _ = v.LogLevel.(string)
+	c.conf.listsValid = v.Valid != nil
 	switch v := v.CNIVersion.(type) {
 	case nil:
 		c.version = "0.1.0" // before there was the key

@@ -87,6 +87,9 @@ func (c *call) remove(ctx context.Context, s site) error {
 	}
 	remover := newRouter(c.want(r, macvlan, cluster), c.log.warnings())
 	remover.Keeps = keeps
+	if at >= 0 {
+		remover.Forwarded = all[at].forwarded
+	}
 	if err := remover.Remove(ctx, nil); err != nil {
 		return err
 	}
@@ -153,8 +156,13 @@ func (a attachment) sources(have plan.State) (all spec.Sources, before []netip.P
 }
 
 // gc removes the routers of the network whose attachment is not valid any more. Outside of
-// the namespaces of pods the plugin keeps nothing.
+// the namespaces of pods the plugin keeps nothing. The list of valid ones is required (CNI
+// specification 1.1, GC): without it nothing is known to be invalid. libcni writes an empty
+// one as null.
 func (c *call) gc(ctx context.Context) error {
+	if !c.conf.listsValid {
+		return newError(types.ErrInvalidNetworkConfig, "the runtime has to pass the attachments that are still valid", "cni.dev/valid-attachments is missing: expected a list")
+	}
 	return c.process.eachNamespace(func(file string, routers []attachment) error {
 		for _, a := range routers {
 			if a.network != short(c.conf.Name) || slices.ContainsFunc(c.conf.Valid, a.is) {

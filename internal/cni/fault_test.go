@@ -310,6 +310,7 @@ func TestVersionStatusGC(t *testing.T) {
 		return []map[string]string{{"containerID": container, "ifname": ifname}}
 	}
 	configured := p.State()
+	p.wantFault("GC", 7, "cni.dev/valid-attachments is missing: expected a list")
 	p.Conf["cni.dev/valid-attachments"] = valid("c1", "macvlan0")
 	p.ok("GC")
 	p.Conf["cni.dev/valid-attachments"] = valid("c2", "macvlan0")
@@ -319,6 +320,14 @@ func TestVersionStatusGC(t *testing.T) {
 	p.Conf["name"] = "egress-router-cni-nad"
 	p.ok("GC")
 	p.wantBefore("GC of an attachment of the past", before)
+	for _, none := range []any{[]any{}, nil} { // no valid attachment, which libcni writes as null
+		delete(p.Conf, "cni.dev/valid-attachments")
+		p.add()
+		delete(p.Conf, "prevResult")
+		p.Conf["cni.dev/valid-attachments"] = none
+		p.ok("GC")
+		p.wantBefore("GC without a valid attachment", before)
+	}
 
 	// Names may be longer than an alias.
 	p.Conf["name"], p.Vars["CNI_CONTAINERID"] = strings.Repeat("n", 253), strings.Repeat("c", 200)

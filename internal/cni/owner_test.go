@@ -136,6 +136,61 @@ func TestChainedDelLeavesAddressesOfBefore(t *testing.T) {
 	}
 }
 
+// A namespace that forwarded before ADD does so after DEL, and one that did not does not.
+func TestDelLeavesForwarding(t *testing.T) {
+	t.Parallel()
+	const ipv4, ipv6 = "net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"
+	for _, test := range []struct {
+		name string
+		on   []string // before ADD
+		o    lab.Options
+	}{
+		{"none", nil, lab.Options{IPv6: true}},
+		{"IPv4", []string{ipv4}, lab.Options{}},
+		{"IPv4 alone", []string{ipv4}, lab.Options{IPv6: true}},
+		{"IPv6 alone", []string{ipv6}, lab.Options{IPv6: true}},
+		{"both", []string{ipv4, ipv6}, lab.Options{IPv6: true}},
+	} {
+		for _, chained := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, chained %t", test.name, chained), func(t *testing.T) {
+				t.Parallel()
+				p := newPod(t, test.o)
+				for _, name := range test.on {
+					if err := p.Lab.SetSysctl(p.Lab.Router, name, "1"); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if chained {
+					p.addEarlier("192.168.12.99/24")
+				}
+				state := func() (found string) {
+					for _, name := range []string{ipv4, ipv6} {
+						value, err := p.Lab.Sysctl(p.Lab.Router, name)
+						if err != nil {
+							t.Fatal(err)
+						}
+						found += name + " " + value + "\n"
+					}
+					return found + p.before()
+				}
+				before := state()
+				for range 2 { // the second time, the first DEL has left something to remember
+					if chained {
+						p.Conf["cniVersion"], p.Conf["prevResult"] = "1.1.0", p.earlier()
+					}
+					p.add()
+					p.WantExample()
+					p.ok("CHECK")
+					p.del()
+					if after := state(); after != before {
+						t.Errorf("after DEL (-want +got):\n%s", diff(before, after))
+					}
+				}
+			})
+		}
+	}
+}
+
 // Calls at the same time for the same pod come one after the other: whatever their order,
 // there is one router or none, which works.
 func TestCallsAtOnce(t *testing.T) {

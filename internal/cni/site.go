@@ -213,15 +213,22 @@ func (c *call) complete(d *object.Description) error {
 }
 
 // alias is the text by which a router is found on a node: the network and the container of an
-// attachment.
-func (c *call) alias(beginning string) string {
-	return strings.Join([]string{beginning, short(c.conf.Name), short(c.container)}, " ")
+// attachment, and the families that the namespace forwarded before.
+func (c *call) alias(beginning string, before plan.State) string {
+	alias := strings.Join([]string{beginning, short(c.conf.Name), short(c.container)}, " ") + " "
+	if before.Forwards {
+		alias += "4"
+	}
+	if before.IPv6 != nil && before.IPv6.Forwards {
+		alias += "6"
+	}
+	return alias
 }
 
 // adjustedAlias is the alias of the interface of another plugin, with signs of the addresses
 // that it gets, and the alias that it had.
 func (c *call) adjustedAlias(sources spec.Sources, had plan.State, before string) string {
-	alias := []string{c.alias(adjustedBeginning), " -"}
+	alias := []string{c.alias(adjustedBeginning, had), "-"}
 	for _, s := range sources {
 		if !slices.Contains(had.Addresses, s.Prefix) {
 			alias = append(alias, sign(s.Prefix))
@@ -266,7 +273,8 @@ const (
 // An attachment is a router that an alias describes.
 type attachment struct {
 	network, container, ifname string
-	made                       bool // the plugin has made the interface
+	made                       bool     // the plugin has made the interface
+	forwarded                  []string // sysctls of forwarding that were on before
 
 	// Of an interface of another plugin.
 	added  []string // the signs of the addresses that it got
@@ -276,20 +284,27 @@ type attachment struct {
 // attachmentOf returns the router that an interface has.
 func attachmentOf(i link.Interface) (a attachment, found bool) {
 	words := append(strings.SplitN(i.Alias, " ", 5), "", "", "", "")
+	forwarded, signs, _ := strings.Cut(words[3], "-")
 	a = attachment{network: words[1], container: words[2], ifname: i.Name}
 	switch words[0] {
 	case madeBeginning:
 		a.made = true
 	case adjustedBeginning:
-		for sign := range slices.Chunk([]byte(strings.TrimPrefix(words[3], "-")), signLength) {
+		for sign := range slices.Chunk([]byte(signs), signLength) {
 			a.added = append(a.added, string(sign))
 		}
 		a.before = words[4]
-	default: // of a killed call, which had no time for the alias, or of nobody
+	default: // of a killed call, which had no time for the alias and what follows, or of nobody
 		a = attachment{ifname: i.Name, made: i.Macvlan && i.Marked}
-		return a, a.made
+		forwarded = "46"
 	}
-	return a, true
+	if strings.Contains(forwarded, "4") {
+		a.forwarded = append(a.forwarded, plan.IPForward)
+	}
+	if strings.Contains(forwarded, "6") {
+		a.forwarded = append(a.forwarded, plan.IPv6Forward)
+	}
+	return a, a.made || words[0] == adjustedBeginning
 }
 
 // attached returns the routers of a namespace.

@@ -53,7 +53,7 @@ func (r *Router) Remove(ctx context.Context, before *plan.State) error {
 	if err := c.readGate(); err != nil {
 		failed = append(failed, err)
 	}
-	steps := plan.Remove(c.want, c.have, *before)
+	steps := r.withoutForwarded(plan.Remove(c.want, c.have, *before))
 	for rest := steps; len(rest) > 0; {
 		n := 1
 		for n < len(rest) && optional(rest[n-1]) && optional(rest[n]) { // their log is one line
@@ -90,4 +90,16 @@ func withIPv6(n plan.Network) plan.Network {
 func optional(s plan.Step) bool {
 	c, is := s.(plan.Change)
 	return is && c.Optional
+}
+
+// withoutForwarded removes the steps that change what was on before the router.
+func (r *Router) withoutForwarded(steps []plan.Step) []plan.Step {
+	stay := slices.Clone(r.Forwarded)
+	if slices.Contains(stay, plan.IPForward) { // it then begins with 0 (net/ipv4/devinet.c, inet_forward_change)
+		stay = append(stay, "net/ipv4/conf/all/accept_redirects")
+	}
+	return slices.DeleteFunc(steps, func(s plan.Step) bool {
+		change, is := s.(plan.Change)
+		return is && change.Op == plan.WriteSysctl && slices.Contains(stay, change.Sysctl)
+	})
 }

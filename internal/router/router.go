@@ -34,6 +34,9 @@ type Router struct {
 	// Keeps are the reserved addresses that the egress interface had before the router, which
 	// Remove leaves there.
 	Keeps []netip.Prefix
+	// Forwarded are the sysctls, of [plan.IPForward] and [plan.IPv6Forward], that were on
+	// before the router, which Remove leaves on.
+	Forwarded []string
 
 	start start // result of Apply for a Keeper
 	Log   *slog.Logger
