@@ -93,6 +93,10 @@ func TestMonitor(t *testing.T) {
 				t.Errorf("%d announcements of an address that has not changed", announced)
 			}
 			wantNoRepairs(p)
+			// The operator reads this line.
+			if m := p.Metrics(); !strings.Contains(m, "\negress_router_address_conflicts_total 0\n") {
+				t.Errorf("no metric of conflicts without a label:\n%s", m)
+			}
 			p.ok("CHECK")
 
 			// Other destinations take effect live.

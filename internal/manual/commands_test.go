@@ -75,6 +75,7 @@ var commands = map[string]command{
 	// The operator.
 	"kubectl apply -k cmd/egress-operator": {test: "TestKubectl"},
 	"kubectl get egressrouter":             {test: "TestKubectl"},
+	"kubectl describe egressrouter":        {test: "TestKubectl"},
 	"helm install egress-operator cmd/egress-operator/chart --namespace egress-operator --create-namespace": {test: "TestHelm"},
 
 	// Targets.

@@ -12,8 +12,33 @@ import (
 // A claim is what other routers need to know about a router.
 type claim struct {
 	*api.EgressRouter
-	names     names        // of its objects
-	addresses []netip.Addr // of its attachment as it is in the cluster
+	names names         // of its objects
+	has   []reservation // of its attachment as it is in the cluster
+}
+
+// A reservation is an address on a NIC of the nodes, empty if the node chooses it. The same
+// address on two NICs, which may be in different networks, is two reservations.
+type reservation struct {
+	address netip.Addr
+	master  string
+}
+
+// meets reports whether two reservations may be the same address in the same network.
+func (r reservation) meets(other reservation) bool {
+	return r.address == other.address && (r.master == other.master || r.master == "" || other.master == "")
+}
+
+// covers reports whether a router that has a reservation has the other one too.
+func (r reservation) covers(other reservation) bool {
+	return r.address == other.address && (r.master == other.master || r.master == "")
+}
+
+// wanted returns the reservations of a resource. It leaves out invalid addresses.
+func wanted(router *api.EgressRouter) (all []reservation) {
+	for _, a := range render.Addresses(router) {
+		all = append(all, reservation{a, router.Spec.NetworkInterface.Macvlan.Master})
+	}
+	return all
 }
 
 // names are the names that the objects of a router have.
@@ -59,22 +84,18 @@ func namesFor(router claim, all []claim) render.Names {
 // the address. The one whose attachment has the address already comes first, then the
 // older one. Routers with different NICs may be in different networks.
 func holder(router claim, all []claim) (*api.EgressRouter, netip.Addr) {
-	for _, address := range render.Addresses(router.EgressRouter) {
+	for _, w := range wanted(router.EgressRouter) {
+		mine := slices.ContainsFunc(router.has, func(r reservation) bool { return r.covers(w) })
 		for _, other := range all {
-			if other.UID == router.UID || separate(router.EgressRouter, other.EgressRouter) {
+			if other.UID == router.UID {
 				continue
 			}
-			mine, its := slices.Contains(router.addresses, address), slices.Contains(other.addresses, address)
-			wanted := other.DeletionTimestamp == nil && slices.Contains(render.Addresses(other.EgressRouter), address)
-			if its && !mine || wanted && its == mine && before(other.EgressRouter, router.EgressRouter) {
-				return other.EgressRouter, address
+			its := slices.ContainsFunc(other.has, w.meets)
+			wants := other.DeletionTimestamp == nil && slices.ContainsFunc(wanted(other.EgressRouter), w.meets)
+			if its && !mine || wants && its == mine && before(other.EgressRouter, router.EgressRouter) {
+				return other.EgressRouter, w.address
 			}
 		}
 	}
 	return nil, netip.Addr{}
-}
-
-func separate(a, b *api.EgressRouter) bool {
-	x, y := a.Spec.NetworkInterface.Macvlan.Master, b.Spec.NetworkInterface.Macvlan.Master
-	return x != "" && y != "" && x != y
 }

@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -36,6 +37,7 @@ const (
 	reasonContainer   = "ContainerFailed"
 	reasonReplica     = "PodRefused"
 	reasonNotWatched  = "NotWatched"
+	reasonConflict    = "AddressConflict"
 )
 
 // An observation is the state of a router's objects.
@@ -43,8 +45,9 @@ type observation struct {
 	deployment *appsv1.Deployment // nil if there is none
 	pods       []corev1.Pod
 	events     []corev1.Event // FailedCreatePodSandBox of these pods
-	problem    problem        // what prevented an apply
-	unwatched  problem        // why there is no container in mode monitor, if it is requested
+	health     func(*corev1.Pod) podHealth
+	problem    problem // what prevented an apply
+	unwatched  problem // why there is no container in mode monitor, if it is requested
 	warnings   string
 }
 
@@ -125,12 +128,18 @@ func (o observation) find() problem {
 			}
 		}
 	}
+	for _, pod := range o.pods {
+		if pod.DeletionTimestamp == nil && o.health(&pod).conflict {
+			return problem{reasonConflict, "another host on the physical network claims the reserved address: stop it, or use another address; the log of pod " + pod.Name + " has its hardware address"}
+		}
+	}
 	return o.unwatched
 }
 
 func (o observation) findInPod(pod *corev1.Pod) problem {
 	ready := condition(pod, corev1.PodReady)
-	if pod.DeletionTimestamp != nil || ready.Status == corev1.ConditionTrue {
+	// A pod that a node has evicted stays as Failed beside its successor.
+	if pod.DeletionTimestamp != nil || pod.Status.Phase == corev1.PodFailed || pod.Status.Phase == corev1.PodSucceeded || ready.Status == corev1.ConditionTrue {
 		return problem{}
 	}
 	if c := condition(pod, corev1.PodScheduled); c.Status == corev1.ConditionFalse {
@@ -142,8 +151,12 @@ func (o observation) findInPod(pod *corev1.Pod) problem {
 			return problem{reasonContainer, fmt.Sprintf("container %s of pod %s: %s: %s", c.Name, pod.Name, w.Reason, w.Message)}
 		}
 		if running := c.State.Running; running != nil {
-			if ready.LastTransitionTime.After(running.StartedAt.Time) {
-				return problem{reasonNotReady, "pod " + pod.Name + " was ready and is not any more: look at its node, and at the log of its container"}
+			why := o.health(pod).notReady
+			switch {
+			case ready.LastTransitionTime.After(running.StartedAt.Time):
+				return problem{reasonNotReady, "pod " + pod.Name + " was ready and is not any more: " + cmp.Or(why, "look at its node, and at the log of its container")}
+			case why != "":
+				return problem{reasonNotReady, "pod " + pod.Name + " is not ready: " + why}
 			}
 			return problem{} // its network was there when it started
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"time"
 
 	"github.com/go-logr/logr"
 	appsv1 "k8s.io/api/apps/v1"
@@ -21,11 +22,13 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	clientscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/config"
+	ctrlcontroller "sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
@@ -33,6 +36,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	"github.com/egress-router/egress-router/cmd/egress-operator/api"
 	"github.com/egress-router/egress-router/cmd/egress-operator/internal/render"
@@ -98,7 +102,7 @@ func New(cfg *rest.Config, o Options) (manager.Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create manager: %w", err)
 	}
-	r := &reconciler{Client: m.GetClient(), uncached: m.GetAPIReader(), recorder: m.GetEventRecorder(render.Manager), options: o}
+	r := &reconciler{Client: m.GetClient(), uncached: m.GetAPIReader(), recorder: m.GetEventRecorder(render.Manager), health: newHealthReader(m.GetClient()), options: o}
 	if err := r.detect(m.GetRESTMapper()); err != nil {
 		return nil, err
 	}
@@ -107,6 +111,9 @@ func New(cfg *rest.Config, o Options) (manager.Manager, error) {
 	}
 	if err := m.AddReadyzCheck("ping", healthz.Ping); err != nil {
 		return nil, fmt.Errorf("add readiness check: %w", err)
+	}
+	if err := m.Add(r.health); err != nil {
+		return nil, fmt.Errorf("add reader of health: %w", err)
 	}
 	return m, r.watch(m)
 }
@@ -214,6 +221,9 @@ func (r *reconciler) watch(m manager.Manager) error {
 		Watches(&corev1.Event{}, handler.EnqueueRequestsFromMapFunc(r.ofEvent), builder.WithPredicates(predicate.Funcs{
 			DeleteFunc: func(event.DeleteEvent) bool { return false }, // events expire after an hour
 		})).
+		WatchesRawSource(source.Channel(r.health.changed, handler.EnqueueRequestsFromMapFunc(ofPod))).
+		// What the API server refuses, it accepts once an administrator has changed a policy.
+		WithOptions(ctrlcontroller.Options{RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](5*time.Millisecond, 30*time.Second)}).
 		Complete(r)
 	if err != nil {
 		return fmt.Errorf("create controller: %w", err)
@@ -228,10 +238,8 @@ func (r *reconciler) blockedRouters(ctx context.Context, _ client.Object) (all [
 		return nil // the cache has stopped
 	}
 	for _, router := range routers.Items {
-		for _, c := range router.Status.Conditions {
-			if blocked(c.Reason) {
-				all = append(all, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&router)})
-			}
+		if isBlocked(&router) {
+			all = append(all, request(router.Namespace, router.Name))
 		}
 	}
 	return all

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -36,9 +35,13 @@ type reconciler struct {
 	client.Client               // reads from the cache
 	uncached      client.Reader // for objects without the label of the cache
 	recorder      events.EventRecorder
+	health        *healthReader
 	options       Options
 	render        render.Options
 	platform      bool // the cluster is OpenShift, whose operator implements the resource
+
+	// What was applied and is not in the cache yet. There is one worker.
+	applied map[types.UID]claim
 }
 
 // Reconcile applies the objects of one router. The objects have it as their owner: with
@@ -50,6 +53,8 @@ func (r *reconciler) Reconcile(ctx context.Context, request reconcile.Request) (
 		return reconcile.Result{}, nil
 	case apierrors.IsConflict(err): // the cache is older than the status
 		return reconcile.Result{RequeueAfter: conflictInterval}, nil
+	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause): // the router goes with it
+		return reconcile.Result{}, nil
 	}
 	return result, err
 }
@@ -74,7 +79,7 @@ func (r *reconciler) reconcile(ctx context.Context, request reconcile.Request) (
 		return reconcile.Result{}, err
 	}
 	n := namesFor(all[i], all)
-	var observed observation
+	observed := observation{health: r.health.of}
 	failed := r.apply(ctx, all[i], n, all, &observed)
 	if failed != nil && observed.problem.reason == "" {
 		return reconcile.Result{}, failed
@@ -86,14 +91,28 @@ func (r *reconciler) reconcile(ctx context.Context, request reconcile.Request) (
 		return reconcile.Result{}, err
 	}
 	if blocked(observed.problem.reason) {
-		return reconcile.Result{RequeueAfter: blockedInterval}, nil
+		return reconcile.Result{RequeueAfter: blockedInterval(routers.Items)}, nil
 	}
 	return reconcile.Result{}, nil
 }
 
 // blockedInterval is the interval at which a router that waits for another object is
-// reconciled, besides on events: objects without the operator's label cause none.
-const blockedInterval = 30 * time.Second
+// reconciled, besides on events: objects without the operator's label cause none, and are
+// read from the API server. All blocked routers together are about 20 reads a second.
+func blockedInterval(routers []api.EgressRouter) time.Duration {
+	n := 0
+	for i := range routers {
+		if isBlocked(&routers[i]) {
+			n++
+		}
+	}
+	return max(time.Second, time.Duration(n)*50*time.Millisecond)
+}
+
+// isBlocked reports whether the status of a router has it as blocked.
+func isBlocked(router *api.EgressRouter) bool {
+	return slices.ContainsFunc(router.Status.Conditions, func(c api.Condition) bool { return blocked(c.Reason) })
+}
 
 // blocked reports whether a router waits for another router or a foreign object.
 func blocked(reason string) bool {
@@ -117,7 +136,7 @@ func (r *reconciler) claims(ctx context.Context, routers []api.EgressRouter) ([]
 		a := &attachments.Items[i]
 		if c := claimOf(a, byUID, func(n render.Names) string { return n.Attachment }); c != nil {
 			config, _, _ := unstructured.NestedString(a.Object, "spec", "config")
-			c.addresses = append(c.addresses, addresses(config)...)
+			c.has = append(c.has, reservations(config)...)
 		}
 	}
 	var deployments appsv1.DeploymentList
@@ -126,6 +145,17 @@ func (r *reconciler) claims(ctx context.Context, routers []api.EgressRouter) ([]
 	}
 	for i := range deployments.Items {
 		claimOf(&deployments.Items[i], byUID, func(n render.Names) string { return n.Deployment })
+	}
+	for uid, a := range r.applied {
+		c := byUID[uid]
+		if c == nil || c.names == a.names && slices.Equal(c.has, a.has) {
+			delete(r.applied, uid)
+			continue
+		}
+		if c.names == none {
+			c.names = a.names
+		}
+		c.has = append(c.has, a.has...)
 	}
 	return all, nil
 }
@@ -156,17 +186,18 @@ func claimOf(o client.Object, byUID map[types.UID]*claim, name func(render.Names
 	return c
 }
 
-// addresses returns the reserved addresses of an attachment. It leaves out invalid ones.
-func addresses(config string) []netip.Addr {
+// reservations returns what an attachment reserves. It leaves out invalid addresses.
+func reservations(config string) []reservation {
 	var attachment object.Attachment
 	if json.Unmarshal([]byte(config), &attachment) != nil || attachment.IP == nil {
 		return nil // somebody else's, or edited: it is about to be restored
 	}
 	router := api.EgressRouter{}
+	router.Spec.NetworkInterface.Macvlan.Master = string(attachment.InterfaceArgs.Master)
 	for _, ip := range attachment.IP.Addresses {
 		router.Spec.Addresses = append(router.Spec.Addresses, object.Address{IP: ip})
 	}
-	return render.Addresses(&router)
+	return wanted(&router)
 }
 
 // apply applies the objects of a router, or returns why it does not. A router that has
@@ -228,6 +259,7 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 		o.problem = applyProblem(err)
 		return fmt.Errorf("apply network attachment: %w", err)
 	}
+	r.remember(router, n)
 	apply := func() error {
 		return r.Apply(ctx, client.ApplyConfigurationFromUnstructured(objects.Deployment), options...)
 	}
@@ -244,6 +276,19 @@ func (r *reconciler) apply(ctx context.Context, router claim, n render.Names, al
 		return fmt.Errorf("convert deployment: %w", err)
 	}
 	return nil
+}
+
+// remember keeps what a router has got until the cache has it: a router that is reconciled
+// before that would get the same names or address.
+func (r *reconciler) remember(router claim, n render.Names) {
+	if r.applied == nil {
+		r.applied = map[types.UID]claim{}
+	}
+	got := claim{names: further, has: wanted(router.EgressRouter)}
+	if n == render.First() {
+		got.names = first
+	}
+	r.applied[router.UID] = got
 }
 
 // watches reports whether the pod of a router gets a container in mode monitor. It sets why
@@ -280,6 +325,9 @@ func (r *reconciler) resetStrategy(ctx context.Context, deployment client.Object
 // applyProblem returns the sentence of an API server that refuses an object. Other errors
 // are no fault of the router: they are tried again without a trace in its status.
 func applyProblem(err error) problem {
+	if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
+		return problem{}
+	}
 	if apierrors.IsInvalid(err) || apierrors.IsForbidden(err) || apierrors.IsBadRequest(err) {
 		return problem{reason: reasonApply, message: err.Error()}
 	}

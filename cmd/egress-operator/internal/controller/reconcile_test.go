@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -104,8 +105,8 @@ func TestCopiedObjects(t *testing.T) {
 				if found := namesFor(all[i], all); found != want {
 					t.Errorf("router %s: names %+v, want %+v", all[i].Name, found, want)
 				}
-				if address := []string{"192.168.12.99", "192.168.12.97"}[i]; len(all[i].addresses) != 1 || all[i].addresses[0].String() != address {
-					t.Errorf("router %s: addresses %v, want %s", all[i].Name, all[i].addresses, address)
+				if address := []string{"192.168.12.99", "192.168.12.97"}[i]; len(all[i].has) != 1 || all[i].has[0].address.String() != address {
+					t.Errorf("router %s: reservations %v, want %s", all[i].Name, all[i].has, address)
 				}
 			}
 		})
@@ -170,6 +171,65 @@ func TestSlimEvents(t *testing.T) {
 		}
 		if e = found.(*corev1.Event); e.Message != want || e.Name != "e" || e.Namespace != "egress" || e.ResourceVersion != "7" {
 			t.Errorf("event of pod %s: %+v", pod, e)
+		}
+	}
+}
+
+// A router that is reconciled before the cache has the objects of another one gets neither
+// the names nor the address of that one, also if it is the first of both.
+func TestCacheIsBehind(t *testing.T) {
+	s := &server{}
+	r := &reconciler{Client: s, uncached: s}
+	var all []api.EgressRouter
+	for _, name := range []string{"a", "b"} {
+		router := api.EgressRouter{}
+		router.Namespace, router.Name, router.UID = "egress", name, types.UID(name)
+		router.Spec.Addresses = []object.Address{{IP: "192.168.12.99/24", Gateway: "192.168.12.1"}}
+		router.Spec.Redirect = &object.Redirect{FallbackIP: "203.0.113.27"}
+		all = append(all, router)
+	}
+	claims := func(routers ...api.EgressRouter) []claim {
+		t.Helper()
+		found, err := r.claims(t.Context(), routers)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return found
+	}
+	two := claims(all[1])
+	if err := r.apply(t.Context(), two[0], namesFor(two[0], two), two, &observation{}); err != nil {
+		t.Fatal(err)
+	}
+	found := claims(all...)
+	if n := namesFor(found[0], found); n != render.Further("a") {
+		t.Errorf("names %+v of the second router", n)
+	}
+	if other, address := holder(found[0], found); other == nil || other.Name != "b" {
+		t.Errorf("holder of %s: %v, want b", address, other)
+	}
+	if other, _ := holder(found[1], found); other != nil {
+		t.Errorf("b has lost its address to %s", other.Name)
+	}
+
+	// Nothing is kept of what the cache has, and of deleted routers.
+	s.add(&all[1], "egress", render.First().Attachment, render.First().Deployment, `{"ip":{"addresses":["192.168.12.99/24"]}}`)
+	if claims(all...); len(r.applied) > 0 {
+		t.Errorf("kept %+v", r.applied)
+	}
+	r.remember(found[0], render.Further("a"))
+	if claims(all[1]); len(r.applied) > 0 {
+		t.Errorf("kept %+v of a deleted router", r.applied)
+	}
+}
+
+// Routers that wait for objects without events are reconciled each second, and many of them
+// together are about 20 reads a second.
+func TestBlockedInterval(t *testing.T) {
+	blocked := api.EgressRouter{}
+	blocked.Status.Conditions = []api.Condition{{}, {}, {Reason: reasonForeign}}
+	for n, want := range map[int]time.Duration{0: time.Second, 1: time.Second, 20: time.Second, 200: 10 * time.Second} {
+		if found := blockedInterval(append(slices.Repeat([]api.EgressRouter{blocked}, n), api.EgressRouter{})); found != want {
+			t.Errorf("%d routers: %s, want %s", n, found, want)
 		}
 	}
 }

@@ -271,6 +271,10 @@ spec: {config: "{}"}
 	if getDeployment(t, namespace, deployment) != nil {
 		t.Error("there is a Deployment")
 	}
+	// It has no label of the operator: its deletion is no event.
+	deleteAll(t, foreign)
+	exists(t, namespace, deployment)
+	status(t, namespace, "egress-router-redirect", "FTF", "")
 }
 
 // platformApply applies a Deployment as the network operator of OpenShift does.

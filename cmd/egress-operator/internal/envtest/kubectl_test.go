@@ -60,11 +60,15 @@ func TestKubectl(t *testing.T) {
 		want string
 	}{
 		{"get egressrouter", "NAME                     CONDITION   STATUS\negress-router-redirect   Available   False\n"},
+		{"get egressrouter -o wide", "NAME                     CONDITION   STATUS   DEGRADED   REASON\negress-router-redirect   Available   False    False      AsExpected\n"},
 		{"get network-attachment-definition -o name", "networkattachmentdefinition.k8s.cni.cncf.io/egress-router-cni-nad\n"},
 		{"get deployment -o name", "deployment.apps/egress-router-cni-deployment\n"},
 	} {
 		if out := kubectl("", strings.Fields(test.args)...); out != test.want {
 			t.Errorf("kubectl %s: want\n%sfound\n%s", test.args, test.want, out)
 		}
+	}
+	if out := kubectl("", "describe", "egressrouter"); !strings.Contains(out, "Reason:                AsExpected\n") {
+		t.Errorf("describe:\n%s", out)
 	}
 }

@@ -48,6 +48,9 @@ const (
 	// WatchAnnotation on a router, with the value auto, always or never, selects whether a
 	// container in mode monitor runs in its pod.
 	WatchAnnotation = "egress-router.io/watch"
+	// PortAnnotation on a pod is the port of the health endpoint of its container in mode
+	// monitor, by which Prometheus finds it too.
+	PortAnnotation = "prometheus.io/port"
 	// NetworksAnnotation selects the attachments of a pod (Kubernetes Network Custom
 	// Resource Definition De-facto Standard, version 1.3, section 4).
 	NetworksAnnotation = "k8s.v1.cni.cncf.io/networks"

@@ -98,7 +98,7 @@ func configMap(router *api.EgressRouter, names Names, attachmentHash string) (*u
 func monitor(pod *corev1ac.PodTemplateSpecApplyConfiguration, names Names, attachmentHash string, port uint16) {
 	const volume = "config"
 	number := strconv.Itoa(int(port))
-	pod.WithAnnotations(map[string]string{"prometheus.io/scrape": "true", "prometheus.io/port": number})
+	pod.WithAnnotations(map[string]string{"prometheus.io/scrape": "true", PortAnnotation: number})
 	// The destinations are addresses. With a name server, the container would add a route
 	// to it, which the plugin does not make.
 	pod.Spec.WithDNSPolicy(corev1.DNSNone).WithDNSConfig(corev1ac.PodDNSConfig().WithNameservers("127.0.0.1"))
