@@ -158,10 +158,11 @@ func (a attachment) sources(have plan.State) (all spec.Sources, before []netip.P
 // gc removes the routers of the network whose attachment is not valid any more. Outside of
 // the namespaces of pods the plugin keeps nothing. The list of valid ones is required (CNI
 // specification 1.1, GC): without it nothing is known to be invalid. libcni writes an empty
-// one as null.
+// one as null, and leaves it out for cnitool, which has called DEL for all before.
 func (c *call) gc(ctx context.Context) error {
 	if !c.conf.listsValid {
-		return newError(types.ErrInvalidNetworkConfig, "the runtime has to pass the attachments that are still valid", "cni.dev/valid-attachments is missing: expected a list")
+		c.log.line(levelWarning, "GC without cni.dev/valid-attachments: nothing is removed")
+		return nil
 	}
 	return c.process.eachNamespace(func(file string, routers []attachment) error {
 		for _, a := range routers {
