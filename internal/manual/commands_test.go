@@ -78,6 +78,23 @@ var commands = map[string]command{
 	"kubectl describe egressrouter":        {test: "TestKubectl"},
 	"helm install egress-operator cmd/egress-operator/chart --namespace egress-operator --create-namespace": {test: "TestHelm"},
 
+	"kubectl create namespace egress":                                                      {test: "TestReadmeWalkThrough"},
+	"kubectl apply -n egress -f router.yaml":                                               {test: "TestReadmeWalkThrough"},
+	"kubectl delete -n egress -f router.yaml":                                              {test: "TestReadmeWalkThrough"},
+	"kubectl wait -n egress --for=condition=Available egressrouter/egress-router-redirect": {test: "TestReadmeWalkThrough"},
+	"kubectl get -n egress egressrouter -o wide":                                           {test: "TestReadmeWalkThrough"},
+	"kubectl describe -n egress egressrouter egress-router-redirect":                       {test: "TestReadmeWalkThrough"},
+	"kubectl rollout status -n egress deployment/egress-router-cni-deployment":             {test: "TestReadmeWalkThrough"},
+	`kubectl patch -n egress egressrouter egress-router-redirect --type merge -p '{"spec":{"redirect":{"fallbackIP":"203.0.113.28"}}}'`: {test: "TestReadmeWalkThrough"},
+	`kubectl patch -n egress egressrouter egress-router-redirect --type merge -p '{"spec":{"redirect":{"fallbackIP":"2001:db8::28"}}}'`: {test: "TestReadmeWalkThrough"},
+	"kubectl delete egressrouter --all --all-namespaces":                                                           {test: "TestReadmeUninstall"},
+	"kubectl wait --for=delete pod -l app.kubernetes.io/managed-by=egress-operator --all-namespaces --timeout=10m": {test: "TestReadmeUninstall"},
+	"kubectl delete -k cmd/egress-operator":                                                                        {test: "TestReadmeUninstall"},
+	"kubectl delete crd egressrouters.network.operator.openshift.io":                                               {test: "TestReadmeUninstall"},
+	"kubectl delete namespace egress-operator":                                                                     {test: "TestReadmeUninstall"},
+	"/opt/cni/bin/egress-router uninstall --dir /opt/cni/bin":                                                      {test: "TestInstall"},
+	"helm uninstall egress-operator --namespace egress-operator":                                                   {notRun: "TestHelm makes the objects of the chart without a cluster"},
+
 	// Targets.
 	"make plugin":             {test: ".ci/run: make plugin"},
 	"make demo":               {test: ".ci/run: make demo"},
