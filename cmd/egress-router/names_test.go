@@ -147,6 +147,36 @@ func TestNamesAreFollowed(t *testing.T) {
 	})
 }
 
+// A client whose datagrams were refused before the first answer for a name reaches its server
+// afterwards from the same socket.
+func TestRefusedDatagramsReachANameLater(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		n := serveNames(p)
+		p.Serve(p.Lab.Outside, "udp", "203.0.113.25:5300")
+		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_DESTINATION"] = "extended", "53 udp late.example.com 5300\n203.0.113.27\n"
+		r := p.Start("legacy")
+		r.AwaitLog(1, "msg=ready")
+		conn := p.Dial(p.Lab.Client, "udp", netip.AddrPortFrom(lab.RouterAddr, 53))
+		ask := func() (lab.Answer, error) {
+			_ = conn.SetDeadline(time.Now().Add(100 * time.Millisecond))
+			if _, err := conn.Write([]byte("?\n")); err != nil {
+				return lab.Answer{}, err
+			}
+			return lab.ReadAnswer(bufio.NewReader(conn))
+		}
+		p.Until("a datagram is refused", func() bool {
+			_, err := ask()
+			return errors.Is(err, syscall.ECONNREFUSED)
+		})
+		n.set("late.example.com.", "203.0.113.25")
+		p.Until("the server answers the same socket", func() bool {
+			a, err := ask()
+			return err == nil && a.Server.String() == "203.0.113.25:5300" && a.Peer.Addr() == lab.Source
+		})
+	})
+}
+
 // A run that does not stay looks names up once, and says so. A router in mode monitor then
 // follows them. The next run changes nothing.
 func TestNamesOfAnInitRun(t *testing.T) {
