@@ -73,15 +73,23 @@ func (b *batch) deleteTable(t *nftables.Table) {
 
 // addChain adds a chain without rules.
 func (b *batch) addChain(t *nftables.Table, name string, c *chain) {
+	b.addChainOf(t, c.kind, gateChain{name: name, based: c.based, hook: uint32(c.hook), at: int32(c.priority), drops: c.drops})
+}
+
+// addChainOf adds a chain of a kind, without rules.
+func (b *batch) addChainOf(t *nftables.Table, kind nftables.ChainType, c gateChain) {
 	b.add(unix.NFT_MSG_NEWCHAIN, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_CHAIN_TABLE, t.Name)
-		e.String(unix.NFTA_CHAIN_NAME, name)
+		e.String(unix.NFTA_CHAIN_NAME, c.name)
 		if !c.based {
 			return
 		}
 		e.Nested(unix.NFTA_CHAIN_HOOK, func(e *netlink.AttributeEncoder) error {
-			e.Uint32(unix.NFTA_HOOK_HOOKNUM, uint32(c.hook))
-			e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.priority)) //nolint:gosec // the kernel reads two's complement
+			e.Uint32(unix.NFTA_HOOK_HOOKNUM, c.hook)
+			e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.at)) //nolint:gosec // the kernel reads two's complement
+			if c.device != "" {
+				e.String(unix.NFTA_HOOK_DEV, c.device)
+			}
 			return nil
 		})
 		policy := uint32(nftables.ChainPolicyAccept)
@@ -89,7 +97,7 @@ func (b *batch) addChain(t *nftables.Table, name string, c *chain) {
 			policy = uint32(nftables.ChainPolicyDrop)
 		}
 		e.Uint32(unix.NFTA_CHAIN_POLICY, policy)
-		e.String(unix.NFTA_CHAIN_TYPE, string(c.kind))
+		e.String(unix.NFTA_CHAIN_TYPE, string(kind))
 	})
 }
 

@@ -43,7 +43,7 @@ func (g Gate) Load() error {
 	}
 	chains := g.chains()
 	for _, c := range chains {
-		b.addGateChain(t, c)
+		b.addChainOf(t, nftables.ChainTypeFilter, c)
 	}
 	for _, c := range chains {
 		for _, r := range c.rules {
@@ -315,31 +315,6 @@ func (b *batch) addGateSet(t *nftables.Table, name string, id uint32) {
 	})
 }
 
-// addGateChain adds a chain of the gate, without rules.
-func (b *batch) addGateChain(t *nftables.Table, c gateChain) {
-	b.add(unix.NFT_MSG_NEWCHAIN, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
-		e.String(unix.NFTA_CHAIN_TABLE, t.Name)
-		e.String(unix.NFTA_CHAIN_NAME, c.name)
-		if !c.based {
-			return
-		}
-		e.Nested(unix.NFTA_CHAIN_HOOK, func(e *netlink.AttributeEncoder) error {
-			e.Uint32(unix.NFTA_HOOK_HOOKNUM, c.hook)
-			e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.at)) //nolint:gosec // the kernel reads two's complement
-			if c.device != "" {
-				e.String(unix.NFTA_HOOK_DEV, c.device)
-			}
-			return nil
-		})
-		policy := uint32(nftables.ChainPolicyAccept)
-		if c.drops {
-			policy = uint32(nftables.ChainPolicyDrop)
-		}
-		e.Uint32(unix.NFTA_CHAIN_POLICY, policy)
-		e.String(unix.NFTA_CHAIN_TYPE, string(nftables.ChainTypeFilter))
-	})
-}
-
 // list calls fn for each object of our tables of a family with a given name, with its attributes.
 // The number of the attribute with the name of the table is 1 in all of them.
 func list(kind int, t *nftables.Table, fn func(attribute uint16, data []byte) error, next func() error) error {
@@ -583,7 +558,7 @@ func HasEgressHook() (bool, error) {
 	probe := &nftables.Table{Name: GateTable + "-probe", Family: nftables.TableFamilyNetdev}
 	var b batch
 	b.addTable(probe)
-	b.addGateChain(probe, gateChain{name: egressChain, based: true, hook: netdevEgress, device: "lo"})
+	b.addChainOf(probe, nftables.ChainTypeFilter, gateChain{name: egressChain, based: true, hook: netdevEgress, device: "lo"})
 	b.deleteTable(probe)
 	err := b.run()
 	has := err == nil
