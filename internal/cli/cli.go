@@ -17,6 +17,7 @@ import (
 	"syscall"
 
 	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/follow"
 	"github.com/egress-router/egress-router/internal/logqueue"
 	"github.com/egress-router/egress-router/internal/page"
@@ -214,7 +215,7 @@ func runMode(ctx context.Context, p Process) error {
 		log.Warn("configuration warning", "warning", w)
 	}
 	log.Debug("configuration", "mode", c.Mode, "source", c.Sources.String(), "gateway", c.Sources.Gateways(),
-		"egress", c.Egress, "cluster", c.Cluster, "redirects", len(c.Set.Redirects), "fallback", addressText(c.Set.Fallbacks()))
+		"egress", c.Egress, "cluster", c.Cluster, "redirects", len(c.Set.Redirects), "fallback", diagnose.AddressText(c.Set.Fallbacks()))
 	if c.Mode == config.UnitTest {
 		_, err := p.Stdout.Write(rules.UnitTest(c.Set, c.Sides()))
 		return err

@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
@@ -145,7 +144,7 @@ func reportNames(r *health.Report, states []lookup.State) {
 		return int(oneIf(b.Failure != "") - oneIf(a.Failure != ""))
 	})
 	for _, s := range states[:min(len(states), mostNames)] {
-		check := health.Check{Name: "name", State: health.OK, Since: s.Since, Detail: s.Name + ": " + addressText(s.Addresses)}
+		check := health.Check{Name: "name", State: health.OK, Since: s.Since, Detail: s.Name + ": " + diagnose.AddressText(s.Addresses)}
 		if s.Failure != "" {
 			check.State, check.Since, check.Fault = health.Warning, s.Failing, string(diagnose.NameFailed)
 			check.Detail += ", lookup failed: " + s.Failure
@@ -155,18 +154,6 @@ func reportNames(r *health.Report, states []lookup.State) {
 	if more := len(states) - mostNames; more > 0 {
 		r.Checks = append(r.Checks, health.Check{Name: "name", State: health.OK, Since: r.Started, Detail: fmt.Sprintf("%d more names", more)})
 	}
-}
-
-// addressText returns addresses for a person to read.
-func addressText(all []netip.Addr) string {
-	if len(all) == 0 {
-		return "no address"
-	}
-	var texts []string
-	for _, a := range all {
-		texts = append(texts, a.String())
-	}
-	return strings.Join(texts, ", ")
 }
 
 // collectNames emits the metrics of names.

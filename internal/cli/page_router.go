@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/conntrack"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/page"
@@ -328,7 +329,7 @@ func (w *watch) destinationText(l *conntrack.Line) (port, to string) {
 	}
 	to += ":" + l.ToPorts()
 	if name := l.Name(); name != "" {
-		to += " (" + addressText(w.addresses(name)) + ")"
+		to += " (" + diagnose.AddressText(w.addresses(name)) + ")"
 	}
 	return l.Protocol.String() + " " + l.LocalPorts(), to
 }

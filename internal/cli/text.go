@@ -9,6 +9,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/rules"
 )
@@ -47,7 +48,7 @@ func effect(set rules.Set, sources spec.Sources, resolved bool) string {
 		limits := strings.ReplaceAll(r.Limits.Value().String(), " ", ", ") // each begins with a space
 		to := r.Destination()
 		if resolved && r.Name() != "" {
-			to += " (" + addressText(slices.Collect(r.All())) + ")"
+			to += " (" + diagnose.AddressText(slices.Collect(r.All())) + ")"
 		}
 		fmt.Fprintf(table, "  %s %s\tto %s %s%s\n", r.Protocol, portText(r.LocalPorts()), to, portText(r.ToPorts()), limits)
 	}

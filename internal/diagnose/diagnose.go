@@ -438,12 +438,12 @@ func (c Clients) unreplied() (n int) {
 func names(o Observation) []Finding {
 	var found []Finding
 	for _, n := range o.Names {
-		f := Finding{Check: "name", Subject: n.Name, Verdict: OK, Found: addressText(n.Addresses)}
+		f := Finding{Check: "name", Subject: n.Name, Verdict: OK, Found: AddressText(n.Addresses)}
 		if n.Failure != "" {
 			f.Verdict, f.Fault = Failed, NameFailed
 			f.Found = "lookup failed: " + n.Failure
 			if len(n.Addresses) > 0 {
-				f.Verdict, f.Found = Warning, f.Found+"; the rules have "+addressText(n.Addresses)
+				f.Verdict, f.Found = Warning, f.Found+"; the rules have "+AddressText(n.Addresses)
 			}
 			f.Remedy = "check /etc/resolv.conf of the pod, and that its name servers are reached by the cluster side"
 		}
@@ -452,7 +452,8 @@ func names(o Observation) []Finding {
 	return found
 }
 
-func addressText(all []netip.Addr) string {
+// AddressText returns addresses for a person to read.
+func AddressText(all []netip.Addr) string {
 	if len(all) == 0 {
 		return "no address"
 	}
