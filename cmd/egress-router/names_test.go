@@ -545,6 +545,19 @@ func TestNamesGetTheOtherFamilyLater(t *testing.T) {
 			p.WantEcho("a connection of the first family", conn, reader)
 			r.Terminate()
 			r.AwaitLog(1, "stopping, configuration stays")
+
+			// After a restart the other family's addresses stay until their answer.
+			n.setUnsure(late.question)
+			r = p.Start("legacy")
+			r.AwaitLog(1, "msg=ready")
+			for six, server := range servers {
+				if a, err := p.Ask(p.Lab.Client, "tcp", pods[six]); err != nil || a.Server.String() != server {
+					p.Errorf("after a restart without an answer for %s: %v, error %v; want %s", late.family, a, err, server)
+				}
+			}
+			n.setUnsure(dns.TypeNone)
+			r.Terminate()
+			r.AwaitLog(1, "stopping, configuration stays")
 			if r := p.Exec("egress-router", "remove"); r.Code != 0 {
 				p.Errorf("remove:\n%s", r.Stderr)
 			}

@@ -124,26 +124,35 @@ func (f *Follower) Distinct(name string) {
 	}
 }
 
-// Without returns the names that have no address yet, sorted.
+// Without returns the names that have no address yet, or none of a family for which no name
+// server has answered, sorted.
 func (f *Follower) Without() (names []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, name := range slices.Sorted(maps.Keys(f.names)) {
-		if len(f.names[name].Addresses) == 0 {
+		if e := f.names[name]; len(e.Addresses) == 0 || e.missing != "" {
 			names = append(names, name)
 		}
 	}
 	return names
 }
 
-// Adopt gives a name without an address those that it had before the start of the program,
-// until the first answer. It calls Unusable, and not Changed.
+// Adopt gives a name without an address, or without one of a family, those that it had before
+// the start of the program, until the first answer. It calls Unusable, and not Changed.
 func (f *Follower) Adopt(name string, former []netip.Addr) {
 	usable, _ := f.usable(former)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if e := f.names[name]; e != nil && len(e.Addresses) == 0 && len(usable) > 0 {
-		e.Addresses, e.Since = usable, time.Now()
+	e := f.names[name]
+	if e == nil {
+		return
+	}
+	usable = slices.DeleteFunc(usable, func(a netip.Addr) bool {
+		same := func(has netip.Addr) bool { return has.Is4() == a.Is4() }
+		return slices.ContainsFunc(e.Addresses, same) || len(e.Addresses) > 0 && e.missing != rules.FamilyOf(a).String()
+	})
+	if len(usable) > 0 {
+		e.Addresses, e.Since = byFamily(e.Addresses, usable), time.Now()
 		f.Log.Info("name keeps addresses of an earlier run", "name", name, "addresses", join(usable))
 	}
 }
@@ -292,8 +301,7 @@ func (f *Follower) finish(e *entry, answer resolver.Answer, err error) (changed 
 	}
 	f.incomplete(e, answer, err)
 	if answer.OnlyIPv4 || answer.OnlyIPv6 { // those of the other family stay
-		usable = append(usable, slices.DeleteFunc(slices.Clone(e.Addresses), func(a netip.Addr) bool { return a.Is4() == answer.OnlyIPv4 })...)
-		slices.SortStableFunc(usable, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
+		usable = byFamily(usable, slices.DeleteFunc(slices.Clone(e.Addresses), func(a netip.Addr) bool { return a.Is4() == answer.OnlyIPv4 }))
 	}
 	switch {
 	case err != nil:
@@ -312,6 +320,13 @@ func (f *Follower) finish(e *entry, answer resolver.Answer, err error) (changed 
 	}
 	heap.Push(&f.queue, e)
 	return changed
+}
+
+// byFamily returns the addresses of two lists, IPv4 first.
+func byFamily(a, b []netip.Addr) []netip.Addr {
+	all := slices.Concat(a, b)
+	slices.SortStableFunc(all, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
+	return all
 }
 
 // incomplete logs that the addresses of one family are not known, once.

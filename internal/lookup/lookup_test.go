@@ -321,6 +321,33 @@ func TestFollowerAdopts(t *testing.T) {
 	})
 }
 
+// If the first answer lacks a family, a name gets the addresses of that family alone.
+func TestFollowerAdoptsAFamily(t *testing.T) {
+	following(t, func(t *testing.T, z *zone, f *Follower, _ *reported, _ *strings.Builder) {
+		z.set("db.test", "192.0.2.1", "2001:db8::1")
+		z.silent6 = true
+		f.Follow([]string{"db.test"}, true)
+		f.Await(t.Context())
+		if got := fmt.Sprint(f.Without()); got != "[db.test]" {
+			t.Errorf("names without address of a family: %s", got)
+		}
+		for range 2 { // the second time it has one
+			f.Adopt("db.test", []netip.Addr{netip.MustParseAddr("192.0.2.8"), netip.MustParseAddr("2001:db8::8")})
+			time.Sleep(time.Minute)
+			if got := text(f, "db.test"); got != "192.0.2.1,2001:db8::8" {
+				t.Errorf("addresses %s", got)
+			}
+		}
+		z.mu.Lock()
+		z.silent6 = false
+		z.mu.Unlock()
+		time.Sleep(time.Minute)
+		if got := text(f, "db.test"); got != "192.0.2.1,2001:db8::1" || len(f.Without()) != 0 {
+			t.Errorf("addresses %s after the answer, without: %v", got, f.Without())
+		}
+	})
+}
+
 // Thousands of names are looked up with limited concurrency, and some without an answer do
 // not delay the others for long. Changes are reported together.
 func TestFollowerWithManyNames(t *testing.T) {
