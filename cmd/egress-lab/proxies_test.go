@@ -53,7 +53,7 @@ func TestMeasureProxies(t *testing.T) {
 
 // Each reading is compared to the better of the other proxies.
 func TestCompareProxies(t *testing.T) {
-	c := contest{trials: []trial{{driveDirect, 8, 0, 0, []reading{
+	c := contest{trials: []trial{{driveDirect, 8, 0, false, []reading{
 		{"rate", rate, false, goalShort},
 		{"p99", p99, true, goalTail},
 	}}}}
@@ -75,8 +75,8 @@ func TestCompareProxies(t *testing.T) {
 // The proxy as an ordinary user is compared with itself as root, and is no reference.
 func TestCompareUser(t *testing.T) {
 	c := contest{trials: []trial{
-		{driveKept, 1, 0, 0, []reading{{"rate", rate, false, goalHTTP}}},
-		{drivePour, 1, 0, 0, []reading{{"one tunnel", gbit, false, goalEqual}}},
+		{driveKept, 1, 0, false, []reading{{"rate", rate, false, goalHTTP}}},
+		{drivePour, 1, 0, false, []reading{{"one tunnel", gbit, false, goalEqual}}},
 	}}
 	contenders := []contender{{name: "ours"}, {name: "squid"}, {name: "ours as a user", user: true}}
 	rows := c.compare(contenders, [][][]drove{
