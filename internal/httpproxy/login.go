@@ -133,6 +133,11 @@ func (l *logins) close() {
 // dropClient ends the connection of a client without a response, as its server has done.
 func (x *exchange) dropClient() {
 	x.status = http.StatusBadGateway // for the access log
+	x.closeClient()
+}
+
+// closeClient closes the connection of a client. net/http adds nothing to the response.
+func (x *exchange) closeClient() {
 	if _, err := x.takeConnection(); err == nil {
 		_ = x.client.Close()
 	}

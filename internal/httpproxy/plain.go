@@ -55,7 +55,9 @@ func (p *Proxy) forwardPlain(x *exchange) {
 	x.WriteHeader(r.StatusCode)
 	if err := x.copyBody(r); err != nil {
 		p.log.Debug("response incomplete", "error", err)
-		panic(http.ErrAbortHandler) // net/http closes the connection
+		x.flush()
+		x.closeClient()
+		return
 	}
 	if len(r.Trailer) == 0 {
 		return

@@ -3,6 +3,7 @@ package httpproxy
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -42,11 +43,9 @@ func TestPlainIsLikeReverseProxy(t *testing.T) {
 		"headers of its connection":  {answer: "HTTP/1.1 200 OK\r\nConnection: close, X-A\r\nX-A: 1\r\nKeep-Alive: 5\r\nProxy-Authenticate: a\r\nUpgrade: b\r\nContent-Length: 0\r\n\r\n"},
 		"interim responses":          {answer: "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n" + ok},
 		"chunks":                     {answer: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"},
-		"no chunk":                   {answer: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
 		"trailers":                   {answer: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-A, X-B\r\n\r\n2\r\nhi\r\n0\r\nX-A: 1\r\nX-B: 2\r\n\r\n"},
 		"unexpected trailers":        {answer: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-A\r\n\r\n2\r\nhi\r\n0\r\nX-A: 1\r\nX-B: 2\r\nContent-Length: 3\r\n\r\n"},
 		"up to the end":              {answer: "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\nhi"},
-		"an incomplete response":     {answer: "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi"},
 		"an invalid response":        {answer: "HTTP/1.1 2\r\n\r\n"},
 		"a protocol of its choice":   {answer: "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: y\r\n\r\n"},
 		"no response":                {answer: ""},
@@ -79,6 +78,28 @@ func TestPlainIsLikeReverseProxy(t *testing.T) {
 				t.Errorf("plain\n%s\nby ReverseProxy\n%s", plain, other)
 			}
 		})
+	}
+}
+
+// The client gets what has come of an incomplete response, and the end of the connection.
+func TestPlainIncomplete(t *testing.T) {
+	for _, answer := range []string{
+		"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n5\r\nh",
+	} {
+		server := serve(t, func(conn *net.TCPConn) {
+			header(conn)
+			send(t, conn, answer)
+		})
+		conn := start(t, "*", nil, nil).get(t, server)
+		r, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(r.Body)
+		if !strings.HasPrefix(string(body), "hi") || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%q: body %q, %v; want hi and an unexpected end", answer, body, err)
+		}
 	}
 }
 
