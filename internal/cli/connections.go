@@ -16,6 +16,7 @@ import (
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/health"
+	"github.com/egress-router/egress-router/internal/link"
 )
 
 // A flow is a connection with a reserved address, for people and scripts.
@@ -110,7 +111,29 @@ func runConnections(ctx context.Context, p Process) error {
 		e.SetIndent("", "  ")
 		return e.Encode(flows)
 	}
-	return writeFlows(p.Stdout, flows, time.Now())
+	if err := writeFlows(p.Stdout, flows, time.Now()); err != nil {
+		return err
+	}
+	return writeTroubles(p.Stdout, c)
+}
+
+// writeTroubles writes the counters of frames that the egress interface and the NIC below have
+// dropped, if there are any: their packets are in no connection.
+func writeTroubles(w io.Writer, c config.Config) error {
+	kernel, err := link.Open()
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	look, err := kernel.Look(c.Egress)
+	if err != nil {
+		return nil // connections may outlive it
+	}
+	texts := nicsOf(kernel, c, look, slog.New(slog.DiscardHandler)).troubles()
+	if len(texts) > 0 {
+		_, err = io.WriteString(w, "\ndrops and errors of the interfaces:\n  "+strings.Join(texts, "\n  ")+"\n")
+	}
+	return err
 }
 
 // flows returns the connections, those without an answer first.

@@ -105,7 +105,9 @@ exit codes: 0 no check failed; 1 one did, or error; 2 invalid arguments
 Prints the connections with a reserved address that the kernel tracks: those of clients
 that were redirected, and the pod's own. Bytes are known if the kernel counts them, as for a
 router that stays with EGRESS_HEALTH_LISTEN or EGRESS_AUDIT_LOG, and ages if it keeps
-times, as with EGRESS_AUDIT_LOG. With --follow it then prints the begin and the end of each
+times, as with EGRESS_AUDIT_LOG. Below the table are the counters of dropped frames and
+errors of the egress interface and of the NIC below it, as far as this process may look
+there, if they are not 0. With --follow it then prints the begin and the end of each
 redirected one until SIGTERM or SIGINT. It changes nothing, and needs NET_ADMIN. Variables,
 --pid and --netns are as for diagnose. -o json prints a list in JSON, with --follow one
 object a line.

@@ -18,7 +18,6 @@ import (
 	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/link"
-	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
@@ -185,7 +184,10 @@ func (w *observer) interfaces() {
 		}
 		if w.look.Mode != "" {
 			i.Kind += " in mode " + w.look.Mode
-			i.Parent = cmp.Or(i.Parent, w.parent())
+		}
+		nics := nicsOf(w.kernel, w.c, w.look, w.log)
+		if i.Troubles = nics.troubles(); len(nics) > 1 {
+			i.Parent = nics[1].text
 		}
 	}
 	w.state, err = w.kernel.Observe(w.router.Want.Network)
@@ -202,30 +204,6 @@ func (w *observer) interfaces() {
 		w.o.Addresses = append(w.o.Addresses, a)
 		w.usable[s.Prefix.Addr()] = a.Present && !a.Duplicate
 	}
-}
-
-// parent returns the NIC of the host below the egress interface, as far as this process may
-// look there: on a node, and in a pod with the host's processes.
-func (w *observer) parent() (parent string) {
-	file := config.DefaultHostNetns
-	if w.c.Macvlan != nil {
-		file = w.c.Macvlan.HostNetns
-	}
-	host, err := netns.Open(file)
-	if err != nil {
-		return ""
-	}
-	defer host.Close()
-	var there *link.Kernel
-	if err = host.Do(func() (err error) {
-		there, err = link.Open()
-		return err
-	}); err == nil {
-		defer there.Close()
-		parent, err = w.kernel.ParentIn(there, host.Fd(), w.c.Egress)
-	}
-	w.log.Debug("parent NIC", "name", parent, "error", err)
-	return parent
 }
 
 // present reports whether the egress interface has an address that can be used.

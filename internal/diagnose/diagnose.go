@@ -145,7 +145,11 @@ func (i Interface) text(name string) string {
 	if i.MAC != "" {
 		text += ", " + i.MAC
 	}
-	return fmt.Sprintf("%s, MTU %d, %d frames sent, %d received", text, i.MTU, i.Sent, i.Received)
+	text = fmt.Sprintf("%s, MTU %d, %d frames sent, %d received", text, i.MTU, i.Sent, i.Received)
+	if len(i.Troubles) > 0 {
+		text += " (" + list(i.Troubles) + ")"
+	}
+	return text
 }
 
 func addresses(o Observation) []Finding {

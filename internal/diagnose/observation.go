@@ -64,7 +64,8 @@ type Interface struct {
 	MTU      int // bytes
 	Up       bool
 	Carrier  bool
-	Received uint64 // frames since its creation
+	Troubles []string // counters of drops and errors that are not 0, of it and of the NIC below
+	Received uint64   // frames since its creation
 	Sent     uint64
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"net/netip"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // A connection is one as the command prints it.
@@ -52,7 +54,7 @@ func TestConnections(t *testing.T) {
 			}
 		}
 		r := p.Exec("egress-router", "connections")
-		if lines := strings.Split(r.Stdout, "\n"); r.Code != 0 || len(lines) != 4 || !strings.HasPrefix(lines[0], "PROTOCOL  STATE") || !strings.HasPrefix(lines[1], "udp       unreplied    10.128.0.71:") || !strings.HasPrefix(lines[2], "tcp       ESTABLISHED  10.128.0.71:") {
+		if lines := strings.Split(r.Stdout, "\n"); r.Code != 0 || len(lines) < 4 || !strings.HasPrefix(lines[0], "PROTOCOL  STATE") || !strings.HasPrefix(lines[1], "udp       unreplied    10.128.0.71:") || !strings.HasPrefix(lines[2], "tcp       ESTABLISHED  10.128.0.71:") {
 			p.Errorf("table: %+v", r)
 		}
 		p.WantState(before)
@@ -60,6 +62,29 @@ func TestConnections(t *testing.T) {
 			p.Errorf("without privilege: %+v", r)
 		}
 	})
+}
+
+// Frames that the egress interface, or the NIC below it, has dropped are in no connection: the
+// counters name them, after the table and in a diagnosis.
+func TestConnectionsNameDroppedFrames(t *testing.T) {
+	t.Parallel()
+	p := labtest.New(t, lab.Options{}, labtest.Nftables)
+	p.OK()
+	// After the start, so that a run would add the routes to the host: the only fault.
+	p.Env["EGRESS_MACVLAN_PARENT"], p.Env["EGRESS_HOST_NETNS"] = lab.NIC, labtest.File(p.Lab.Node)
+	for _, at := range []struct {
+		ns   *netns.Namespace
+		name string
+	}{{p.Lab.Router, "macvlan0"}, {p.Lab.Node, lab.NIC}} {
+		p.SendUnknown(p.Link(p.Handle(at.ns), at.name).Attrs().HardwareAddr)
+		counter := regexp.MustCompile(at.name + ` rx_dropped [1-9]`)
+		for _, command := range []string{"connections", "diagnose"} {
+			p.Until(command+" names the frame to "+at.name, func() bool {
+				r := p.Exec("egress-router", command)
+				return r.Stderr == "" && counter.MatchString(r.Stdout)
+			})
+		}
+	}
 }
 
 // A lines collects output.

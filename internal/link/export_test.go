@@ -1,0 +1,4 @@
+package link
+
+// DriverCounters is for the external tests.
+var DriverCounters = driverCounters
