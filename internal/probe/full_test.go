@@ -66,7 +66,7 @@ func fillTable(p *labtest.Pod) {
 		if err != nil {
 			return os.NewSyscallError("socket", err)
 		}
-		defer unix.Close(fd)
+		defer func() { _ = unix.Close(fd) }()
 		to := netip.MustParseAddrPort("198.51.100.1:443")
 		const firstPort, batch = 1024, 256
 		for host := netip.MustParseAddr("198.18.0.1"); ; host = host.Next() {

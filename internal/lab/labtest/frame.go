@@ -22,7 +22,7 @@ func (p *Pod) SendUnknown(to net.HardwareAddr) {
 		if err != nil {
 			return os.NewSyscallError("socket", err)
 		}
-		defer unix.Close(fd)
+		defer func() { _ = unix.Close(fd) }()
 		frame := slices.Concat(to, lan.HardwareAddr, []byte{experimental >> 8, experimental & 0xff}, make([]byte, 46))
 		return os.NewSyscallError("sendto", unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: lan.Index, Halen: 6}))
 	}); err != nil {
