@@ -184,8 +184,9 @@ func (v *viewer) show(p *page.Page, q page.Query) {
 	s := w.keeper.Status()
 	now, before := v.look()
 	p.Standby = !p.Report.Ready && w.standsBy(p.Report)
-	p.Path = w.hops(p.Report, now)
-	p.Tables = []page.Table{w.destinationTable(q, now, before, s.Probes), now.connectionTable(p.Now), now.portTable(w.config.Sources.String())}
+	failures, failing := w.failures(now, s.Probes)
+	p.Path = w.hops(p.Report, now, failing)
+	p.Tables = []page.Table{w.destinationTable(q, now, before, failures, failing), now.connectionTable(p.Now), now.portTable(w.config.Sources.String())}
 }
 
 // standsBy reports whether the router is not ready only because another one holds its
@@ -198,8 +199,9 @@ func (w *watch) standsBy(r health.Report) bool {
 	return role != election.Active && role != election.Resuming
 }
 
-// hops returns the path of a packet from the clients to the servers.
-func (w *watch) hops(r health.Report, now *view) []page.Hop {
+// hops returns the path of a packet from the clients to the servers, of which some
+// destinations fail.
+func (w *watch) hops(r health.Report, now *view, failing int) []page.Hop {
 	open := 0
 	for _, l := range now.Lines {
 		open += l.Open
@@ -215,6 +217,10 @@ func (w *watch) hops(r health.Report, now *view) []page.Hop {
 	servers := hop("Servers", r, nil, "servers", "name")
 	if len(servers.Lines) == 0 {
 		servers.Lines = []string{"not probed: EGRESS_PROBE=tcp probes them"}
+	}
+	if failing > 0 {
+		servers.Lines = append(servers.Lines, "destinations with a failure: "+page.Count(failing))
+		servers.State = max(servers.State, health.Warning)
 	}
 	return []page.Hop{
 		clients, cluster, hop("Rules", r, nil, "kernel", "destinations", "standby", "ports", "conntrack"),
@@ -239,32 +245,18 @@ func addressesOf(name string) (texts []string) {
 
 // destinationTable returns the destinations, those with a failure first, then those with
 // most connections.
-func (w *watch) destinationTable(q page.Query, now, before *view, probes []router.Probe) page.Table {
+func (w *watch) destinationTable(q page.Query, now, before *view, failures []string, failing int) page.Table {
 	t := page.Table{
 		ID: "destinations", Title: "Destinations", None: "No destination matches.", Searches: true,
 		Columns: []page.Column{{Title: "Port"}, {Title: "Destination"}, {Title: "Failure"}, {Title: "Open", Number: true}, {Title: "Connections", Number: true},
 			{Title: "Per second", Number: true}, {Title: "Sent", Number: true}, {Title: "Received", Number: true}, {Title: "Rate", Number: true}},
-	}
-	failed := make(map[netip.AddrPort]string)
-	for _, p := range probes {
-		if p.Err != "" {
-			failed[p.To] = p.Err
-		}
-	}
-	failures := make([]string, len(now.Lines))
-	for i := range now.Lines {
-		failures[i] = w.failure(&now.Lines[i], now.lines[i], failed)
 	}
 	text := func(i int) string { port, to := w.destinationText(&now.Lines[i]); return port + " " + to }
 	shown, all := matching(q, len(now.Lines), text, func(i, j int) int {
 		return cmp.Or(int(oneIf(failures[j] != "")-oneIf(failures[i] != "")), cmp.Compare(now.Lines[j].Connections, now.Lines[i].Connections))
 	})
 	t.Matching = all
-	n := 0
-	for _, f := range failures {
-		n += int(oneIf(f != ""))
-	}
-	t.Note = fmt.Sprintf("%s destinations, %s with a failure. Counters begin with the process.", page.Count(len(now.Lines)), page.Count(n))
+	t.Note = fmt.Sprintf("%s destinations, %s with a failure. Counters begin with the process.", page.Count(len(now.Lines)), page.Count(failing))
 	if now.trouble != "" {
 		t.Note = "No counters: " + now.trouble
 	}
@@ -295,6 +287,24 @@ func (v *view) rates(before *view, i int) (connections, bytes string) {
 		bytes = page.Bytes((float64(l.BytesOut-b.BytesOut)+float64(l.BytesIn-b.BytesIn))/seconds) + "/s"
 	}
 	return connections, bytes
+}
+
+// failures returns what is wrong with each destination, and the number of those with a
+// failure.
+func (w *watch) failures(now *view, probes []router.Probe) (failures []string, failing int) {
+	failed := make(map[netip.AddrPort]string)
+	for _, p := range probes {
+		if p.Err != "" {
+			failed[p.To] = p.Err
+		}
+	}
+	failures = make([]string, len(now.Lines))
+	for i := range now.Lines {
+		if failures[i] = w.failure(&now.Lines[i], now.lines[i], failed); failures[i] != "" {
+			failing++
+		}
+	}
+	return failures, failing
 }
 
 // failure returns what is wrong with a destination; empty: nothing is known to be.
