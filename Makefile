@@ -23,7 +23,7 @@ GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkg
 # The longest first.
 PACKAGES = ./internal/router ./internal/iptables ./... ./.ci
 
-.PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies faults image e2e e2e-kubernetes clean
+.PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies faults image e2e e2e-page e2e-kubernetes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -104,6 +104,14 @@ image: ## build the container images and print their sizes
 
 e2e: ## run the images as pods and containers with podman and docker (as root)
 	cd internal/e2e && $(GO) test -count=1 -v -timeout 30m .
+
+# The npm package of axe-core is one file for browsers.
+AXE = $(CURDIR)/bin/axe/node_modules/axe-core/axe.min.js
+e2e-page: programs ## show the status page to chromium, and leave screenshots in bin/page
+	@.ci/install chromium
+	@[ -e $(AXE) ] || { .ci/install npm && npm install --prefix bin/axe --no-save --no-audit --no-fund axe-core@4.14.1; }
+	mkdir -p bin/page
+	cd internal/e2e && EGRESS_TEST_AXE=$(AXE) EGRESS_TEST_SCREENSHOTS=$(CURDIR)/bin/page $(GO) test -count=1 -v -timeout 30m ./page
 
 e2e-kubernetes: ## run the images on the cluster of KUBECONFIG, with E2E_LOAD to load images (as root)
 	cd internal/e2e && $(GO) test -count=1 -v -timeout 20m ./kubernetes

@@ -102,6 +102,7 @@ var commands = map[string]command{
 	"make test":               {test: ".ci/run: make cover"},
 	"make lint":               {test: ".ci/run: make lint"},
 	"make e2e":                {test: ".ci/run: make e2e"},
+	"make e2e-page":           {test: ".ci/run: make e2e-page"},
 	"make e2e-kubernetes":     {test: ".ci/kubernetes: make e2e-kubernetes"},
 	"make image":              {test: "TestImages"},
 	"make bench":              {test: "TestMeasure"},
