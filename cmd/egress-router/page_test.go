@@ -85,17 +85,22 @@ func TestPage(t *testing.T) {
 	})
 }
 
-// A connection without an answer is a failure of its destination.
+// A connection without an answer is a failure of its destination; one that was refused is
+// counted.
 func TestPageNamesUnanswered(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
-		p.Env["EGRESS_DESTINATION"] = "81 tcp 203.0.113.25 81\n80 tcp 203.0.113.25\n"
+		p.Env["EGRESS_DESTINATION"] = "81 tcp 203.0.113.25 81\n82 tcp 203.0.113.25 82\n80 tcp 203.0.113.25\n"
 		p.Start("legacy")
 		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 		p.WantAnswer("tcp", 80, "203.0.113.25:80")
 		if err := p.Lab.Run(p.Lab.Outside, p.Command("nft", "add table ip fault; add chain ip fault input { type filter hook input priority 0; }; add rule ip fault input tcp dport 81 drop")); err != nil {
 			p.Fatal(err)
+		}
+		if conn, err := p.Lab.Dial(p.Context(), p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 82)); err == nil {
+			_ = conn.Close()
+			p.Error("a port that nothing listens on accepts a connection")
 		}
 		given := make(chan struct{})
 		p.Cleanup(func() { <-given })
@@ -106,6 +111,7 @@ func TestPageNamesUnanswered(t *testing.T) {
 			}
 		}()
 		text := wantPage(p, row("tcp 81", "203.0.113.25:81", "1 of 1 open connections without an answer"), row("tcp", "SYN_SENT unreplied", "81"))
+		wantPage(p, row("tcp 82", "203.0.113.25:82", "so far 1 refused")) // once the kernel forgets it
 		if strings.Index(text, "tcp 81<") > strings.Index(text, "tcp 80<") {
 			p.Errorf("the destination with a failure is not the first one:\n%s", text)
 		}

@@ -263,7 +263,7 @@ func (w *watch) destinationTable(q page.Query, now, before *view, failures []str
 	for _, i := range shown {
 		l := &now.Lines[i]
 		port, to := w.destinationText(l)
-		row := page.Row{Cells: []string{port, to, failures[i], page.Count(l.Open), page.Count(l.Connections), "", "", "", ""}}
+		row := page.Row{Cells: []string{port, to, failures[i] + past(l, failures[i]), page.Count(l.Open), page.Count(l.Connections), "", "", "", ""}}
 		if failures[i] != "" {
 			row.State = health.Warning
 		}
@@ -276,6 +276,26 @@ func (w *watch) destinationTable(q page.Query, now, before *view, failures []str
 		t.Rows = append(t.Rows, row)
 	}
 	return t
+}
+
+// past returns the failures of connections that have ended, after those of now. A client that
+// has given up does not make a destination one that fails.
+func past(l *conntrack.Line, now string) string {
+	var parts []string
+	if l.Refused > 0 {
+		parts = append(parts, page.Count(l.Refused)+" refused")
+	}
+	if l.Unanswered > 0 {
+		parts = append(parts, page.Count(l.Unanswered)+" unanswered")
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	text := "so far " + strings.Join(parts, ", ")
+	if now != "" {
+		text = "; " + text
+	}
+	return text
 }
 
 // rates returns the connections and the bytes per second of a destination since the view
