@@ -2,6 +2,7 @@ package page
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -22,9 +23,7 @@ func start(t *testing.T, variables map[string]string) (*labtest.Running, string)
 	t.Helper()
 	p := labtest.New(t, lab.Options{}, labtest.Nftables)
 	p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
-	for name, value := range variables {
-		p.Env[name] = value
-	}
+	maps.Copy(p.Env, variables)
 	r := p.Start("legacy")
 	p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
 	r.AwaitLog(1, "gateway answers ARP")
