@@ -3,22 +3,22 @@
 //
 //	make e2e-kubernetes
 //
-// They need root on the machine of the node, Go, podman and kubectl, and these
+// They need root on the machine of the nodes, Go, podman and kubectl, and these
 // variables:
 //
-//	KUBECONFIG           the cluster: one node, Multus, the CNI plugins macvlan, bridge and static, and
-//	                     CoreDNS as kube-system/coredns
-//	E2E_LOAD             command that loads an image of podman into the cluster, called with its name
-//	E2E_RESTART_KUBELET  command that kills the node's kubelet and starts it again
-//	E2E_NODE_PID         process in the node's network namespace; by default 1, this machine's own
-//	E2E_NIC              name of the NIC that the node gets; by default eth1, as in the manifests
+//	KUBECONFIG           the cluster: two nodes with both families of addresses, the second one cordoned,
+//	                     Multus, the CNI plugin macvlan, and CoreDNS as kube-system/coredns
+//	E2E_LOAD             command that loads an image of podman into both nodes, called with its name
+//	E2E_RESTART_KUBELET  command that kills the first node's kubelet and starts it again
+//	E2E_NODE_PID         process in the first node's namespaces; by default 1, this machine's own
+//	E2E_NIC              name of the NIC that this node gets; by default eth1, as in the manifests
 //
-// .ci/kubernetes starts a cluster and sets them. For kind, whose node is a docker
-// container (not tried):
+// .ci/kubernetes starts a cluster and sets them. For kind, whose nodes are docker
+// containers (not tried):
 //
 //	E2E_LOAD='sh -c "podman save $0 | docker load && kind load docker-image $0"'
-//	E2E_RESTART_KUBELET='docker exec kind-control-plane systemctl kill --signal=KILL kubelet'
-//	E2E_NODE_PID=$(docker inspect --format '{{.State.Pid}}' kind-control-plane)
+//	E2E_RESTART_KUBELET='docker exec kind-worker systemctl kill --signal=KILL kubelet'
+//	E2E_NODE_PID=$(docker inspect --format '{{.State.Pid}}' kind-worker)
 //
 // The physical network consists of two network namespaces and the NIC, a veth. The
 // tests use the namespaces egress and egress-restricted of the cluster, install the operator

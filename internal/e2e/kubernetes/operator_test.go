@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -239,9 +240,10 @@ func testDocumentation(t *testing.T) {
 	farClient(t)
 	want(t, "far", "tcp", "egress-1:8080", "203.0.113.26:80")
 	want(t, "far", "tcp", address+":8443", "203.0.113.27:443")
-	wantDocumentedLog(t)
+	wantDocumentedLog(t, address)
 	routes := output(t, podNamespace(t, address), "ip", "-4", "route")
-	for _, route := range []string{"default via 192.168.12.1 dev net1", "10.244.0.0/24 dev eth0 proto kernel scope link src " + address, "192.168.12.0/24 dev net1 proto kernel scope link src 192.168.12.99", "192.168.12.1 dev net1"} {
+	subnet := netip.PrefixFrom(netip.MustParseAddr(address), 24).Masked()
+	for _, route := range []string{"default via 192.168.12.1 dev net1", subnet.String() + " dev eth0 proto kernel scope link src " + address, "192.168.12.0/24 dev net1 proto kernel scope link src 192.168.12.99", "192.168.12.1 dev net1"} {
 		if !strings.Contains("\n"+routes, "\n"+route) || strings.Count(routes, "\n") != 4 {
 			t.Errorf("the routes of the pod are not the four of the manual, such as %q:\n%s", route, routes)
 		}
@@ -266,14 +268,15 @@ func testDocumentation(t *testing.T) {
 	t.Logf("nothing left, and silent, %s after the deletion", time.Since(begin).Round(time.Millisecond))
 }
 
-// wantDocumentedLog checks the lines of the plugin's log in the manual, in their order.
-func wantDocumentedLog(t *testing.T) {
+// wantDocumentedLog checks the lines of the plugin's log in the manual, in their order, for a
+// pod with an address.
+func wantDocumentedLog(t *testing.T, address string) {
 	t.Helper()
 	log, err := os.ReadFile(nodeLog)
 	if err != nil {
 		t.Fatal(err)
 	}
-	const number = "[0-9]+"
+	values := strings.NewReplacer("NUMBER", "[0-9]+", "NODE", regexp.QuoteMeta(netip.PrefixFrom(netip.MustParseAddr(address), 24).Masked().Addr().Next().String()))
 	var lines []string
 	for line := range strings.Lines(`Called CNI ADD
 Gateway: 192.168.12.1
@@ -282,14 +285,14 @@ IP Destinations: [80 UDP 10.0.0.99 8080 TCP 203.0.113.26 80 8443 TCP 203.0.113.2
 Created macvlan interface
 Renamed macvlan to "net1"
 Adding route to gateway 192.168.12.1 on macvlan interface
-deleted default route {Ifindex: NUMBER Dst: <nil> Src: <nil> Gw: 10.244.0.1 Flags: [] Table: 254}
+deleted default route {Ifindex: NUMBER Dst: <nil> Src: <nil> Gw: NODE Flags: [] Table: 254}
 Added new default route with gateway 192.168.12.1
 Added iptables rule: iptables -t nat PREROUTING -i eth0 -p UDP --dport 80 -j DNAT --to-destination 10.0.0.99
 Added iptables rule: iptables -t nat PREROUTING -i eth0 -p TCP --dport 8080 -j DNAT --to-destination 203.0.113.26:80
 Added iptables rule: iptables -t nat PREROUTING -i eth0 -p TCP --dport 8443 -j DNAT --to-destination 203.0.113.27:443
 Added iptables rule: iptables -t nat -o net1 -j SNAT --to-source 192.168.12.99
 `) {
-		lines = append(lines, `\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \[debug\] `+strings.Replace(regexp.QuoteMeta(line), "NUMBER", number, 1))
+		lines = append(lines, `\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \[debug\] `+values.Replace(regexp.QuoteMeta(line)))
 	}
 	if !regexp.MustCompile(strings.Join(lines, `(?:.*\[warning\].*\n)*`)).Match(log) {
 		t.Errorf("the log on the node has not the lines of the manual in their order:\n%s", log)

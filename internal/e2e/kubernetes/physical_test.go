@@ -76,6 +76,18 @@ table ip firewall {
 }
 `
 
+// masquerade is that of the node: the one of a cluster may be for other links only.
+const masquerade = `
+table ip egress-router-e2e
+delete table ip egress-router-e2e
+table ip egress-router-e2e {
+	chain postrouting {
+		type nat hook postrouting priority 100
+		oifname "NIC" ip saddr != 192.168.12.0/24 masquerade
+	}
+}
+`
+
 // newPhysical creates the physical network. close also closes node, which the caller
 // opens.
 func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
@@ -141,6 +153,9 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 	if err := p.run(p.gateway, firewall, "nft", "-f", "-"); err != nil {
 		return p, err
 	}
+	if err := p.run(node, strings.Replace(masquerade, "NIC", nic, 1), "nft", "-f", "-"); err != nil {
+		return p, err
+	}
 	for _, s := range servers {
 		if err := who.ServeHTTP(p.outside, s); err != nil {
 			return p, err
@@ -183,7 +198,7 @@ func (p *physical) close() {
 	if p.made {
 		_ = p.run(p.node, "", "ip", "link", "delete", nic)
 	}
-	_ = p.run(p.node, "", "ip", "link", "delete", farBridge) // left by tests that were killed
+	_ = p.run(p.node, "", "nft", "delete", "table", "ip", "egress-router-e2e") // deleted already, or never there
 	p.lab.Close()
 	for _, n := range []*netns.Namespace{p.node, p.gateway, p.outside} {
 		if n != nil {

@@ -44,49 +44,20 @@ func TestRedirect(t *testing.T) {
 	})
 }
 
-// farBridge is the node's link to farNetwork.
-const farBridge = "egress-far0"
-
-// farNetwork is a second network for pods of the cluster, which the node routes. It
-// stands for pods on another node of a larger cluster.
-const farNetwork = `apiVersion: k8s.cni.cncf.io/v1
-kind: NetworkAttachmentDefinition
-metadata:
-  name: far
-spec:
-  config: |
-    {
-      "cniVersion": "0.3.1",
-      "name": "far",
-      "type": "bridge",
-      "bridge": "egress-far0",
-      "ipam": {"type": "static", "addresses": [{"address": "10.245.0.2/24", "gateway": "10.245.0.1"}], "routes": [{"dst": "0.0.0.0/0"}]}
-    }
----
-`
-
-// farClient starts the pod far in farNetwork, and removes both when the test ends.
+// farClient starts the pod far on the other node, whose pods have a subnet of their own.
 func farClient(t *testing.T) {
 	t.Helper()
-	// The test assigns the address of the bridge: the plugin would leave a record of the
-	// addresses in use on the node.
-	for _, line := range []string{
-		"ip link add " + farBridge + " type bridge", "ip address add 10.245.0.1/24 dev " + farBridge, "ip link set " + farBridge + " up",
-	} {
-		if err := theNetwork.run(theNetwork.node, "", strings.Fields(line)...); err != nil {
-			t.Fatal(err)
+	here := pod(t, "client")
+	name := ""
+	for _, node := range strings.Fields(kubectl(t, "get", "nodes", "-o", "jsonpath={.items[*].metadata.name}")) {
+		if node != here.Spec.NodeName {
+			name = node
 		}
 	}
-	t.Cleanup(func() {
-		if err := theNetwork.run(theNetwork.node, "", "ip", "link", "delete", farBridge); err != nil {
-			t.Error(err)
-		}
-	})
-	const annotation = "metadata:\n  annotations:\n    v1.multus-cni.io/default-network: " + namespace + "/far\n"
-	apply(t, farNetwork+strings.Replace(peerPod("far", "wait"), "metadata:\n", annotation, 1))
+	apply(t, strings.Replace(peerPod("far", "wait"), "spec:\n", "spec:\n  nodeName: "+name+"\n", 1))
 	ready(t, "pod/far")
-	if far := pod(t, "far").Status.PodIP; far != "10.245.0.2" {
-		t.Fatalf("address of the far client: %s, want 10.245.0.2", far)
+	if far := pod(t, "far"); far.Spec.NodeName == here.Spec.NodeName || len(far.Status.PodIPs) != 2 {
+		t.Fatalf("node of the far client %q with addresses %v, want another one than %q and two families", far.Spec.NodeName, far.Status.PodIPs, here.Spec.NodeName)
 	}
 }
 
@@ -112,8 +83,6 @@ func TestClients(t *testing.T) {
 	for _, from := range []string{"client", "far", "onnode", "egress-1 -c inside"} {
 		t.Run(strings.Fields(from)[0], func(t *testing.T) {
 			want(t, from, "tcp", address+":80", "203.0.113.25:80")
-			// If a client is outside the cluster's subnet, kube-proxy replaces its
-			// source: through a Service the router sees the node, directly the client.
 			if from != "egress-1 -c inside" { // connections to its own address do not leave the pod
 				want(t, from, "tcp", direct+":8443", "203.0.113.26:443")
 				want(t, from, "udp", direct+":53", "203.0.113.27:53")

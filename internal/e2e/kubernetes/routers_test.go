@@ -1,7 +1,6 @@
 package kubernetes
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,7 +15,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egress-router/egress-router/internal/e2e/who"
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns"
 )
 
 // What the schema accepts and the plugin refuses: the sentence is in Degraded and in
@@ -207,54 +208,77 @@ func testRestricted(t *testing.T) {
 	works()
 }
 
-// dualStack sets up IPv6 on the physical network, with a server.
-func dualStack(t *testing.T) (reserved6 netip.Addr, server netip.AddrPort) {
+// dualStack sets up IPv6 on the physical network, with a server outside.
+func dualStack(t *testing.T) (reserved6 netip.Addr, server string) {
 	t.Helper()
-	for _, line := range []string{
-		"sysctl -q -w net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.all.forwarding=1",
-		"ip address replace 2001:db8:12::1/64 dev lan0 nodad",
+	p := theNetwork
+	for _, part := range []struct {
+		in       *netns.Namespace
+		commands string
+	}{
+		{p.gateway, `sysctl -q -w net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.all.forwarding=1
+			ip address replace 2001:db8:12::1/64 dev lan0 nodad
+			ip address replace 2001:db8:198::1/64 dev wan0 nodad
+			ip -6 route replace 2001:db8:203::/64 via 2001:db8:198::2`},
+		{p.outside, `sysctl -q -w net.ipv6.conf.all.disable_ipv6=0
+			ip address replace 2001:db8:198::2/64 dev wan0 nodad
+			ip address replace 2001:db8:203::26/128 dev lo nodad
+			ip -6 route replace default via 2001:db8:198::1`},
 	} {
-		if err := theNetwork.run(theNetwork.gateway, "", strings.Fields(line)...); err != nil {
-			t.Fatal(err)
+		for line := range strings.Lines(part.commands) {
+			if err := p.run(part.in, "", strings.Fields(line)...); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	t.Cleanup(func() {
-		if err := theNetwork.run(theNetwork.gateway, "", "sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1"); err != nil {
+		if err := p.run(p.gateway, "", "sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1"); err != nil {
 			t.Error(err)
 		}
 	})
-	server = netip.MustParseAddrPort("[2001:db8:12::1]:80")
-	s, err := theNetwork.lab.Serve(theNetwork.gateway, "tcp", server)
-	if err != nil {
+	server = "[2001:db8:203::26]:80"
+	if err := who.ServeHTTP(p.outside, server); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(s.Close)
 	return netip.MustParseAddr("2001:db8:12::99"), server
 }
 
-// A router with addresses of both families, TCP and UDP on one port, and SCTP. The kernel
-// need not have sockets of SCTP: a packet is enough to show where it goes.
+// A router with addresses of both families, TCP and UDP on one port, and SCTP, for clients on
+// both nodes. The kernel need not have sockets of SCTP: a packet is enough to show where it
+// goes.
 func testProtocols(t *testing.T) {
 	guard(t)
 	reserved6, server := dualStack(t)
 	applyRouters(t, routerManifest(first, `addresses: [{ip: 192.168.12.99/24, gateway: 192.168.12.1}, {ip: "2001:db8:12::99/64", gateway: "2001:db8:12::1"}],
   redirect: {redirectRules: [{port: 53, protocol: TCP, destinationIP: 203.0.113.26, targetPort: 80}, {port: 53, protocol: UDP, destinationIP: 203.0.113.27},
-    {port: 132, protocol: SCTP, destinationIP: 203.0.113.26, targetPort: 133}, {port: 53, protocol: TCP, destinationIP: "2001:db8:12::80"}]}`))
+    {port: 132, protocol: SCTP, destinationIP: 203.0.113.26, targetPort: 133}, {port: 53, protocol: TCP, destinationIP: "2001:db8:203::26", targetPort: 80}]}`)+`---
+apiVersion: v1
+kind: Service
+metadata: {name: egress-dual}
+spec: {selector: {app: egress-router-cni}, ipFamilyPolicy: RequireDualStack, ports: [{name: tcp, port: 53, protocol: TCP}, {name: udp, port: 53, protocol: UDP}]}
+`)
 	available(t, first)
 	address := podAddress(t, frozenApp)
-	want(t, "client", "tcp", address+":53", "203.0.113.26:80")
-	want(t, "client", "udp", address+":53", "203.0.113.27:53")
-	wantClosedPort(t, address+":80")
-
-	pod := podNamespace(t, address)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	if a, err := theNetwork.lab.Ask(ctx, pod, "tcp", server); err != nil || a.Peer.Addr() != reserved6 {
-		t.Errorf("IPv6 from the pod: answer %v, error %v; want one that saw %s", a, err, reserved6)
+	farClient(t)
+	families := func(resource, path string) [2]string {
+		t.Helper()
+		all := strings.Fields(kubectl(t, "get", resource, "-o", "jsonpath={"+path+"}"))
+		if len(all) != 2 || !netip.MustParseAddr(all[1]).Is6() {
+			t.Fatalf("addresses %q of %s, want IPv4 and IPv6", all, resource)
+		}
+		return [2]string(all)
 	}
-	if rules := output(t, pod, "nft", "list", "ruleset"); !strings.Contains(rules, "tcp . 53 : 2001:db8:12::80 . 53") {
-		t.Errorf("no redirect of IPv6:\n%s", rules)
+	router := strings.TrimSpace(kubectl(t, "get", "pods", "-l", frozenApp, "-o", "name"))
+	direct := families(router, ".status.podIPs[*].ip")
+	for _, at := range [][2]string{families("service/egress-dual", ".spec.clusterIPs[*]"), direct} {
+		for _, client := range []string{"client", "far"} {
+			want(t, client, "tcp", at[0]+":53", "203.0.113.26:80")
+			want(t, client, "udp", at[0]+":53", "203.0.113.27:53")
+			wantSource(t, client, "tcp", "["+at[1]+"]:53", server, reserved6)
+		}
 	}
+	wantClosedPort(t, direct[0]+":80")
+	wantClosedPort(t, "["+direct[1]+"]:80")
 
 	begin := len(theNetwork.frames.Frames())
 	await(t, "a packet of SCTP from the reserved address", func() error {

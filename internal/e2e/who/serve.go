@@ -81,7 +81,7 @@ func listenTCP(ns *netns.Namespace, addr string) (net.Listener, error) {
 	return listen(ns, func() (net.Listener, error) {
 		var config net.ListenConfig
 		config.SetMultipathTCP(false)
-		return config.Listen(context.Background(), "tcp4", addr)
+		return config.Listen(context.Background(), "tcp", addr)
 	})
 }
 
