@@ -23,7 +23,16 @@ import (
 func (c *call) add(ctx context.Context) (err error) {
 	c.logRequest()
 	_, c.adjusts = c.previous()
-	p, err := c.prepare(ctx)
+	made, mac, err := c.router()
+	if err != nil {
+		return err
+	}
+	end, err := c.takeTurn(ctx, made.Sources)
+	if err != nil {
+		return err
+	}
+	defer end()
+	p, err := c.prepare(ctx, made, mac)
 	if err != nil {
 		return err
 	}
@@ -31,9 +40,9 @@ func (c *call) add(ctx context.Context) (err error) {
 		c.log.line(levelWarning, "%s", w)
 	}
 	defer p.close()
-	made := false
+	changed := false
 	defer func() {
-		if made && err != nil { // the runtime has no result
+		if changed && err != nil { // the runtime has no result
 			err = errors.Join(err, p.pod.Do(func() error { return c.remove(context.WithoutCancel(ctx), p.site) }))
 		}
 	}()
@@ -46,7 +55,7 @@ func (c *call) add(ctx context.Context) (err error) {
 		if err := p.apply(ctx, c, before); err != nil {
 			return err
 		}
-		made = true
+		changed = true
 		c.logResult(p.made, p.macvlan != nil, p.cluster, before)
 		egress, err = c.egress()
 		return err
@@ -69,15 +78,17 @@ type prepared struct {
 	want    plan.Want
 }
 
-// prepare reads the configuration and the node. The caller closes the site.
-func (c *call) prepare(ctx context.Context) (p prepared, err error) {
-	var mac net.HardwareAddr
-	if p.made, mac, err = c.describe(); err != nil {
-		return p, err
+// router returns the router of the configuration and the node, with its hardware address.
+func (c *call) router() (d object.Description, mac net.HardwareAddr, err error) {
+	if d, mac, err = c.describe(); err == nil {
+		err = c.complete(&d)
 	}
-	if err = c.complete(&p.made); err != nil {
-		return p, err
-	}
+	return d, mac, err
+}
+
+// prepare reads the pod for a router. The caller closes the site.
+func (c *call) prepare(ctx context.Context, made object.Description, mac net.HardwareAddr) (p prepared, err error) {
+	p.made = made
 	if p.site, err = c.enter(ctx); err != nil {
 		return p, err
 	}

@@ -26,7 +26,11 @@ func (c *call) check(ctx context.Context) error {
 	if err := c.findMaker(ctx); err != nil {
 		return err
 	}
-	p, err := c.prepare(ctx)
+	made, mac, err := c.router()
+	if err != nil {
+		return err
+	}
+	p, err := c.prepare(ctx, made, mac)
 	if err != nil {
 		return err
 	}

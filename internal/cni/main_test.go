@@ -73,7 +73,7 @@ func newPodWith(t *testing.T, o lab.Options, b labtest.Backend) *pod {
 			"fallbackIP":   "203.0.113.27", "gateway": "192.168.12.1",
 		},
 	}
-	p.Vars = map[string]string{"CNI_CONTAINERID": "c1", "CNI_NETNS": labtest.File(p.Lab.Router), "CNI_IFNAME": "macvlan0"}
+	p.Vars = map[string]string{"CNI_CONTAINERID": "c1", "CNI_NETNS": labtest.File(p.Lab.Router), "CNI_IFNAME": "macvlan0", "CNI_TEST_NAMESPACES": t.TempDir()}
 	if o.IPv6 {
 		p.ip()["addresses"] = []string{"192.168.12.99/24", "2001:db8:12::99/64"}
 		p.ip()["gateway"] = []string{"192.168.12.1", "2001:db8:12::1"}

@@ -275,6 +275,7 @@ type attachment struct {
 	network, container, ifname string
 	made                       bool     // the plugin has made the interface
 	forwarded                  []string // sysctls of forwarding that were on before
+	addresses                  []netip.Prefix
 
 	// Of an interface of another plugin.
 	added  []string // the signs of the addresses that it got
@@ -315,9 +316,14 @@ func attached(kernel *link.Kernel) ([]attachment, error) {
 	}
 	var all []attachment
 	for _, i := range interfaces {
-		if a, found := attachmentOf(i); found {
-			all = append(all, a)
+		a, found := attachmentOf(i)
+		if !found {
+			continue
 		}
+		if a.addresses, err = kernel.Addresses(a.ifname); err != nil && !is[*link.MissingError](err) {
+			return nil, err
+		}
+		all = append(all, a)
 	}
 	return all, nil
 }

@@ -143,6 +143,15 @@ func (k *Kernel) SetAlias(name, alias string) error {
 	return nil
 }
 
+// Addresses returns the addresses of an interface, of both families.
+func (k *Kernel) Addresses(name string) ([]netip.Prefix, error) {
+	l, err := k.find(name)
+	if err != nil {
+		return nil, err
+	}
+	return k.prefixes(netlink.FAMILY_ALL, l)
+}
+
 // An Interface is what is known of an interface by its name.
 type Interface struct {
 	Name    string
