@@ -15,10 +15,10 @@ import (
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
-// maxTurnWait is the time that ADD waits for the end of another pod with its address. A
-// deleted pod ends after 30 s at the latest (Kubernetes, terminationGracePeriodSeconds). The
-// runtime repeats ADD after that.
-const maxTurnWait = 40 * time.Second
+// maxTurnWait is the time that ADD waits for the end of another pod with its address. A router
+// ends a few seconds after its deletion. The kubelet repeats a failed ADD, after 10 to 15 s
+// (kubelet, backOffPeriod), and a pod that is deleted while its ADD waits ends only after that.
+const maxTurnWait = 15 * time.Second
 
 // takeTurn waits until no other pod of the node has one of the addresses, and reserves them
 // until end is called. The successor of a deleted pod may start before that has ended, and two

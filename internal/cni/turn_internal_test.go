@@ -19,8 +19,8 @@ import (
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
-// ADD fails if the other pod stays, after the time that a deleted pod has for its end, and so
-// does a second one that finds a reservation. The runtime repeats both.
+// ADD fails if the other pod stays, and so does a call that finds the address reserved by another
+// one for as long as it may last. The runtime repeats both.
 func TestHolderStays(t *testing.T) {
 	t.Parallel()
 	ns, err := netns.New()
