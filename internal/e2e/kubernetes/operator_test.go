@@ -104,6 +104,7 @@ func TestOperator(t *testing.T) {
 	t.Run("faults", testFaults)
 	t.Run("several routers", testSeveralRouters)
 	t.Run("operator killed", testOperatorKilled)
+	t.Run("one holder", testOneHolder)
 	t.Run("restricted namespace", testRestricted)
 	t.Run("families and protocols", testProtocols)
 	t.Run("watch", testWatch)

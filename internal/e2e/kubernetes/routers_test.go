@@ -111,59 +111,91 @@ func awaitKept(t *testing.T, n int) {
 	})
 }
 
-// While the operator is killed, for longer than its Lease lasts, no connection is lost, and
-// its successor changes nothing of what runs.
+// operator runs kubectl in the operator's namespace.
+func operator(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := run(append([]string{"kubectl", "-n", "egress-operator"}, args...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// For a minute there is no operator. Open connections go on, new ones work, and a deleted
+// router comes back. The successor of the operator, which was killed, changes nothing of what
+// runs.
 func testOperatorKilled(t *testing.T) {
-	guard(t)
-	applyRouters(t, documented+service)
+	guard(t, second)
+	applyRouters(t, documented+service+"---\n"+routerManifest("second", "addresses: [{ip: 192.168.12.98/24, gateway: 192.168.12.1}], redirect: {fallbackIP: 203.0.113.27}"))
 	available(t, first)
+	available(t, "second")
 	want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")
-	before := kubectl(t, "get", "pods", "-l", frozenApp, "-o", "jsonpath={.items[*].metadata.uid}")
+	before := routerPods(t, frozenApp)
 	apply(t, peerPod("keeper", "keep", "50", "egress-1:8080"))
 	ready(t, "pod/keeper")
 	awaitKept(t, 1)
+	askWhoHas(t)
+	since := time.Now()
 
-	operator := func(args ...string) string {
-		t.Helper()
-		out, err := run(append([]string{"kubectl", "-n", "egress-operator"}, args...)...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
 	t.Cleanup(func() {
-		operator("scale", "deployment/egress-operator", "--replicas=1")
-		operator("rollout", "status", "deployment/egress-operator", "--timeout=600s")
+		operator(t, "scale", "deployment/egress-operator", "--replicas=1")
+		operator(t, "rollout", "status", "deployment/egress-operator", "--timeout=600s")
 	})
-	uid := operator("get", "pods", "-l", "app=egress-operator", "-o", "jsonpath={.items[0].metadata.uid}")
-	killed := kept(t)
-	onNode(t, "kill", uid)
-	operator("scale", "deployment/egress-operator", "--replicas=0")
-	await(t, "the end of the operator's Lease", func() error {
-		out := strings.Fields(operator("get", "lease", "egress-operator", "-o", "jsonpath={.spec.renewTime} {.spec.leaseDurationSeconds}"))
-		if len(out) != 2 {
-			return fmt.Errorf("lease %q", out)
-		}
-		renewed, err := time.Parse(time.RFC3339Nano, out[0])
-		if err != nil {
-			return err
-		}
-		lasts, err := time.ParseDuration(out[1] + "s")
-		if left := time.Until(renewed.Add(lasts)); err == nil && left > 0 {
-			err = fmt.Errorf("valid for %s", left)
-		}
-		return err
-	})
-	awaitKept(t, killed+40) // 2,000 requests, in 20 s or more
-	operator("scale", "deployment/egress-operator", "--replicas=1")
-	operator("rollout", "status", "deployment/egress-operator", "--timeout=600s")
+	onNode(t, "kill", operator(t, "get", "pods", "-l", "app=egress-operator", "-o", "jsonpath={.items[0].metadata.uid}"))
+	operator(t, "scale", "deployment/egress-operator", "--replicas=0")
+	operator(t, "wait", "--for=delete", "pods", "-l", "app=egress-operator", "--timeout=600s")
+	const lease = "jsonpath={.spec.renewTime}"
+	gone, renewed, answers := time.Now(), operator(t, "get", "lease", "egress-operator", "-o", lease), kept(t)
+	withoutOperator(t)
+	// Each connection sends two requests in a second, so that these are 6,000 in a minute.
+	awaitKept(t, answers+121)
+	if lasts := time.Since(gone); lasts < time.Minute || operator(t, "get", "lease", "egress-operator", "-o", lease) != renewed {
+		t.Errorf("%s without an operator, want a minute or more", lasts)
+	}
+
+	operator(t, "scale", "deployment/egress-operator", "--replicas=1")
+	operator(t, "rollout", "status", "deployment/egress-operator", "--timeout=600s")
 	// The successor works: it reports a change.
 	kubectl(t, "annotate", "egressrouter", first, watchKey+"=yes")
 	degraded(t, namespace, first, `is "yes": expected auto, always or never`)
 	awaitKept(t, kept(t)+2)
-	if after := kubectl(t, "get", "pods", "-l", frozenApp, "-o", "jsonpath={.items[*].metadata.uid}"); after != before {
+	if after := routerPods(t, frozenApp); !slices.Equal(after, before) {
 		t.Errorf("pods %s after the operator's restart, want %s", after, before)
 	}
+	if found := holders(t, since, false); len(found) != 1 {
+		t.Errorf("hosts with the reserved address: %v, want one", found)
+	}
+}
+
+// withoutOperator checks what works without an operator: new connections, the successor of a
+// deleted pod, and that a second pod of a router, which nobody undoes, does not get the
+// address of the first one.
+func withoutOperator(t *testing.T) {
+	t.Helper()
+	const deployment = "deployment/egress-router-cni-deployment"
+	kubectl(t, "scale", deployment, "--replicas=2")
+	const app = "app=egress-router-cni-second"
+	deleted := routerPods(t, app)
+	kubectl(t, "delete", "pods", "-l", app, "--wait=false")
+	farClient(t)
+	want(t, "far", "tcp", "egress-1:8080", "203.0.113.26:80")
+	want(t, "client", "tcp", "egress-1:8080", "203.0.113.26:80")
+	await(t, "the successor of the deleted pod", func() error {
+		if address := podAddress(t, app); slices.Equal(routerPods(t, app), deleted) {
+			return errors.New("old pod with " + address)
+		}
+		return nil
+	})
+	wantSource(t, "client", "tcp", podAddress(t, app)+":9000", "203.0.113.27:9000", second)
+	await(t, "the event of the second pod", func() error {
+		out, err := run("kubectl", "-n", namespace, "get", "events", "--field-selector", "reason=FailedCreatePodSandBox", "-o", "jsonpath={.items[*].message}")
+		if err == nil && !strings.Contains(out, "take reserved address 192.168.12.99: another pod of the node has it: net1 of /run/netns/") {
+			err = errors.New(out)
+		}
+		return err
+	})
+	kubectl(t, "scale", deployment, "--replicas=1")
+	podAddress(t, frozenApp) // of the only one
 }
 
 // A namespace that enforces the Pod Security Standard "restricted" has routers without
