@@ -48,7 +48,7 @@ func TestHolderStays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := &call{process: Process{Namespaces: dir}, netns: "/proc/self/ns/net", log: nodeLog{stderr: slog.New(slog.DiscardHandler)}}
 		begin := time.Now()
-		end, err := c.takeTurn(t.Context(), sources)
+		_, err := c.takeTurn(t.Context(), sources)
 		if e := failure(err); e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "take reserved address 192.168.12.99: another pod of the node has it: lo of "+dir+"/cni-1, container c1") {
 			t.Errorf("error %d, %v", e.Code, e)
 		}
@@ -56,7 +56,8 @@ func TestHolderStays(t *testing.T) {
 			t.Errorf("waited %s, want %s", waited, maxTurnWait)
 		}
 		c.netns = labtest.File(ns) // the pod itself
-		if end, err = c.takeTurn(t.Context(), sources); err != nil {
+		end, err := c.takeTurn(t.Context(), sources)
+		if err != nil {
 			t.Fatal(err)
 		}
 		defer end()
