@@ -49,7 +49,7 @@ func farClient(t *testing.T) {
 	t.Helper()
 	here := pod(t, "client")
 	name := ""
-	for _, node := range strings.Fields(kubectl(t, "get", "nodes", "-o", "jsonpath={.items[*].metadata.name}")) {
+	for node := range strings.FieldsSeq(kubectl(t, "get", "nodes", "-o", "jsonpath={.items[*].metadata.name}")) {
 		if node != here.Spec.NodeName {
 			name = node
 		}
