@@ -26,6 +26,7 @@ const (
 	healthTimeout  = 2 * time.Second  // of one answer
 	healthReaders  = 16               // requests at a time
 	mostAnswer     = 4096             // bytes of /readyz that are read
+	mostMetrics    = 1 << 20          // bytes of /metrics that are read; the counter is among the first metrics, in the order of their names
 
 	// conflictAge is the time for which a claim of the reserved address by another host is
 	// reported. A host that is in use asks for the hardware address of its gateway, and so
@@ -136,9 +137,11 @@ func isReady(pod *corev1.Pod) bool {
 
 // endpoint returns the health endpoint of a pod whose container monitors, and the start of
 // the container. A pod of the node's network is no router's: its endpoint is another program.
+// A port that is no number is none: whoever may create pods writes it, and in a URL it could
+// name another host ("1@host").
 func endpoint(pod *corev1.Pod) (address string, started time.Time, monitors bool) {
 	port, s := pod.Annotations[render.PortAnnotation], pod.Status
-	if port == "" || pod.DeletionTimestamp != nil || s.PodIP == "" || s.PodIP == s.HostIP || len(s.ContainerStatuses) == 0 || s.ContainerStatuses[0].State.Running == nil {
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 || pod.DeletionTimestamp != nil || s.PodIP == "" || s.PodIP == s.HostIP || len(s.ContainerStatuses) == 0 || s.ContainerStatuses[0].State.Running == nil {
 		return "", time.Time{}, false
 	}
 	return net.JoinHostPort(s.PodIP, port), s.ContainerStatuses[0].State.Running.StartedAt.Time, true
@@ -217,7 +220,7 @@ func readClaims(ctx context.Context, address string) (claims float64, answers bo
 		return 0, false
 	}
 	defer response.Body.Close()
-	for lines := bufio.NewScanner(response.Body); lines.Scan(); {
+	for lines := bufio.NewScanner(io.LimitReader(response.Body, mostMetrics)); lines.Scan(); {
 		if value, is := strings.CutPrefix(lines.Text(), conflictsMetric+" "); is {
 			claims, err := strconv.ParseFloat(value, 64)
 			return claims, err == nil

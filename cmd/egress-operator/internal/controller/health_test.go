@@ -170,6 +170,10 @@ func TestHealthEndpoint(t *testing.T) {
 		"that ends":                    func(p *corev1.Pod) { p.DeletionTimestamp = new(metav1.Now()) },
 		"whose container does not run": func(p *corev1.Pod) { p.Status.ContainerStatuses[0].State.Running = nil },
 		"whose container is not there": func(p *corev1.Pod) { p.Status.ContainerStatuses = nil },
+		"whose port names a host":      func(p *corev1.Pod) { p.Annotations[render.PortAnnotation] = "1@192.0.2.7:80" },
+		"whose port has a path":        func(p *corev1.Pod) { p.Annotations[render.PortAnnotation] = "80/admin?" },
+		"whose port is 0":              func(p *corev1.Pod) { p.Annotations[render.PortAnnotation] = "0" },
+		"whose port is too large":      func(p *corev1.Pod) { p.Annotations[render.PortAnnotation] = "65536" },
 	} {
 		pod := monitored(t, time.Now(), new(atomic.Pointer[answer]))
 		if _, _, monitors := endpoint(&pod); !monitors {
@@ -178,6 +182,30 @@ func TestHealthEndpoint(t *testing.T) {
 		change(&pod)
 		if address, _, monitors := endpoint(&pod); monitors {
 			t.Errorf("endpoint %s of a pod %s", address, name)
+		}
+	}
+}
+
+// An answer without an end is read up to a limit, and one that begins with the counter is
+// enough.
+func TestEndlessMetrics(t *testing.T) {
+	for first, answers := range map[string]bool{"other 1": false, conflictsMetric + " 3": true} {
+		var sent atomic.Int64
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprintln(w, first)
+			for err := error(nil); err == nil; {
+				var n int
+				n, err = fmt.Fprintln(w, strings.Repeat("x", 1000))
+				sent.Add(int64(n))
+			}
+		}))
+		claims, ok := readClaims(t.Context(), strings.TrimPrefix(server.URL, "http://"))
+		if ok != answers || answers && claims != 3 {
+			t.Errorf("%s: %g, %t", first, claims, ok)
+		}
+		server.Close() // waits for the end of the answer
+		if n := sent.Load(); n > 64*mostMetrics {
+			t.Errorf("%s: %d bytes were read", first, n)
 		}
 	}
 }
