@@ -36,6 +36,7 @@ const (
 // A viewer makes the router's page. It counts nothing while there is no reader.
 type viewer struct {
 	watch *watch
+	view  func() *view // looks at the kernel
 
 	mu          sync.Mutex
 	last, older *view       // nil: none
@@ -59,11 +60,13 @@ type view struct {
 type answers struct{ replied, unreplied int }
 
 // look returns the last view and one before it, from which rates follow; nil: there is none.
-func (v *viewer) look() (now, before *view) {
+// asked is the time of the request: one that has waited for a look gets that, however long it
+// took, which is seconds with a million connections.
+func (v *viewer) look(asked time.Time) (now, before *view) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.last == nil || time.Since(v.last.at) >= viewEvery {
-		v.last, v.older = v.watch.view(), v.last
+	if v.last == nil || asked.Sub(v.last.at) >= viewEvery {
+		v.last, v.older = v.view(), v.last
 	}
 	if v.forget == nil {
 		v.forget = time.AfterFunc(viewKept, func() {
@@ -182,7 +185,7 @@ func (v *view) sort() {
 func (v *viewer) show(p *page.Page, q page.Query) {
 	w := v.watch
 	s := w.keeper.Status()
-	now, before := v.look()
+	now, before := v.look(p.Now)
 	p.Standby = !p.Report.Ready && w.standsBy(p.Report)
 	failures, failing := w.failures(now, s.Probes)
 	p.Path = w.hops(p.Report, now, failing)
@@ -270,7 +273,7 @@ func (w *watch) destinationTable(q page.Query, now, before *view, failures []str
 		if now.Accounted {
 			row.Cells[6], row.Cells[7] = page.Bytes(float64(l.BytesOut)), page.Bytes(float64(l.BytesIn))
 		}
-		if before != nil && i < len(before.Lines) && before.Lines[i].Redirect == l.Redirect && before.Lines[i].Connections <= l.Connections {
+		if before != nil && i < len(before.Lines) && continues(&before.Lines[i], l) {
 			row.Cells[5], row.Cells[8] = now.rates(before, i)
 		}
 		t.Rows = append(t.Rows, row)
@@ -296,6 +299,12 @@ func past(l *conntrack.Line, now string) string {
 		text = "; " + text
 	}
 	return text
+}
+
+// continues reports whether a destination's counters have gone on since an earlier view: they
+// begin again if it was not in the list for a time.
+func continues(before, now *conntrack.Line) bool {
+	return before.Redirect == now.Redirect && before.Connections <= now.Connections && before.BytesOut <= now.BytesOut && before.BytesIn <= now.BytesIn
 }
 
 // rates returns the connections and the bytes per second of a destination since the view

@@ -55,7 +55,7 @@ func (w *watch) reporter(p Process) reporter {
 		table:   metrics.Router,
 		collect: w.collect,
 		events:  p.events,
-		show:    (&viewer{watch: w}).show,
+		show:    (&viewer{watch: w, view: w.view}).show,
 	}
 }
 
