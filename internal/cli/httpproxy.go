@@ -60,7 +60,7 @@ func runHTTPProxy(ctx context.Context, p Process) error {
 		MaxHeaderBytes:   c.MaxHeader,
 		MaxConnections:   c.MaxConnections,
 		AccessLog:        c.AccessLog,
-	}, log, resolver.New(resolver.Options{Log: log}))
+	}, log, resolver.New(resolver.Options{Log: logger(p.Stderr, c.Log)})) // its lines name what clients ask for: no events
 	stop, err := reporter{
 		program: health.HTTPProxy, listen: c.Health, logs: p.logs,
 		report:  func(r *health.Report) { reportHTTPProxy(r, proxy.Status(), env.DestinationFile) },

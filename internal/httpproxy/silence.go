@@ -1,7 +1,9 @@
 package httpproxy
 
 import (
+	"errors"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -40,8 +42,11 @@ func (s *silence) saw(err error) {
 		s.since = time.Now()
 	}
 	s.err = err
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		s.err = errors.New(dns.Err) // without the name, which a client wrote: the status page shows it
+	}
 	if s.n++; s.n == silentAfter {
-		s.log.Warn("name servers do not answer", "lookups", s.n, "error", err)
+		s.log.Warn("name servers do not answer", "lookups", s.n, "error", s.err)
 	}
 }
 

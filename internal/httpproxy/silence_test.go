@@ -27,8 +27,11 @@ func TestSilentNameServers(t *testing.T) {
 	for range 3 {
 		ask("late.example", 504)
 	}
-	if s := p.Status(); s.LookupErr == nil || s.LookupSince.IsZero() {
+	if s := p.Status(); s.LookupErr == nil || s.LookupSince.IsZero() || strings.Contains(s.LookupErr.Error(), "late.example") {
 		t.Errorf("status %+v", s)
+	}
+	if strings.Contains(p.log.String(), "late.example") {
+		t.Errorf("the log has a name that a client wrote:\n%s", p.log)
 	}
 	if n := strings.Count(p.log.String(), "name servers do not answer"); n != 1 {
 		t.Errorf("logged %d times:\n%s", n, p.log)
