@@ -112,8 +112,10 @@ func (h *handler) keep(r slog.Record) {
 		if b.Len() > 0 {
 			b.WriteString(", ")
 		}
-		b.WriteString(strings.ReplaceAll(a.Key, "_", " ") + " " + a.Value.String())
-		return !skip && b.Len() < mostDetail
+		if b.Len() < mostDetail { // the keys of all others count as well
+			b.WriteString(strings.ReplaceAll(a.Key, "_", " ") + " " + strings.ReplaceAll(a.Value.String(), "\n", "; "))
+		}
+		return !skip
 	}
 	for _, a := range h.attrs {
 		write(a)

@@ -1,6 +1,7 @@
 package page
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -175,6 +176,9 @@ func TestEvents(t *testing.T) {
 	log.Debug("debug")
 	log.Info("ready", "took", time.Second)
 	log.Info("access", "client", "10.0.0.1:1", "url", "http://secret/")
+	log.Info("access", "url", "http://"+strings.Repeat("secret", 100), "client", "10.0.0.1:1")
+	log.With("client", "10.0.0.1:1").Info("access", "url", "http://secret/")
+	log.Info("failed", "error", errors.Join(io.EOF, io.ErrClosedPipe))
 	for range 3 {
 		log.With("kind", "rules").WithGroup("g").Warn("repaired", "log_lines", 1)
 	}
@@ -182,7 +186,8 @@ func TestEvents(t *testing.T) {
 	for i := range all {
 		all[i].At = time.Time{}
 	}
-	if got, want := fmt.Sprint(all), fmt.Sprint([]Event{{slog.LevelWarn, "repaired", "kind rules, log lines 1", 3, time.Time{}}, {slog.LevelInfo, "ready", "took 1s", 1, time.Time{}}}); got != want {
+	if got, want := fmt.Sprint(all), fmt.Sprint([]Event{{slog.LevelWarn, "repaired", "kind rules, log lines 1", 3, time.Time{}},
+		{slog.LevelInfo, "failed", "error EOF; io: read/write on closed pipe", 1, time.Time{}}, {slog.LevelInfo, "ready", "took 1s", 1, time.Time{}}}); got != want {
 		t.Errorf("events %s, want %s", got, want)
 	}
 	if text := written.String(); strings.Count(text, "\n") != 3 || strings.Contains(text, "ready") {
