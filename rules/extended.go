@@ -345,7 +345,7 @@ func parseAddress(s string) (netip.Addr, bool) {
 }
 
 // addressFault returns the reason why a word is not an address that parseAddress accepts;
-// empty: it is none of IPv6.
+// empty: it is none of IPv6, and no name with a port.
 func addressFault(s string) string {
 	a, err := netip.ParseAddr(s)
 	if ap, withPort := netip.ParseAddrPort(s); withPort == nil && ap.Addr().Is6() {
@@ -354,7 +354,12 @@ func addressFault(s string) string {
 	if inside, bracketed := netip.ParseAddr(strings.Trim(s, "[]")); err != nil && bracketed == nil && inside.Is6() {
 		return fmt.Sprintf("write the address without brackets: %s", inside)
 	}
+	host, port, _ := strings.Cut(s, ":")
 	switch {
+	case isName(host) && isDigits(port):
+		return fmt.Sprintf("the remote port is a field of its own: write \"%s %s\"", host, port)
+	case err != nil && strings.Count(s, ":") > 1 && !strings.Contains(s, "/"):
+		return fmt.Sprintf("%q is not an IPv6 address", clip(s))
 	case err != nil || a.Is4():
 		return ""
 	case a.Is4In6():
