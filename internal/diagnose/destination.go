@@ -52,6 +52,9 @@ func (o Observation) destination(d Destination) Finding {
 	case d.Protocol == "tcp":
 		found = append(found, o.connection(d, &f))
 	default: // the fallback: no port is known
+		if !d.Echo.Answered {
+			f.Verdict = Unknown
+		}
 		found = append(found, "any port")
 	}
 	if text := d.Echo.path(&f); text != "" {
@@ -60,7 +63,7 @@ func (o Observation) destination(d Destination) Finding {
 		found = append(found, fmt.Sprintf("MTU of the route %d", d.PathMTU))
 	}
 	if n := o.Clients.Unreplied[d.To]; n > 0 {
-		found = append(found, fmt.Sprintf("%d connections of clients without an answer", n))
+		found = append(found, number(n, "connection")+" of clients without an answer")
 	}
 	f.Found = strings.Join(found, "; ")
 	return f
@@ -150,6 +153,14 @@ func (o Observation) connection(d Destination, f *Finding) string {
 	return o.silence(d, f)
 }
 
+// number returns a count with its noun.
+func number(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
 // hops returns the number of routers that a packet has passed, by the first TTLs of common
 // systems.
 func hops(ttl int) int {
@@ -188,6 +199,7 @@ func (o Observation) silence(d Destination, f *Finding) string {
 		if d.Echo.Answered {
 			return text + ", while the server answers echo: a firewall drops the port"
 		}
+		f.Remedy = "a firewall beyond the gateway drops " + p.Source.Addr().String() + ", or the server is down: send the sentence below to its operator"
 		return text + ", while the gateway answers echo"
 	case known && g.MAC != "":
 		f.Remedy = "a firewall drops the packets, or the gateway's table has another hardware address than " + orUnknown(o.Interface.MAC) + " for " + p.Source.Addr().String() + ": look at both"
@@ -237,11 +249,7 @@ func sentence(o Observation) string {
 	if d.Protocol != "tcp" {
 		what = strings.ToUpper(d.Protocol) + " datagram"
 	}
-	times := "1 time"
-	if p.Sent > 1 {
-		times = fmt.Sprintf("%d times", p.Sent)
-	}
-	text += fmt.Sprintf("%s sent %s at %s, ", what, times, stamp(p.At))
+	text += fmt.Sprintf("%s sent %s at %s, ", what, number(max(p.Sent, 1), "time"), stamp(p.At))
 	switch p.Outcome {
 	case Connected:
 		text += fmt.Sprintf("answered in %s", round(p.Took))

@@ -200,7 +200,7 @@ func (o Observation) gateway(g Gateway) Finding {
 	switch {
 	case g.Unknown != "":
 		f.Verdict, f.Found = Unknown, g.Protocol+" not probed: "+g.Unknown
-		if r, ok := o.reported("gateway"); ok {
+		if r, ok := o.reported("gateway"); ok && o.present() {
 			f.Found = "the running router reports " + r.Detail
 			if f.Verdict = OK; r.State == "failed" {
 				f.Verdict, f.Fault = Failed, GatewaySilent
@@ -416,7 +416,7 @@ func clients(o Observation) []Finding {
 	case c.Unknown != "":
 		f.Verdict, f.Found = Unknown, "not read: "+c.Unknown
 	case c.Known > 0:
-		f.Found = fmt.Sprintf("%d redirected connections of clients are tracked", c.Known)
+		f.Found = number(c.Known, "redirected connection") + " of clients tracked"
 		if n := c.unreplied(); n > 0 {
 			f.Found += fmt.Sprintf(", %d without an answer", n)
 		}

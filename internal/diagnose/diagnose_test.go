@@ -91,13 +91,14 @@ var faults = map[string]struct {
 	"unreachable": {func(o *Observation) {
 		o.Probed[0].Probe.Outcome, o.Probed[0].Probe.Text, o.Probed[0].Probe.By = Unreachable, "no route to host", netip.MustParseAddr("198.51.100.7")
 	}, ServerUnreachable, "no route to host, from 198.51.100.7"},
-	"firewall drops":         {func(o *Observation) { silentServer(o) }, DroppedBeyond, "SYN sent 3 times in 3.3s, no answer, while the gateway answers echo"},
-	"firewall drops a port":  {func(o *Observation) { silentServer(o); o.Probed[0].Echo.Answered = true }, DroppedBeyond, "the server answers echo: a firewall drops the port"},
-	"only ARP answers":       {func(o *Observation) { silentServer(o); o.Gateways[0].Echo = Echo{} }, DroppedBeyond, "another hardware address than 02:00:00:00:00:63"},
-	"answer elsewhere":       {func(o *Observation) { silentServer(o); o.Probed[0].Stray = "eth0" }, AsymmetricReturn, "the answer arrived by eth0"},
-	"answer only in tracker": {func(o *Observation) { silentServer(o); o.Probed[0].ConntrackOK = true }, AsymmetricReturn, "although the kernel tracked one"},
-	"black hole":             {func(o *Observation) { o.Probed[0].Echo.Largest = 1400 }, MTUBlackHole, "packets of 1500 bytes are lost without an ICMP error, 1400 bytes arrive"},
-	"datagram refused":       {func(o *Observation) { o.Probed[0].Protocol, o.Probed[0].Probe.Outcome = "udp", Refused }, ServerRefuses, "port unreachable"},
+	"firewall drops":          {func(o *Observation) { silentServer(o) }, DroppedBeyond, "SYN sent 3 times in 3.3s, no answer, while the gateway answers echo"},
+	"server down or filtered": {func(o *Observation) { silentServer(o) }, DroppedBeyond, "drops 192.168.12.99, or the server is down: send"},
+	"firewall drops a port":   {func(o *Observation) { silentServer(o); o.Probed[0].Echo.Answered = true }, DroppedBeyond, "the server answers echo: a firewall drops the port"},
+	"only ARP answers":        {func(o *Observation) { silentServer(o); o.Gateways[0].Echo = Echo{} }, DroppedBeyond, "another hardware address than 02:00:00:00:00:63"},
+	"answer elsewhere":        {func(o *Observation) { silentServer(o); o.Probed[0].Stray = "eth0" }, AsymmetricReturn, "the answer arrived by eth0"},
+	"answer only in tracker":  {func(o *Observation) { silentServer(o); o.Probed[0].ConntrackOK = true }, AsymmetricReturn, "although the kernel tracked one"},
+	"black hole":              {func(o *Observation) { o.Probed[0].Echo.Largest = 1400 }, MTUBlackHole, "packets of 1500 bytes are lost without an ICMP error, 1400 bytes arrive"},
+	"datagram refused":        {func(o *Observation) { o.Probed[0].Protocol, o.Probed[0].Probe.Outcome = "udp", Refused }, ServerRefuses, "port unreachable"},
 	"router reports failure": {func(o *Observation) {
 		o.Gateways[0].Unknown, o.Reported = "this needs the capability NET_RAW", []Reported{{"gateway", "failed", "192.168.12.1 does not answer ARP"}}
 	}, GatewaySilent, "the running router reports 192.168.12.1 does not answer ARP"},
@@ -267,5 +268,40 @@ func TestOutcomeOf(t *testing.T) {
 	}
 	if got := OutcomeOf(fmt.Errorf("connect: %w", syscall.ETIMEDOUT)); got != Silent {
 		t.Errorf("the kernel's time-out: %q", got)
+	}
+}
+
+// Without an echo nothing is known of the fallback, and without the reserved address a
+// running router's last sight of the gateway is none of now.
+func TestNotKnownIsNotOK(t *testing.T) {
+	for name, test := range map[string]struct {
+		is    func(*Observation)
+		check string
+	}{
+		"fallback behind a silent gateway": {func(o *Observation) { silentGateway(o); o.Probed[1].Echo = Echo{} }, "destination  unknown  fallback 203.0.113.27: any port"},
+		"gateway without the address": {func(o *Observation) {
+			o.Addresses[0].Present, o.Gateways[0].Unknown, o.Reported = false, "the reserved address is missing", []Reported{{"gateway", "ok", "192.168.12.1, no answer yet"}}
+		}, "gateway      unknown  192.168.12.1: ARP not probed: the reserved address is missing"},
+	} {
+		o := healthy()
+		test.is(&o)
+		var b strings.Builder
+		if err := Diagnose(o).WriteText(&b); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(b.String(), test.check) {
+			t.Errorf("%s: want %q:\n%s", name, test.check, b.String())
+		}
+	}
+}
+
+func TestCountsHaveTheirNumber(t *testing.T) {
+	o := healthy()
+	o.Clients.Unreplied[server] = 1
+	text := fmt.Sprint(Diagnose(o).Findings)
+	for _, want := range []string{"1 redirected connection of clients tracked, 1 without an answer", "; 1 connection of clients without an answer"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("want %q:\n%s", want, text)
+		}
 	}
 }
