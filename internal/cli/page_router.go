@@ -31,6 +31,9 @@ const (
 	mostConnections = page.RowsPerPage
 	// mostPortRows is the number of servers with their ports in use on the page.
 	mostPortRows = 20
+	// refusedFor is how long a destination is one that fails after it has refused a connection:
+	// the kernel keeps no entry of that.
+	refusedFor = time.Minute
 )
 
 // A viewer makes the router's page. It counts nothing while there is no reader.
@@ -129,6 +132,9 @@ func (v *view) read(sources []netip.Addr) error {
 			return
 		}
 		v.clients++
+		if c.Closed {
+			return
+		}
 		if c.Replied || c.Protocol == rules.UDP { // which may be one-way
 			if i := v.lineOf(lookup, c); i >= 0 {
 				v.lines[i].replied++
@@ -282,7 +288,7 @@ func (w *watch) destinationTable(q page.Query, now, before *view, failures []str
 }
 
 // past returns the failures of connections that have ended, after those of now. A client that
-// has given up does not make a destination one that fails.
+// has given up does not make a destination one that fails, a refusal does for a minute.
 func past(l *conntrack.Line, now string) string {
 	var parts []string
 	if l.Refused > 0 {
@@ -329,7 +335,7 @@ func (w *watch) failures(now *view, probes []router.Probe) (failures []string, f
 	}
 	failures = make([]string, len(now.Lines))
 	for i := range now.Lines {
-		if failures[i] = w.failure(&now.Lines[i], now.lines[i], failed); failures[i] != "" {
+		if failures[i] = w.failure(&now.Lines[i], now.lines[i], failed, now.at); failures[i] != "" {
 			failing++
 		}
 	}
@@ -337,7 +343,7 @@ func (w *watch) failures(now *view, probes []router.Probe) (failures []string, f
 }
 
 // failure returns what is wrong with a destination; empty: nothing is known to be.
-func (w *watch) failure(l *conntrack.Line, open answers, failed map[netip.AddrPort]string) string {
+func (w *watch) failure(l *conntrack.Line, open answers, failed map[netip.AddrPort]string, now time.Time) string {
 	var parts []string
 	if len(failed) > 0 && l.Protocol == rules.TCP && l.ToOnePort() {
 		addresses := l.All()
@@ -353,6 +359,9 @@ func (w *watch) failure(l *conntrack.Line, open answers, failed map[netip.AddrPo
 	}
 	if open.unreplied > 0 {
 		parts = append(parts, fmt.Sprintf("%s of %s open connections without an answer", page.Count(open.unreplied), page.Count(open.unreplied+open.replied)))
+	}
+	if !l.LastRefused.IsZero() && now.Sub(l.LastRefused) < refusedFor {
+		parts = append(parts, "a connection refused "+health.Age(l.LastRefused, now)+" ago")
 	}
 	return strings.Join(parts, "; ")
 }

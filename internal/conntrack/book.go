@@ -164,13 +164,14 @@ func (l *line) add(connections uint64, t Traffic) {
 
 // fail counts a connection that has ended without being accepted. An entry that was deleted
 // before its timeout had no time for an answer.
-func (l *line) fail(r *record, outcome Outcome) {
+func (l *line) fail(r *record, outcome Outcome, now time.Time) {
 	if l == nil || r.protocol != rules.TCP && r.protocol != sctp {
 		return
 	}
 	switch {
 	case outcome == Refused:
 		l.Refused++
+		l.LastRefused = now
 	case outcome == Unanswered && r.left == 0:
 		l.Unanswered++
 	}
@@ -230,7 +231,7 @@ func (b *book) ended(r *record, now time.Time) {
 	}
 	outcome := f.outcome(r.protocol, r)
 	if !f.before {
-		f.line.fail(r, outcome)
+		f.line.fail(r, outcome, now)
 	}
 	if b.audit == nil {
 		return

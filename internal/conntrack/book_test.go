@@ -182,6 +182,8 @@ func TestFailures(t *testing.T) {
 				b.end(before) // not counted as a connection either
 				if got := b.report().Lines[0].Counts; got.Refused != test.want.Refused || got.Unanswered != test.want.Unanswered {
 					t.Errorf("audit %v: %d refused, %d unanswered, want %d and %d", audit, got.Refused, got.Unanswered, test.want.Refused, test.want.Unanswered)
+				} else if got.LastRefused.IsZero() != (got.Refused == 0) {
+					t.Errorf("audit %v: %d refused, the last one at %s", audit, got.Refused, got.LastRefused)
 				}
 			}
 		})

@@ -58,6 +58,7 @@ type Counts struct {
 	// answer, which includes an ICMP error. They count when their entry is deleted: an
 	// unanswered one nf_conntrack_tcp_timeout_syn_sent, 2 minutes, after the last SYN.
 	Refused, Unanswered uint64
+	LastRefused         time.Time // the zero Time: none was refused
 }
 
 // A Line is a redirect with its counters. The fallback has only the address of its server;

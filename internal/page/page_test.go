@@ -135,6 +135,14 @@ func TestHeadline(t *testing.T) {
 	}
 }
 
+// Beside the headline stands what the warnings are.
+func TestWarningsAreNamed(t *testing.T) {
+	p := Page{Report: health.Report{Ready: true, Checks: []health.Check{{Name: "kernel"}, {Name: "address", State: health.Warning, Detail: "another host has it"}}}, Now: now, Advice: func(health.Check) string { return "" }}
+	if text := body(t, get(t, p, "/")); !strings.Contains(text, `<ul class="reasons"><li>address: another host has it</li></ul>`) {
+		t.Errorf("%s", text)
+	}
+}
+
 func TestQuery(t *testing.T) {
 	for target, want := range map[string]Query{
 		"/": {"", 1}, "/?q=+a+&page=3": {"a", 3}, "/?page=0": {"", 1}, "/?page=-1": {"", 1}, "/?page=x": {"", 1}, "/?page=99999999999999999999": {"", 1},

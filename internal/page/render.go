@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -87,9 +88,17 @@ func (w *writer) header(p Page) {
 // state writes the state in one line, and what is wrong.
 func (w *writer) state(p Page, word markup, text string) {
 	w.put(`<section class="state"><h1><span id="headline" class="%s" role="status" data-live>%s</span></h1><div id="state" data-live>`, word, text)
-	if len(p.Report.Reasons) > 0 {
+	reasons := slices.Clip(p.Report.Reasons)
+	if word == warned {
+		for _, c := range p.Report.Checks {
+			if c.State != health.OK {
+				reasons = append(reasons, c.Name+": "+c.Detail)
+			}
+		}
+	}
+	if len(reasons) > 0 {
 		w.put(`<ul class="reasons">`)
-		for _, r := range p.Report.Reasons {
+		for _, r := range reasons {
 			w.put("<li>%s</li>", r)
 		}
 		w.put("</ul>")

@@ -2,6 +2,7 @@ package probe_test
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"strings"
@@ -81,5 +82,38 @@ func TestRunningRouterNamesReasons(t *testing.T) {
 				strings.Contains(out, "; 1 refused, 1 silent\n    fault: refused-by-server\n")
 		})
 		r.AwaitLog(1, `msg="destination unreachable" destination=203.0.113.26:443 outcome=silent`)
+	})
+}
+
+// The status page has a refused connection, of which the kernel keeps no entry, and counts
+// only open connections among those that wait for an answer.
+func TestPageHasFailedConnections(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.Env["EGRESS_DESTINATION"], p.Env["EGRESS_HEALTH_LISTEN"] = "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 81\n", ":9465"
+		r := p.Start("legacy")
+		r.AwaitLog(1, "msg=ready")
+		p.Until("connections are counted", func() bool { return strings.Contains(p.Metrics(), "egress_router_connections_total{") })
+		p.Until("the page has the refusal", func() bool { // again after a minute on a machine that stood still
+			if _, err := p.Ask(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080)); !errors.Is(err, unix.ECONNREFUSED) {
+				p.Errorf("port 8080: %v, want a refusal", err)
+			}
+			text := p.Page("/")
+			return strings.Contains(text, ">a connection refused ") && strings.Contains(text, "destinations with a failure: 1<")
+		})
+
+		p.WantAnswer("tcp", 80, "203.0.113.25:80") // the kernel keeps its entry for two minutes
+		filter(p, p.Lab.Outside, atServer("tcp dport 80 drop"))
+		var before string
+		p.Until("the page has the silence", func() bool {
+			startConnection(p, 80)
+			var found bool
+			before, _, found = strings.Cut(p.Page("/"), " open connections without an answer")
+			return found
+		})
+		var silent, open int
+		if _, err := fmt.Sscanf(before[strings.LastIndexAny(before, ">;")+1:], "%d of %d", &silent, &open); err != nil || silent != open {
+			p.Errorf("%v: %d of %d open connections without an answer", err, silent, open)
+		}
 	})
 }

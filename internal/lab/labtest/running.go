@@ -147,15 +147,21 @@ func (p *Pod) Metric(name string) int {
 	return 0
 }
 
-// Metrics returns the page /metrics. It asks again after a connection without an answer: the
-// endpoint ends one whose request takes long, as on a machine that has stood still.
+// Metrics returns the page /metrics.
 func (p *Pod) Metrics() string {
 	p.Helper()
+	return p.Page("/metrics")
+}
+
+// Page returns a page of the health endpoint. It asks again after a connection without an
+// answer: the endpoint ends one whose request takes long, as on a machine that has stood still.
+func (p *Pod) Page(path string) string {
+	p.Helper()
 	var text []byte
-	p.Until("/metrics answers", func() bool {
+	p.Until(path+" answers", func() bool {
 		conn := p.Dial(p.Lab.Client, "tcp", HealthAddr)
 		defer conn.Close()
-		fmt.Fprint(conn, "GET /metrics HTTP/1.0\r\nHost: pod\r\n\r\n")
+		fmt.Fprintf(conn, "GET %s HTTP/1.0\r\nHost: pod\r\n\r\n", path)
 		var err error
 		text, err = io.ReadAll(conn)
 		return err == nil && len(text) > 0
