@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"net"
 	"net/netip"
@@ -264,7 +265,11 @@ func (p *probes) probe(ctx context.Context, source netip.Addr, to netip.AddrPort
 	begin := time.Now()
 	conn, err := d.DialContext(ctx, "tcp", to.String())
 	if err != nil {
-		return Probe{To: to, Err: err.Error(), Outcome: diagnose.OutcomeOf(err)}
+		outcome := diagnose.OutcomeOf(err)
+		if op := (*net.OpError)(nil); errors.As(err, &op) {
+			err = op.Err // the addresses are known, and port 0 of the own one is none
+		}
+		return Probe{To: to, Err: err.Error(), Outcome: outcome}
 	}
 	took := time.Since(begin)
 	_ = conn.Close()

@@ -364,7 +364,8 @@ func (k *Keeper) logFailure(err error) {
 	k.logged = text
 	attributes := []any{"error", text, "again", time.Until(k.notBefore).Round(time.Millisecond).String()}
 	if h := Hint(err, k.Router.Names); h != "" {
-		attributes = append(attributes, "hint", strings.ReplaceAll(h, "\n", "; "))
+		h = strings.ReplaceAll(strings.ReplaceAll(h, ":\n", ": "), "\n", "; ")
+		attributes = append(attributes, "hint", strings.Join(strings.Fields(h), " "))
 	}
 	k.Router.Log.Error("reconcile failed", attributes...)
 }
