@@ -191,8 +191,10 @@ func (x *exchange) WriteHeader(status int) {
 	}
 }
 
-// forwardInterim forwards an interim response.
+// forwardInterim forwards an interim response, without the headers of the server's
+// connection: close in one of them would end that of the client.
 func (x *exchange) forwardInterim(r *http.Response) {
+	removeHopByHop(r.Header)
 	h := x.Header()
 	maps.Copy(h, r.Header)
 	x.WriteHeader(r.StatusCode)

@@ -164,7 +164,8 @@ func (p *Proxy) roundTrip(x *exchange, out *http.Request) (*http.Response, error
 		}
 		x.server = c.RemoteAddr()
 		r, err := c.exchange(out, x, p.release)
-		switch stale := c.used && errors.Is(err, errBeforeAnswer); {
+		// Without an error the connection may have another exchange already.
+		switch stale := errors.Is(err, errBeforeAnswer) && c.used; {
 		case stale && authenticated:
 			return nil, errLoginLost
 		case stale && repeatable:

@@ -97,6 +97,13 @@ func TestProtocol(t *testing.T) {
 		"1xx": {
 			get, got, "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + answer, "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + received,
 		},
+		"1xx with headers of the connection": {
+			get, got, "HTTP/1.1 103 Early Hints\r\nConnection: close, X-A\r\nKeep-Alive: 5\r\nLink: </a>\r\nX-A: 1\r\n\r\n" + answer,
+			"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + received,
+		},
+		"headers of the connection after 1xx of HTTP/1.0": {
+			get, got, "HTTP/1.0 103 Early Hints\r\n\r\n" + strings.Replace(answer, "\r\n", "\r\nConnection: X-A, close\r\nX-A: 1\r\n", 1), "HTTP/1.1 103 Early Hints\r\n\r\n" + received,
+		},
 		"HTTP/1.0": {
 			"GET http://S/ HTTP/1.0\r\n\r\n", "GET / HTTP/1.1\r\nHost: S\r\nVia: 1.0 egress-router\r\n\r\n",
 			answer, "HTTP/1.0 200 OK\r\nContent-Length: 2\r\n" + date + via + "\r\nhiEND",

@@ -207,6 +207,9 @@ func TestBadResponses(t *testing.T) {
 		"a switch unasked":  "HTTP/1.1 101 Switching Protocols\r\n\r\n",
 		"a header too long": "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 80<<10) + "\r\n\r\n",
 		"endless 1xx":       strings.Repeat("HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", 2000),
+		// net/http takes these lines for interim responses, too.
+		"endless 1xx of HTTP/1.0":             strings.Repeat("HTTP/1.0 103 Early Hints\r\nLink: </a>\r\n\r\n", 2000),
+		"a header too long after such a line": "HTTP/1.1  103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 80<<10) + "\r\n\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			server := serve(t, func(conn *net.TCPConn) {

@@ -37,7 +37,6 @@ type serverConn struct {
 	// Fields of the current response.
 	answered bool // the server has sent a part of it
 	inHeader bool
-	interim  bool  // the status is 1xx: another response follows
 	left     int64 // bytes to the limit of the header
 	line     []byte
 	named    []string // by the header Connection
@@ -153,11 +152,7 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 		c.client = x.client
 	}
 	x.closing = c.login && r.Close
-	for _, name := range c.named {
-		if !strings.EqualFold(name, "Upgrade") && !strings.EqualFold(name, "Connection") { // ReverseProxy looks at these
-			r.Header.Del(name)
-		}
-	}
+	c.removeNamed(r.Header)
 	if r.StatusCode == http.StatusSwitchingProtocols {
 		r.Body = &switchedServer{c, x.life.release} // ends with the exchange
 		return r, nil
@@ -285,7 +280,20 @@ func (c *serverConn) receive(out *http.Request, expect *expectation, x *exchange
 		case r.StatusCode == http.StatusContinue:
 			expect.end(nil)
 		}
+		c.removeNamed(r.Header)
 		x.forwardInterim(r)
+		c.inHeader, c.named = true, nil
+		next, _ := c.reader.Peek(c.reader.Buffered()) // cannot fail
+		c.scan(next)
+	}
+}
+
+// removeNamed removes the headers that Connection names.
+func (c *serverConn) removeNamed(h http.Header) {
+	for _, name := range c.named {
+		if !strings.EqualFold(name, "Upgrade") && !strings.EqualFold(name, "Connection") { // ReverseProxy looks at these
+			h.Del(name)
+		}
 	}
 }
 
@@ -329,9 +337,7 @@ func (c *serverConn) endLine(line []byte) {
 	const name = "connection:"
 	switch {
 	case len(line) == 0:
-		c.inHeader, c.interim = c.interim, false
-	case bytes.HasPrefix(line, []byte("HTTP/1.1 1")) && !bytes.HasPrefix(line, []byte("HTTP/1.1 101")):
-		c.interim = true
+		c.inHeader = false
 	case len(line) > len(name) && (line[0]|0x20) == 'c' && strings.EqualFold(string(line[:len(name)]), name):
 		for token := range strings.SplitSeq(string(line[len(name):]), ",") {
 			c.named = append(c.named, strings.TrimSpace(token))
