@@ -103,6 +103,34 @@ func TestPlainIncomplete(t *testing.T) {
 	}
 }
 
+// A response that ReverseProxy flushes is flushed by nothing else at the same time, which
+// the race detector finds.
+func TestOneFlush(t *testing.T) {
+	for _, framing := range []string{"Transfer-Encoding: chunked\r\n\r\n", "Content-Type: text/event-stream\r\nContent-Length: 7\r\n\r\n"} {
+		server := serve(t, func(conn *net.TCPConn) {
+			for header(conn) != "" {
+				send(t, conn, "HTTP/1.1 200 OK\r\n"+framing)
+				send(t, conn, "2\r\nhi\r\n")
+				if strings.HasPrefix(framing, "T") {
+					send(t, conn, "0\r\n\r\n")
+				}
+			}
+		})
+		conn := start(t, "*", nil, nil).connect(t)
+		buffered := bufio.NewReader(conn)
+		for range 20 {
+			send(t, conn, "GET http://"+server+"/ HTTP/1.1\r\nHost: x\r\n"+notPlain+"\r\n")
+			r, err := http.ReadResponse(buffered, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if body, err := io.ReadAll(r.Body); err != nil || !strings.Contains(string(body), "hi") {
+				t.Fatalf("body %q, %v", body, err)
+			}
+		}
+	}
+}
+
 // readHeader returns a header as it was sent.
 func readHeader(r *bufio.Reader) (string, error) {
 	var text strings.Builder

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"mime"
 	"net"
 	"net/http"
 	"os"
@@ -158,7 +159,7 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 		return r, nil
 	}
 	removeForbidden(r.Trailer)
-	if r.ContentLength < 0 || r.ContentLength > int64(c.reader.Buffered()) {
+	if (x.plain || !flushes(r)) && (r.ContentLength < 0 || r.ContentLength > int64(c.reader.Buffered())) {
 		c.tcp.pause = x.flush
 	}
 	body := &responseBody{ReadCloser: r.Body, end: func(whole bool) {
@@ -178,6 +179,13 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 		body.finish(true)
 	}
 	return r, nil
+}
+
+// flushes reports whether ReverseProxy flushes a response, by a goroutine of its own:
+// beside that nothing else may flush.
+func flushes(r *http.Response) bool {
+	kind, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	return r.ContentLength < 0 || kind == "text/event-stream"
 }
 
 // send sends a request. A body is sent in the background, since the server may respond
