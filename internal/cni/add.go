@@ -27,7 +27,7 @@ func (c *call) add(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	end, err := c.takeTurn(ctx, made.Sources)
+	end, err := c.takeTurn(ctx, made)
 	if err != nil {
 		return err
 	}

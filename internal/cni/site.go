@@ -276,6 +276,7 @@ type attachment struct {
 	made                       bool     // the plugin has made the interface
 	forwarded                  []string // sysctls of forwarding that were on before
 	addresses                  []netip.Prefix
+	parent                     int // index of the node's NIC below; 0: unknown
 
 	// Of an interface of another plugin.
 	added  []string // the signs of the addresses that it got
@@ -323,6 +324,7 @@ func attached(kernel *link.Kernel) ([]attachment, error) {
 		if a.addresses, err = kernel.Addresses(a.ifname); err != nil && !is[*link.MissingError](err) {
 			return nil, err
 		}
+		a.parent = i.Parent
 		all = append(all, a)
 	}
 	return all, nil

@@ -12,7 +12,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
 
-	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/object"
 )
 
 // maxTurnWait is the time that ADD waits for the end of another pod with its address. A router
@@ -20,11 +21,13 @@ import (
 // (kubelet, backOffPeriod), and a pod that is deleted while its ADD waits ends only after that.
 const maxTurnWait = 15 * time.Second
 
-// takeTurn waits until no other pod of the node has one of the addresses, and reserves them
-// until end is called. The successor of a deleted pod may start before that has ended, and two
+// takeTurn waits until no other pod of the node has one of the addresses of a router, and
+// reserves them until end is called. The successor of a deleted pod may start before that has ended, and two
 // hosts with an address on the physical network take each other's replies. The kernel ends the
 // reservation with the process.
-func (c *call) takeTurn(ctx context.Context, sources spec.Sources) (end func(), err error) {
+//
+// Two NICs may be in different networks, which may have the same addresses.
+func (c *call) takeTurn(ctx context.Context, made object.Description) (end func(), err error) {
 	var reserved []int
 	release := func() {
 		for _, fd := range reserved {
@@ -37,26 +40,48 @@ func (c *call) takeTurn(ctx context.Context, sources spec.Sources) (end func(), 
 		}
 	}()
 	var addresses []netip.Addr
-	for _, s := range sources {
+	for _, s := range made.Sources {
 		addresses = append(addresses, s.Prefix.Addr())
+	}
+	parent, err := parentOf(made.Master)
+	if err != nil {
+		return nil, err
 	}
 	slices.SortFunc(addresses, netip.Addr.Compare) // two calls would wait for each other
 	for _, a := range slices.Compact(addresses) {
-		fd, err := reserveAddress(ctx, a)
+		fd, err := reserveAddress(ctx, a, parent)
 		if err != nil {
 			return nil, err
 		}
 		reserved = append(reserved, fd)
 	}
-	return release, c.awaitEnd(ctx, addresses)
+	return release, c.awaitEnd(ctx, addresses, parent)
 }
 
-// reserveAddress waits until no other call of the node takes an address. A name of a socket
-// exists once in a network namespace (unix(7), abstract sockets).
-func reserveAddress(ctx context.Context, a netip.Addr) (fd int, err error) {
+// parentOf returns the index of the node's NIC that an interface on master has below it; 0: it
+// is not known.
+func parentOf(master string) (int, error) {
+	if master == "" { // the interface is of another plugin
+		return 0, nil
+	}
+	kernel, err := link.Open()
+	if err != nil {
+		return 0, err
+	}
+	defer kernel.Close()
+	parent, err := kernel.ParentIndex(master)
+	if is[*link.MissingError](err) {
+		return 0, nil // the caller finds it next
+	}
+	return parent, err
+}
+
+// reserveAddress waits until no other call of the node takes an address on a NIC. A name of a
+// socket exists once in a network namespace (unix(7), abstract sockets).
+func reserveAddress(ctx context.Context, a netip.Addr, parent int) (fd int, err error) {
 	if fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err == nil {
 		err = retry(ctx, 5*time.Millisecond, func() (bool, error) {
-			err := unix.Bind(fd, &unix.SockaddrUnix{Name: "@egress-router " + a.String()})
+			err := unix.Bind(fd, &unix.SockaddrUnix{Name: fmt.Sprintf("@egress-router %s %d", a, parent)})
 			if errors.Is(err, unix.EADDRINUSE) {
 				return false, nil
 			}
@@ -77,13 +102,13 @@ func reserveAddress(ctx context.Context, a netip.Addr) (fd int, err error) {
 
 // awaitEnd waits until no other pod of the node has one of the addresses. A namespace that it
 // cannot read is logged: it may belong to another program, and the probe of the address follows.
-func (c *call) awaitEnd(ctx context.Context, addresses []netip.Addr) error {
+func (c *call) awaitEnd(ctx context.Context, addresses []netip.Addr, parent int) error {
 	ctx, cancel := context.WithTimeout(ctx, maxTurnWait)
 	defer cancel()
 	var last string
 	unread, waits := c.log.warnings().Warn, c.log.warnings().Warn
 	err := retry(ctx, 50*time.Millisecond, func() (bool, error) {
-		a, holder, err := c.holder(addresses)
+		a, holder, err := c.holder(addresses, parent)
 		if err != nil {
 			unread("other pods not checked", "error", err)
 			unread = func(string, ...any) {} // once
@@ -102,8 +127,9 @@ func (c *call) awaitEnd(ctx context.Context, addresses []netip.Addr) error {
 	return err
 }
 
-// holder returns an address that another pod of the node has, and where.
-func (c *call) holder(addresses []netip.Addr) (a netip.Addr, where string, err error) {
+// holder returns an address that another pod of the node has on the same NIC, as far as that is
+// known, and where.
+func (c *call) holder(addresses []netip.Addr, parent int) (a netip.Addr, where string, err error) {
 	own, err := os.Stat(c.netns)
 	if err != nil {
 		return a, "", nil //nolint:nilerr // the namespace has gone, which the caller finds next
@@ -113,6 +139,9 @@ func (c *call) holder(addresses []netip.Addr) (a netip.Addr, where string, err e
 			return nil //nolint:nilerr // it has gone
 		}
 		for _, r := range routers {
+			if r.parent != parent && r.parent != 0 && parent != 0 {
+				continue
+			}
 			i := slices.IndexFunc(addresses, func(a netip.Addr) bool {
 				return slices.ContainsFunc(r.addresses, func(p netip.Prefix) bool { return p.Addr() == a })
 			})

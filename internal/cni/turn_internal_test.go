@@ -16,6 +16,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/internal/object"
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
@@ -44,11 +45,12 @@ func TestHolderStays(t *testing.T) {
 	if err := os.Symlink(labtest.File(ns), filepath.Join(dir, "cni-1")); err != nil {
 		t.Fatal(err)
 	}
-	sources := spec.Sources{{Prefix: netip.MustParsePrefix("192.168.12.99/24")}}
+	made := object.Description{}
+	made.Sources = spec.Sources{{Prefix: netip.MustParsePrefix("192.168.12.99/24")}}
 	synctest.Test(t, func(t *testing.T) {
 		c := &call{process: Process{Namespaces: dir}, netns: "/proc/self/ns/net", log: nodeLog{stderr: slog.New(slog.DiscardHandler)}}
 		begin := time.Now()
-		_, err := c.takeTurn(t.Context(), sources)
+		_, err := c.takeTurn(t.Context(), made)
 		if e := failure(err); e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "take reserved address 192.168.12.99: another pod of the node has it: lo of "+dir+"/cni-1, container c1") {
 			t.Errorf("error %d, %v", e.Code, e)
 		}
@@ -56,14 +58,14 @@ func TestHolderStays(t *testing.T) {
 			t.Errorf("waited %s, want %s", waited, maxTurnWait)
 		}
 		c.netns = labtest.File(ns) // the pod itself
-		end, err := c.takeTurn(t.Context(), sources)
+		end, err := c.takeTurn(t.Context(), made)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer end()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		_, err = c.takeTurn(ctx, sources)
+		_, err = c.takeTurn(ctx, made)
 		if e := failure(err); e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "another call that takes it has not ended") {
 			t.Errorf("error %d, %v", e.Code, e)
 		}

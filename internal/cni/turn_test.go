@@ -3,6 +3,7 @@ package cni_test
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -63,6 +64,34 @@ func TestSameAddressInTurn(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A pod on another NIC of the node, which may be in another network, may have the same address.
+func TestSameAddressOnAnotherNIC(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, lab.Options{})
+	p.Vars["CNI_TEST_NAMESPACES"] = p.namespaces() // with p's
+	p.add()
+	h, a := p.Handle(p.Lab.Node), netlink.NewLinkAttrs()
+	a.Name = "other"
+	if err := h.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: "far"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.LinkSetUp(p.Link(h, "other")); err != nil {
+		t.Fatal(err)
+	}
+	q, ns := *p, p.newNamespace(0)
+	q.Vars = map[string]string{"CNI_CONTAINERID": "c2", "CNI_NETNS": labtest.File(ns), "CNI_IFNAME": "net1", "CNI_TEST_NAMESPACES": p.Vars["CNI_TEST_NAMESPACES"]}
+	q.Conf = maps.Clone(p.Conf)
+	q.Conf["interfaceArgs"] = map[string]any{"master": "other"}
+	delete(q.Conf, "prevResult")
+	q.add()
+	if log := p.logged(); strings.Contains(log, "waiting for another pod") {
+		t.Errorf("ADD waited; log:\n%s", log)
+	}
+	q.del()
+	p.WantExample()
+	p.del()
 }
 
 // A call that waits ends if its runtime has ended, and changes nothing: the runtime may have

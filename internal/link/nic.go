@@ -152,6 +152,19 @@ func (k *Kernel) Addresses(name string) ([]netip.Prefix, error) {
 	return k.prefixes(netlink.FAMILY_ALL, l)
 }
 
+// ParentIndex returns the index of the NIC that a macvlan on an interface of this namespace
+// has below it: the kernel puts one on a macvlan beside that (macvlan.c, macvlan_common_newlink).
+func (k *Kernel) ParentIndex(name string) (int, error) {
+	l, err := k.find(name)
+	if err != nil {
+		return 0, err
+	}
+	if l.Type() == "macvlan" {
+		return l.Attrs().ParentIndex, nil
+	}
+	return l.Attrs().Index, nil
+}
+
 // An Interface is what is known of an interface by its name.
 type Interface struct {
 	Name    string
@@ -160,6 +173,7 @@ type Interface struct {
 	Alias   string
 	Macvlan bool
 	Marked  bool // it is in MacvlanGroup
+	Parent  int  // index of the NIC below a macvlan, in the namespace of that; 0: it is none
 }
 
 // Interfaces returns the interfaces of the namespace.
@@ -171,7 +185,11 @@ func (k *Kernel) Interfaces() ([]Interface, error) {
 	var found []Interface
 	for _, l := range links {
 		a := l.Attrs()
-		found = append(found, Interface{a.Name, a.HardwareAddr, a.MTU, a.Alias, l.Type() == "macvlan", a.Group == MacvlanGroup})
+		i := Interface{Name: a.Name, MAC: a.HardwareAddr, MTU: a.MTU, Alias: a.Alias, Macvlan: l.Type() == "macvlan", Marked: a.Group == MacvlanGroup}
+		if i.Macvlan {
+			i.Parent = a.ParentIndex
+		}
+		found = append(found, i)
 	}
 	return found, nil
 }
