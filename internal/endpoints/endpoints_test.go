@@ -210,6 +210,7 @@ func TestDelayedWriteDoesNotWin(t *testing.T) {
 				want, done := "127.0.0.3", 0
 				if deleted == "after" {
 					want = ""
+					b.stop() // it would restore the slice
 					s.change(func() { clear(s.slices) })
 				}
 				s.change(func() { done = p.gone })
