@@ -375,7 +375,10 @@ func checkProxy(t *testing.T, c corev1.Container, variables string) {
 
 // applied are the pages whose YAML a test on a cluster applies as it stands, by that test's
 // file.
-var applied = map[string]string{"cmd/egress-router-cni/README.md": "kubernetes/plugin_test.go"}
+var applied = map[string]string{
+	"cmd/egress-operator/README.md":   "../../cmd/egress-operator/internal/envtest/readme_test.go",
+	"cmd/egress-router-cni/README.md": "kubernetes/plugin_test.go",
+}
 
 // The YAML in the READMEs is in the manifests: one of them contains the lines of each
 // block, in the same order. Other YAML a test applies from the page.

@@ -13,7 +13,7 @@ import (
 	"github.com/egress-router/egress-router/internal/manual"
 )
 
-// section returns the code blocks of a section of the README.
+// section returns the code blocks of a section of cmd/egress-operator/README.md.
 func section(t *testing.T, heading string) []manual.Block {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(root, "README.md"))
