@@ -90,11 +90,7 @@ func path(r *http.Request) string {
 }
 
 func namedByConnection(h http.Header, name string) bool {
-	return slices.ContainsFunc(h["Connection"], func(list string) bool {
-		return slices.ContainsFunc(strings.Split(list, ","), func(token string) bool {
-			return strings.EqualFold(strings.TrimSpace(token), name)
-		})
-	})
+	return slices.ContainsFunc(h["Connection"], func(list string) bool { return hasToken(list, name) })
 }
 
 // modifyResponse derives the response to the client from that of the server.
