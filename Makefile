@@ -17,11 +17,11 @@ LDFLAGS  = -s -w -buildid= -X github.com/egress-router/egress-router/internal/cl
 export GOFLAGS += -buildvcs=false
 
 # gotestsum prints a package when it ends: go test holds it back until all packages
-# before it have ended. Tests wait more than they compute: more packages than processors
-# run at a time.
-GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -p 4
+# before it have ended. Tests wait more than they compute: more packages, and more tests of
+# each, than processors run at a time. "make lint" runs vet, of all its kinds.
+GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -p 4 -parallel 4 -vet=off
 # The longest first.
-PACKAGES = ./internal/router ./internal/iptables ./... ./.ci
+PACKAGES = ./internal/router ./internal/iptables ./internal/nft ./internal/cni ./cmd/egress-router ./... ./.ci
 
 .PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies faults image e2e e2e-page e2e-kubernetes clean
 

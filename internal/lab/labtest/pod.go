@@ -326,10 +326,26 @@ func (p *Pod) Serve(ns *netns.Namespace, proto, addr string) *lab.Server {
 // Until waits for a condition.
 func (p *Pod) Until(what string, holds func() bool) {
 	p.Helper()
-	for begin := time.Now(); !holds(); time.Sleep(2 * time.Millisecond) {
-		if time.Since(begin) > Patience {
-			p.Fatalf("timeout after %v: %s", Patience, what)
+	if !poll(holds) {
+		p.Fatalf("timeout after %v: %s", Patience, what)
+	}
+}
+
+// poll asks until an answer is true, and returns false after Patience. The pauses grow with
+// the wait, so that it ends at most a quarter late, and the questions, of which some start
+// processes, take no processor from what they ask about.
+func poll(holds func() bool) bool {
+	const shortest, longest = time.Millisecond, 50 * time.Millisecond
+	for begin := time.Now(); ; {
+		asked := time.Now()
+		if holds() {
+			return true
 		}
+		now := time.Now()
+		if now.Sub(begin) > Patience {
+			return false
+		}
+		time.Sleep(min(max(now.Sub(begin)/4, now.Sub(asked), shortest), longest))
 	}
 }
 
@@ -473,51 +489,61 @@ func (p *Pod) tables6() []string {
 	return []string{"filter"}
 }
 
+// rules lists the rules with three processes: tests ask for them often, and a process takes
+// milliseconds.
 func (p *Pod) rules() (string, error) {
 	var lines []string
 	for _, tables := range []struct {
 		save  string
 		names []string
 	}{{"iptables-save", []string{"nat", "filter", "mangle", "raw"}}, {"ip6tables-save", p.tables6()}} {
+		saved, err := p.tool(p.Program(tables.save))
+		if err != nil {
+			return "", err
+		}
+		found := savedTables(saved)
 		for _, table := range tables.names {
-			saved, err := p.tool(p.Program(tables.save), "-t", table)
-			if err != nil {
-				return "", err
-			}
-			var chains, rules []string
-			for line := range strings.Lines(saved) {
-				line = strings.TrimSpace(line)
-				switch line[0] {
-				case ':':
-					chain, _, _ := strings.Cut(line, " [") // counters
-					chains = append(chains, chain)
-				case '-':
-					rules = append(rules, line)
-				}
-			}
-			slices.Sort(chains)
-			lines = append(append(append(lines, tables.save+" table "+table), chains...), rules...)
+			lines = append(append(lines, tables.save+" table "+table), found[table]...)
 		}
 	}
-	list, err := p.tool("nft", "list tables")
+	listed, err := p.tool("nft", "-s", "list ruleset") // without the values of counters
 	if err != nil {
 		return "", err
 	}
-	tables := strings.Split(list, "\n")
-	slices.Sort(tables)
-	for _, name := range tables {
-		if strings.Contains(name, " egress-router") {
-			listed, err := p.tool("nft", "-s", "list "+name) // without the values of counters
-			if err != nil {
-				return "", err
-			}
+	var own []string
+	for table := range strings.SplitSeq(listed, "\n}") {
+		table = strings.TrimSpace(table)
+		if name, _, _ := strings.Cut(table, "\n"); strings.Contains(name, " egress-router") {
 			// The order of chains is that of their creation.
-			blocks := strings.Split(strings.TrimSuffix(strings.TrimSpace(listed), "}"), "\n\n")
+			blocks := strings.Split(table, "\n\n")
 			slices.Sort(blocks[1:])
-			lines = append(lines, strings.Join(blocks, "\n"))
+			own = append(own, strings.Join(blocks, "\n"))
 		}
 	}
-	return strings.Join(lines, "\n") + "\n", nil
+	slices.Sort(own)
+	return strings.Join(append(lines, own...), "\n") + "\n", nil
+}
+
+// savedTables returns the chains, sorted, and rules of each table of iptables-save's output.
+func savedTables(saved string) map[string][]string {
+	tables := map[string][]string{}
+	for text := range strings.SplitSeq(saved, "\n*") {
+		name, content, _ := strings.Cut(text, "\n")
+		var chains, rules []string
+		for line := range strings.Lines(content) {
+			line = strings.TrimSpace(line)
+			switch {
+			case strings.HasPrefix(line, ":"):
+				chain, _, _ := strings.Cut(line, " [") // counters
+				chains = append(chains, chain)
+			case strings.HasPrefix(line, "-"):
+				rules = append(rules, line)
+			}
+		}
+		slices.Sort(chains)
+		tables[strings.TrimPrefix(name, "*")] = append(chains, rules...)
+	}
+	return tables
 }
 
 // WantState checks that the state has not changed.

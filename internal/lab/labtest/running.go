@@ -104,15 +104,15 @@ func (r *Running) AwaitAfter(last, text string) {
 func (r *Running) Settle(want string) {
 	r.Helper()
 	var got string
-	for begin := time.Now(); time.Since(begin) < Patience; time.Sleep(2 * time.Millisecond) {
+	if !poll(func() bool {
 		var err error
 		if got, err = r.state(); err != nil {
 			got = err.Error() // such as a table that was replaced meanwhile
-		} else if got == want {
-			return
 		}
+		return err == nil && got == want
+	}) {
+		r.Errorf("state after %v (-want +got):\n%s", Patience, diff(want, got))
 	}
-	r.Errorf("state after %v (-want +got):\n%s", Patience, diff(want, got))
 }
 
 // HealthAddr is where a program of a pod serves health by HTTP.
