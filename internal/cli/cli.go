@@ -321,20 +321,11 @@ func report(err error) string {
 	if stopped(err) {
 		return "egress-router: interrupted, changes rolled back\n"
 	}
-	text := fmt.Sprintf("egress-router: %s\n", oneLine(err.Error()))
+	text := fmt.Sprintf("egress-router: %s\n", wording.OneLine(err.Error()))
 	if h := hint(err); h != "" {
 		text = fmt.Sprintf("hint: %s\n", strings.ReplaceAll(h, "\n", "\n      ")) + text
 	}
 	return text
-}
-
-// oneLine joins the lines of a text, for a log attribute or the last line of stderr.
-func oneLine(text string) string {
-	lines := strings.Split(text, "\n")
-	for i, line := range lines {
-		lines[i] = strings.TrimSpace(line)
-	}
-	return strings.Join(lines, "; ")
 }
 
 // hint returns the hint of an error, or of one that it wraps.

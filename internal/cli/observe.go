@@ -22,6 +22,7 @@ import (
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/internal/sysctl"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -297,7 +298,7 @@ func (w *observer) drift(ctx context.Context) {
 	} else {
 		found, err := w.router.Check(ctx)
 		if err != nil {
-			d.Unknown, w.o.Drops.Unknown = oneLine(err.Error()), "the rules were not read"
+			d.Unknown, w.o.Drops.Unknown = wording.OneLine(err.Error()), "the rules were not read"
 			return
 		}
 		d.Backend, steps = found.Backend, found.Steps
@@ -316,7 +317,7 @@ func (w *observer) drift(ctx context.Context) {
 func (w *observer) drops(ctx context.Context, found router.Missing) {
 	drops, err := found.Drops(ctx)
 	if err != nil {
-		w.o.Drops.Unknown = oneLine(err.Error())
+		w.o.Drops.Unknown = wording.OneLine(err.Error())
 		return
 	}
 	if w.o.Drops.Foreign, err = nft.ForeignDrops(); err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/page"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -88,7 +89,7 @@ func (w *watch) view() *view {
 	if t := w.tracker.Load(); t == nil {
 		v.trouble = "connection tracking is not available: see the log"
 	} else if report, err := t.Counts(); err != nil {
-		v.trouble = oneLine(err.Error())
+		v.trouble = wording.OneLine(err.Error())
 	} else {
 		v.Report = report
 		w.ports.check(report.Ports)
@@ -107,7 +108,7 @@ func (w *watch) view() *view {
 		}
 	}
 	if err := v.read(w.config.Sources.Addresses()); err != nil {
-		v.trouble = oneLine(err.Error())
+		v.trouble = wording.OneLine(err.Error())
 	}
 	return v
 }

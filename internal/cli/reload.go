@@ -11,6 +11,7 @@ import (
 
 	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/follow"
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // lookEvery is the interval at which a proxy polls its file beside the kernel's
@@ -81,7 +82,7 @@ func (r *reloader) complain(err error) {
 		return
 	}
 	fault, invalid := errors.AsType[*config.Error](err)
-	trouble := oneLine(err.Error())
+	trouble := wording.OneLine(err.Error())
 	if invalid {
 		trouble = fault.Line()
 	}

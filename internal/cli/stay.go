@@ -17,6 +17,7 @@ import (
 	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/internal/standby"
+	"github.com/egress-router/egress-router/internal/wording"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -80,7 +81,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		log.Info("stopping, start interrupted")
 		return nil
 	case conflict && !partly(err): // another host may give the address up
-		log.Error("reserved address not taken", "error", err, "hint", oneLine(hint(err)))
+		log.Error("reserved address not taken", "error", err, "hint", wording.OneLine(hint(err)))
 		w.keeper.Failed(err)
 	case err != nil:
 		return err
@@ -210,7 +211,7 @@ func (w *watch) track(p Process) *conntrack.Tracker {
 	}
 	t, err := conntrack.Open(o)
 	if err != nil {
-		w.log.Error("connection tracking unavailable", "error", err, "hint", oneLine(hint(err)))
+		w.log.Error("connection tracking unavailable", "error", err, "hint", wording.OneLine(hint(err)))
 		return nil
 	}
 	return t

@@ -6,7 +6,8 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
-	"unicode"
+
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // WriteText writes a diagnosis for people: one line for each finding, with the remedy below
@@ -19,7 +20,7 @@ func (d Diagnosis) WriteText(w io.Writer) error {
 		if f.Subject != "" {
 			found = f.Subject + ": " + found
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\n", f.Check, f.Verdict, oneLine(found))
+		fmt.Fprintf(t, "%s\t%s\t%s\n", f.Check, f.Verdict, wording.OneLine(found))
 	}
 	t.Flush()
 	var b strings.Builder
@@ -28,7 +29,7 @@ func (d Diagnosis) WriteText(w io.Writer) error {
 		b.WriteString(lines[i])
 		// Many destinations may have one fault.
 		if again := i > 0 && d.Findings[i-1].Remedy == f.Remedy; f.Remedy != "" && f.Verdict != OK && !again {
-			fmt.Fprintf(&b, "  remedy: %s\n", oneLine(f.Remedy))
+			fmt.Fprintf(&b, "  remedy: %s\n", wording.OneLine(f.Remedy))
 		}
 	}
 	result, unknown := "all well", 0
@@ -45,7 +46,7 @@ func (d Diagnosis) WriteText(w io.Writer) error {
 	}
 	fmt.Fprintf(&b, "\n%s\n", result)
 	if d.Sentence != "" { // nothing was tried otherwise
-		fmt.Fprintf(&b, "%s\n%s\n", oneLine(d.Sentence), d.Capture)
+		fmt.Fprintf(&b, "%s\n%s\n", wording.OneLine(d.Sentence), d.Capture)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -57,14 +58,4 @@ func (d Diagnosis) WriteJSON(w io.Writer) error {
 	e.SetEscapeHTML(false)
 	e.SetIndent("", "  ")
 	return e.Encode(d)
-}
-
-// oneLine replaces control characters, since errors and names come from elsewhere.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r
-	}, s)
 }

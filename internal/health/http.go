@@ -74,7 +74,7 @@ func write(w http.ResponseWriter, status int, texts ...string) {
 	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	for _, text := range texts {
-		_, _ = io.WriteString(w, oneLine(text)+"\n") // the client may be gone
+		_, _ = io.WriteString(w, wording.OneLine(text)+"\n") // the client may be gone
 	}
 }
 

@@ -7,19 +7,20 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
+
+	"github.com/egress-router/egress-router/internal/wording"
 )
 
 // WriteTable writes reports as a table for people. Ages are relative to now.
 func WriteTable(w io.Writer, reports []Report, now time.Time) error {
 	var b strings.Builder
 	for _, r := range reports {
-		b.WriteString(oneLine(r.Program))
+		b.WriteString(wording.OneLine(r.Program))
 		if r.Version != "" {
-			b.WriteString(" " + oneLine(r.Version))
+			b.WriteString(" " + wording.OneLine(r.Version))
 		}
 		if r.Mode != "" {
-			fmt.Fprintf(&b, " (%s)", oneLine(r.Mode))
+			fmt.Fprintf(&b, " (%s)", wording.OneLine(r.Mode))
 		}
 		if r.Ready {
 			b.WriteString(": ready")
@@ -28,19 +29,19 @@ func WriteTable(w io.Writer, reports []Report, now time.Time) error {
 		}
 		fmt.Fprintf(&b, ", started %s ago\n", Age(r.Started, now))
 		for _, reason := range r.Reasons {
-			fmt.Fprintf(&b, "  not ready: %s\n", oneLine(reason))
+			fmt.Fprintf(&b, "  not ready: %s\n", wording.OneLine(reason))
 		}
 		var checks strings.Builder
 		table := tabwriter.NewWriter(&checks, 0, 0, 2, ' ', 0)
 		for _, c := range r.Checks {
-			fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", oneLine(c.Name), c.State, Age(c.Since, now), oneLine(c.Detail))
+			fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", wording.OneLine(c.Name), c.State, Age(c.Since, now), wording.OneLine(c.Detail))
 		}
 		table.Flush()
 		i := 0
 		for line := range strings.Lines(checks.String()) {
 			b.WriteString(strings.TrimRight(line, " \n") + "\n") // trailing blanks of rows without a detail
 			if fault := r.Checks[i].Fault; fault != "" {
-				b.WriteString("    fault: " + oneLine(fault) + "\n")
+				b.WriteString("    fault: " + wording.OneLine(fault) + "\n")
 			}
 			i++
 		}
@@ -58,18 +59,6 @@ func WriteJSON(w io.Writer, reports []Report) error {
 	e.SetEscapeHTML(false)
 	e.SetIndent("", "  ")
 	return e.Encode(reports)
-}
-
-// oneLine replaces line ends and control characters, since details may contain the
-// text of a file.
-func oneLine(s string) string {
-	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
-	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r
-	}, s)
 }
 
 // Age returns the time since a moment in its two largest units; - for the zero Time.

@@ -9,6 +9,8 @@ package wording
 import (
 	"fmt"
 	"slices"
+	"strings"
+	"unicode"
 )
 
 // A Field is a part of the description that a message is about. Its text is the name
@@ -98,3 +100,18 @@ func (t Text) In(names Names) string {
 type plain struct{}
 
 func (plain) Name(f Field) string { return string(f) }
+
+// OneLine joins the lines of a text by "; ", and replaces control characters by blanks: the
+// text of an error, a name or a file comes from elsewhere.
+func OneLine(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	for i, line := range lines {
+		lines[i] = strings.TrimSpace(line)
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, strings.Join(lines, "; "))
+}

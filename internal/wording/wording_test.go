@@ -25,3 +25,17 @@ func TestTextHasNamesOfFrontEnd(t *testing.T) {
 		}
 	}
 }
+
+func TestOneLine(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                        "",
+		" a b ":                   "a b",
+		"first\n\tsecond\r\n":     "first; second",
+		"a\tb\x1b[31mc\u0085\x00": "a b [31mc  ",
+		"é 日本":                    "é 日本",
+	} {
+		if got := OneLine(text); got != want {
+			t.Errorf("OneLine(%q): expected %q, found %q", text, want, got)
+		}
+	}
+}
