@@ -534,8 +534,10 @@ func savedTables(saved string) map[string][]string {
 			line = strings.TrimSpace(line)
 			switch {
 			case strings.HasPrefix(line, ":"):
-				chain, _, _ := strings.Cut(line, " [") // counters
-				chains = append(chains, chain)
+				// A table of which only the chains of the kernel are left, which accept, may be listed or not.
+				if chain, _, _ := strings.Cut(line, " ["); !strings.HasSuffix(chain, " ACCEPT") { // without counters
+					chains = append(chains, chain)
+				}
 			case strings.HasPrefix(line, "-"):
 				rules = append(rules, line)
 			}
