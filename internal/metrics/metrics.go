@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 )
 
@@ -54,7 +55,7 @@ func (e Emit) Distribution(name string, sum float64, bounds []float64, counts []
 // The page is that of client_golang, which the tests compare it with. client_golang
 // itself would add 1.9 MB to the program, most of it for protocol buffers.
 func Handler(table []Metric, collect func(Emit), log *slog.Logger) (http.Handler, error) {
-	page, err := newLayout(append(process[:len(process):len(process)], table...))
+	page, err := newLayout(slices.Concat(process, table))
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"testing"
 	"testing/fstest"
@@ -131,16 +132,10 @@ func TestProcess(t *testing.T) {
 		{"self/net/netstat", "IpExt: InOctets OutOctets\n", []string{"network_receive_bytes_total", "network_transmit_bytes_total"}},
 	} {
 		t.Run(fmt.Sprintf("%s %q", test.file, test.text), func(t *testing.T) {
-			broken, want := fstest.MapFS{}, make(map[string]float64)
-			for name, f := range proc {
-				broken[name] = f
-			}
+			broken, want := maps.Clone(proc), maps.Clone(all)
 			delete(broken, test.file)
 			if test.text != "" {
 				broken[test.file] = file(test.text)
-			}
-			for name, value := range all {
-				want[name] = value
 			}
 			for _, name := range test.lacks {
 				delete(want, "process_"+name)
