@@ -57,12 +57,12 @@ type Environment struct {
 	AuditLog         string `envconfig:"EGRESS_AUDIT_LOG" unset:"false" doc:"true: legacy and monitor log the start and the end of each redirected connection"`
 	LogDrops         string `envconfig:"EGRESS_LOG_DROPS" unset:"false" doc:"true: legacy and monitor log an example of the packets that the rules drop or reject, for each reason at most one line in 10 seconds"`
 	Standby          string `envconfig:"EGRESS_STANDBY" spec:"standby" unset:"false" doc:"true: legacy and monitor are one of several routers with the same reserved addresses, of which one sends"`
-	StandbyPeers     string `envconfig:"EGRESS_STANDBY_PEERS" unset:"required to stand by" doc:"the routers with these addresses: the name of a headless Service, or addresses on the cluster side, separated by commas; the own one may be among them"`
+	StandbyPeers     string `envconfig:"EGRESS_STANDBY_PEERS" spec:"standby peers" unset:"required to stand by" doc:"the routers with these addresses: the name of a headless Service, or addresses on the cluster side, separated by commas; the own one may be among them"`
 	StandbyPriority  string `envconfig:"EGRESS_STANDBY_PRIORITY" unset:"100" doc:"0 to 255: of several standbys the one with the highest priority takes over; none takes the addresses from an active router"`
 	StandbyInterval  string `envconfig:"EGRESS_STANDBY_INTERVAL" unset:"20ms" doc:"interval of heartbeats and pings, 10ms to 1s; a take-over takes some 9 of them"`
-	StandbyWitness   string `envconfig:"EGRESS_STANDBY_WITNESS" unset:"the gateway" doc:"address that answers pings by way of the gateway, for a gateway that answers none"`
+	StandbyWitness   string `envconfig:"EGRESS_STANDBY_WITNESS" spec:"standby witness" unset:"the gateway" doc:"address that answers pings by way of the gateway, for a gateway that answers none"`
 	StandbyReference string `envconfig:"EGRESS_STANDBY_REFERENCE" unset:"the API server" doc:"IP:PORT that takes TCP connections while the cluster side works, or none: a router that reaches neither it nor another router gives the addresses up"`
-	StandbyKeyFile   string `envconfig:"EGRESS_STANDBY_KEY_FILE" unset:"none" doc:"file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers"`
+	StandbyKeyFile   string `envconfig:"EGRESS_STANDBY_KEY_FILE" spec:"standby key" unset:"none" doc:"file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers"`
 	StandbyEndpoints string `envconfig:"EGRESS_STANDBY_ENDPOINTS" unset:"none" doc:"name of a Service without selector in the pod's namespace, which the active router leads to itself; without it, a standby is not ready, so that a Service with a selector leaves it out"`
 	StandbyFence     string `envconfig:"EGRESS_STANDBY_FENCE" unset:"auto" doc:"auto, or require: refuse to stand by on a kernel that cannot fence all packets (before Linux 5.16)"`
 	LogEnvironment

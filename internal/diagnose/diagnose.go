@@ -49,6 +49,15 @@ const (
 	MTUBlackHole       Fault = "mtu-black-hole"
 )
 
+// The faults of a router that is one of several with its addresses.
+const (
+	SameMAC       Fault = "same-hardware-address"
+	RoutersApart  Fault = "routers-apart"  // they do not reach each other on the physical network
+	WitnessSilent Fault = "witness-silent" // to pings, without which no router opens its gate
+	KeysDiffer    Fault = "keys-differ"
+	PeersSilent   Fault = "peers-silent"
+)
+
 // A Finding is the result of one check.
 type Finding struct {
 	Check   string  `json:"check"`
@@ -74,23 +83,26 @@ type Diagnosis struct {
 func Diagnose(o Observation) Diagnosis {
 	d := Diagnosis{At: o.At.UTC()}
 	if o.Shut {
-		d.OK, d.Findings = true, append(configuration(o), Finding{
-			Check: "standby", Verdict: Unknown, Found: "this router stands by: its gate is shut, and no probe can leave",
-			Remedy: "run it in the pod of the active router, which egress-router health names",
-		})
+		d.Findings = shut(o)
+		d.judge()
 		return d
 	}
 	for _, check := range []func(Observation) []Finding{
-		configuration, interfaces, addresses, gateways, routes, rulesOf, forwarding, settings, filters, table, ports, clients, names, destinations,
+		configuration, routers, interfaces, addresses, gateways, routes, rulesOf, forwarding, settings, filters, table, ports, clients, names, destinations,
 	} {
 		d.Findings = append(d.Findings, check(o)...)
 	}
+	d.judge()
+	d.Sentence, d.Capture = sentence(o), capture(o)
+	return d
+}
+
+// judge derives the result from the findings.
+func (d *Diagnosis) judge() {
 	i := slices.IndexFunc(d.Findings, func(f Finding) bool { return f.Verdict == Failed })
 	if d.OK = i < 0; !d.OK {
 		d.Fault = d.Findings[i].Fault
 	}
-	d.Sentence, d.Capture = sentence(o), capture(o)
-	return d
 }
 
 func one(f Finding) []Finding { return []Finding{f} }
@@ -107,7 +119,7 @@ func configuration(o Observation) []Finding {
 		found = append(found, Finding{Check: "health", Verdict: Unknown, Found: o.HealthError})
 	}
 	for _, r := range o.Reported {
-		if v := map[string]Verdict{"ok": OK, "warning": Warning, "failed": Warning}[r.State]; v != OK {
+		if v := map[string]Verdict{"ok": OK, "warning": Warning, "failed": Warning}[r.State]; v != OK && !o.found(r) {
 			found = append(found, Finding{Check: "health", Subject: r.Name, Verdict: Warning, Found: "the running router reports " + r.State + ": " + r.Detail})
 		}
 	}
@@ -224,9 +236,13 @@ func (o Observation) gateway(g Gateway) Finding {
 			f.Found += ", and no frame has been received since the interface exists"
 		}
 		f.Found += g.age()
-		f.Remedy = "check that " + o.name(wording.Gateway) + " is right, that the node's NIC is in that network or VLAN, and that the switch or hypervisor accepts " + orUnknown(o.Interface.MAC)
+		f.Remedy = o.gatewayRemedy()
 	}
 	return f
+}
+
+func (o Observation) gatewayRemedy() string {
+	return "check that " + o.name(wording.Gateway) + " is right, that the node's NIC is in that network or VLAN, and that the switch or hypervisor accepts " + orUnknown(o.Interface.MAC)
 }
 
 func orUnknown(mac string) string {

@@ -100,7 +100,7 @@ var faults = map[string]struct {
 	"black hole":              {func(o *Observation) { o.Probed[0].Echo.Largest = 1400 }, MTUBlackHole, "packets of 1500 bytes are lost without an ICMP error, 1400 bytes arrive"},
 	"datagram refused":        {func(o *Observation) { o.Probed[0].Protocol, o.Probed[0].Probe.Outcome = "udp", Refused }, ServerRefuses, "port unreachable"},
 	"router reports failure": {func(o *Observation) {
-		o.Gateways[0].Unknown, o.Reported = "this needs the capability NET_RAW", []Reported{{"gateway", "failed", "192.168.12.1 does not answer ARP"}}
+		o.Gateways[0].Unknown, o.Reported = "this needs the capability NET_RAW", []Reported{{"gateway", "failed", "192.168.12.1 does not answer ARP", GatewaySilent}}
 	}, GatewaySilent, "the running router reports 192.168.12.1 does not answer ARP"},
 }
 
@@ -185,7 +185,7 @@ func TestUnknownIsNoFault(t *testing.T) {
 	if n := unknown(); n != 6 { // of the connections two
 		t.Errorf("%d unknown, want 6", n)
 	}
-	o.Reported = []Reported{{"gateway", "ok", "answers"}, {"address", "ok", "no conflict"}, {"kernel", "ok", "no drift"}, {"drops", "ok", "packets: 1 limit"}}
+	o.Reported = []Reported{{"gateway", "ok", "answers", ""}, {"address", "ok", "no conflict", ""}, {"kernel", "ok", "no drift", ""}, {"drops", "ok", "packets: 1 limit", ""}}
 	if n := unknown(); n != 2 {
 		t.Errorf("with a running router %d unknown, want 2", n)
 	}
@@ -241,14 +241,6 @@ func TestSampleIsNamed(t *testing.T) {
 	t.Error("no finding about the sample")
 }
 
-// Of a router that stands by, the silence of everything says nothing.
-func TestStandby(t *testing.T) {
-	d := Diagnose(Observation{Shut: true, Egress: "macvlan0"})
-	if len(d.Findings) != 1 || d.Findings[0].Check != "standby" || d.Findings[0].Verdict != Unknown || !d.OK || d.Fault != "" {
-		t.Errorf("%+v", d)
-	}
-}
-
 // The outcome of a connection follows from its error, and is the fault of a server.
 func TestOutcomeOf(t *testing.T) {
 	for outcome, want := range map[Outcome]struct {
@@ -280,7 +272,7 @@ func TestNotKnownIsNotOK(t *testing.T) {
 	}{
 		"fallback behind a silent gateway": {func(o *Observation) { silentGateway(o); o.Probed[1].Echo = Echo{} }, "destination  unknown  fallback 203.0.113.27: any port"},
 		"gateway without the address": {func(o *Observation) {
-			o.Addresses[0].Present, o.Gateways[0].Unknown, o.Reported = false, "the reserved address is missing", []Reported{{"gateway", "ok", "192.168.12.1, no answer yet"}}
+			o.Addresses[0].Present, o.Gateways[0].Unknown, o.Reported = false, "the reserved address is missing", []Reported{{"gateway", "ok", "192.168.12.1, no answer yet", ""}}
 		}, "gateway      unknown  192.168.12.1: ARP not probed: the reserved address is missing"},
 	} {
 		o := healthy()

@@ -40,6 +40,7 @@ type Observation struct {
 	Probed      []Destination
 	Configured  int        // number of the destinations, of which Probed are a sample if it is larger
 	Reported    []Reported // checks of a running router, by its health socket
+	Routers     []Router   // those with the same addresses that the running router knows; none: it is the only one
 	HealthError string     // why a running router did not report; empty: it did, or none runs
 }
 
@@ -59,6 +60,7 @@ type Interface struct {
 	Unknown  string
 	Missing  string // the error with the interfaces that exist; empty: it exists
 	Kind     string // such as "macvlan in mode private"
+	Private  bool   // a macvlan that does not reach others on its NIC
 	Parent   string // the NIC below, as far as it is known
 	MAC      string
 	MTU      int // bytes
@@ -257,4 +259,13 @@ type Probe struct {
 // A Reported is a check in the health of a running router.
 type Reported struct {
 	Name, State, Detail string
+	Fault               Fault
+}
+
+// A Router is one of several with the same addresses.
+type Router struct {
+	Address netip.Addr // on the cluster side
+	Own     bool       // it is the one that is observed
+	Holds   bool       // it holds the addresses now
+	MAC     string     // on the physical network; empty: unknown
 }

@@ -36,6 +36,9 @@ const (
 	Conflict            Field = "conflict"
 	HealthListen        Field = "health address"
 	Standby             Field = "standby"
+	StandbyPeers        Field = "standby peers"
+	StandbyWitness      Field = "standby witness"
+	StandbyKey          Field = "standby key"
 	HTTPProxyListen     Field = "HTTP proxy address"
 )
 
