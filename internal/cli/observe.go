@@ -85,7 +85,8 @@ func (w *observer) observe(ctx context.Context) (diagnose.Observation, error) {
 	w.router.Want = wanted(w.c)
 	w.interfaces()
 	if w.o.Shut = shut(w.c.Egress); w.o.Shut {
-		return w.o, nil
+		w.holders(ctx)
+		return w.o, ctx.Err()
 	}
 
 	targets, configured, err := w.targets()
@@ -129,7 +130,10 @@ func (w *observer) reported(ctx context.Context) {
 			continue
 		}
 		for _, c := range r.Checks {
-			w.o.Reported = append(w.o.Reported, diagnose.Reported{Name: c.Name, State: c.State.String(), Detail: c.Detail})
+			w.o.Reported = append(w.o.Reported, diagnose.Reported{Name: c.Name, State: c.State.String(), Detail: c.Detail, Fault: diagnose.Fault(c.Fault)})
+		}
+		for _, m := range r.Routers {
+			w.o.Routers = append(w.o.Routers, diagnose.Router{Address: m.Address, Own: m.Own, Holds: m.Holds, MAC: m.MAC})
 		}
 	}
 }
@@ -185,6 +189,7 @@ func (w *observer) interfaces() {
 		}
 		if w.look.Mode != "" {
 			i.Kind += " in mode " + w.look.Mode
+			i.Private = w.look.Mode == "private"
 		}
 		nics := nicsOf(w.kernel, w.c, w.look, w.log)
 		if i.Troubles = nics.troubles(); len(nics) > 1 {
@@ -212,17 +217,9 @@ func (w *observer) present(a netip.Addr) bool { return w.usable[a] }
 
 // neighbours asks the gateways, and other hosts for the reserved addresses.
 func (w *observer) neighbours(ctx context.Context) {
-	why := w.lack("NET_RAW")
-	if !w.look.Up {
-		why = w.c.Egress + " is not up"
-	}
+	why := w.mute()
 	var all sync.WaitGroup
-	for i := range w.o.Addresses {
-		a := &w.o.Addresses[i]
-		if a.Unknown = why; why == "" {
-			all.Go(func() { w.holder(ctx, a) })
-		}
-	}
+	all.Go(func() { w.holders(ctx) })
 	families := w.c.Sources.Families()
 	w.o.Gateways = make([]diagnose.Gateway, len(families))
 	for i, first := range families {
@@ -233,6 +230,27 @@ func (w *observer) neighbours(ctx context.Context) {
 		}
 		if why == "" {
 			all.Go(func() { w.inquire(ctx, g) })
+		}
+	}
+	all.Wait()
+}
+
+// mute returns why neighbours cannot be asked; empty: they can.
+func (w *observer) mute() string {
+	if !w.look.Up {
+		return w.c.Egress + " is not up"
+	}
+	return w.lack("NET_RAW")
+}
+
+// holders asks other hosts for the reserved addresses.
+func (w *observer) holders(ctx context.Context) {
+	why := w.mute()
+	var all sync.WaitGroup
+	for i := range w.o.Addresses {
+		a := &w.o.Addresses[i]
+		if a.Unknown = why; why == "" {
+			all.Go(func() { w.holder(ctx, a) })
 		}
 	}
 	all.Wait()

@@ -5,6 +5,8 @@ import (
 	"sort"
 	"strings"
 
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/page"
 )
@@ -35,6 +37,9 @@ var advices = map[string]string{
 
 // advice returns what to do about a check.
 func advice(c health.Check) string {
+	if remedy := diagnose.Remedy(diagnose.Fault(c.Fault), config.Names{}); remedy != "" {
+		return strings.ToUpper(remedy[:1]) + remedy[1:] + "."
+	}
 	name, _, _ := strings.Cut(c.Name, " ")
 	if name == "interface" && strings.HasSuffix(c.Detail, "without carrier") {
 		name = "carrier"

@@ -196,7 +196,32 @@ func (v *viewer) show(p *page.Page, q page.Query) {
 	p.Standby = !p.Report.Ready && w.standsBy(p.Report)
 	failures, failing := w.failures(now, s.Probes)
 	p.Path = w.hops(p.Report, now, failing)
-	p.Tables = []page.Table{w.destinationTable(q, now, before, failures, failing), now.connectionTable(p.Now), now.portTable(w.config.Sources.String())}
+	if w.standby != nil {
+		p.Tables = append(p.Tables, memberTable(p.Report.Routers, p.Now))
+	}
+	p.Tables = append(p.Tables, w.destinationTable(q, now, before, failures, failing), now.connectionTable(p.Now), now.portTable(w.config.Sources.String()))
+}
+
+// memberTable returns the routers with the same addresses.
+func memberTable(routers []health.Member, now time.Time) page.Table {
+	t := page.Table{
+		ID: "routers", Title: "Routers", None: "No router is known.", Note: "No router is known to hold the addresses.",
+		Columns: []page.Column{{Title: "Router"}, {Title: "Role"}, {Title: "Could take over"}, {Title: "Priority", Number: true}, {Title: "Hardware address"}, {Title: "Last heartbeat"}},
+	}
+	for _, r := range routers {
+		row := page.Row{Cells: []string{r.Address.String(), r.Role, "yes", page.Count(r.Priority), r.MAC, health.Age(r.Heard, now) + " ago"}}
+		if r.Own {
+			row.Cells[0], row.Cells[5] = r.Address.String()+" (this one)", "-"
+		}
+		if !r.Ready {
+			row.State, row.Cells[2] = health.Warning, "no"
+		}
+		if r.Holds {
+			t.Note = r.Address.String() + " holds the addresses."
+		}
+		t.Rows = append(t.Rows, row)
+	}
+	return t
 }
 
 // standsBy reports whether the router is not ready only because another one holds its

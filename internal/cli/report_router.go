@@ -39,7 +39,11 @@ func (w *watch) reporter(p Process) reporter {
 			reportTable(r, tableNow(), time.Time{})
 			if w.standby != nil {
 				s := w.standby.Status()
-				reportStandby(r, s, time.Now())
+				left, err := w.standby.PermitLeft()
+				if err != nil && s.Role == election.Active {
+					s.Trouble, s.TroubleAt = err.Error(), time.Now()
+				}
+				reportStandby(r, w.config, s, left, time.Now())
 				switch holds := s.Role == election.Active || s.Role == election.Resuming; {
 				case w.service != nil:
 					reportEndpoints(r, w.config.Peers.Endpoints, w.service.Status(), time.Now())
@@ -230,7 +234,11 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	s := w.keeper.Status()
 	emit(name+"info", 1, r.Version, r.Mode, s.Backend, w.config.Sources.String(), w.config.Sources.Gateways())
 	emit(name+"ready", oneIf(r.Ready))
-	for _, fault := range noticed {
+	faults := noticed
+	if w.standby != nil {
+		faults = slices.Concat(noticed, noticedOfSeveral)
+	}
+	for _, fault := range faults {
 		emit(name+"fault", oneIf(slices.ContainsFunc(r.Checks, func(c health.Check) bool { return c.Fault == string(fault) })), string(fault))
 	}
 	if !s.Compared.IsZero() {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/election"
 	"github.com/egress-router/egress-router/internal/endpoints"
 	"github.com/egress-router/egress-router/internal/health"
@@ -228,20 +229,42 @@ func lookUpPeers(c config.Config, own netip.Addr, log *slog.Logger) standby.Look
 	}
 }
 
-// recentTrouble is how long an error of an action is reported. One that goes on comes again.
-const recentTrouble = 2 * time.Minute
+// noticedOfSeveral are the faults that a router which is one of several notices while it runs.
+var noticedOfSeveral = []diagnose.Fault{diagnose.SameMAC, diagnose.WitnessSilent, diagnose.KeysDiffer, diagnose.PeersSilent}
 
-// reportStandby reports the role and the peers.
-func reportStandby(r *health.Report, s standby.Status, now time.Time) {
-	add := func(name string, state health.State, since time.Time, format string, args ...any) {
-		r.Checks = append(r.Checks, health.Check{Name: name, State: state, Since: since, Detail: fmt.Sprintf(format, args...)})
-	}
-	detail := s.Role.String()
-	if s.Role == election.Active {
-		detail += fmt.Sprintf(", gate open for %s without another answer", s.PermitLeft.Round(time.Millisecond))
+// recent is how long what was noticed once is reported. What goes on comes again.
+const recent = 2 * time.Minute
+
+// The signs of a witness that answers no pings: so many in a row, the last of them so lately. A
+// router that claims in vain tries again within seconds.
+const (
+	silentPings = 10
+	pingedLast  = 10 * time.Second
+)
+
+// reportStandby reports who holds the addresses, and the other routers. left is the time that the
+// gate stays open without another answer of the witness; zero: it is shut.
+func reportStandby(r *health.Report, c config.Config, s standby.Status, left time.Duration, now time.Time) {
+	check := health.Check{Name: "standby", State: health.OK, Since: s.Since}
+	settings := election.Settings{Interval: c.Standby.Interval}
+	holder, known := s.Holder(now.Add(-settings.GiveUp()))
+	holds := s.Role == election.Active && left > 0
+	detail := s.Role.String() + ": "
+	switch silent := s.Unanswered >= silentPings && now.Sub(s.Pinged) < pingedLast; {
+	case holds:
+		detail += fmt.Sprintf("this router holds the addresses, permit %s old, gate open for %s without another answer", max(0, settings.Permit()-left).Round(time.Millisecond), left.Round(time.Millisecond))
+	case s.Role == election.Active:
+		detail += "the gate is shut, and opens with the next answer of " + c.Standby.Witness.String()
+	case known:
+		detail += holder.Address.String() + " holds the addresses"
+	case silent:
+		check.State, check.Fault = health.Failed, string(diagnose.WitnessSilent)
+		detail += fmt.Sprintf("no router holds the addresses: expected %s to answer pings, found %d in a row without an answer", c.Standby.Witness, s.Unanswered)
+	default:
+		detail += "no router is known to hold the addresses"
 	}
 	if s.Why != "" {
-		detail += ", " + s.Why
+		detail += "; reason of the role: " + s.Why
 	}
 	if !s.TakenOver.IsZero() {
 		detail += fmt.Sprintf("; last take-over %s ago", health.Age(s.TakenOver, now))
@@ -249,27 +272,76 @@ func reportStandby(r *health.Report, s standby.Status, now time.Time) {
 			detail += fmt.Sprintf(", %s after the last sign of the holder", s.Gap.Round(time.Millisecond))
 		}
 	}
-	state := health.OK
-	if s.Trouble != "" && now.Sub(s.TroubleAt) < recentTrouble {
-		state, detail = health.Warning, detail+"; "+s.Trouble
+	if s.Trouble != "" && now.Sub(s.TroubleAt) < recent {
+		check.State, detail = max(check.State, health.Warning), detail+"; "+s.Trouble
 	}
-	add("standby", state, s.Since, "%s", detail)
-
-	var all []string
-	since := r.Started
+	check.Detail = detail
+	slices.SortFunc(s.Peers, func(a, b standby.Peer) int { return a.Address.Compare(b.Address) })
+	r.Checks = append(r.Checks, check, peersCheck(r.Started, c, s, now))
+	r.Routers = append(r.Routers, member(s.Own, holds))
+	r.Routers[0].Own = true
 	for _, p := range s.Peers {
-		all = append(all, fmt.Sprintf("%s %s", p.Address, p.State))
-		since = p.Heard
+		r.Routers = append(r.Routers, member(p, !holds && known && p == holder))
 	}
-	slices.Sort(all)
+}
+
+func member(p standby.Peer, holds bool) health.Member {
+	m := health.Member{Address: p.Address, Holds: holds, Role: p.State.String(), Ready: p.Healthy, Priority: int(p.Priority), Heard: p.Heard}
+	if p.MAC != [6]byte{} {
+		m.MAC = net.HardwareAddr(p.MAC[:]).String()
+	}
+	return m
+}
+
+// peersCheck returns the other routers, and what keeps them from hearing each other.
+func peersCheck(started time.Time, c config.Config, s standby.Status, now time.Time) health.Check {
+	check := health.Check{Name: "peers", State: health.OK, Since: started}
+	fault := func(state health.State, f diagnose.Fault, format string, args ...any) health.Check {
+		check.State, check.Fault, check.Detail = state, string(f), fmt.Sprintf(format, args...)
+		return check
+	}
+	var all []string
+	for _, p := range s.Peers {
+		if p.MAC == s.Own.MAC && p.MAC != [6]byte{} {
+			return fault(health.Failed, diagnose.SameMAC, "expected a hardware address of its own for each router, found %s of this router for %s too", net.HardwareAddr(p.MAC[:]), p.Address)
+		}
+		text := fmt.Sprintf("%s %s", p.Address, p.State)
+		if !p.Healthy {
+			text += " (could not take over)"
+		}
+		all = append(all, text)
+	}
+	if u := s.Unkeyed; !u.At.IsZero() && now.Sub(u.At) < recent && slices.Contains(s.Missing, u.Address) {
+		found := "without a key"
+		switch {
+		case u.Keyed && len(c.Peers.Key) > 0:
+			found = "of another key"
+		case u.Keyed:
+			found = "with a key"
+		}
+		expected := "without a key, since EGRESS_STANDBY_KEY_FILE is not set"
+		if len(c.Peers.Key) > 0 {
+			expected = "of the key of EGRESS_STANDBY_KEY_FILE"
+		}
+		check.Since = u.At
+		return fault(health.Warning, diagnose.KeysDiffer, "expected heartbeats %s, found those of %s %s", expected, u.Address, found)
+	}
+	heard := cmp.Or(strings.Join(all, ", "), "none, nobody would take over")
 	switch {
+	case len(s.Missing) > 0:
+		var missing []string
+		for _, a := range s.Missing {
+			missing = append(missing, a.String())
+		}
+		return fault(health.Warning, diagnose.PeersSilent, "expected heartbeats of %s by UDP port %d, found none; others heard: %s", strings.Join(missing, ", "), c.Standby.Port, heard)
 	case len(all) == 0 && s.Refused > 0:
-		add("peers", health.Warning, since, "none heard, %d packets without the key of EGRESS_STANDBY_KEY_FILE", s.Refused)
+		check.State, check.Detail = health.Warning, fmt.Sprintf("none heard, %d packets without the key of EGRESS_STANDBY_KEY_FILE", s.Refused)
 	case len(all) == 0:
-		add("peers", health.Warning, since, "none heard: nobody would take over")
+		check.State, check.Detail = health.Warning, "none heard: nobody would take over"
 	default:
-		add("peers", health.OK, r.Started, "%s", strings.Join(all, ", "))
+		check.Detail = heard
 	}
+	return check
 }
 
 // reportEndpoints reports the Service that leads to the active router.

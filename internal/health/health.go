@@ -7,6 +7,7 @@ package health
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -72,6 +73,19 @@ type Report struct {
 	Ready   bool      `json:"ready"`
 	Reasons []string  `json:"reasons,omitempty"` // why it is not ready
 	Checks  []Check   `json:"checks"`
+	Routers []Member  `json:"routers,omitempty"` // those with the same addresses that are known, this one first; none: it is the only one
+}
+
+// A Member is one of several routers with the same addresses.
+type Member struct {
+	Address  netip.Addr `json:"address"` // on the cluster side
+	Own      bool       `json:"own,omitempty"`
+	Role     string     `json:"role"`            // standby, claiming, active or resuming
+	Holds    bool       `json:"holds,omitempty"` // it holds the addresses now, as far as this router knows
+	Ready    bool       `json:"ready"`           // it could take over
+	Priority int        `json:"priority"`
+	MAC      string     `json:"mac,omitempty"`  // on the physical network; empty: it has no interface there
+	Heard    time.Time  `json:"heard,omitzero"` // last heartbeat
 }
 
 // A Board holds the checks of a program and the time of their last change of state.

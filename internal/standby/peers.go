@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,9 +30,11 @@ type peers struct {
 
 	refused, lost atomic.Uint64
 
-	mu    sync.Mutex
-	known []netip.Addr // of the look-up
-	heard map[uint64]*heard
+	mu      sync.Mutex
+	known   []netip.Addr             // of the look-up
+	since   map[netip.Addr]time.Time // when an address of known became one, or was heard last
+	heard   map[uint64]*heard
+	unkeyed Unkeyed
 }
 
 // heard is what one router has said last.
@@ -65,10 +68,23 @@ func (p *peers) read(post func(election.Event)) {
 		h, err := election.Parse(buf[:n], p.key)
 		if err != nil {
 			p.refused.Add(1)
+			if errors.Is(err, election.ErrKey) {
+				p.unkey(from.Addr().Unmap(), n == election.AuthenticatedSize)
+			}
 			continue
 		}
 		p.from(h.ID, from.Addr().Unmap())
 		post(election.Event{Kind: election.Heard, Heartbeat: h})
+	}
+}
+
+// unkey keeps that a heartbeat of a router of the look-up is not authenticated by the own key.
+// Packets of others say nothing about the routers.
+func (p *peers) unkey(from netip.Addr, keyed bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if slices.Contains(p.known, from) {
+		p.unkeyed = Unkeyed{Address: from, Keyed: keyed, At: time.Now()}
 	}
 }
 
@@ -104,6 +120,9 @@ func (p *peers) note(h election.Heartbeat, interval time.Duration) {
 		p.lost.Add(uint64(missing))
 	}
 	have.sequence = h.Sequence
+	if _, known := p.since[have.Address]; known {
+		p.since[have.Address] = now
+	}
 	have.Peer = Peer{Address: have.Address, State: h.State, Priority: h.Priority, Healthy: h.Healthy, MAC: h.MAC, Heard: now}
 	p.forget(now)
 }
@@ -153,6 +172,36 @@ func (p *peers) list() []Peer {
 		}
 	}
 	return list
+}
+
+// missing returns the routers of the look-up that have not been heard for so long that they
+// would be forgotten, and the last heartbeat of another key.
+func (p *peers) missing() (list []netip.Addr, last Unkeyed) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	for _, a := range p.known {
+		if now.Sub(p.since[a]) > forgetAfter {
+			list = append(list, a)
+		}
+	}
+	slices.SortFunc(list, netip.Addr.Compare)
+	return list, p.unkeyed
+}
+
+// know keeps the addresses of the look-up.
+func (p *peers) know(addresses []netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before, now := p.since, time.Now()
+	p.known = slices.DeleteFunc(slices.Clone(addresses), func(a netip.Addr) bool { return a == p.own.Addr() })
+	p.since = make(map[netip.Addr]time.Time, len(p.known))
+	for _, a := range p.known {
+		p.since[a] = now
+		if since, known := before[a]; known {
+			p.since[a] = since
+		}
+	}
 }
 
 // has reports whether a router has a hardware address.
@@ -205,9 +254,7 @@ func (p *peers) lookUp(ctx context.Context, o Options) {
 			failed, wait = err.Error(), leastLookup
 		default:
 			failed = ""
-			p.mu.Lock()
-			p.known = addresses
-			p.mu.Unlock()
+			p.know(addresses)
 		}
 		timer := time.NewTimer(wait)
 		select {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -181,5 +182,52 @@ func TestReference(t *testing.T) {
 	cancel()
 	if r.connects(ctx) {
 		t.Error("without an answer: reachable")
+	}
+}
+
+// A router of the look-up is missing once it has not been heard for long enough, however long it
+// has been known; the own address never is.
+func TestPeersMissing(t *testing.T) {
+	own, other, third := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")
+	p := &peers{own: netip.AddrPortFrom(own, 9467), heard: map[uint64]*heard{}}
+	missing := func(want ...netip.Addr) {
+		t.Helper()
+		if list, _ := p.missing(); !slices.Equal(list, want) {
+			t.Errorf("expected %v, found %v", want, list)
+		}
+	}
+	long := time.Now().Add(-2 * forgetAfter)
+	p.know([]netip.Addr{third, own, other})
+	missing()
+	p.since[other], p.since[third] = long, long
+	missing(other, third)
+	p.know([]netip.Addr{own, other, third}) // again
+	missing(other, third)
+	p.from(2, other)
+	p.note(heartbeat(2, 1), election.DefaultInterval)
+	missing(third)
+	p.know([]netip.Addr{own, other})
+	missing()
+}
+
+// The last heartbeat with another key is known, of a router of the look-up only.
+func TestPeersKeysDiffer(t *testing.T) {
+	all, _ := between(t, "0123456789abcdef", "another key......", "")
+	for _, p := range all[1:] {
+		p.know([]netip.Addr{all[0].own.Addr()})
+		p.send(heartbeat(9, 1))
+	}
+	until(t, "two packets are refused", func() bool { return all[0].refused.Load() == 2 })
+	if _, u := all[0].missing(); !u.At.IsZero() {
+		t.Errorf("of a stranger: %+v", u)
+	}
+	for i, p := range all[1:] {
+		all[0].know([]netip.Addr{p.own.Addr()})
+		p.send(heartbeat(9, 2))
+		var u Unkeyed
+		until(t, "the heartbeat is known", func() bool { _, u = all[0].missing(); return u.Address == p.own.Addr() })
+		if u.Keyed != (i == 0) || u.At.IsZero() {
+			t.Errorf("%+v", u)
+		}
 	}
 }

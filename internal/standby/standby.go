@@ -62,11 +62,15 @@ type Status struct {
 	Since time.Time // of the role
 	Why   string    // reason of the last change of the role
 
-	Peers []Peer
-	// PermitLeft is how long the gate stays open without another answer; zero: it is shut.
-	PermitLeft time.Duration
+	Own     Peer // this router; Heard is zero
+	Peers   []Peer
+	Missing []netip.Addr // routers of the look-up of which no heartbeat has come for 10 s
+	Unkeyed Unkeyed      // last heartbeat of a router of the look-up with another key
+
 	Echoed     time.Time     // time of the last answer of the witness; zero: none yet
 	RoundTrip  time.Duration // of that answer
+	Pinged     time.Time     // time of the last ping; zero: none yet
+	Unanswered int           // pings since the last answer
 
 	TakeOvers map[string]uint64 // times that this router became active, by the reason
 	TakenOver time.Time         // last time; zero: never
@@ -77,14 +81,32 @@ type Status struct {
 	TroubleAt time.Time
 }
 
-// A Peer is another router with the same addresses.
+// A Peer is a router with the same addresses.
 type Peer struct {
-	Address  netip.Addr
+	Address  netip.Addr // on the cluster side
 	State    election.State
 	Priority uint8
-	Healthy  bool
-	MAC      [6]byte
-	Heard    time.Time
+	Healthy  bool      // it could take over
+	MAC      [6]byte   // on the physical network; zero: it has no interface there
+	Heard    time.Time // last time
+}
+
+// Unkeyed is a heartbeat that the own key does not authenticate.
+type Unkeyed struct {
+	Address netip.Addr
+	Keyed   bool      // it has a key
+	At      time.Time // zero: there was none
+}
+
+// Holder returns the other router that holds the addresses: the last one that was heard as the
+// active router, unless that was before a time. It is false if none is known.
+func (s Status) Holder(after time.Time) (holder Peer, known bool) {
+	for _, p := range s.Peers {
+		if p.State == election.Active && p.Heard.After(after) {
+			holder, known, after = p, true, p.Heard
+		}
+	}
+	return holder, known
 }
 
 // A Runner takes part in the election.
@@ -138,11 +160,17 @@ func (r *Runner) Status() Status {
 	s := r.status
 	s.TakeOvers = maps.Clone(r.status.TakeOvers)
 	r.mu.Unlock()
+	s.Own.Address, s.Own.State, s.Own.Priority, s.Own.MAC = r.o.Listen.Addr(), s.Role, r.o.Settings.Priority, r.ground.hardware()
 	s.Peers = r.peers.list()
+	s.Missing, s.Unkeyed = r.peers.missing()
 	s.Refused = r.peers.refused.Load()
 	s.Lost = r.peers.lost.Load()
 	return s
 }
+
+// PermitLeft returns how long the gate stays open without another answer of the witness; zero:
+// it is shut. It asks the kernel.
+func (r *Runner) PermitLeft() (time.Duration, error) { return r.gate().Left() }
 
 // PeerMAC reports whether a hardware address is that of another router with the addresses.
 func (r *Runner) PeerMAC(mac [6]byte) bool { return r.peers.has(mac) }
@@ -204,6 +232,9 @@ func (r *Runner) post(e election.Event) {
 func (r *Runner) poll() {
 	if ready := r.o.Ready(); ready != r.ready {
 		r.ready = ready
+		r.mu.Lock()
+		r.status.Own.Healthy = ready
+		r.mu.Unlock()
 		r.step(election.Event{Kind: election.Ready, OK: ready})
 	}
 	if r.polls++; r.machine.State() != election.Active || r.polls%permitPolls != 0 {
@@ -268,15 +299,13 @@ func (r *Runner) carryOut(a election.Action) (*election.Event, error) {
 			return nil, err
 		}
 		r.said(r.ground.ping(a.Number, r.now()))
+		r.pinged(a.Number)
 	case election.Probe:
 		r.said(r.ground.probe())
 	case election.Announce:
 		r.said(r.ground.announce())
 	case election.Read:
 		left, err := r.gate().Left()
-		r.mu.Lock()
-		r.status.PermitLeft = left
-		r.mu.Unlock()
 		return &election.Event{Kind: election.Permitted, Left: left}, err
 	case election.Send:
 		a.Heartbeat.MAC = r.ground.hardware()
@@ -306,9 +335,6 @@ const shutAttempts = 3
 func (r *Runner) shut() (err error) {
 	for range shutAttempts {
 		if err = r.gate().Shut(); err == nil {
-			r.mu.Lock()
-			r.status.PermitLeft = 0
-			r.mu.Unlock()
 			return nil
 		}
 	}
@@ -344,6 +370,17 @@ func (r *Runner) became(a election.Action) {
 	}
 }
 
+// pinged records a ping, unless it could not be sent.
+func (r *Runner) pinged(number uint32) {
+	if _, sent := r.ground.sent(number); !sent {
+		return
+	}
+	r.mu.Lock()
+	r.status.Pinged = time.Now()
+	r.status.Unanswered++
+	r.mu.Unlock()
+}
+
 // echoed records an answer of the witness.
 func (r *Runner) echoed(number uint32, now time.Duration) {
 	sent, known := r.ground.sent(number)
@@ -351,7 +388,7 @@ func (r *Runner) echoed(number uint32, now time.Duration) {
 		return
 	}
 	r.mu.Lock()
-	r.status.Echoed, r.status.RoundTrip = time.Now(), now-sent
+	r.status.Echoed, r.status.RoundTrip, r.status.Unanswered = time.Now(), now-sent, 0
 	r.mu.Unlock()
 }
 
