@@ -3,6 +3,7 @@ package lab
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -262,7 +263,7 @@ func (s *Site) lay(c cable) error {
 // configureSite adds the macvlan links, the servers, and what the server admits.
 func (s *Site) configureSite() error {
 	for _, n := range s.Nodes {
-		if err := s.addMacvlan(n); err != nil {
+		if err := s.addMacvlan(n, n.Host, netlink.MACVLAN_MODE_PRIVATE); err != nil {
 			return err
 		}
 	}
@@ -305,8 +306,8 @@ func (s *Site) configureSite() error {
 `, WANLink, Source, FirstPort, LastPort, Remote[0]))
 }
 
-func (s *Site) addMacvlan(n *SiteNode) error {
-	h, err := s.Netlink(n.Host)
+func (s *Site) addMacvlan(n *SiteNode, host *netns.Namespace, mode netlink.MacvlanMode) error {
+	h, err := s.Netlink(host)
 	if err != nil {
 		return err
 	}
@@ -317,8 +318,47 @@ func (s *Site) addMacvlan(n *SiteNode) error {
 	}
 	a := s.attrs(s.MacvlanName)
 	a.ParentIndex, a.MTU, a.Namespace = parent.Attrs().Index, parent.Attrs().MTU, netlink.NsFd(n.Pod.Fd())
-	if err := h.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PRIVATE}); err != nil {
+	if err := h.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: mode}); err != nil {
 		return fmt.Errorf("creating macvlan %q on %q: %w", s.MacvlanName, NIC, err)
+	}
+	return nil
+}
+
+// MoveMacvlan replaces a pod's macvlan0 by one on the NIC of another node, where its pod would
+// be if the other node ran it.
+func (s *Site) MoveMacvlan(node, to int, mode netlink.MacvlanMode) error {
+	h, err := s.Netlink(s.Nodes[node].Pod)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	link, err := h.LinkByName(s.MacvlanName)
+	if err == nil {
+		err = h.LinkDel(link)
+	}
+	if err != nil {
+		return fmt.Errorf("deleting link %q: %w", s.MacvlanName, err)
+	}
+	return s.addMacvlan(s.Nodes[node], s.Nodes[to].Host, mode)
+}
+
+// SetMAC gives a pod's macvlan0 a hardware address.
+func (s *Site) SetMAC(node int, mac string) error {
+	hardware, err := net.ParseMAC(mac)
+	if err != nil {
+		return fmt.Errorf("parsing a hardware address: %w", err)
+	}
+	h, err := s.Netlink(s.Nodes[node].Pod)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	link, err := h.LinkByName(s.MacvlanName)
+	if err == nil {
+		err = h.LinkSetHardwareAddr(link, hardware)
+	}
+	if err != nil {
+		return fmt.Errorf("setting the hardware address of link %q: %w", s.MacvlanName, err)
 	}
 	return nil
 }
