@@ -58,6 +58,9 @@ type Heartbeat struct {
 	// wait, or 0. The sender's gate is shut.
 	Promise   uint32
 	PromiseTo uint64
+	// FirstPort and LastPort are the range of source ports of the connections that enter by
+	// the sender, whose packets others carry. Zero: its connections are not carried.
+	FirstPort, LastPort uint16
 }
 
 const (
@@ -68,6 +71,9 @@ const (
 	// AuthenticatedSize is the length of a heartbeat with a key: HMAC-SHA256 (RFC 2104)
 	// over the rest follows.
 	AuthenticatedSize = HeartbeatSize + sha256.Size
+	// PortsSize is the length of the range of ports, which follows the rest of a heartbeat
+	// whose sender has one.
+	PortsSize = 4
 
 	flagHealthy  = 1 << 0
 	flagResigned = 1 << 1
@@ -86,6 +92,9 @@ var (
 //	 0 2 magic     3 1 state      6 8 ID        20 4 sequence   26 4 ask        34 8 promise to
 //	 2 1 version   4 1 flags     14 6 MAC       24 2 interval   30 4 promise
 //	               5 1 priority                      (ms)
+//
+// The first and the last port follow, two bytes each, unless they are zero. A version without
+// them refuses a heartbeat with them.
 func (h Heartbeat) Append(b, key []byte) []byte {
 	start := len(b)
 	var flags uint8
@@ -104,6 +113,10 @@ func (h Heartbeat) Append(b, key []byte) []byte {
 	b = binary.BigEndian.AppendUint32(b, h.Ask)
 	b = binary.BigEndian.AppendUint32(b, h.Promise)
 	b = binary.BigEndian.AppendUint64(b, h.PromiseTo)
+	if h.LastPort != 0 {
+		b = binary.BigEndian.AppendUint16(b, h.FirstPort)
+		b = binary.BigEndian.AppendUint16(b, h.LastPort)
+	}
 	if len(key) == 0 {
 		return b
 	}
@@ -124,16 +137,22 @@ func Parse(b, key []byte) (Heartbeat, error) {
 	switch {
 	case len(b) < HeartbeatSize, binary.BigEndian.Uint16(b) != heartbeatMagic, b[2] != heartbeatVersion:
 		return Heartbeat{}, ErrFormat
-	case len(b) == HeartbeatSize && len(key) > 0, len(b) == AuthenticatedSize && len(key) == 0:
+	}
+	size := HeartbeatSize // without what authenticates it
+	if len(b) == HeartbeatSize+PortsSize || len(b) == AuthenticatedSize+PortsSize {
+		size += PortsSize
+	}
+	switch authenticated := len(b) == size+sha256.Size; {
+	case !authenticated && len(b) != size:
+		return Heartbeat{}, ErrFormat
+	case authenticated != (len(key) > 0):
 		return Heartbeat{}, ErrKey
-	case len(b) == AuthenticatedSize:
+	case authenticated:
 		mac := hmac.New(sha256.New, key)
-		mac.Write(b[:HeartbeatSize])
-		if !hmac.Equal(mac.Sum(nil), b[HeartbeatSize:]) {
+		mac.Write(b[:size])
+		if !hmac.Equal(mac.Sum(nil), b[size:]) {
 			return Heartbeat{}, ErrKey
 		}
-	case len(b) != HeartbeatSize:
-		return Heartbeat{}, ErrFormat
 	}
 	h := Heartbeat{
 		State:     State(b[3]),
@@ -147,6 +166,12 @@ func Parse(b, key []byte) (Heartbeat, error) {
 		Ask:       binary.BigEndian.Uint32(b[26:]),
 		Promise:   binary.BigEndian.Uint32(b[30:]),
 		PromiseTo: binary.BigEndian.Uint64(b[34:]),
+	}
+	if size > HeartbeatSize {
+		h.FirstPort, h.LastPort = binary.BigEndian.Uint16(b[HeartbeatSize:]), binary.BigEndian.Uint16(b[HeartbeatSize+2:])
+		if h.FirstPort == 0 || h.LastPort < h.FirstPort {
+			return Heartbeat{}, ErrFormat
+		}
 	}
 	if h.State > Resuming || b[4]&^flagsKnown != 0 || h.ID == 0 || h.Interval < MinInterval || h.Interval > MaxInterval {
 		return Heartbeat{}, ErrFormat

@@ -68,6 +68,37 @@ func TestHeartbeatKey(t *testing.T) {
 	}
 }
 
+// A range of ports follows a heartbeat, within what the key authenticates.
+func TestHeartbeatPorts(t *testing.T) {
+	beat := sampleBeat
+	beat.FirstPort, beat.LastPort = 1024, 33279
+	for _, key := range [][]byte{nil, []byte("key")} {
+		b := beat.Append(nil, key)
+		if got := hex.EncodeToString(b[:HeartbeatSize+PortsSize]); got != sampleBytes+"0400"+"81ff" {
+			t.Errorf("Append: %s", got)
+		}
+		if got, err := Parse(b, key); err != nil || got != beat {
+			t.Errorf("Parse: %+v, %v", got, err)
+		}
+		changed := with(b, HeartbeatSize, 5)
+		if _, err := Parse(changed, key); len(key) > 0 && !errors.Is(err, ErrKey) {
+			t.Errorf("another port: %v, want %v", err, ErrKey)
+		}
+		if _, err := Parse(b[:len(b)-1], key); !errors.Is(err, ErrFormat) {
+			t.Errorf("short: %v, want %v", err, ErrFormat)
+		}
+	}
+	plain := beat.Append(nil, nil)
+	if _, err := Parse(plain, []byte("key")); !errors.Is(err, ErrKey) {
+		t.Errorf("key expected: %v, want %v", err, ErrKey)
+	}
+	for _, wrong := range [][]byte{with(plain, HeartbeatSize, 0xff), with(with(plain, HeartbeatSize, 0), HeartbeatSize+1, 0)} {
+		if _, err := Parse(wrong, nil); !errors.Is(err, ErrFormat) {
+			t.Errorf("range %x: %v, want %v", wrong[HeartbeatSize:], err, ErrFormat)
+		}
+	}
+}
+
 func with(b []byte, i int, v byte) []byte {
 	b = bytes.Clone(b)
 	b[i] = v
@@ -77,6 +108,10 @@ func with(b []byte, i int, v byte) []byte {
 func FuzzParse(f *testing.F) {
 	f.Add(sampleBeat.Append(nil, nil), []byte(nil))
 	f.Add(sampleBeat.Append(nil, []byte("key")), []byte("key"))
+	ports := sampleBeat
+	ports.FirstPort, ports.LastPort = 1024, 33279
+	f.Add(ports.Append(nil, nil), []byte(nil))
+	f.Add(ports.Append(nil, []byte("key")), []byte("key"))
 	f.Add([]byte{}, []byte("key"))
 	f.Fuzz(func(t *testing.T, b, key []byte) {
 		h, err := Parse(b, key)
