@@ -171,7 +171,8 @@ type Rule struct {
 
 	Target Target
 	To     netip.Addr
-	ToPort Port // of DNAT; zero: the port is unchanged
+	ToPort Port // of DNAT, and the first one of SNAT; zero: the port is unchanged
+	ToLast Port // the last port of SNAT
 	// OneOf matches one of that many packets, at random; zero: every one. Redirects to
 	// several addresses have it.
 	OneOf  uint8
@@ -265,7 +266,20 @@ type Sides struct {
 	// The connections that may cross to the egress side.
 	Crossing Crossing
 	Helpers  []Helper // helpers to attach, by the port of the server
+	Carry    Carry
 }
+
+// A Carry is the tunnel between the routers of one address, by which the one that does not
+// hold it sends and receives the IPv4 packets of the connections that enter by it. The zero
+// Carry is none.
+type Carry struct {
+	Interface   string
+	UDP         Port // port of the tunnel's packets on the cluster side
+	First, Last Port // source ports of the router's own connections, which no other router has
+}
+
+// carries reports whether packets of a family use the tunnel.
+func (s Sides) carries(f Family) bool { return s.Carry.Interface != "" && f == IPv4 }
 
 // MostSources is the largest number of reserved addresses of one family. Rules for each
 // packet match each of them.
@@ -356,6 +370,9 @@ const (
 // options, never larger than the packet that it answers: a flood with forged
 // sources is not amplified. It leaves by the egress side or not at all.
 //
+// With a tunnel to other routers of the address, a connection that enters here may leave by
+// the tunnel, with the same source, and the packets of theirs cross here in both directions.
+//
 // A client has one of several reserved addresses for as long as these stay. Sockets of the
 // pod keep the one that they have. A rule for each of several addresses returns in front
 // of the one that drops all others.
@@ -382,7 +399,7 @@ func redirectChains(f Family, set Set, sides Sides) (chains []Chain) {
 	}
 	return append(chains,
 		Chain{f, NAT, Prerouting, redirectRules(set.refuse(f, sides), set.FallbackOf(f), sides)},
-		Chain{f, Filter, Forward, forwardRules(sides)},
+		Chain{f, Filter, Forward, slices.Concat(carriedRules(f, sides), forwardRules(sides))},
 		Chain{f, Filter, Input, append(inputRules(f, sides), Rule{In: sides.Cluster, Invalid: true, Target: Drop, Reason: Invalid})},
 		Chain{f, Mangle, Output, []Rule{
 			{Marked: sides.Mark, Reply: true, Target: MarkPacket, Mark: sides.Mark},
@@ -430,6 +447,9 @@ func arrivalRules(f Family, sides Sides, marks bool) []Rule {
 	var replies []Rule
 	if marks {
 		replies = []Rule{{In: sides.Egress, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark}}
+	}
+	if marks && sides.carries(f) {
+		replies = append(replies, Rule{In: sides.Carry.Interface, Marked: sides.Mark, Target: MarkPacket, Mark: sides.Mark})
 	}
 	sources := sides.SourcesOf(f)
 	if alone(f, sources) {
@@ -493,6 +513,9 @@ func redirectRules(refuse []Rule, fallback netip.Addr, sides Sides) []Rule {
 		if sides.Peers != 0 {
 			rules = append(rules, Rule{In: sides.Cluster, Protocol: UDP, Port: sides.Peers, Target: Return})
 		}
+		if sides.Carry.Interface != "" {
+			rules = append(rules, Rule{In: sides.Cluster, Protocol: UDP, Port: sides.Carry.UDP, Target: Return})
+		}
 		rules = append(rules, Rule{In: sides.Cluster, Target: DNAT, To: fallback})
 	}
 	return rules
@@ -514,6 +537,27 @@ func forwardRules(sides Sides) []Rule {
 		{In: sides.Egress, Target: Drop, Reason: PhysicalNetwork},
 		{Target: Drop, Reason: OtherInterface},
 	}
+}
+
+// carriedRules returns the rules for packets that cross by the tunnel. Those of another
+// router's connections have no connection here: package nft exempts those of known routers
+// from tracking, and drops what else arrives by the tunnel. The others are of redirected
+// connections that enter here.
+func carriedRules(f Family, sides Sides) (rules []Rule) {
+	if !sides.carries(f) {
+		return nil
+	}
+	tunnel, closed := sides.Carry.Interface, sides.Crossing == CrossRedirected
+	rules = []Rule{
+		{In: sides.Cluster, Out: tunnel, Redirected: closed, Original: true, Target: Return},
+		{In: tunnel, Out: sides.Cluster, Redirected: closed, Reply: true, Target: Return},
+	}
+	for _, s := range sides.SourcesOf(f) {
+		rules = append(rules,
+			Rule{From: only(s), In: tunnel, Out: sides.Egress, Unconnected: true, Target: Return},
+			Rule{Toward: only(s), In: sides.Egress, Out: tunnel, Unconnected: true, Target: Return})
+	}
+	return append(rules, Rule{In: tunnel, Target: Drop, Reason: OtherInterface})
 }
 
 // forwardNothing returns the rules that drop every forwarded packet.
@@ -549,6 +593,9 @@ func inputRules(f Family, sides Sides) []Rule {
 	}
 	for _, s := range sides.SourcesOf(f) {
 		rules = append(rules, Rule{In: sides.Egress, Toward: only(s), Protocol: TCP, Original: true, Target: Reject, Reason: PhysicalNetwork})
+	}
+	if sides.carries(f) { // of connections that have ended
+		rules = append(rules, Rule{In: sides.Carry.Interface, Target: Drop, Reason: Invalid})
 	}
 	return append(rules,
 		Rule{In: sides.Egress, Unconnected: true, Target: Drop, Reason: Invalid},
@@ -586,8 +633,30 @@ func forgedRules(f Family, sides Sides) (rules []Rule) {
 	return rules
 }
 
-// sourceRules returns the rules that set the source.
+// sourceRules returns the rules that set the source. With a tunnel the ports are those of the
+// router's range, by which the holder of the address knows whose connection a reply is of.
 func sourceRules(f Family, sides Sides) (rules []Rule) {
+	rules = addressRules(f, sides)
+	if !sides.carries(f) {
+		return rules
+	}
+	var all []Rule
+	for _, out := range []string{sides.Egress, sides.Carry.Interface} {
+		for _, r := range rules {
+			r.Out = out
+			for _, p := range []Protocol{TCP, UDP, SCTP} {
+				ranged := r
+				ranged.Protocol, ranged.ToPort, ranged.ToLast = p, sides.Carry.First, sides.Carry.Last
+				all = append(all, ranged)
+			}
+			all = append(all, r)
+		}
+	}
+	return all
+}
+
+// addressRules returns the rules that set the source's address.
+func addressRules(f Family, sides Sides) (rules []Rule) {
 	sources := sides.SourcesOf(f)
 	if len(sources) > 1 {
 		for _, s := range sources { // of the pod's sockets
@@ -636,10 +705,19 @@ func shares(i, n int) (shares []Share) {
 // guardRules returns the source guard.
 func guardRules(f Family, sides Sides) (rules []Rule) {
 	sources := sides.SourcesOf(f)
+	if sides.carries(f) {
+		// What the holder sends back has it as the destination.
+		for _, s := range sources {
+			rules = append(rules,
+				Rule{Out: sides.Carry.Interface, From: only(s), Target: Return},
+				Rule{Out: sides.Carry.Interface, Toward: only(s), Target: Return})
+		}
+		rules = append(rules, Rule{Out: sides.Carry.Interface, Target: Drop, Reason: WrongSource})
+	}
 	drop := Rule{Out: sides.Egress, Target: Drop, Reason: WrongSource}
 	if alone(f, sources) {
 		drop.NotFrom = only(sources[0])
-		return []Rule{drop}
+		return append(rules, drop)
 	}
 	for _, s := range sources {
 		rules = append(rules, Rule{Out: sides.Egress, From: only(s), Target: Return})

@@ -262,5 +262,9 @@ func (r *Rule) appendTarget(b []byte, family Family) []byte {
 		b = append(b, '/')
 		b = strconv.AppendUint(b, uint64(r.Port), 10)
 	}
+	if r.ToLast != 0 {
+		b = append(b, '-')
+		b = strconv.AppendUint(b, uint64(r.ToLast), 10)
+	}
 	return b
 }

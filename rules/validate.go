@@ -230,8 +230,10 @@ func (p Plan) faultOfTarget(c Chain, r Rule) string {
 	switch {
 	case translates != r.To.IsValid() || r.To.IsValid() && r.To.IsUnspecified():
 		return "only DNAT and SNAT need an address"
-	case r.ToPort != 0 && (r.Target != DNAT || !r.Protocol.hasPorts()):
-		return "a port to translate to needs DNAT and the protocol TCP, UDP or SCTP"
+	case r.ToPort != 0 && (!translates || !r.Protocol.hasPorts()):
+		return "a port to translate to needs DNAT or SNAT and the protocol TCP, UDP or SCTP"
+	case r.Target == SNAT && r.ToPort != 0 && r.ToPort >= r.ToLast, r.ToLast != 0 && (r.Target != SNAT || r.ToPort == 0):
+		return "SNAT translates to a range of ports"
 	case r.Shifts, r.Limits != Limited{}:
 		return "only redirects shift ports or have limits"
 	case r.OneOf != 0, r.Name != "":

@@ -219,6 +219,10 @@ func (f format) actions(r rules.Rule) []expr.Any {
 			nat.RegProtoMin, nat.RegProtoMax, nat.Specified = nextRegister, nextRegister, true
 			e = append(e, &expr.Immediate{Register: nextRegister, Data: []byte{byte(r.ToPort >> 8), byte(r.ToPort)}})
 		}
+		if r.ToLast != 0 {
+			nat.RegProtoMax = unix.NFT_REG_3
+			e = append(e, &expr.Immediate{Register: unix.NFT_REG_3, Data: []byte{byte(r.ToLast >> 8), byte(r.ToLast)}})
+		}
 		return append(e, nat)
 	case rules.MarkPacket:
 		return []expr.Any{
@@ -314,7 +318,7 @@ func pathMSS() []expr.Any {
 // rollback. No other rule with a TCP option at its end is ours.
 func listed(rule []expr.Any) []expr.Any {
 	if last := len(rule) - 1; last >= 0 {
-		if nat, is := rule[last].(*expr.NAT); is && nat.RegProtoMin != nat.RegProtoMax {
+		if nat, is := rule[last].(*expr.NAT); is && nat.Type == expr.NATTypeDestNAT && nat.RegProtoMin != nat.RegProtoMax {
 			rule[last] = &movingNAT{*nat}
 		}
 		if _, writes := rule[last].(*expr.Exthdr); writes {

@@ -68,8 +68,9 @@ func beginTx(t *testing.T) *Tx {
 // After a change from every plan to every plan the kernel lists the loaded rules, and
 // undo restores the former state.
 func TestApply(t *testing.T) {
-	open := sides
+	open, carries := sides, sides
 	open.Crossing = rules.CrossAll
+	carries.Carry = rules.Carry{Interface: "tunnel0", UDP: 9468, First: 1024, Last: 33279}
 	helped, other := sides, sides
 	helped.Helpers = []rules.Helper{{Name: "tftp", Protocol: rules.UDP, Port: 69}, {Name: "ftp", Protocol: rules.TCP, Port: 21}}
 	other.Helpers = helped.Helpers[1:]
@@ -82,6 +83,7 @@ func TestApply(t *testing.T) {
 		"another":     parse(t, "80 tcp 203.0.113.26\n8081 tcp 203.0.113.26 80\n"),
 		"large":       parse(t, lines(10000)),
 		"open":        rules.NewPlan(rules.Set{}, open),
+		"carry":       rules.NewPlan(rules.Set{}, carries),
 		"proxy":       rules.NewProxyPlan(sides),
 		"helpers":     rules.NewPlan(rules.Set{Fallback: netip.MustParseAddr("203.0.113.27")}, helped),
 		"helper":      rules.NewPlan(rules.Set{}, other),
