@@ -58,7 +58,12 @@ type Gate struct {
 	// permits. The kernel rounds them down to its ticks, of 1 to 10 ms.
 	Ticket, Permit time.Duration
 	WithoutEgress  bool // the kernel has no egress hook
-	Index          int  // of the interface; zero: it is looked up, which waits on a busy machine
+	// Steers is an interface whose packets get SteerMark, of the bits SteerMask, as they arrive
+	// while the gate is shut, so that a routing rule leads them elsewhere; empty: there is none.
+	// The kernel does that by itself, as it shuts.
+	Steers               string
+	SteerMark, SteerMask uint32
+	Index                int // of the interface; zero: it is looked up, which waits on a busy machine
 
 	socket *lasting // nil: each call opens one
 }
@@ -76,6 +81,7 @@ const (
 	leaveChain   = "leave" // the rules of egress for the interface, in inet
 	pingChain    = "ping"  // our pings to a witness
 	replyChain   = "reply" // their answers
+	steerChain   = "steer" // ingress of Gate.Steers
 )
 
 // gateSets are the gate's sets, in the order of their creation.
@@ -135,6 +141,8 @@ func (g Gate) Validate() error {
 		return fmt.Errorf("gate: expected a reserved address and one witness of its family, found %v and %v", g.Sources, g.Witnesses)
 	case g.Mark == 0:
 		return errors.New("gate: expected a mark, found none")
+	case g.Steers != "" && (g.Steers == g.Interface || g.SteerMark == 0 || g.SteerMark&^g.SteerMask != 0):
+		return fmt.Errorf("gate: expected another interface to steer and a mark, found %q and 0x%x/0x%x", g.Steers, g.SteerMark, g.SteerMask)
 	case g.Ticket < tick || g.Permit < tick: // without a lifetime an element stays
 		return fmt.Errorf("gate: expected lifetimes of at least %v, found %v and %v", tick, g.Ticket, g.Permit)
 	}
@@ -162,8 +170,15 @@ func (g Gate) chains() []gateChain {
 	ping, reply := g.pings()
 	egress := gateChain{name: egressChain, based: true, hook: netdevEgress, device: g.Interface, drops: true, rules: g.egress()}
 	ingress := gateChain{name: ingressChain, based: true, hook: netdevIngress, device: g.Interface, rules: g.ingress()}
+	var steer []gateChain
+	if g.Steers != "" {
+		steer = []gateChain{{name: steerChain, based: true, hook: netdevIngress, device: g.Steers, rules: g.steer()}}
+	}
 	if !g.WithoutEgress {
-		return []gateChain{ping, reply, egress, ingress}
+		return append([]gateChain{ping, reply, egress, ingress}, steer...)
+	}
+	for i := range steer {
+		steer[i].hook = inetIngress
 	}
 	leave := gateChain{name: leaveChain, rules: egress.rules}
 	egress = gateChain{name: egressChain, based: true, hook: uint32(*nftables.ChainHookPostrouting), at: int32(*nftables.ChainPriorityNATSource) + 2, rules: [][]expr.Any{{
@@ -171,7 +186,28 @@ func (g Gate) chains() []gateChain {
 		&expr.Verdict{Kind: expr.VerdictGoto, Chain: leaveChain},
 	}}}
 	ingress.hook = inetIngress
-	return []gateChain{reply, leave, egress, ingress}
+	return append([]gateChain{reply, leave, egress, ingress}, steer...)
+}
+
+// anyInterface is the key of the sets that stands for an open gate where a packet arrives that
+// another interface would send. No interface has the index 0.
+var anyInterface = make([]byte, 4)
+
+func loadAny() expr.Any { return &expr.Immediate{Register: register, Data: anyInterface} }
+
+// steer returns the rules that mark what arrives while the gate is shut.
+func (g Gate) steer() [][]expr.Any {
+	return [][]expr.Any{
+		{loadAny(), lookUpIn(permitSet), lookUpIn(openSet), &expr.Verdict{Kind: expr.VerdictAccept}},
+		{
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+			&expr.Bitwise{
+				SourceRegister: register, DestRegister: register, Len: 4,
+				Mask: binaryutil.NativeEndian.PutUint32(^g.SteerMask), Xor: binaryutil.NativeEndian.PutUint32(g.SteerMark),
+			},
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: register, SourceRegister: true},
+		},
+	}
 }
 
 // pings returns the chains of our pings and their answers.
@@ -187,7 +223,11 @@ func (g Gate) pings() (ping, reply gateChain) {
 	// Packet sockets have the answers; nothing else in the namespace has asked.
 	drop := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
 	for _, set := range []string{permitSet, armSet} {
-		reply.rules = append(reply.rules, append(append(arrives(set), update(permitSet, g.Permit)), drop...))
+		extend := append(arrives(set), update(permitSet, g.Permit))
+		if g.Steers != "" {
+			extend = append(extend, loadAny(), update(permitSet, g.Permit))
+		}
+		reply.rules = append(reply.rules, append(extend, drop...))
 	}
 	reply.rules = append(reply.rules, drop)
 	return ping, reply
