@@ -36,6 +36,9 @@ type Gate struct {
 	// Partial: the kernel cannot hold back ARP, so that it has to leave requests for the
 	// addresses unanswered.
 	Partial bool
+	// Steers is the interface whose packets are marked while the gate is shut; empty: none.
+	Steers               string
+	SteerMark, SteerMask uint32
 }
 
 // WithRole returns what the namespace shall be in a role.
@@ -51,7 +54,9 @@ func gateOf(r spec.Router) *Gate {
 		return nil
 	}
 	times := election.Settings{Interval: r.Standby.Interval}
-	return &Gate{Interface: r.Egress, Sources: r.Sources.Addresses(), Witness: r.Standby.Witness, Mark: gateMark, Ticket: times.Ticket(), Permit: times.Permit()}
+	g := &Gate{Interface: r.Egress, Sources: r.Sources.Addresses(), Witness: r.Standby.Witness, Mark: gateMark, Ticket: times.Ticket(), Permit: times.Permit()}
+	g.steer(carryOf(r))
+	return g
 }
 
 type (

@@ -21,8 +21,9 @@ type Want struct {
 	Rules    rules.Plan
 	Forward  bool // the namespace forwards between the two sides
 	Conflict spec.Conflict
-	Gate     *Gate // nil: the router is the only one with its addresses
-	Role     Role  // with a gate: who announces the addresses is decided elsewhere
+	Gate     *Gate  // nil: the router is the only one with its addresses
+	Role     Role   // with a gate: who announces the addresses is decided elsewhere
+	Carry    *Carry // nil: connections stay with the router that they enter by
 	// Start: the address is announced and the gateway asked also without a change, and
 	// other holders are looked for before the address is taken. Without it the steps are
 	// repairs.
@@ -38,7 +39,7 @@ func WantOf(r spec.Router) Want {
 			Interface: r.Egress, Sources: r.Sources,
 			Cluster: ClusterSide{Interface: r.Cluster, Mark: uint32(r.ReplyMark), Table: r.ReplyTable, Destinations: r.ClusterDestinations},
 		},
-		Rules: r.Plan(), Forward: r.Forward, Conflict: r.Conflict, Gate: gateOf(r),
+		Rules: r.Plan(), Forward: r.Forward, Conflict: r.Conflict, Gate: gateOf(r), Carry: carryOf(r),
 	}
 	if want.Gate != nil {
 		want = want.WithRole(Standby)
@@ -63,6 +64,9 @@ type Have struct {
 	// what is there.
 	Gate   []string
 	Fenced bool // this run has changed the gate
+	// Carry has the same of the tunnel.
+	Carry     []string
+	Connected bool // this run has set the tunnel up, or failed to
 
 	Failed    []string    // the optional changes that failed, which are not tried again
 	Loaded    *rules.Plan // what this run has loaded last; nil: nothing
@@ -244,9 +248,11 @@ func Steps(want Want, have Have) []Group {
 	of4 := func(c Change) bool { return !c.Address.Addr().Is6() }
 	add(Claim, slices.Concat(unfence(want, have), steps(claim), announce(want, have, slices.ContainsFunc(claim, of4)))...)
 	add(Routing, steps(without(all, slices.Concat(prepare, claim)))...)
+	var complete []Step
 	if len(have.Differs) > 0 && (loaded == nil || !loaded.Equal(want.Rules)) {
-		add(Rules, Load{Rules: want.Rules, Why: why})
+		complete = append(complete, Load{Rules: want.Rules, Why: why})
 	}
+	add(Rules, append(complete, connect(want, have)...)...)
 	if want.Start { // while a router stays, another program may have changed the rules
 		add(Leaving, steps(have.remaining(want.Network.leave(have.State, have.Former)))...)
 	}
@@ -297,7 +303,7 @@ func isListed(s Step, groups []Group) bool {
 func (g Group) Changes() bool {
 	return slices.ContainsFunc(g.Steps, func(s Step) bool {
 		switch s.(type) {
-		case Create, Load, Change, RemoveStray, Fence, RemoveGate:
+		case Create, Load, Change, RemoveStray, Fence, RemoveGate, Connect, RemoveCarry:
 			return true
 		}
 		return false

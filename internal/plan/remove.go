@@ -41,6 +41,9 @@ func Remove(want Want, have Have, before State) []Step {
 	for _, name := range have.Strays {
 		all = append(all, RemoveStray{name})
 	}
+	if len(have.Carry) > 0 {
+		all = append(all, RemoveCarry{})
+	}
 	if len(have.Gate) > 0 {
 		all = append(all, RemoveGate{})
 	}

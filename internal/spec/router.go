@@ -99,6 +99,9 @@ func (r Router) Sides() rules.Sides {
 	}
 	if r.Standby != nil {
 		sides.Peers = rules.Port(r.Standby.Port)
+		if c := r.Standby.Carry; c != nil {
+			sides.Carry = rules.Carry{Interface: CarryInterface, UDP: CarryPort, First: c.First, Last: c.Last}
+		}
 	}
 	return sides
 }

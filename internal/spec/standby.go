@@ -3,6 +3,8 @@ package spec
 import (
 	"net/netip"
 	"time"
+
+	"github.com/egress-router/egress-router/rules"
 )
 
 // A Standby makes a router one of several with the same addresses, of which at most one
@@ -14,7 +16,25 @@ type Standby struct {
 	// gateway, or a host beyond it; of the family of the first source.
 	Witness netip.Addr
 	Fence   Fence
+	Carry   *Carry // nil: a connection ends if another router than that by which it enters holds the addresses
 }
+
+// A Carry is the part of a router in a tunnel between those with its addresses.
+type Carry struct {
+	// The range of source ports of its connections, which no other router has. Zero: the front
+	// end does not know it yet.
+	First, Last rules.Port
+}
+
+// The tunnel's name, and its UDP port on the cluster side: the one behind that of heartbeats.
+const (
+	CarryInterface            = "egress-carry"
+	CarryPort      rules.Port = 9468
+)
+
+// CarryMarks are the bits of the marks of packets for the tunnel, four that no known program of
+// a pod uses; those who use bits of the upper half do in the network namespace of the node.
+const CarryMarks = 0x0f000000
 
 // A Fence is what a router does on a kernel that cannot hold back all packets of one that
 // has lost the addresses.

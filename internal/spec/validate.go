@@ -148,11 +148,17 @@ func (r Router) ValidateStandby() []Fault {
 	if r.Standby == nil {
 		return nil
 	}
-	port := rules.Port(r.Standby.Port)
-	if !slices.ContainsFunc(r.Set.Redirects, func(redirect rules.Redirect) bool { return redirect.Contains(rules.UDP, port) }) {
-		return nil
+	ports := []rules.Port{rules.Port(r.Standby.Port)}
+	if r.Standby.Carry != nil {
+		ports = append(ports, CarryPort)
 	}
-	return []Fault{{Field: wording.Standby, Why: wording.Textf("the routers of one address speak with each other by UDP port %d, which is also a local port of the destinations: redirect another port", port)}}
+	var faults []Fault
+	for _, port := range ports {
+		if slices.ContainsFunc(r.Set.Redirects, func(redirect rules.Redirect) bool { return redirect.Contains(rules.UDP, port) }) {
+			faults = append(faults, Fault{Field: wording.Standby, Why: wording.Textf("the routers of one address speak with each other by UDP port %d, which is also a local port of the destinations: redirect another port", port)})
+		}
+	}
+	return faults
 }
 
 // unusableDestination returns why no external server has an address.
