@@ -287,6 +287,10 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 			err = c.fence(s)
 		case plan.RemoveGate:
 			err = c.removeGate(s)
+		case plan.Connect:
+			c.connect(s)
+		case plan.RemoveCarry:
+			err = c.removeCarry(s)
 		}
 		if err != nil {
 			return changed, err
@@ -321,12 +325,41 @@ func (c *change) removeStray(ctx context.Context) error {
 	return nil
 }
 
-// readGate compares the gate. Its interface may not exist yet.
+// readGate compares the gate, and the tunnel. Its interface may not exist yet.
 func (c *change) readGate() (err error) {
 	if c.router.Gate != nil {
 		c.have.Gate, err = c.router.Gate.Differs(c.want.Gate)
 	}
+	if c.router.Tunnel != nil && !c.looks && err == nil { // another process knows the peers
+		c.have.Carry, err = c.router.Tunnel.Differs(c.want.Carry)
+	}
 	return err
+}
+
+// connect sets the tunnel up. A router works without it: a failure is no error.
+func (c *change) connect(s plan.Connect) {
+	c.have.Connected = true
+	if !c.watches {
+		c.done.add(func() error { return c.router.Tunnel.Remove(c.want.Network) })
+	}
+	if err := c.router.Tunnel.Connect(s.Carry); err != nil {
+		c.warnOnce("tunnel not set up", "error", err, "effect", "connections end if another router takes the addresses over")
+		return
+	}
+	c.have.Changed = true
+	c.router.Log.Info("tunnel set up", "interface", s.Interface, "step", s.String(), "because", s.Why)
+}
+
+// removeCarry removes the tunnel of an earlier configuration, or of the router that is removed.
+func (c *change) removeCarry(s plan.RemoveCarry) error {
+	if err := c.router.Tunnel.Remove(c.want.Network); err != nil {
+		return err
+	}
+	c.have.Connected = true
+	c.note(RepairStrays, "a tunnel of an earlier configuration", "removed", func() {
+		c.router.Log.Info("network changed", "step", s.String())
+	})
+	return nil
 }
 
 // fence loads the gate.

@@ -50,6 +50,8 @@ type Router struct {
 	Next func(ctx context.Context, failed Rules, why error) (Rules, error)
 	// Gate is the kernel's gate; nil: it has none.
 	Gate Gate
+	// Tunnel is the kernel's tunnel to other routers; nil: it has none.
+	Tunnel Tunnel
 	// Strays finds rules of other backends than that of the given rules; without them,
 	// those of every backend. They are removed in this order after all other changes.
 	Strays func(context.Context, Rules) ([]Stray, error)
@@ -74,6 +76,16 @@ type Gate interface {
 	// Load loads the gate, shut.
 	Load(plan.Gate) error
 	Remove() error
+}
+
+// A Tunnel carries the packets of connections between routers with the same addresses.
+type Tunnel interface {
+	// Differs returns the differences of the kernel's tunnel; want is nil if there shall be
+	// none.
+	Differs(want *plan.Carry) ([]string, error)
+	// Connect sets the tunnel up.
+	Connect(plan.Carry) error
+	Remove(plan.Network) error
 }
 
 // Rules are the rules of one network namespace, as a backend reads them.

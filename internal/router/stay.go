@@ -225,7 +225,7 @@ func (k *Keeper) Resolve(want plan.Want) {
 // set makes want the wanted state. k.mu is locked.
 func (k *Keeper) set(want plan.Want) {
 	k.wanted = want.Rules
-	want.Rules, want.Gate = k.Router.Want.Rules, k.Router.Want.Gate
+	want.Rules, want.Gate, want.Carry = k.Router.Want.Rules, k.Router.Want.Gate, k.Router.Want.Carry
 	want = want.WithRole(k.Router.Want.Role)
 	k.Router.Want = want
 	k.narrow()
@@ -235,6 +235,14 @@ func (k *Keeper) set(want plan.Want) {
 func (k *Keeper) SetRole(role plan.Role) {
 	k.mu.Lock()
 	k.Router.Want = k.Router.Want.WithRole(role)
+	k.mu.Unlock()
+	k.trigger()
+}
+
+// SetCarry sets the tunnel to other routers, and triggers a reconcile.
+func (k *Keeper) SetCarry(carry plan.Carry) {
+	k.mu.Lock()
+	k.Router.Want.Carry = &carry
 	k.mu.Unlock()
 	k.trigger()
 }
