@@ -41,6 +41,8 @@
 //	EGRESS_STANDBY_KEY_FILE   (none) file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers
 //	EGRESS_STANDBY_ENDPOINTS  (none) name of a Service without selector in the pod's namespace, which the active router leads to itself; without it, a standby is not ready, so that a Service with a selector leaves it out
 //	EGRESS_STANDBY_FENCE      (auto) auto, or require: refuse to stand by on a kernel that cannot fence all packets (before Linux 5.16)
+//	EGRESS_STANDBY_CARRY      (off) off, or vxlan: a connection continues when another router than that by which it enters takes over, by a tunnel between the routers on the cluster side
+//	EGRESS_STANDBY_PORTS      (an equal part, in the order of EGRESS_STANDBY_PEERS if these are addresses) source ports of the connections that enter by this router, which no other router has: FIRST-LAST, or INDEX/COUNT for one of equal parts, from 0
 //	EGRESS_LOG_FORMAT         (text) format of log lines: text or json
 //	EGRESS_LOG_LEVEL          (info) minimum level of log lines: debug, info, warn or error
 //	EGRESS_ROUTER_DEBUG       (off) any value (also no, 0 and false) logs every step and all rules

@@ -65,6 +65,8 @@ type Environment struct {
 	StandbyKeyFile   string `envconfig:"EGRESS_STANDBY_KEY_FILE" spec:"standby key" unset:"none" doc:"file with a key of at least 16 bytes that authenticates heartbeats, the same for all routers"`
 	StandbyEndpoints string `envconfig:"EGRESS_STANDBY_ENDPOINTS" unset:"none" doc:"name of a Service without selector in the pod's namespace, which the active router leads to itself; without it, a standby is not ready, so that a Service with a selector leaves it out"`
 	StandbyFence     string `envconfig:"EGRESS_STANDBY_FENCE" unset:"auto" doc:"auto, or require: refuse to stand by on a kernel that cannot fence all packets (before Linux 5.16)"`
+	StandbyCarry     string `envconfig:"EGRESS_STANDBY_CARRY" unset:"off" doc:"off, or vxlan: a connection continues when another router than that by which it enters takes over, by a tunnel between the routers on the cluster side"`
+	StandbyPorts     string `envconfig:"EGRESS_STANDBY_PORTS" unset:"an equal part, in the order of EGRESS_STANDBY_PEERS if these are addresses" doc:"source ports of the connections that enter by this router, which no other router has: FIRST-LAST, or INDEX/COUNT for one of equal parts, from 0"`
 	LogEnvironment
 	Debug string `envconfig:"EGRESS_ROUTER_DEBUG" unset:"off" doc:"any value (also no, 0 and false) logs every step and all rules"`
 

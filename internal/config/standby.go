@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -73,6 +74,114 @@ func (c *Config) parseStandby(env Environment, readFile func(string) ([]byte, er
 	report(c.parseEndpoints(env.StandbyEndpoints, env.APIServer))
 	report(choose("EGRESS_STANDBY_FENCE", orDefault(env.StandbyFence, string(spec.FenceAuto)), string(spec.FenceAuto), string(spec.FenceRequire)))
 	s.Fence = spec.Fence(orDefault(env.StandbyFence, string(spec.FenceAuto)))
+	c.parseCarry(env, report)
+}
+
+// The values of EGRESS_STANDBY_CARRY.
+const (
+	carryOff   = "off"
+	carryVXLAN = "vxlan"
+)
+
+// parseCarry parses how connections continue while another router holds the addresses.
+func (c *Config) parseCarry(env Environment, report func(*Error)) {
+	const variable, ports = "EGRESS_STANDBY_CARRY", "EGRESS_STANDBY_PORTS"
+	choice := orDefault(env.StandbyCarry, carryOff)
+	report(choose(variable, choice, carryOff, carryVXLAN))
+	if choice != carryVXLAN {
+		if env.StandbyPorts != "" {
+			c.Warnings = append(c.Warnings, ports+" has no effect without "+variable+"="+carryVXLAN)
+		}
+		return
+	}
+	if len(c.Sources) > 0 && len(c.Sources.Of(false)) == 0 {
+		report(&Error{variable, variable + "=vxlan carries connections of IPv4, and there is no reserved IPv4 address", remedy("unset it")})
+		return
+	}
+	if c.ReplyMark&spec.CarryMarks != 0 {
+		report(&Error{variable, fmt.Sprintf("%s=vxlan marks packets with the bits 0x%x, of which EGRESS_REPLY_MARK has some: expected others", variable, spec.CarryMarks), ""})
+	}
+	c.Standby.Carry = &spec.Carry{}
+	if env.StandbyPorts == "" {
+		for _, name := range c.Peers.Names {
+			if _, err := netip.ParseAddr(name); err != nil {
+				report(&Error{ports, fmt.Sprintf("%s is not set, and EGRESS_STANDBY_PEERS %s is a name: the parts of the routers follow from addresses only", ports, quote(name)),
+					remedy("set it to another range on each router, such as $(INDEX)/2 with the index of the pod of a StatefulSet")})
+				return
+			}
+		}
+		return
+	}
+	first, last, why := parsePorts(env.StandbyPorts)
+	if why != "" {
+		report(&Error{ports, fmt.Sprintf("%s %s is not a range of ports: %s", ports, quote(env.StandbyPorts), why), remedy("write such as 1024-33279, or 0/2 for the first one of two equal parts")})
+		return
+	}
+	c.Standby.Carry.First, c.Standby.Carry.Last = first, last
+}
+
+// The source ports that routers divide among them, without those below 1024, by which some
+// servers recognise a privileged client (rresvport(3)).
+const firstSource, lastSource = 1024, 65535
+
+// mostParts is the largest number of routers with a tunnel: their own one, and the peers of
+// package plan.
+const mostParts = 15
+
+// Part returns the ports of one of some equal parts, by its index from 0.
+func Part(index, count int) (first, last rules.Port) {
+	size := (lastSource + 1 - firstSource) / count
+	return rules.Port(firstSource + index*size), rules.Port(firstSource + (index+1)*size - 1) //nolint:gosec // ports
+}
+
+// parsePorts parses a range of ports, or returns why it is none.
+func parsePorts(s string) (first, last rules.Port, why string) {
+	number := func(s string) int {
+		n, err := strconv.ParseUint(s, 10, 16)
+		if err != nil || strconv.FormatUint(n, 10) != s {
+			return -1
+		}
+		return int(n)
+	}
+	if a, b, is := strings.Cut(s, "/"); is {
+		index, count := number(a), number(b)
+		if index < 0 || count < 1 || count > mostParts || index >= count {
+			return 0, 0, fmt.Sprintf("the index of a part is less than their number, which is at most %d", mostParts)
+		}
+		first, last = Part(index, count)
+		return first, last, ""
+	}
+	a, b, is := strings.Cut(s, "-")
+	low, high := number(a), number(b)
+	switch {
+	case !is || low < 0 || high < 0:
+		return 0, 0, "expected two numbers"
+	case low < firstSource || high < low+1:
+		return 0, 0, fmt.Sprintf("expected more than one port, from %d to %d", firstSource, lastSource)
+	}
+	return rules.Port(low), rules.Port(high), "" //nolint:gosec // numbers of 16 bits
+}
+
+// PlaceCarry sets the range of source ports of a router with an address on the cluster side, if
+// it follows from the addresses of all routers.
+func (c *Config) PlaceCarry(own netip.Addr) {
+	if c.Standby == nil || c.Standby.Carry == nil || c.Standby.Carry.First != 0 {
+		return
+	}
+	all := []netip.Addr{own}
+	for _, name := range c.Peers.Names {
+		if a, err := netip.ParseAddr(name); err == nil && a.Is4() {
+			all = append(all, a)
+		}
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	all = slices.Compact(all)
+	if len(all) > mostParts {
+		return // the tunnel has no room for them
+	}
+	s, carry := *c.Standby, *c.Standby.Carry // other copies of the configuration stay
+	carry.First, carry.Last = Part(slices.Index(all, own), len(all))
+	s.Carry, c.Standby = &carry, &s
 }
 
 // parsePeers parses the addresses and names of the other routers.

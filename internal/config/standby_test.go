@@ -44,7 +44,15 @@ func TestStandby(t *testing.T) {
 		"endpoints": {func(e *Environment) {
 			e.APIServer, e.StandbyEndpoints, e.StandbyReference = "10.96.0.1:443", "egress", "none"
 		}, func(_ *spec.Standby, p *Peers) { p.Endpoints, p.APIServer = "egress", "10.96.0.1:443" }},
-		"fence": {func(e *Environment) { e.StandbyFence = "require" }, func(s *spec.Standby, _ *Peers) { s.Fence = spec.FenceRequire }},
+		"carry": {func(e *Environment) {
+			e.StandbyPeers, e.StandbyCarry = "10.0.0.1,10.0.0.2", "vxlan"
+		}, func(s *spec.Standby, p *Peers) {
+			p.Names, s.Carry = []string{"10.0.0.1", "10.0.0.2"}, &spec.Carry{}
+		}},
+		"no carry":       {func(e *Environment) { e.StandbyCarry = "off" }, func(*spec.Standby, *Peers) {}},
+		"carry by ports": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2000-2001" }, func(s *spec.Standby, _ *Peers) { s.Carry = &spec.Carry{First: 2000, Last: 2001} }},
+		"carry by index": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "1/2" }, func(s *spec.Standby, _ *Peers) { s.Carry = &spec.Carry{First: 33280, Last: 65535} }},
+		"fence":          {func(e *Environment) { e.StandbyFence = "require" }, func(s *spec.Standby, _ *Peers) { s.Fence = spec.FenceRequire }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			env, s, p := standingBy(), plain, peers
@@ -123,7 +131,19 @@ func TestStandbyFaults(t *testing.T) {
 		"a neighbour":          {func(e *Environment) { e.StandbyWitness = "192.168.12.7" }, "EGRESS_STANDBY_WITNESS 192.168.12.7 is in the subnet of the reserved address and not the gateway"},
 		"no port":              {func(e *Environment) { e.StandbyReference = "10.96.0.1" }, `EGRESS_STANDBY_REFERENCE "10.96.0.1" is not an address and a port: expected such as 10.96.0.1:443, or none`},
 		"two labels":           {func(e *Environment) { e.APIServer, e.StandbyEndpoints = "10.96.0.1:443", "a.b" }, `EGRESS_STANDBY_ENDPOINTS "a.b" is not the name of a Service`},
-		"another fence":        {func(e *Environment) { e.StandbyFence = "yes" }, "EGRESS_STANDBY_FENCE "},
+		"another carry":        {func(e *Environment) { e.StandbyCarry = "yes" }, "EGRESS_STANDBY_CARRY "},
+		"carry with names":     {func(e *Environment) { e.StandbyCarry = "vxlan" }, `EGRESS_STANDBY_PORTS is not set, and EGRESS_STANDBY_PEERS "routers.egress" is a name`},
+		"carry with its mark":  {func(e *Environment) { e.StandbyCarry, e.StandbyPorts, e.ReplyMark = "vxlan", "0/2", "0x01000000" }, "EGRESS_STANDBY_CARRY=vxlan marks packets with the bits 0xf000000"},
+		"its port": {func(e *Environment) {
+			e.StandbyCarry, e.StandbyPorts, e.Destination = "vxlan", "0/2", "9468 udp 203.0.113.1"
+		}, "by UDP port 9468, which is also a local port"},
+		"ports reversed": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "3000-2000" }, `EGRESS_STANDBY_PORTS "3000-2000" is not a range of ports: expected more than one port, from 1024 to 65535`},
+		"low ports":      {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "1023-2000" }, "expected more than one port, from 1024"},
+		"one port":       {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2000" }, "expected two numbers"},
+		"odd ports":      {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "02000-3000" }, "expected two numbers"},
+		"index of none":  {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2/2" }, "the index of a part is less than their number, which is at most 15"},
+		"many parts":     {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "0/16" }, "the index of a part is less than their number, which is at most 15"},
+		"another fence":  {func(e *Environment) { e.StandbyFence = "yes" }, "EGRESS_STANDBY_FENCE "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			env := standingBy()
@@ -142,5 +162,31 @@ func TestStandbyFaults(t *testing.T) {
 		if _, err := Parse(standingBy(), read); err == nil || !strings.HasSuffix(err.Error(), name) {
 			t.Errorf("expected %q, found %v", name, err)
 		}
+	}
+}
+
+// Routers with the same addresses of all, or of all others, have disjoint parts of all ports.
+func TestPlaceCarry(t *testing.T) {
+	all := []string{"10.0.0.3", "10.0.0.1", "10.0.0.2"}
+	var found []spec.Carry
+	for i, own := range all {
+		for _, peers := range [][]string{all, append(append([]string{}, all[:i]...), all[i+1:]...)} {
+			env := standingBy()
+			env.StandbyCarry, env.StandbyPeers = "vxlan", strings.Join(peers, ",")
+			c, err := Parse(env, keyFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := c
+			c.PlaceCarry(netip.MustParseAddr(own))
+			if before.Standby.Carry.First != 0 {
+				t.Error("a copy has changed")
+			}
+			found = append(found, *c.Standby.Carry)
+		}
+	}
+	want := []spec.Carry{{First: 44032, Last: 65535}, {First: 44032, Last: 65535}, {First: 1024, Last: 22527}, {First: 1024, Last: 22527}, {First: 22528, Last: 44031}, {First: 22528, Last: 44031}}
+	if diff := cmp.Diff(want, found); diff != "" {
+		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
