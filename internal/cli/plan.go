@@ -46,6 +46,9 @@ func missingText(ctx context.Context, c config.Config, log *slog.Logger) (string
 	if err := checkPrivilege(c); err != nil {
 		return "", err
 	}
+	if err := placeCarry(&c); err != nil {
+		return "", err
+	}
 	keepNameServers(&c, log)
 	r := newRouter(c, log)
 	resolveOnce(ctx, &c, r, log)
@@ -73,6 +76,7 @@ func planText(c config.Config) string {
 		return b.String()
 	}
 	e := exampleOf(c)
+	c.PlaceCarry(e.address.Addr())
 	want := plan.WantOf(c.Router)
 	want.Start = true
 	want.Network.Cluster.Destinations = append(slices.Clone(want.Network.Cluster.Destinations), netip.PrefixFrom(e.nameServer, 32))
@@ -199,8 +203,12 @@ func (e example) fresh(want plan.Want) plan.Have {
 	if want.Gate != nil {
 		gate = []string{"there is none"}
 	}
+	var tunnel []string
+	if want.Carry != nil {
+		tunnel = []string{"there is none"}
+	}
 	return plan.Have{
-		Missing: want.Macvlan != nil, Gate: gate,
+		Missing: want.Macvlan != nil, Gate: gate, Carry: tunnel,
 		State: plan.State{
 			Index: egress, Carrier: true, Sysctls: n.Defaults(),
 			Routes:  []plan.Route{route(netip.PrefixFrom(netip.IPv4Unspecified(), 0), e.gateway, netip.Addr{}), subnet},

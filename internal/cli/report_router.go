@@ -15,6 +15,7 @@ import (
 	"github.com/egress-router/egress-router/internal/health"
 	"github.com/egress-router/egress-router/internal/metrics"
 	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/standby"
 	"github.com/egress-router/egress-router/rules"
 )
 
@@ -44,10 +45,16 @@ func (w *watch) reporter(p Process) reporter {
 					s.Trouble, s.TroubleAt = err.Error(), time.Now()
 				}
 				reportStandby(r, w.config, s, left, time.Now())
+				carries := false
+				if carry := w.config.Standby.Carry; carry != nil {
+					failed := w.tunnel.err()
+					carries = failed == nil && s.Carry.Toward.IsValid()
+					reportCarry(r, standby.Ports{First: uint16(carry.First), Last: uint16(carry.Last)}, s.Carry, failed)
+				}
 				switch holds := s.Role == election.Active || s.Role == election.Resuming; {
 				case w.service != nil:
 					reportEndpoints(r, w.config.Peers.Endpoints, w.service.Status(), time.Now())
-				case !holds:
+				case !holds && !carries: // otherwise clients may enter here
 					r.Reasons = append(r.Reasons, notHolder)
 				}
 			}

@@ -40,6 +40,7 @@ func (g gate) of(want plan.Gate) nft.Gate {
 	return nft.Gate{
 		Interface: want.Interface, Sources: want.Sources, Witnesses: []netip.Addr{want.Witness}, Mark: want.Mark,
 		Ticket: want.Ticket, Permit: want.Permit, WithoutEgress: g.partial,
+		Steers: want.Steers, SteerMark: want.SteerMark, SteerMask: want.SteerMask,
 	}
 }
 
@@ -92,7 +93,8 @@ func (w *watch) standBy(r *router.Router) error {
 	if err != nil {
 		return err
 	}
-	r.Gate = g
+	r.Gate, w.tunnel = g, new(tunnel)
+	r.Tunnel = w.tunnel
 	if w.config.Standby == nil {
 		return nil
 	}
@@ -118,7 +120,7 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 		return nil, nil, errors.New("EGRESS_STANDBY_ENDPOINTS is set, and there is no API server: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set; unset it outside of Kubernetes")
 	}
 	service := newEndpoints(c, own, g, log)
-	runner, err := standby.New(standby.Options{
+	o := standby.Options{
 		Settings:  election.Settings{Interval: s.Interval, ID: newID(), Priority: c.Peers.Priority},
 		Interface: c.Egress, Sources: c.Sources, Witness: s.Witness,
 		Gate: func(index int) standby.Gate {
@@ -142,7 +144,13 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 			lead(service, role)
 		},
 		Log: log,
-	})
+	}
+	if carry := r.Want.Carry; carry != nil {
+		carry.Own = own
+		o.Ports = standby.Ports{First: carry.First, Last: carry.Last}
+		o.Carry = carries(*carry, k, log)
+	}
+	runner, err := standby.New(o)
 	return runner, service, err
 }
 
@@ -342,6 +350,29 @@ func peersCheck(started time.Time, c config.Config, s standby.Status, now time.T
 		check.Detail = heard
 	}
 	return check
+}
+
+// reportCarry reports with whom a router exchanges the packets of connections.
+func reportCarry(r *health.Report, own standby.Ports, c standby.Carry, failed error) {
+	check := health.Check{Name: "carry", State: health.OK, Since: r.Started, Detail: "own ports " + own.String()}
+	for _, p := range c.Peers {
+		check.Detail += fmt.Sprintf(", %s of %s", p.Ports, p.Address)
+	}
+	if c.Toward.IsValid() {
+		check.Detail += fmt.Sprintf("; by %s while the gate is shut", c.Toward)
+	}
+	switch {
+	case failed != nil:
+		check.State, check.Detail = health.Warning, failed.Error()
+	case len(c.Clash) > 0:
+		check.State = health.Warning
+		for _, p := range c.Clash {
+			check.Detail += fmt.Sprintf("; connections of %s are not carried: its ports %s are also another router's", p.Address, p.Ports)
+		}
+	case len(c.Peers) == 0:
+		check.State, check.Detail = health.Warning, check.Detail+", no other router with EGRESS_STANDBY_CARRY"
+	}
+	r.Checks = append(r.Checks, check)
 }
 
 // reportEndpoints reports the Service that leads to the active router.

@@ -31,6 +31,7 @@ type watch struct {
 	counted *rules.Set                        // those of the counters; nil: those of the start
 	names   *lookup.Follower                  // nil: the grammar has none
 	standby *standby.Runner                   // nil: the router is the only one with its addresses
+	tunnel  *tunnel                           // to others with them
 	service *endpoints.Writer                 // nil: no Service is led to the active router
 	ports   portWatch
 
@@ -43,6 +44,9 @@ type watch struct {
 // stay configures the namespace, in mode legacy, and repairs drift until ctx ends.
 // It calls restoreGC when the start is over.
 func stay(ctx context.Context, p Process, c config.Config, env config.Environment, file reloader, restoreGC func()) error {
+	if err := placeCarry(&c); err != nil {
+		return err
+	}
 	log, written := file.log, c // without the additions below
 	keepNameServers(&c, log)
 	w := &watch{config: c, latest: c, log: log, ports: portWatch{log: log}}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -35,6 +36,7 @@ type peers struct {
 	since   map[netip.Addr]time.Time // when an address of known became one, or was heard last
 	heard   map[uint64]*heard
 	unkeyed Unkeyed
+	ports   map[netip.Addr]Ports // the last that they have said
 }
 
 // heard is what one router has said last.
@@ -49,7 +51,7 @@ func listenPeers(o Options) (*peers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for heartbeats: %w", err)
 	}
-	return &peers{own: o.Listen, key: o.Key, conn: conn, heard: make(map[uint64]*heard)}, nil
+	return &peers{own: o.Listen, key: o.Key, conn: conn, heard: make(map[uint64]*heard), ports: make(map[netip.Addr]Ports)}, nil
 }
 
 func (p *peers) close() { _ = p.conn.Close() }
@@ -122,6 +124,10 @@ func (p *peers) note(h election.Heartbeat, interval time.Duration) {
 	have.sequence = h.Sequence
 	if _, known := p.since[have.Address]; known {
 		p.since[have.Address] = now
+	}
+	// The first look-up may come later. Of others, which may be anybody's, only some are kept.
+	if h.LastPort != 0 && (slices.Contains(p.known, have.Address) || len(p.ports) < mostPeers) {
+		p.ports[have.Address] = Ports{h.FirstPort, h.LastPort}
 	}
 	have.Peer = Peer{Address: have.Address, State: h.State, Priority: h.Priority, Healthy: h.Healthy, MAC: h.MAC, Heard: now}
 	p.forget(now)
@@ -202,6 +208,7 @@ func (p *peers) know(addresses []netip.Addr) {
 			p.since[a] = since
 		}
 	}
+	maps.DeleteFunc(p.ports, func(a netip.Addr, _ Ports) bool { return !slices.Contains(p.known, a) })
 }
 
 // has reports whether a router has a hardware address.

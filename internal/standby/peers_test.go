@@ -96,7 +96,7 @@ func TestPeersHear(t *testing.T) {
 
 // Heartbeats that are missing in between are counted, and a restart is none of them.
 func TestPeersCountLost(t *testing.T) {
-	p := &peers{heard: map[uint64]*heard{2: {}}}
+	p := &peers{heard: map[uint64]*heard{2: {}}, ports: map[netip.Addr]Ports{}}
 	for _, step := range []struct {
 		sequence uint32
 		lost     uint64
@@ -125,7 +125,7 @@ func TestPeersRefuse(t *testing.T) {
 
 // Without a key anybody can invent routers: they use up no memory.
 func TestPeersOfMany(t *testing.T) {
-	p := &peers{heard: map[uint64]*heard{}}
+	p := &peers{heard: map[uint64]*heard{}, ports: map[netip.Addr]Ports{}}
 	for id := range uint64(10000) {
 		p.from(id+1, netip.AddrFrom4([4]byte{10, 0, byte(id >> 8), byte(id)}))
 		p.note(heartbeat(id+1, 1), election.DefaultInterval)
@@ -140,7 +140,7 @@ func TestPeersLookUp(t *testing.T) {
 	var log strings.Builder
 	calls := 0
 	address := netip.MustParseAddr("10.0.0.2")
-	p := &peers{heard: map[uint64]*heard{}}
+	p := &peers{heard: map[uint64]*heard{}, ports: map[netip.Addr]Ports{}}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() {

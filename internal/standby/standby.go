@@ -53,6 +53,12 @@ type Options struct {
 	// Changed is called after a change of the role.
 	Changed func(role election.State)
 
+	// Ports are the source ports of the connections that enter by this router, of which the
+	// heartbeats tell. Carry is called after a change of the routers with which it exchanges
+	// packets; nil: with none.
+	Ports Ports
+	Carry func(Carry)
+
 	Log *slog.Logger
 }
 
@@ -66,6 +72,7 @@ type Status struct {
 	Peers   []Peer
 	Missing []netip.Addr // routers of the look-up of which no heartbeat has come for 10 s
 	Unkeyed Unkeyed      // last heartbeat of a router of the look-up with another key
+	Carry   Carry
 
 	Echoed     time.Time     // time of the last answer of the witness; zero: none yet
 	RoundTrip  time.Duration // of that answer
@@ -122,6 +129,7 @@ type Runner struct {
 	polls        int
 	cause        string        // why the current claim began
 	done         chan struct{} // closed at the end of Run
+	carried      chan struct{} // receives a value after a change of status.Carry
 
 	mu     sync.Mutex
 	status Status
@@ -140,7 +148,7 @@ const handOverLimit = 2 * time.Second
 // New returns a Runner that listens for heartbeats, in the network namespace of the calling
 // thread.
 func New(o Options) (*Runner, error) {
-	r := &Runner{o: o, start: time.Now(), events: make(chan election.Event, 1024), done: make(chan struct{})}
+	r := &Runner{o: o, start: time.Now(), events: make(chan election.Event, 1024), done: make(chan struct{}), carried: make(chan struct{}, 1)}
 	r.status = Status{Role: election.Standby, Since: r.start, TakeOvers: map[string]uint64{}}
 	r.machine = election.New(o.Settings, 0)
 	var err error
@@ -188,6 +196,9 @@ func (r *Runner) Run(ctx context.Context) {
 	background.Go(func() { r.peers.read(r.post) })
 	background.Go(func() { r.peers.lookUp(inner, r.o) })
 	background.Go(func() { r.refer(inner) })
+	if r.o.Carry != nil {
+		background.Go(func() { r.watchCarry(inner) })
+	}
 
 	poll := time.NewTicker(pollInterval)
 	defer poll.Stop()
@@ -237,6 +248,7 @@ func (r *Runner) poll() {
 		r.mu.Unlock()
 		r.step(election.Event{Kind: election.Ready, OK: ready})
 	}
+	r.carry() // routers may be silent, or looked up
 	if r.polls++; r.machine.State() != election.Active || r.polls%permitPolls != 0 {
 		return
 	}
@@ -250,6 +262,7 @@ func (r *Runner) poll() {
 // step has the machine take an event, and carries out its actions in their order: after one
 // that fails it leaves out the rest, and tells the machine.
 func (r *Runner) step(e election.Event) {
+	heard := e.Kind == election.Heard
 	for again := true; again; {
 		now := r.now()
 		switch e.Kind {
@@ -277,6 +290,9 @@ func (r *Runner) step(e election.Event) {
 	r.mu.Unlock()
 	if is := r.machine.State(); is != role {
 		r.became(election.Action{From: role, To: is, Reason: "gate failed"})
+	}
+	if heard {
+		r.carry()
 	}
 }
 
@@ -309,6 +325,7 @@ func (r *Runner) carryOut(a election.Action) (*election.Event, error) {
 		return &election.Event{Kind: election.Permitted, Left: left}, err
 	case election.Send:
 		a.Heartbeat.MAC = r.ground.hardware()
+		a.Heartbeat.FirstPort, a.Heartbeat.LastPort = r.o.Ports.First, r.o.Ports.Last
 		r.peers.send(a.Heartbeat)
 	case election.Became:
 		r.became(a)

@@ -1,0 +1,162 @@
+package cli
+
+import (
+	"fmt"
+	"log/slog"
+	"math"
+	"slices"
+	"sync"
+
+	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/link"
+	"github.com/egress-router/egress-router/internal/nft"
+	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/router"
+	"github.com/egress-router/egress-router/internal/spec"
+	"github.com/egress-router/egress-router/internal/standby"
+)
+
+// A tunnel is the kernel's tunnel to the other routers of the address. Its table of nftables is
+// there whenever any other part of it is.
+type tunnel struct {
+	mu     sync.Mutex
+	failed error // of the last Connect
+}
+
+// segment returns the highest maximum segment size of TCP for packets of a size: without the
+// headers of IPv4 and TCP (RFC 9293, section 3.7.1).
+func segment(mtu int) uint16 {
+	const headers = 20 + 20
+	return uint16(min(mtu-headers, math.MaxUint16)) //nolint:gosec // an MTU is at least 68 (RFC 791)
+}
+
+// sorter returns the table for a tunnel.
+func sorter(want plan.Carry, mtu int) nft.Carry {
+	c := nft.Carry{
+		Interface: want.Interface, Cluster: want.Cluster, Egress: want.Egress, Sources: want.Sources, UDP: want.UDP,
+		First: want.First, Last: want.Last, Mask: plan.CarryMask, MSS: segment(mtu),
+	}
+	for i, p := range want.Peers {
+		c.Peers = append(c.Peers, nft.CarryPeer{Address: p.Address, First: p.First, Last: p.Last, Mark: want.Mark(i)})
+	}
+	return c
+}
+
+// Differs returns the differences of the tunnel in the kernel.
+func (t *tunnel) Differs(want *plan.Carry) ([]string, error) {
+	if want == nil {
+		loaded, err := nft.CarryLoaded()
+		if err != nil || !loaded {
+			return nil, err
+		}
+		return []string{"a tunnel is there"}, nil
+	}
+	kernel, err := link.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer kernel.Close()
+	if !want.Known {
+		loaded, err := nft.CarryLoaded()
+		if err != nil {
+			return nil, err
+		}
+		if there, err := kernel.HasCarry(*want); err != nil || loaded && there {
+			return nil, err
+		}
+	}
+	mtu, err := kernel.CarryMTU(*want)
+	if err != nil {
+		return nil, err
+	}
+	found, err := sorter(*want, mtu).Differs()
+	if err != nil {
+		return nil, err
+	}
+	links, err := kernel.CarryDiffers(*want)
+	return slices.Concat(found, links), err
+}
+
+// Connect sets the tunnel up. What sorts its packets comes first.
+func (t *tunnel) Connect(want plan.Carry) (err error) {
+	defer func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.failed = err
+	}()
+	kernel, err := link.Open()
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	mtu, err := kernel.CarryMTU(want)
+	if err != nil {
+		return err
+	}
+	if err := sorter(want, mtu).Load(); err != nil {
+		return err
+	}
+	return kernel.LoadCarry(want)
+}
+
+// Remove removes the tunnel of a network.
+func (t *tunnel) Remove(n plan.Network) error {
+	kernel, err := link.Open()
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	if err := kernel.RemoveCarry(spec.CarryInterface, n.Cluster.Table+1); err != nil {
+		return err
+	}
+	return nft.RemoveCarry()
+}
+
+// err returns the error of the last Connect; nil: the tunnel is there.
+func (t *tunnel) err() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.failed
+}
+
+// steer leads the packets for the holder to another router.
+func steer(want plan.Carry) error {
+	kernel, err := link.Open()
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	return kernel.Steer(want)
+}
+
+// placeCarry sets the range of source ports that follows from the router's address.
+func placeCarry(c *config.Config) error {
+	if c.Standby == nil || c.Standby.Carry == nil {
+		return nil
+	}
+	own, err := clusterAddress(c.Cluster)
+	if err != nil {
+		return err
+	}
+	if !own.Is4() {
+		return fmt.Errorf("EGRESS_STANDBY_CARRY=vxlan: expected an IPv4 address on %q, found %s", c.Cluster, own)
+	}
+	if c.PlaceCarry(own); c.Standby.Carry.First == 0 {
+		return fmt.Errorf("EGRESS_STANDBY_CARRY=vxlan: expected at most %d routers in EGRESS_STANDBY_PEERS, found more", plan.MostCarryPeers+1)
+	}
+	return nil
+}
+
+// carries returns what makes the tunnel of a router lead to others.
+func carries(want plan.Carry, k *router.Keeper, log *slog.Logger) func(standby.Carry) {
+	return func(c standby.Carry) {
+		want.Known, want.Peers, want.Toward = true, nil, c.Toward
+		for _, p := range c.Peers {
+			want.Peers = append(want.Peers, plan.CarryPeer{Address: p.Address, First: p.Ports.First, Last: p.Ports.Last})
+		}
+		if err := steer(want); err != nil {
+			log.Warn("tunnel not led to another router", "error", err)
+		}
+		k.SetCarry(want)
+	}
+}

@@ -1,0 +1,144 @@
+package standby
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/election"
+)
+
+// A Ports is a range of source ports. The zero Ports is none.
+type Ports struct{ First, Last uint16 }
+
+func (p Ports) String() string { return fmt.Sprintf("%d-%d", p.First, p.Last) }
+
+// meets reports whether both ranges have a port.
+func (p Ports) meets(other Ports) bool {
+	return p.Last != 0 && other.Last != 0 && p.First <= other.Last && other.First <= p.Last
+}
+
+// A Carry is with whom a router exchanges the packets of connections.
+type Carry struct {
+	// Peers are the routers that the look-up knows and that have said their range of ports, by
+	// their addresses. A router that is not heard any more stays one: it may carry on without its
+	// process.
+	Peers []CarryPeer
+	// Toward is the one of Peers that holds the addresses, or would take them next; the zero
+	// Addr: there is none.
+	Toward netip.Addr
+	// Clash are routers whose ranges have ports of this router or of another one: nothing is
+	// exchanged with them.
+	Clash []CarryPeer
+}
+
+// A CarryPeer is another router.
+type CarryPeer struct {
+	Address netip.Addr
+	Ports   Ports
+}
+
+func (c Carry) equal(other Carry) bool {
+	return c.Toward == other.Toward && slices.Equal(c.Peers, other.Peers) && slices.Equal(c.Clash, other.Clash)
+}
+
+// maxCarried is the number of routers with which one exchanges packets: the marks of package
+// plan.
+const maxCarried = 14
+
+// carry returns with whom a router with ports exchanges packets, while its own gate is open or
+// not. before is the last one.
+func (p *peers) carry(own Ports, active bool, fresh time.Duration, before Carry) (c Carry) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []CarryPeer
+	for _, a := range p.known {
+		if ports := p.ports[a]; ports.Last != 0 && a.Is4() && a != p.own.Addr() {
+			all = append(all, CarryPeer{a, ports})
+		}
+	}
+	slices.SortFunc(all, func(a, b CarryPeer) int { return a.Address.Compare(b.Address) })
+	all = slices.Compact(all)
+	for _, peer := range all {
+		clashes := own.meets(peer.Ports) || slices.ContainsFunc(all, func(o CarryPeer) bool { return o.Address != peer.Address && o.Ports.meets(peer.Ports) })
+		switch {
+		case clashes:
+			c.Clash = append(c.Clash, peer)
+		case len(c.Peers) < maxCarried:
+			c.Peers = append(c.Peers, peer)
+		}
+	}
+	// Who holds: the active router, otherwise the one that is about to be, otherwise the last
+	// one, unless this router has held since. Then the next one is that with the highest priority.
+	rank := func(peer CarryPeer) (rank int) {
+		rank = -1
+		for _, h := range p.heard {
+			if h.Address != peer.Address || now.Sub(h.Heard) > fresh {
+				continue
+			}
+			switch {
+			case h.State == election.Active:
+				rank = max(rank, 2000)
+			case h.State != election.Standby:
+				rank = max(rank, 1000)
+			case h.Healthy:
+				rank = max(rank, int(h.Priority))
+			}
+		}
+		if peer.Address == before.Toward && !active {
+			rank = max(rank, 500) // not before the heartbeats of another one
+		}
+		return rank
+	}
+	if len(c.Peers) > 0 {
+		c.Toward = slices.MaxFunc(c.Peers, func(a, b CarryPeer) int { return cmp.Compare(rank(a), rank(b)) }).Address
+	}
+	return c
+}
+
+// watchCarry tells Options.Carry of the latest change, in an order of its own: the kernel's
+// lock of all interfaces can be held for long.
+func (r *Runner) watchCarry(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.carried:
+		}
+		r.mu.Lock()
+		c := r.status.Carry
+		r.mu.Unlock()
+		r.o.Carry(c)
+	}
+}
+
+// carry looks whether the packets of connections have another way.
+func (r *Runner) carry() {
+	if r.o.Carry == nil {
+		return
+	}
+	r.mu.Lock()
+	before := r.status.Carry
+	r.mu.Unlock()
+	c := r.peers.carry(r.o.Ports, r.machine.State() == election.Active, r.o.Settings.Detection(), before)
+	if c.equal(before) {
+		return
+	}
+	for _, p := range c.Clash {
+		if !slices.Contains(before.Clash, p) {
+			r.o.Log.Warn("connections not carried", "peer", p.Address.String(), "ports", p.Ports.String(), "own", r.o.Ports.String(),
+				"hint", "give each router another range of source ports")
+		}
+	}
+	r.mu.Lock()
+	r.status.Carry = c
+	r.mu.Unlock()
+	select {
+	case r.carried <- struct{}{}:
+	default: // the goroutine takes the latest
+	}
+}
