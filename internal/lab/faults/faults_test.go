@@ -1,7 +1,6 @@
 package faults_test
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"testing"
@@ -33,7 +32,10 @@ func program(t *testing.T) func(*lab.Site, int) *exec.Cmd {
 // run injects faults and prints the rounds if the test fails.
 func run(t *testing.T, o faults.Options) faults.Result {
 	t.Helper()
-	o.Command, o.Out = program(t), t.Output()
+	if o.Command == nil {
+		o.Command = program(t)
+	}
+	o.Out = t.Output()
 	result, err := faults.Run(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
@@ -48,10 +50,19 @@ func TestFaults(t *testing.T) {
 	if nstest.Long() {
 		rounds = 20
 	}
-	for nodes := 2; nodes <= 3; nodes++ {
-		t.Run(fmt.Sprint(nodes, " routers"), func(t *testing.T) {
+	for _, variant := range []struct {
+		name    string
+		nodes   int
+		command func(*lab.Site, int) *exec.Cmd
+	}{
+		{"2 routers", 2, nil},
+		{"3 routers", 3, nil},
+		{"2 routers that carry", 2, carrying(t, "nftables")},
+		{"3 routers that carry", 3, carrying(t, "nftables")},
+	} {
+		t.Run(variant.name, func(t *testing.T) {
 			t.Parallel()
-			result := run(t, faults.Options{Nodes: nodes, Count: rounds, Seed: 1})
+			result := run(t, faults.Options{Nodes: variant.nodes, Count: rounds, Seed: 1, Command: variant.command})
 			for _, v := range result.Violations {
 				t.Errorf("violation: %s", v)
 			}

@@ -94,7 +94,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		}
 		fmt.Fprintf(o.Out, "gap %d ms, %d holds", gap.Milliseconds(), ring.Holder()+1)
 		if len(found) > 0 {
-			result.Logs = cmp.Or(result.Logs, ring.logs())
+			result.Logs = cmp.Or(result.Logs, ring.Logs())
 			fmt.Fprintf(o.Out, ", %d violations", len(found))
 		}
 		fmt.Fprintln(o.Out)
@@ -188,11 +188,11 @@ func (r *Ring) AwaitTraffic(ctx context.Context) error {
 	if r.Traffic.Await(inRow, ctx.Done()) {
 		return nil
 	}
-	return fmt.Errorf("waiting for answers: %w\n%s", context.Cause(ctx), r.logs())
+	return fmt.Errorf("waiting for answers: %w\n%s", context.Cause(ctx), r.Logs())
 }
 
-// logs returns the ends of the routers' logs, at most 16 KB of each.
-func (r *Ring) logs() string {
+// Logs returns the ends of the routers' logs, at most 16 KB of each.
+func (r *Ring) Logs() string {
 	var b strings.Builder
 	for i, router := range r.Routers {
 		log := router.Log()

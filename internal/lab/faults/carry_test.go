@@ -1,0 +1,147 @@
+package faults_test
+
+import (
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/faults"
+)
+
+// carrying returns the commands of routers that carry each other's connections.
+func carrying(t *testing.T, backend string) func(*lab.Site, int) *exec.Cmd {
+	t.Helper()
+	plain := program(t)
+	return func(s *lab.Site, node int) *exec.Cmd {
+		cmd := plain(s, node)
+		cmd.Env = append(cmd.Env, "EGRESS_STANDBY_CARRY=vxlan", "EGRESS_ROUTER_BACKEND="+backend) // the last of two counts
+		return cmd
+	}
+}
+
+// limit is a generous time for a take-over.
+const limit = 2 * time.Minute
+
+// An event ends that a router holds the address, and begins and ends on its node.
+type event struct {
+	name       string
+	begin, end func(t *testing.T, r *faults.Ring, node int)
+	node       bool // what enters by the node is lost, too
+}
+
+func try(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func restart(t *testing.T, r *faults.Ring, node int) {
+	t.Helper()
+	try(t, r.Routers[node].Start())
+}
+
+var events = []event{
+	{"process killed", func(t *testing.T, r *faults.Ring, node int) { try(t, r.Routers[node].Kill()) }, restart, false},
+	{"planned", func(t *testing.T, r *faults.Ring, node int) { try(t, r.Routers[node].Terminate()) }, func(t *testing.T, r *faults.Ring, node int) {
+		r.Routers[node].AwaitEnd()
+		restart(t, r, node)
+	}, false},
+	{
+		"process frozen", func(t *testing.T, r *faults.Ring, node int) { try(t, r.Routers[node].Signal(syscall.SIGSTOP)) },
+		func(t *testing.T, r *faults.Ring, node int) { try(t, r.Routers[node].Signal(syscall.SIGCONT)) }, false,
+	},
+	{
+		"link lost", func(t *testing.T, r *faults.Ring, node int) { try(t, r.Site.SetPort(r.Site.Nodes[node].LAN, false)) },
+		func(t *testing.T, r *faults.Ring, node int) { try(t, r.Site.SetPort(r.Site.Nodes[node].LAN, true)) }, false,
+	},
+	{"node lost", func(t *testing.T, r *faults.Ring, node int) {
+		n := r.Site.Nodes[node]
+		try(t, r.Routers[node].Signal(syscall.SIGSTOP))
+		try(t, r.Site.SetPort(n.LAN, false))
+		try(t, r.Site.SetPort(n.ClusterPort, false))
+		try(t, r.Routers[node].Kill())
+	}, nil, true},
+}
+
+// Held connections live through everything that happens to the holder of the address, except the
+// loss of the node by which they enter.
+func TestConnectionsLive(t *testing.T) {
+	t.Parallel()
+	for _, backend := range []string{"nftables", "iptables"} {
+		t.Run(backend, func(t *testing.T) {
+			ring, err := faults.Build(2, false, carrying(t, backend))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ring.Close()
+			if err := ring.AwaitTraffic(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			ring.Judge()
+			var held []*faults.Connections
+			defer func() {
+				for _, c := range held {
+					if c != nil {
+						c.Close()
+					}
+				}
+			}()
+			for node := range 2 {
+				c, err := faults.Hold(ring.Site, node, 5, uint16(5000+node))
+				if err != nil {
+					t.Fatal(err, ring.Logs())
+				}
+				held = append(held, c)
+			}
+			want := func(what string) {
+				t.Helper()
+				for node, c := range held {
+					if c == nil {
+						continue
+					}
+					lost, why, gap := c.Await(limit)
+					t.Logf("%s: connections by router %d: %d lost, gap %d ms", what, node+1, lost, gap.Milliseconds())
+					if lost > 0 {
+						t.Fatalf("%s: %d connections lost: %v\n%s", what, lost, why, ring.Logs())
+					}
+				}
+			}
+			want("before")
+			for _, e := range events {
+				holder := ring.Holder()
+				t.Logf("%s: of router %d", e.name, holder+1)
+				e.begin(t, ring, holder)
+				for end := time.Now().Add(limit); ring.Holder() == holder; time.Sleep(time.Millisecond) {
+					for _, v := range ring.Judge() {
+						t.Errorf("%s: violation: %s", e.name, v)
+					}
+					if time.Now().After(end) {
+						t.Fatalf("%s: nobody has taken over\n%s", e.name, ring.Logs())
+					}
+				}
+				if e.node { // what enters there is lost
+					held[holder].Close()
+					held[holder] = nil
+				}
+				want(e.name)
+				if e.end != nil {
+					e.end(t, ring, holder)
+					want("after " + e.name)
+				}
+			}
+			found, err := ring.Stop()
+			if err != nil {
+				t.Error(err)
+			}
+			for _, v := range found {
+				t.Errorf("violation: %s", v)
+			}
+			if t.Failed() {
+				t.Log(ring.Logs())
+			}
+		})
+	}
+}
