@@ -125,9 +125,11 @@ func (r *Runner) carry() {
 	before := r.status.Carry
 	r.mu.Unlock()
 	c := r.peers.carry(r.o.Ports, r.machine.State() == election.Active, r.o.Settings.Detection(), before)
-	if c.equal(before) {
+	// Those of an earlier run stay for as long as a router that is not heard.
+	if c.equal(before) && (r.told || time.Since(r.start) < forgetAfter) {
 		return
 	}
+	r.told = true
 	for _, p := range c.Clash {
 		if !slices.Contains(before.Clash, p) {
 			r.o.Log.Warn("connections not carried", "peer", p.Address.String(), "ports", p.Ports.String(), "own", r.o.Ports.String(),

@@ -63,7 +63,7 @@ func TestCarryIsPassedOn(t *testing.T) {
 	found := make(chan Carry)
 	r := &Runner{
 		o:     Options{Ports: Ports{1024, 1999}, Carry: func(c Carry) { found <- c }, Log: slog.New(slog.DiscardHandler)},
-		peers: p, machine: election.New(election.Settings{Interval: election.DefaultInterval, ID: 1}, 0), carried: make(chan struct{}, 1),
+		peers: p, machine: election.New(election.Settings{Interval: election.DefaultInterval, ID: 1}, 0), carried: make(chan struct{}, 1), start: time.Now(),
 	}
 	for range 3 {
 		r.carry()

@@ -126,6 +126,7 @@ type Runner struct {
 	ground  *ground // the physical network
 
 	ready, ended bool
+	told         bool // Options.Carry
 	polls        int
 	cause        string        // why the current claim began
 	done         chan struct{} // closed at the end of Run

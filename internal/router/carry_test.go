@@ -1,0 +1,51 @@
+package router_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+)
+
+// A router with a tunnel sets it up again after another program has deleted a part of it, and is
+// then quiet; nothing of it remains after its removal, nor with a configuration without it.
+func TestCarry(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		h := p.Handle(p.Lab.Router)
+		if err := h.LinkSetUp(p.Link(h, p.Lab.MacvlanName)); err != nil { // a set interface stays up
+			p.Fatal(err)
+		}
+		before, rules := p.State(), p.Tool("ip", "rule")
+		p.Env["EGRESS_STANDBY"], p.Env["EGRESS_STANDBY_PEERS"] = "true", lab.ClientAddr.String()
+		p.Env["EGRESS_HEALTH_LISTEN"] = fmt.Sprint(":", labtest.HealthAddr.Port())
+		p.Env["EGRESS_STANDBY_CARRY"], p.Env["EGRESS_STANDBY_INTERVAL"], p.Env["EGRESS_HEALTH_INTERVAL"] = "vxlan", "500ms", "100ms"
+		r := p.Start("legacy")
+		r.AwaitLog(1, "role=active")
+		p.WantAnswer("tcp", 80, "203.0.113.25:80")
+		const done = `msg="tunnel set up"`
+		for _, damage := range [][]string{
+			{"ip", "link", "delete", "egress-carry"},
+			{"nft", "delete", "table", "ip", "egress-router-carry"},
+			{"ip", "link", "set", "egress-carry", "down"},
+		} {
+			n := strings.Count(r.Logged(), done)
+			p.Tool(damage[0], damage[1:]...)
+			r.AwaitLog(n+1, done)
+			r.AwaitComparisons(3)
+			if again := strings.Count(r.Logged(), done); again != n+1 {
+				p.Errorf("after %v: set up %d times:\n%s", damage, again-n, r.Logged())
+			}
+		}
+		p.WantAnswer("tcp", 80, "203.0.113.25:80")
+		r.Terminate()
+		remove(p)
+		p.WantState(before)
+		if after := p.Tool("ip", "rule"); after != rules {
+			p.Errorf("rules after removal:\n%s\nbefore:\n%s", after, rules)
+		}
+		wantNothingToRemove(p)
+	})
+}
