@@ -51,6 +51,9 @@ func (w *watch) reporter(p Process) reporter {
 					carries = failed == nil && s.Carry.Toward.IsValid()
 					reportCarry(r, standby.Ports{First: uint16(carry.First), Last: uint16(carry.Last)}, s.Carry, failed)
 				}
+				if s.Draining {
+					r.Reasons = append(r.Reasons, "the addresses are handed over, connections are drained")
+				}
 				switch holds := s.Role == election.Active || s.Role == election.Resuming; {
 				case w.service != nil:
 					reportEndpoints(r, w.config.Peers.Endpoints, w.service.Status(), time.Now())

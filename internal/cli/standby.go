@@ -148,7 +148,7 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 	if carry := r.Want.Carry; carry != nil {
 		carry.Own = own
 		o.Ports = standby.Ports{First: carry.First, Last: carry.Last}
-		o.Carry = carries(*carry, k, log)
+		o.Carry, o.Open = carries(*carry, k, log), func() (int, error) { return open(carry.Sources) }
 	}
 	runner, err := standby.New(o)
 	return runner, service, err

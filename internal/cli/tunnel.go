@@ -4,16 +4,19 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"net/netip"
 	"slices"
 	"sync"
 
 	"github.com/egress-router/egress-router/internal/config"
+	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/link"
 	"github.com/egress-router/egress-router/internal/nft"
 	"github.com/egress-router/egress-router/internal/plan"
 	"github.com/egress-router/egress-router/internal/router"
 	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/standby"
+	"github.com/egress-router/egress-router/rules"
 )
 
 // A tunnel is the kernel's tunnel to the other routers of the address. Its table of nftables is
@@ -145,6 +148,18 @@ func placeCarry(c *config.Config) error {
 		return fmt.Errorf("EGRESS_STANDBY_CARRY=vxlan: expected at most %d routers in EGRESS_STANDBY_PEERS, found more", plan.MostCarryPeers+1)
 	}
 	return nil
+}
+
+// open returns the number of connections of clients, with the given reserved addresses, that have
+// not ended. Those without an end, such as of UDP, do not count.
+func open(sources []netip.Addr) (n int, err error) {
+	list, err := conntrack.List(sources)
+	for _, c := range list {
+		if c.Redirected && c.Replied && !c.Closed && (c.Protocol == rules.TCP || c.Protocol == rules.SCTP) {
+			n++
+		}
+	}
+	return n, err
 }
 
 // carries returns what makes the tunnel of a router lead to others.

@@ -144,3 +144,65 @@ func (r *Runner) carry() {
 	default: // the goroutine takes the latest
 	}
 }
+
+// drainPolls is the number of poll intervals after which a router that carries what is left
+// counts it: a count reads the connections of all network namespaces.
+const drainPolls = 10
+
+// drain carries until the connections that enter by this router have ended. Its heartbeats tell
+// that it does not take over; a router that starts meanwhile learns its ports from them.
+func (r *Runner) drain() {
+	r.carry()
+	r.mu.Lock()
+	toward := r.status.Carry.Toward
+	r.mu.Unlock()
+	if r.o.Open == nil || !toward.IsValid() {
+		return
+	}
+	beat := time.NewTicker(r.o.Settings.Interval)
+	defer beat.Stop()
+	poll := time.NewTicker(pollInterval)
+	defer poll.Stop()
+	begin := time.Now()
+	for polls := 0; ; {
+		if polls%drainPolls == 0 && r.drained(polls == 0, begin) {
+			return
+		}
+		select {
+		case e := <-r.events:
+			if e.Kind == election.Heard {
+				r.peers.note(e.Heartbeat, r.o.Settings.Interval)
+				r.carry()
+			}
+		case <-beat.C:
+			r.last.Sequence++
+			r.last.State, r.last.Healthy, r.last.Resigned, r.last.Ask = election.Standby, false, false, 0
+			r.peers.send(r.last)
+		case <-poll.C:
+			polls++
+			r.carry()
+		}
+	}
+}
+
+// drained reports whether no connection is left. An error is none: there is no reason to wait
+// for what is not known.
+func (r *Runner) drained(first bool, begin time.Time) bool {
+	n, err := r.o.Open()
+	switch {
+	case err != nil:
+		r.trouble(err)
+		return true
+	case n == 0:
+		if !first {
+			r.o.Log.Info("connections drained", "took", time.Since(begin).Round(time.Millisecond).String())
+		}
+		return true
+	case first:
+		r.mu.Lock()
+		r.status.Draining = true
+		r.mu.Unlock()
+		r.o.Log.Info("draining connections", "connections", n)
+	}
+	return false
+}

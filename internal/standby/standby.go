@@ -58,6 +58,9 @@ type Options struct {
 	// packets; nil: with none.
 	Ports Ports
 	Carry func(Carry)
+	// Open returns the number of connections that enter by this router and have not ended. After
+	// the hand-over Run goes on carrying until there are none; nil: it returns at once.
+	Open func() (int, error)
 
 	Log *slog.Logger
 }
@@ -73,6 +76,8 @@ type Status struct {
 	Missing []netip.Addr // routers of the look-up of which no heartbeat has come for 10 s
 	Unkeyed Unkeyed      // last heartbeat of a router of the look-up with another key
 	Carry   Carry
+	// Draining: the router has handed over for good, and carries what is left.
+	Draining bool
 
 	Echoed     time.Time     // time of the last answer of the witness; zero: none yet
 	RoundTrip  time.Duration // of that answer
@@ -128,7 +133,8 @@ type Runner struct {
 	ready, ended bool
 	told         bool // Options.Carry
 	polls        int
-	cause        string        // why the current claim began
+	cause        string // why the current claim began
+	last         election.Heartbeat
 	done         chan struct{} // closed at the end of Run
 	carried      chan struct{} // receives a value after a change of status.Carry
 
@@ -184,7 +190,8 @@ func (r *Runner) PermitLeft() (time.Duration, error) { return r.gate().Left() }
 // PeerMAC reports whether a hardware address is that of another router with the addresses.
 func (r *Runner) PeerMAC(mac [6]byte) bool { return r.peers.has(mac) }
 
-// Run takes part until ctx ends, and then hands over. The gate is shut in the end.
+// Run takes part until ctx ends, and then hands over. The gate is shut then. A router that
+// carries goes on with the connections that enter by it, until the last one has ended.
 func (r *Runner) Run(ctx context.Context) {
 	inner, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var background sync.WaitGroup
@@ -230,6 +237,7 @@ func (r *Runner) Run(ctx context.Context) {
 	if err := r.shut(); err != nil {
 		r.trouble(err)
 	}
+	r.drain()
 }
 
 // post passes an event to Run, unless that has ended.
@@ -327,6 +335,7 @@ func (r *Runner) carryOut(a election.Action) (*election.Event, error) {
 	case election.Send:
 		a.Heartbeat.MAC = r.ground.hardware()
 		a.Heartbeat.FirstPort, a.Heartbeat.LastPort = r.o.Ports.First, r.o.Ports.Last
+		r.last = a.Heartbeat
 		r.peers.send(a.Heartbeat)
 	case election.Became:
 		r.became(a)

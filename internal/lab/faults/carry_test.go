@@ -1,7 +1,9 @@
 package faults_test
 
 import (
+	"fmt"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -46,7 +48,10 @@ func restart(t *testing.T, r *faults.Ring, node int) {
 var events = []event{
 	{"process killed", func(t *testing.T, r *faults.Ring, node int) { try(t, r.Routers[node].Kill()) }, restart, false},
 	{"planned", func(t *testing.T, r *faults.Ring, node int) { try(t, r.Routers[node].Terminate()) }, func(t *testing.T, r *faults.Ring, node int) {
-		r.Routers[node].AwaitEnd()
+		if !r.Routers[node].Running() {
+			t.Error("the router has ended before its connections")
+		}
+		try(t, r.Routers[node].Kill())
 		restart(t, r, node)
 	}, false},
 	{
@@ -69,7 +74,6 @@ var events = []event{
 // Held connections live through everything that happens to the holder of the address, except the
 // loss of the node by which they enter.
 func TestConnectionsLive(t *testing.T) {
-	t.Parallel()
 	for _, backend := range []string{"nftables", "iptables"} {
 		t.Run(backend, func(t *testing.T) {
 			ring, err := faults.Build(2, false, carrying(t, backend))
@@ -99,13 +103,8 @@ func TestConnectionsLive(t *testing.T) {
 			want := func(what string) {
 				t.Helper()
 				for node, c := range held {
-					if c == nil {
-						continue
-					}
-					lost, why, gap := c.Await(limit)
-					t.Logf("%s: connections by router %d: %d lost, gap %d ms", what, node+1, lost, gap.Milliseconds())
-					if lost > 0 {
-						t.Fatalf("%s: %d connections lost: %v\n%s", what, lost, why, ring.Logs())
+					if c != nil {
+						await(t, ring, c, fmt.Sprintf("%s: connections by router %d", what, node+1))
 					}
 				}
 			}
@@ -143,5 +142,59 @@ func TestConnectionsLive(t *testing.T) {
 				t.Log(ring.Logs())
 			}
 		})
+	}
+}
+
+// A router that is asked to end hands over, carries the connections that enter by it, and ends
+// with the last one.
+func TestDrain(t *testing.T) {
+	ring, err := faults.Build(2, false, carrying(t, "nftables"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ring.Close()
+	if err := ring.AwaitTraffic(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		ring.Judge()
+		holder := ring.Holder()
+		const each = 67 // of three kinds: 201 connections
+		held, err := faults.Hold(ring.Site, holder, each, 5000)
+		if err != nil {
+			t.Fatal(err, ring.Logs())
+		}
+		await(t, ring, held, "before")
+		try(t, ring.Routers[holder].Terminate())
+		for end := time.Now().Add(limit); ring.Holder() == holder; time.Sleep(time.Millisecond) {
+			ring.Judge()
+			if time.Now().After(end) {
+				t.Fatalf("nobody has taken over\n%s", ring.Logs())
+			}
+		}
+		await(t, ring, held, "handed over")
+		if !ring.Routers[holder].Running() {
+			t.Error("the router has ended before its connections")
+		}
+		held.Close()
+		ring.Routers[holder].AwaitEnd()
+		if log := ring.Routers[holder].Log(); !strings.Contains(log, "draining connections") || !strings.Contains(log, "connections drained") {
+			t.Errorf("log:\n%s", log)
+		}
+		restart(t, ring, holder)
+	}
+	found, err := ring.Stop()
+	if err != nil || len(found) > 0 {
+		t.Errorf("violations %v, %v", found, err)
+	}
+}
+
+// await checks that no connection is lost.
+func await(t *testing.T, ring *faults.Ring, held *faults.Connections, what string) {
+	t.Helper()
+	lost, why, gap := held.Await(limit)
+	t.Logf("%s: %d lost, gap %d ms", what, lost, gap.Milliseconds())
+	if lost > 0 {
+		t.Fatalf("%s: %d connections lost: %v\n%s", what, lost, why, ring.Logs())
 	}
 }

@@ -24,7 +24,7 @@ const (
 )
 
 // pace is the time between two messages of a connection.
-const pace = 10 * time.Millisecond
+const pace = 50 * time.Millisecond
 
 // Connections are held TCP connections to a server of a site, by the pod of one node.
 type Connections struct {
