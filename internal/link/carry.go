@@ -174,7 +174,7 @@ func (k *Kernel) tunnelPeers(index int) (peers []netip.Addr, err error) {
 
 // forwarding lists where the tunnel sends frames, by their hardware addresses.
 func (k *Kernel) forwarding(index int) ([]netlink.Neigh, error) {
-	found, err := dump(func() ([]netlink.Neigh, error) { return k.handle.NeighList(index, unix.AF_BRIDGE) })
+	found, err := k.forwardings(index)
 	if err != nil {
 		return nil, fmt.Errorf("list forwarding of the tunnel: %w", err)
 	}

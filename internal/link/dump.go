@@ -51,6 +51,11 @@ func (k *Kernel) neighbours(index int, ipv6 bool) ([]netlink.Neigh, error) {
 	return dump(func() ([]netlink.Neigh, error) { return k.handle.NeighList(index, family) })
 }
 
+// forwardings lists the forwarding database of a link (bridge(8), fdb).
+func (k *Kernel) forwardings(index int) ([]netlink.Neigh, error) {
+	return dump(func() ([]netlink.Neigh, error) { return k.handle.NeighList(index, unix.AF_BRIDGE) })
+}
+
 // routesIPv6 lists the IPv6 routes of the main table.
 func (k *Kernel) routesIPv6() ([]netlink.Route, error) {
 	return dump(func() ([]netlink.Route, error) { return k.handle.RouteList(nil, netlink.FAMILY_V6) })

@@ -297,6 +297,8 @@ func targets(f rules.Family) []rules.Rule {
 	return []rules.Rule{
 		{Target: rules.Redirected}, {Target: rules.DNAT, To: h.second}, {Target: rules.DNAT, To: h.second, Protocol: rules.TCP, ToPort: 8443},
 		{Target: rules.DNAT, To: h.second, Protocol: rules.UDP, Port: 53, ToPort: 5353}, {Target: rules.SNAT, To: h.free},
+		// The kernel keeps a port that is in the range, and takes another one at random.
+		{Target: rules.SNAT, To: h.free, Protocol: rules.UDP, ToPort: 2, ToLast: 65535},
 		{Target: rules.MarkConnection, Mark: 0x500}, {Target: rules.MarkConnection, Mark: connectionMark},
 		{Target: rules.AttachHelper, Protocol: rules.UDP, Helper: "tftp"}, {Target: rules.ClampMSS, Protocol: rules.TCP, SYN: true},
 		{Target: rules.Return}, {Target: rules.Drop}, {Target: rules.Reject}, {Target: rules.LogPacket},

@@ -120,12 +120,14 @@ func (c Carry) chains() []gateChain {
 	}
 }
 
-func by(key expr.MetaKey, op expr.CmpOp, name string) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: key, Register: register}, compare(op, interfaceName(name))}
+func arrivesBy(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: register}, compare(expr.CmpOpEq, interfaceName(name))}
 }
 
-func address(offset uint32, op expr.CmpOp, a netip.Addr) []expr.Any {
-	return []expr.Any{&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}, compare(op, a.AsSlice())}
+func address(offset uint32, a netip.Addr) []expr.Any {
+	return []expr.Any{
+		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}, compare(expr.CmpOpEq, a.AsSlice()),
+	}
 }
 
 // transport matches bytes of the transport header between two values.
@@ -170,27 +172,27 @@ func (c Carry) sort() (all [][]expr.Any) {
 		}
 		for _, s := range c.Sources {
 			for _, match := range ported(destinationPort, quotedSource, p.First, p.Last) {
-				all = append(all, slices.Concat(by(expr.MetaKeyIIFNAME, expr.CmpOpEq, c.Egress), address(destination, expr.CmpOpEq, s), match, mark))
+				all = append(all, slices.Concat(arrivesBy(c.Egress), address(destination, s), match, mark))
 			}
 			for _, match := range ported(sourcePort, quotedDestination, p.First, p.Last) {
-				all = append(all, slices.Concat(by(expr.MetaKeyIIFNAME, expr.CmpOpEq, c.Interface), address(source, expr.CmpOpEq, s), match,
+				all = append(all, slices.Concat(arrivesBy(c.Interface), address(source, s), match,
 					[]expr.Any{&expr.Notrack{}, accept}))
 			}
 		}
 	}
 	for _, s := range c.Sources {
 		for _, match := range ported(destinationPort, quotedSource, c.First, c.Last) {
-			all = append(all, slices.Concat(by(expr.MetaKeyIIFNAME, expr.CmpOpEq, c.Interface), address(destination, expr.CmpOpEq, s), match, []expr.Any{accept}))
+			all = append(all, slices.Concat(arrivesBy(c.Interface), address(destination, s), match, []expr.Any{accept}))
 		}
 	}
-	return append(all, append(by(expr.MetaKeyIIFNAME, expr.CmpOpEq, c.Interface), &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}))
+	return append(all, append(arrivesBy(c.Interface), &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}))
 }
 
 func (c Carry) admit() (all [][]expr.Any) {
 	const source = 12
 	tunnel := append(protocol(rules.UDP), transport(destinationPort, portBytes(c.UDP), portBytes(c.UDP))...)
 	for _, p := range c.Peers {
-		all = append(all, slices.Concat(tunnel, by(expr.MetaKeyIIFNAME, expr.CmpOpEq, c.Cluster), address(source, expr.CmpOpEq, p.Address),
+		all = append(all, slices.Concat(tunnel, arrivesBy(c.Cluster), address(source, p.Address),
 			[]expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}))
 	}
 	return append(all, append(slices.Clone(tunnel), &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}))

@@ -39,7 +39,7 @@ func TestCarryPeers(t *testing.T) {
 	two := []CarryPeer{{address(2), second}}
 	want("a holder", false, Carry{Peers: two, Toward: address(2)})
 	say(3, election.Standby, 200, third)
-	both := append(two, CarryPeer{address(3), third})
+	both := []CarryPeer{{address(2), second}, {address(3), third}}
 	want("another one", false, Carry{Peers: both, Toward: address(2)})
 	say(2, election.Standby, 100, second)
 	want("no holder", false, Carry{Peers: both, Toward: address(2)})

@@ -192,7 +192,7 @@ func TestDrain(t *testing.T) {
 // await checks that no connection is lost.
 func await(t *testing.T, ring *faults.Ring, held *faults.Connections, what string) {
 	t.Helper()
-	lost, why, gap := held.Await(limit)
+	lost, gap, why := held.Await(limit)
 	t.Logf("%s: %d lost, gap %d ms", what, lost, gap.Milliseconds())
 	if lost > 0 {
 		t.Fatalf("%s: %d connections lost: %v\n%s", what, lost, why, ring.Logs())

@@ -169,9 +169,9 @@ func (c *Connections) answer(conn net.Conn) {
 }
 
 // Await waits until all connections have moved on, for at most limit, and returns the
-// number of those that have not, why, and the longest time without an answer since the last
-// call. Idle ones send a message.
-func (c *Connections) Await(limit time.Duration) (lost int, why error, gap time.Duration) {
+// number of those that have not, the longest time without an answer since the last call, and
+// why some have not moved on. Idle ones send a message.
+func (c *Connections) Await(limit time.Duration) (lost int, gap time.Duration, why error) {
 	now := time.Now()
 	for _, one := range c.all {
 		if one.kind == Idle {
@@ -202,7 +202,7 @@ func (c *Connections) Await(limit time.Duration) (lost int, why error, gap time.
 			time.Sleep(time.Millisecond)
 		}
 	}
-	return lost, why, gap
+	return lost, gap, why
 }
 
 // Close ends the connections and the server.
