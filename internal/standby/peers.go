@@ -71,7 +71,7 @@ func (p *peers) read(post func(election.Event)) {
 		if err != nil {
 			p.refused.Add(1)
 			if errors.Is(err, election.ErrKey) {
-				p.unkey(from.Addr().Unmap(), n == election.AuthenticatedSize)
+				p.unkey(from.Addr().Unmap(), n >= election.AuthenticatedSize) // with or without ports
 			}
 			continue
 		}

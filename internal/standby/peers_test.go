@@ -229,5 +229,13 @@ func TestPeersKeysDiffer(t *testing.T) {
 		if u.Keyed != (i == 0) || u.At.IsZero() {
 			t.Errorf("%+v", u)
 		}
+		ports := heartbeat(9, 3)
+		ports.FirstPort, ports.LastPort = 1024, 2000
+		before := u.At
+		p.send(ports)
+		until(t, "that with ports is known", func() bool { _, u = all[0].missing(); return u.At.After(before) })
+		if u.Keyed != (i == 0) {
+			t.Errorf("with ports: %+v", u)
+		}
 	}
 }
