@@ -3,6 +3,7 @@ package config
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -101,7 +102,17 @@ func (c *Config) parseCarry(env Environment, report func(*Error)) {
 	if c.ReplyMark&spec.CarryMarks != 0 {
 		report(&Error{variable, fmt.Sprintf("%s=vxlan marks packets with the bits 0x%x, of which EGRESS_REPLY_MARK has some: expected others", variable, spec.CarryMarks), ""})
 	}
+	for table := c.ReplyTable + 1; table <= c.ReplyTable+mostParts; table++ {
+		if !spec.UsableTable(table) {
+			report(&Error{variable, fmt.Sprintf("%s=vxlan uses the routing tables %d to %d, behind EGRESS_REPLY_TABLE: expected none of 253, 254 and 255, and at most %d",
+				variable, c.ReplyTable+1, c.ReplyTable+mostParts, math.MaxInt32), remedy("set EGRESS_REPLY_TABLE to another table")})
+			break
+		}
+	}
 	c.Standby.Carry = &spec.Carry{}
+	if len(c.Helpers) > 0 {
+		c.Warnings = append(c.Warnings, "EGRESS_HELPERS with "+variable+"=vxlan: a further connection, such as the data of FTP, keeps the source port of its client, and fails if that is one of another router")
+	}
 	if env.StandbyPorts == "" {
 		for _, name := range c.Peers.Names {
 			if _, err := netip.ParseAddr(name); err != nil {

@@ -49,6 +49,9 @@ func TestStandby(t *testing.T) {
 		}, func(s *spec.Standby, p *Peers) {
 			p.Names, s.Carry = []string{"10.0.0.1", "10.0.0.2"}, &spec.Carry{}
 		}},
+		"carry below main": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts, e.ReplyTable = "vxlan", "2000-2001", "237" }, func(s *spec.Standby, _ *Peers) {
+			s.Carry = &spec.Carry{First: 2000, Last: 2001}
+		}},
 		"no carry":       {func(e *Environment) { e.StandbyCarry = "off" }, func(*spec.Standby, *Peers) {}},
 		"carry by ports": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2000-2001" }, func(s *spec.Standby, _ *Peers) { s.Carry = &spec.Carry{First: 2000, Last: 2001} }},
 		"carry by index": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "1/2" }, func(s *spec.Standby, _ *Peers) { s.Carry = &spec.Carry{First: 33280, Last: 65535} }},
@@ -72,6 +75,16 @@ func TestStandby(t *testing.T) {
 				t.Errorf("warnings %q", c.Warnings)
 			}
 		})
+	}
+}
+
+// Helpers open connections whose source port no rule sets: with a tunnel that is pointed out.
+func TestCarryHelpers(t *testing.T) {
+	env := standingBy()
+	env.StandbyCarry, env.StandbyPorts, env.Helpers = "vxlan", "0/2", "ftp"
+	c, err := Parse(env, keyFile)
+	if err != nil || len(c.Warnings) != 1 || !strings.HasPrefix(c.Warnings[0], "EGRESS_HELPERS with EGRESS_STANDBY_CARRY=vxlan: ") {
+		t.Errorf("%v, warnings %q", err, c.Warnings)
 	}
 }
 
@@ -137,13 +150,15 @@ func TestStandbyFaults(t *testing.T) {
 		"its port": {func(e *Environment) {
 			e.StandbyCarry, e.StandbyPorts, e.Destination = "vxlan", "0/2", "9468 udp 203.0.113.1"
 		}, "by UDP port 9468, which is also a local port"},
-		"ports reversed": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "3000-2000" }, `EGRESS_STANDBY_PORTS "3000-2000" is not a range of ports: expected more than one port, from 1024 to 65535`},
-		"low ports":      {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "1023-2000" }, "expected more than one port, from 1024"},
-		"one port":       {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2000" }, "expected two numbers"},
-		"odd ports":      {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "02000-3000" }, "expected two numbers"},
-		"index of none":  {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2/2" }, "the index of a part is less than their number, which is at most 15"},
-		"many parts":     {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "0/16" }, "the index of a part is less than their number, which is at most 15"},
-		"another fence":  {func(e *Environment) { e.StandbyFence = "yes" }, "EGRESS_STANDBY_FENCE "},
+		"carry over main":  {func(e *Environment) { e.StandbyCarry, e.StandbyPorts, e.ReplyTable = "vxlan", "0/2", "238" }, "EGRESS_STANDBY_CARRY=vxlan uses the routing tables 239 to 253"},
+		"carry to the end": {func(e *Environment) { e.StandbyCarry, e.StandbyPorts, e.ReplyTable = "vxlan", "0/2", "2147483640" }, "EGRESS_STANDBY_CARRY=vxlan uses the routing tables 2147483641 to"},
+		"ports reversed":   {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "3000-2000" }, `EGRESS_STANDBY_PORTS "3000-2000" is not a range of ports: expected more than one port, from 1024 to 65535`},
+		"low ports":        {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "1023-2000" }, "expected more than one port, from 1024"},
+		"one port":         {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2000" }, "expected two numbers"},
+		"odd ports":        {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "02000-3000" }, "expected two numbers"},
+		"index of none":    {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "2/2" }, "the index of a part is less than their number, which is at most 15"},
+		"many parts":       {func(e *Environment) { e.StandbyCarry, e.StandbyPorts = "vxlan", "0/16" }, "the index of a part is less than their number, which is at most 15"},
+		"another fence":    {func(e *Environment) { e.StandbyFence = "yes" }, "EGRESS_STANDBY_FENCE "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			env := standingBy()
