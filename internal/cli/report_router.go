@@ -48,7 +48,7 @@ func (w *watch) reporter(p Process) reporter {
 				carries := false
 				if carry := w.config.Standby.Carry; carry != nil {
 					failed := w.tunnel.err()
-					carries = failed == nil && s.Carry.Toward.IsValid()
+					carries = carriesNow(s, failed, time.Now().Add(-election.Settings{Interval: w.config.Standby.Interval}.GiveUp()))
 					reportCarry(r, standby.Ports{First: uint16(carry.First), Last: uint16(carry.Last)}, s.Carry, failed)
 				}
 				if s.Draining {

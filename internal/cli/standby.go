@@ -352,6 +352,14 @@ func peersCheck(started time.Time, c config.Config, s standby.Status, now time.T
 	return check
 }
 
+// carriesNow reports whether what clients send to a router that does not hold the addresses
+// reaches the physical network: a router with which it exchanges packets has said after a time
+// that it holds them. failed is the error of the tunnel.
+func carriesNow(s standby.Status, failed error, after time.Time) bool {
+	holder, known := s.Holder(after)
+	return failed == nil && known && slices.ContainsFunc(s.Carry.Peers, func(p standby.CarryPeer) bool { return p.Address == holder.Address })
+}
+
 // reportCarry reports with whom a router exchanges the packets of connections.
 func reportCarry(r *health.Report, own standby.Ports, c standby.Carry, failed error) {
 	check := health.Check{Name: "carry", State: health.OK, Since: r.Started, Detail: "own ports " + own.String()}

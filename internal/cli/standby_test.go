@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"net/netip"
 	"strings"
 	"testing"
@@ -126,5 +127,34 @@ func TestMemberTable(t *testing.T) {
 	}
 	if note := memberTable(members[:1], now).Note; note != "No router is known to hold the addresses." {
 		t.Errorf("note %q", note)
+	}
+}
+
+// Clients may enter by a standby while a router to which its tunnel leads holds the addresses.
+func TestCarriesNow(t *testing.T) {
+	now := time.Date(2026, 11, 30, 10, 0, 0, 0, time.UTC)
+	holder := netip.MustParseAddr("10.128.0.102")
+	is := func(state election.State, heard time.Duration, peers ...netip.Addr) (s standby.Status) {
+		s.Peers = []standby.Peer{{Address: holder, State: state, Heard: now.Add(-heard)}}
+		s.Carry.Toward = holder
+		for _, a := range peers {
+			s.Carry.Peers = append(s.Carry.Peers, standby.CarryPeer{Address: a})
+		}
+		return s
+	}
+	for name, test := range map[string]struct {
+		s      standby.Status
+		failed error
+		want   bool
+	}{
+		"a holder":       {is(election.Active, time.Millisecond, holder), nil, true},
+		"no tunnel":      {is(election.Active, time.Millisecond, holder), errors.New("not supported"), false},
+		"no holder":      {is(election.Standby, time.Millisecond, holder), nil, false},
+		"holder silent":  {is(election.Active, time.Minute, holder), nil, false},
+		"another tunnel": {is(election.Active, time.Millisecond, netip.MustParseAddr("10.128.0.103")), nil, false},
+	} {
+		if got := carriesNow(test.s, test.failed, now.Add(-time.Second)); got != test.want {
+			t.Errorf("%s: %v", name, got)
+		}
 	}
 }
