@@ -429,7 +429,7 @@ func (w *observer) connections() {
 	}
 	for s, n := range inUse {
 		if s.protocol == rules.TCP || s.protocol == rules.UDP {
-			w.o.Ports = append(w.o.Ports, diagnose.Ports{Protocol: s.protocol.String(), Server: s.server, InUse: n, Limit: conntrack.PortLimit})
+			w.o.Ports = append(w.o.Ports, diagnose.Ports{Protocol: s.protocol.String(), Server: s.server, InUse: n, Limit: portLimit(rangedPorts(w.c), s.server.Addr())})
 		}
 	}
 	slices.SortFunc(w.o.Ports, func(a, b diagnose.Ports) int {

@@ -57,6 +57,7 @@ type view struct {
 	clients, own   int       // connections, and those of the pod itself
 	unreplied      int       // of clients
 	connections    []conntrack.Connection
+	ranged         int // see portLimit
 	entries, limit int // of the kernel's table; limit 0: unknown
 }
 
@@ -85,7 +86,7 @@ func (v *viewer) look(asked time.Time) (now, before *view) {
 
 // view reads the counters and the connections.
 func (w *watch) view() *view {
-	v := &view{at: time.Now()}
+	v := &view{at: time.Now(), ranged: w.ports.ranged}
 	if t := w.tracker.Load(); t == nil {
 		v.trouble = "connection tracking is not available: see the log"
 	} else if report, err := t.Counts(); err != nil {
@@ -450,15 +451,16 @@ func (v *view) connectionTable(now time.Time) page.Table {
 func (v *view) portTable(sources string) page.Table {
 	t := page.Table{
 		ID: "sources", Title: "Sources and ports", None: "No port is in use.",
-		Note:    fmt.Sprintf("Reserved: %s. For each server, an address has %s ports.", sources, page.Count(conntrack.PortLimit)),
+		Note:    fmt.Sprintf("Reserved: %s. For each server, an address has %s ports.", sources, page.Count(portLimit(v.ranged, netip.IPv4Unspecified()))),
 		Columns: []page.Column{{Title: "Source"}, {Title: "Protocol"}, {Title: "Server"}, {Title: "Ports in use", Number: true}, {Title: "Part", Number: true}},
 	}
 	if v.limit > 0 {
 		t.Note += fmt.Sprintf(" The kernel's table of connections has %s of %s entries.", page.Count(v.entries), page.Count(v.limit))
 	}
 	for _, p := range mostUsed(v.Ports)[:min(len(v.Ports), mostPortRows)] {
-		row := page.Row{Cells: []string{p.Reserved.String(), p.Protocol.String(), p.Server.String(), page.Count(p.InUse), fmt.Sprintf("%.1f %%", 100*float64(p.InUse)/conntrack.PortLimit)}}
-		if p.InUse*100 >= fewPorts*conntrack.PortLimit {
+		limit := portLimit(v.ranged, p.Reserved)
+		row := page.Row{Cells: []string{p.Reserved.String(), p.Protocol.String(), p.Server.String(), page.Count(p.InUse), fmt.Sprintf("%.1f %%", 100*float64(p.InUse)/float64(limit))}}
+		if p.InUse*100 >= fewPorts*limit {
 			row.State = health.Warning
 		}
 		t.Rows = append(t.Rows, row)

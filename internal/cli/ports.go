@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
+	"github.com/egress-router/egress-router/internal/config"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/health"
@@ -22,11 +24,30 @@ const (
 
 // A portWatch warns of reserved addresses with few ports left.
 type portWatch struct {
-	log *slog.Logger
+	log    *slog.Logger
+	ranged int // see portLimit
 
 	mu    sync.Mutex
 	few   map[conntrack.Ports]int // ports in use, by address and server
 	since time.Time
+}
+
+// rangedPorts returns the number of source ports of a router that shares those of an IPv4 address
+// with others; zero: it has all.
+func rangedPorts(c config.Config) int {
+	if c.Standby == nil || c.Standby.Carry == nil || c.Standby.Carry.First == 0 {
+		return 0
+	}
+	return int(c.Standby.Carry.Last-c.Standby.Carry.First) + 1
+}
+
+// portLimit returns the largest number of connections from a reserved address to one port of a
+// server. ranged is that of IPv4 if the router shares the ports with others.
+func portLimit(ranged int, reserved netip.Addr) int {
+	if ranged != 0 && reserved.Is4() {
+		return ranged
+	}
+	return conntrack.PortLimit
 }
 
 // check logs the addresses that have few ports left since the last report.
@@ -36,13 +57,14 @@ func (w *portWatch) check(ports []conntrack.Ports) {
 	few := make(map[conntrack.Ports]int)
 	for _, p := range ports {
 		n := p.InUse
-		if n*100 < fewPorts*conntrack.PortLimit {
+		limit := portLimit(w.ranged, p.Reserved)
+		if n*100 < fewPorts*limit {
 			continue
 		}
 		p.InUse = 0
 		if few[p] = n; w.few[p] == 0 {
 			w.log.Warn("source ports nearly used up", "source", p.Reserved.String(), "protocol", p.Protocol.String(), "destination", p.Server.String(),
-				"ports", n, "limit", conntrack.PortLimit, "hint", "add addresses to EGRESS_SOURCE (with EGRESS_GRAMMAR=extended), or let clients keep connections open")
+				"ports", n, "limit", limit, "hint", "add addresses to EGRESS_SOURCE (with EGRESS_GRAMMAR=extended), or let clients keep connections open")
 		}
 	}
 	if (len(few) > 0) != (len(w.few) > 0) {
@@ -58,10 +80,11 @@ func (w *portWatch) report(r *health.Report) {
 	var parts []string
 	var fault diagnose.Fault
 	for p, n := range w.few {
-		if diagnose.Exhausted(n, conntrack.PortLimit) {
+		limit := portLimit(w.ranged, p.Reserved)
+		if diagnose.Exhausted(n, limit) {
 			fault = diagnose.PortsExhausted
 		}
-		parts = append(parts, fmt.Sprintf("%s uses %d of %d ports to %s %s", p.Reserved, n, conntrack.PortLimit, p.Protocol, p.Server))
+		parts = append(parts, fmt.Sprintf("%s uses %d of %d ports to %s %s", p.Reserved, n, limit, p.Protocol, p.Server))
 	}
 	if len(parts) == 0 {
 		return

@@ -295,6 +295,7 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 	}
 	w.ports.check(report.Ports)
 	collectLines(emit, report, s.Probes, w.addresses)
+	emit(name+"source_ports_limit", float64(portLimit(w.ports.ranged, w.config.Sources[0].Prefix.Addr())))
 	emit(name+"event_overruns_total", float64(report.Overruns))
 	if entries, limit, err := t.Fill(); err == nil {
 		emit(name+"conntrack_entries", float64(entries))
@@ -394,7 +395,6 @@ func collectLines(emit metrics.Emit, report conntrack.Report, probes []router.Pr
 	for _, p := range mostUsed(report.Ports) {
 		emit(name+"source_ports_in_use", float64(p.InUse), p.Reserved.String(), p.Protocol.String(), p.Server.String())
 	}
-	emit(name+"source_ports_limit", conntrack.PortLimit)
 }
 
 // mostUsed returns those with most ports in use.

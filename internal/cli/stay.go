@@ -49,7 +49,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	}
 	log, written := file.log, c // without the additions below
 	keepNameServers(&c, log)
-	w := &watch{config: c, latest: c, log: log, ports: portWatch{log: log}}
+	w := &watch{config: c, latest: c, log: log, ports: portWatch{log: log, ranged: rangedPorts(c)}}
 	if c.Grammar == rules.Extended {
 		w.names = newFollower(c, log)
 	}
