@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
+	"os/signal"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
@@ -140,11 +143,32 @@ func (w *watch) keep(ctx context.Context) error {
 		w.standby.Run(ctx)
 		leave()
 	})
+	if w.config.Standby.Carry != nil {
+		w.background.Go(func() { w.cut(ctx, stays) })
+	}
 	err := w.keeper.Run(stays)
 	if err == nil {
 		w.log.Info("stopping, configuration stays, gate shut")
 	}
 	return err
+}
+
+// cut ends the drain of connections at the next signal after that which has ended ctx, or does
+// nothing until stays ends.
+func (w *watch) cut(ctx, stays context.Context) {
+	select {
+	case <-ctx.Done():
+	case <-stays.Done():
+		return
+	}
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(again)
+	select {
+	case <-again:
+		w.standby.Cut()
+	case <-stays.Done():
+	}
 }
 
 // newKeeper returns a keeper for the router's namespace.

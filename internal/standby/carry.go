@@ -149,8 +149,9 @@ func (r *Runner) carry() {
 // counts it: a count reads the connections of all network namespaces.
 const drainPolls = 10
 
-// drain carries until the connections that enter by this router have ended. Its heartbeats tell
-// that it does not take over; a router that starts meanwhile learns its ports from them.
+// drain carries until the connections that enter by this router have ended, no other router is
+// heard any more, or Cut. Its heartbeats tell that it does not take over; a router that starts
+// meanwhile learns its ports from them.
 func (r *Runner) drain() {
 	r.carry()
 	r.mu.Lock()
@@ -164,11 +165,14 @@ func (r *Runner) drain() {
 	poll := time.NewTicker(pollInterval)
 	defer poll.Stop()
 	begin := time.Now()
+	if r.drained(true, begin) {
+		return
+	}
 	for polls := 0; ; {
-		if polls%drainPolls == 0 && r.drained(polls == 0, begin) {
-			return
-		}
 		select {
+		case <-r.cut:
+			r.o.Log.Warn("connections not drained", "reason", "asked again to end")
+			return
 		case e := <-r.events:
 			if e.Kind == election.Heard {
 				r.peers.note(e.Heartbeat, r.o.Settings.Interval)
@@ -179,8 +183,10 @@ func (r *Runner) drain() {
 			r.last.State, r.last.Healthy, r.last.Resigned, r.last.Ask = election.Standby, false, false, 0
 			r.peers.send(r.last)
 		case <-poll.C:
-			polls++
 			r.carry()
+			if polls++; polls%drainPolls == 0 && r.drained(false, begin) {
+				return
+			}
 		}
 	}
 }
@@ -197,6 +203,9 @@ func (r *Runner) drained(first bool, begin time.Time) bool {
 		if !first {
 			r.o.Log.Info("connections drained", "took", time.Since(begin).Round(time.Millisecond).String())
 		}
+		return true
+	case time.Since(r.peers.last()) > forgetAfter:
+		r.o.Log.Warn("connections not drained", "connections", n, "reason", fmt.Sprintf("no other router is heard for %s, by which they would go", forgetAfter))
 		return true
 	case first:
 		r.mu.Lock()

@@ -2,8 +2,11 @@ package standby
 
 import (
 	"log/slog"
+	"net"
 	"net/netip"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -75,5 +78,72 @@ func TestCarryIsPassedOn(t *testing.T) {
 	r.carry()
 	if len(r.carried) > 0 {
 		t.Error("passed on without a change")
+	}
+}
+
+// A drain ends with the last connection, if it is cut, and if no other router is heard any more, by
+// which the connections would go.
+func TestDrainEnds(t *testing.T) {
+	const first = 5 // connections
+	for name, test := range map[string]struct {
+		left        func(counted int) int
+		cut, silent bool
+		want        string
+	}{
+		"drained": {func(counted int) int { return first - counted }, false, false, "connections drained"},
+		"none":    {func(int) int { return 0 }, false, false, ""},
+		"cut":     {func(int) int { return first }, true, false, "asked again to end"},
+		"silent":  {func(int) int { return first }, false, true, "no other router is heard for 10s"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				// Nobody reads here: a read from the network would keep the time of the test from passing.
+				p, err := listenPeers(Options{Listen: netip.MustParseAddrPort("127.0.0.1:0")})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer p.close()
+				p.own = p.conn.LocalAddr().(*net.UDPAddr).AddrPort()
+				peer := netip.MustParseAddr("127.0.0.2")
+				p.know([]netip.Addr{peer})
+				hear := func() {
+					p.from(2, peer)
+					p.note(election.Heartbeat{ID: 2, Sequence: 1, State: election.Active, Healthy: true, FirstPort: 2000, LastPort: 3000}, election.DefaultInterval)
+				}
+				hear()
+				var log strings.Builder
+				counted := 0
+				r := &Runner{
+					peers: p, machine: election.New(election.Settings{Interval: election.DefaultInterval, ID: 1}, 0), start: time.Now(),
+					events: make(chan election.Event), carried: make(chan struct{}, 1), cut: make(chan struct{}),
+				}
+				r.o = Options{
+					Settings: election.Settings{Interval: election.DefaultInterval, ID: 1}, Ports: Ports{1024, 1999}, Carry: func(Carry) {},
+					Open: func() (int, error) {
+						if !test.silent {
+							hear()
+						}
+						if counted++; counted == first && test.cut {
+							r.Cut()
+						}
+						return test.left(counted), nil
+					},
+					Log: slog.New(slog.NewTextHandler(&log, nil)),
+				}
+				r.drain()
+				if (test.want == "") != (log.String() == "") || !strings.Contains(log.String(), test.want) {
+					t.Errorf("log %q, want %q", &log, test.want)
+				}
+				if n := strings.Count(log.String(), "draining connections"); n > 1 {
+					t.Errorf("logged %d times: %q", n, &log)
+				}
+				if !test.silent && test.want != "" && counted != first {
+					t.Errorf("counted %d times", counted)
+				}
+				if r.status.Draining != (test.want != "") {
+					t.Errorf("draining %v", r.status.Draining)
+				}
+			})
+		})
 	}
 }

@@ -136,6 +136,7 @@ type Runner struct {
 	cause        string // why the current claim began
 	last         election.Heartbeat
 	done         chan struct{} // closed at the end of Run
+	cut          chan struct{} // closed by Cut
 	carried      chan struct{} // receives a value after a change of status.Carry
 
 	mu     sync.Mutex
@@ -155,7 +156,7 @@ const handOverLimit = 2 * time.Second
 // New returns a Runner that listens for heartbeats, in the network namespace of the calling
 // thread.
 func New(o Options) (*Runner, error) {
-	r := &Runner{o: o, start: time.Now(), events: make(chan election.Event, 1024), done: make(chan struct{}), carried: make(chan struct{}, 1)}
+	r := &Runner{o: o, start: time.Now(), events: make(chan election.Event, 1024), done: make(chan struct{}), cut: make(chan struct{}), carried: make(chan struct{}, 1)}
 	r.status = Status{Role: election.Standby, Since: r.start, TakeOvers: map[string]uint64{}}
 	r.machine = election.New(o.Settings, 0)
 	var err error
@@ -239,6 +240,10 @@ func (r *Runner) Run(ctx context.Context) {
 	}
 	r.drain()
 }
+
+// Cut makes Run return after the hand-over, although connections are left. It is called once at
+// most.
+func (r *Runner) Cut() { close(r.cut) }
 
 // post passes an event to Run, unless that has ended.
 func (r *Runner) post(e election.Event) {

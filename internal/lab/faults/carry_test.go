@@ -146,7 +146,7 @@ func TestConnectionsLive(t *testing.T) {
 }
 
 // A router that is asked to end hands over, carries the connections that enter by it, and ends
-// with the last one.
+// with the last one, or as soon as it is asked again.
 func TestDrain(t *testing.T) {
 	ring, err := faults.Build(2, false, carrying(t, "nftables"))
 	if err != nil {
@@ -156,7 +156,7 @@ func TestDrain(t *testing.T) {
 	if err := ring.AwaitTraffic(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 {
+	for _, again := range []bool{false, true} {
 		ring.Judge()
 		holder := ring.Holder()
 		const each = 67 // of three kinds: 201 connections
@@ -176,9 +176,17 @@ func TestDrain(t *testing.T) {
 		if !ring.Routers[holder].Running() {
 			t.Error("the router has ended before its connections")
 		}
-		held.Close()
-		ring.Routers[holder].AwaitEnd()
-		if log := ring.Routers[holder].Log(); !strings.Contains(log, "draining connections") || !strings.Contains(log, "connections drained") {
+		ended := "connections drained"
+		if again {
+			ended = "asked again to end"
+			try(t, ring.Routers[holder].Terminate())
+			ring.Routers[holder].AwaitEnd()
+			held.Close()
+		} else {
+			held.Close()
+			ring.Routers[holder].AwaitEnd()
+		}
+		if log := ring.Routers[holder].Log(); !strings.Contains(log, "draining connections") || !strings.Contains(log, ended) {
 			t.Errorf("log:\n%s", log)
 		}
 		restart(t, ring, holder)
