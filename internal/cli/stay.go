@@ -101,9 +101,12 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	defer w.background.Wait()
 	defer end()
 	if t != nil {
+		// Connections are tracked while those of the last clients are drained, too.
+		tracked, untrack := context.WithCancel(context.WithoutCancel(ctx))
+		defer untrack()
 		w.tracker.Store(t)
 		w.background.Go(func() {
-			if err := t.Run(ctx); err != nil {
+			if err := t.Run(tracked); err != nil {
 				log.Error("connection tracking ended", "error", err)
 			}
 		})

@@ -148,7 +148,12 @@ func TestConnectionsLive(t *testing.T) {
 // A router that is asked to end hands over, carries the connections that enter by it, and ends
 // with the last one, or as soon as it is asked again.
 func TestDrain(t *testing.T) {
-	ring, err := faults.Build(2, false, carrying(t, "nftables"))
+	carries := carrying(t, "nftables")
+	ring, err := faults.Build(2, false, func(s *lab.Site, node int) *exec.Cmd {
+		cmd := carries(s, node)
+		cmd.Env = append(cmd.Env, "EGRESS_AUDIT_LOG=true")
+		return cmd
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +191,9 @@ func TestDrain(t *testing.T) {
 			held.Close()
 			ring.Routers[holder].AwaitEnd()
 		}
-		if log := ring.Routers[holder].Log(); !strings.Contains(log, "draining connections") || !strings.Contains(log, ended) {
+		log := ring.Routers[holder].Log()
+		_, drain, is := strings.Cut(log, "draining connections")
+		if !is || !strings.Contains(drain, ended) || !again && !strings.Contains(drain, "connection begins") { // clients go on
 			t.Errorf("log:\n%s", log)
 		}
 		restart(t, ring, holder)
