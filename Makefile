@@ -69,13 +69,13 @@ tidy: ## check that go mod tidy would not change go.mod and go.sum of any module
 vulnerabilities: ## check all modules for known vulnerabilities, with govulncheck
 	.ci/vulnerabilities
 
-fuzz: ## fuzz the grammars, the resource, the framing of HTTP requests, ARP and heartbeats, 30 s each
+fuzz: ## fuzz the grammars, the resource, HTTP requests, ARP and heartbeats, 30 s each
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/object
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/tcpproxy
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/httpproxy
-	$(GO) test -fuzz FuzzFraming -fuzztime 30s ./internal/httpproxy
+	$(GO) test -fuzz FuzzRequest -fuzztime 30s ./internal/httpproxy
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/arp
 	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/election
 

@@ -272,8 +272,8 @@ func TestHTTPProxyWithIdleClients(t *testing.T) {
 	if busy[times/2] > 10*free[times/2] {
 		t.Errorf("with %d idle clients a tunnel takes %s, without them %s; want at most ten times that", clients, busy[times/2], free[times/2])
 	}
-	if memory > 300<<20 {
-		t.Errorf("with %d idle clients the process has %d MB, want at most 300", clients, memory>>20)
+	if memory > 160<<20 {
+		t.Errorf("with %d idle clients the process has %d MB, want at most 160", clients, memory>>20)
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()

@@ -128,6 +128,11 @@ func (r Rule) names(d Destination) bool {
 // used by a name that also has addresses of the other.
 func (r Rule) deniesFamily() bool { return r.Deny && r.Network.IsValid() && r.Network.Bits() == 0 }
 
+// haveNames reports whether there are rules for names.
+func (r Rules) haveNames() bool {
+	return slices.ContainsFunc(r, func(rule Rule) bool { return rule.Name != "" })
+}
+
 // nameRule reports whether a rule for names matches a name of an address.
 func (r Rules) nameRule(name string) bool {
 	name, ok := parseName(name)

@@ -3,7 +3,6 @@ package httpproxy
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -27,15 +26,20 @@ type refusal struct {
 }
 
 // write sends the refusal as plain text, regardless of the header Accept, since people
-// read it in a terminal or a log.
-func (r *refusal) write(w http.ResponseWriter) {
-	body := fmt.Sprintf("egress-router: %s\n", r.text)
-	h := w.Header()
-	h.Set("Content-Type", "text/plain; charset=utf-8")
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(r.status)
-	_, _ = io.WriteString(w, body) // the client may be gone
+// read it in a terminal or a log. closes adds the end of the connection.
+func (r *refusal) write(x *exchange, closes bool) {
+	body := "egress-router: " + r.text + "\n"
+	f := fields{
+		{"Content-Length", strconv.Itoa(len(body))},
+		{"Content-Type", "text/plain; charset=utf-8"},
+		{"X-Content-Type-Options", "nosniff"},
+	}
+	if closes {
+		f = append(f, field{"Connection", "close"})
+	}
+	x.reply = reply{w: x.reply.w, err: x.reply.err}
+	x.head(r.status, f)
+	_ = x.write([]byte(body)) // the client may be gone
 }
 
 // denied returns the response to a request that the rules do not allow.

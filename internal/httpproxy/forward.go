@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/http/httputil"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,7 +17,7 @@ const pseudonym = "egress-router"
 
 // forward sends a request in absolute form to its server, and the response back.
 func (p *Proxy) forward(x *exchange) {
-	if last, refusal := countForwards(x.request); last {
+	if last, refusal := x.request.countForwards(); last {
 		x.refuse(refusal)
 		return
 	}
@@ -27,111 +25,147 @@ func (p *Proxy) forward(x *exchange) {
 		x.refuse(refusal)
 		return
 	}
-	if x.plain {
-		p.forwardPlain(x)
-		return
+	err := x.outgoing()
+	if err == nil {
+		err = p.roundTrip(x)
 	}
-	p.forwarder.ServeHTTP(x, x.request)
+	switch {
+	case err != nil:
+		x.fail(err)
+	case x.response.status == http.StatusSwitchingProtocols:
+		x.switchProtocols()
+	default:
+		x.forwardResponse()
+	}
 }
 
 // countForwards decrements Max-Forwards, and reports whether this proxy is the last
 // recipient (RFC 9110 section 7.6.2).
-func countForwards(r *http.Request) (last bool, answer *refusal) {
-	if r.Method != http.MethodOptions && r.Method != http.MethodTrace {
+func (r *request) countForwards() (last bool, answer *refusal) {
+	if r.method != http.MethodOptions && r.method != http.MethodTrace {
 		return false, nil
 	}
-	n, err := strconv.ParseUint(r.Header.Get("Max-Forwards"), 10, 32)
+	n, err := strconv.ParseUint(r.fields.get("Max-Forwards"), 10, 32)
 	switch {
 	case err != nil:
 		return false, nil
 	case n > 0:
-		r.Header.Set("Max-Forwards", strconv.FormatUint(n-1, 10))
+		r.fields = append(r.fields.without("Max-Forwards"), field{"Max-Forwards", strconv.FormatUint(n-1, 10)})
 		return false, nil
-	case r.Method == http.MethodTrace:
+	case r.method == http.MethodTrace:
 		return true, &refusal{http.StatusMethodNotAllowed, "TRACE is not supported: Max-Forwards is 0"}
 	}
 	return true, &refusal{http.StatusOK, "response of the proxy: Max-Forwards is 0"}
 }
 
-// rewrite derives the request to the server from that of the client. ReverseProxy has
-// removed the hop-by-hop headers, and a few others, which are restored here:
-// ReverseProxy is designed for the server's side, which does not trust the client.
-func rewrite(pr *httputil.ProxyRequest) {
-	in, out := pr.In, pr.Out
-	out.Host = in.Host // taken from the URL by net/http (RFC 9112 section 3.2.2)
-	out.URL.RawQuery = in.URL.RawQuery
-	out.URL.Opaque = path(in)
-	out.Trailer = in.Trailer // the same map, which is filled at the end of the body
-	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
-		if values, ok := in.Header[name]; ok && !namedByConnection(in.Header, name) {
-			out.Header[name] = values
-		}
+// outgoing derives the fields of the request to the server from those of the client.
+func (x *exchange) outgoing() error {
+	r := &x.request
+	upgrade, trailers := r.fields.upgrade(), r.fields.hasToken("Te", "trailers")
+	if !isPrintable(upgrade) {
+		return fmt.Errorf("client tried to switch to invalid protocol %q", upgrade)
 	}
-	if !in.ProtoAtLeast(1, 1) { // RFC 9110 section 7.8
-		out.Header.Del("Upgrade")
-		out.Header.Del("Connection")
+	f := r.fields.withoutHopByHop()
+	if trailers {
+		f = append(f, field{"Te", "trailers"})
 	}
-	addVia(out.Header, in.ProtoMajor, in.ProtoMinor)
-}
-
-// path returns the path of a request as it was written, since a server may distinguish
-// equivalent paths. It is empty if that form cannot be sent; then that of net/url is.
-func path(r *http.Request) string {
-	_, rest, _ := strings.Cut(r.RequestURI, "://")
-	p, _, _ := strings.Cut(rest, "?")
-	i := strings.IndexByte(p, '/')
-	switch {
-	case i < 0 && r.Method == http.MethodOptions && !strings.Contains(rest, "?"):
-		return "*" // RFC 9112 section 3.2.4
-	case i < 0 || strings.HasPrefix(p[i:], "//") || strings.Contains(p, "#"):
-		return ""
+	if upgrade != "" && r.atLeast11() { // RFC 9110 section 7.8
+		x.upgrade = upgrade
+		f = append(f, field{"Connection", "Upgrade"}, field{"Upgrade", upgrade})
 	}
-	return p[i:]
-}
-
-func namedByConnection(h http.Header, name string) bool {
-	return slices.ContainsFunc(h["Connection"], func(list string) bool { return hasToken(list, name) })
-}
-
-// modifyResponse derives the response to the client from that of the server.
-func modifyResponse(r *http.Response) error {
-	return r.Request.Context().Value(exchangeKey{}).(*exchange).modify(r)
-}
-
-func (x *exchange) modify(r *http.Response) error {
-	if x.closing {
-		r.Header.Set("Connection", "close")
-	}
-	if _, x.reason, _ = strings.Cut(r.Status, " "); strings.ContainsFunc(x.reason, func(c rune) bool { return c < ' ' && c != '\t' || c == 0x7f }) {
-		return errBadReason
-	}
-	x.answered = true
-	addVia(r.Header, r.ProtoMajor, r.ProtoMinor)
+	f = append(f, via(r.major, r.minor))
+	f.sort()
+	r.fields = f
 	return nil
 }
 
-func addVia(h http.Header, major, minor int) {
-	via := "1.1 " + pseudonym
-	if major != 1 || minor != 1 {
-		via = fmt.Sprintf("%d.%d %s", major, minor, pseudonym)
+// isPrintable reports whether a string is of printable ASCII alone.
+func isPrintable(s string) bool {
+	return !strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' })
+}
+
+// forwardResponse sends the response of the server to the client.
+func (x *exchange) forwardResponse() {
+	r := &x.response
+	defer r.finish(io.ErrUnexpectedEOF) // if it has not ended
+	if err := x.checkReason(); err != nil {
+		x.fail(err)
+		return
 	}
-	h["Via"] = append(h["Via"], via)
+	f := r.fields.withoutHopByHop()
+	if x.closing {
+		f = append(f, field{"Connection", "close"})
+	}
+	if len(r.trailers) > 0 {
+		f = append(f, field{"Trailer", strings.Join(r.trailers, ", ")})
+	}
+	f = append(f, via(r.major, r.minor))
+	x.reply.trailers = len(r.trailers) > 0
+	x.reply.reason, x.reply.own = r.reason, true
+	x.head(r.status, f)
+	if err := x.copyBody(); err != nil {
+		x.proxy.log.Debug("response incomplete", "error", err)
+		x.flush()
+		x.drop()
+	}
 }
 
-// RoundTrip is roundTrip for ReverseProxy.
-func (p *Proxy) RoundTrip(out *http.Request) (*http.Response, error) {
-	return p.roundTrip(out.Context().Value(exchangeKey{}).(*exchange), out)
+func (x *exchange) checkReason() error {
+	if strings.ContainsFunc(x.response.reason, func(c rune) bool { return c < ' ' && c != '\t' || c == 0x7f }) {
+		return errBadReason
+	}
+	return nil
 }
 
-// roundTrip sends a request to its server and returns the response.
+// via returns the field that names this proxy, for a message in a version of HTTP.
+func via(major, minor int) field {
+	if major == 1 && minor == 1 {
+		return field{"Via", "1.1 " + pseudonym}
+	}
+	return field{"Via", fmt.Sprintf("%d.%d %s", major, minor, pseudonym)}
+}
+
+// copyBody forwards the body of a response. Before it waits for the server, serverConn
+// forwards what is buffered.
+func (x *exchange) copyBody() error {
+	r := &x.response
+	if r.noBody {
+		return nil
+	}
+	if n := r.body.left; r.body.chunks == nil && n >= 0 && n <= int64(r.body.r.Buffered()) { // the most frequent case
+		p, _ := r.body.r.Peek(int(n)) // cannot fail
+		err := x.write(p)
+		_, _ = r.body.r.Discard(int(n))
+		r.finish(io.EOF)
+		return err
+	}
+	buf := x.proxy.buffers.Get()
+	defer x.proxy.buffers.Put(buf)
+	for {
+		n, err := r.Read(buf)
+		if n > 0 {
+			if err := x.write(buf[:n]); err != nil {
+				return err
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return err
+		}
+	}
+}
+
+// roundTrip sends the request to its server and receives the response.
 //
 // A request that may be repeated uses an idle connection, and is repeated if the server
 // has closed that connection. Others have a new one: they are not lost then, and never
 // run twice (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
-func (p *Proxy) roundTrip(x *exchange, out *http.Request) (*http.Response, error) {
-	key := x.route.serverKey(out.URL.Scheme)
-	login := connectionScheme(out.Header["Authorization"])
-	repeatable := isSafe(out.Method) && out.Body == nil
+func (p *Proxy) roundTrip(x *exchange) error {
+	key := x.route.serverKey(x.request.scheme)
+	login := x.request.fields.connectionScheme("Authorization")
+	repeatable := isSafe(x.request.method) && x.body == nil
 
 	c := x.client.unpark(key)
 	switch {
@@ -139,7 +173,7 @@ func (p *Proxy) roundTrip(x *exchange, out *http.Request) (*http.Response, error
 	case c.alive() && (c.login || repeatable):
 	case c.login:
 		_ = c.Close()
-		return nil, errLoginLost
+		return errLoginLost
 	default:
 		_ = c.Close()
 		c = nil
@@ -151,7 +185,7 @@ func (p *Proxy) roundTrip(x *exchange, out *http.Request) (*http.Response, error
 		if c == nil {
 			var err error
 			if c, err = p.connectServer(x.life.context(), &x.route, key); err != nil {
-				return nil, err
+				return err
 			}
 		}
 		authenticated := c.login
@@ -159,16 +193,17 @@ func (p *Proxy) roundTrip(x *exchange, out *http.Request) (*http.Response, error
 			c.client, c.login = x.client, true
 		}
 		x.server = c.RemoteAddr()
-		r, err := c.exchange(out, x, p.release)
+		x.conn = c
+		err := c.exchange(x, p.release)
 		// Without an error the connection may have another exchange already.
 		switch stale := errors.Is(err, errBeforeAnswer) && c.used; {
 		case stale && authenticated:
-			return nil, errLoginLost
+			return errLoginLost
 		case stale && repeatable:
 			c = nil
 			continue
 		}
-		return r, err
+		return err
 	}
 }
 
@@ -223,15 +258,11 @@ func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*se
 	return c, nil
 }
 
-// answerFailure responds to the client if the server does not respond, or with an
-// invalid response.
-func (p *Proxy) answerFailure(w http.ResponseWriter, _ *http.Request, err error) {
-	x := w.(*exchange)
-	if x.status == http.StatusSwitchingProtocols {
-		return // net/http no longer owns the connection
-	}
+// fail responds to the client if the server does not respond, or with an invalid response.
+func (x *exchange) fail(err error) {
 	if errors.Is(err, errLoginLost) {
-		x.dropClient()
+		x.status = http.StatusBadGateway // for the access log
+		x.drop()
 		return
 	}
 	x.refuse(x.explain(err))
@@ -240,7 +271,6 @@ func (p *Proxy) answerFailure(w http.ResponseWriter, _ *http.Request, err error)
 func (x *exchange) explain(err error) *refusal {
 	if x.body != nil {
 		if bad := x.body.err.Load(); bad != nil {
-			x.Header().Set("Connection", "close")
 			return &refusal{http.StatusBadRequest, "reading the request: " + (*bad).Error()}
 		}
 	}

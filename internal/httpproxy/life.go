@@ -11,15 +11,11 @@ import (
 // Its context is made when a look-up or a new connection needs it: most exchanges have
 // neither.
 type life struct {
-	x      *exchange
-	parent context.Context // ends with the client or the proxy
-
 	mu     sync.Mutex
 	ctx    context.Context // nil: not needed so far
 	cancel context.CancelCauseFunc
-	ended  error       // cause of another end; nil: none
+	ended  error       // cause of the end; nil: none
 	server *serverConn // to close at the end
-	stop   func() bool // of closing it at the end of parent
 }
 
 // context returns a context that ends with the life.
@@ -27,7 +23,7 @@ func (l *life) context() context.Context {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ctx == nil {
-		l.ctx, l.cancel = context.WithCancelCause(context.WithValue(l.parent, exchangeKey{}, l.x))
+		l.ctx, l.cancel = context.WithCancelCause(context.Background())
 		if l.ended != nil {
 			l.cancel(l.ended)
 		}
@@ -54,10 +50,7 @@ func (l *life) end(cause error) {
 func (l *life) cause() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ended != nil {
-		return l.ended
-	}
-	return context.Cause(l.parent)
+	return l.ended
 }
 
 // hold makes the end of the life close a connection to a server.
@@ -68,7 +61,6 @@ func (l *life) hold(c *serverConn) {
 		_ = c.Close()
 	}
 	l.server = c
-	l.stop = context.AfterFunc(l.parent, func() { _ = c.Close() })
 }
 
 // release reverts hold. It returns false if the connection is closed.
@@ -76,5 +68,5 @@ func (l *life) release() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.server = nil
-	return l.stop() && l.ended == nil
+	return l.ended == nil
 }

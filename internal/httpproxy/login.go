@@ -1,7 +1,6 @@
 package httpproxy
 
 import (
-	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,11 +14,14 @@ import (
 // a proxy must therefore recognise them.
 var connectionSchemes = []string{"NTLM", "Negotiate", "Kerberos"}
 
-// connectionScheme reports whether a header that names authentication schemes names one
-// of connectionSchemes. Words in parameters count too: that only costs a connection.
-func connectionScheme(values []string) bool {
-	for _, value := range values {
-		for word := range strings.FieldsFuncSeq(value, func(r rune) bool { return r == ' ' || r == '\t' || r == ',' }) {
+// connectionScheme reports whether a field that names authentication schemes names one of
+// connectionSchemes. Words in parameters count too: that only costs a connection.
+func (f fields) connectionScheme(name string) bool {
+	for i := range f {
+		if f[i].name != name {
+			continue
+		}
+		for word := range strings.FieldsFuncSeq(f[i].value, func(r rune) bool { return r == ' ' || r == '\t' || r == ',' }) {
 			for _, scheme := range connectionSchemes {
 				if strings.EqualFold(word, scheme) {
 					return true
@@ -28,13 +30,6 @@ func connectionScheme(values []string) bool {
 		}
 	}
 	return false
-}
-
-// offersLogin reports whether a response asks for credentials that may hold for the
-// connection.
-func offersLogin(r *http.Response) bool {
-	return r.StatusCode == http.StatusUnauthorized && connectionScheme(r.Header["Www-Authenticate"]) ||
-		r.StatusCode == http.StatusProxyAuthRequired && connectionScheme(r.Header["Proxy-Authenticate"])
 }
 
 // mostLogins is the limit of the server connections that belong to one client. Browsers
@@ -111,7 +106,7 @@ func (c *clientConn) lose(s *serverConn) {
 	if mine && s.login {
 		l.lost.Store(true)
 		if l.between.Load() {
-			_ = c.SetReadDeadline(time.Unix(1, 0)) // wakes up net/http
+			_ = c.SetReadDeadline(time.Unix(1, 0)) // wakes up its wait
 		}
 	}
 }
@@ -127,18 +122,5 @@ func (l *logins) close() {
 	for key, s := range l.conns {
 		delete(l.conns, key)
 		_ = s.Close()
-	}
-}
-
-// dropClient ends the connection of a client without a response, as its server has done.
-func (x *exchange) dropClient() {
-	x.status = http.StatusBadGateway // for the access log
-	x.closeClient()
-}
-
-// closeClient closes the connection of a client. net/http adds nothing to the response.
-func (x *exchange) closeClient() {
-	if _, err := x.takeConnection(); err == nil {
-		_ = x.client.Close()
 	}
 }

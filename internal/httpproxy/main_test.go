@@ -134,7 +134,7 @@ type testProxy struct {
 }
 
 // start runs a proxy until the test ends.
-func start(t *testing.T, rules string, names zone, change func(*Proxy)) *testProxy {
+func start(t testing.TB, rules string, names zone, change func(*Proxy)) *testProxy {
 	t.Helper()
 	list, err := Parse(rules)
 	if err != nil {
@@ -218,12 +218,12 @@ func wantEnd(t *testing.T, conn io.Reader, want string) {
 }
 
 // serve runs a server that handles each connection, and returns its address.
-func serve(t *testing.T, handle func(conn *net.TCPConn)) string {
+func serve(t testing.TB, handle func(conn *net.TCPConn)) string {
 	t.Helper()
 	return serveAt(t, "203.0.113.1:0", handle)
 }
 
-func serveAt(t *testing.T, addr string, handle func(conn *net.TCPConn)) string {
+func serveAt(t testing.TB, addr string, handle func(conn *net.TCPConn)) string {
 	t.Helper()
 	plain, err := net.Listen("tcp", addr)
 	if err != nil {

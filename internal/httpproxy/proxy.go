@@ -3,11 +3,11 @@ package httpproxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httputil"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -50,7 +50,8 @@ type Proxy struct {
 	pipes       pipes
 	buffers     buffers
 	tls         *tls.Config
-	forwarder   *httputil.ReverseProxy
+	hangups     hangups
+	stopping    atomic.Bool
 	running     counter
 
 	listener atomic.Pointer[listener] // while it serves
@@ -87,14 +88,6 @@ func New(c Config, log *slog.Logger, resolver Resolver) *Proxy {
 	p.servers.most, p.connections = kept, connectionFiles(files)
 	p.pipes.most = min(files/pipeShare, mostPipes)
 	p.tls = &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(0)}
-	p.forwarder = &httputil.ReverseProxy{
-		Rewrite:        rewrite,
-		ModifyResponse: modifyResponse,
-		ErrorHandler:   p.answerFailure,
-		Transport:      p,
-		BufferPool:     &p.buffers,
-		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}
 	return p
 }
 
@@ -147,86 +140,119 @@ func (p *Proxy) Run(ctx context.Context) error {
 
 // Serve is Run for a listener, which it closes.
 func (p *Proxy) Serve(ctx context.Context, l *net.TCPListener) error {
-	// Active requests continue after the end of ctx.
-	base, abandon := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer abandon(errStopping)
-	server := &http.Server{
-		Handler:                      p,
-		DisableGeneralOptionsHandler: true, // OPTIONS * may be for a server
-		ReadHeaderTimeout:            p.config.HeaderTimeout,
-		IdleTimeout:                  p.config.KeepAliveTimeout,
-		MaxHeaderBytes:               p.config.MaxHeaderBytes,
-		ErrorLog:                     slog.NewLogLogger(p.log.Handler(), slog.LevelWarn),
-		BaseContext:                  func(net.Listener) context.Context { return base },
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			conn.(*clientConn).proxy = base
-			return context.WithValue(ctx, clientKey{}, conn)
-		},
+	clients := newListener(l, p)
+	defer clients.Close()
+	if err := p.hangups.open(); err != nil {
+		return fmt.Errorf("watching clients: %w", err)
 	}
-	var background sync.WaitGroup
-	defer background.Wait()
-	clients := newListener(l, p.config.MaxConnections, func() bool { return p.used() >= p.connections-1 })
 	p.listener.Store(clients)
 	defer p.listener.Store(nil)
 	p.log.Info("ready", "listen", l.Addr(), "rules", len(p.rules.Load().Rules))
+	var background sync.WaitGroup
+	defer background.Wait()
+	background.Go(p.hangups.run)
+	defer p.hangups.close()
 	var err error
-	served := make(chan struct{})
+	ended := make(chan struct{})
 	background.Go(func() {
-		err = server.Serve(clients)
-		close(served)
+		err = p.accept(clients)
+		close(ended)
 	})
 	select {
-	case <-served:
-		_ = server.Close()
+	case <-ended:
+		clients.each(func(c *clientConn) { _ = c.Close() })
 		return fmt.Errorf("accepting clients: %w", err)
 	case <-ctx.Done():
 	}
-	p.stop(base, server, abandon)
+	p.stop(clients)
 	p.servers.close()
 	return nil
 }
 
+// accept serves clients until the listener is closed. The errors of accept(2) that belong
+// to one connection, or to a lack of files or memory, end nothing.
+func (p *Proxy) accept(l *listener) error {
+	const least, most = 5 * time.Millisecond, time.Second
+	pause := least
+	for {
+		c, err := l.Accept()
+		switch temporary, ok := errors.AsType[interface {
+			error
+			Temporary() bool
+		}](err); {
+		case err == nil:
+			pause = least
+			if err := p.hangups.add(c); err != nil {
+				p.log.Warn("watching a client failed", "client", c.RemoteAddr(), "error", err)
+				_ = c.Close()
+				continue
+			}
+			go c.serve()
+		case ok && temporary.Temporary():
+			p.log.Warn("accept failed", "error", err, "retry", pause)
+			select {
+			case <-time.After(pause):
+			case <-l.closed:
+			}
+			pause = min(2*pause, most)
+		default:
+			return err
+		}
+	}
+}
+
 // stop waits for active requests and tunnels, and ends them after ShutdownGrace.
-func (p *Proxy) stop(base context.Context, server *http.Server, abandon context.CancelCauseFunc) {
-	grace, cancel := context.WithTimeout(base, p.config.ShutdownGrace)
+func (p *Proxy) stop(clients *listener) {
+	grace, cancel := context.WithTimeout(context.Background(), p.config.ShutdownGrace)
 	defer cancel()
 	p.log.Info("stopping", "running", p.running.count(), "grace", p.config.ShutdownGrace)
-	err := server.Shutdown(grace)
-	if err == nil {
-		err = p.running.wait(grace) // net/http does not count hijacked connections
-	}
-	if err == nil {
+	p.stopping.Store(true)
+	_ = clients.Close()
+	if p.drain(grace, clients) {
 		return
 	}
 	if n := p.running.count(); n > 0 {
 		p.log.Warn("shutdown timeout, closing active requests", "running", n)
 	}
-	abandon(errStopping)
-	_ = server.Close()
+	clients.each(func(c *clientConn) { c.interrupt(errStopping) })
 	// They end immediately; a second is for a busy machine.
-	last, cancel := context.WithTimeout(context.WithoutCancel(base), time.Second)
+	last, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_ = p.running.wait(last)
+	clients.each(func(c *clientConn) { _ = c.Close() })
 }
 
-// clientKey is the context key of a request's *clientConn.
-type clientKey struct{}
-
-// ServeHTTP handles one request of the server that Serve starts.
-func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !r.Context().Value(clientKey{}).(*clientConn).begin() {
-		return // it was closed for another client
+// drain closes connections without a request until there are none, or the context ends.
+func (p *Proxy) drain(ctx context.Context, clients *listener) bool {
+	const least, most = time.Millisecond, 100 * time.Millisecond
+	for pause := least; ; pause = min(2*pause, most) {
+		left := 0
+		clients.each(func(c *clientConn) {
+			if !c.isIdle() || !c.state.CompareAndSwap(resting, evicted) {
+				left++
+				return
+			}
+			_ = c.Close()
+		})
+		if left == 0 {
+			return true
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return false
+		}
 	}
-	p.running.add(1)
-	defer p.running.add(-1)
-	x := p.begin(w, r)
-	defer x.end()
-	t, err := targetOf(r)
+}
+
+// handle handles one request.
+func (p *Proxy) handle(x *exchange) {
+	t, err := targetOf(&x.request)
 	x.route.target = t
 	switch {
 	case err != nil:
 		x.refuse(&refusal{http.StatusBadRequest, err.Error()})
-	case r.Method == http.MethodConnect:
+	case x.request.method == http.MethodConnect:
 		p.connect(x)
 	default:
 		p.forward(x)

@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -194,6 +195,46 @@ func TestStreams(t *testing.T) {
 			t.Errorf("%v, want %v", err, io.ErrUnexpectedEOF)
 		}
 	})
+}
+
+// Responses that come while bodies are still sent, whole ones and others, reach their
+// clients, and buffers are never those of two connections.
+func TestEarlyAnswers(t *testing.T) {
+	server := serve(t, func(conn *net.TCPConn) {
+		request := header(conn)
+		length := "2"
+		if strings.Contains(request, "X-Short") {
+			length = "9"
+		}
+		send(t, conn, "HTTP/1.1 200 OK\r\nContent-Length: "+length+"\r\n\r\nhi")
+	})
+	p := start(t, "*", nil, func(p *Proxy) { p.config.HeaderTimeout = time.Second })
+	var clients sync.WaitGroup
+	for i := range 8 {
+		clients.Go(func() {
+			for j := range 20 {
+				framing := []string{"Content-Length: 100000\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"}[j%2]
+				short := []string{"", "X-Short: 1\r\n"}[(i+j/2)%2]
+				conn := p.connect(t)
+				go func() {
+					_, _ = io.WriteString(conn, "POST http://"+server+"/ HTTP/1.1\r\nHost: x\r\n"+short+framing)
+					for range 20 {
+						_, _ = io.WriteString(conn, "2\r\nhi\r\n")
+					}
+					_ = conn.CloseWrite()
+				}()
+				text, _ := io.ReadAll(conn) // the end may be a reset
+				if s := string(text); s != "" && !strings.HasPrefix(s, "HTTP/1.1 200 OK\r\n") && !strings.HasPrefix(s, "HTTP/1.1 400 ") && !strings.HasPrefix(s, "HTTP/1.1 502 ") {
+					t.Errorf("got %q", s)
+				}
+				conn.Close()
+			}
+		})
+	}
+	clients.Wait()
+	if log := p.log.String(); strings.Contains(log, "panic") {
+		t.Errorf("logged:\n%s", log)
+	}
 }
 
 // Responses that no client must get are errors of the server. None of them ends the
@@ -483,6 +524,9 @@ func TestTunnelFiles(t *testing.T) {
 	p := start(t, "203.0.113.1", nil, func(p *Proxy) {
 		p.config.MaxConnections, p.connections = 2*tunnels, 2*tunnels
 	})
+	if !await(func() bool { return p.listener.Load() != nil }) { // it has opened its own files
+		t.Fatal("the proxy does not serve")
+	}
 	before := count()
 	var conns []*net.TCPConn
 	for range tunnels {

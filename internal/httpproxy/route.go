@@ -55,7 +55,7 @@ func (p *Proxy) route(x *exchange) *refusal {
 func (p *Proxy) routeBy(x *exchange, list Rules) *refusal {
 	r, t := &x.route, x.route.target
 	if t.host.Name == "" {
-		return p.choose(&x.life, r, list, []netip.Addr{t.host.Addr})
+		return p.choose(x, list, []netip.Addr{t.host.Addr})
 	}
 	name := t.host.Name
 	if t.host.Absolute {
@@ -68,7 +68,7 @@ func (p *Proxy) routeBy(x *exchange, list Rules) *refusal {
 	ctx := x.life.context()
 	lookup, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
-	addrs, full, err := p.resolver.LookupAddr(lookup, clientOf(ctx), name)
+	addrs, full, err := p.resolver.LookupAddr(lookup, x.client.from, name)
 	if err == nil && len(addrs) == 0 {
 		err = &net.DNSError{Err: "no address records", Name: t.host.Name, IsNotFound: true}
 	}
@@ -87,19 +87,14 @@ func (p *Proxy) routeBy(x *exchange, list Rules) *refusal {
 		return unresolved(t, err)
 	}
 	r.full = full
-	return p.choose(&x.life, r, list, addrs)
-}
-
-// clientOf returns the address of the client of an exchange.
-func clientOf(ctx context.Context) netip.Addr {
-	from, _ := ctx.Value(exchangeKey{}).(*exchange).client.RemoteAddr().(*net.TCPAddr)
-	return from.AddrPort().Addr()
+	return p.choose(x, list, addrs)
 }
 
 // choose adds the allowed addresses to a route. If a name has an IPv4 address, allowed
 // or not, its IPv6 addresses are not used: the reserved address is an IPv4 address, and
 // the source address must not depend on the reachability of a server.
-func (p *Proxy) choose(life *life, r *route, list Rules, addrs []netip.Addr) *refusal {
+func (p *Proxy) choose(x *exchange, list Rules, addrs []netip.Addr) *refusal {
+	r := &x.route
 	var first Verdict // on an address that is denied
 	// The first rule that matches any of the addresses denies all of them, or allows
 	// those that are allowed alone, as with the original.
@@ -116,8 +111,8 @@ func (p *Proxy) choose(life *life, r *route, list Rules, addrs []netip.Addr) *re
 			return &refusal{http.StatusForbidden, r.target.String() + " is this proxy itself"}
 		}
 		d := Destination{Host: r.target.host, Full: r.full, Addr: a, Local: local}
-		if r.target.host.Name == "" {
-			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(life.context(), list, a) })
+		if r.target.host.Name == "" && list.haveNames() {
+			d.Names = sync.OnceValue(func() []string { return p.verifiedNames(x.life.context(), x.client.from, list, a) })
 		}
 		v := list.Decide(d)
 		if n := v.Rule.Number; n > 0 && (n < decisive.Rule.Number || decisive.Rule.Number == 0) && (!ipv4 || a.Is4() || !v.Rule.deniesFamily()) {
@@ -136,7 +131,7 @@ func (p *Proxy) choose(life *life, r *route, list Rules, addrs []netip.Addr) *re
 		}
 	}
 	if decisive.Rule.Number > 0 && !decisive.Allow {
-		r.addrs, r.verdict = nil, decisive
+		r.addrs, r.verdict = r.addrs[:0], decisive
 		return denied(r, at)
 	}
 	if len(r.addrs) == 0 {
@@ -162,17 +157,17 @@ func (p *Proxy) local(a netip.Addr) (bool, error) {
 
 // verifiedNames returns the names of an address that a rule matches and that resolve to
 // it. After an error or a timeout there is none.
-func (p *Proxy) verifiedNames(ctx context.Context, list Rules, a netip.Addr) []string {
+func (p *Proxy) verifiedNames(ctx context.Context, client netip.Addr, list Rules, a netip.Addr) []string {
 	if p.unnamed.has(a) {
 		return nil
 	}
-	client := ctx
+	life := ctx
 	ctx, cancel := context.WithTimeout(ctx, min(reverseTimeout, p.config.ConnectTimeout))
 	defer cancel()
-	names, err := p.resolver.LookupNames(ctx, clientOf(ctx), a)
+	names, err := p.resolver.LookupNames(ctx, client, a)
 	if err != nil {
 		p.log.Debug("reverse lookup failed", "address", a, "error", err)
-		if isTimeout(err) && client.Err() == nil && !overloaded(err) {
+		if isTimeout(err) && life.Err() == nil && !overloaded(err) {
 			p.unnamed.add(a)
 		}
 		return nil
@@ -181,7 +176,7 @@ func (p *Proxy) verifiedNames(ctx context.Context, list Rules, a netip.Addr) []s
 		if !list.nameRule(name) {
 			return true
 		}
-		addrs, _, err := p.resolver.LookupAddr(ctx, clientOf(ctx), strings.TrimSuffix(name, ".")+".") // no search list
+		addrs, _, err := p.resolver.LookupAddr(ctx, client, strings.TrimSuffix(name, ".")+".") // no search list
 		return err != nil || !slices.ContainsFunc(addrs, func(b netip.Addr) bool { return b.Unmap() == a })
 	})
 }

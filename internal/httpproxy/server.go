@@ -2,13 +2,12 @@ package httpproxy
 
 import (
 	"bufio"
-	"bytes"
 	"errors"
 	"io"
-	"mime"
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -35,12 +34,7 @@ type serverConn struct {
 	watch  chan struct{} // closed at the end of a watch, see clientConn.park
 	sent   chan error    // has the result of sending the current request
 
-	// Fields of the current response.
-	answered bool // the server has sent a part of it
-	inHeader bool
-	left     int64 // bytes to the limit of the header
-	line     []byte
-	named    []string // by the header Connection
+	answered bool // the server has sent a part of the current response
 }
 
 // A duplex is a connection whose two directions end separately, TCP or TLS.
@@ -107,9 +101,6 @@ func (s *socket) readNow(fd uintptr) bool {
 }
 
 var (
-	errHeaderLimit  = errors.New("the header of the response is too long")
-	errBadReason    = errors.New("malformed HTTP response: control characters in the reason phrase")
-	errBadStatus    = errors.New("malformed HTTP response: the status is below 100")
 	errNoUpgrade    = errors.New("the server switched protocols without a request for it")
 	errFinalAnswer  = errors.New("the server has responded without the request's body")
 	errBeforeAnswer = errors.New("the server closed the connection")
@@ -121,17 +112,42 @@ var (
 	writers = sync.Pool{New: func() any { return bufio.NewWriter(nil) }}
 )
 
-// exchange sends a request and returns the response. done is called when both have
-// ended and the connection may have another exchange; otherwise it is closed.
-func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverConn)) (*http.Response, error) {
+// getReader returns a buffered reader of a connection.
+func getReader(conn io.Reader) *bufio.Reader {
+	r := readers.Get().(*bufio.Reader)
+	r.Reset(conn)
+	return r
+}
+
+// putReader returns a reader to the pool.
+func putReader(r *bufio.Reader) {
+	r.Reset(nil)
+	readers.Put(r)
+}
+
+// getWriter returns a buffered writer to a connection.
+func getWriter(conn io.Writer) *bufio.Writer {
+	w := writers.Get().(*bufio.Writer)
+	w.Reset(conn)
+	return w
+}
+
+// putWriter returns a writer to the pool.
+func putWriter(w *bufio.Writer) {
+	w.Reset(nil)
+	writers.Put(w)
+}
+
+// exchange sends the request of an exchange and receives the response. done is called when
+// both have ended and the connection may have another exchange; otherwise it is closed.
+func (c *serverConn) exchange(x *exchange, done func(*serverConn)) error {
 	c.answered = false
 	if c.reader == nil {
-		c.reader = readers.Get().(*bufio.Reader)
-		c.reader.Reset(c)
+		c.reader = getReader(c)
 	}
 	x.life.hold(c)
-	sent, expect := c.send(out, x)
-	r, err := c.receive(out, expect, x)
+	sent, expect := c.send(x)
+	err := c.receive(x, expect)
 	expect.end(errFinalAnswer)
 	if err != nil {
 		x.life.release()
@@ -146,70 +162,61 @@ func (c *serverConn) exchange(out *http.Request, x *exchange, done func(*serverC
 		if cause := x.life.cause(); cause != nil {
 			err = cause
 		}
-		return nil, err
+		return err
 	}
 	c.used = true
-	if offersLogin(r) {
+	r := &x.response
+	if r.offersLogin() {
 		c.client = x.client
 	}
-	x.closing = c.login && r.Close
-	c.removeNamed(r.Header)
-	if r.StatusCode == http.StatusSwitchingProtocols {
-		r.Body = &switchedServer{c, x.life.release} // ends with the exchange
-		return r, nil
+	x.closing = c.login && r.closes
+	if r.status == http.StatusSwitchingProtocols {
+		return nil // the connection ends with the exchange
 	}
-	removeForbidden(r.Trailer)
-	if (x.plain || !flushes(r)) && (r.ContentLength < 0 || r.ContentLength > int64(c.reader.Buffered())) {
+	if !r.noBody && (!r.known() || r.body.left > int64(c.reader.Buffered())) {
 		c.tcp.pause = x.flush
 	}
-	body := &responseBody{ReadCloser: r.Body, end: func(whole bool) {
-		removeForbidden(r.Trailer)
+	r.end = func(whole bool) {
 		c.tcp.pause = nil
-		whole = whole && !r.Close && c.reader.Buffered() == 0 && x.sentWhole(c, sent)
+		whole = whole && !r.closes && c.reader.Buffered() == 0 && x.sentWhole(c, sent)
+		putReader(c.reader)
+		c.reader = nil
 		if !x.life.release() || !whole {
 			_ = c.Close()
 			return
 		}
-		readers.Put(c.reader)
-		c.reader = nil
 		done(c)
-	}}
-	r.Body = body
-	if body.ReadCloser == http.NoBody {
-		body.finish(true)
 	}
-	return r, nil
-}
-
-// flushes reports whether ReverseProxy flushes a response, by a goroutine of its own:
-// beside that nothing else may flush.
-func flushes(r *http.Response) bool {
-	kind, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	return r.ContentLength < 0 || kind == "text/event-stream"
+	if r.noBody {
+		r.finish(io.EOF)
+	}
+	return nil
 }
 
 // send sends a request. A body is sent in the background, since the server may respond
 // before its end, and its end is reported by the channel.
-func (c *serverConn) send(out *http.Request, x *exchange) (sent <-chan error, expect *expectation) {
+func (c *serverConn) send(x *exchange) (sent <-chan error, expect *expectation) {
 	if c.sent == nil {
 		c.sent = make(chan error, 1)
 	}
 	result := c.sent // empty: a connection has another exchange after sentWhole only
-	if out.Body == nil {
-		err := c.write(out)
+	if x.body == nil {
+		err := c.write(x, nil, false)
 		result <- err
 		if err != nil && !onNetwork(err) {
 			_ = c.Close()
 		}
 		return result, nil
 	}
-	if strings.EqualFold(out.Header.Get("Expect"), "100-continue") {
+	from := io.Reader(x.body)
+	if strings.EqualFold(x.request.fields.get("Expect"), "100-continue") {
 		expect = newExpectation()
-		out = out.WithContext(out.Context()) // a copy
-		out.Body = &expectedBody{out.Body, expect}
+		from = &expectedBody{x.body, expect}
 	}
+	// The head waits for the first piece of the body if that has come with it.
+	alone := x.request.length < 0 || x.request.expects || x.client.reader.Buffered() == 0
 	go func() {
-		err := c.write(out)
+		err := c.write(x, from, alone)
 		result <- err
 		// The server must not wait for a rest that will not come. After an error of
 		// its connection it may have responded.
@@ -247,61 +254,92 @@ func (x *exchange) sentWhole(c *serverConn, sent <-chan error) bool {
 	}
 }
 
-func (c *serverConn) write(out *http.Request) error {
-	w := writers.Get().(*bufio.Writer)
-	w.Reset(c)
-	err := out.Write(w)
-	if err == nil {
-		err = w.Flush()
+// write sends the request of an exchange, with its body. Each piece is sent at once; alone
+// means that the head is too. The exchange may end before.
+func (c *serverConn) write(x *exchange, body io.Reader, alone bool) error {
+	w := getWriter(c.duplex)
+	defer putWriter(w)
+	x.writeRequest(w)
+	if body == nil {
+		return w.Flush()
 	}
-	w.Reset(nil)
-	writers.Put(w)
-	return err
+	buf := x.proxy.buffers.Get()
+	defer x.proxy.buffers.Put(buf)
+	chunked := x.request.length < 0
+	for ; ; alone = true {
+		if alone {
+			if err := w.Flush(); err != nil {
+				return err
+			}
+		}
+		n, err := body.Read(buf)
+		if n > 0 {
+			writePiece(w, buf[:n], chunked)
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if chunked {
+		writeLastChunk(w, x.body.body.trailers)
+	}
+	return w.Flush()
 }
 
-// ReadFrom forwards each piece of a request's body at once, which a bufio.Writer would
-// collect.
-func (c *serverConn) ReadFrom(r io.Reader) (int64, error) {
-	return io.Copy(struct{ io.Writer }{c.duplex}, r)
+// writePiece writes a part of a body.
+func writePiece(w *bufio.Writer, p []byte, chunked bool) {
+	if chunked {
+		_, _ = w.Write(strconv.AppendUint(w.AvailableBuffer(), uint64(len(p)), 16))
+		_, _ = w.WriteString("\r\n")
+	}
+	_, _ = w.Write(p)
+	if chunked {
+		_, _ = w.WriteString("\r\n")
+	}
 }
 
-// receive returns the final response. Interim ones are forwarded to the client.
-func (c *serverConn) receive(out *http.Request, expect *expectation, x *exchange) (*http.Response, error) {
-	c.inHeader, c.line, c.named = true, c.line[:0], nil
-	c.left = int64(x.proxy.config.MaxHeaderBytes + c.reader.Size()) // a part of the body may come along
+// writeLastChunk writes the end of a body in chunks (RFC 9112 section 7.1).
+func writeLastChunk(w *bufio.Writer, trailers fields) {
+	_, _ = w.WriteString("0\r\n")
+	trailers.write(w)
+	_, _ = w.WriteString("\r\n")
+}
+
+// receive receives the final response. Interim ones are forwarded to the client.
+func (c *serverConn) receive(x *exchange, expect *expectation) error {
+	h := newHeadReader(x.proxy.config.MaxHeaderBytes + c.reader.Size())
+	defer h.free()
+	h.folds = true
 	for {
-		r, err := http.ReadResponse(c.reader, out)
+		r := &x.response
+		*r = response{fields: r.fields[:0], body: body{r: c.reader, folds: true}}
+		line, f, err := h.read(c.reader, checkStatusLine, r.fields)
+		if err == nil {
+			err = r.parse(line, f, x.request.method)
+		}
 		switch {
 		case err != nil && !c.answered && c.gone(err):
-			return nil, errBeforeAnswer
+			return errBeforeAnswer
+		case errors.Is(err, io.EOF):
+			return io.ErrUnexpectedEOF
 		case err != nil:
-			return nil, err
-		case r.StatusCode < 100:
-			return nil, errBadStatus
-		case r.StatusCode >= 200:
-			return r, nil
-		case r.StatusCode == http.StatusSwitchingProtocols:
-			if out.Header.Get("Upgrade") == "" {
-				return nil, errNoUpgrade
+			return err
+		case r.status < 100:
+			return errBadStatus
+		case r.status >= 200:
+			return nil
+		case r.status == http.StatusSwitchingProtocols:
+			if x.upgrade == "" {
+				return errNoUpgrade
 			}
-			return r, nil
-		case r.StatusCode == http.StatusContinue:
+			return nil
+		case r.status == http.StatusContinue:
 			expect.end(nil)
 		}
-		c.removeNamed(r.Header)
-		x.forwardInterim(r)
-		c.inHeader, c.named = true, nil
-		next, _ := c.reader.Peek(c.reader.Buffered()) // cannot fail
-		c.scan(next)
-	}
-}
-
-// removeNamed removes the headers that Connection names.
-func (c *serverConn) removeNamed(h http.Header) {
-	for _, name := range c.named {
-		if !strings.EqualFold(name, "Upgrade") && !strings.EqualFold(name, "Connection") { // ReverseProxy looks at these
-			h.Del(name)
-		}
+		x.forwardInterim()
 	}
 }
 
@@ -310,47 +348,13 @@ func (c *serverConn) gone(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// Read reads from the server. It collects the names in the header Connection of a
-// response (RFC 9110 section 7.6.1), which net/http drops if one of them is close.
+// Read reads from the server.
 func (c *serverConn) Read(p []byte) (int, error) {
-	if c.inHeader && c.left < 0 { // net/http may not have seen the error
-		return 0, errHeaderLimit
-	}
 	n, err := c.duplex.Read(p)
 	if n > 0 {
 		c.answered = true
 	}
-	if c.inHeader {
-		c.scan(p[:n])
-		if c.left -= int64(n); c.left < 0 {
-			return 0, errHeaderLimit
-		}
-	}
 	return n, err
-}
-
-func (c *serverConn) scan(p []byte) {
-	for c.inHeader {
-		part, rest, ended := bytes.Cut(p, []byte("\n"))
-		c.line = append(c.line, part...)
-		if !ended {
-			return
-		}
-		c.endLine(bytes.TrimSuffix(c.line, []byte("\r")))
-		c.line, p = c.line[:0], rest
-	}
-}
-
-func (c *serverConn) endLine(line []byte) {
-	const name = "connection:"
-	switch {
-	case len(line) == 0:
-		c.inHeader = false
-	case len(line) > len(name) && (line[0]|0x20) == 'c' && strings.EqualFold(string(line[:len(name)]), name):
-		for token := range strings.SplitSeq(string(line[len(name):]), ",") {
-			c.named = append(c.named, strings.TrimSpace(token))
-		}
-	}
 }
 
 // Close closes the connection.
@@ -376,52 +380,6 @@ func silent(fd uintptr) bool {
 			return n == 0 && err == nil
 		}
 	}
-}
-
-// A responseBody ends an exchange when it has been read, or is closed before.
-type responseBody struct {
-	io.ReadCloser
-	end func(whole bool) // nil: it was called
-}
-
-// Read reads from the server.
-func (b *responseBody) Read(p []byte) (int, error) {
-	if b.end == nil {
-		return 0, io.EOF
-	}
-	n, err := b.ReadCloser.Read(p)
-	if err != nil {
-		b.finish(err == io.EOF)
-	}
-	return n, err
-}
-
-// Close ends the exchange.
-func (b *responseBody) Close() error {
-	b.finish(false)
-	return nil
-}
-
-func (b *responseBody) finish(whole bool) {
-	if b.end != nil {
-		b.end(whole)
-		b.end = nil
-	}
-}
-
-// A switchedServer is the connection of a server after a protocol switch.
-type switchedServer struct {
-	*serverConn
-	stop func() bool
-}
-
-// Read returns the data behind the response first.
-func (s *switchedServer) Read(p []byte) (int, error) { return s.reader.Read(p) }
-
-// Close closes the connection.
-func (s *switchedServer) Close() error {
-	s.stop()
-	return s.serverConn.Close()
 }
 
 // An expectation is that of a request with Expect: 100-continue. Its body waits for the
@@ -452,7 +410,7 @@ func (e *expectation) end(err error) {
 
 // An expectedBody is the body of a request with an expectation.
 type expectedBody struct {
-	io.ReadCloser
+	*requestBody
 	expect *expectation
 }
 
@@ -462,5 +420,5 @@ func (b *expectedBody) Read(p []byte) (int, error) {
 	if b.expect.err != nil {
 		return 0, b.expect.err
 	}
-	return b.ReadCloser.Read(p)
+	return b.requestBody.Read(p)
 }

@@ -1,6 +1,7 @@
 package httpproxy
 
 import (
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -69,7 +70,7 @@ func (s *shares) admit(c *clientConn) {
 	s.places.Store(int64(s.open))
 	select {
 	case s.ready <- c:
-	default: // net/http has stopped
+	default: // nobody accepts any more
 		s.remove(c)
 		_ = c.TCPConn.Close()
 	}
@@ -119,7 +120,7 @@ func (s *shares) evict(than int) bool {
 
 func (s *shares) evictFrom(conns map[*clientConn]struct{}) bool {
 	for c := range conns {
-		if c.state.Load() == resting && !c.hasRequest() && !c.unread() && c.state.CompareAndSwap(resting, evicted) {
+		if c.state.Load() == resting && !c.unread() && c.state.CompareAndSwap(resting, evicted) {
 			s.remove(c)
 			_ = c.TCPConn.Close()
 			return true
@@ -202,6 +203,23 @@ func (s *shares) rests() {
 	}
 }
 
+// each calls a function for every connection with a place.
+func (s *shares) each(do func(*clientConn)) {
+	for _, c := range s.all() {
+		do(c)
+	}
+}
+
+func (s *shares) all() []*clientConn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []*clientConn
+	for _, conns := range s.of {
+		all = slices.AppendSeq(all, maps.Keys(conns))
+	}
+	return all
+}
+
 // count returns the number of connections.
 func (s *shares) count() int {
 	s.mu.Lock()
@@ -230,30 +248,20 @@ func (s *shares) close() {
 
 // The states of a client's connection.
 const (
-	resting   int32 = iota // it waits for a request
-	active                 // it has one
-	finishing              // net/http may not have written the end of the response
-	evicted                // closed, see shares
+	resting int32 = iota // it waits for a request or the rest of one
+	reading              // data have come, which may be a request
+	active               // it has a request
+	evicted              // closed, see shares
 )
 
 // begin reports whether a request may begin: the connection has not been closed.
-func (c *clientConn) begin() bool {
-	return c.state.CompareAndSwap(resting, active) || c.state.CompareAndSwap(finishing, active)
-}
-
-// hasRequest reports whether the header of a request was read that net/http has not begun
-// to handle.
-func (c *clientConn) hasRequest() bool { return c.headers.Load() > c.ended.Load() }
+func (c *clientConn) begin() bool { return c.state.CompareAndSwap(reading, active) }
 
 // unread reports whether the kernel has data of the client, as of a request that has just
 // come (tcp(7), SIOCINQ).
 func (c *clientConn) unread() bool {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return false
-	}
-	n := 0
-	_ = raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
+	n, err := 0, error(nil)
+	_ = c.raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
 	return err == nil && n > 0
 }
 

@@ -22,7 +22,10 @@ func TestEvictKeepsUnreadRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newShares(1, func() bool { return false })
-	c := &clientConn{TCPConn: near.(*net.TCPConn), from: remoteIP(near.(*net.TCPConn)), shares: s}
+	c, err := newClientConn(&Proxy{config: Config{HeaderTimeout: patience, MaxHeaderBytes: 64 << 10}}, near.(*net.TCPConn), s)
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer c.Close()
 	if !s.add(c) {
 		t.Fatal("no place")
@@ -36,29 +39,39 @@ func TestEvictKeepsUnreadRequest(t *testing.T) {
 	if s.evictAny() {
 		t.Error("closed with a request")
 	}
-	read := func() {
-		t.Helper()
-		if _, err := c.Read(make([]byte, 100)); err != nil {
-			t.Fatal(err)
-		}
+	// The data have been read, and may be a request.
+	if err := c.wait(); err != nil {
+		t.Fatal(err)
 	}
-	read()
+	if s.evictAny() {
+		t.Error("closed with data that were read")
+	}
 	if _, err := far.Write([]byte("ET http://x/ HTTP/1.1\r\nHost: x\r\n\r\n")); err != nil {
 		t.Fatal(err)
 	}
-	read()
-	// net/http has read the request, and not called the handler.
-	if c.unread() || s.evictAny() || !c.begin() {
+	if err := c.readRequest(new(request)); err != nil {
+		t.Fatal(err)
+	}
+	if c.unread() || s.evictAny() || !c.begin() || s.evictAny() {
 		t.Error("closed with a request that was read")
 	}
-	c.ended.Add(1)
-	c.state.Store(resting)
+	c.state.Store(reading)
 	// A part of a request is none.
 	if _, err := far.Write([]byte("GET http://x/ HTTP/1.1\r\nHost: x")); err != nil {
 		t.Fatal(err)
 	}
-	read()
-	if !s.evictAny() || s.count() != 0 {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := c.wait(); err != nil {
+			t.Error(err)
+		}
+		if err := c.readRequest(new(request)); err == nil {
+			t.Error("a part of a request is read")
+		}
+	}()
+	if !await(s.evictAny) || s.count() != 0 {
 		t.Error("a connection without a request stays")
 	}
+	<-done
 }

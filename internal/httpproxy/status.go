@@ -84,7 +84,7 @@ func (c *counters) read() Counts {
 // count counts an exchange that has ended. sent and received are the client's bytes.
 func (c *counters) count(x *exchange, received, sent int64) {
 	kind, class := Request, 0
-	if x.request.Method == http.MethodConnect {
+	if x.request.method == http.MethodConnect {
 		kind = Tunnel
 	}
 	if n := x.status / 100; n > 0 && n < classes {

@@ -24,24 +24,24 @@ var defaultPorts = map[string]uint16{"http": 80, "https": 443}
 
 // targetOf returns the target of a CONNECT or of a request in absolute form (RFC 9112
 // section 3.2).
-func targetOf(r *http.Request) (target, error) {
-	if r.Method == http.MethodConnect {
-		t, err := parseAuthority(r.RequestURI, 0)
+func targetOf(r *request) (target, error) {
+	if r.method == http.MethodConnect {
+		t, err := parseAuthority(r.uri, 0)
 		if err != nil {
-			return t, fmt.Errorf("CONNECT %q: %w", r.RequestURI, err)
+			return t, fmt.Errorf("CONNECT %q: %w", r.uri, err)
 		}
 		return t, nil
 	}
-	if r.URL.Host == "" {
-		return target{}, fmt.Errorf("%q: expected an absolute URL, such as http://example.com/", r.RequestURI)
+	if r.host == "" {
+		return target{}, fmt.Errorf("%q: expected an absolute URL, such as http://example.com/", r.uri)
 	}
-	port, known := defaultPorts[r.URL.Scheme]
+	port, known := defaultPorts[r.scheme]
 	if !known {
-		return target{}, fmt.Errorf("%q: the scheme must be http or https", r.RequestURI)
+		return target{}, fmt.Errorf("%q: the scheme must be http or https", r.uri)
 	}
-	t, err := parseAuthority(r.URL.Host, port)
+	t, err := parseAuthority(r.host, port)
 	if err != nil {
-		return t, fmt.Errorf("%q: %w", r.RequestURI, err)
+		return t, fmt.Errorf("%q: %w", r.uri, err)
 	}
 	return t, nil
 }

@@ -1,0 +1,212 @@
+package httpproxy
+
+import (
+	"bufio"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"testing/iotest"
+)
+
+// readOne reads a request and its body.
+func readOne(r *bufio.Reader) (*request, *body, error) {
+	c := &clientConn{proxy: &Proxy{config: Config{MaxHeaderBytes: 64 << 10}}, reader: r}
+	got := new(request)
+	if err := c.readRequest(got); err != nil {
+		return nil, nil, err
+	}
+	b := &body{r: r, left: got.length}
+	if got.length < 0 {
+		b.setChunks()
+	}
+	if got.method == http.MethodConnect {
+		return got, b, nil
+	}
+	_, err := io.Copy(io.Discard, b)
+	return got, b, err
+}
+
+// Requests on whose end programs could disagree are refused, and the ends of others are
+// found, however the data arrive.
+func TestFraming(t *testing.T) {
+	for name, test := range map[string]struct {
+		stream string
+		fault  error // io.EOF: all requests are read
+	}{
+		"no body":                         {"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", io.EOF},
+		"a length":                        {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\nHost: a\r\n\r\n", io.EOF},
+		"chunks":                          {"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\nT: x\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", io.EOF},
+		"length 0 twice apart":            {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\nPOST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", io.EOF},
+		"a body that looks bad":           {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 23\r\n\r\nContent-Length: 1\r\n\r\n\r\n\r\n", io.EOF},
+		"a tunnel that looks bad":         {"CONNECT a:1 HTTP/1.1\r\n\r\nG\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", io.EOF},
+		"both":                            {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc", errTwoFramings},
+		"both the other way round":        {"POST / HTTP/1.1\r\nHost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n", errTwoFramings},
+		"both, one of them nonsense":      {"POST / HTTP/1.1\nTransfer-Encoding: x\nContent-Length: y\n\nz", errTwoFramings},
+		"two lengths":                     {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", errTwoLengths},
+		"two lengths that are equal":      {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nX: y\r\nCONTENT-LENGTH: 3\r\n\r\n", errTwoLengths},
+		"chunks in HTTP/1.0":              {"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", errOldChunked},
+		"chunks in HTTP/1.0, a long line": {"POST /" + strings.Repeat("x", 300) + " HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", errOldChunked},
+		"behind a length of many digits": {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: " + strings.Repeat("0", 301) + "2\r\n\r\n\r\nPOST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+			errTwoLengths},
+		"a folded header":    {"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\r\n chunked\r\n\r\n", errFoldedHeader},
+		"the second request": {"GET / HTTP/1.1\r\nHost: a\r\n\r\nPOST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", errTwoLengths},
+		"behind a length": {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n\r\nPOST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+			errTwoLengths},
+		"behind chunks": {"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nA\r\n0123456789\r\n0\r\n\r\nPOST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+			errTwoLengths},
+		"behind long lines": {"GET / HTTP/1.1\r\nHost: a\r\nX: " + strings.Repeat("x", 5000) + "\r\n\r\nPOST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+			errTwoLengths},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for name, source := range map[string]io.Reader{
+				"whole": strings.NewReader(test.stream), "in bytes": iotest.OneByteReader(strings.NewReader(test.stream)),
+			} {
+				r := bufio.NewReader(source)
+				var err error
+				for err == nil {
+					var got *request
+					if got, _, err = readOne(r); err == nil && got.method == http.MethodConnect {
+						err = io.EOF
+					}
+				}
+				if !errors.Is(err, test.fault) {
+					t.Errorf("%s: %v; want %v", name, err, test.fault)
+				}
+			}
+		})
+	}
+}
+
+// Empty lines before a request are skipped.
+func TestEmptyLines(t *testing.T) {
+	const get, post = "GET / HTTP/1.1\r\nHost: a\r\n\r\n", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n\r\n\r\n"
+	for stream, want := range map[string]int{
+		"\r\n" + get: 1, "\n\r\n\r\n" + get + "\n": 1, get + "\r\n" + get: 2, post + "\r\n\r\n" + post: 2, post + post + get: 3,
+	} {
+		r := bufio.NewReader(strings.NewReader(stream))
+		n := 0
+		var err error
+		for {
+			if _, _, err = readOne(r); err != nil {
+				break
+			}
+			n++
+		}
+		if n != want || err != io.EOF {
+			t.Errorf("%q: %d requests, %v; want %d", stream, n, err, want)
+		}
+	}
+}
+
+// FuzzRequest compares a stream of requests with net/http: each request that net/http
+// refuses is refused, and the others have the same parts and end at the same byte.
+func FuzzRequest(f *testing.F) {
+	for _, seed := range []string{
+		"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+		"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3 ;x=y\r\nabc\r\n0\r\nT: x\r\n\r\nGET / HTTP/1.0\n\n",
+		"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+		"GET http://user@[::1]:80/a%2Fb?c=%zz#d HTTP/1.1\r\nHost: a\r\nconnection: close, x\r\nx: \ty \r\n\r\n",
+		"GET http://a.example:8080//b HTTP/1.0\r\nConnection: keep-alive\r\nPragma: no-cache\r\n\r\nCONNECT a:1 HTTP/1.1\r\n\r\n",
+		"OPTIONS http://a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTrailer: a, Content-Md5\r\n\r\n0\r\na: 1\r\n\r\n",
+		"GET HTTP://A:/?x HTTP/1.1\nHost: a\nB C: d\n\nGET http://a/\x80 HTTP/1.1\r\nHost: a\r\n\r\n",
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, stream []byte) {
+		source, other := &counted{Reader: strings.NewReader(string(stream))}, &counted{Reader: strings.NewReader(string(stream))}
+		r, standard := bufio.NewReader(source), bufio.NewReader(other)
+		for {
+			got, b, err := readOne(r)
+			if err != nil && !errors.Is(err, errFoldedHeader) && got == nil {
+				return // net/http is more lenient, or not
+			}
+			if got == nil {
+				return
+			}
+			for { // the proxy skips empty lines
+				if first, err := standard.Peek(1); err != nil || first[0] != '\r' && first[0] != '\n' {
+					break
+				}
+				_, _ = standard.Discard(1)
+			}
+			want, wantErr := http.ReadRequest(standard)
+			if wantErr != nil {
+				t.Fatalf("%q: accepted, but by net/http %v", stream, wantErr)
+			}
+			compare(t, got, want)
+			if got.method == http.MethodConnect {
+				return
+			}
+			_, bodyErr := io.Copy(io.Discard, want.Body)
+			if bodyErr != nil && err == nil {
+				t.Fatalf("%q: the body is accepted, but by net/http %v", stream, bodyErr)
+			}
+			if err != nil {
+				return
+			}
+			if at, wantAt := source.n-r.Buffered(), other.n-standard.Buffered(); at != wantAt {
+				t.Fatalf("%q: a request ends at %d, by net/http at %d", stream, at, wantAt)
+			}
+			for _, one := range b.trailers {
+				if want.Trailer.Get(one.name) == "" && one.value != "" {
+					t.Fatalf("%q: trailer %v, by net/http %v", stream, one, want.Trailer)
+				}
+			}
+		}
+	})
+}
+
+func compare(t *testing.T, got *request, want *http.Request) {
+	t.Helper()
+	chunked := len(want.TransferEncoding) > 0
+	if got.method != want.Method || got.uri != want.RequestURI || got.major != want.ProtoMajor || got.minor != want.ProtoMinor ||
+		got.length != want.ContentLength || (got.length < 0) != chunked {
+		t.Fatalf("%+v\nby net/http %+v", got, want)
+	}
+	if got.method != http.MethodConnect {
+		u := *want.URL
+		u.Opaque = got.pathAsWritten()
+		if got.scheme != u.Scheme || got.host != u.Host || got.path != u.RequestURI() {
+			t.Fatalf("%q: %q, %q, %q\nby net/http %q, %q, %q", got.uri, got.scheme, got.host, got.path, u.Scheme, u.Host, u.RequestURI())
+		}
+		if _, err := url.ParseRequestURI(got.uri); err != nil {
+			t.Fatalf("%q: %v", got.uri, err)
+		}
+	}
+	for name, values := range want.Header {
+		if name == "Host" || name == "Content-Length" {
+			continue
+		}
+		var ours []string
+		for _, one := range got.fields {
+			if one.name == name {
+				ours = append(ours, one.value)
+			}
+		}
+		for i := range values {
+			values[i] = trim(values[i])
+		}
+		if strings.Join(ours, "\n") != strings.Join(values, "\n") {
+			t.Fatalf("%s: %q, by net/http %q", name, ours, values)
+		}
+	}
+	for _, one := range got.fields {
+		if _, ok := want.Header[one.name]; !ok {
+			t.Fatalf("%v is unknown to net/http: %v", one, want.Header)
+		}
+	}
+}
+
+type counted struct {
+	io.Reader
+	n int
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.n += n
+	return n, err
+}
