@@ -62,11 +62,27 @@ func (f fields) hasToken(name, token string) bool {
 // hasToken reports whether a list has a token (RFC 9110 section 5.6.1).
 func hasToken(list, token string) bool {
 	for one := range strings.SplitSeq(list, ",") {
-		if strings.EqualFold(trim(one), token) {
+		if equalFold(trim(one), token) {
 			return true
 		}
 	}
 	return false
+}
+
+// equalFold reports whether two protocol words are equal without regard to the case of
+// ASCII letters. strings.EqualFold also takes U+212A (KELVIN SIGN) for a k and U+017F (LONG
+// S) for an s: a proxy that reads "chunked" or "close" there, and a server that does not,
+// disagree on the end of a message.
+func equalFold(a, b string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range len(a) {
+		if a[i] != b[i] && (a[i]|0x20 != b[i]|0x20 || a[i]|0x20 < 'a' || a[i]|0x20 > 'z') {
+			return false
+		}
+	}
+	return true
 }
 
 // without removes fields. It changes the slice.

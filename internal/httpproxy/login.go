@@ -23,7 +23,7 @@ func (f fields) connectionScheme(name string) bool {
 		}
 		for word := range strings.FieldsFuncSeq(f[i].value, func(r rune) bool { return r == ' ' || r == '\t' || r == ',' }) {
 			for _, scheme := range connectionSchemes {
-				if strings.EqualFold(word, scheme) {
+				if equalFold(word, scheme) {
 					return true
 				}
 			}

@@ -156,7 +156,7 @@ func (r *request) checkFraming(f fields) error {
 func (r *request) frame() (err error) {
 	switch {
 	case r.fields.count("Transfer-Encoding") > 0 && r.atLeast11():
-		if r.fields.count("Transfer-Encoding") > 1 || !strings.EqualFold(r.fields.get("Transfer-Encoding"), "chunked") {
+		if r.fields.count("Transfer-Encoding") > 1 || !equalFold(r.fields.get("Transfer-Encoding"), "chunked") {
 			return errUnknownCoding
 		}
 		r.length = -1

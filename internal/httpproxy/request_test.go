@@ -80,6 +80,49 @@ func TestFraming(t *testing.T) {
 	}
 }
 
+// Characters that only Unicode takes for letters of ASCII make no protocol word.
+func TestProtocolWords(t *testing.T) {
+	for _, word := range []string{"chunked", "close", "keep-alive", "100-continue", "Upgrade", "NTLM", "@[`{", "\x80\xa0"} {
+		for i := range len(word) {
+			for b := range 256 {
+				other := word[:i] + string([]byte{byte(b)}) + word[i+1:]
+				lower := func(s string) string {
+					return strings.Map(func(r rune) rune {
+						if 'A' <= r && r <= 'Z' {
+							return r + 'a' - 'A'
+						}
+						return r
+					}, latin1(s))
+				}
+				if got, want := equalFold(word, other), lower(word) == lower(other); got != want {
+					t.Errorf("%q and %q: equal is %t", word, other, got)
+				}
+			}
+		}
+	}
+	for _, fold := range []struct{ word, other string }{{"chunked", "chun\u212aed"}, {"keep-alive", "\u212aeep-alive"}, {"close", "clo\u017fe"}} {
+		if equalFold(fold.word, fold.other) || hasToken("x, "+fold.other, fold.word) {
+			t.Errorf("%q is %s", fold.other, fold.word)
+		}
+	}
+	var r response
+	if err := r.parse("HTTP/1.1 200 OK", fields{{"Transfer-Encoding", "chun\u212aed"}}, "GET"); err == nil {
+		t.Error("a response of chun\u212aed is accepted")
+	}
+	if (fields{{"Authorization", "\u212aerberos x"}}).connectionScheme("Authorization") {
+		t.Error("\u212aerberos is a scheme")
+	}
+}
+
+// latin1 returns a string with a character for each byte.
+func latin1(s string) string {
+	runes := make([]rune, len(s))
+	for i := range len(s) {
+		runes[i] = rune(s[i])
+	}
+	return string(runes)
+}
+
 // Empty lines before a request are skipped.
 func TestEmptyLines(t *testing.T) {
 	const get, post = "GET / HTTP/1.1\r\nHost: a\r\n\r\n", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n\r\n\r\n"
@@ -111,6 +154,8 @@ func FuzzRequest(f *testing.F) {
 		"GET http://user@[::1]:80/a%2Fb?c=%zz#d HTTP/1.1\r\nHost: a\r\nconnection: close, x\r\nx: \ty \r\n\r\n",
 		"GET http://a.example:8080//b HTTP/1.0\r\nConnection: keep-alive\r\nPragma: no-cache\r\n\r\nCONNECT a:1 HTTP/1.1\r\n\r\n",
 		"OPTIONS http://a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTrailer: a, Content-Md5\r\n\r\n0\r\na: 1\r\n\r\n",
+		"POST http://a/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chun\u212aed\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+		"GET http://a/ HTTP/1.0\r\nConnection: \u212aeep-alive, clo\u017fe\r\n\r\nGET http://a/ HTTP/1.1\r\nHost: a\r\nConnection: clo\u017fe\r\n\r\n",
 		"GET HTTP://A:/?x HTTP/1.1\nHost: a\nB C: d\n\nGET http://a/\x80 HTTP/1.1\r\nHost: a\r\n\r\n",
 	} {
 		f.Add([]byte(seed))
@@ -163,7 +208,7 @@ func compare(t *testing.T, got *request, want *http.Request) {
 	t.Helper()
 	chunked := len(want.TransferEncoding) > 0
 	if got.method != want.Method || got.uri != want.RequestURI || got.major != want.ProtoMajor || got.minor != want.ProtoMinor ||
-		got.length != want.ContentLength || (got.length < 0) != chunked {
+		got.closes != want.Close || got.length != want.ContentLength || (got.length < 0) != chunked {
 		t.Fatalf("%+v\nby net/http %+v", got, want)
 	}
 	if got.method != http.MethodConnect {

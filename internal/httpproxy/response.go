@@ -73,7 +73,7 @@ func (r *response) frame(method string) error {
 		switch {
 		case n > 1:
 			return fmt.Errorf("too many transfer encodings: %q", r.fields.all("Transfer-Encoding"))
-		case !strings.EqualFold(coding, "chunked"):
+		case !equalFold(coding, "chunked"):
 			return fmt.Errorf("unsupported transfer encoding: %q", coding)
 		}
 		chunked = true

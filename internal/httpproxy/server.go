@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -209,7 +208,7 @@ func (c *serverConn) send(x *exchange) (sent <-chan error, expect *expectation) 
 		return result, nil
 	}
 	from := io.Reader(x.body)
-	if strings.EqualFold(x.request.fields.get("Expect"), "100-continue") {
+	if equalFold(x.request.fields.get("Expect"), "100-continue") {
 		expect = newExpectation()
 		from = &expectedBody{x.body, expect}
 	}

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"strings"
 	"sync"
 )
 
@@ -70,7 +69,7 @@ func (x *exchange) switchProtocols() {
 		err = errEarlySwitch
 	case !isPrintable(protocol):
 		err = fmt.Errorf("backend tried to switch to invalid protocol %q", protocol)
-	case !strings.EqualFold(protocol, x.upgrade):
+	case !equalFold(protocol, x.upgrade):
 		err = fmt.Errorf("backend tried to switch protocol %q when %q was requested", protocol, x.upgrade)
 	}
 	if err != nil {
