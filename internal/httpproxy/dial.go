@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -90,13 +91,15 @@ type attempt struct {
 	err  error
 }
 
-// dial connects to one of the addresses of a route. After the end of the connection
+// dial connects to one of the addresses of a target. After the end of the connection
 // the caller calls p.leave.
-func (p *Proxy) dial(ctx context.Context, r *route) (*net.TCPConn, error) {
+//
+// An attempt may still run when it returns, so it gets values: see exchanges.
+func (p *Proxy) dial(ctx context.Context, t target, addrs []netip.Addr) (*net.TCPConn, error) {
 	if err := p.makeRoom(ctx); err != nil {
 		return nil, err
 	}
-	conn, err := p.dialRoute(ctx, r)
+	conn, err := p.dialAddrs(ctx, t, addrs)
 	if err != nil {
 		p.leave()
 	}
@@ -151,29 +154,29 @@ func (p *Proxy) clients() int {
 // used returns the number of connections that cannot be closed for others.
 func (p *Proxy) used() int { return p.clients() + p.servers.inUse() }
 
-func (p *Proxy) dialRoute(ctx context.Context, r *route) (*net.TCPConn, error) {
+func (p *Proxy) dialAddrs(ctx context.Context, t target, addrs []netip.Addr) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 	defer cancel()
 	var dialer net.Dialer
 	// DialTCP would bind first, even without a local address, and a bound port must
 	// have no connection at all.
 	dialOne := func(ctx context.Context, a netip.Addr) (*net.TCPConn, error) {
-		conn, err := dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(a, r.target.port).String())
+		conn, err := dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(a, t.port).String())
 		if err != nil {
 			return nil, err
 		}
 		return conn.(*net.TCPConn), nil
 	}
-	if len(r.addrs) == 1 {
-		conn, err := dialOne(ctx, r.addrs[0])
+	if len(addrs) == 1 {
+		conn, err := dialOne(ctx, addrs[0])
 		if err != nil {
-			return nil, newDialError(r.target, []attempt{{r.addrs[0], err}})
+			return nil, newDialError(t, []attempt{{addrs[0], err}})
 		}
 		return conn, nil
 	}
-	conn, attempts := race(ctx, r.addrs, dialOne)
+	conn, attempts := race(ctx, slices.Clone(addrs), dialOne)
 	if conn == nil {
-		return nil, newDialError(r.target, attempts)
+		return nil, newDialError(t, attempts)
 	}
 	return conn, nil
 }

@@ -121,7 +121,7 @@ func TestPortsAreShared(t *testing.T) {
 		defer l.Close()
 		to := netip.MustParseAddrPort(l.Addr().String())
 		for range ports / 2 {
-			conn, err := p.dial(t.Context(), &route{target: target{Host{Addr: to.Addr()}, to.Port()}, addrs: []netip.Addr{to.Addr()}})
+			conn, err := p.dial(t.Context(), target{Host{Addr: to.Addr()}, to.Port()}, []netip.Addr{to.Addr()})
 			check(t, err)
 			defer conn.Close()
 		}

@@ -40,8 +40,14 @@ type exchange struct {
 	taken bool // the connection is a tunnel, or was closed; written with its mutex
 }
 
-// exchanges are those that have ended. Only ones without a body are used again, which no
-// other goroutine may still hold.
+// exchanges are those that have ended. One is used again only if no goroutine but that of
+// its client can hold it any more:
+//   - A body is sent by a goroutine of its own, and a connection that is taken has others:
+//     these exchanges are left to the garbage collector.
+//   - Goroutines of look-ups and of attempts to connect may outlive the exchange. They get
+//     values of it, copies of slices, and the context of its life, which no other life uses.
+//   - Watches for the end of the client, for idleness and for the end of the proxy call it
+//     under a mutex, which end acquires to unset it.
 var exchanges = sync.Pool{New: func() any { return new(exchange) }}
 
 // newExchange returns an exchange for the next request of a client.
@@ -57,9 +63,6 @@ func (x *exchange) free() {
 		return
 	}
 	asked, got, addrs := x.request.fields, x.response.fields, x.route.addrs
-	if len(addrs) != 1 {
-		addrs = nil // an attempt to connect may still hold them
-	}
 	clear(asked[:cap(asked)])
 	clear(got[:cap(got)])
 	*x = exchange{request: request{fields: asked[:0]}, response: response{fields: got[:0]}, route: route{addrs: addrs[:0]}}

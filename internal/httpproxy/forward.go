@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
@@ -184,7 +185,7 @@ func (p *Proxy) roundTrip(x *exchange) error {
 	for {
 		if c == nil {
 			var err error
-			if c, err = p.connectServer(x.life.context(), &x.route, key); err != nil {
+			if c, err = p.connectServer(x.life.context(), x.route.target, x.route.addrs, key); err != nil {
 				return err
 			}
 		}
@@ -229,10 +230,10 @@ func (p *Proxy) release(c *serverConn) {
 	}
 }
 
-// connectServer connects to the server of a route. https URLs in absolute form, which
+// connectServer connects to one of the addresses of a server. https URLs in absolute form, which
 // few clients send, need TLS.
-func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*serverConn, error) {
-	tcp, err := p.dial(ctx, r)
+func (p *Proxy) connectServer(ctx context.Context, t target, addrs []netip.Addr, key serverKey) (*serverConn, error) {
+	tcp, err := p.dial(ctx, t, addrs)
 	if err != nil {
 		return nil, err
 	}
@@ -245,7 +246,7 @@ func (p *Proxy) connectServer(ctx context.Context, r *route, key serverKey) (*se
 	c := &serverConn{duplex: below, tcp: below, key: key, closed: sync.OnceFunc(p.leave)}
 	if key.scheme == "https" {
 		config := p.tls.Clone()
-		config.ServerName = r.target.host.String()
+		config.ServerName = t.host.String()
 		conn := tls.Client(below, config)
 		ctx, cancel := context.WithTimeout(ctx, p.config.ConnectTimeout)
 		defer cancel()

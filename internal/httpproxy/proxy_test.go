@@ -1258,3 +1258,54 @@ func TestClientGone(t *testing.T) {
 		t.Error("the server's connection is still open")
 	}
 }
+
+// An attempt to connect may still run when its exchange has ended, and another request of
+// the same or another client takes the place of that one.
+func TestAttemptsAfterTheirExchange(t *testing.T) {
+	handle := func(conn *net.TCPConn) {
+		for {
+			line, _, _ := strings.Cut(header(conn), "\r\n")
+			if line == "" {
+				return
+			}
+			path := strings.Fields(line)[1]
+			if _, err := fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(path), path); err != nil {
+				return
+			}
+		}
+	}
+	server := serve(t, handle)
+	_, port, _ := net.SplitHostPort(server)
+	serveAt(t, "203.0.113.2:"+port, handle)
+	p := start(t, "*", zone{"several.example": {"203.0.113.1", "203.0.113.2", "203.0.113.3"}, "one.example": {"203.0.113.2"}}, nil)
+	var clients sync.WaitGroup
+	for client := range 4 {
+		clients.Go(func() {
+			for n := range 100 {
+				conn, err := net.Dial("tcp", p.addr)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_ = conn.SetDeadline(time.Now().Add(patience))
+				_, _ = fmt.Fprintf(conn, "GET http://several.example:%s/ HTTP/1.1\r\nHost: x\r\n\r\n", port)
+				_ = conn.(*net.TCPConn).SetLinger(0)
+				_ = conn.Close() // while the proxy connects, or not
+				conn, err = net.Dial("tcp", p.addr)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_ = conn.SetDeadline(time.Now().Add(patience))
+				path := fmt.Sprintf("/%d-%d", client, n)
+				_, _ = fmt.Fprintf(conn, "GET http://one.example:%s%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", port, path)
+				got, err := io.ReadAll(conn)
+				if err != nil || !strings.HasSuffix(string(got), "\r\n\r\n"+path) {
+					t.Errorf("%s: %q, %v", path, got, err)
+				}
+				_ = conn.Close()
+			}
+		})
+	}
+	clients.Wait()
+}

@@ -21,7 +21,7 @@ func (p *Proxy) connect(x *exchange) {
 		return
 	}
 	ctx := x.life.context()
-	server, err := p.dial(ctx, &x.route)
+	server, err := p.dial(ctx, x.route.target, x.route.addrs)
 	if err != nil {
 		x.refuse(undialled(err))
 		return
