@@ -121,21 +121,55 @@ var hopHeaders = []string{
 // withoutHopByHop removes the headers of one connection, and those that Connection names.
 // It changes the slice.
 func (f fields) withoutHopByHop() fields {
-	var few [4]string
-	lists := few[:0]
-	for i := range f {
-		if f[i].name == "Connection" {
-			lists = append(lists, f[i].value)
+	named := f.named()
+	return slices.DeleteFunc(f, func(one field) bool { return named.has(one.name) || slices.Contains(hopHeaders, one.name) })
+}
+
+// A nameSet is a set of names of fields. A look-up takes the same time however many they
+// are: whoever sends a header chooses both the names and the fields.
+type nameSet struct {
+	n    int
+	few  [4]string           // the first ones, in any case
+	many map[string]struct{} // the others, in canonical form
+}
+
+// add adds a name.
+func (s *nameSet) add(name string) {
+	if s.n < len(s.few) {
+		s.few[s.n] = name
+		s.n++
+		return
+	}
+	if s.many == nil {
+		s.many = map[string]struct{}{}
+	}
+	s.many[http.CanonicalHeaderKey(name)] = struct{}{}
+}
+
+// has reports whether a name in canonical form was added.
+func (s *nameSet) has(name string) bool {
+	for _, one := range s.few[:s.n] {
+		if equalFold(one, name) {
+			return true
 		}
 	}
-	return slices.DeleteFunc(f, func(one field) bool {
-		for _, list := range lists {
-			if hasToken(list, one.name) {
-				return true
+	_, found := s.many[name]
+	return found
+}
+
+// named returns the names in the fields Connection.
+func (f fields) named() (s nameSet) {
+	for i := range f {
+		if f[i].name != "Connection" {
+			continue
+		}
+		for name := range strings.SplitSeq(f[i].value, ",") {
+			if name = trim(name); name != "" {
+				s.add(name)
 			}
 		}
-		return slices.Contains(hopHeaders, one.name)
-	})
+	}
+	return s
 }
 
 // forbiddenTrailers are the headers that must not be sent as trailers, since a recipient
@@ -155,6 +189,7 @@ func isForbiddenTrailer(name string) bool {
 // forbidden ones. Some that would change the framing are an error.
 func (f fields) announcedTrailers() (fields, []string, error) {
 	var names []string
+	var known nameSet
 	for i := range f {
 		if f[i].name != "Trailer" {
 			continue
@@ -163,7 +198,8 @@ func (f fields) announcedTrailers() (fields, []string, error) {
 			switch name = http.CanonicalHeaderKey(trim(name)); {
 			case name == "Transfer-Encoding" || name == "Trailer" || name == "Content-Length":
 				return f, nil, fmt.Errorf("bad trailer key %q", name)
-			case isToken(name) && !isForbiddenTrailer(name) && !slices.Contains(names, name):
+			case isToken(name) && !isForbiddenTrailer(name) && !known.has(name):
+				known.add(name)
 				names = append(names, name)
 			}
 		}

@@ -94,12 +94,7 @@ func (x *exchange) switchProtocols() {
 // withoutNamed removes the fields that Connection names, but not those of a switch, and
 // those of a framing. It changes the slice.
 func (f fields) withoutNamed() fields {
-	var lists fields
-	for _, one := range f {
-		if one.name == "Connection" {
-			lists = append(lists, one)
-		}
-	}
+	named := f.named()
 	return slices.DeleteFunc(f, func(one field) bool {
 		switch one.name {
 		case "Connection", "Upgrade":
@@ -107,7 +102,7 @@ func (f fields) withoutNamed() fields {
 		case "Content-Length", "Transfer-Encoding", "Trailer":
 			return true
 		}
-		return lists.hasToken("Connection", one.name)
+		return named.has(one.name)
 	})
 }
 
