@@ -225,8 +225,12 @@ func (c *clientConn) Read(p []byte) (int, error) {
 	if c.direct {
 		return c.readDirect(p)
 	}
-	if c.state.Load() == active {
-		return c.TCPConn.Read(p)
+	if c.state.Load() == active { // a body
+		n, err := c.TCPConn.Read(p)
+		if err != nil {
+			c.interrupt(errGone) // an earlier cause counts, as that of a deadline
+		}
+		return n, err
 	}
 	if !c.limited {
 		c.limited = true

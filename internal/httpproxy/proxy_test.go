@@ -1259,6 +1259,51 @@ func TestClientGone(t *testing.T) {
 	}
 }
 
+// A client that ends its connection, or its half, in the middle of a body is gone; the
+// body is not a bad one.
+func TestClientGoneInBody(t *testing.T) {
+	for name, body := range map[string]string{
+		"a length": "Content-Length: 9\r\n\r\nabc", "chunks": "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", "a chunk": "Transfer-Encoding: chunked\r\n\r\n9\r\nabc",
+		"no byte": "Content-Length: 9\r\n\r\n", "trailers": "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nA: ",
+	} {
+		for how, end := range map[string]func(*net.TCPConn){
+			"half": func(conn *net.TCPConn) { _ = conn.CloseWrite() },
+			"all":  func(conn *net.TCPConn) { _ = conn.Close() },
+			"a reset": func(conn *net.TCPConn) {
+				_ = conn.SetLinger(0)
+				_ = conn.Close()
+			},
+		} {
+			t.Run(name+", "+how, func(t *testing.T) {
+				asked, ended := make(chan struct{}), make(chan struct{})
+				server := serve(t, func(conn *net.TCPConn) {
+					header(conn)
+					close(asked)
+					_, _ = io.Copy(io.Discard, conn)
+					close(ended)
+				})
+				p := start(t, "*", nil, func(p *Proxy) { p.config.AccessLog = true })
+				conn := p.connect(t)
+				send(t, conn, "POST http://"+server+"/p HTTP/1.1\r\nHost: x\r\n"+body)
+				<-asked
+				end(conn)
+				if how == "half" {
+					if status, text := answer(t, conn); status != 502 || !strings.Contains(text, "the client closed the connection before the response") {
+						t.Errorf("%d %q", status, text)
+					}
+				}
+				p.await(t, "status=499")
+				p.await(t, "url=http://"+server+`/p error="the client closed the connection before the response"`)
+				select {
+				case <-ended:
+				case <-time.After(patience):
+					t.Error("the server's connection is still open")
+				}
+			})
+		}
+	}
+}
+
 // An attempt to connect may still run when its exchange has ended, and another request of
 // the same or another client takes the place of that one.
 func TestAttemptsAfterTheirExchange(t *testing.T) {
