@@ -392,18 +392,24 @@ type expectation struct {
 
 func newExpectation() *expectation {
 	e := &expectation{met: make(chan struct{})}
-	e.timer = time.AfterFunc(expectPatience, func() { e.end(nil) })
+	e.timer = time.AfterFunc(expectPatience, func() { e.meet(nil) })
 	return e
 }
 
-// end ends the waiting; only the first call counts. The zero expectation is no waiting.
+// meet ends the waiting; only the first call counts. The timer, which calls it, may not be
+// set yet.
+func (e *expectation) meet(err error) {
+	e.once.Do(func() {
+		e.err = err
+		close(e.met)
+	})
+}
+
+// end ends the waiting, as meet does, and the timer. A nil expectation is no waiting.
 func (e *expectation) end(err error) {
 	if e != nil {
-		e.once.Do(func() {
-			e.err = err
-			e.timer.Stop()
-			close(e.met)
-		})
+		e.meet(err)
+		e.timer.Stop()
 	}
 }
 
