@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -183,7 +184,9 @@ func (p *Proxy) accept(l *listener) error {
 		case err == nil:
 			pause = least
 			if err := p.hangups.add(c); err != nil {
-				p.log.Warn("watching a client failed", "client", c.RemoteAddr(), "error", err)
+				if !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrClosed) { // for another client, or at the end
+					p.log.Warn("watching a client failed", "client", c.RemoteAddr(), "error", err)
+				}
 				_ = c.Close()
 				continue
 			}

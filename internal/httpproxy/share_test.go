@@ -2,6 +2,7 @@ package httpproxy
 
 import (
 	"net"
+	"strings"
 	"testing"
 )
 
@@ -74,4 +75,29 @@ func TestEvictKeepsUnreadRequest(t *testing.T) {
 		t.Error("a connection without a request stays")
 	}
 	<-done
+}
+
+// A connection that was closed for another client before it is served is no fault.
+func TestClosedBeforeServed(t *testing.T) {
+	p := start(t, "*", nil, nil)
+	if !await(func() bool { return p.listener.Load() != nil }) {
+		t.Fatal("the proxy does not listen")
+	}
+	l := p.listener.Load()
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer other.Close()
+	dialAt(t, other.Addr().String())
+	conn, err := other.Accept()
+	check(t, err)
+	c, err := newClientConn(p.Proxy, conn.(*net.TCPConn), l.shares)
+	check(t, err)
+	_ = conn.Close()
+	l.ready <- c
+	if status, _ := answer(t, p.get(t, "unknown.example")); status != 502 { // the next connection, for an unknown name
+		t.Errorf("status %d", status)
+	}
+	if log := p.log.String(); strings.Contains(log, "WARN") {
+		t.Error(log)
+	}
 }
