@@ -2,6 +2,7 @@ package httpproxy
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"net/http/httputil"
@@ -16,13 +17,9 @@ type body struct {
 	r        *bufio.Reader
 	chunks   io.Reader // nil: none
 	left     int64     // of a length; negative: up to the end
-	folds    bool      // of trailers, see headReader
 	trailers fields    // complete at the end
 	err      error     // io.EOF after the end
 }
-
-// trailerLimit is the limit of trailers in bytes, as of net/http.
-const trailerLimit = 4 << 10
 
 // setChunks sets that the body is in chunks.
 func (b *body) setChunks() { b.chunks = httputil.NewChunkedReader(b.r) }
@@ -52,22 +49,44 @@ func (b *body) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
+// readTrailers reads the end of a body in chunks. As net/http does, it accepts every form
+// of lines that a header may have, but only if there is an empty line that ends with CR LF,
+// as its end or behind it.
 func (b *body) readTrailers() error {
-	h := newHeadReader(trailerLimit)
-	defer h.free()
-	h.folds, h.bare = b.folds, false
-	_, trailers, err := h.read(b.r, nil, nil)
+	end, _ := b.r.Peek(2)
 	switch {
-	case errors.Is(err, errHeaderLimit):
-		return errTrailerLimit
-	case errors.Is(err, io.ErrUnexpectedEOF):
+	case len(end) < 2:
 		return errTrailerEnd
-	case err != nil:
+	case string(end) == "\r\n":
+		_, _ = b.r.Discard(2)
+		return io.EOF
+	case !b.seeTrailerEnd():
+		return errTrailerLimit
+	}
+	h := newHeadReader(b.r.Size())
+	defer h.free()
+	h.folds = true
+	_, trailers, err := h.read(b.r, nil, nil)
+	if err != nil {
 		return err
 	}
 	b.trailers = slices.DeleteFunc(trailers, func(one field) bool { return isForbiddenTrailer(one.name) })
 	b.trailers.sort()
 	return io.EOF
+}
+
+// seeTrailerEnd reports whether an empty line comes before the buffer is full, which limits
+// the length of trailers.
+func (b *body) seeTrailerEnd() bool {
+	for seen := 0; ; {
+		p, err := b.r.Peek(max(seen+1, b.r.Buffered()))
+		if bytes.Contains(p[max(seen-3, 0):], []byte("\r\n\r\n")) {
+			return true
+		}
+		if seen = len(p); err != nil {
+			return false
+		}
+	}
 }
 
 // A requestBody is the body of a client's request. It records how much of it was read,

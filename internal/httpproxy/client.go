@@ -77,7 +77,7 @@ func (c *clientConn) serveNext() bool {
 	x := newExchange(c)
 	defer x.free()
 	if err := c.readRequest(&x.request); err != nil {
-		c.reject(err)
+		c.reject(&x.request, err)
 		return false
 	}
 	if !c.begin() {
@@ -154,8 +154,8 @@ func (c *clientConn) linger(buf []byte) {
 }
 
 // reject responds to a request that cannot be read.
-func (c *clientConn) reject(err error) {
-	text := rejection(err)
+func (c *clientConn) reject(r *request, err error) {
+	text := rejection(r, err)
 	if text == "" {
 		return
 	}

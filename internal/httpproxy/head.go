@@ -13,7 +13,8 @@ import (
 )
 
 // A field is a line of a header or of trailers. Its name has the canonical form of
-// net/http, as in "User-Agent", and its value no blanks around it.
+// net/http, as in "User-Agent", and its value no blanks around it, but for those of empty
+// lines by which it was continued.
 type field struct{ name, value string }
 
 // fields are a header or trailers, in the order in which they came.
@@ -99,7 +100,7 @@ func (f fields) sort() {
 func (f fields) write(w *bufio.Writer) {
 	for i := range f {
 		if isToken(f[i].name) {
-			writeField(w, f[i].name, f[i].value)
+			writeField(w, f[i].name, trim(f[i].value))
 		}
 	}
 }
@@ -240,8 +241,8 @@ var tokenBytes = func() (is [256]bool) {
 var (
 	errHeaderLimit  = errors.New("the header of the response is too long")
 	errFoldedHeader = errors.New("header folded over several lines (RFC 9112 section 5.2)")
-	errTrailerLimit = errors.New("suspiciously long trailer after chunked body")
-	errTrailerEnd   = errors.New("unexpected EOF reading trailer")
+	errTrailerLimit = errors.New("http: suspiciously long trailer after chunked body")
+	errTrailerEnd   = errors.New("http: unexpected EOF reading trailer")
 )
 
 // A headReader reads the heads of messages: a start line and fields. The text of one is
@@ -249,7 +250,6 @@ var (
 type headReader struct {
 	left  int  // bytes to the limit
 	folds bool // a field may continue in the next line (RFC 9112 section 5.2)
-	bare  bool // a line may end with LF alone (RFC 9112 section 2.2)
 
 	text []byte // the start line, names and values
 	ends []int  // of each of them
@@ -261,7 +261,7 @@ var headReaders = sync.Pool{New: func() any { return new(headReader) }}
 // newHeadReader returns a reader for heads of a number of bytes together.
 func newHeadReader(limit int) *headReader {
 	h := headReaders.Get().(*headReader)
-	h.left, h.folds, h.bare = limit, false, true
+	h.left, h.folds = limit, false
 	return h
 }
 
@@ -272,7 +272,8 @@ func (h *headReader) free() {
 	}
 }
 
-// line returns the next line without its end. It is valid until the next call.
+// line returns the next line without its end, which may be LF alone (RFC 9112 section
+// 2.2). It is valid until the next call.
 func (h *headReader) line(r *bufio.Reader) ([]byte, error) {
 	h.long = h.long[:0]
 	for {
@@ -286,11 +287,7 @@ func (h *headReader) line(r *bufio.Reader) ([]byte, error) {
 		}
 		switch {
 		case err == nil:
-			line, ended := bytes.CutSuffix(part[:len(part)-1], []byte("\r"))
-			if !ended && !h.bare {
-				return nil, fmt.Errorf("malformed trailer line: %q", line)
-			}
-			return line, nil
+			return bytes.TrimSuffix(part[:len(part)-1], []byte("\r")), nil
 		case errors.Is(err, bufio.ErrBufferFull):
 		case err == io.EOF && len(part) > 0:
 			return part, nil // the next call returns the error
@@ -341,17 +338,18 @@ func (h *headReader) read(r *bufio.Reader, check func(line []byte) error, to fie
 
 // add adds a line of a field.
 func (h *headReader) add(line []byte) error {
+	folded := line[0] == ' ' || line[0] == '\t'
+	name, value, found := bytes.Cut(line, []byte(":"))
+	if !folded && !found {
+		return fmt.Errorf("malformed MIME header: missing colon: %q", line)
+	}
 	for _, b := range line {
 		if b < ' ' && b != '\t' || b == 0x7f {
 			return fmt.Errorf("malformed MIME header line: %q", line)
 		}
 	}
-	if line[0] == ' ' || line[0] == '\t' {
+	if folded {
 		return h.fold(line)
-	}
-	name, value, found := bytes.Cut(line, []byte(":"))
-	if !found {
-		return fmt.Errorf("malformed MIME header: missing colon: %q", line)
 	}
 	if !h.addName(name) {
 		return fmt.Errorf("malformed MIME header line: %q", line)
@@ -389,8 +387,11 @@ func (h *headReader) addName(name []byte) bool {
 // fold adds a line that continues the field before.
 func (h *headReader) fold(line []byte) error {
 	last := len(h.ends) - 1
-	if !h.folds || last == 0 {
+	switch {
+	case !h.folds:
 		return errFoldedHeader
+	case last == 0:
+		return fmt.Errorf("malformed MIME header initial line: %q", line)
 	}
 	if h.ends[last] > h.ends[last-1] {
 		h.text = append(h.text, ' ')

@@ -145,6 +145,28 @@ func TestProtocol(t *testing.T) {
 			"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: Host\r\n" + date + "\r\n2\r\nhi\r\n0\r\nContent-Length: 9\r\nHost: x\r\nSet-Cookie: x\r\nT-One: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
 			"HTTP/1.1 200 OK\r\n" + date + via + "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nT-One: 1\r\n\r\n",
 		},
+		"trailers in old forms": {
+			head("POST http://S/", "Transfer-Encoding: chunked\r\n") + "2\r\nhi\r\n0\r\nT-One: 1\n 2\r\n\t\r\nT-Two: 3\r\n\r\n",
+			"POST / HTTP/1.1\r\nHost: S\r\nTransfer-Encoding: chunked\r\nVia: 1.1 egress-router\r\n\r\n2\r\nhi\r\n0\r\nT-One: 1 2\r\nT-Two: 3\r\n\r\n",
+			answer, received,
+		},
+		"an answer with folded headers": {
+			get, got, "HTTP/1.1 200 OK\r\nA: b\r\n\t\r\nB:\r\n c\r\n d\r\nContent-Length: 2\r\n" + date + "\r\nhi",
+			"HTTP/1.1 200 OK\r\nA: b\r\nB: c d\r\nContent-Length: 2\r\n" + date + via + "\r\nhi",
+		},
+		"an unknown expectation": {
+			head("GET http://S/", "Expect: x\r\n"), "", "", "HTTP/1.1 417 Expectation Failed\r\nConnection: close\r\n",
+		},
+		"an unknown expectation in HTTP/1.0": {
+			"GET http://S/ HTTP/1.0\r\nExpect: x\r\n\r\n", "", "", "HTTP/1.0 417 Expectation Failed\r\nConnection: close\r\n",
+		},
+		"a body up to its fault": {
+			head("POST http://S/", "Transfer-Encoding: chunked\r\n") + "5\r\nhello0\r\n\r\n",
+			"POST / HTTP/1.1\r\nHost: S\r\nTransfer-Encoding: chunked\r\nVia: 1.1 egress-router\r\n\r\n5\r\nhello\r\n", "", "HTTP/1.1 400 Bad Request\r\n",
+		},
+		"the preface of HTTP/2": {
+			"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "", "", "HTTP/1.1 400 Bad Request\r\nContent-Length: 74\r\n",
+		},
 		"forwards are counted": {
 			head("TRACE http://S/", "Max-Forwards: 3\r\n"), head("TRACE /", "Max-Forwards: 2\r\n"+via), answer, received,
 		},

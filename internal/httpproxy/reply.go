@@ -111,15 +111,13 @@ func (x *exchange) writeHead(done bool) {
 
 // writeStatusLine writes the status line, in the version of the request.
 func (x *exchange) writeStatusLine(w *bufio.Writer) {
-	a, version := &x.reply, "HTTP/1.1 "
-	if !x.request.atLeast11() {
-		version = "HTTP/1.0 "
-	}
+	a := &x.reply
 	reason := a.reason
 	if !a.own {
 		reason = http.StatusText(a.status)
 	}
-	_, _ = w.WriteString(version)
+	_, _ = w.WriteString(x.request.replyVersion())
+	_, _ = w.WriteString(" ")
 	if reason == "" && http.StatusText(a.status) == "" {
 		reason = fmt.Sprintf("status code %d", a.status)
 	}

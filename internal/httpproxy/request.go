@@ -30,6 +30,14 @@ type request struct {
 // atLeast11 reports whether the version is HTTP/1.1 or later.
 func (r *request) atLeast11() bool { return r.major > 1 || r.major == 1 && r.minor >= 1 }
 
+// replyVersion returns the version of HTTP of a response to the request.
+func (r *request) replyVersion() string {
+	if r.atLeast11() {
+		return "HTTP/1.1"
+	}
+	return "HTTP/1.0"
+}
+
 // The faults of a request on whose end two programs could disagree (RFC 9112 section
 // 11.2, request smuggling). Lenient programs take them for valid.
 var (
@@ -51,7 +59,7 @@ var (
 
 // rejection returns the response to a request that cannot be read. The connection ends
 // with it. It is empty if there was no request.
-func rejection(err error) string {
+func rejection(r *request, err error) string {
 	const header = "\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
 	page := func(status string) string { return "HTTP/1.1 " + status + header + status }
 	switch {
@@ -66,7 +74,7 @@ func rejection(err error) string {
 	case errors.Is(err, errTwoFramings), errors.Is(err, errTwoLengths), errors.Is(err, errOldChunked), errors.Is(err, errFoldedHeader):
 		return page("400 Bad Request") + ": " + err.Error() + "\n"
 	case errors.Is(err, errExpectation): // RFC 9110 section 10.1.1
-		return "HTTP/1.1 417 Expectation Failed\r\nConnection: close\r\nDate: " + time.Now().UTC().Format(http.TimeFormat) + "\r\nContent-Length: 0\r\n\r\n"
+		return r.replyVersion() + " 417 Expectation Failed\r\nConnection: close\r\nDate: " + time.Now().UTC().Format(http.TimeFormat) + "\r\nContent-Length: 0\r\n\r\n"
 	case isReadError(err):
 		return ""
 	}
@@ -119,10 +127,12 @@ func (r *request) parse(line string, f fields) error {
 	if err := r.frame(); err != nil {
 		return err
 	}
+	preface := r.isPreface()
+	r.closes = r.closes || preface && len(f) == 0
 	switch {
-	case r.major != 1:
+	case r.major != 1 && !preface:
 		return errVersion
-	case r.atLeast11() && hosts == 0 && r.method != http.MethodConnect:
+	case r.atLeast11() && hosts == 0 && r.method != http.MethodConnect && !(preface && len(f) == 0):
 		return errNoHost
 	case !isHostText(host):
 		return errBadHost
@@ -136,6 +146,12 @@ func (r *request) parse(line string, f fields) error {
 	}
 	r.fields = r.fields.without("Host")
 	return nil
+}
+
+// isPreface reports whether the request is the preface of HTTP/2 (RFC 9113 section 3.4),
+// which is no URL for a proxy.
+func (r *request) isPreface() bool {
+	return r.method == "PRI" && r.uri == "*" && r.major == 2 && r.minor == 0
 }
 
 // checkFraming finds the faults that net/http tolerates.

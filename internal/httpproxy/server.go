@@ -279,6 +279,9 @@ func (c *serverConn) write(x *exchange, body io.Reader, alone bool) error {
 			break
 		}
 		if err != nil {
+			if n > 0 {
+				_ = w.Flush() // before the fault, which is the error
+			}
 			return err
 		}
 	}
@@ -314,7 +317,7 @@ func (c *serverConn) receive(x *exchange, expect *expectation) error {
 	h.folds = true
 	for {
 		r := &x.response
-		*r = response{fields: r.fields[:0], body: body{r: c.reader, folds: true}}
+		*r = response{fields: r.fields[:0], body: body{r: c.reader}}
 		line, f, err := h.read(c.reader, checkStatusLine, r.fields)
 		if err == nil {
 			err = r.parse(line, f, x.request.method)
