@@ -60,6 +60,11 @@ func newClientConn(p *Proxy, conn *net.TCPConn, s *shares) (*clientConn, error) 
 func (c *clientConn) serve() {
 	defer c.Close()
 	defer c.freeReader()
+	defer func() {
+		if c.proxy.panicked(recover(), c) {
+			c.reader = nil // whoever may still hold it
+		}
+	}()
 	// One limit holds for the wait and the header of the first request.
 	c.limited = true
 	_ = c.SetReadDeadline(time.Now().Add(c.proxy.config.HeaderTimeout))
@@ -93,21 +98,21 @@ func (c *clientConn) serveRequest(x *exchange) (again bool) {
 	p := c.proxy
 	p.running.add(1)
 	defer p.running.add(-1)
-	x.begin()
 	defer x.freeWriter()
 	defer func() {
-		// A fault of the proxy must not end the service of others.
-		if fault := recover(); fault != nil {
+		if p.panicked(recover(), c) {
 			again = false
 			x.setTaken()
-			p.log.Error("panic while serving a client", "client", c.RemoteAddr(), "panic", fault, "stack", string(debug.Stack()))
-			x.end()
+			if !x.over {
+				x.end()
+			}
 		}
 		if x.taken && x.body != nil {
 			_ = c.Close()
 			x.body.close()
 		}
 	}()
+	x.begin()
 	p.handle(x)
 	if x.taken {
 		x.end()
@@ -123,6 +128,17 @@ func (c *clientConn) serveRequest(x *exchange) (again bool) {
 	c.logins.between.Store(true)
 	c.state.CompareAndSwap(active, reading)
 	return again && !p.stopping.Load()
+}
+
+// panicked logs the result of recover in a goroutine that handles data of a client or of
+// its server, and reports whether there was a panic: a fault of the proxy must not end the
+// service of others. Every such goroutine calls it.
+func (p *Proxy) panicked(fault any, c *clientConn) bool {
+	if fault == nil {
+		return false
+	}
+	p.log.Error("panic while serving a client", "client", c.RemoteAddr(), "panic", fault, "stack", string(debug.Stack()))
+	return true
 }
 
 // lingerTime is how long a client may send after a response that came before the end of
@@ -317,6 +333,7 @@ var errGone = errors.New("the client has closed the connection")
 
 // hungUp handles the client's end of the connection, or of its half.
 func (c *clientConn) hungUp() {
+	defer func() { c.proxy.panicked(recover(), c) }()
 	c.mu.Lock()
 	c.gone = true
 	c.mu.Unlock()

@@ -37,6 +37,7 @@ type exchange struct {
 	continues   sync.Mutex // of interim responses
 	mayContinue bool       // the client expects 100
 
+	over  bool // end was called
 	taken bool // the connection is a tunnel, or was closed; written with its mutex
 }
 
@@ -101,6 +102,7 @@ func (x *exchange) expire() {
 
 // end updates the counters and writes the access log.
 func (x *exchange) end() {
+	x.over = true
 	x.client.idle.stop()
 	x.client.setExchange(nil)
 	x.life.end(context.Canceled)

@@ -71,6 +71,7 @@ func (c *clientConn) park(s *serverConn) {
 	s.watch = make(chan struct{})
 	go func() {
 		defer close(s.watch)
+		defer func() { c.proxy.panicked(recover(), c) }()
 		// It waits without reading.
 		if err := s.tcp.raw.Read(func(fd uintptr) bool { return !silent(fd) }); err == nil {
 			c.lose(s)

@@ -67,17 +67,24 @@ func (p *pipes) trim() {
 
 // relay copies both directions until both have ended. The end of one is forwarded and
 // the other continues: a client may close its half and still wait for a response.
-func (p *Proxy) relay(client, server *net.TCPConn) (received, sent int64) {
+func (p *Proxy) relay(c *clientConn, server *net.TCPConn) (received, sent int64) {
 	var back sync.WaitGroup
-	back.Go(func() { sent = p.pass(client, server) })
-	received = p.pass(server, client)
+	back.Go(func() { sent = p.pass(c, c.TCPConn, server) })
+	received = p.pass(c, server, c.TCPConn)
 	back.Wait()
 	return received, sent
 }
 
-// pass copies one direction. After an error it closes both connections.
-func (p *Proxy) pass(to, from *net.TCPConn) int64 {
+// pass copies one direction of a client's tunnel. After an error it closes both
+// connections.
+func (p *Proxy) pass(c *clientConn, to, from *net.TCPConn) (moved int64) {
 	d := direction{proxy: p}
+	defer func() {
+		if moved = d.moved; p.panicked(recover(), c) {
+			_ = to.Close()
+			_ = from.Close()
+		}
+	}()
 	var err error
 	if d.from, err = from.SyscallConn(); err == nil {
 		d.to, err = to.SyscallConn()

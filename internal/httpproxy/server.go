@@ -102,6 +102,7 @@ func (s *socket) readNow(fd uintptr) bool {
 var (
 	errNoUpgrade    = errors.New("the server switched protocols without a request for it")
 	errFinalAnswer  = errors.New("the server has responded without the request's body")
+	errPanic        = errors.New("the request was not sent")
 	errBeforeAnswer = errors.New("the server closed the connection")
 )
 
@@ -215,7 +216,14 @@ func (c *serverConn) send(x *exchange) (sent <-chan error, expect *expectation) 
 	// The head waits for the first piece of the body if that has come with it.
 	alone := x.request.length < 0 || x.request.expects || x.client.reader.Buffered() == 0
 	go func() {
-		err := c.write(x, from, alone)
+		err := errPanic
+		defer func() {
+			if x.proxy.panicked(recover(), x.client) {
+				result <- err
+				_ = c.Close()
+			}
+		}()
+		err = c.write(x, from, alone)
 		result <- err
 		// The server must not wait for a rest that will not come. After an error of
 		// its connection it may have responded.

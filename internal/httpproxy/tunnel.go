@@ -48,7 +48,7 @@ func (p *Proxy) connect(x *exchange) {
 		x.received.Add(int64(n))
 	}
 	x.client.freeReader()
-	received, sent := p.relay(client, server)
+	received, sent := p.relay(x.client, server)
 	x.received.Add(received)
 	x.sent.Add(sent)
 }
@@ -125,22 +125,28 @@ func (x *exchange) switched(early []byte) {
 	putReader(server.reader)
 	server.reader = nil
 	if plain, ok := server.duplex.(*socket); ok {
-		received, sent := x.proxy.relay(client, plain.TCPConn)
+		received, sent := x.proxy.relay(x.client, plain.TCPConn)
 		x.received.Add(received)
 		x.sent.Add(sent)
 		return
 	}
 	var back sync.WaitGroup
 	back.Go(func() {
-		x.sent.Add(copyHalf(client, server.duplex))
+		x.sent.Add(x.copyHalf(client, server.duplex))
 	})
-	x.received.Add(copyHalf(server.duplex, client))
+	x.received.Add(x.copyHalf(server.duplex, client))
 	back.Wait()
 }
 
 // copyHalf copies one direction of a connection with TLS, which the kernel cannot move. After
 // an error it closes both connections.
-func copyHalf(to, from duplex) int64 {
+func (x *exchange) copyHalf(to, from duplex) (n int64) {
+	defer func() {
+		if x.proxy.panicked(recover(), x.client) {
+			_ = to.Close()
+			_ = from.Close()
+		}
+	}()
 	n, err := io.Copy(struct{ io.Writer }{to}, struct{ io.Reader }{from})
 	if err == nil {
 		err = to.CloseWrite()
