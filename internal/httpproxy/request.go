@@ -132,7 +132,7 @@ func (r *request) parse(line string, f fields) error {
 	switch {
 	case r.major != 1 && !preface:
 		return errVersion
-	case r.atLeast11() && hosts == 0 && r.method != http.MethodConnect && !(preface && len(f) == 0):
+	case r.atLeast11() && hosts == 0 && r.method != http.MethodConnect && (!preface || len(f) > 0):
 		return errNoHost
 	case !isHostText(host):
 		return errBadHost
