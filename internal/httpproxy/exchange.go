@@ -179,6 +179,7 @@ func (r *request) plainURL() string {
 // request.
 func (x *exchange) take() []byte {
 	x.setTaken()
+	x.client.proxy.hangups.end(x.client)
 	x.stopContinue()
 	_ = x.client.SetReadDeadline(time.Time{})
 	early, _ := x.client.reader.Peek(x.client.reader.Buffered()) // cannot fail

@@ -62,11 +62,23 @@ func (h *hangups) add(c *clientConn) error {
 	return nil
 }
 
-// remove forgets a connection. The kernel does so by itself.
+// end ends the watch of a connection before it is closed: a tunnel notices by itself, and the
+// end of each would wake run.
+func (h *hangups) end(c *clientConn) {
+	h.remove(c)
+	// Errors do not matter: the connection may be closed already.
+	_ = h.raw.Control(func(from uintptr) {
+		_ = c.raw.Control(func(fd uintptr) { _ = unix.EpollCtl(int(from), unix.EPOLL_CTL_DEL, int(fd), nil) })
+	})
+}
+
+// remove forgets a connection that is closed, as the kernel does by itself.
 func (h *hangups) remove(c *clientConn) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	delete(h.conns, c.number) // 0, which is none, if it was not added
+	if h.conns[c.number] == c { // the number may be another one's now, or 0: it was not added
+		delete(h.conns, c.number)
+	}
 }
 
 // run notifies connections until close.
