@@ -489,6 +489,7 @@ func TestNamesOfBothFamilies(t *testing.T) {
 		p.WantEcho("a connection to the former IPv6 address", conn, reader)
 		n.set("db.example.com.", "2001:db8::26", "203.0.113.25")
 		await6("[2001:db8::26]:80")
+		p.Until("IPv4 has no former address", func() bool { return !strings.Contains(p.Rules(), "203.0.113.26") })
 		p.WantEcho("a connection to the former IPv6 address", conn, reader)
 
 		n.setSilent(true)
