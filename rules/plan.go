@@ -706,7 +706,7 @@ func shares(i, n int) (shares []Share) {
 func guardRules(f Family, sides Sides) (rules []Rule) {
 	sources := sides.SourcesOf(f)
 	if sides.carries(f) {
-		// What the holder sends back has it as the destination.
+		// Packets that the holder sends back have it as the destination.
 		for _, s := range sources {
 			rules = append(rules,
 				Rule{Out: sides.Carry.Interface, From: only(s), Target: Return},

@@ -198,7 +198,7 @@ func TestStandbySeenByPerson(t *testing.T) {
 	s.wantReported(standby, diagnose.PeersSilent, "expected heartbeats of "+holder+" by UDP port 9467, found none", "that EGRESS_STANDBY_PEERS names it")
 }
 
-// Routers that do not hear each other say so, on both sides.
+// Routers without heartbeats of each other report it, on both sides.
 func TestStandbyPeersSilent(t *testing.T) {
 	s := newSeveral(t)
 	s.start()
@@ -233,12 +233,12 @@ func TestStandbyWitnessSilent(t *testing.T) {
 	}
 }
 
-// Routers with two keys, and one without, name the other one and what it sends.
+// A router reports the address of another one with a different key or without any.
 func TestStandbyKeysDiffer(t *testing.T) {
 	for name, test := range map[string]struct {
 		second  string // key of the second router
-		finds   string // what the first one finds of it
-		expects string // what the second one expects
+		finds   string // finding of the first one
+		expects string // key that the second one expects
 	}{
 		"two keys": {"fedcba9876543210", "of another key", "of the key of EGRESS_STANDBY_KEY_FILE, found those of 10.128.0.101 of another key"},
 		"one key":  {"", "without a key", "without a key, since EGRESS_STANDBY_KEY_FILE is not set, found those of 10.128.0.101 with a key"},

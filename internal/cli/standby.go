@@ -240,7 +240,7 @@ func lookUpPeers(c config.Config, own netip.Addr, log *slog.Logger) standby.Look
 // noticedOfSeveral are the faults that a router which is one of several notices while it runs.
 var noticedOfSeveral = []diagnose.Fault{diagnose.SameMAC, diagnose.WitnessSilent, diagnose.KeysDiffer, diagnose.PeersSilent}
 
-// recent is how long what was noticed once is reported. What goes on comes again.
+// recent is how long an event is reported. One that persists is noticed again.
 const recent = 2 * time.Minute
 
 // The signs of a witness that answers no pings: so many in a row, the last of them so lately. A
@@ -334,7 +334,7 @@ func peersCheck(started time.Time, c config.Config, s standby.Status, now time.T
 		check.Since = u.At
 		return fault(health.Warning, diagnose.KeysDiffer, "expected heartbeats %s, found those of %s %s", expected, u.Address, found)
 	}
-	heard := cmp.Or(strings.Join(all, ", "), "none, nobody would take over")
+	heard := cmp.Or(strings.Join(all, ", "), "none, no router could take over")
 	switch {
 	case len(s.Missing) > 0:
 		var missing []string
@@ -345,16 +345,16 @@ func peersCheck(started time.Time, c config.Config, s standby.Status, now time.T
 	case len(all) == 0 && s.Refused > 0:
 		check.State, check.Detail = health.Warning, fmt.Sprintf("none heard, %d packets without the key of EGRESS_STANDBY_KEY_FILE", s.Refused)
 	case len(all) == 0:
-		check.State, check.Detail = health.Warning, "none heard: nobody would take over"
+		check.State, check.Detail = health.Warning, "none heard: no router could take over"
 	default:
 		check.Detail = heard
 	}
 	return check
 }
 
-// carriesNow reports whether what clients send to a router that does not hold the addresses
-// reaches the physical network: a router with which it exchanges packets has said after a time
-// that it holds them. failed is the error of the tunnel.
+// carriesNow reports whether the packets of clients reach the physical network by a router that
+// does not hold the addresses: the last heartbeat of the holder, with which it exchanges packets,
+// came after a time. failed is the error of the tunnel.
 func carriesNow(s standby.Status, failed error, after time.Time) bool {
 	holder, known := s.Holder(after)
 	return failed == nil && known && slices.ContainsFunc(s.Carry.Peers, func(p standby.CarryPeer) bool { return p.Address == holder.Address })

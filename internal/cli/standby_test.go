@@ -66,8 +66,8 @@ func TestReportStandby(t *testing.T) {
 		"missing": {func(s *standby.Status, _ *config.Config) { s.Missing = []netip.Addr{third} }, 0, expected{detail: "standby: no router is known to hold the addresses"},
 			expected{health.Warning, diagnose.PeersSilent, "expected heartbeats of 10.128.0.103 by UDP port 9467, found none; others heard: 10.128.0.102 standby"}},
 		"all missing": {func(s *standby.Status, _ *config.Config) { s.Peers, s.Missing = nil, []netip.Addr{other, third} }, 0, expected{detail: "standby: no router is known to hold the addresses"},
-			expected{health.Warning, diagnose.PeersSilent, "expected heartbeats of 10.128.0.102, 10.128.0.103 by UDP port 9467, found none; others heard: none, nobody would take over"}},
-		"alone": {func(s *standby.Status, _ *config.Config) { s.Peers = nil }, 0, expected{detail: "standby: no router is known to hold the addresses"}, expected{health.Warning, "", "none heard: nobody would take over"}},
+			expected{health.Warning, diagnose.PeersSilent, "expected heartbeats of 10.128.0.102, 10.128.0.103 by UDP port 9467, found none; others heard: none, no router could take over"}},
+		"alone": {func(s *standby.Status, _ *config.Config) { s.Peers = nil }, 0, expected{detail: "standby: no router is known to hold the addresses"}, expected{health.Warning, "", "none heard: no router could take over"}},
 		"another key": {func(s *standby.Status, c *config.Config) {
 			c.Peers.Key, s.Missing, s.Unkeyed = []byte("0123456789abcdef"), []netip.Addr{third}, standby.Unkeyed{Address: third, Keyed: true, At: now}
 		}, 0, expected{detail: "standby: no router is known to hold the addresses"}, expected{health.Warning, diagnose.KeysDiffer, "expected heartbeats of the key of EGRESS_STANDBY_KEY_FILE, found those of 10.128.0.103 of another key"}},

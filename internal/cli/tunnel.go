@@ -23,7 +23,7 @@ import (
 // there whenever any other part of it is.
 type tunnel struct {
 	mu     sync.Mutex
-	failed error // of the last Connect
+	failed error // of the last look or change; nil: the tunnel is there
 }
 
 // segment returns the highest maximum segment size of TCP for packets of a size: without the
@@ -47,6 +47,16 @@ func sorter(want plan.Carry, mtu int) nft.Carry {
 
 // Differs returns the differences of the tunnel in the kernel.
 func (t *tunnel) Differs(want *plan.Carry) ([]string, error) {
+	found, err := t.differs(want)
+	if err != nil || len(found) == 0 { // otherwise Connect follows
+		t.mu.Lock()
+		t.failed = err
+		t.mu.Unlock()
+	}
+	return found, err
+}
+
+func (t *tunnel) differs(want *plan.Carry) ([]string, error) {
 	if want == nil {
 		loaded, err := nft.CarryLoaded()
 		if err != nil || !loaded {
@@ -80,7 +90,7 @@ func (t *tunnel) Differs(want *plan.Carry) ([]string, error) {
 	return slices.Concat(found, links), err
 }
 
-// Connect sets the tunnel up. What sorts its packets comes first.
+// Connect sets the tunnel up. The table that sorts its packets is loaded first.
 func (t *tunnel) Connect(want plan.Carry) (err error) {
 	defer func() {
 		t.mu.Lock()
@@ -115,7 +125,7 @@ func (t *tunnel) Remove(n plan.Network) error {
 	return nft.RemoveCarry()
 }
 
-// err returns the error of the last Connect; nil: the tunnel is there.
+// err returns the error of the last look or change; nil: the tunnel is there.
 func (t *tunnel) err() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -145,7 +155,7 @@ func placeCarry(c *config.Config) error {
 		return fmt.Errorf("EGRESS_STANDBY_CARRY=vxlan: expected an IPv4 address on %q, found %s", c.Cluster, own)
 	}
 	if c.PlaceCarry(own); c.Standby.Carry.First == 0 {
-		return fmt.Errorf("EGRESS_STANDBY_CARRY=vxlan: expected at most %d routers in EGRESS_STANDBY_PEERS, found more", plan.MostCarryPeers+1)
+		return fmt.Errorf("EGRESS_STANDBY_CARRY=vxlan: expected at most %d routers in EGRESS_STANDBY_PEERS, found more", spec.MostCarryPeers+1)
 	}
 	return nil
 }

@@ -63,7 +63,11 @@ func (c *Config) parseStandby(env Environment, readFile func(string) ([]byte, er
 	}
 	s := &spec.Standby{Port: heartbeatPort, Interval: election.DefaultInterval}
 	c.Standby, c.Peers = s, Peers{Priority: election.DefaultPriority, Reference: env.APIServer}
-	report(parseTime("EGRESS_STANDBY_INTERVAL", orDefault(env.StandbyInterval, election.DefaultInterval.String()), notZero, &s.Interval))
+	interval := parseTime("EGRESS_STANDBY_INTERVAL", orDefault(env.StandbyInterval, election.DefaultInterval.String()), notZero, &s.Interval)
+	if n, err := strconv.Atoi(env.StandbyInterval); err == nil && n > 0 { // seconds are out of range
+		interval.Hint = remedy("write %dms for %[1]d milliseconds", n)
+	}
+	report(interval)
 	if s.Interval < election.MinInterval || s.Interval > election.MaxInterval || s.Interval%time.Millisecond != 0 {
 		report(&Error{"EGRESS_STANDBY_INTERVAL", fmt.Sprintf("EGRESS_STANDBY_INTERVAL %s is out of range: expected %s to %s, in whole milliseconds", quote(env.StandbyInterval), election.MinInterval, election.MaxInterval), ""})
 	}
@@ -100,7 +104,7 @@ func (c *Config) parseCarry(env Environment, report func(*Error)) {
 		return
 	}
 	if c.ReplyMark&spec.CarryMarks != 0 {
-		report(&Error{variable, fmt.Sprintf("%s=vxlan marks packets with the bits 0x%x, of which EGRESS_REPLY_MARK has some: expected others", variable, spec.CarryMarks), ""})
+		report(&Error{variable, fmt.Sprintf("%s=vxlan marks packets with the bits 0x%x, of which EGRESS_REPLY_MARK has some: expected others", variable, spec.CarryMarks), remedy("set EGRESS_REPLY_MARK to other bits, such as its default")})
 	}
 	for table := c.ReplyTable + 1; table <= c.ReplyTable+mostParts; table++ {
 		if !spec.UsableTable(table) {
@@ -135,9 +139,8 @@ func (c *Config) parseCarry(env Environment, report func(*Error)) {
 // servers recognise a privileged client (rresvport(3)).
 const firstSource, lastSource = 1024, 65535
 
-// mostParts is the largest number of routers with a tunnel: their own one, and the peers of
-// package plan.
-const mostParts = 15
+// mostParts is the largest number of routers with a tunnel: this one and its peers.
+const mostParts = spec.MostCarryPeers + 1
 
 // Part returns the ports of one of some equal parts, by its index from 0.
 func Part(index, count int) (first, last rules.Port) {

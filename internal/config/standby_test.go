@@ -205,3 +205,14 @@ func TestPlaceCarry(t *testing.T) {
 		t.Errorf("- want, + got:\n%s", diff)
 	}
 }
+
+// An interval without a unit is one of milliseconds: seconds are out of range.
+func TestIntervalHint(t *testing.T) {
+	env := standingBy()
+	env.StandbyInterval = "20"
+	_, err := Parse(env, keyFile)
+	var faults Errors
+	if !errors.As(err, &faults) || len(faults) != 1 || !strings.Contains(faults[0].Hint, "write 20ms for 20 milliseconds") {
+		t.Errorf("expected a hint at 20ms, found %v", err)
+	}
+}

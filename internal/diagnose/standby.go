@@ -75,7 +75,7 @@ func apart(o Observation) []Finding {
 		case a.Unknown != "":
 			f.Verdict, f.Found = Unknown, "holder not probed: "+a.Unknown
 		case a.Holder == "" && !known:
-			f.Found = "nobody answers for it"
+			f.Found = "no host answers for it"
 		case a.Holder == "":
 			f.Verdict, f.Fault = Failed, RoutersApart
 			f.Found = fmt.Sprintf("expected an answer of %s, which holds it by its heartbeats, from its hardware address %s; found none by %s", holder.Address, holder.MAC, o.Egress)

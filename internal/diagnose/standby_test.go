@@ -94,12 +94,12 @@ func TestFaultsOfSeveralRouters(t *testing.T) {
 	}
 }
 
-// Nobody holds, and nobody is known to: nothing is wrong that this router can know.
+// Without a known holder and without an answer for the address there is no fault that this router can know.
 func TestNobodyHolds(t *testing.T) {
 	o := standing()
 	o.Routers, o.Addresses[0].Holder, o.Reported = nil, "", nil
 	d := Diagnose(o)
-	if !d.OK || !slices.ContainsFunc(d.Findings, func(f Finding) bool { return f.Check == "address" && f.Found == "nobody answers for it" }) {
+	if !d.OK || !slices.ContainsFunc(d.Findings, func(f Finding) bool { return f.Check == "address" && f.Found == "no host answers for it" }) {
 		t.Errorf("%+v", d)
 	}
 	o.Addresses[0].Unknown = "this needs the capability NET_RAW"

@@ -36,7 +36,7 @@ type clientConn struct {
 	partial      atomic.Bool  // a part of a request has come
 	writeLimited atomic.Bool  // an exchange has limited the time of writing
 
-	// Of the goroutine that serves the connection.
+	// Used by the goroutine alone that serves the connection.
 	reader  *bufio.Reader // nil: there are no data
 	direct  bool          // a read of fd must not wait
 	fd      int

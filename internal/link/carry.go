@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/plan"
+	"github.com/egress-router/egress-router/internal/spec"
 	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
@@ -23,10 +24,10 @@ const overhead = 20 + 8 + 8 + 14
 // (net/ipv4/fib_frontend.c, __fib_validate_source).
 var tunnelAddress = netip.MustParsePrefix("169.254.94.68/32")
 
-// The priorities of the routing rules of a tunnel. What the holder sends back has the address
-// as its destination, which is a local one, too: the rules for it are first, before the one for
-// the table of local addresses, which gets the next priority. What goes to the holder is routed
-// behind that, before replies.
+// The priorities of the routing rules of a tunnel. Packets that the holder sends back have the
+// address as their destination, which is a local one, too: the rules for them are first, before
+// the one for the table of local addresses, which gets the next priority. Packets for the holder
+// are routed behind that, before replies.
 const (
 	backPriority  = 0
 	localPriority = 1
@@ -185,7 +186,7 @@ func (k *Kernel) forwarding(index int) ([]netlink.Neigh, error) {
 // table is empty.
 func tunnelTables(c plan.Carry) map[int]netip.Addr {
 	tables := map[int]netip.Addr{c.Table: c.Toward}
-	for i := range plan.MostCarryPeers {
+	for i := range spec.MostCarryPeers {
 		tables[c.Table+1+i] = netip.Addr{}
 		if i < len(c.Peers) {
 			tables[c.Table+1+i] = c.Peers[i].Address
@@ -202,7 +203,7 @@ func (k *Kernel) tunnelRoutes(c plan.Carry) (map[int]netip.Addr, error) {
 		return nil, fmt.Errorf("list routes of the tunnel: %w", err)
 	}
 	for _, r := range routes {
-		if r.Table >= c.Table && r.Table <= c.Table+plan.MostCarryPeers {
+		if r.Table >= c.Table && r.Table <= c.Table+spec.MostCarryPeers {
 			found[r.Table] = addressOf(r.Gw)
 		}
 	}
@@ -229,7 +230,7 @@ func (k *Kernel) tunnelRules(c plan.Carry) (missing, extra []netlink.Rule, right
 	same := func(a, b netlink.Rule) bool {
 		return max(a.Priority, 0) == max(b.Priority, 0) && a.IifName == b.IifName && a.Mark == b.Mark && a.Mask != nil && b.Mask != nil && *a.Mask == *b.Mask && a.Table == b.Table
 	}
-	ours := func(r netlink.Rule) bool { return r.Table >= c.Table && r.Table <= c.Table+plan.MostCarryPeers }
+	ours := func(r netlink.Rule) bool { return r.Table >= c.Table && r.Table <= c.Table+spec.MostCarryPeers }
 	local := false
 	first := false
 	for _, r := range have {
@@ -303,14 +304,33 @@ func (k *Kernel) LoadCarry(c plan.Carry) error {
 			return fmt.Errorf("set sysctl %s = %s: %w", s.name, s.value, err)
 		}
 	}
-	if err := k.handle.AddrReplace(l, &netlink.Addr{IPNet: ipNet(tunnelAddress), Broadcast: net.IPv4zero}); err != nil {
-		return fmt.Errorf("add address %s to %q: %w", tunnelAddress, c.Interface, err)
+	addresses, err := k.addresses(netlink.FAMILY_V4, l)
+	if err != nil {
+		return fmt.Errorf("list addresses of %q: %w", c.Interface, err)
 	}
-	if err := k.handle.LinkSetMTU(l, mtu); err != nil {
-		return fmt.Errorf("set MTU of %q to %d: %w", c.Interface, mtu, err)
+	// A change without need would wake the reconcile loop, again and again if the rest fails.
+	there := false
+	for _, a := range addresses {
+		if prefix(a.IPNet) == tunnelAddress {
+			there = true
+		} else if err := k.handle.AddrDel(l, &a); err != nil {
+			return fmt.Errorf("delete address %s of %q: %w", a.IPNet, c.Interface, err)
+		}
 	}
-	if err := k.handle.LinkSetUp(l); err != nil {
-		return fmt.Errorf("set %q up: %w", c.Interface, err)
+	if !there {
+		if err := k.handle.AddrAdd(l, &netlink.Addr{IPNet: ipNet(tunnelAddress), Broadcast: net.IPv4zero}); err != nil {
+			return fmt.Errorf("add address %s to %q: %w", tunnelAddress, c.Interface, err)
+		}
+	}
+	if l.Attrs().MTU != mtu {
+		if err := k.handle.LinkSetMTU(l, mtu); err != nil {
+			return fmt.Errorf("set MTU of %q to %d: %w", c.Interface, mtu, err)
+		}
+	}
+	if l.Attrs().Flags&net.FlagUp == 0 {
+		if err := k.handle.LinkSetUp(l); err != nil {
+			return fmt.Errorf("set %q up: %w", c.Interface, err)
+		}
 	}
 	if err := k.reachPeers(c, index); err != nil {
 		return err
@@ -448,7 +468,7 @@ func (k *Kernel) RemoveCarry(name string, table int) error {
 		return fmt.Errorf("list routing rules: %w", err)
 	}
 	for _, r := range have {
-		if r.Table < table || r.Table > table+plan.MostCarryPeers {
+		if r.Table < table || r.Table > table+spec.MostCarryPeers {
 			continue
 		}
 		if err := k.handle.RuleDel(&r); err != nil {

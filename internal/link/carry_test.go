@@ -124,6 +124,9 @@ func TestCarry(t *testing.T) {
 			"MTU":        func(l netlink.Link) error { return h.LinkSetMTU(l, 1300) },
 			"no peer":    func(l netlink.Link) error { return h.NeighDel(neighbour(l, unix.AF_INET)) },
 			"no remote":  func(l netlink.Link) error { return h.NeighDel(neighbour(l, unix.AF_BRIDGE)) },
+			"another address": func(l netlink.Link) error {
+				return h.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(169, 254, 1, 1), Mask: net.CIDRMask(32, 32)}})
+			},
 			"local rule": func(netlink.Link) error { return h.RuleAdd(localFirst()) },
 			"another remote": func(l netlink.Link) error {
 				n := neighbour(l, unix.AF_BRIDGE)

@@ -471,7 +471,7 @@ func (g Gate) differences() (found []string, err error) {
 	return found, differences(g.table(), g.chains(), say)
 }
 
-// differences calls say for each difference of a table's chains from those that it shall have.
+// differences calls say for each difference of a table's chains from the wanted ones.
 func differences(t *nftables.Table, want []gateChain, say func(format string, args ...any)) error {
 	dormant, err := isDormant(t)
 	if err != nil {

@@ -25,7 +25,7 @@ type Carry struct {
 	// Known: the peers are. At the start they are not yet, and those of an earlier run stay.
 	Known bool
 	Table int         // routing table of what is sent to the holder; those behind it, one for each peer
-	Peers []CarryPeer // in the order of their addresses, at most MostCarryPeers
+	Peers []CarryPeer // in the order of their addresses, at most spec.MostCarryPeers
 	// Toward is the one of Peers that holds the address, or may hold it next; the zero Addr:
 	// there is none.
 	Toward netip.Addr
@@ -40,10 +40,9 @@ type CarryPeer struct {
 // The marks of packets for the tunnel. SteerMark is that of packets to the holder; those to
 // peers are the other values.
 const (
-	CarryMask      = spec.CarryMarks
-	SteerMark      = CarryMask
-	carryShift     = 24
-	MostCarryPeers = 14
+	CarryMask  = spec.CarryMarks
+	SteerMark  = CarryMask
+	carryShift = 24
 )
 
 // VNI is the network identifier of the tunnel (RFC 7348, section 5): any, the same on all
@@ -51,7 +50,7 @@ const (
 const VNI = int(spec.CarryPort)
 
 // Mark returns the mark of packets that are sent back to a peer, by its index.
-func (c Carry) Mark(peer int) uint32 { return uint32(peer+1) << carryShift } //nolint:gosec // at most MostCarryPeers
+func (c Carry) Mark(peer int) uint32 { return uint32(peer+1) << carryShift } //nolint:gosec // at most spec.MostCarryPeers
 
 // HardwareAddress returns the hardware address of the tunnel of a router with an address on
 // the cluster side: a locally administered one (IEEE 802, section 8.4).

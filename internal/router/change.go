@@ -330,20 +330,29 @@ func (c *change) readGate() (err error) {
 	if c.router.Gate != nil {
 		c.have.Gate, err = c.router.Gate.Differs(c.want.Gate)
 	}
-	if c.router.Tunnel != nil && !c.looks && err == nil { // another process knows the peers
-		c.have.Carry, err = c.router.Tunnel.Differs(c.want.Carry)
+	if c.router.Tunnel == nil || c.looks || err != nil { // another process knows the peers
+		return err
+	}
+	if c.have.Carry, err = c.router.Tunnel.Differs(c.want.Carry); err != nil && c.want.Carry != nil {
+		c.noTunnel(err)
+		return nil
 	}
 	return err
 }
 
-// connect sets the tunnel up. A router works without it: a failure is no error.
+// noTunnel logs an error of the tunnel, without which a router works.
+func (c *change) noTunnel(err error) {
+	c.warnOnce("tunnel not set up", "error", err, "effect", "connections end if another router takes the addresses over")
+}
+
+// connect sets the tunnel up.
 func (c *change) connect(s plan.Connect) {
 	c.have.Connected = true
 	if !c.watches {
 		c.done.add(func() error { return c.router.Tunnel.Remove(c.want.Network) })
 	}
 	if err := c.router.Tunnel.Connect(s.Carry); err != nil {
-		c.warnOnce("tunnel not set up", "error", err, "effect", "connections end if another router takes the addresses over")
+		c.noTunnel(err)
 		return
 	}
 	c.have.Changed = true

@@ -32,6 +32,10 @@ const (
 	CarryPort      rules.Port = 9468
 )
 
+// MostCarryPeers is the largest number of other routers in a tunnel: each has a value of
+// CarryMarks other than zero, and the packets for the holder have the last one.
+const MostCarryPeers = 14
+
 // CarryMarks are the bits of the marks of packets for the tunnel, four that no known program of
 // a pod uses; those who use bits of the upper half do in the network namespace of the node.
 const CarryMarks = 0x0f000000

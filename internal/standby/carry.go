@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/election"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // A Ports is a range of source ports. The zero Ports is none.
@@ -23,7 +24,7 @@ func (p Ports) meets(other Ports) bool {
 
 // A Carry is with whom a router exchanges the packets of connections.
 type Carry struct {
-	// Peers are the routers that the look-up knows and that have said their range of ports, by
+	// Peers are the routers of the look-up whose heartbeats have a range of ports, by
 	// their addresses. A router that is not heard any more stays one: it may carry on without its
 	// process.
 	Peers []CarryPeer
@@ -45,10 +46,6 @@ func (c Carry) equal(other Carry) bool {
 	return c.Toward == other.Toward && slices.Equal(c.Peers, other.Peers) && slices.Equal(c.Clash, other.Clash)
 }
 
-// maxCarried is the number of routers with which one exchanges packets: the marks of package
-// plan.
-const maxCarried = 14
-
 // carry returns with whom a router with ports exchanges packets, while its own gate is open or
 // not. before is the last one.
 func (p *peers) carry(own Ports, active bool, fresh time.Duration, before Carry) (c Carry) {
@@ -68,7 +65,7 @@ func (p *peers) carry(own Ports, active bool, fresh time.Duration, before Carry)
 		switch {
 		case clashes:
 			c.Clash = append(c.Clash, peer)
-		case len(c.Peers) < maxCarried:
+		case len(c.Peers) < spec.MostCarryPeers:
 			c.Peers = append(c.Peers, peer)
 		}
 	}
@@ -126,10 +123,10 @@ func (r *Runner) carry() {
 	r.mu.Unlock()
 	c := r.peers.carry(r.o.Ports, r.machine.State() == election.Active, r.o.Settings.Detection(), before)
 	// Those of an earlier run stay for as long as a router that is not heard.
-	if c.equal(before) && (r.told || time.Since(r.start) < forgetAfter) {
+	if c.equal(before) && (r.reported || time.Since(r.start) < forgetAfter) {
 		return
 	}
-	r.told = true
+	r.reported = true
 	for _, p := range c.Clash {
 		if !slices.Contains(before.Clash, p) {
 			r.o.Log.Warn("connections not carried", "peer", p.Address.String(), "ports", p.Ports.String(), "own", r.o.Ports.String(),

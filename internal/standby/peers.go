@@ -36,10 +36,10 @@ type peers struct {
 	since   map[netip.Addr]time.Time // when an address of known became one, or was heard last
 	heard   map[uint64]*heard
 	unkeyed Unkeyed
-	ports   map[netip.Addr]Ports // the last that they have said
+	ports   map[netip.Addr]Ports // of the last heartbeat of each router
 }
 
-// heard is what one router has said last.
+// heard is the last heartbeat of one router.
 type heard struct {
 	Peer
 	sequence uint32

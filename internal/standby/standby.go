@@ -131,7 +131,7 @@ type Runner struct {
 	ground  *ground // the physical network
 
 	ready, ended bool
-	told         bool // Options.Carry
+	reported     bool // Options.Carry was called
 	polls        int
 	cause        string // why the current claim began
 	last         election.Heartbeat
