@@ -119,11 +119,11 @@ func TestCarry(t *testing.T) {
 			t.Errorf("link %+v, %v", l, err)
 		}
 		for name, damage := range map[string]func(l netlink.Link) error{
-			"down":       h.LinkSetDown,
-			"deleted":    h.LinkDel,
-			"MTU":        func(l netlink.Link) error { return h.LinkSetMTU(l, 1300) },
-			"no peer":    func(l netlink.Link) error { return h.NeighDel(neighbour(l, unix.AF_INET)) },
-			"no remote":  func(l netlink.Link) error { return h.NeighDel(neighbour(l, unix.AF_BRIDGE)) },
+			"down":      h.LinkSetDown,
+			"deleted":   h.LinkDel,
+			"MTU":       func(l netlink.Link) error { return h.LinkSetMTU(l, 1300) },
+			"no peer":   func(l netlink.Link) error { return h.NeighDel(neighbour(l, unix.AF_INET)) },
+			"no remote": func(l netlink.Link) error { return h.NeighDel(neighbour(l, unix.AF_BRIDGE)) },
 			"another address": func(l netlink.Link) error {
 				return h.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(169, 254, 1, 1), Mask: net.CIDRMask(32, 32)}})
 			},
