@@ -96,7 +96,7 @@ func TestPlanFindsDamage(t *testing.T) {
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Strict()
 		p.OK()
-		for _, damage := range p.Damages() {
+		for _, damage := range p.Share(0, p.Damages()) {
 			if err := p.Damage(damage); err != nil {
 				p.Errorf("damage %q: %v", damage.Name, err)
 				continue

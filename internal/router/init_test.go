@@ -57,7 +57,7 @@ func TestInitRepairsDamage(t *testing.T) {
 		p.Strict()
 		p.OK()
 		state := p.State()
-		for _, damage := range p.Damages() {
+		for _, damage := range p.Share(1, p.Damages()) {
 			if err := p.Damage(damage); err != nil {
 				p.Errorf("damage %q: %v", damage.Name, err)
 				continue

@@ -176,7 +176,7 @@ func takeSource6(p *labtest.Pod) (leave func()) {
 // closed until the host has left.
 func TestDuplicateAddress(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
 		leave := takeSource6(p)
 		out := captureMacvlan(p)
@@ -266,7 +266,7 @@ func TestDualStackRepairs(t *testing.T) {
 		}},
 		{Name: "link set down", Do: func(h *netlink.Handle, macvlan, _ netlink.Link) error { return h.LinkSetDown(macvlan) }},
 	}
-	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
 		r := p.Start("legacy")
 		r.Until("IPv6 is ready", func() bool { return readyIPv6(r.Logged()) })
@@ -369,7 +369,7 @@ func TestProxyOfBothFamilies(t *testing.T) {
 // default route for replies comes from them.
 func TestClusterRouterAdvertisements(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 		dualStack(p, "192.168.12.99/24, 2001:db8:12::99/64", "192.168.12.1, fe80::1")
 		h := p.Handle(p.Lab.Router)
 		eth := p.Link(h, "eth0")

@@ -104,7 +104,7 @@ func TestFormerSourcesLeave(t *testing.T) {
 			})
 		}
 	})
-	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 		prepare(p)
 		p.Serve(p.Lab.Outside, "tcp", "[2001:db8::25]:80")
 		var before []netip.Addr

@@ -59,7 +59,7 @@ func TestRemoveAfterDamage(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Strict()
-		for _, damage := range p.Damages() {
+		for _, damage := range p.Share(2, p.Damages()) {
 			p.OK()
 			if err := p.Damage(damage); err != nil {
 				p.Errorf("damage %q: %v", damage.Name, err)

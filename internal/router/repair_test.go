@@ -105,7 +105,7 @@ func TestRepair(t *testing.T) {
 		}})
 		var table strings.Builder
 		var times []time.Duration
-		for _, d := range damages {
+		for _, d := range p.Share(0, damages) {
 			r.visitors.Since(time.Now())
 			begin, before := time.Now(), r.Repaired()
 			if !r.repair(d) {
@@ -132,7 +132,7 @@ func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond)
 // as the one before is repaired.
 func TestRandomDamages(t *testing.T) {
 	t.Parallel()
-	rounds := map[labtest.Backend]int{labtest.Nftables: 60, labtest.IptablesNFT: 20, labtest.IptablesLegacy: 10}
+	rounds := map[labtest.Backend]int{labtest.Nftables: 30, labtest.IptablesNFT: 10, labtest.IptablesLegacy: 6}
 	if nstest.Long() {
 		rounds = map[labtest.Backend]int{labtest.Nftables: 1000, labtest.IptablesNFT: 200, labtest.IptablesLegacy: 100}
 	}

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/netns/nstest"
 	"github.com/egress-router/egress-router/internal/spec"
 )
 
@@ -105,6 +106,23 @@ func (p *Pod) Damages() []Damage { return sorted(append(p.NotifiedDamages(), p.d
 // flavour of iptables. The next full comparison finds the others.
 func (p *Pod) NotifiedDamages() []Damage {
 	return sorted(append(p.damagedRules(), p.damagedNetwork()...))
+}
+
+// Share returns the damages that the n-th of tests that are alike does to this pod. In the
+// long variant it is all of them. In the short one it is a third: each damage with one
+// backend, and with the others in the tests beside.
+func (p *Pod) Share(n int, damages []Damage) []Damage {
+	if nstest.Long() {
+		return damages
+	}
+	first := n + slices.Index(Backends, p.Backend)
+	var share []Damage
+	for i, d := range damages {
+		if (i+first)%len(Backends) == 0 {
+			share = append(share, d)
+		}
+	}
+	return share
 }
 
 func sorted(damages []Damage) []Damage {
