@@ -69,15 +69,11 @@ tidy: ## check that go mod tidy would not change go.mod and go.sum of any module
 vulnerabilities: ## check all modules for known vulnerabilities, with govulncheck
 	.ci/vulnerabilities
 
-fuzz: ## fuzz the grammars, the resource, HTTP requests, ARP and heartbeats, 30 s each
-	$(GO) test -fuzz FuzzParse -fuzztime 30s ./rules
-	$(GO) test -fuzz FuzzLines -fuzztime 30s ./rules
-	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/object
-	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/tcpproxy
-	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/httpproxy
-	$(GO) test -fuzz FuzzRequest -fuzztime 30s ./internal/httpproxy
-	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/arp
-	$(GO) test -fuzz FuzzParse -fuzztime 30s ./internal/election
+FUZZTIME = 30s
+fuzz: ## fuzz every grammar, and each format that comes from outside, for FUZZTIME=30s each
+	@grep -rEo --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' rules internal | while IFS=: read -r file function; do \
+		set -x; $(GO) test -run '^$$' -fuzz "^$${function#func }$$" -fuzztime $(FUZZTIME) "./$${file%/*}" </dev/null || exit 1; \
+	done
 
 golden: ## rewrite testdata/golden, script and the READMEs' tables after an intended change
 	$(GO) test ./internal/cli -run Golden -update
