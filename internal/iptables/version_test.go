@@ -96,6 +96,24 @@ func fewSpellings() []spelling {
 	return []spelling{spellings[0], spellings[len(spellings)-1]}
 }
 
+// eachSpellingInTurn runs a test in a fresh pod with each form, in the short variant with one
+// kind of iptables, another for the next form; the last form, with all differences, has both.
+func eachSpellingInTurn(t *testing.T, test func(p *labtest.Pod, path string, calls func(string) int)) {
+	if nstest.Long() {
+		eachSpelling(t, spellings, test)
+		return
+	}
+	last := len(spellings) - 1
+	for i, s := range spellings[:last] {
+		t.Run(s.name, func(t *testing.T) {
+			p := labtest.New(t, lab.Options{}, []labtest.Backend{labtest.IptablesNFT, labtest.IptablesLegacy}[i%2])
+			path, calls := spelled(p, s)
+			test(p, path, calls)
+		})
+	}
+	eachSpelling(t, spellings[last:], test)
+}
+
 // eachSpelling runs a test in a fresh pod with each form and each kind of iptables.
 func eachSpelling(t *testing.T, spellings []spelling, test func(p *labtest.Pod, path string, calls func(string) int)) {
 	for _, s := range spellings {
@@ -111,7 +129,7 @@ func eachSpelling(t *testing.T, spellings []spelling, test func(p *labtest.Pod, 
 // A second run recognises the rules of the first in any printed form, and so do runs
 // with a changed list.
 func TestSecondRunInOtherFormChangesNothing(t *testing.T) {
-	eachSpelling(t, spellings, func(p *labtest.Pod, path string, calls func(string) int) {
+	eachSpellingInTurn(t, func(p *labtest.Pod, path string, calls func(string) int) {
 		for _, list := range []string{labtest.Example()["EGRESS_DESTINATION"], tree(), "80 tcp 203.0.113.26 443\n"} {
 			p.Env["EGRESS_DESTINATION"] = list
 			by(p, path, func() { p.OK() })
@@ -236,7 +254,17 @@ func TestDamageInOtherFormIsRepaired(t *testing.T) {
 		p.Strict()
 		by(p, path, func() { p.OK() })
 		want := p.State()
-		for _, d := range p.Damages() {
+		// In the short variant each damage comes once: repaired by a run or by a router that
+		// stays, with one kind of iptables.
+		chosen := func(i, turn int) bool { return nstest.Long() || i%4 == turn }
+		first := 0
+		if p.Backend == labtest.IptablesLegacy {
+			first = 2
+		}
+		for i, d := range p.Damages() {
+			if !chosen(i, first) {
+				continue
+			}
 			if err := p.Damage(d); err != nil {
 				p.Fatalf("%s: %v", d.Name, err)
 			}
@@ -249,7 +277,10 @@ func TestDamageInOtherFormIsRepaired(t *testing.T) {
 		var r *labtest.Running
 		by(p, path, func() { r = p.Start("legacy") })
 		r.AwaitLog(1, "msg=ready")
-		for _, d := range p.Damages() {
+		for i, d := range p.Damages() {
+			if !chosen(i, first+1) {
+				continue
+			}
 			before := r.Repaired()
 			// A repair may come between two steps of a damage.
 			if err := p.Damage(d); err != nil && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ESRCH) {
