@@ -29,7 +29,7 @@ type connection struct {
 // node, and nothing changes.
 func TestConnections(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 8080))
 		filter(p, p.Lab.Outside, atServer("udp dport 53 drop"))

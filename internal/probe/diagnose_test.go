@@ -61,7 +61,7 @@ func TestDiagnoseOne(t *testing.T) {
 // container.
 func TestDiagnoseProcess(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{}, func(p *labtest.Pod) {
 		r := p.Start("legacy")
 		r.AwaitLog(1, "msg=ready")
 		p.WantAnswer("tcp", 80, "203.0.113.25:80")
@@ -92,7 +92,7 @@ func TestDiagnoseNamesParent(t *testing.T) {
 // Without privilege, each check states what it needs, or what a running router reports.
 func TestDiagnoseWithoutPrivilege(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		d := diagnosed(p, p.Lab.Router, "without-privilege")
 		for check, needs := range map[string]string{"address": "NET_RAW", "gateway": "NET_RAW", "rules": "NET_ADMIN", "filters": "NET_ADMIN", "clients": "NET_ADMIN", "ports": "NET_ADMIN"} {
@@ -169,7 +169,7 @@ func TestDiagnoseFindsInterface(t *testing.T) {
 // Of many destinations a sample is probed, at a time, and the diagnosis states so.
 func TestDiagnoseSample(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		var list strings.Builder
 		for i := range 10000 {
 			fmt.Fprintf(&list, "%d tcp 203.0.113.%d %d\n", 10001+i, 25+i%3, 20000+i)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
+	"github.com/egress-router/egress-router/internal/sysctl"
 )
 
 // run runs a command in a namespace and returns its result.
@@ -208,22 +210,32 @@ func askForHosts(p *labtest.Pod) {
 // exhaust adds a tracked connection for each port of the reserved address to one server.
 func exhaust(p *labtest.Pod) {
 	p.Helper()
-	var h *netlink.Handle
-	if err := p.Lab.Router.Do(func() (err error) {
-		h, err = netlink.NewHandle(unix.NETLINK_NETFILTER)
-		return err
-	}); err != nil {
-		p.Fatal(err)
-	}
-	defer h.Close()
-	for port := 1024; port <= 65535; port++ {
-		if err := h.ConntrackCreate(netlink.ConntrackTable, netlink.FAMILY_V4, &netlink.ConntrackFlow{
-			FamilyType: unix.AF_INET, TimeOut: 3600, ProtoInfo: &netlink.ProtoInfoTCP{State: 3},
-			Forward: netlink.IPTuple{Protocol: unix.IPPROTO_TCP, SrcIP: lab.ClientAddr.AsSlice(), SrcPort: uint16(port), DstIP: lab.RouterAddr.AsSlice(), DstPort: 8080},
-			Reverse: netlink.IPTuple{Protocol: unix.IPPROTO_TCP, SrcIP: lab.Remote[1].AsSlice(), SrcPort: 80, DstIP: lab.Source.AsSlice(), DstPort: uint16(port)},
-		}); err != nil {
-			p.Fatalf("connection %d: %v", port, err)
+	err := p.Lab.Router.Do(func() error {
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+		if err != nil {
+			return os.NewSyscallError("socket", err)
 		}
+		defer func() { _ = unix.Close(fd) }()
+		const firstPort, batch = 1024, 256
+		router, server := netip.AddrPortFrom(lab.RouterAddr, 8080), netip.AddrPortFrom(lab.Remote[1], 80)
+		for port := firstPort; port < 1<<16; port += batch {
+			var requests []byte
+			for i := range batch {
+				requests = append(requests, established(
+					netip.AddrPortFrom(lab.ClientAddr, uint16(port+i)), router, server, netip.AddrPortFrom(lab.Source, uint16(port+i)))...)
+			}
+			if err := unix.Sendto(fd, requests, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+				return os.NewSyscallError("sendto", err)
+			}
+		}
+		n, err := sysctl.ReadInt("net.netfilter.nf_conntrack_count")
+		if want := 1<<16 - firstPort; err == nil && n < want {
+			err = fmt.Errorf("%d connections, want %d", n, want)
+		}
+		return err
+	})
+	if err != nil {
+		p.Fatal(err)
 	}
 }
 
@@ -256,7 +268,7 @@ func TestDiagnoseNamesFault(t *testing.T) {
 // That no client connects is odd, and no fault.
 func TestDiagnoseNobodyConnects(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		fromEverywhere(p, func(p *labtest.Pod, d diagnose.Diagnosis) {
 			p.Helper()
@@ -272,7 +284,7 @@ func TestDiagnoseNobodyConnects(t *testing.T) {
 // A chain of another program that drops what it does not accept is named.
 func TestDiagnoseForeignChain(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		filter(p, p.Lab.Router, "table inet other { chain crossing { type filter hook forward priority 10; policy drop } }")
 		fromEverywhere(p, func(p *labtest.Pod, d diagnose.Diagnosis) {

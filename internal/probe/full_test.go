@@ -37,13 +37,14 @@ func tuple(kind int, from, to netip.AddrPort) []byte {
 	)
 }
 
-// established returns the request for the entry of an established connection. The kernel drops
+// established returns the request for the entry of an established connection, whose packets
+// go from one address to another one, and the answers back between two. The kernel drops
 // no entry of one that has the status assured to make room for another one.
-func established(from, to netip.AddrPort) []byte {
+func established(from, to, back, backTo netip.AddrPort) []byte {
 	const seenReply, assured, confirmed = 1 << 1, 1 << 2, 1 << 3 // enum ip_conntrack_status
 	const state, nested = 3, unix.NLA_F_NESTED                   // TCP_CONNTRACK_ESTABLISHED
 	body := slices.Concat([]byte{unix.AF_INET, 0, 0, 0},         // struct nfgenmsg
-		tuple(nl.CTA_TUPLE_ORIG, from, to), tuple(nl.CTA_TUPLE_REPLY, to, from),
+		tuple(nl.CTA_TUPLE_ORIG, from, to), tuple(nl.CTA_TUPLE_REPLY, back, backTo),
 		attribute(nl.CTA_STATUS, binary.BigEndian.AppendUint32(nil, seenReply|assured|confirmed)),
 		attribute(nl.CTA_TIMEOUT, binary.BigEndian.AppendUint32(nil, 7200)),
 		attribute(nested|nl.CTA_PROTOINFO, attribute(nested|nl.CTA_PROTOINFO_TCP, attribute(nl.CTA_PROTOINFO_TCP_STATE, []byte{state}))))
@@ -76,7 +77,8 @@ func fillTable(p *labtest.Pod) {
 				}
 				var requests []byte
 				for i := range batch {
-					requests = append(requests, established(netip.AddrPortFrom(host, uint16(port+i)), to)...)
+					from := netip.AddrPortFrom(host, uint16(port+i))
+					requests = append(requests, established(from, to, to, from)...)
 				}
 				if err := unix.Sendto(fd, requests, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 					return os.NewSyscallError("sendto", err)

@@ -37,7 +37,7 @@ func startConnection(p *labtest.Pod, port uint16) {
 // connections of clients and of its own probes, in the words of a diagnosis.
 func TestRunningRouterNamesReasons(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 81\n8443 tcp 203.0.113.26 443\n53 udp 203.0.113.27\n"
 		p.Env["EGRESS_HEALTH_LISTEN"], p.Env["EGRESS_PROBE"], p.Env["EGRESS_PROBE_INTERVAL"] = ":9465", "tcp", "1s"
 		filter(p, p.Lab.Outside, atServer("ip daddr 203.0.113.26 tcp dport 443 drop"))
@@ -89,7 +89,7 @@ func TestRunningRouterNamesReasons(t *testing.T) {
 // only open connections among those that wait for an answer.
 func TestPageHasFailedConnections(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_DESTINATION"], p.Env["EGRESS_HEALTH_LISTEN"] = "80 tcp 203.0.113.25\n8080 tcp 203.0.113.26 81\n", ":9465"
 		r := p.Start("legacy")
 		r.AwaitLog(1, "msg=ready")
