@@ -70,7 +70,7 @@ func awaitReady(p *labtest.Pod) {
 // A router whose log nobody reads repairs drift and ends when it is stopped.
 func TestRouterRepairsWithUnreadLog(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_HEALTH_INTERVAL"] = "legacy", "300ms"
 		p.Env["EGRESS_AUDIT_LOG"] = "true"
 		l := logged(p, p.Command("egress-router"))
@@ -90,7 +90,7 @@ func TestRouterRepairsWithUnreadLog(t *testing.T) {
 // that is being set up completes.
 func TestRouterSurvivesEndOfLogReader(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_ROUTER_MODE"], p.Env["EGRESS_LOG_LEVEL"] = "init", "debug"
 		l := logged(p, p.Command("egress-router"))
 		_ = l.Close()

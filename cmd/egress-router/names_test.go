@@ -151,7 +151,7 @@ func TestNamesAreFollowed(t *testing.T) {
 // afterwards from the same socket.
 func TestRefusedDatagramsReachANameLater(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{}, func(p *labtest.Pod) {
 		n := serveNames(p)
 		p.Serve(p.Lab.Outside, "udp", "203.0.113.25:5300")
 		p.Env["EGRESS_GRAMMAR"], p.Env["EGRESS_DESTINATION"] = "extended", "53 udp late.example.com 5300\n203.0.113.27\n"
@@ -349,7 +349,7 @@ func TestNamesSurviveARestartWithoutNameServer(t *testing.T) {
 // A reload that replaces a name ends the connections to the addresses of the former one.
 func TestNamesAreReloaded(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{}, func(p *labtest.Pod) {
 		n := serveNames(p)
 		n.set("one.example.com.", "203.0.113.25")
 		n.set("two.example.com.", "203.0.113.26")
@@ -508,7 +508,7 @@ func TestNamesOfBothFamilies(t *testing.T) {
 // expires, and break no connection.
 func TestNamesGetTheOtherFamilyLater(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 		servers := map[bool]string{false: "203.0.113.25:80", true: "[2001:db8::25]:80"}
 		for _, s := range []string{servers[true], "[2001:db8::27]:5432", "[2001:db8::27]:5433"} {
 			p.Serve(p.Lab.Outside, "tcp", s)

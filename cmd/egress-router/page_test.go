@@ -48,7 +48,7 @@ func wantPage(p *labtest.Pod, parts ...any) string {
 // and repairs. It changes nothing, and needs nothing else.
 func TestPage(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
 		r := p.Start("legacy")
 		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
@@ -89,7 +89,7 @@ func TestPage(t *testing.T) {
 // counted.
 func TestPageNamesUnanswered(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
 		p.Env["EGRESS_DESTINATION"] = "81 tcp 203.0.113.25 81\n82 tcp 203.0.113.25 82\n80 tcp 203.0.113.25\n"
 		p.Start("legacy")

@@ -24,7 +24,7 @@ import (
 // fallback does not redirect that port.
 func TestRouterHealthAndMetrics(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
 		p.Env["EGRESS_HEALTH_INTERVAL"] = "300ms"
 		r := p.Start("legacy")
@@ -188,7 +188,7 @@ func TestAuditLogHasConnections(t *testing.T) {
 // The end of a refused connection is logged at once, with its outcome.
 func TestAuditLogHasOutcome(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_AUDIT_LOG"], p.Env["EGRESS_LOG_FORMAT"] = "true", "json"
 		r := p.Start("legacy")
 		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
@@ -252,7 +252,7 @@ func (m *mount) file() string { return filepath.Join(m.dir, "destinations") }
 // previous one in force.
 func TestConfigFile(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 		m := newMount(p)
 		object := func(ip, rules string) {
 			m.set(fmt.Sprintf(`{kind: EgressRouter, spec: {addresses: [{ip: %s, gateway: 192.168.12.1}, {ip: "2001:db8:12::99/64", gateway: "2001:db8:12::1"}], redirect: {redirectRules: [%s], fallbackIP: 203.0.113.27}}}`, ip, rules))
