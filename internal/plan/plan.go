@@ -370,11 +370,13 @@ func (h Have) remaining(changes []Change) []Change {
 	return slices.DeleteFunc(changes, func(c Change) bool { return slices.Contains(h.Failed, c.String()) })
 }
 
-// without returns the changes that are not among others.
+// without returns the changes that are not among others, by their texts.
 func without(changes, others []Change) []Change {
-	return slices.DeleteFunc(changes, func(c Change) bool {
-		return slices.ContainsFunc(others, func(o Change) bool { return o.String() == c.String() })
-	})
+	texts := make(map[string]bool, len(others))
+	for _, o := range others {
+		texts[o.String()] = true
+	}
+	return slices.DeleteFunc(changes, func(c Change) bool { return texts[c.String()] })
 }
 
 func steps(changes []Change) []Step {
