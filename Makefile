@@ -20,8 +20,8 @@ export GOFLAGS += -buildvcs=false
 # before it have ended. Tests wait more than they compute: more packages, and more tests of
 # each, than processors run at a time. "make lint" runs vet, of all its kinds.
 GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -p 4 -parallel 4 -vet=off
-# The longest first.
-PACKAGES = ./internal/router ./internal/iptables ./internal/nft ./internal/cni ./cmd/egress-router ./... ./.ci
+# The longest first, those that wait among those that compute.
+PACKAGES = ./internal/router ./internal/lab/faults ./cmd/egress-router ./internal/iptables ./internal/nft ./internal/cni ./... ./.ci
 
 .PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies faults image e2e e2e-page e2e-kubernetes clean
 
