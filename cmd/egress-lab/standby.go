@@ -32,6 +32,8 @@ const partStandby = "standby"
 // A standbyEffort is the extent of the measurement.
 type standbyEffort struct {
 	rounds     int
+	held       int           // established connections
+	ends       time.Duration // time without an answer after which those that cannot live are lost
 	interval   time.Duration // between two heartbeats of all contenders
 	idle, load time.Duration
 }
@@ -54,9 +56,11 @@ type outage struct {
 	end   func(r *faults.Ring, node int) error
 }
 
+const nodeLost = "node lost"
+
 // outages are the events that are measured. Afterwards all processes are started again.
 var outages = []outage{
-	{"node lost", goalPower, func(r *faults.Ring, node int) error {
+	{nodeLost, goalPower, func(r *faults.Ring, node int) error {
 		n := r.Site.Nodes[node]
 		// The links first: a process that ends does not take leave.
 		for _, port := range []string{n.LAN, n.ClusterPort} {
@@ -84,9 +88,14 @@ var outages = []outage{
 		func(r *faults.Ring, node int) error { r.Routers[node].AwaitEnd(); return nil }},
 }
 
-// benchStandby measures how long clients wait for another router, beside keepalived.
+// benchStandby measures how long clients wait for another router, beside keepalived, and what
+// that costs established connections.
 func benchStandby(ctx context.Context, program string, _ []variant, stdout io.Writer) error {
-	return measureStandby(ctx, program, standbyEffort{rounds: 10, interval: 20 * time.Millisecond, idle: 10 * time.Second, load: 20 * time.Second}, stdout)
+	e := standbyEffort{rounds: 10, held: heldConnections, ends: 5 * time.Second, interval: 20 * time.Millisecond, idle: 10 * time.Second, load: 20 * time.Second}
+	if err := measureStandby(ctx, program, e, stdout); err != nil {
+		return err
+	}
+	return measureHeld(ctx, program, e, stdout)
 }
 
 func measureStandby(ctx context.Context, program string, e standbyEffort, stdout io.Writer) error {
@@ -142,8 +151,8 @@ func spread(figures []float64) string {
 	return fmt.Sprintf("%.0f (%.0f to %.0f)", quantile(figures, 0.5), quantile(figures, 0.25), quantile(figures, 0.75))
 }
 
-func buildOurs(ctx context.Context, program string, interval time.Duration) (pairing, error) {
-	ring, err := faults.Build(2, false, standbyRouter(ctx, program, fmt.Sprint("EGRESS_STANDBY_INTERVAL=", interval)))
+func buildOurs(ctx context.Context, program string, interval time.Duration, more ...string) (pairing, error) {
+	ring, err := faults.Build(2, false, standbyRouter(ctx, program, append(more, fmt.Sprint("EGRESS_STANDBY_INTERVAL=", interval))...))
 	return pairing{"the router", ring, "role=active", []string{"role=standby", "msg=ready"}}, err
 }
 

@@ -26,6 +26,32 @@ func TestMeasureStandby(t *testing.T) {
 	}
 }
 
+// One round of each row shows that established connections live through every outage if routers
+// carry, except that of the node by which they enter, and end without.
+func TestMeasureHeld(t *testing.T) {
+	var out strings.Builder
+	err := measureHeld(t.Context(), router(t), standbyEffort{rounds: 1, held: 6, ends: 100 * time.Millisecond, interval: 200 * time.Millisecond}, &out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := 0
+	for line := range strings.Lines(out.String()) {
+		lost := " 0 of 6\n"
+		switch {
+		case !strings.Contains(line, " of 6\n"):
+			continue
+		case strings.Contains(line, " off "), strings.HasPrefix(line, nodeLost) && strings.Contains(line, string(byHolder)):
+			lost = " 6 of 6\n"
+		}
+		if rows++; !strings.HasSuffix(line, lost) {
+			t.Errorf("expected %q in %q", lost, line)
+		}
+	}
+	if want := 2*len(outages) + 2; rows != want {
+		t.Errorf("expected %d rows, found %d:\n%s", want, rows, &out)
+	}
+}
+
 // The command injects as many rounds as it is asked for, and prints each.
 func TestInjectFaults(t *testing.T) {
 	code, stdout, stderr := finish(t, labCommand(t, "faults", router(t), "2", "1"))

@@ -94,7 +94,7 @@ func TestConnectionsLive(t *testing.T) {
 				}
 			}()
 			for node := range 2 {
-				c, err := faults.Hold(ring.Site, node, 5, uint16(5000+node))
+				c, err := faults.Hold(ring.Site, node, 15, uint16(5000+node), faults.Pace)
 				if err != nil {
 					t.Fatal(err, ring.Logs())
 				}
@@ -164,8 +164,7 @@ func TestDrain(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		ring.Judge()
 		holder := ring.Holder()
-		const each = 67 // of three kinds: 201 connections
-		held, err := faults.Hold(ring.Site, holder, each, 5000)
+		held, err := faults.Hold(ring.Site, holder, 200, 5000, faults.Pace)
 		if err != nil {
 			t.Fatal(err, ring.Logs())
 		}

@@ -23,12 +23,13 @@ const (
 	Idle    Kind = 'I' // nothing
 )
 
-// pace is the time between two messages of a connection.
-const pace = 50 * time.Millisecond
+// Pace is a time between two messages of a connection that a busy machine keeps.
+const Pace = 50 * time.Millisecond
 
 // Connections are held TCP connections to a server of a site, by the pod of one node.
 type Connections struct {
 	listener net.Listener
+	pace     time.Duration
 	all      []*connection
 	serving  sync.WaitGroup
 	running  sync.WaitGroup
@@ -49,9 +50,10 @@ type connection struct {
 	err  error
 }
 
-// Hold makes so many connections of each kind to a port of the server by the pod of a node.
-func Hold(s *lab.Site, node, each int, port uint16) (*Connections, error) {
-	c := &Connections{stop: make(chan struct{}), accepted: make(map[net.Conn]bool)}
+// Hold makes so many connections, of all kinds in turn, to a port of the server by the pod of a
+// node. Those that are not idle have a message each pace.
+func Hold(s *lab.Site, node, count int, port uint16, pace time.Duration) (*Connections, error) {
+	c := &Connections{pace: pace, stop: make(chan struct{}), accepted: make(map[net.Conn]bool)}
 	err := s.Server.Do(func() (err error) {
 		c.listener, err = net.Listen("tcp4", netip.AddrPortFrom(lab.Remote[0], port).String())
 		return err
@@ -60,12 +62,11 @@ func Hold(s *lab.Site, node, each int, port uint16) (*Connections, error) {
 		return nil, err
 	}
 	c.serving.Go(c.serve)
-	for range each {
-		for _, kind := range []Kind{Talking, Pushed, Idle} {
-			if err := c.dial(s, netip.AddrPortFrom(s.Nodes[node].Addr, port), kind); err != nil {
-				c.Close()
-				return nil, err
-			}
+	kinds := []Kind{Talking, Pushed, Idle}
+	for i := range count {
+		if err := c.dial(s, netip.AddrPortFrom(s.Nodes[node].Addr, port), kinds[i%len(kinds)]); err != nil {
+			c.Close()
+			return nil, err
 		}
 	}
 	return c, nil
@@ -88,13 +89,13 @@ func (c *Connections) dial(s *lab.Site, to netip.AddrPort, kind Kind) error {
 	c.all = append(c.all, one)
 	c.running.Go(one.receive)
 	if kind == Talking {
-		c.running.Go(func() { one.talk(c.stop) })
+		c.running.Go(func() { one.talk(c.stop, c.pace) })
 	}
 	return nil
 }
 
 // talk sends numbers until stop.
-func (c *connection) talk(stop chan struct{}) {
+func (c *connection) talk(stop chan struct{}, pace time.Duration) {
 	ticker := time.NewTicker(pace)
 	defer ticker.Stop()
 	for n := uint64(1); ; n++ {
@@ -154,7 +155,7 @@ func (c *Connections) answer(conn net.Conn) {
 		_, _ = io.Copy(conn, conn)
 		return
 	}
-	ticker := time.NewTicker(pace)
+	ticker := time.NewTicker(c.pace)
 	defer ticker.Stop()
 	for n := uint64(1); ; n++ {
 		select {
