@@ -155,6 +155,10 @@ func (p pairing) hold(ctx context.Context, row heldRow, e standbyEffort) (g held
 	for _, c := range all { // the gap begins here
 		c.Await(heldLimit)
 	}
+	if !p.holds(holder) { // a busy machine has caused a take-over
+		end()
+		return p.hold(ctx, row, e)
+	}
 	p.ring.Traffic.Take()
 	if row.begin != nil {
 		if err := row.begin(p.ring, holder); err != nil {

@@ -58,7 +58,7 @@ func TestInjectFaults(t *testing.T) {
 	if code != 0 || stderr != "" {
 		t.Errorf("exit code %d, stderr %q", code, stderr)
 	}
-	for _, want := range []string{"2 rounds of faults, 3 routers, seed 1\n1: ", "\n2: ", "\nfaults: no two routers sent at the same time; "} {
+	for _, want := range []string{"2 rounds of faults, seed 1\n3 routers\n1: ", "\n3 routers, with EGRESS_STANDBY_CARRY=vxlan\n2: ", "\nfaults: no two routers sent at the same time, and no connection was lost; "} {
 		if !strings.Contains(stdout, want) {
 			t.Errorf("stdout lacks %q:\n%s", want, stdout)
 		}

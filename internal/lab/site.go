@@ -85,8 +85,23 @@ const (
 	LoseAll        LossKind = ""
 	LoseARP        LossKind = "ether type arp"
 	LoseDatagrams  LossKind = "meta l4proto udp"
+	LosePings      LossKind = "icmp type echo-request ip daddr " + gatewayText
 	LoseHeartbeats LossKind = "ip saddr @pods ip daddr @pods"
 )
+
+const gatewayText = "192.168.12.1" // GatewayAddr
+
+// ShareNIC moves a pod's macvlan0 to the NIC of another node, as if one node ran both pods. It
+// comes before captures and processes. The mode of the other pod's macvlan0 becomes the same.
+func (s *Site) ShareNIC(node, with int) error {
+	for _, n := range []int{with, node} {
+		if err := s.MoveMacvlan(n, with, netlink.MACVLAN_MODE_BRIDGE); err != nil {
+			return err
+		}
+	}
+	s.Nodes[node].LAN = s.Nodes[with].LAN
+	return nil
+}
 
 // NewSite creates a site with as many nodes, at most 9, and returns when frames pass on
 // every link. On an error it removes what it created.

@@ -26,6 +26,7 @@ type field struct {
 	routers []*Router
 	losses  map[string][]lab.Loss // by what causes them
 	bite    func(node int) error  // after a process has stopped; nil if there is nothing to do
+	held    bool                  // there are connections, for which a program that was asked to end goes on
 }
 
 // lose sets or ends the losses of one cause.
@@ -73,10 +74,16 @@ func thaw(f *field, node int) error { return f.routers[node].Signal(syscall.SIGC
 // terminate asks a program to end, even if another fault has stopped it.
 func terminate(f *field, node int) error { return f.routers[node].Terminate() }
 
-// ended waits until a program that was asked to end has ended, and starts it again.
+// ended waits until a program that was asked to end has ended, and starts it again. One that
+// goes on for its connections is killed, as at the end of a pod's grace period.
 func ended(f *field, node int) error {
 	if err := thaw(f, node); err != nil {
 		return err
+	}
+	if f.held {
+		if err := f.routers[node].Kill(); err != nil {
+			return err
+		}
 	}
 	f.routers[node].AwaitEnd()
 	return restart(f, node)
@@ -124,6 +131,18 @@ func lossy(name string, kind lab.LossKind, percent int, lan, cluster, in, out bo
 	}
 }
 
+// silent returns a fault in which the gateway loses what arrives for it, of a kind.
+func silent(name string, kind lab.LossKind) Fault {
+	return Fault{
+		Name: name,
+		begin: func(f *field, _ int) error {
+			return f.lose(name, lab.Loss{Port: lab.GatewayPort, Kind: kind, Percent: 100})
+		},
+		end:   func(f *field, _ int) error { return f.lose(name) },
+		short: 20 * time.Millisecond, long: 2 * time.Second,
+	}
+}
+
 // power is the loss of a node: its program, and both links.
 func power(f *field, node int) error {
 	if err := kill(f, node); err != nil {
@@ -168,6 +187,9 @@ func choose(r *rand.Rand) Fault {
 		{Name: "node lost", begin: power, end: powerOn, short: some, long: 2 * second},
 		{Name: "all killed", begin: onAll(kill), end: onAll(restart), short: some, long: second},
 		{Name: "gateway flushed", begin: func(f *field, _ int) error { return f.site.ForgetNeighbours() }},
+		silent("gateway silent", lab.LoseAll),
+		silent("gateway silent to ARP", lab.LoseARP),
+		silent("gateway silent to pings", lab.LosePings),
 		lossy("LAN isolated", lab.LoseAll, 100, true, false, true, true),
 		lossy("cluster isolated", lab.LoseAll, 100, false, true, true, true),
 		lossy("both isolated", lab.LoseAll, 100, true, true, true, true),

@@ -52,19 +52,27 @@ func TestFaults(t *testing.T) {
 	}
 	for _, variant := range []struct {
 		name    string
-		nodes   int
-		command func(*lab.Site, int) *exec.Cmd
+		options faults.Options
 	}{
-		{"2 routers", 2, nil},
-		{"3 routers", 3, nil},
-		{"2 routers that carry", 2, carrying(t, "nftables")},
-		{"3 routers that carry", 3, carrying(t, "nftables")},
+		{"2 routers", faults.Options{Nodes: 2}},
+		{"3 routers", faults.Options{Nodes: 3}},
+		{"2 routers on a node", faults.Options{Nodes: 2, Shared: true}},
+		{"2 routers that carry", faults.Options{Nodes: 2, Command: carrying(t, "nftables"), Held: 3}},
+		{"4 routers that carry, 2 of them on a node", faults.Options{Nodes: 4, Shared: true, Command: carrying(t, "nftables"), Held: 3}},
 	} {
 		t.Run(variant.name, func(t *testing.T) {
 			t.Parallel()
-			result := run(t, faults.Options{Nodes: variant.nodes, Count: rounds, Seed: 1, Command: variant.command})
+			o := variant.options
+			o.Count, o.Seed = rounds, 1
+			result := run(t, o)
 			for _, v := range result.Violations {
 				t.Errorf("violation: %s", v)
+			}
+			for _, f := range result.Leaks {
+				t.Errorf("another source: %s", f)
+			}
+			for _, err := range result.Lost {
+				t.Error(err)
 			}
 			if t.Failed() {
 				t.Log(result.Logs)
@@ -77,7 +85,7 @@ func TestFaults(t *testing.T) {
 // another one has taken over: the judge would find a fence that does not work.
 func TestFaultsWithoutFence(t *testing.T) {
 	t.Parallel()
-	result := run(t, faults.Options{Nodes: 2, Count: 1000, Seed: 1, Bite: faults.Unfence, First: true})
+	result := run(t, faults.Options{Nodes: 2, Count: 1000, Seed: 1, Bite: faults.Unfence, Found: true})
 	if len(result.Violations) == 0 {
 		t.Errorf("no violation in %d rounds", len(result.Gaps))
 	}

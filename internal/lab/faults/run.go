@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,8 +19,11 @@ import (
 
 // Options are those of [Run].
 type Options struct {
-	Nodes   int // 2 to 4
-	Count   int // rounds, each of one or two faults
+	Nodes   int  // 2 to 4
+	Shared  bool // the first two routers are on the NIC of one node
+	Held    int  // connections by each router that have to live through each round; only of routers that carry
+	Count   int  // rounds, each of one or two faults
+	First   int  // number of the first round
 	Seed    uint64
 	Command func(s *lab.Site, node int) *exec.Cmd
 	Out     io.Writer // a line for each round
@@ -27,7 +31,7 @@ type Options struct {
 	// Bite is called after a fault has stopped a process: with [Unfence] the judge must find
 	// violations.
 	Bite  func(s *lab.Site, node int) error
-	First bool // end after the first round with violations
+	Found bool // end after the first round with violations
 }
 
 // Unfence makes the permit in the kernel of a router whose process has stopped live an hour,
@@ -47,6 +51,8 @@ add element netdev egress-router-gate permit { %[1]q timeout 1h }
 // Result is what [Run] found.
 type Result struct {
 	Violations []Violation
+	Leaks      []lab.Frame     // packets of a router with another source than the reserved address
+	Lost       []error         // why held connections have ended
 	Gaps       []time.Duration // the longest of each round
 	Takeovers  int             // rounds after which another router holds
 	Logs       string          // of the routers, after the first round with violations
@@ -59,12 +65,13 @@ const inRow = 20
 // last round. After each round traffic must flow again: if it does not within
 // [lab.Patience], or ctx ends, that is an error.
 func Run(ctx context.Context, o Options) (Result, error) {
-	ring, err := Build(o.Nodes, false, o.Command)
+	ring, err := build(o.Nodes, false, o.Shared, o.Command)
 	if err != nil {
 		return Result{}, err
 	}
+	ring.fenced = true
 	defer ring.Close()
-	f := &field{site: ring.Site, routers: ring.Routers, losses: map[string][]lab.Loss{}}
+	f := &field{site: ring.Site, routers: ring.Routers, losses: map[string][]lab.Loss{}, held: o.Held > 0}
 	if o.Bite != nil {
 		f.bite = func(node int) error { return o.Bite(ring.Site, node) }
 	}
@@ -77,7 +84,11 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	for round := range o.Count {
 		holder := ring.Holder()
 		steps := schedule(r, o.Nodes)
-		fmt.Fprintf(o.Out, "%d: %s: ", round+1, describe(steps, holder, o.Nodes))
+		fmt.Fprintf(o.Out, "%d: %s: ", o.First+round+1, describe(steps, holder, o.Nodes))
+		held, err := ring.hold(o.Held)
+		if err != nil {
+			return result, err
+		}
 		ring.Traffic.Take()
 		if err := f.inject(steps, holder, ctx.Done()); err != nil {
 			return result, fmt.Errorf("injecting a fault: %w", err)
@@ -85,6 +96,8 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		if err := ring.AwaitTraffic(ctx); err != nil {
 			return result, err
 		}
+		lost := held.end()
+		result.Lost = append(result.Lost, lost...)
 		found := ring.Judge()
 		gap := Gap(ring.Traffic.Take())
 		result.Violations = append(result.Violations, found...)
@@ -94,17 +107,63 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		}
 		fmt.Fprintf(o.Out, "gap %d ms, %d holds", gap.Milliseconds(), ring.Holder()+1)
 		if len(found) > 0 {
-			result.Logs = cmp.Or(result.Logs, ring.Logs())
 			fmt.Fprintf(o.Out, ", %d violations", len(found))
 		}
+		if len(lost) > 0 {
+			fmt.Fprintf(o.Out, ", %d connections lost", len(lost))
+		}
+		if leaks := len(ring.leaks) - len(result.Leaks); leaks > 0 {
+			fmt.Fprintf(o.Out, ", %d packets with another source", leaks)
+			found = append(found, Violation{})
+		}
+		result.Leaks = ring.leaks
+		if len(found)+len(lost) > 0 {
+			result.Logs = cmp.Or(result.Logs, ring.Logs())
+		}
 		fmt.Fprintln(o.Out)
-		if o.First && len(result.Violations) > 0 {
+		if o.Found && len(result.Violations) > 0 {
 			break
 		}
 	}
 	found, err := ring.Stop()
-	result.Violations = append(result.Violations, found...)
+	result.Violations, result.Leaks = append(result.Violations, found...), ring.leaks
 	return result, err
+}
+
+// held are the connections of a round, by each router.
+type held []*Connections
+
+// hold makes so many connections by each router.
+func (r *Ring) hold(count int) (all held, err error) {
+	for node := range r.Routers {
+		if count == 0 {
+			break
+		}
+		c, err := Hold(r.Site, node, count, uint16(5000+node), Pace) //nolint:gosec // at most 4
+		if err != nil {
+			all.close()
+			return nil, fmt.Errorf("connecting by router %d: %w\n%s", node+1, err, r.Logs())
+		}
+		all = append(all, c)
+	}
+	return all, nil
+}
+
+func (h held) close() {
+	for _, c := range h {
+		c.Close()
+	}
+}
+
+// end waits until all connections have moved on, and ends them. It returns why some have not.
+func (h held) end() (lost []error) {
+	for node, c := range h {
+		if n, _, why := c.Await(lab.Patience); n > 0 {
+			lost = append(lost, fmt.Errorf("%d connections by router %d: %w", n, node+1, why))
+		}
+	}
+	h.close()
+	return lost
 }
 
 // Ring is a site with its routers, a client, and a judge of what they send.
@@ -116,14 +175,26 @@ type Ring struct {
 	judge    Judge
 	macs     []string
 	captures []*lab.Capture
+	fenced   bool        // routers send nothing with another source than the reserved address
+	leaks    []lab.Frame // what they did send
 }
 
 // Build makes a site and starts routers and client. Unfenced pods are routers for the
 // reserved address by rules that their programs do not know of.
 func Build(nodes int, unfenced bool, command func(s *lab.Site, node int) *exec.Cmd) (*Ring, error) {
+	return build(nodes, unfenced, false, command)
+}
+
+func build(nodes int, unfenced, shared bool, command func(s *lab.Site, node int) *exec.Cmd) (*Ring, error) {
 	site, err := lab.NewSite(nodes)
 	if err != nil {
 		return nil, err
+	}
+	if shared {
+		if err := site.ShareNIC(1, 0); err != nil {
+			site.Close()
+			return nil, err
+		}
 	}
 	for node := range nodes {
 		if !unfenced {
@@ -149,6 +220,9 @@ func (r *Ring) start(command func(s *lab.Site, node int) *exec.Cmd) error {
 			return err
 		}
 		r.macs = append(r.macs, mac)
+		if slices.ContainsFunc(r.Site.Nodes[:i], func(other *lab.SiteNode) bool { return other.LAN == n.LAN }) {
+			continue
+		}
 		c, err := r.Site.Capture(r.Site.Switch, n.LAN)
 		if err != nil {
 			return err
@@ -205,9 +279,22 @@ func (r *Ring) Logs() string {
 func (r *Ring) Judge() []Violation {
 	until := time.Now()
 	for _, c := range r.captures {
-		r.judge.Add(c.Take())
+		frames := c.Take()
+		r.judge.Add(frames)
+		for _, f := range frames {
+			if r.fenced && r.leaked(f) {
+				r.leaks = append(r.leaks, f)
+			}
+		}
 	}
 	return r.judge.Until(until)
+}
+
+// leaked reports whether a router sent an IPv4 packet with another source than the reserved
+// address.
+func (r *Ring) leaked(f lab.Frame) bool {
+	p, ok := f.IPv4()
+	return ok && !f.Outgoing && p.Src.Addr() != lab.Source && slices.Contains(r.macs, f.Source().String())
 }
 
 // Holder returns the number of the node whose router sent last, of the frames judged; 0 if
