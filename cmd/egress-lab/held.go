@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -77,6 +78,7 @@ func heldRows(carries bool) (rows []heldRow) {
 // heldGap is the result of an outage for established connections.
 type heldGap struct {
 	lost       int
+	why        error   // of those that could live
 	held, path float64 // longest times without answers, ms: of established connections, of new ones
 }
 
@@ -88,7 +90,13 @@ func measureHeld(ctx context.Context, program string, e standbyEffort, stdout io
 	const format = "%-16s %-8s %-18s %20s %20s %14s\n"
 	fmt.Fprintf(stdout, format, "what", "carry", "entered by", "new (spread)", "held (spread)", "lost")
 	for _, carries := range []bool{true, false} {
-		if err := measureHeldOf(ctx, program, e, carries, func(cells ...any) { fmt.Fprintf(stdout, format, cells...) }); err != nil {
+		if err := measureHeldOf(ctx, program, e, carries, func(cells ...any) {
+			if len(cells) == 1 {
+				fmt.Fprintf(stdout, "\t%v\n", cells...)
+				return
+			}
+			fmt.Fprintf(stdout, format, cells...)
+		}); err != nil {
 			return err
 		}
 	}
@@ -107,6 +115,7 @@ func measureHeldOf(ctx context.Context, program string, e standbyEffort, carries
 	defer p.ring.Close()
 	for _, row := range heldRows(carries) {
 		var path, held []float64
+		var why []error
 		rounds, lost := e.rounds, 0
 		if row.ends {
 			rounds = 1
@@ -117,12 +126,18 @@ func measureHeldOf(ctx context.Context, program string, e standbyEffort, carries
 				return fmt.Errorf("measuring established connections, %s: %w", row.name, err)
 			}
 			path, held, lost = append(path, g.path), append(held, g.held), lost+g.lost
+			if g.why != nil {
+				why = append(why, g.why)
+			}
 		}
 		gaps := spread(held)
 		if lost == rounds*e.held {
 			gaps = ""
 		}
 		line(row.name, carry, row.entry, spread(path), gaps, fmt.Sprintf("%d of %d", lost, rounds*e.held))
+		for _, err := range why {
+			line(err)
+		}
 	}
 	return nil
 }
@@ -178,8 +193,10 @@ func (p pairing) hold(ctx context.Context, row heldRow, e standbyEffort) (g held
 		limit = e.ends
 	}
 	for _, c := range all {
-		lost, gap, _ := c.Await(limit)
-		g.lost += lost
+		lost, gap, why := c.Await(limit)
+		if g.lost += lost; !row.ends {
+			g.why = errors.Join(g.why, why)
+		}
 		g.held = max(g.held, milliseconds(gap))
 	}
 	g.path = milliseconds(faults.Gap(p.ring.Traffic.Take()))

@@ -112,6 +112,9 @@ func (r *Router) Kill() error {
 	return nil
 }
 
+// Proc returns the path of a file of the program's directory in /proc.
+func (r *Router) Proc(name string) string { return fmt.Sprintf("/proc/%d/%s", r.cmd.Process.Pid, name) }
+
 // Processor returns the processor time of the program and its child processes.
 func (r *Router) Processor() (time.Duration, error) {
 	var sum time.Duration
