@@ -129,7 +129,7 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 			return g
 		},
 		Mark:   g.Mark,
-		Listen: netip.AddrPortFrom(own, s.Port), Peers: lookUpPeers(c, own, log), Key: c.Peers.Key, Reference: c.Peers.Reference,
+		Listen: netip.AddrPortFrom(own, s.Port), Peers: lookUpPeers(c, own, log), Only: onlyListed(c), Key: c.Peers.Key, Reference: c.Peers.Reference,
 		Reach: func(gateway netip.Addr, mac [6]byte) error {
 			kernel, err := link.Open()
 			if err != nil {
@@ -212,6 +212,13 @@ func clusterAddress(name string) (netip.Addr, error) {
 	}
 	slices.SortStableFunc(all, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
 	return all[0], nil
+}
+
+// onlyListed reports whether heartbeats of other addresses than those of EGRESS_STANDBY_PEERS do
+// not count: a name may lag behind the routers, and a key shows who is one.
+func onlyListed(c config.Config) bool {
+	isName := func(name string) bool { _, err := netip.ParseAddr(name); return err != nil }
+	return len(c.Peers.Key) == 0 && !slices.ContainsFunc(c.Peers.Names, isName)
 }
 
 // lookUpPeers returns the look-up of the other routers. The queries leave by the cluster side,

@@ -45,7 +45,7 @@ var Router = []Metric{
 	{"egress_router_standby_echo_round_trip_seconds", Gauge, nil, "Time of the last answer of the witness to a ping."},
 	{"egress_router_standby_peers", Gauge, nil, "Other routers with the reserved addresses that are heard."},
 	{"egress_router_standby_heartbeats_lost_total", Counter, nil, "Heartbeats of other routers that did not arrive."},
-	{"egress_router_standby_packets_refused_total", Counter, nil, "Packets to the port of heartbeats that were none, or not authenticated by the key."},
+	{"egress_router_standby_packets_refused_total", Counter, nil, "Packets to the port of heartbeats that were none, not authenticated by the key, or of a stranger."},
 	{"egress_router_event_overruns_total", Counter, nil, "Overruns of the conntrack event buffer, after which some connections are missing from the counters."},
 	{"egress_router_log_lines_dropped_total", Counter, nil, "Log lines that were dropped because nothing read the log or writing it failed."},
 }

@@ -25,9 +25,11 @@ const forgetAfter = 10 * time.Second
 
 // peers speaks with the other routers.
 type peers struct {
-	own  netip.AddrPort
-	key  []byte
-	conn *net.UDPConn
+	own       netip.AddrPort
+	key       []byte
+	only      bool          // heartbeats of other addresses than those of the look-up do not count
+	detection time.Duration // without heartbeats, after which a router counts as lost
+	conn      *net.UDPConn
 
 	refused, lost atomic.Uint64
 
@@ -43,6 +45,7 @@ type peers struct {
 type heard struct {
 	Peer
 	sequence uint32
+	arrived  time.Time // last heartbeat, which Run may not have noted yet
 }
 
 // listenPeers opens the socket of the heartbeats.
@@ -51,7 +54,7 @@ func listenPeers(o Options) (*peers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for heartbeats: %w", err)
 	}
-	return &peers{own: o.Listen, key: o.Key, conn: conn, heard: make(map[uint64]*heard), ports: make(map[netip.Addr]Ports)}, nil
+	return &peers{own: o.Listen, key: o.Key, only: o.Only, detection: o.Settings.Detection(), conn: conn, heard: make(map[uint64]*heard), ports: make(map[netip.Addr]Ports)}, nil
 }
 
 func (p *peers) close() { _ = p.conn.Close() }
@@ -75,7 +78,10 @@ func (p *peers) read(post func(election.Event)) {
 			}
 			continue
 		}
-		p.from(h.ID, from.Addr().Unmap())
+		if !p.from(h.ID, from.Addr().Unmap()) {
+			p.refused.Add(1)
+			continue
+		}
 		post(election.Event{Kind: election.Heard, Heartbeat: h})
 	}
 }
@@ -90,22 +96,68 @@ func (p *peers) unkey(from netip.Addr, keyed bool) {
 	}
 }
 
-// mostPeers is the number of routers that are kept: without a key anybody can invent more.
-const mostPeers = 64
+// mostPeers is the number of routers that are kept, as many as those of an election: without a key
+// anybody can invent more.
+const mostPeers = 32
 
-// from keeps the address of a router.
-func (p *peers) from(id uint64, address netip.Addr) {
+// from keeps the address of a router, and reports whether its heartbeats count. Without a key
+// anybody can send some, so that
+//
+//   - an address has one router at a time: another process there follows once the one before is lost;
+//   - a router does not change its address while it is heard at one of the look-up;
+//   - a router of the look-up always has a place, instead of the one silent for longest of the others.
+func (p *peers) from(id uint64, address netip.Addr) bool {
+	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	h := p.heard[id]
-	if h == nil {
-		if len(p.heard) == mostPeers {
-			return
-		}
-		h = &heard{}
-		p.heard[id] = h
+	isKnown := func(a netip.Addr) bool { return slices.Contains(p.known, a) }
+	known := isKnown(address)
+	if p.only && !known && len(p.known) > 0 {
+		return false
 	}
-	h.Address = address
+	lost := func(h *heard) bool { return now.Sub(h.arrived) > p.detection }
+	have := p.heard[id]
+	if have != nil && have.Address == address {
+		have.arrived = now
+		return true
+	}
+	if have != nil && !lost(have) && (isKnown(have.Address) || !known) {
+		return false
+	}
+	for other, h := range p.heard {
+		if other == id || h.Address != address {
+			continue
+		}
+		if !lost(h) {
+			return false
+		}
+		delete(p.heard, other)
+	}
+	if have == nil {
+		if len(p.heard) == mostPeers && !p.yield(isKnown, func(h *heard) bool { return known || lost(h) }) {
+			return false
+		}
+		have = &heard{}
+		p.heard[id] = have
+	}
+	have.Address, have.arrived = address, now
+	return true
+}
+
+// yield removes the router that is silent for longest of those that the look-up does not have. It
+// reports whether there is one that may go. p.mu is locked.
+func (p *peers) yield(isKnown func(netip.Addr) bool, may func(*heard) bool) bool {
+	var oldest uint64
+	for id, h := range p.heard {
+		if !isKnown(h.Address) && (oldest == 0 || h.arrived.Before(p.heard[oldest].arrived)) {
+			oldest = id
+		}
+	}
+	if oldest == 0 || !may(p.heard[oldest]) {
+		return false
+	}
+	delete(p.heard, oldest)
+	return true
 }
 
 // note keeps what a router says.

@@ -135,6 +135,51 @@ func TestPeersOfMany(t *testing.T) {
 	}
 }
 
+// Strangers take no place from a router of the look-up, and have one for each address.
+func TestPeersOfStrangers(t *testing.T) {
+	address := func(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)}) }
+	p := &peers{detection: time.Hour, heard: map[uint64]*heard{}, ports: map[netip.Addr]Ports{}}
+	p.know([]netip.Addr{address(2), address(3)})
+	from := func(want bool, id uint64, a netip.Addr) {
+		t.Helper()
+		if got := p.from(id, a); got != want {
+			t.Errorf("router %d at %s: counts %v, want %v", id, a, got, want)
+		}
+		p.note(heartbeat(id, 1), election.DefaultInterval)
+	}
+	from(true, 2, address(2))
+	from(true, 1000, address(1000))
+	for id := range uint64(100) {
+		from(false, 2000+id, address(1000)) // many of one address
+		from(false, 3000+id, address(2))
+	}
+	from(false, 2, address(1000)) // a router of the look-up somewhere else
+	for i := range mostPeers - 2 {
+		from(true, uint64(4000+i), address(4000+i))
+	}
+	from(false, 5000, address(5000)) // none is lost
+	from(true, 3, address(3))
+	if n := len(p.heard); n != mostPeers || p.heard[1000] != nil || p.heard[2] == nil || p.heard[4000] == nil {
+		t.Errorf("found %d routers, the one silent for longest: %v", n, p.heard[1000])
+	}
+	p.heard[2].arrived = time.Now().Add(-2 * p.detection)
+	from(true, 6000, address(2)) // the process has started again
+	if p.heard[2] != nil || p.heard[6000] == nil {
+		t.Error("the process before is there")
+	}
+	p.heard[4001].arrived = time.Now().Add(-2 * p.detection)
+	from(true, 5000, address(5000))
+	if p.heard[4001] != nil {
+		t.Error("a stranger that is lost keeps its place")
+	}
+	p.only = true
+	from(false, 7000, address(7000))
+	from(false, 4000, address(4000))
+	from(true, 3, address(3))
+	p.know(nil) // there are others, and the list has this router alone
+	from(true, 4000, address(4000))
+}
+
 // A look-up that fails keeps the peers, and is logged once.
 func TestPeersLookUp(t *testing.T) {
 	var log strings.Builder

@@ -42,6 +42,7 @@ type Options struct {
 
 	Listen    netip.AddrPort // own address on the cluster side, and the port of heartbeats
 	Peers     Lookup
+	Only      bool   // heartbeats of other addresses than those of Peers do not count
 	Key       []byte // of heartbeats; nil: none
 	Reference string // address and port on the cluster side that takes TCP connections; empty: none
 
@@ -88,7 +89,7 @@ type Status struct {
 	TakenOver time.Time         // last time; zero: never
 	Gap       time.Duration     // from the last sign of the holder until then; zero: unknown
 	Lost      uint64            // heartbeats of peers that did not arrive
-	Refused   uint64            // packets that were no heartbeats with the key
+	Refused   uint64            // packets that were no heartbeats with the key, or of a stranger
 	Trouble   string            // last error of an action; empty: there was none
 	TroubleAt time.Time
 }
