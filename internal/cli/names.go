@@ -105,7 +105,7 @@ func adopt(ctx context.Context, f *lookup.Follower, r *router.Router, log *slog.
 
 // follow starts to follow the names of the destinations, and waits a moment for the first
 // answers.
-func (w *watch) follow(ctx context.Context, c config.Config, r *router.Router) {
+func (w *watch) follow(ctx, lasting context.Context, c config.Config, r *router.Router) {
 	if w.names == nil {
 		return
 	}
@@ -116,7 +116,7 @@ func (w *watch) follow(ctx context.Context, c config.Config, r *router.Router) {
 	}
 	names := c.Set.Names()
 	w.names.Follow(names, true)
-	w.background.Go(func() { w.names.Run(ctx) })
+	w.background.Go(func() { w.names.Run(lasting) })
 	if len(names) > 0 {
 		waiting, cancel := context.WithTimeout(ctx, startLimit)
 		defer cancel()

@@ -57,7 +57,10 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		w.names = newFollower(c, log)
 	}
 	ctx, end := context.WithCancel(ctx)
+	// What a router does for its clients goes on while the last of them are drained.
+	lasting, last := context.WithCancel(context.WithoutCancel(ctx))
 	defer w.background.Wait() // also after an error of the start
+	defer last()
 	defer end()
 	r := newRouter(c, log)
 	r.Stays = true
@@ -73,7 +76,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		return err
 	}
 	defer stop()
-	w.follow(ctx, c, r)
+	w.follow(ctx, lasting, c, r)
 	w.mu.Lock() // Apply reads what the keeper's changes write
 	if w.names != nil {
 		w.keeper.Resolve(wanted(w.resolved()))
@@ -99,23 +102,21 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		defer t.Close() // after its last use
 	}
 	defer w.background.Wait()
+	defer last()
 	defer end()
 	if t != nil {
-		// Connections are tracked while those of the last clients are drained, too.
-		tracked, untrack := context.WithCancel(context.WithoutCancel(ctx))
-		defer untrack()
 		w.tracker.Store(t)
 		w.background.Go(func() {
-			if err := t.Run(tracked); err != nil {
+			if err := t.Run(lasting); err != nil {
 				log.Error("connection tracking ended", "error", err)
 			}
 		})
 		if c.Health.Listen.Port() != 0 { // otherwise nothing is counted
-			w.background.Go(func() { w.watchPorts(ctx, t) })
+			w.background.Go(func() { w.watchPorts(lasting, t) })
 		}
 	}
 	if c.LogDrops {
-		w.logDrops(ctx, p, &w.background)
+		w.logDrops(lasting, p, &w.background)
 	}
 	file.reload = func() error { return w.reload(written, env) }
 	file.result = func(trouble string) {
@@ -123,7 +124,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 			w.keeper.Rejected(trouble)
 		}
 	}
-	w.background.Go(func() { file.run(ctx) })
+	w.background.Go(func() { file.run(lasting) })
 	restoreGC()
 	return w.keep(ctx)
 }

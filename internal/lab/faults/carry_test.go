@@ -2,7 +2,9 @@ package faults_test
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -146,12 +148,18 @@ func TestConnectionsLive(t *testing.T) {
 }
 
 // A router that is asked to end hands over, carries the connections that enter by it, and ends
-// with the last one, or as soon as it is asked again.
+// with the last one, or as soon as it is asked again. Until then it follows its destinations.
 func TestDrain(t *testing.T) {
 	carries := carrying(t, "nftables")
+	file := filepath.Join(t.TempDir(), "destinations")
+	write := func(lines ...string) {
+		t.Helper()
+		try(t, os.WriteFile(file, []byte(strings.Join(append(lines, lab.Remote[0].String()), "\n")), 0o600))
+	}
+	write()
 	ring, err := faults.Build(2, false, func(s *lab.Site, node int) *exec.Cmd {
 		cmd := carries(s, node)
-		cmd.Env = append(cmd.Env, "EGRESS_AUDIT_LOG=true")
+		cmd.Env = append(cmd.Env, "EGRESS_AUDIT_LOG=true", "EGRESS_DESTINATION=", "EGRESS_DESTINATION_FILE="+file)
 		return cmd
 	})
 	if err != nil {
@@ -161,7 +169,7 @@ func TestDrain(t *testing.T) {
 	if err := ring.AwaitTraffic(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for _, again := range []bool{false, true} {
+	for i, again := range []bool{false, true} {
 		ring.Judge()
 		holder := ring.Holder()
 		held, err := faults.Hold(ring.Site, holder, 200, 5000, faults.Pace)
@@ -180,6 +188,24 @@ func TestDrain(t *testing.T) {
 		if !ring.Routers[holder].Running() {
 			t.Error("the router has ended before its connections")
 		}
+		logged := func(text string, times int) int {
+			t.Helper()
+			for end := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
+				log := ring.Routers[holder].Log()
+				_, log, _ = strings.Cut(log[strings.LastIndex(log, faults.Started):], "draining connections")
+				if n := strings.Count(log, text); n >= times {
+					return n
+				}
+				if time.Now().After(end) {
+					t.Fatalf("waiting for %q\n%s", text, log)
+				}
+			}
+		}
+		const follows = "destinations changed"
+		logged("connection begins", 1) // the drain has begun, and clients go on
+		before := logged(follows, 0)
+		write(fmt.Sprintf("%d tcp %s 80", 81+i, lab.Remote[1]))
+		logged(follows, before+1)
 		ended := "connections drained"
 		if again {
 			ended = "asked again to end"
