@@ -19,8 +19,7 @@ import (
 	"github.com/egress-router/egress-router/rules"
 )
 
-// A tunnel is the kernel's tunnel to the other routers of the address. Its table of nftables is
-// there whenever any other part of it is.
+// A tunnel is the kernel's tunnel to the other routers of the address.
 type tunnel struct {
 	mu     sync.Mutex
 	failed error // of the last look or change; nil: the tunnel is there
@@ -46,8 +45,8 @@ func sorter(want plan.Carry, mtu int) nft.Carry {
 }
 
 // Differs returns the differences of the tunnel in the kernel.
-func (t *tunnel) Differs(want *plan.Carry) ([]string, error) {
-	found, err := t.differs(want)
+func (t *tunnel) Differs(n plan.Network, want *plan.Carry) ([]string, error) {
+	found, err := t.differs(n, want)
 	if err != nil || len(found) == 0 { // otherwise Connect follows
 		t.mu.Lock()
 		t.failed = err
@@ -56,19 +55,24 @@ func (t *tunnel) Differs(want *plan.Carry) ([]string, error) {
 	return found, err
 }
 
-func (t *tunnel) differs(want *plan.Carry) ([]string, error) {
-	if want == nil {
-		loaded, err := nft.CarryLoaded()
-		if err != nil || !loaded {
-			return nil, err
-		}
-		return []string{"a tunnel is there"}, nil
-	}
+func (t *tunnel) differs(n plan.Network, want *plan.Carry) ([]string, error) {
 	kernel, err := link.Open()
 	if err != nil {
 		return nil, err
 	}
 	defer kernel.Close()
+	if want == nil {
+		// Another program may have removed the table, and left the rest of a run before.
+		left, err := kernel.CarryLeft(spec.CarryInterface, firstTable(n))
+		if err != nil {
+			return nil, err
+		}
+		loaded, err := nft.CarryLoaded()
+		if err != nil || !loaded && !left {
+			return nil, err
+		}
+		return []string{"a tunnel is there"}, nil
+	}
 	if !want.Known {
 		loaded, err := nft.CarryLoaded()
 		if err != nil {
@@ -112,6 +116,9 @@ func (t *tunnel) Connect(want plan.Carry) (err error) {
 	return kernel.LoadCarry(want)
 }
 
+// firstTable returns the number of the first routing table of a network's tunnel.
+func firstTable(n plan.Network) int { return n.Cluster.Table + 1 }
+
 // Remove removes the tunnel of a network.
 func (t *tunnel) Remove(n plan.Network) error {
 	kernel, err := link.Open()
@@ -119,7 +126,7 @@ func (t *tunnel) Remove(n plan.Network) error {
 		return err
 	}
 	defer kernel.Close()
-	if err := kernel.RemoveCarry(spec.CarryInterface, n.Cluster.Table+1); err != nil {
+	if err := kernel.RemoveCarry(spec.CarryInterface, firstTable(n)); err != nil {
 		return err
 	}
 	return nft.RemoveCarry()

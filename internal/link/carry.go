@@ -458,6 +458,31 @@ func (k *Kernel) Steer(c plan.Carry) error {
 	return k.lead(l.Attrs().Index, c.Table, c.Toward)
 }
 
+// CarryLeft reports whether any part of a tunnel with a first routing table is there: its link, or
+// one of its routing rules. Its routes go with the link.
+func (k *Kernel) CarryLeft(name string, table int) (bool, error) {
+	l, err := k.find(name)
+	if err == nil {
+		return isVXLAN(l), nil
+	}
+	if _, missing := errors.AsType[*MissingError](err); !missing {
+		return false, err
+	}
+	have, err := k.rules(netlink.FAMILY_V4)
+	if err != nil {
+		return false, fmt.Errorf("list routing rules: %w", err)
+	}
+	return slices.ContainsFunc(have, func(r netlink.Rule) bool {
+		return r.Table >= table && r.Table <= table+spec.MostCarryPeers && r.Mask != nil && *r.Mask == uint32(plan.CarryMask)
+	}), nil
+}
+
+// isVXLAN reports whether a link is a tunnel of some router of this program.
+func isVXLAN(l netlink.Link) bool {
+	v, is := l.(*netlink.Vxlan)
+	return is && v.VxlanId == plan.VNI && v.Port == int(spec.CarryPort)
+}
+
 // RemoveCarry removes a tunnel with a first routing table, its routes and its routing rules.
 func (k *Kernel) RemoveCarry(name string, table int) error {
 	if err := k.moveLocal(backPriority); err != nil {
@@ -471,7 +496,7 @@ func (k *Kernel) RemoveCarry(name string, table int) error {
 		if r.Table < table || r.Table > table+spec.MostCarryPeers {
 			continue
 		}
-		if err := k.handle.RuleDel(&r); err != nil {
+		if err := k.handle.RuleDel(&r); err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("delete routing rule of the tunnel: %w", err)
 		}
 	}

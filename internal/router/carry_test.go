@@ -49,3 +49,51 @@ func TestCarry(t *testing.T) {
 		wantNothingToRemove(p)
 	})
 }
+
+// Nothing of a tunnel remains after a start without it, also if the process before was killed and
+// another program has removed its rules, or the tunnel's link.
+func TestCarryLeft(t *testing.T) {
+	t.Parallel()
+	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+		p.OK()
+		rules, carry := p.Tool("ip", "rule"), map[string]string{
+			"EGRESS_STANDBY": "true", "EGRESS_STANDBY_PEERS": lab.ClientAddr.String(), "EGRESS_STANDBY_CARRY": "vxlan", "EGRESS_STANDBY_INTERVAL": "500ms",
+		}
+		for _, damage := range [][]string{
+			{"nft", "flush", "ruleset"},
+			{"ip", "link", "delete", "egress-carry"},
+		} {
+			for name, value := range carry {
+				p.Env[name] = value
+			}
+			p.Env["EGRESS_ROUTER_MODE"] = "legacy"
+			r := &labtest.Running{Pod: p, Cmd: p.Command("egress-router")}
+			r.Cmd.Stderr = r
+			if err := p.Lab.Start(p.Lab.Router, r.Cmd); err != nil {
+				p.Fatal(err)
+			}
+			r.AwaitLog(1, "role=active")
+			_ = r.Cmd.Process.Kill() // an error: it has ended
+			_ = r.Cmd.Wait()
+			p.Tool("ip", "link", "show", "egress-carry")
+			p.Tool("nft", "flush", "ruleset")
+			if damage[0] != "nft" {
+				p.Tool(damage[0], damage[1:]...)
+			}
+			for name := range carry {
+				delete(p.Env, name)
+			}
+			p.Env["EGRESS_ROUTER_MODE"] = "init"
+			p.OK()
+			if after := p.Tool("ip", "rule"); after != rules {
+				p.Errorf("%v: routing rules:\n%s\nwant:\n%s", damage, after, rules)
+			}
+			for _, args := range []string{"link show egress-carry", "route show table 4713"} {
+				if out, err := p.TryTool("ip", strings.Fields(args)...); err == nil && out != "" {
+					p.Errorf("%v: ip %s:\n%s", damage, args, out)
+				}
+			}
+			p.WantAnswer("tcp", 80, "203.0.113.25:80")
+		}
+	})
+}
