@@ -277,7 +277,11 @@ func (w *watch) collect(emit metrics.Emit, r health.Report) {
 		collectProbes(emit, s)
 	}
 	if w.standby != nil {
-		collectStandby(emit, w.standby.Status())
+		s := w.standby.Status()
+		collectStandby(emit, s)
+		if w.config.Standby.Carry != nil {
+			collectCarry(emit, s)
+		}
 	}
 	drops := w.keeper.Drops()
 	for _, reason := range rules.Reasons {

@@ -425,3 +425,16 @@ func collectStandby(emit metrics.Emit, s standby.Status) {
 	emit(name+"heartbeats_lost_total", float64(s.Lost))
 	emit(name+"packets_refused_total", float64(s.Refused))
 }
+
+// collectCarry emits the metrics of a router that carries. Without its counters, for which the
+// kernel was asked in vain, the rest is there.
+func collectCarry(emit metrics.Emit, s standby.Status) {
+	const name = "egress_router_standby_"
+	if c, err := carried(); err == nil {
+		emit(name+"sent_packets_total", float64(c.SentPackets))
+		emit(name+"sent_bytes_total", float64(c.SentBytes))
+		emit(name+"received_packets_total", float64(c.ReceivedPackets))
+		emit(name+"received_bytes_total", float64(c.ReceivedBytes))
+	}
+	emit(name+"draining_connections", float64(s.Left))
+}

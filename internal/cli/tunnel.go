@@ -139,6 +139,16 @@ func (t *tunnel) err() error {
 	return t.failed
 }
 
+// carried returns what the tunnel has sent and received.
+func carried() (link.Carried, error) {
+	kernel, err := link.Open()
+	if err != nil {
+		return link.Carried{}, err
+	}
+	defer kernel.Close()
+	return kernel.Carried(spec.CarryInterface)
+}
+
 // steer leads the packets for the holder to another router.
 func steer(want plan.Carry) error {
 	kernel, err := link.Open()

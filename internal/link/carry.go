@@ -436,6 +436,25 @@ func (k *Kernel) lead(index, table int, to netip.Addr) error {
 	return nil
 }
 
+// Carried is what the tunnel has sent and received since it was set up.
+type Carried struct{ SentPackets, SentBytes, ReceivedPackets, ReceivedBytes uint64 }
+
+// Carried returns the counters of a tunnel with a name; zero: there is none. Bytes include the IP
+// header and the inner Ethernet header.
+func (k *Kernel) Carried(name string) (c Carried, err error) {
+	l, err := k.find(name)
+	if _, missing := errors.AsType[*MissingError](err); missing {
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	if s := l.Attrs().Statistics; s != nil {
+		c = Carried{s.TxPackets, s.TxBytes, s.RxPackets, s.RxBytes}
+	}
+	return c, nil
+}
+
 // HasCarry reports whether the tunnel's link is there, up.
 func (k *Kernel) HasCarry(c plan.Carry) (bool, error) {
 	l, err := k.find(c.Interface)

@@ -192,6 +192,9 @@ func (r *Runner) drain() {
 // for what is not known.
 func (r *Runner) drained(first bool, begin time.Time) bool {
 	n, err := r.o.Open()
+	r.mu.Lock()
+	r.status.Left = n
+	r.mu.Unlock()
 	switch {
 	case err != nil:
 		r.trouble(err)

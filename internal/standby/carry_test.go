@@ -140,6 +140,9 @@ func TestDrainEnds(t *testing.T) {
 				if !test.silent && test.want != "" && counted != first {
 					t.Errorf("counted %d times", counted)
 				}
+				if want := test.left(max(1, counted)); r.status.Left != want {
+					t.Errorf("%d connections left, want %d", r.status.Left, want)
+				}
 				if r.status.Draining != (test.want != "") {
 					t.Errorf("draining %v", r.status.Draining)
 				}

@@ -79,6 +79,7 @@ type Status struct {
 	Carry   Carry
 	// Draining: the router has handed over for good, and carries what is left.
 	Draining bool
+	Left     int // connections that drain, at the last count
 
 	Echoed     time.Time     // time of the last answer of the witness; zero: none yet
 	RoundTrip  time.Duration // of that answer

@@ -1,10 +1,15 @@
 package faults_test
 
 import (
+	"context"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -159,7 +164,7 @@ func TestDrain(t *testing.T) {
 	write()
 	ring, err := faults.Build(2, false, func(s *lab.Site, node int) *exec.Cmd {
 		cmd := carries(s, node)
-		cmd.Env = append(cmd.Env, "EGRESS_AUDIT_LOG=true", "EGRESS_DESTINATION=", "EGRESS_DESTINATION_FILE="+file)
+		cmd.Env = append(cmd.Env, "EGRESS_AUDIT_LOG=true", "EGRESS_DESTINATION=", "EGRESS_DESTINATION_FILE="+file, "EGRESS_HEALTH_LISTEN=127.0.0.1:9465")
 		return cmd
 	})
 	if err != nil {
@@ -206,6 +211,15 @@ func TestDrain(t *testing.T) {
 		before := logged(follows, 0)
 		write(fmt.Sprintf("%d tcp %s 80", 81+i, lab.Remote[1]))
 		logged(follows, before+1)
+		figures := scrape(t, ring, holder)
+		for _, name := range []string{"sent_packets", "sent_bytes", "received_packets", "received_bytes"} {
+			if figures["egress_router_standby_"+name+"_total"] == 0 {
+				t.Errorf("%s is 0", name)
+			}
+		}
+		if n := figures["egress_router_standby_draining_connections"]; n != 200 {
+			t.Errorf("%v connections drain, want 200", n)
+		}
 		ended := "connections drained"
 		if again {
 			ended = "asked again to end"
@@ -227,6 +241,32 @@ func TestDrain(t *testing.T) {
 	if err != nil || len(found) > 0 {
 		t.Errorf("violations %v, %v", found, err)
 	}
+}
+
+// scrape returns the metrics without labels of a router.
+func scrape(t *testing.T, ring *faults.Ring, node int) map[string]float64 {
+	t.Helper()
+	client := http.Client{Transport: &http.Transport{DialContext: func(_ context.Context, network, address string) (conn net.Conn, err error) {
+		err = ring.Site.Nodes[node].Pod.Do(func() (err error) {
+			conn, err = net.Dial(network, address)
+			return err
+		})
+		return conn, err
+	}}}
+	defer client.CloseIdleConnections()
+	response, err := client.Get("http://127.0.0.1:9465/metrics")
+	try(t, err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	try(t, err)
+	figures := map[string]float64{}
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if f, err := strconv.ParseFloat(value, 64); err == nil {
+			figures[name] = f
+		}
+	}
+	return figures
 }
 
 // await checks that no connection is lost.
