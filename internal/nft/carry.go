@@ -52,7 +52,14 @@ type CarryPeer struct {
 
 // The names of the chains.
 const (
-	sortChain  = "sort"  // of packets that arrive, before conntrack sees them
+	sortChain = "sort" // of packets that arrive, before conntrack sees them
+	// The chains behind it, so that a packet of a client passes two rules, and others those of its
+	// way and kind only: there are some for each peer and address.
+	arrivedChain        = "arrived"         // from the physical network
+	arrivedErrorsChain  = "arrived-errors"  // ICMP errors
+	conveyedChain       = "conveyed"        // from the tunnel
+	conveyedErrorsChain = "conveyed-errors" // ICMP errors
+
 	admitChain = "admit" // of the tunnel's own packets
 	clampChain = "clamp" // of the segment size
 )
@@ -113,8 +120,18 @@ func (c Carry) Validate() error {
 
 // chains returns the chains that the kernel shall have.
 func (c Carry) chains() []gateChain {
+	arrived, arrivedErrors, conveyed, conveyedErrors := c.sort()
+	way := func(name, chain string) []expr.Any {
+		return append(arrivesBy(name), &expr.Verdict{Kind: expr.VerdictGoto, Chain: chain})
+	}
 	return []gateChain{
-		{name: sortChain, based: true, hook: uint32(*nftables.ChainHookPrerouting), at: sortPriority, rules: c.sort()},
+		{name: arrivedErrorsChain, rules: arrivedErrors},
+		{name: arrivedChain, rules: arrived},
+		{name: conveyedErrorsChain, rules: conveyedErrors},
+		{name: conveyedChain, rules: conveyed},
+		{name: sortChain, based: true, hook: uint32(*nftables.ChainHookPrerouting), at: sortPriority, rules: [][]expr.Any{
+			way(c.Egress, arrivedChain), way(c.Interface, conveyedChain),
+		}},
 		{name: admitChain, based: true, hook: uint32(*nftables.ChainHookInput), at: admitPriority, rules: c.admit()},
 		{name: clampChain, based: true, hook: uint32(*nftables.ChainHookPostrouting), at: clampPriority, rules: c.clamp()},
 	}
@@ -141,25 +158,43 @@ func transport(offset uint32, first, last []byte) []expr.Any {
 
 func portBytes(p uint16) []byte { return binary.BigEndian.AppendUint16(nil, p) }
 
-// ported returns the matches of packets that have a port of a range at an offset, and of the
-// ICMP errors that quote a packet with one at another offset.
-func ported(offset, quoted uint32, first, last uint16) (all [][]expr.Any) {
+// ported returns the matches of packets that have a port of a range at an offset.
+func ported(offset uint32, first, last uint16) (all [][]expr.Any) {
 	for _, p := range []rules.Protocol{rules.TCP, rules.UDP, rules.SCTP} {
 		all = append(all, append(protocol(p), transport(offset, portBytes(first), portBytes(last))...))
 	}
+	return all
+}
+
+// quoting returns the matches of ICMP errors about packets that have a port of a range at an
+// offset in the error.
+func quoting(offset uint32, first, last uint16) (all [][]expr.Any) {
 	for _, p := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_SCTP} {
 		for _, kinds := range [][2]byte{{lengthUnreached, lengthUnreached}, {timeExceeded, badParameter}} {
-			all = append(all, slices.Concat(protocol(rules.ICMP), transport(0, kinds[:1], kinds[1:]),
+			all = append(all, slices.Concat(transport(0, kinds[:1], kinds[1:]),
 				transport(quotedHeader, []byte{0x45}, []byte{0x45}), transport(quotedProtocol, []byte{p}, []byte{p}),
-				transport(quoted, portBytes(first), portBytes(last))))
+				transport(offset, portBytes(first), portBytes(last))))
 		}
 	}
 	return all
 }
 
-func (c Carry) sort() (all [][]expr.Any) {
+// sort returns the rules of packets from the physical network and of those from the tunnel, and in
+// either case of the ICMP errors among them.
+func (c Carry) sort() (arrived, arrivedErrors, conveyed, conveyedErrors [][]expr.Any) {
 	const source, destination = 12, 16
-	accept := &expr.Verdict{Kind: expr.VerdictAccept}
+	accept, drop := &expr.Verdict{Kind: expr.VerdictAccept}, []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
+	errorsTo := func(chain string) [][]expr.Any {
+		return [][]expr.Any{append(protocol(rules.ICMP), &expr.Verdict{Kind: expr.VerdictGoto, Chain: chain})}
+	}
+	arrived, conveyed = errorsTo(arrivedErrorsChain), errorsTo(conveyedErrorsChain)
+	add := func(to *[][]expr.Any, at uint32, matches [][]expr.Any, then ...expr.Any) {
+		for _, s := range c.Sources {
+			for _, match := range matches {
+				*to = append(*to, slices.Concat(address(at, s), match, then))
+			}
+		}
+	}
 	for _, p := range c.Peers {
 		mark := []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
@@ -170,22 +205,14 @@ func (c Carry) sort() (all [][]expr.Any) {
 			&expr.Meta{Key: expr.MetaKeyMARK, Register: register, SourceRegister: true},
 			&expr.Notrack{}, accept,
 		}
-		for _, s := range c.Sources {
-			for _, match := range ported(destinationPort, quotedSource, p.First, p.Last) {
-				all = append(all, slices.Concat(arrivesBy(c.Egress), address(destination, s), match, mark))
-			}
-			for _, match := range ported(sourcePort, quotedDestination, p.First, p.Last) {
-				all = append(all, slices.Concat(arrivesBy(c.Interface), address(source, s), match,
-					[]expr.Any{&expr.Notrack{}, accept}))
-			}
-		}
+		add(&arrived, destination, ported(destinationPort, p.First, p.Last), mark...)
+		add(&arrivedErrors, destination, quoting(quotedSource, p.First, p.Last), mark...)
+		add(&conveyed, source, ported(sourcePort, p.First, p.Last), &expr.Notrack{}, accept)
+		add(&conveyedErrors, source, quoting(quotedDestination, p.First, p.Last), &expr.Notrack{}, accept)
 	}
-	for _, s := range c.Sources {
-		for _, match := range ported(destinationPort, quotedSource, c.First, c.Last) {
-			all = append(all, slices.Concat(arrivesBy(c.Interface), address(destination, s), match, []expr.Any{accept}))
-		}
-	}
-	return append(all, append(arrivesBy(c.Interface), &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}))
+	add(&conveyed, destination, ported(destinationPort, c.First, c.Last), accept)
+	add(&conveyedErrors, destination, quoting(quotedSource, c.First, c.Last), accept)
+	return arrived, arrivedErrors, append(conveyed, drop), append(conveyedErrors, drop)
 }
 
 func (c Carry) admit() (all [][]expr.Any) {

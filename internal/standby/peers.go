@@ -37,6 +37,7 @@ type peers struct {
 	known   []netip.Addr             // of the look-up
 	since   map[netip.Addr]time.Time // when an address of known became one, or was heard last
 	heard   map[uint64]*heard
+	active  time.Time // last heartbeat of an active router
 	unkeyed Unkeyed
 	ports   map[netip.Addr]Ports // of the last heartbeat of each router
 }
@@ -124,6 +125,7 @@ func (p *peers) from(id uint64, address netip.Addr) bool {
 	if have != nil && !lost(have) && (isKnown(have.Address) || !known) {
 		return false
 	}
+	var mac [6]byte
 	for other, h := range p.heard {
 		if other == id || h.Address != address {
 			continue
@@ -131,13 +133,14 @@ func (p *peers) from(id uint64, address netip.Addr) bool {
 		if !lost(h) {
 			return false
 		}
+		mac = h.MAC // of the same router, most likely, until it is noted
 		delete(p.heard, other)
 	}
 	if have == nil {
 		if len(p.heard) == mostPeers && !p.yield(isKnown, func(h *heard) bool { return known || lost(h) }) {
 			return false
 		}
-		have = &heard{}
+		have = &heard{Peer: Peer{MAC: mac}}
 		p.heard[id] = have
 	}
 	have.Address, have.arrived = address, now
@@ -174,6 +177,9 @@ func (p *peers) note(h election.Heartbeat, interval time.Duration) {
 		p.lost.Add(uint64(missing))
 	}
 	have.sequence = h.Sequence
+	if h.State == election.Active {
+		p.active = now
+	}
 	if _, known := p.since[have.Address]; known {
 		p.since[have.Address] = now
 	}
@@ -194,16 +200,14 @@ func (p *peers) forget(now time.Time) {
 	}
 }
 
-// holderHeard returns when the last active router was heard.
+// holderHeard returns when the last active router was heard; zero: for long none was.
 func (p *peers) holderHeard() (last time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, h := range p.heard {
-		if h.State == election.Active && h.Heard.After(last) {
-			last = h.Heard
-		}
+	if time.Since(p.active) > forgetAfter {
+		return time.Time{}
 	}
-	return last
+	return p.active
 }
 
 // last returns when a router was heard.
@@ -211,8 +215,8 @@ func (p *peers) last() (last time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, h := range p.heard {
-		if h.Heard.After(last) {
-			last = h.Heard
+		if h.arrived.After(last) {
+			last = h.arrived
 		}
 	}
 	return last

@@ -163,9 +163,12 @@ func TestPeersOfStrangers(t *testing.T) {
 		t.Errorf("found %d routers, the one silent for longest: %v", n, p.heard[1000])
 	}
 	p.heard[2].arrived = time.Now().Add(-2 * p.detection)
-	from(true, 6000, address(2)) // the process has started again
-	if p.heard[2] != nil || p.heard[6000] == nil {
-		t.Error("the process before is there")
+	before := p.holderHeard()
+	if !p.from(6000, address(2)) { // the process has started again
+		t.Error("the process does not count")
+	}
+	if p.heard[2] != nil || p.heard[6000] == nil || !p.has([6]byte{2, 0, 0, 0, 0, 2}) || p.holderHeard() != before || time.Since(p.last()) > p.detection {
+		t.Error("the process before is there, or its hardware address or last time is not")
 	}
 	p.heard[4001].arrived = time.Now().Add(-2 * p.detection)
 	from(true, 5000, address(5000))
