@@ -168,7 +168,7 @@ func (p pairing) hold(ctx context.Context, row heldRow, e standbyEffort) (g held
 		}
 	}
 	for _, c := range all { // the gap begins here
-		c.Await(heldLimit)
+		_, _, _ = c.Await(heldLimit) // the next one has any error
 	}
 	if !p.holds(holder) { // a busy machine has caused a take-over
 		end()
@@ -202,7 +202,7 @@ func (p pairing) hold(ctx context.Context, row heldRow, e standbyEffort) (g held
 	g.path = milliseconds(faults.Gap(p.ring.Traffic.Take()))
 	end() // a router that ends waits for them
 	if row.end != nil {
-		if err := row.outage.end(p.ring, holder); err != nil {
+		if err := row.end(p.ring, holder); err != nil {
 			return g, err
 		}
 	}

@@ -2,6 +2,7 @@ package router_test
 
 import (
 	"fmt"
+	"maps"
 	"strings"
 	"testing"
 
@@ -63,9 +64,7 @@ func TestCarryLeft(t *testing.T) {
 			{"nft", "flush", "ruleset"},
 			{"ip", "link", "delete", "egress-carry"},
 		} {
-			for name, value := range carry {
-				p.Env[name] = value
-			}
+			maps.Copy(p.Env, carry)
 			p.Env["EGRESS_ROUTER_MODE"] = "legacy"
 			r := &labtest.Running{Pod: p, Cmd: p.Command("egress-router")}
 			r.Cmd.Stderr = r
