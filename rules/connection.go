@@ -55,9 +55,19 @@ func (p Plan) Stale(pod []netip.Addr) func(Connection) bool {
 			stays := p.Redirects[i].keeps(c.RepliesFrom, local) && c.RepliesFrom.Addr() != fallback && source
 			return c.RepliesFrom != c.To && !stays
 		}
-		if !fallback.IsValid() {
+		if !fallback.IsValid() || p.returns(family, c.Protocol, local) {
 			return c.RepliesFrom != c.To
 		}
 		return c.RepliesFrom != netip.AddrPortFrom(fallback, uint16(local)) || !source
 	}
+}
+
+// returns reports whether the fallback does not redirect a port, as those of the pod's own
+// services.
+func (p Plan) returns(f Family, protocol Protocol, port Port) bool {
+	return slices.ContainsFunc(p.Chains, func(c Chain) bool {
+		return c.Family == f && c.Table == NAT && c.Hook == Prerouting && slices.ContainsFunc(c.Rules, func(r Rule) bool {
+			return r.Target == Return && r.Protocol == protocol && r.Port != 0 && r.Port <= port && port <= max(r.Port, r.Last)
+		})
+	})
 }

@@ -12,6 +12,9 @@ func TestStale(t *testing.T) {
 	six.Redirects = append(six.Redirects, Redirect{Protocol: TCP, Port: 80, To: ip("2001:db8::25"), ToPort: 8080})
 	six.Chains = append(six.Chains, Chain{IPv6, NAT, Postrouting, []Rule{{Target: SNAT, To: ip("2001:db8:12::99")}}})
 	both := six.Stale([]netip.Addr{ip("10.128.0.98"), ip("fd00::98")})
+	standby := sides
+	standby.Health, standby.Peers, standby.Carry = 9465, 9467, Carry{Interface: "egress-carry", UDP: 9468, First: 1024, Last: 30000}
+	serving := NewPlan(exampleSet, standby).Stale([]netip.Addr{ip("10.128.0.98")})
 	at := netip.MustParseAddrPort
 	client, reserved := ip("10.128.0.71"), ip("192.168.12.99")
 	for name, test := range map[string]struct {
@@ -31,6 +34,12 @@ func TestStale(t *testing.T) {
 		"never redirected":             {stale, Connection{UDP, client, at("10.128.0.98:53"), at("10.128.0.98:53"), client}, true},
 		"to the pod itself":            {withoutFallback, Connection{TCP, client, at("10.128.0.98:22"), at("10.128.0.98:22"), client}, false},
 		"redirected no longer":         {withoutFallback, Connection{TCP, client, at("10.128.0.98:22"), at("203.0.113.27:22"), reserved}, true},
+		"health":                       {serving, Connection{TCP, client, at("10.128.0.98:9465"), at("10.128.0.98:9465"), client}, false},
+		"health, redirected before":    {serving, Connection{TCP, client, at("10.128.0.98:9465"), at("203.0.113.27:9465"), reserved}, true},
+		"health's port with UDP":       {serving, Connection{UDP, client, at("10.128.0.98:9465"), at("10.128.0.98:9465"), client}, true},
+		"heartbeat":                    {serving, Connection{UDP, client, at("10.128.0.98:9467"), at("10.128.0.98:9467"), client}, false},
+		"tunnel":                       {serving, Connection{UDP, client, at("10.128.0.98:9468"), at("10.128.0.98:9468"), client}, false},
+		"beside the tunnel":            {serving, Connection{UDP, client, at("10.128.0.98:9469"), at("10.128.0.98:9469"), client}, true},
 		"not to the pod":               {stale, Connection{TCP, ip("10.128.0.98"), at("10.96.0.10:53"), at("10.96.0.10:53"), ip("10.128.0.98")}, false},
 		"through the pod":              {stale, Connection{TCP, client, at("198.51.100.7:80"), at("203.0.113.25:80"), reserved}, false},
 		"through it, another server":   {stale, Connection{TCP, client, at("198.51.100.7:80"), at("203.0.113.99:80"), reserved}, true},
