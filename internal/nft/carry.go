@@ -61,6 +61,7 @@ const (
 	conveyedErrorsChain = "conveyed-errors" // ICMP errors
 
 	admitChain = "admit" // of the tunnel's own packets
+	sendChain  = "send"  // of the tunnel's own packets that leave, before conntrack sees them
 	clampChain = "clamp" // of the segment size
 )
 
@@ -130,8 +131,9 @@ func (c Carry) chains() []gateChain {
 		{name: conveyedErrorsChain, rules: conveyedErrors},
 		{name: conveyedChain, rules: conveyed},
 		{name: sortChain, based: true, hook: uint32(*nftables.ChainHookPrerouting), at: sortPriority, rules: [][]expr.Any{
-			way(c.Egress, arrivedChain), way(c.Interface, conveyedChain),
+			way(c.Egress, arrivedChain), way(c.Interface, conveyedChain), append(arrivesBy(c.Cluster), c.untracked()...),
 		}},
+		{name: sendChain, based: true, hook: uint32(*nftables.ChainHookOutput), at: sortPriority, rules: [][]expr.Any{c.untracked()}},
 		{name: admitChain, based: true, hook: uint32(*nftables.ChainHookInput), at: admitPriority, rules: c.admit()},
 		{name: clampChain, based: true, hook: uint32(*nftables.ChainHookPostrouting), at: clampPriority, rules: c.clamp()},
 	}
@@ -215,9 +217,19 @@ func (c Carry) sort() (arrived, arrivedErrors, conveyed, conveyedErrors [][]expr
 	return arrived, arrivedErrors, append(conveyed, drop), append(conveyedErrors, drop)
 }
 
+// tunnel returns the matches of the tunnel's own packets.
+func (c Carry) tunnel() []expr.Any {
+	return append(protocol(rules.UDP), transport(destinationPort, portBytes(c.UDP), portBytes(c.UDP))...)
+}
+
+// untracked returns the rule that keeps the tunnel's own packets out of conntrack: each carried
+// connection has source ports of its own (vxlan_src_port in include/net/vxlan.h), and so an entry
+// of its own beside that of the connection.
+func (c Carry) untracked() []expr.Any { return append(c.tunnel(), &expr.Notrack{}) }
+
 func (c Carry) admit() (all [][]expr.Any) {
 	const source = 12
-	tunnel := append(protocol(rules.UDP), transport(destinationPort, portBytes(c.UDP), portBytes(c.UDP))...)
+	tunnel := c.tunnel()
 	for _, p := range c.Peers {
 		all = append(all, slices.Concat(tunnel, arrivesBy(c.Cluster), address(source, p.Address),
 			[]expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}))

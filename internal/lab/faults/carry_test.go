@@ -15,8 +15,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/faults"
+	"github.com/egress-router/egress-router/internal/spec"
 )
 
 // carrying returns the commands of routers that carry each other's connections.
@@ -138,6 +141,9 @@ func TestConnectionsLive(t *testing.T) {
 					want("after " + e.name)
 				}
 			}
+			for node := range 2 {
+				wantUntracked(t, ring, node)
+			}
 			found, err := ring.Stop()
 			if err != nil {
 				t.Error(err)
@@ -149,6 +155,23 @@ func TestConnectionsLive(t *testing.T) {
 				t.Log(ring.Logs())
 			}
 		})
+	}
+}
+
+// wantUntracked checks that the tunnel's own packets have no entries in a pod's connection table.
+func wantUntracked(t *testing.T, ring *faults.Ring, node int) {
+	t.Helper()
+	err := ring.Site.Nodes[node].Pod.Do(func() error {
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
+		for _, f := range flows {
+			if f.Forward.DstPort == uint16(spec.CarryPort) {
+				t.Errorf("router %d tracks the tunnel: %s", node+1, f)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
