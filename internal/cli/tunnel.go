@@ -45,8 +45,8 @@ func sorter(want plan.Carry, mtu int) nft.Carry {
 }
 
 // Differs returns the differences of the tunnel in the kernel.
-func (t *tunnel) Differs(n plan.Network, want *plan.Carry) ([]string, error) {
-	found, err := t.differs(n, want)
+func (t *tunnel) Differs(want *plan.Carry) ([]string, error) {
+	found, err := t.differs(want)
 	if err != nil || len(found) == 0 { // otherwise Connect follows
 		t.mu.Lock()
 		t.failed = err
@@ -55,7 +55,7 @@ func (t *tunnel) Differs(n plan.Network, want *plan.Carry) ([]string, error) {
 	return found, err
 }
 
-func (t *tunnel) differs(n plan.Network, want *plan.Carry) ([]string, error) {
+func (t *tunnel) differs(want *plan.Carry) ([]string, error) {
 	kernel, err := link.Open()
 	if err != nil {
 		return nil, err
@@ -63,7 +63,7 @@ func (t *tunnel) differs(n plan.Network, want *plan.Carry) ([]string, error) {
 	defer kernel.Close()
 	if want == nil {
 		// Another program may have removed the table, and left the rest of a run before.
-		left, err := kernel.CarryLeft(spec.CarryInterface, firstTable(n))
+		left, err := kernel.CarryLeft(spec.CarryInterface)
 		if err != nil {
 			return nil, err
 		}

@@ -230,12 +230,11 @@ func (k *Kernel) tunnelRules(c plan.Carry) (missing, extra []netlink.Rule, right
 	same := func(a, b netlink.Rule) bool {
 		return max(a.Priority, 0) == max(b.Priority, 0) && a.IifName == b.IifName && a.Mark == b.Mark && a.Mask != nil && b.Mask != nil && *a.Mask == *b.Mask && a.Table == b.Table
 	}
-	ours := func(r netlink.Rule) bool { return r.Table >= c.Table && r.Table <= c.Table+spec.MostCarryPeers }
 	local := false
 	first := false
 	for _, r := range have {
 		switch {
-		case ours(r):
+		case leads(r, c.Table) || ofTunnel(r):
 			if !slices.ContainsFunc(want, func(w netlink.Rule) bool { return same(r, w) }) {
 				extra = append(extra, r)
 			}
@@ -250,6 +249,26 @@ func (k *Kernel) tunnelRules(c plan.Carry) (missing, extra []netlink.Rule, right
 		}
 	}
 	return missing, extra, local && !first && len(missing) == 0 && len(extra) == 0, nil
+}
+
+// leads reports whether a routing rule selects one of the tables of a tunnel.
+func leads(r netlink.Rule, table int) bool {
+	return r.Table >= table && r.Table <= table+spec.MostCarryPeers
+}
+
+// ofTunnel reports whether a routing rule is one of a tunnel with any tables, of which an earlier run
+// may have had others: it has the priority and the mark of such a rule.
+func ofTunnel(r netlink.Rule) bool {
+	if r.Mask == nil || *r.Mask != uint32(plan.CarryMask) || r.Mark&^uint32(plan.CarryMask) != 0 {
+		return false
+	}
+	switch max(r.Priority, 0) {
+	case backPriority:
+		return r.Mark != 0 && r.Mark != plan.SteerMark
+	case steerPriority:
+		return r.Mark == plan.SteerMark
+	}
+	return false
 }
 
 // isLocal reports whether a rule selects the table of local addresses for every packet.
@@ -355,6 +374,12 @@ func (k *Kernel) LoadCarry(c plan.Carry) error {
 		if err := k.handle.RuleDel(&r); err != nil {
 			return fmt.Errorf("delete routing rule of the tunnel: %w", err)
 		}
+		if leads(r, c.Table) {
+			continue
+		}
+		if err := k.lead(index, r.Table, netip.Addr{}); err != nil { // of an earlier run
+			return err
+		}
 	}
 	for _, r := range missing {
 		if err := k.handle.RuleAdd(&r); err != nil {
@@ -440,7 +465,8 @@ func (k *Kernel) lead(index, table int, to netip.Addr) error {
 type Carried struct{ SentPackets, SentBytes, ReceivedPackets, ReceivedBytes uint64 }
 
 // Carried returns the counters of a tunnel with a name; zero: there is none. Bytes include the IP
-// header and the inner Ethernet header.
+// header, and no header of Ethernet or VXLAN (net/ipv4/ip_tunnel_core.c, iptunnel_xmit;
+// drivers/net/vxlan/vxlan_core.c, vxlan_rcv).
 func (k *Kernel) Carried(name string) (c Carried, err error) {
 	l, err := k.find(name)
 	if _, missing := errors.AsType[*MissingError](err); missing {
@@ -455,13 +481,21 @@ func (k *Kernel) Carried(name string) (c Carried, err error) {
 	return c, nil
 }
 
-// HasCarry reports whether the tunnel's link is there, up.
+// HasCarry reports whether the tunnel's link is there, up, and no routing rule leads to other tables
+// than its own.
 func (k *Kernel) HasCarry(c plan.Carry) (bool, error) {
 	l, err := k.find(c.Interface)
 	if _, missing := errors.AsType[*MissingError](err); missing {
 		return false, nil
 	}
-	return err == nil && isTunnel(l, c) && l.Attrs().Flags&net.FlagUp != 0, err
+	if err != nil || !isTunnel(l, c) || l.Attrs().Flags&net.FlagUp == 0 {
+		return false, err
+	}
+	have, err := k.rules(netlink.FAMILY_V4)
+	if err != nil {
+		return false, fmt.Errorf("list routing rules: %w", err)
+	}
+	return !slices.ContainsFunc(have, func(r netlink.Rule) bool { return ofTunnel(r) && !leads(r, c.Table) }), nil
 }
 
 // Steer makes the packets for the holder go to another router. It is LoadCarry for what changes
@@ -477,23 +511,21 @@ func (k *Kernel) Steer(c plan.Carry) error {
 	return k.lead(l.Attrs().Index, c.Table, c.Toward)
 }
 
-// CarryLeft reports whether any part of a tunnel with a first routing table is there: its link, or
-// one of its routing rules. Its routes go with the link.
-func (k *Kernel) CarryLeft(name string, table int) (bool, error) {
+// CarryLeft reports whether any part of a tunnel is there: its link, or one of its routing rules, with
+// any tables. Its routes go with the link.
+func (k *Kernel) CarryLeft(name string) (bool, error) {
 	l, err := k.find(name)
-	if err == nil {
-		return isVXLAN(l), nil
-	}
-	if _, missing := errors.AsType[*MissingError](err); !missing {
+	if _, missing := errors.AsType[*MissingError](err); err != nil && !missing {
 		return false, err
+	}
+	if err == nil && isVXLAN(l) {
+		return true, nil
 	}
 	have, err := k.rules(netlink.FAMILY_V4)
 	if err != nil {
 		return false, fmt.Errorf("list routing rules: %w", err)
 	}
-	return slices.ContainsFunc(have, func(r netlink.Rule) bool {
-		return r.Table >= table && r.Table <= table+spec.MostCarryPeers && r.Mask != nil && *r.Mask == uint32(plan.CarryMask)
-	}), nil
+	return slices.ContainsFunc(have, ofTunnel), nil
 }
 
 // isVXLAN reports whether a link is a tunnel of some router of this program.
@@ -502,7 +534,8 @@ func isVXLAN(l netlink.Link) bool {
 	return is && v.VxlanId == plan.VNI && v.Port == int(spec.CarryPort)
 }
 
-// RemoveCarry removes a tunnel with a first routing table, its routes and its routing rules.
+// RemoveCarry removes a tunnel with a first routing table, its routes and its routing rules, and those
+// of an earlier run with other tables. A link of another kind with its name stays.
 func (k *Kernel) RemoveCarry(name string, table int) error {
 	if err := k.moveLocal(backPriority); err != nil {
 		return err
@@ -512,7 +545,7 @@ func (k *Kernel) RemoveCarry(name string, table int) error {
 		return fmt.Errorf("list routing rules: %w", err)
 	}
 	for _, r := range have {
-		if r.Table < table || r.Table > table+spec.MostCarryPeers {
+		if !leads(r, table) && !ofTunnel(r) {
 			continue
 		}
 		if err := k.handle.RuleDel(&r); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -523,7 +556,7 @@ func (k *Kernel) RemoveCarry(name string, table int) error {
 	if _, missing := errors.AsType[*MissingError](err); missing {
 		return nil
 	}
-	if err != nil {
+	if err != nil || !isVXLAN(l) {
 		return err
 	}
 	if err := k.handle.LinkDel(l); err != nil {

@@ -158,6 +158,73 @@ func TestCarry(t *testing.T) {
 	})
 }
 
+// A tunnel with other routing tables than those of an earlier run leads by its own alone, and nothing
+// of either remains after its removal with a third one; a link of another kind stays.
+func TestCarryOtherTables(t *testing.T) {
+	inPod(t, func(k *link.Kernel, h *netlink.Handle) {
+		before := rulesOf(t, h)
+		routes := func() (n int) {
+			t.Helper()
+			found, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range found {
+				if r.Table > unix.RT_TABLE_LOCAL {
+					n++
+				}
+			}
+			return n
+		}
+		left := func(want bool) {
+			t.Helper()
+			if found, err := k.CarryLeft("tunnel0"); err != nil || found != want {
+				t.Errorf("left: %v, %v, want %v", found, err, want)
+			}
+		}
+		left(false)
+		former := aTunnel("10.128.0.102", "10.128.0.103")
+		try(t, k.LoadCarry(former))
+		now := former
+		now.Table, now.Toward = 5000, now.Peers[1].Address
+		if there, err := k.HasCarry(now); err != nil || there {
+			t.Errorf("with the former tables: there %v, %v", there, err)
+		}
+		if found, err := k.CarryDiffers(now); err != nil || len(found) == 0 {
+			t.Errorf("with the former tables: differences %q, %v", found, err)
+		}
+		try(t, k.LoadCarry(now))
+		if there, err := k.HasCarry(now); err != nil || !there {
+			t.Errorf("there %v, %v", there, err)
+		}
+		if found, err := k.CarryDiffers(now); err != nil || len(found) > 0 || routes() != 3 {
+			t.Errorf("differences %q, %v, %d routes", found, err, routes())
+		}
+		l, err := h.LinkByName("tunnel0")
+		try(t, err)
+		try(t, h.LinkDel(l))
+		a := netlink.NewLinkAttrs()
+		a.Name = "tunnel0"
+		try(t, h.LinkAdd(&netlink.Bridge{LinkAttrs: a}))
+		left(true) // the routing rules
+		try(t, k.RemoveCarry("tunnel0", 6000))
+		left(false)
+		if after := rulesOf(t, h); !slices.Equal(before, after) || routes() != 0 {
+			t.Errorf("rules after removal %v, want %v; %d routes", after, before, routes())
+		}
+		if _, err := h.LinkByName("tunnel0"); err != nil {
+			t.Errorf("link of another kind: %v", err)
+		}
+	})
+}
+
+func try(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func neighbour(l netlink.Link, family int) *netlink.Neigh {
 	peer := netip.MustParseAddr("10.128.0.102")
 	mac := plan.HardwareAddress(peer)

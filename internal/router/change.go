@@ -333,7 +333,7 @@ func (c *change) readGate() (err error) {
 	if c.router.Tunnel == nil || c.looks || err != nil { // another process knows the peers
 		return err
 	}
-	if c.have.Carry, err = c.router.Tunnel.Differs(c.want.Network, c.want.Carry); err != nil && c.want.Carry != nil {
+	if c.have.Carry, err = c.router.Tunnel.Differs(c.want.Carry); err != nil && c.want.Carry != nil {
 		c.noTunnel(err)
 		return nil
 	}

@@ -80,9 +80,9 @@ type Gate interface {
 
 // A Tunnel carries the packets of connections between routers with the same addresses.
 type Tunnel interface {
-	// Differs returns the differences of a network's tunnel in the kernel; want is nil if there
-	// shall be none.
-	Differs(n plan.Network, want *plan.Carry) ([]string, error)
+	// Differs returns the differences of the kernel's tunnel; want is nil if there shall be
+	// none.
+	Differs(want *plan.Carry) ([]string, error)
 	// Connect sets the tunnel up.
 	Connect(plan.Carry) error
 	Remove(plan.Network) error
