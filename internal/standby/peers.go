@@ -55,7 +55,16 @@ func listenPeers(o Options) (*peers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for heartbeats: %w", err)
 	}
-	return &peers{own: o.Listen, key: o.Key, only: o.Only, detection: o.Settings.Detection(), conn: conn, heard: make(map[uint64]*heard), ports: make(map[netip.Addr]Ports)}, nil
+	p := &peers{own: o.Listen, key: o.Key, only: o.Only, detection: o.Settings.Detection(), conn: conn, heard: make(map[uint64]*heard), ports: make(map[netip.Addr]Ports)}
+	if o.Only { // before any heartbeat is read: one of a stranger would count until then
+		addresses, _, err := o.Peers(context.Background())
+		if err != nil {
+			p.close()
+			return nil, fmt.Errorf("look peers up: %w", err)
+		}
+		p.know(addresses)
+	}
+	return p, nil
 }
 
 func (p *peers) close() { _ = p.conn.Close() }
@@ -200,7 +209,8 @@ func (p *peers) forget(now time.Time) {
 	}
 }
 
-// holderHeard returns when the last active router was heard; zero: for long none was.
+// holderHeard returns when the last active router was heard; zero: for long none was, or this one has
+// been active since.
 func (p *peers) holderHeard() (last time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -208,6 +218,13 @@ func (p *peers) holderHeard() (last time.Time) {
 		return time.Time{}
 	}
 	return p.active
+}
+
+// held forgets the last active router: this one is it now.
+func (p *peers) held() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.active = time.Time{}
 }
 
 // last returns when a router was heard.

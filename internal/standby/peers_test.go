@@ -183,6 +183,22 @@ func TestPeersOfStrangers(t *testing.T) {
 	from(true, 4000, address(4000))
 }
 
+// If only routers of the list count, no stranger does before it is read.
+func TestPeersListed(t *testing.T) {
+	address := netip.MustParseAddr("10.0.0.2")
+	p, err := listenPeers(Options{
+		Listen: netip.MustParseAddrPort("127.0.0.1:0"), Only: true,
+		Peers: func(context.Context) ([]netip.Addr, time.Time, error) { return []netip.Addr{address}, time.Time{}, nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close()
+	if p.from(3, netip.MustParseAddr("10.0.0.3")) || !p.from(2, address) {
+		t.Error("a stranger counts, or a router of the list does not")
+	}
+}
+
 // A look-up that fails keeps the peers, and is logged once.
 func TestPeersLookUp(t *testing.T) {
 	var log strings.Builder

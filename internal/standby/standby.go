@@ -42,7 +42,7 @@ type Options struct {
 
 	Listen    netip.AddrPort // own address on the cluster side, and the port of heartbeats
 	Peers     Lookup
-	Only      bool   // heartbeats of other addresses than those of Peers do not count
+	Only      bool   // heartbeats of other addresses than those of Peers, which need no query, do not count
 	Key       []byte // of heartbeats; nil: none
 	Reference string // address and port on the cluster side that takes TCP connections; empty: none
 
@@ -392,6 +392,9 @@ func (r *Runner) became(a election.Action) {
 			s.Gap = now.Sub(last)
 		}
 		gap = s.Gap
+	}
+	if a.To == election.Active {
+		r.peers.held() // the next gap does not begin before
 	}
 	r.mu.Unlock()
 	attributes := []any{"role", a.To.String(), "before", a.From.String(), "reason", a.Reason}

@@ -21,6 +21,27 @@ func (brokenGate) Arm(time.Duration) error      { return errors.New("no buffer s
 func (brokenGate) Left() (time.Duration, error) { return time.Second, nil }
 func (brokenGate) Number(uint32) error          { return nil }
 
+// The gap of a take-over begins with the last heartbeat of another holder, unless this router has held
+// the address since.
+func TestGap(t *testing.T) {
+	all, _ := between(t, "")
+	r := &Runner{o: Options{Log: slog.New(slog.DiscardHandler)}, peers: all[0], status: Status{TakeOvers: map[string]uint64{}}}
+	takeOver := func() time.Duration {
+		r.became(election.Action{From: election.Standby, To: election.Claiming})
+		r.became(election.Action{From: election.Claiming, To: election.Active})
+		return r.status.Gap
+	}
+	r.peers.from(2, netip.MustParseAddr("10.0.0.2"))
+	r.peers.note(heartbeat(2, 1), election.DefaultInterval)
+	r.peers.active = r.peers.active.Add(-time.Second)
+	if gap := takeOver(); gap < time.Second || gap > forgetAfter {
+		t.Errorf("gap %s", gap)
+	}
+	if gap := takeOver(); gap != 0 {
+		t.Errorf("gap %s since a holder before this router", gap)
+	}
+}
+
 // A router whose gate cannot be shut has given the addresses up all the same: it sends no ping any
 // more, so that the kernel shuts it, and whoever acts on its role learns that.
 func TestRoleWithoutShut(t *testing.T) {
