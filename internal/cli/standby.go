@@ -350,7 +350,11 @@ func peersCheck(started time.Time, c config.Config, s standby.Status, now time.T
 		}
 		return fault(health.Warning, diagnose.PeersSilent, "expected heartbeats of %s by UDP port %d, found none; others heard: %s", strings.Join(missing, ", "), c.Standby.Port, heard)
 	case len(all) == 0 && s.Refused > 0:
-		check.State, check.Detail = health.Warning, fmt.Sprintf("none heard, %d packets without the key of EGRESS_STANDBY_KEY_FILE", s.Refused)
+		refused := "that were no heartbeats, had a key, or came from others than EGRESS_STANDBY_PEERS"
+		if len(c.Peers.Key) > 0 {
+			refused = "without the key of EGRESS_STANDBY_KEY_FILE"
+		}
+		check.State, check.Detail = health.Warning, fmt.Sprintf("none heard, %d packets refused %s", s.Refused, refused)
 	case len(all) == 0:
 		check.State, check.Detail = health.Warning, "none heard: no router could take over"
 	default:

@@ -68,6 +68,12 @@ func TestReportStandby(t *testing.T) {
 		"all missing": {func(s *standby.Status, _ *config.Config) { s.Peers, s.Missing = nil, []netip.Addr{other, third} }, 0, expected{detail: "standby: no router is known to hold the addresses"},
 			expected{health.Warning, diagnose.PeersSilent, "expected heartbeats of 10.128.0.102, 10.128.0.103 by UDP port 9467, found none; others heard: none, no router could take over"}},
 		"alone": {func(s *standby.Status, _ *config.Config) { s.Peers = nil }, 0, expected{detail: "standby: no router is known to hold the addresses"}, expected{health.Warning, "", "none heard: no router could take over"}},
+		"strangers alone": {func(s *standby.Status, _ *config.Config) { s.Peers, s.Refused = nil, 3 }, 0, expected{detail: "standby: no router is known to hold the addresses"},
+			expected{health.Warning, "", "none heard, 3 packets refused that were no heartbeats, had a key, or came from others than EGRESS_STANDBY_PEERS"}},
+		"packets without the key": {func(s *standby.Status, c *config.Config) {
+			c.Peers.Key, s.Peers, s.Refused = []byte("0123456789abcdef"), nil, 3
+		}, 0, expected{detail: "standby: no router is known to hold the addresses"},
+			expected{health.Warning, "", "none heard, 3 packets refused without the key of EGRESS_STANDBY_KEY_FILE"}},
 		"another key": {func(s *standby.Status, c *config.Config) {
 			c.Peers.Key, s.Missing, s.Unkeyed = []byte("0123456789abcdef"), []netip.Addr{third}, standby.Unkeyed{Address: third, Keyed: true, At: now}
 		}, 0, expected{detail: "standby: no router is known to hold the addresses"}, expected{health.Warning, diagnose.KeysDiffer, "expected heartbeats of the key of EGRESS_STANDBY_KEY_FILE, found those of 10.128.0.103 of another key"}},

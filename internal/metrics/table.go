@@ -47,7 +47,7 @@ var Router = []Metric{
 	{"egress_router_standby_heartbeats_lost_total", Counter, nil, "Heartbeats of other routers that did not arrive."},
 	{"egress_router_standby_packets_refused_total", Counter, nil, "Packets to the port of heartbeats that were none, not authenticated by the key, or of a stranger."},
 	{"egress_router_standby_sent_packets_total", Counter, nil, "Packets sent by the tunnel to other routers, since it was set up; like the other metrics of the tunnel only of a router that carries."},
-	{"egress_router_standby_sent_bytes_total", Counter, nil, "Bytes of these packets, including IP and inner Ethernet headers."},
+	{"egress_router_standby_sent_bytes_total", Counter, nil, "Bytes of these packets, including IP headers."},
 	{"egress_router_standby_received_packets_total", Counter, nil, "Packets received by the tunnel from other routers, since it was set up."},
 	{"egress_router_standby_received_bytes_total", Counter, nil, "Bytes of these packets, including IP headers."},
 	{"egress_router_standby_draining_connections", Gauge, nil, "TCP and SCTP connections that a router which has handed over for good still carries, otherwise 0."},
