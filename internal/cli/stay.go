@@ -151,10 +151,12 @@ func (w *watch) keep(ctx context.Context) error {
 		w.background.Go(func() { w.cut(ctx, stays) })
 	}
 	err := w.keeper.Run(stays)
-	if err == nil {
-		w.log.Info("stopping, configuration stays, gate shut")
+	if err != nil {
+		w.standby.Cut() // without repairs no connection is drained
+		return err
 	}
-	return err
+	w.log.Info("stopping, configuration stays, gate shut")
+	return nil
 }
 
 // cut ends the drain of connections at the next signal after that which has ended ctx, or does

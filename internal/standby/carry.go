@@ -157,6 +157,11 @@ func (r *Runner) drain() {
 	if r.o.Open == nil || !toward.IsValid() {
 		return
 	}
+	select {
+	case <-r.cut: // before the hand-over: nobody repairs what carries
+		return
+	default:
+	}
 	beat := time.NewTicker(r.o.Settings.Interval)
 	defer beat.Stop()
 	poll := time.NewTicker(pollInterval)

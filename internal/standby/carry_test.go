@@ -90,10 +90,11 @@ func TestDrainEnds(t *testing.T) {
 		cut, silent bool
 		want        string
 	}{
-		"drained": {func(counted int) int { return first - counted }, false, false, "connections drained"},
-		"none":    {func(int) int { return 0 }, false, false, ""},
-		"cut":     {func(int) int { return first }, true, false, "asked again to end"},
-		"silent":  {func(int) int { return first }, false, true, "no other router is heard for 10s"},
+		"drained":    {func(counted int) int { return first - counted }, false, false, "connections drained"},
+		"none":       {func(int) int { return 0 }, false, false, ""},
+		"cut":        {func(int) int { return first }, true, false, "asked again to end"},
+		"cut before": {func(counted int) int { return counted }, false, false, ""},
+		"silent":     {func(int) int { return first }, false, true, "no other router is heard for 10s"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -130,6 +131,10 @@ func TestDrainEnds(t *testing.T) {
 					},
 					Log: slog.New(slog.NewTextHandler(&log, nil)),
 				}
+				if name == "cut before" {
+					r.Cut()
+					r.Cut()
+				}
 				r.drain()
 				if (test.want == "") != (log.String() == "") || !strings.Contains(log.String(), test.want) {
 					t.Errorf("log %q, want %q", &log, test.want)
@@ -137,10 +142,13 @@ func TestDrainEnds(t *testing.T) {
 				if n := strings.Count(log.String(), "draining connections"); n > 1 {
 					t.Errorf("logged %d times: %q", n, &log)
 				}
+				if name == "cut before" && counted > 0 {
+					t.Errorf("counted %d times", counted)
+				}
 				if !test.silent && test.want != "" && counted != first {
 					t.Errorf("counted %d times", counted)
 				}
-				if want := test.left(max(1, counted)); r.status.Left != want {
+				if want := test.left(max(1, counted)); counted > 0 && r.status.Left != want {
 					t.Errorf("%d connections left, want %d", r.status.Left, want)
 				}
 				if r.status.Draining != (test.want != "") {

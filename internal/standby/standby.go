@@ -139,6 +139,7 @@ type Runner struct {
 	last         election.Heartbeat
 	done         chan struct{} // closed at the end of Run
 	cut          chan struct{} // closed by Cut
+	once         sync.Once     // of Cut
 	carried      chan struct{} // receives a value after a change of status.Carry
 
 	mu     sync.Mutex
@@ -243,9 +244,8 @@ func (r *Runner) Run(ctx context.Context) {
 	r.drain()
 }
 
-// Cut makes Run return after the hand-over, although connections are left. It is called once at
-// most.
-func (r *Runner) Cut() { close(r.cut) }
+// Cut makes Run return after the hand-over, although connections are left.
+func (r *Runner) Cut() { r.once.Do(func() { close(r.cut) }) }
 
 // post passes an event to Run, unless that has ended.
 func (r *Runner) post(e election.Event) {
