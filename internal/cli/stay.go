@@ -57,7 +57,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		w.names = newFollower(c, log)
 	}
 	ctx, end := context.WithCancel(ctx)
-	// What a router does for its clients goes on while the last of them are drained.
+	// Until the last clients are drained, destinations and names are followed, and connections counted.
 	lasting, last := context.WithCancel(context.WithoutCancel(ctx))
 	defer w.background.Wait() // also after an error of the start
 	defer last()

@@ -146,8 +146,8 @@ func (r *Runner) carry() {
 // counts it: a count reads the connections of all network namespaces.
 const drainPolls = 10
 
-// drain carries until the connections that enter by this router have ended, no other router is
-// heard any more, or Cut. Its heartbeats tell that it does not take over; a router that starts
+// drain carries until the connections that enter by this router have ended, no other router holds
+// the addresses or could take them over any more, as if all of them are drained, or Cut. Its heartbeats tell that it does not take over; a router that starts
 // meanwhile learns its ports from them.
 func (r *Runner) drain() {
 	r.carry()
@@ -158,7 +158,7 @@ func (r *Runner) drain() {
 		return
 	}
 	select {
-	case <-r.cut: // before the hand-over: nobody repairs what carries
+	case <-r.cut: // before the hand-over: what carries is not repaired
 		return
 	default:
 	}
@@ -209,8 +209,8 @@ func (r *Runner) drained(first bool, begin time.Time) bool {
 			r.o.Log.Info("connections drained", "took", time.Since(begin).Round(time.Millisecond).String())
 		}
 		return true
-	case time.Since(r.peers.last()) > forgetAfter:
-		r.o.Log.Warn("connections not drained", "connections", n, "reason", fmt.Sprintf("no other router is heard for %s, by which they would go", forgetAfter))
+	case time.Since(r.peers.lastAble()) > forgetAfter:
+		r.o.Log.Warn("connections not drained", "connections", n, "reason", fmt.Sprintf("for %s no other router has held the addresses or could take them over", forgetAfter))
 		return true
 	case first:
 		r.mu.Lock()

@@ -81,20 +81,21 @@ func TestCarryIsPassedOn(t *testing.T) {
 	}
 }
 
-// A drain ends with the last connection, if it is cut, and if no other router is heard any more, by
-// which the connections would go.
+// A drain ends with the last connection, if it is cut, and if no other router is heard any more by
+// which the connections would go: all are silent, or are drained, too.
 func TestDrainEnds(t *testing.T) {
 	const first = 5 // connections
 	for name, test := range map[string]struct {
-		left        func(counted int) int
-		cut, silent bool
-		want        string
+		left func(counted int) int
+		ends string
+		want string
 	}{
-		"drained":    {func(counted int) int { return first - counted }, false, false, "connections drained"},
-		"none":       {func(int) int { return 0 }, false, false, ""},
-		"cut":        {func(int) int { return first }, true, false, "asked again to end"},
-		"cut before": {func(counted int) int { return counted }, false, false, ""},
-		"silent":     {func(int) int { return first }, false, true, "no other router is heard for 10s"},
+		"drained":    {func(counted int) int { return first - counted }, "", "connections drained"},
+		"none":       {func(int) int { return 0 }, "", ""},
+		"cut":        {func(int) int { return first }, "cut", "asked again to end"},
+		"cut before": {func(counted int) int { return counted }, "cut before", ""},
+		"silent":     {func(int) int { return first }, "silent", "for 10s no other router has held"},
+		"all drain":  {func(int) int { return first }, "all drain", "for 10s no other router has held"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -107,11 +108,11 @@ func TestDrainEnds(t *testing.T) {
 				p.own = p.conn.LocalAddr().(*net.UDPAddr).AddrPort()
 				peer := netip.MustParseAddr("127.0.0.2")
 				p.know([]netip.Addr{peer})
-				hear := func() {
+				hear := func(state election.State) {
 					p.from(2, peer)
-					p.note(election.Heartbeat{ID: 2, Sequence: 1, State: election.Active, Healthy: true, FirstPort: 2000, LastPort: 3000}, election.DefaultInterval)
+					p.note(election.Heartbeat{ID: 2, Sequence: 1, State: state, Healthy: state == election.Active, FirstPort: 2000, LastPort: 3000}, election.DefaultInterval)
 				}
-				hear()
+				hear(election.Active)
 				var log strings.Builder
 				counted := 0
 				r := &Runner{
@@ -121,17 +122,21 @@ func TestDrainEnds(t *testing.T) {
 				r.o = Options{
 					Settings: election.Settings{Interval: election.DefaultInterval, ID: 1}, Ports: Ports{1024, 1999}, Carry: func(Carry) {},
 					Open: func() (int, error) {
-						if !test.silent {
-							hear()
+						switch test.ends {
+						case "silent":
+						case "all drain":
+							hear(election.Standby)
+						default:
+							hear(election.Active)
 						}
-						if counted++; counted == first && test.cut {
+						if counted++; counted == first && test.ends == "cut" {
 							r.Cut()
 						}
 						return test.left(counted), nil
 					},
 					Log: slog.New(slog.NewTextHandler(&log, nil)),
 				}
-				if name == "cut before" {
+				if test.ends == "cut before" {
 					r.Cut()
 					r.Cut()
 				}
@@ -142,10 +147,10 @@ func TestDrainEnds(t *testing.T) {
 				if n := strings.Count(log.String(), "draining connections"); n > 1 {
 					t.Errorf("logged %d times: %q", n, &log)
 				}
-				if name == "cut before" && counted > 0 {
+				if test.ends == "cut before" && counted > 0 {
 					t.Errorf("counted %d times", counted)
 				}
-				if !test.silent && test.want != "" && counted != first {
+				if (test.ends == "" || test.ends == "cut") && test.want != "" && counted != first {
 					t.Errorf("counted %d times", counted)
 				}
 				if want := test.left(max(1, counted)); counted > 0 && r.status.Left != want {

@@ -38,6 +38,7 @@ type peers struct {
 	since   map[netip.Addr]time.Time // when an address of known became one, or was heard last
 	heard   map[uint64]*heard
 	active  time.Time // last heartbeat of an active router
+	able    time.Time // last heartbeat of a router that holds the addresses, or could take them over
 	unkeyed Unkeyed
 	ports   map[netip.Addr]Ports // of the last heartbeat of each router
 }
@@ -189,6 +190,9 @@ func (p *peers) note(h election.Heartbeat, interval time.Duration) {
 	if h.State == election.Active {
 		p.active = now
 	}
+	if h.Healthy || h.State != election.Standby {
+		p.able = now
+	}
 	if _, known := p.since[have.Address]; known {
 		p.since[have.Address] = now
 	}
@@ -237,6 +241,13 @@ func (p *peers) last() (last time.Time) {
 		}
 	}
 	return last
+}
+
+// lastAble returns when a router was heard that holds the addresses, or could take them over.
+func (p *peers) lastAble() time.Time {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.able
 }
 
 // list returns the routers that are heard.

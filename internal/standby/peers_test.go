@@ -71,7 +71,7 @@ func TestPeersHear(t *testing.T) {
 		if len(list) != 1 || list[0].Address != b.own.Addr() || list[0].State != election.Active || list[0].Priority != 7 || !list[0].Healthy || !a.has([6]byte{2, 0, 0, 0, 0, 2}) || a.has([6]byte{2}) {
 			t.Errorf("peers %+v", list)
 		}
-		if a.holderHeard().IsZero() || a.last().IsZero() {
+		if a.holderHeard().IsZero() || a.last().IsZero() || a.lastAble().IsZero() {
 			t.Error("the time of a heartbeat is not known")
 		}
 		a.mu.Lock()

@@ -266,6 +266,37 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// Routers that are all asked to end do not wait for each other's connections, which no router carries
+// any more.
+func TestDrainAll(t *testing.T) {
+	ring, err := faults.Build(2, false, carrying(t, "nftables"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ring.Close()
+	try(t, ring.AwaitTraffic(t.Context()))
+	for node := range ring.Routers {
+		held, err := faults.Hold(ring.Site, node, 3, uint16(5000+node), faults.Pace)
+		if err != nil {
+			t.Fatal(err, ring.Logs())
+		}
+		defer held.Close()
+	}
+	for _, r := range ring.Routers {
+		try(t, r.Terminate())
+	}
+	for i, r := range ring.Routers {
+		for end := time.Now().Add(limit); r.Running(); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("router %d has not ended\n%s", i+1, ring.Logs())
+			}
+		}
+		if !strings.Contains(r.Log(), "connections not drained") {
+			t.Errorf("router %d:\n%s", i+1, r.Log())
+		}
+	}
+}
+
 // scrape returns the metrics without labels of a router.
 func scrape(t *testing.T, ring *faults.Ring, node int) map[string]float64 {
 	t.Helper()

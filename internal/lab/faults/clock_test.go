@@ -120,7 +120,7 @@ func awaitTakeover(t *testing.T, ring *faults.Ring, holder int) {
 			t.Errorf("violation: %s", v)
 		}
 		if time.Now().After(end) {
-			t.Fatalf("nobody has taken over\n%s", ring.Logs())
+			t.Fatalf("no other router has taken over\n%s", ring.Logs())
 		}
 	}
 }
