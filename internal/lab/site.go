@@ -3,6 +3,7 @@ package lab
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -473,23 +474,42 @@ func (s *Site) ForgetNeighbours() error {
 
 // Script runs a script of nft(8) in a namespace.
 func (s *Site) Script(ns *netns.Namespace, script string) error {
+	run, err := s.StartScript(ns)
+	if err != nil {
+		return err
+	}
+	return run(script)
+}
+
+// StartScript starts nft(8) in a namespace, and returns the function that runs a script in it,
+// within a millisecond or so once the program waits for it.
+func (s *Site) StartScript(ns *netns.Namespace) (run func(script string) error, err error) {
 	path, err := exec.LookPath("nft")
 	if err != nil {
 		path = "/usr/sbin/nft" // the PATH of some users lacks the directory
 	}
 	cmd := exec.Command(path, "-f", "-")
-	cmd.Stdin = strings.NewReader(script)
+	input, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, fmt.Errorf("making a pipe for nft: %w", err)
+	}
 	var output strings.Builder
 	cmd.Stdout, cmd.Stderr = &output, &output
-	err = s.Run(ns, cmd)
-	// The process has ended: thousands of them must not stay in the list.
-	s.mu.Lock()
-	s.processes = slices.DeleteFunc(s.processes, func(p *os.Process) bool { return p == cmd.Process })
-	s.mu.Unlock()
-	if err != nil {
-		return errors.Join(fmt.Errorf("running nft: %w", err), errors.New(output.String()))
+	if err := s.Start(ns, cmd); err != nil {
+		return nil, err
 	}
-	return nil
+	return func(script string) error {
+		_, err := io.WriteString(input, script)
+		err = errors.Join(err, input.Close(), cmd.Wait())
+		// The process has ended: thousands of them must not stay in the list.
+		s.mu.Lock()
+		s.processes = slices.DeleteFunc(s.processes, func(p *os.Process) bool { return p == cmd.Process })
+		s.mu.Unlock()
+		if err != nil {
+			return errors.Join(fmt.Errorf("running nft: %w", err), errors.New(output.String()))
+		}
+		return nil
+	}, nil
 }
 
 // RouteUnfenced makes a node's pod a router for the reserved address with the rules that an

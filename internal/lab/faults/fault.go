@@ -24,9 +24,9 @@ type Fault struct {
 type field struct {
 	site    *lab.Site
 	routers []*Router
-	losses  map[string][]lab.Loss // by what causes them
-	bite    func(node int) error  // after a process has stopped; nil if there is nothing to do
-	held    bool                  // there are connections, for which a program that was asked to end goes on
+	losses  map[string][]lab.Loss                // by what causes them
+	bite    func(node int) (func() error, error) // see Options.Bite; nil if there is nothing to do
+	held    bool                                 // there are connections, for which a program that was asked to end goes on
 }
 
 // lose sets or ends the losses of one cause.
@@ -37,14 +37,6 @@ func (f *field) lose(cause string, losses ...lab.Loss) error {
 		all = append(all, l...)
 	}
 	return f.site.Lose(all...)
-}
-
-// stopped does what makes the faults of processes worse.
-func (f *field) stopped(node int) error {
-	if f.bite == nil {
-		return nil
-	}
-	return f.bite(node)
 }
 
 func kill(f *field, node int) error {
@@ -63,10 +55,17 @@ func restart(f *field, node int) error {
 }
 
 func freeze(f *field, node int) error {
+	after := func() error { return nil }
+	if f.bite != nil {
+		var err error
+		if after, err = f.bite(node); err != nil {
+			return err
+		}
+	}
 	if err := f.routers[node].Signal(syscall.SIGSTOP); err != nil {
 		return err
 	}
-	return f.stopped(node)
+	return after()
 }
 
 func thaw(f *field, node int) error { return f.routers[node].Signal(syscall.SIGCONT) }
@@ -170,8 +169,8 @@ func onAll(do func(*field, int) error) func(*field, int) error {
 	}
 }
 
-// choose returns a random fault.
-func choose(r *rand.Rand) Fault {
+// choose returns a random fault, if so asked of those that stop one process.
+func choose(r *rand.Rand, stops bool) Fault {
 	// Every second loss is complete.
 	percent := 100
 	if r.IntN(2) == 0 {
@@ -179,6 +178,7 @@ func choose(r *rand.Rand) Fault {
 	}
 	const some, second = 20 * time.Millisecond, time.Second
 	all := []Fault{
+		// The first two stop one process.
 		{Name: "kill", begin: kill, end: restart, short: some, long: 2 * second},
 		{Name: "freeze", begin: freeze, end: thaw, short: some, long: 2 * second},
 		{Name: "terminate", begin: terminate, end: ended, short: some, long: 2 * second},
@@ -201,6 +201,9 @@ func choose(r *rand.Rand) Fault {
 		lossy("heartbeat loss to the node", lab.LoseHeartbeats, percent, false, true, false, true),
 		lossy("heartbeat loss from the node", lab.LoseHeartbeats, percent, false, true, true, false),
 	}
+	if stops {
+		all = all[:2]
+	}
 	return all[r.IntN(len(all))]
 }
 
@@ -214,14 +217,14 @@ type step struct {
 
 // schedule returns the steps of one round: one fault or, in three of ten rounds, two that
 // overlap.
-func schedule(r *rand.Rand, nodes int) []step {
+func schedule(r *rand.Rand, nodes int, stops bool) []step {
 	count := 1
 	if r.IntN(10) < 3 {
 		count = 2
 	}
 	var steps []step
 	for range count {
-		s := step{Fault: choose(r), holder: r.IntN(3) > 0, other: r.IntN(max(1, nodes-1))}
+		s := step{Fault: choose(r, stops), holder: r.IntN(3) > 0, other: r.IntN(max(1, nodes-1))}
 		if len(steps) > 0 {
 			s.start = time.Duration(r.Int64N(int64(300 * time.Millisecond)))
 		}

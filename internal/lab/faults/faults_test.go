@@ -85,7 +85,7 @@ func TestFaults(t *testing.T) {
 // another one has taken over: the judge would find a fence that does not work.
 func TestFaultsWithoutFence(t *testing.T) {
 	t.Parallel()
-	result := run(t, faults.Options{Nodes: 2, Count: 1000, Seed: 1, Bite: faults.Unfence, Found: true})
+	result := run(t, faults.Options{Nodes: 2, Count: 1000, Seed: 1, Bite: faults.Unfence, Stops: true, Found: true})
 	if len(result.Violations) == 0 {
 		t.Errorf("no violation in %d rounds", len(result.Gaps))
 	}

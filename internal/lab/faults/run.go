@@ -28,24 +28,32 @@ type Options struct {
 	Command func(s *lab.Site, node int) *exec.Cmd
 	Out     io.Writer // a line for each round
 
-	// Bite is called after a fault has stopped a process: with [Unfence] the judge must find
-	// violations.
-	Bite  func(s *lab.Site, node int) error
+	// Bite is called before a fault stops a process, and the function that it returns
+	// afterwards: with [Unfence] the judge must find violations.
+	Bite  func(s *lab.Site, node int) (func() error, error)
+	Stops bool // only faults that stop a process
 	Found bool // end after the first round with violations
 }
 
-// Unfence makes the permit in the kernel of a router whose process has stopped live an hour,
-// if it lives, and so what the fence is for go wrong.
-func Unfence(s *lab.Site, node int) error {
+// Unfence returns a function that makes the permit in the kernel of a router whose process has
+// stopped live an hour, if it lives, and so what the fence is for go wrong. A permit lives a few
+// hundredths of a second: the program that changes it is started before.
+func Unfence(s *lab.Site, node int) (func() error, error) {
 	const script = `flush set netdev egress-router-gate ticket
 delete element netdev egress-router-gate permit { %[1]q }
 add element netdev egress-router-gate permit { %[1]q timeout 1h }
 `
-	err := s.Script(s.Nodes[node].Pod, fmt.Sprintf(script, s.MacvlanName))
-	if err != nil && strings.Contains(strings.ToLower(err.Error()), unix.ENOENT.Error()) {
-		return nil // the gate is shut
+	run, err := s.StartScript(s.Nodes[node].Pod)
+	if err != nil {
+		return nil, err
 	}
-	return err
+	return func() error {
+		err := run(fmt.Sprintf(script, s.MacvlanName))
+		if err != nil && strings.Contains(strings.ToLower(err.Error()), unix.ENOENT.Error()) {
+			return nil // the gate is shut
+		}
+		return err
+	}, nil
 }
 
 // Result is what [Run] found.
@@ -73,7 +81,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	defer ring.Close()
 	f := &field{site: ring.Site, routers: ring.Routers, losses: map[string][]lab.Loss{}, held: o.Held > 0}
 	if o.Bite != nil {
-		f.bite = func(node int) error { return o.Bite(ring.Site, node) }
+		f.bite = func(node int) (func() error, error) { return o.Bite(ring.Site, node) }
 	}
 	var result Result
 	r := rand.New(rand.NewPCG(o.Seed, 0)) //nolint:gosec // a seed reproduces the faults
@@ -83,7 +91,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	ring.Judge()
 	for round := range o.Count {
 		holder := ring.Holder()
-		steps := schedule(r, o.Nodes)
+		steps := schedule(r, o.Nodes, o.Stops)
 		fmt.Fprintf(o.Out, "%d: %s: ", o.First+round+1, describe(steps, holder, o.Nodes))
 		held, err := ring.hold(o.Held)
 		if err != nil {
