@@ -178,7 +178,7 @@ func sorts(t *testing.T, c nft.Carry) {
 			if s.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
 				t.Fatal(err)
 			}
-			defer unix.Close(s.fd)
+			defer func() { _ = unix.Close(s.fd) }()
 			by[name] = s
 		}
 	}

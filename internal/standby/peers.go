@@ -114,7 +114,8 @@ const mostPeers = 32
 // from keeps the address of a router, and reports whether its heartbeats count. Without a key
 // anybody can send some, so that
 //
-//   - an address has one router at a time: another process there follows once the one before is lost;
+//   - an address has one router at a time: another process there follows once the one before is lost,
+//     or at once if a key shows that it is a router;
 //   - a router does not change its address while it is heard at one of the look-up;
 //   - a router of the look-up always has a place, instead of the one silent for longest of the others.
 func (p *peers) from(id uint64, address netip.Addr) bool {
@@ -140,7 +141,7 @@ func (p *peers) from(id uint64, address netip.Addr) bool {
 		if other == id || h.Address != address {
 			continue
 		}
-		if !lost(h) {
+		if !lost(h) && len(p.key) == 0 {
 			return false
 		}
 		mac = h.MAC // of the same router, most likely, until it is noted

@@ -183,6 +183,20 @@ func TestPeersOfStrangers(t *testing.T) {
 	from(true, 4000, address(4000))
 }
 
+// A router that starts again, with a key, is another one at once.
+func TestPeersRestart(t *testing.T) {
+	for _, key := range []string{"", "0123456789abcdef"} {
+		p := &peers{key: []byte(key), detection: time.Hour, heard: map[uint64]*heard{}, ports: map[netip.Addr]Ports{}}
+		address := netip.MustParseAddr("10.0.0.2")
+		p.know([]netip.Addr{address})
+		p.from(2, address)
+		p.note(heartbeat(2, 7), election.DefaultInterval)
+		if at := p.from(3, address); at != (key != "") || (p.heard[2] == nil) != at || len(p.heard) != 1 {
+			t.Errorf("key %q: taken %v, %d routers", key, at, len(p.heard))
+		}
+	}
+}
+
 // If only routers of the list count, no stranger does before it is read.
 func TestPeersListed(t *testing.T) {
 	address := netip.MustParseAddr("10.0.0.2")
