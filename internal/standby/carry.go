@@ -157,11 +157,6 @@ func (r *Runner) drain() {
 	if r.o.Open == nil || !toward.IsValid() {
 		return
 	}
-	select {
-	case <-r.cut: // before the hand-over: what carries is not repaired
-		return
-	default:
-	}
 	beat := time.NewTicker(r.o.Settings.Interval)
 	defer beat.Stop()
 	poll := time.NewTicker(pollInterval)
@@ -173,7 +168,7 @@ func (r *Runner) drain() {
 	for polls := 0; ; {
 		select {
 		case <-r.cut:
-			r.o.Log.Warn("connections not drained", "reason", "asked again to end")
+			r.o.Log.Warn("connections not drained", "reason", "asked to end at once")
 			return
 		case e := <-r.events:
 			if e.Kind == election.Heard {

@@ -92,8 +92,8 @@ func TestDrainEnds(t *testing.T) {
 	}{
 		"drained":    {func(counted int) int { return first - counted }, "", "connections drained"},
 		"none":       {func(int) int { return 0 }, "", ""},
-		"cut":        {func(int) int { return first }, "cut", "asked again to end"},
-		"cut before": {func(counted int) int { return counted }, "cut before", ""},
+		"cut":        {func(int) int { return first }, "cut", "asked to end at once"},
+		"cut before": {func(counted int) int { return first }, "cut before", "asked to end at once"},
 		"silent":     {func(int) int { return first }, "silent", "for 10s no other router has held"},
 		"all drain":  {func(int) int { return first }, "all drain", "for 10s no other router has held"},
 	} {
@@ -147,13 +147,13 @@ func TestDrainEnds(t *testing.T) {
 				if n := strings.Count(log.String(), "draining connections"); n > 1 {
 					t.Errorf("logged %d times: %q", n, &log)
 				}
-				if test.ends == "cut before" && counted > 0 {
+				if test.ends == "cut before" && counted != 1 {
 					t.Errorf("counted %d times", counted)
 				}
 				if (test.ends == "" || test.ends == "cut") && test.want != "" && counted != first {
 					t.Errorf("counted %d times", counted)
 				}
-				if want := test.left(max(1, counted)); counted > 0 && r.status.Left != want {
+				if want := test.left(max(1, counted)); r.status.Left != want {
 					t.Errorf("%d connections left, want %d", r.status.Left, want)
 				}
 				if r.status.Draining != (test.want != "") {

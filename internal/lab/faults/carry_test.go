@@ -245,7 +245,7 @@ func TestDrain(t *testing.T) {
 		}
 		ended := "connections drained"
 		if again {
-			ended = "asked again to end"
+			ended = "asked to end at once"
 			try(t, ring.Routers[holder].Terminate())
 			ring.Routers[holder].AwaitEnd()
 			held.Close()
