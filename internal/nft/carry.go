@@ -27,6 +27,7 @@ const CarryTable = "egress-router-carry"
 //   - A packet from the tunnel with the address as its source, and a port of the range of a
 //     known router, continues to the physical network. One to a port of the own range is a
 //     reply that the holder sends back. Every other one is dropped.
+//   - What arrives for a connection of a router that is not known yet is dropped, and not reset.
 //
 // Packets of the connections of others are not tracked: this router may see one direction of
 // them only, from any time on.
@@ -62,6 +63,7 @@ const (
 
 	admitChain = "admit" // of the tunnel's own packets
 	sendChain  = "send"  // of the tunnel's own packets that leave, before conntrack sees them
+	spareChain = "spare" // of the connections of routers that are not known yet
 	clampChain = "clamp" // of the segment size
 )
 
@@ -135,6 +137,7 @@ func (c Carry) chains() []gateChain {
 		}},
 		{name: sendChain, based: true, hook: uint32(*nftables.ChainHookOutput), at: sortPriority, rules: [][]expr.Any{c.untracked()}},
 		{name: admitChain, based: true, hook: uint32(*nftables.ChainHookInput), at: admitPriority, rules: c.admit()},
+		{name: spareChain, based: true, hook: uint32(*nftables.ChainHookInput), at: admitPriority, rules: c.spare()},
 		{name: clampChain, based: true, hook: uint32(*nftables.ChainHookPostrouting), at: clampPriority, rules: c.clamp()},
 	}
 }
@@ -235,6 +238,30 @@ func (c Carry) admit() (all [][]expr.Any) {
 			[]expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}))
 	}
 	return append(all, append(slices.Clone(tunnel), &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}))
+}
+
+// spare returns the rules that drop what arrives in the midst of an unknown TCP connection to a port
+// of another router, which may not be known yet: this one has just been started. The kernel would
+// reset the connection. A segment that is lost is repeated.
+func (c Carry) spare() (all [][]expr.Any) {
+	const destination, firstCarried = 16, 1024
+	for _, s := range c.Sources {
+		for _, ports := range [][2]uint16{{firstCarried, c.First - 1}, {c.Last + 1, 65535}} {
+			if ports[0] == 0 || ports[0] > ports[1] { // behind the last port; before the first one
+				continue
+			}
+			all = append(all, slices.Concat(arrivesBy(c.Egress), address(destination, s), protocol(rules.TCP),
+				transport(destinationPort, portBytes(ports[0]), portBytes(ports[1])),
+				[]expr.Any{
+					&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: tcpFlags, Len: 1},
+					&expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 1, Mask: []byte{flagSYN | flagACK}, Xor: []byte{0}},
+					compare(expr.CmpOpNeq, []byte{flagSYN}),
+					&expr.Ct{Key: expr.CtKeySTATE, Register: register},
+				}, anyBit(expr.CtStateBitNEW|expr.CtStateBitINVALID),
+				[]expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}))
+		}
+	}
+	return all
 }
 
 // clamp returns the rule that lowers the maximum segment size of connections, which may use

@@ -61,6 +61,7 @@ const (
 const (
 	flagSYN     = 1 << 1
 	flagRST     = 1 << 2
+	flagACK     = 1 << 4
 	optionMSS   = 2
 	optionValue = 2
 )
