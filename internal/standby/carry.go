@@ -147,8 +147,9 @@ func (r *Runner) carry() {
 const drainPolls = 10
 
 // drain carries until the connections that enter by this router have ended, no other router holds
-// the addresses or could take them over any more, as if all of them are drained, or Cut. Its heartbeats tell that it does not take over; a router that starts
-// meanwhile learns its ports from them.
+// the addresses or could take them over any more, as if all of them are drained, or Cut. Its
+// heartbeats show that it does not take over; a router that starts meanwhile learns its ports from
+// them.
 func (r *Runner) drain() {
 	r.carry()
 	r.mu.Lock()

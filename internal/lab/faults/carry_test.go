@@ -297,6 +297,63 @@ func TestDrainAll(t *testing.T) {
 	}
 }
 
+// A router that has been started again, and takes the address over before it hears all others, does
+// not reset the connections of those that it does not know yet.
+func TestUnknownRouter(t *testing.T) {
+	ring, err := faults.Build(3, false, carrying(t, "nftables"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ring.Close()
+	try(t, ring.AwaitTraffic(t.Context()))
+	const restarted, unknown, third = 0, 1, 2
+	held, err := faults.Hold(ring.Site, unknown, 9, 5000, faults.Pace)
+	if err != nil {
+		t.Fatal(err, ring.Logs())
+	}
+	defer held.Close()
+	await(t, ring, held, "before")
+	n := ring.Site.Nodes[unknown]
+	var losses []lab.Loss
+	for _, in := range []bool{false, true} {
+		losses = append(losses, lab.Loss{Port: n.ClusterPort, In: in, Kind: lab.LoseHeartbeats, Percent: 100})
+	}
+	try(t, ring.Site.SetPort(n.LAN, false))
+	try(t, ring.Site.Lose(losses...))
+	try(t, ring.Routers[restarted].Kill())
+	restart(t, ring, restarted)
+	logged := func(what string) {
+		t.Helper()
+		for end := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
+			log := ring.Routers[restarted].Log()
+			if strings.Contains(log[strings.LastIndex(log, faults.Started):], what) {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("waiting for %q\n%s", what, ring.Logs())
+			}
+		}
+	}
+	logged("to " + ring.Site.Nodes[third].Addr.String() + " (ports ") // the first of its routers
+	try(t, ring.Routers[third].Kill())
+	logged("role=active")
+	// What the server sends arrives there.
+	for end := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
+		list, out := exec.Command("nft", "list", "chain", "ip", "egress-router-carry", "spare"), new(strings.Builder)
+		list.Stdout = out
+		try(t, ring.Site.Run(ring.Site.Nodes[restarted].Pod, list))
+		if strings.Contains(strings.ReplaceAll(out.String(), "packets 0 ", ""), "packets ") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("nothing arrives for the unknown router:\n%s\n%s", out, ring.Logs())
+		}
+	}
+	try(t, ring.Site.Lose())
+	try(t, ring.Site.SetPort(n.LAN, true))
+	await(t, ring, held, "another router does not know that of the connections")
+}
+
 // scrape returns the metrics without labels of a router.
 func scrape(t *testing.T, ring *faults.Ring, node int) map[string]float64 {
 	t.Helper()
