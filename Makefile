@@ -110,7 +110,7 @@ e2e-page: programs ## show the status page to chromium, and leave screenshots in
 	cd internal/e2e && EGRESS_TEST_AXE=$(AXE) EGRESS_TEST_SCREENSHOTS=$(CURDIR)/bin/page $(GO) test -count=1 -v -timeout 30m ./page
 
 e2e-kubernetes: ## run the images on the cluster of KUBECONFIG, with E2E_LOAD to load images (as root)
-	cd internal/e2e && $(GO) test -count=1 -v -timeout 20m ./kubernetes
+	cd internal/e2e && $(GO) test -count=1 -v -timeout 30m ./kubernetes
 
 clean: ## remove bin
 	rm -rf bin

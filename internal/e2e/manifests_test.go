@@ -44,17 +44,18 @@ type macvlanConfig struct {
 
 // kinds are the types of the objects in manifests.
 var kinds = map[string]func() any{
-	"v1 ConfigMap":                      func() any { return new(corev1.ConfigMap) },
-	"v1 Namespace":                      func() any { return new(corev1.Namespace) },
-	"v1 Pod":                            func() any { return new(corev1.Pod) },
-	"v1 Secret":                         func() any { return new(corev1.Secret) },
-	"v1 Service":                        func() any { return new(corev1.Service) },
-	"v1 ServiceAccount":                 func() any { return new(corev1.ServiceAccount) },
-	"apps/v1 DaemonSet":                 func() any { return new(appsv1.DaemonSet) },
-	"apps/v1 Deployment":                func() any { return new(appsv1.Deployment) },
-	"policy/v1 PodDisruptionBudget":     func() any { return new(policyv1.PodDisruptionBudget) },
-	"rbac.authorization.k8s.io/v1 Role": func() any { return new(rbacv1.Role) },
-	"rbac.authorization.k8s.io/v1 RoleBinding":       func() any { return new(rbacv1.RoleBinding) },
+	"v1 ConfigMap":                             func() any { return new(corev1.ConfigMap) },
+	"v1 Namespace":                             func() any { return new(corev1.Namespace) },
+	"v1 Pod":                                   func() any { return new(corev1.Pod) },
+	"v1 Secret":                                func() any { return new(corev1.Secret) },
+	"v1 Service":                               func() any { return new(corev1.Service) },
+	"v1 ServiceAccount":                        func() any { return new(corev1.ServiceAccount) },
+	"apps/v1 DaemonSet":                        func() any { return new(appsv1.DaemonSet) },
+	"apps/v1 Deployment":                       func() any { return new(appsv1.Deployment) },
+	"apps/v1 StatefulSet":                      func() any { return new(appsv1.StatefulSet) },
+	"policy/v1 PodDisruptionBudget":            func() any { return new(policyv1.PodDisruptionBudget) },
+	"rbac.authorization.k8s.io/v1 Role":        func() any { return new(rbacv1.Role) },
+	"rbac.authorization.k8s.io/v1 RoleBinding": func() any { return new(rbacv1.RoleBinding) },
 	"k8s.cni.cncf.io/v1 NetworkAttachmentDefinition": func() any { return new(NetworkAttachmentDefinition) },
 }
 
@@ -99,7 +100,8 @@ func decode(t *testing.T) []manifest {
 	return all
 }
 
-// pods returns the pods of a manifest, including the templates of Deployments and DaemonSets.
+// pods returns the pods of a manifest, including the templates of Deployments, DaemonSets and
+// StatefulSets.
 func (m manifest) pods() []corev1.PodTemplateSpec {
 	var found []corev1.PodTemplateSpec
 	for _, o := range m.objects {
@@ -109,6 +111,8 @@ func (m manifest) pods() []corev1.PodTemplateSpec {
 		case *appsv1.DaemonSet:
 			found = append(found, o.Spec.Template)
 		case *appsv1.Deployment:
+			found = append(found, o.Spec.Template)
+		case *appsv1.StatefulSet:
 			found = append(found, o.Spec.Template)
 		}
 	}
@@ -139,6 +143,8 @@ func TestManifests(t *testing.T) {
 					secrets[o.Name] = o
 				case *appsv1.Deployment:
 					checkDeployment(t, o)
+				case *appsv1.StatefulSet:
+					checkStatefulSet(t, o)
 				case *NetworkAttachmentDefinition:
 					checkAttachment(t, o)
 				case *corev1.Service:
@@ -204,9 +210,7 @@ func (m manifest) sets(variable, to string) bool {
 func checkDeployment(t *testing.T, d *appsv1.Deployment) {
 	t.Helper()
 	if value(d.Spec.Template.Spec, "EGRESS_STANDBY") == "true" {
-		if a := d.Spec.Template.Spec.Affinity; a == nil || a.PodAntiAffinity == nil || !slices.ContainsFunc(a.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution, func(term corev1.PodAffinityTerm) bool {
-			return term.TopologyKey == "kubernetes.io/hostname" && selects(term.LabelSelector.MatchLabels, d.Spec.Template.Labels)
-		}) {
+		if !apart(d.Spec.Template) {
 			t.Errorf("Deployment %s could run two routers on one node", d.Name)
 		}
 	} else if d.Spec.Replicas == nil || *d.Spec.Replicas != 1 || d.Spec.Strategy.Type != appsv1.RecreateDeploymentStrategyType {
@@ -214,6 +218,29 @@ func checkDeployment(t *testing.T, d *appsv1.Deployment) {
 	}
 	if d.Spec.Selector == nil || !selects(d.Spec.Selector.MatchLabels, d.Spec.Template.Labels) {
 		t.Errorf("Deployment %s does not select its pods", d.Name)
+	}
+}
+
+// apart reports whether the pods of a template run on different nodes.
+func apart(pod corev1.PodTemplateSpec) bool {
+	a := pod.Spec.Affinity
+	return a != nil && a.PodAntiAffinity != nil && slices.ContainsFunc(a.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution, func(term corev1.PodAffinityTerm) bool {
+		return term.TopologyKey == "kubernetes.io/hostname" && selects(term.LabelSelector.MatchLabels, pod.Labels)
+	})
+}
+
+// checkStatefulSet checks that the pods stand by for each other on different nodes, each with
+// source ports of its own.
+func checkStatefulSet(t *testing.T, s *appsv1.StatefulSet) {
+	t.Helper()
+	if value(s.Spec.Template.Spec, "EGRESS_STANDBY") != "true" || !apart(s.Spec.Template) {
+		t.Errorf("StatefulSet %s could run two routers at once, or on one node", s.Name)
+	}
+	if ports, want := value(s.Spec.Template.Spec, "EGRESS_STANDBY_PORTS"), fmt.Sprintf("$(INDEX)/%d", *s.Spec.Replicas); ports != want {
+		t.Errorf("StatefulSet %s: EGRESS_STANDBY_PORTS is %q, want %q", s.Name, ports, want)
+	}
+	if s.Spec.Selector == nil || !selects(s.Spec.Selector.MatchLabels, s.Spec.Template.Labels) {
+		t.Errorf("StatefulSet %s does not select its pods", s.Name)
 	}
 }
 
@@ -317,11 +344,20 @@ func checkRouter(t *testing.T, c corev1.Container, pod corev1.PodSpec, configMap
 		}
 	}
 	args := []string{"podman", "run", "--rm", "--network", "none", "--cap-drop", "all"}
+	fields := strings.NewReplacer() // of a pod, in the values of later variables
 	for _, e := range c.Env {
+		if e.ValueFrom != nil && e.ValueFrom.FieldRef != nil {
+			const index = "metadata.labels['apps.kubernetes.io/pod-index']"
+			if e.Name != "INDEX" || e.ValueFrom.FieldRef.FieldPath != index {
+				t.Errorf("container %s: %s is the field %s, want INDEX and %s", c.Name, e.Name, e.ValueFrom.FieldRef.FieldPath, index)
+			}
+			fields = strings.NewReplacer("$("+e.Name+")", "0")
+			continue
+		}
 		if !strings.Contains(variables, "\n  "+e.Name+" ") {
 			t.Errorf("container %s sets the unknown variable %s of the router", c.Name, e.Name)
 		}
-		value := e.Value
+		value := fields.Replace(e.Value)
 		if e.ValueFrom != nil {
 			key := e.ValueFrom.ConfigMapKeyRef
 			if key == nil || configMaps[key.Name] == nil || configMaps[key.Name].Data[key.Key] == "" {

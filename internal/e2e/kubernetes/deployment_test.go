@@ -25,7 +25,7 @@ func TestDeployment(t *testing.T) {
 	guard(t)
 	apply(t, manifest(t, "deployment.yaml"))
 	kubectl(t, "rollout", "status", "deployment/egress-demo-controller", "--timeout=600s")
-	w := startWatcher(t)
+	w := startWatcher(t, "watcher", "egress-demo-controller")
 	askWhoHas(t)
 
 	var table strings.Builder
@@ -127,7 +127,7 @@ func TestRollingUpdate(t *testing.T) {
 	})
 
 	t.Run("refuse", func(t *testing.T) {
-		w := startWatcher(t)
+		w := startWatcher(t, "watcher", "egress-demo-controller")
 		since := time.Now()
 		refusing := strings.Replace(text, "        - name: EGRESS_ROUTER_MODE\n", "        - name: EGRESS_CONFLICT\n          value: refuse\n        - name: EGRESS_ROUTER_MODE\n", 1)
 		holder := router(t).Name
@@ -262,22 +262,35 @@ func restartKubelet(t *testing.T, _ corev1.Pod) {
 // late is the longest delay of an answer that a busy machine alone may cause.
 const late = 200 * time.Millisecond
 
-// A watcher is a pod that sends requests through the Service all the time. Its log
-// survives a restart of the kubelet.
-type watcher struct{ service string }
+// A watcher is a pod that sends requests through a Service all the time. Its log survives a
+// restart of the kubelet.
+type watcher struct{ pod, service string }
 
-func startWatcher(t *testing.T) watcher {
+// startWatcher starts the pod on the first node.
+func startWatcher(t *testing.T, name, service string) watcher {
 	t.Helper()
-	w := watcher{strings.TrimSpace(kubectl(t, "get", "service", "egress-demo-controller", "-o", "jsonpath={.spec.clusterIP}")) + ":80"}
-	apply(t, peerPod("watcher", "watch", w.service))
-	ready(t, "pod/watcher")
+	w := watcher{name, clusterIP(t, service) + ":80"}
+	apply(t, onNodeOf(t, "client", peerPod(name, "watch", w.service)))
+	ready(t, "pod/"+name)
 	await(t, "the first answer", func() error {
-		if log := kubectl(t, "logs", "watcher"); !strings.Contains(log, reserved.String()) {
+		if log := kubectl(t, "logs", name); !strings.Contains(log, reserved.String()) {
 			return errors.New(log)
 		}
 		return nil
 	})
 	return w
+}
+
+// clusterIP returns the IPv4 address of a Service.
+func clusterIP(t *testing.T, service string) string {
+	t.Helper()
+	return strings.TrimSpace(kubectl(t, "get", "service", service, "-o", "jsonpath={.spec.clusterIP}"))
+}
+
+// onNodeOf returns the manifest of a pod for the node of another pod.
+func onNodeOf(t *testing.T, other, text string) string {
+	t.Helper()
+	return strings.Replace(text, "spec:\n", "spec:\n  nodeName: "+pod(t, other).Spec.NodeName+"\n", 1)
 }
 
 // gap returns the longest interval after since in which no request was answered, zero
@@ -293,11 +306,11 @@ func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
 	var wrong string
 	await(t, "answers to the latest requests", func() error {
 		questions, wrong = nil, ""
-		for line := range strings.Lines(kubectl(t, "logs", "watcher")) {
+		for line := range strings.Lines(kubectl(t, "logs", w.pod)) {
 			at, answer, _ := strings.Cut(strings.TrimSpace(line), " ")
 			nanoseconds, err := strconv.ParseInt(at, 10, 64)
 			if err != nil {
-				return fmt.Errorf("log of the watcher has the line %q", line)
+				return fmt.Errorf("log of the pod %s has the line %q", w.pod, line)
 			}
 			asked := time.Unix(0, nanoseconds)
 			if asked.Before(since) {
@@ -322,15 +335,15 @@ func (w watcher) gap(t *testing.T, since time.Time) time.Duration {
 	if wrong != "" {
 		t.Errorf("answer of another server, or with another source: %s", wrong)
 	}
-	if n := pod(t, "watcher").Status.ContainerStatuses[0].RestartCount; n != 0 {
-		t.Errorf("the watcher was restarted %d times", n)
+	if n := pod(t, w.pod).Status.ContainerStatuses[0].RestartCount; n != 0 {
+		t.Errorf("the pod %s was restarted %d times", w.pod, n)
 	}
 	var longest time.Duration
 	last, failed := since, false
 	for i, q := range questions {
 		// A watcher that was not running cannot measure an interruption.
 		if i > 0 && q.asked.Sub(questions[i-1].asked) > time.Second {
-			t.Errorf("the watcher sent no request from %s to %s", questions[i-1].asked, q.asked)
+			t.Errorf("the pod %s sent no request from %s to %s", w.pod, questions[i-1].asked, q.asked)
 		}
 		if q.fails {
 			failed = true

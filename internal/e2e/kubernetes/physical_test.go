@@ -23,14 +23,15 @@ import (
 	"github.com/egress-router/egress-router/internal/netns"
 )
 
-// A physical is the physical network that the node has a NIC on:
+// A physical is the physical network that the first node has a NIC on, and others with plug:
 //
 //	node                     gateway                          outside
-//	nic 192.168.12.10/24 --- lan0 192.168.12.1/24, .7
+//	nic 192.168.12.10/24 --- port-NODE
+//	                         lan0 192.168.12.1/24, .7
 //	                         wan0 198.51.100.1/30 ----------- wan0 198.51.100.2/30
 //	                                                          lo   203.0.113.25, .26, .27, .53, 10.0.0.99
 //
-// The gateway is a firewall that lets only the reserved addresses through to the servers.
+// The ports are those of lan0, a bridge. The gateway is a firewall that lets only the reserved addresses through to the servers.
 // The node has a route to them too, and translates the source of its pods on it: without
 // a router, connections reach the firewall with the node's address and are refused.
 // 192.168.12.7 is an intruder.
@@ -41,6 +42,9 @@ type physical struct {
 	frames           *lab.Capture // on lan0
 	made             bool         // newPhysical created the NIC
 }
+
+// firstPort is the port of lan0 to the first node.
+const firstPort = "port-first"
 
 var (
 	reserved = netip.MustParseAddr("192.168.12.99")
@@ -106,7 +110,6 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 	if err := p.run(node, "", "ip", "link", "show", "dev", nic); err == nil {
 		return p, fmt.Errorf("link %q exists on the node: set E2E_NIC to another name", nic)
 	}
-	file := func(n *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.Fd()) }
 	// A new namespace inherits the machine's IPv4 settings.
 	configure := "sysctl -q -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 net.ipv6.conf.all.disable_ipv6=1 net.ipv4.ip_forward="
 	for _, part := range []struct {
@@ -116,16 +119,18 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 		{p.gateway, configure + "1"},
 		{p.outside, configure + "0"},
 		{node, `
-			ip link add ` + nic + ` type veth peer name lan0 netns ` + file(p.gateway) + `
+			ip link add ` + nic + ` type veth peer name ` + firstPort + ` netns ` + fileOf(p.gateway) + `
 			ip address add 192.168.12.10/24 dev ` + nic + `
 			ip link set ` + nic + ` up
 			ip route add 203.0.113.0/24 via 192.168.12.1`},
 		{p.gateway, `
 			ip link set lo up
+			ip link add lan0 address 02:00:c0:a8:0c:01 type bridge
 			ip address add 192.168.12.1/24 dev lan0
 			ip address add 192.168.12.7/24 dev lan0
 			ip link set lan0 up
-			ip link add wan0 type veth peer name wan0 netns ` + file(p.outside) + `
+			ip link set ` + firstPort + ` master lan0 up
+			ip link add wan0 type veth peer name wan0 netns ` + fileOf(p.outside) + `
 			ip address add 198.51.100.1/30 dev wan0
 			ip link set wan0 up
 			ip route add 203.0.113.0/24 via 198.51.100.2
@@ -175,6 +180,9 @@ func newPhysical(node *netns.Namespace, nic string) (p *physical, err error) {
 	p.frames, err = p.lab.Capture(p.gateway, "lan0")
 	return p, err
 }
+
+// fileOf returns the name of a namespace's file, for programs of the machine.
+func fileOf(n *netns.Namespace) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.Fd()) }
 
 // run runs a program in a namespace.
 func (p *physical) run(in *netns.Namespace, stdin string, args ...string) error {

@@ -83,19 +83,21 @@ func testSeveralRouters(t *testing.T) {
 	want(t, "client", "tcp", podAddress(t, frozenApp)+":8080", "203.0.113.26:80")
 }
 
-// kept returns the number of answers that each connection of the pod keeper has got.
+// kept returns the number of answers that each connection of the pod keeper has got, or of its
+// lives with renew.
 func kept(t *testing.T) int {
 	t.Helper()
 	if p := pod(t, "keeper"); p.Status.ContainerStatuses[0].RestartCount > 0 {
 		t.Fatalf("a connection has broken:\n%s", kubectl(t, "logs", "keeper", "--previous"))
 	}
-	lines := strings.Fields(kubectl(t, "logs", "keeper"))
-	if len(lines) == 0 {
+	line := lastOf(t, "keeper")
+	if line == noLine {
 		return 0
 	}
-	n, err := strconv.Atoi(lines[len(lines)-1])
+	number, _, _ := strings.Cut(line, " ")
+	n, err := strconv.Atoi(number)
 	if err != nil {
-		t.Fatalf("the keeper logs %q", lines[len(lines)-1])
+		t.Fatalf("the keeper logs %q", line)
 	}
 	return n
 }

@@ -37,12 +37,12 @@ func TestStandby(t *testing.T) {
 		}, true},
 	} {
 		t.Run(event.name, func(t *testing.T) {
-			before := holding(t)
+			before := holding(t, "egress-standby")
 			event.cause(before)
 			caused := time.Now()
 			if event.moves {
 				await(t, "another router that holds the address", func() error {
-					if led(t) == before.Status.PodIP {
+					if led(t, "egress-standby") == before.Status.PodIP {
 						return fmt.Errorf("the Service leads to %s", before.Name)
 					}
 					return nil
@@ -56,11 +56,11 @@ func TestStandby(t *testing.T) {
 	}
 }
 
-// led returns the address to which the Service of the routers that stand by leads.
-func led(t *testing.T) string {
+// led returns the address to which a Service of routers that stand by leads.
+func led(t *testing.T, service string) string {
 	t.Helper()
 	var list discoveryv1.EndpointSliceList
-	if err := json.Unmarshal([]byte(kubectl(t, "get", "endpointslices", "-l", discoveryv1.LabelServiceName+"=egress-standby", "-o", "json")), &list); err != nil {
+	if err := json.Unmarshal([]byte(kubectl(t, "get", "endpointslices", "-l", discoveryv1.LabelServiceName+"="+service, "-o", "json")), &list); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range list.Items {
@@ -71,16 +71,16 @@ func led(t *testing.T) string {
 	return ""
 }
 
-// holding returns the pod to which the Service leads.
-func holding(t *testing.T) (found corev1.Pod) {
+// holding returns the pod to which the Service leads. Both have the same name.
+func holding(t *testing.T, name string) (found corev1.Pod) {
 	t.Helper()
 	await(t, "a router that holds the address", func() error {
 		var list corev1.PodList
-		if err := json.Unmarshal([]byte(kubectl(t, "get", "pods", "-l", "name=egress-standby", "-o", "json")), &list); err != nil {
+		if err := json.Unmarshal([]byte(kubectl(t, "get", "pods", "-l", "name="+name, "-o", "json")), &list); err != nil {
 			return err
 		}
 		for _, p := range list.Items {
-			if p.Status.PodIP != "" && p.Status.PodIP == led(t) && p.DeletionTimestamp == nil {
+			if p.Status.PodIP != "" && p.Status.PodIP == led(t, name) && p.DeletionTimestamp == nil {
 				found = p
 				return nil
 			}

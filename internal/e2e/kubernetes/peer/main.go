@@ -9,6 +9,8 @@
 //	                     end with an error if the connection breaks or an answer is late
 //	keep N HOST:PORT     hold N connections, each with a request every 500 ms; print every second the
 //	                     number of answers of the slowest one; end with an error if one breaks
+//	renew N LIFE HOST:PORT  hold N connections likewise, each of which is closed after LIFE and replaced; print
+//	                     every second how often each was, at least, and the number of attempts that failed
 //	receive :PORT        print the datagrams that arrive at the port, with their senders
 //	send HOST:PORT TEXT  send a datagram
 //	set SYSCTL VALUE     set a sysctl, such as net/ipv4/ip_forward
@@ -71,6 +73,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return hold(ctx, stdout, args[1])
 	case len(args) == 3 && args[0] == "keep":
 		return keep(ctx, stdout, args[1], args[2])
+	case len(args) == 4 && args[0] == "renew":
+		return renew(ctx, stdout, args[1], args[2], args[3])
 	case len(args) == 2 && args[0] == "receive":
 		return receive(ctx, stdout, args[1])
 	case len(args) == 3 && args[0] == "send":
@@ -193,6 +197,9 @@ func hold(ctx context.Context, stdout io.Writer, address string) error {
 	}
 }
 
+// keepPace is the time between two requests on a connection of keep or renew.
+const keepPace = 500 * time.Millisecond
+
 // keep waits for each answer as long as it takes: a busy machine is late, and the kernel
 // repeats what is lost.
 func keep(ctx context.Context, stdout io.Writer, number, address string) error {
@@ -207,7 +214,7 @@ func keep(ctx context.Context, stdout io.Writer, number, address string) error {
 			return err
 		}
 		go func() {
-			for replies := bufio.NewReader(conn); ; time.Sleep(500 * time.Millisecond) {
+			for replies := bufio.NewReader(conn); ; time.Sleep(keepPace) {
 				if _, err := who.Ask(conn, replies); err != nil {
 					broken <- err
 					return
@@ -216,6 +223,14 @@ func keep(ctx context.Context, stdout io.Writer, number, address string) error {
 			}
 		}()
 	}
+	return progress(ctx, broken, func() error {
+		_, err := fmt.Fprintln(stdout, least(answers))
+		return err
+	})
+}
+
+// progress calls show every second until ctx ends or a connection breaks.
+func progress(ctx context.Context, broken <-chan error, show func() error) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -224,14 +239,66 @@ func keep(ctx context.Context, stdout io.Writer, number, address string) error {
 			return err
 		case <-time.After(time.Second):
 		}
-		slowest := answers[0].Load()
-		for i := range answers {
-			slowest = min(slowest, answers[i].Load())
-		}
-		if _, err := fmt.Fprintln(stdout, slowest); err != nil {
+		if err := show(); err != nil {
 			return err
 		}
 	}
+}
+
+func least(all []atomic.Int64) int64 {
+	n := all[0].Load()
+	for i := range all {
+		n = min(n, all[i].Load())
+	}
+	return n
+}
+
+// renew tries again if a new connection fails, which an open one must not.
+func renew(ctx context.Context, stdout io.Writer, number, life, address string) error {
+	n, err := strconv.Atoi(number)
+	if err != nil {
+		return err
+	}
+	lives, err := time.ParseDuration(life)
+	if err != nil {
+		return err
+	}
+	renewed, broken := make([]atomic.Int64, n), make(chan error, n)
+	var failed atomic.Int64
+	for i := range n {
+		go func() {
+			// The ends are spread over one life.
+			for wait := lives * time.Duration(i+1) / time.Duration(n); ; wait = lives {
+				err := live(address, wait, &failed)
+				if err != nil {
+					broken <- err
+					return
+				}
+				renewed[i].Add(1)
+			}
+		}()
+	}
+	return progress(ctx, broken, func() error {
+		_, err := fmt.Fprintln(stdout, least(renewed), failed.Load())
+		return err
+	})
+}
+
+// live opens one connection, and closes it after its life.
+func live(address string, life time.Duration, failed *atomic.Int64) error {
+	conn, err := net.DialTimeout("tcp4", address, patience)
+	for ; err != nil; conn, err = net.DialTimeout("tcp4", address, patience) {
+		failed.Add(1)
+		time.Sleep(pace)
+	}
+	defer conn.Close()
+	replies, begin := bufio.NewReader(conn), time.Now()
+	for ; time.Since(begin) < life; time.Sleep(keepPace) {
+		if _, err := who.Ask(conn, replies); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func receive(ctx context.Context, stdout io.Writer, address string) error {
