@@ -37,7 +37,8 @@ type Options struct {
 
 // Unfence returns a function that makes the permit in the kernel of a router whose process has
 // stopped live an hour, if it lives, and so what the fence is for go wrong. A permit lives a few
-// hundredths of a second: the program that changes it is started before.
+// tenths of a second: the program that changes it is started before. The kernel then answers no ARP
+// either: no router claims an address for which a host answers.
 func Unfence(s *lab.Site, node int) (func() error, error) {
 	const script = `flush set netdev egress-router-gate ticket
 delete element netdev egress-router-gate permit { %[1]q }
@@ -49,7 +50,10 @@ add element netdev egress-router-gate permit { %[1]q timeout 1h }
 	}
 	return func() error {
 		err := run(fmt.Sprintf(script, s.MacvlanName))
-		if err != nil && strings.Contains(strings.ToLower(err.Error()), unix.ENOENT.Error()) {
+		if err == nil {
+			return s.SetSysctl(s.Nodes[node].Pod, "net/ipv4/conf/"+s.MacvlanName+"/arp_ignore", "8")
+		}
+		if strings.Contains(strings.ToLower(err.Error()), unix.ENOENT.Error()) {
 			return nil // the gate is shut
 		}
 		return err
