@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/netns"
@@ -50,6 +51,18 @@ func (l *Lab) Serve(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Se
 	defer l.mu.Unlock()
 	l.servers = append(l.servers, s)
 	return s, nil
+}
+
+// Bind calls a function that listens in a namespace, until the address is free: a process that this
+// one starts has the sockets of this one, also those closed meanwhile, until it executes its
+// program, which takes a while on a busy machine.
+func Bind(ns *netns.Namespace, listen func() error) error {
+	for end := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
+		err := ns.Do(listen)
+		if !errors.Is(err, syscall.EADDRINUSE) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 func listen(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, error) {

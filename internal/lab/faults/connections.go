@@ -54,7 +54,7 @@ type connection struct {
 // node. Those that are not idle have a message each pace.
 func Hold(s *lab.Site, node, count int, port uint16, pace time.Duration) (*Connections, error) {
 	c := &Connections{pace: pace, stop: make(chan struct{}), accepted: make(map[net.Conn]bool)}
-	err := s.Server.Do(func() (err error) {
+	err := lab.Bind(s.Server, func() (err error) {
 		c.listener, err = net.Listen("tcp4", netip.AddrPortFrom(lab.Remote[0], port).String())
 		return err
 	})
