@@ -139,7 +139,7 @@ func (t *tunnel) err() error {
 	return t.failed
 }
 
-// carried returns what the tunnel has sent and received.
+// carried returns the counters of the tunnel.
 func carried() (link.Carried, error) {
 	kernel, err := link.Open()
 	if err != nil {

@@ -461,7 +461,7 @@ func (k *Kernel) lead(index, table int, to netip.Addr) error {
 	return nil
 }
 
-// Carried is what the tunnel has sent and received since it was set up.
+// Carried are the counters of a tunnel, since it was set up.
 type Carried struct{ SentPackets, SentBytes, ReceivedPackets, ReceivedBytes uint64 }
 
 // Carried returns the counters of a tunnel with a name; zero: there is none. Bytes include the IP

@@ -153,7 +153,7 @@ const pollInterval = 100 * time.Millisecond
 // is open.
 const permitPolls = 10
 
-// handOverLimit ends a hand-over of which nobody takes the other end.
+// handOverLimit ends a hand-over that no other router takes.
 const handOverLimit = 2 * time.Second
 
 // New returns a Runner that listens for heartbeats, in the network namespace of the calling

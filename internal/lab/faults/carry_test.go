@@ -128,7 +128,7 @@ func TestConnectionsLive(t *testing.T) {
 						t.Errorf("%s: violation: %s", e.name, v)
 					}
 					if time.Now().After(end) {
-						t.Fatalf("%s: nobody has taken over\n%s", e.name, ring.Logs())
+						t.Fatalf("%s: no router has taken over\n%s", e.name, ring.Logs())
 					}
 				}
 				if e.node { // what enters there is lost
@@ -209,7 +209,7 @@ func TestDrain(t *testing.T) {
 		for end := time.Now().Add(limit); ring.Holder() == holder; time.Sleep(time.Millisecond) {
 			ring.Judge()
 			if time.Now().After(end) {
-				t.Fatalf("nobody has taken over\n%s", ring.Logs())
+				t.Fatalf("no router has taken over\n%s", ring.Logs())
 			}
 		}
 		await(t, ring, held, "handed over")

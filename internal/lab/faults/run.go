@@ -188,7 +188,7 @@ type Ring struct {
 	macs     []string
 	captures []*lab.Capture
 	fenced   bool        // routers send nothing with another source than the reserved address
-	leaks    []lab.Frame // what they did send
+	leaks    []lab.Frame // packets that left with another source
 }
 
 // Build makes a site and starts routers and client. Unfenced pods are routers for the
