@@ -87,13 +87,28 @@ func helperRules(f Family, set Set, sides Sides) []Rule {
 	return rules
 }
 
-// A HelperError means that the kernel lacks a helper.
+// Translator returns the module that translates the addresses in the messages that a helper reads,
+// which the kernel does not load by itself: it finds the helper, and leaves the messages as they are
+// (nf_nat_ftp_hook and others, in net/netfilter). Empty: the protocol has none.
+func (h Helper) Translator() string {
+	for module := range strings.FieldsSeq(h.Modules()) {
+		if strings.HasPrefix(module, "nf_nat_") {
+			return module
+		}
+	}
+	return ""
+}
+
+// A HelperError means that the kernel lacks a helper, or only the module that translates its messages.
 type HelperError struct {
 	Helper Helper
-	Err    error
+	Err    error // of the load; nil: the kernel has the helper, and lacks its translator
 }
 
 func (e *HelperError) Error() string {
+	if e.Err == nil {
+		return fmt.Sprintf("the kernel does not translate the messages of %q for %s: module %s is not loaded", e.Helper.Name, e.Helper.Protocol, e.Helper.Translator())
+	}
 	return fmt.Sprintf("the kernel has no conntrack helper %q for %s: %v", e.Helper.Name, e.Helper.Protocol, e.Err)
 }
 
