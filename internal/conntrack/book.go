@@ -229,7 +229,8 @@ func (b *book) ended(r *record, now time.Time) {
 	if !f.over && r.state != 0 {
 		f.state = r.state
 	}
-	outcome := f.outcome(r.protocol, r)
+	at, timeout := b.at(r, now), func(name string) time.Duration { return b.waits.get(name, now) }
+	outcome := f.outcome(r.protocol, r, at, timeout)
 	if !f.before {
 		f.line.fail(r, outcome, now)
 	}
@@ -239,7 +240,7 @@ func (b *book) ended(r *record, now time.Time) {
 	e := f.end()
 	e.Outcome = outcome
 	if e.Timed = f.known; f.known {
-		last := f.last(r.protocol, r, b.at(r, now), func(name string) time.Duration { return b.waits.get(name, now) })
+		last := f.last(r.protocol, r, at, timeout)
 		e.Duration = max(last-f.began, 0)
 	}
 	b.emit(e, r.key, f)

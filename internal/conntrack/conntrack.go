@@ -189,6 +189,11 @@ func (t *Tracker) open(o Options) error {
 	if t.events, err = openSocket(groups...); err != nil {
 		return &KernelError{"subscribe to conntrack events", err}
 	}
+	// Without its module the kernel subscribes, and sends nothing (nfnetlink_bind in
+	// net/netfilter/nfnetlink.c).
+	if _, _, err := t.Fill(); err != nil {
+		return err
+	}
 	if o.Passive {
 		return nil
 	}

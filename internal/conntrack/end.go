@@ -105,12 +105,16 @@ func over(p rules.Protocol, state uint8) bool {
 	return p == rules.TCP && (state == tcpTimeWait || state == tcpClose) || p == sctp && state == sctpClosed
 }
 
-// outcome returns how a connection ended, from its last record.
-func (f *flow) outcome(p rules.Protocol, r *record) Outcome {
+// outcome returns how a connection ended, from its last record, which is from the time at.
+func (f *flow) outcome(p rules.Protocol, r *record, at time.Duration, timeout func(string) time.Duration) Outcome {
 	answered := r.status&statusSeenReply != 0
 	switch {
 	case p == rules.TCP && !answered && f.state == tcpClose && (r.PacketsIn > 0 || !f.accounted):
 		return Refused
+	case p == rules.TCP && !answered && r.state == 0 && r.PacketsIn > 0:
+		return Refused // a reset is no answer, and ends the connection at once (nf_conntrack_tcp_packet)
+	case p == rules.TCP && !answered && r.state == 0 && !f.accounted:
+		return "" // refused or unanswered
 	case !answered:
 		return Unanswered
 	case p == rules.TCP && f.state == tcpClose:
@@ -124,7 +128,13 @@ func (f *flow) outcome(p rules.Protocol, r *record) Outcome {
 	case r.left > 0:
 		return Removed
 	case (p == rules.TCP || p == sctp) && f.state == 0:
-		return "" // the kernel does not send it (before Linux 5.10), and events were lost
+		return "" // the kernel does not send it with the end, as Linux 5.10, and events were lost
+	case (p == rules.TCP || p == sctp) && r.state == 0 && f.known:
+		// Such a kernel does not send the time that was left, either. The last packet came after the
+		// last change. A timeout that the kernel shortened is not seen.
+		if names := timeoutNames(p, f.state, r.status); len(names) > 0 && at-timeout(names[0]) < f.changed {
+			return Removed
+		}
 	}
 	return Expired
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -20,6 +21,7 @@ func TestOutcomeOfBook(t *testing.T) {
 	const synSent, established, finWait = 1, 3, 4
 	const answered, assured = statusSeenReply, statusSeenReply | statusAssured
 	const s = time.Second
+	const stateless = ", its end without a state" // as Linux 5.10 sends it
 	type change struct {
 		after time.Duration // since the begin
 		state uint8
@@ -54,6 +56,11 @@ func TestOutcomeOfBook(t *testing.T) {
 		"icmp":                            {unix.IPPROTO_ICMP, []change{{0, 0}}, answered, 0, 32 * s, Expired, 2 * s},
 		"another protocol":                {unix.IPPROTO_GRE, []change{{0, 0}}, answered, 0, 602 * s, Expired, 2 * s},
 		"tcp, unknown state":              {rules.TCP, []change{{0, 0}}, assured, 0, 60 * s, "", 60 * s},
+		"removed" + stateless:             {rules.TCP, []change{{0, established}}, assured, 0, 3600 * s, Removed, 3300 * s},
+		"removed at once" + stateless:     {rules.TCP, []change{{0, established}}, assured, 0, 60 * s, Removed, 0},
+		"idle" + stateless:                {rules.TCP, []change{{0, established}}, assured, 0, 5*24*time.Hour + 60*s, Expired, 60 * s},
+		"refused" + stateless:             {rules.TCP, []change{{0, synSent}}, 0, 0, s, Refused, 0},
+		"unanswered" + stateless:          {rules.TCP, []change{{0, synSent}}, 0, 0, 127 * s, Unanswered, 7 * s},
 		"shorter than its timeout by far": {rules.UDP, []change{{0, 0}}, assured, 0, 5 * s, Expired, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -66,6 +73,9 @@ func TestOutcomeOfBook(t *testing.T) {
 			}}
 			r := entry(1, 4)
 			r.protocol, r.status = test.protocol, test.status
+			if test.want == Unanswered {
+				r.PacketsIn, r.BytesIn = 0, 0
+			}
 			for i, c := range test.changes {
 				r.state = c.state
 				b.now = begin.Add(c.after)
@@ -76,6 +86,9 @@ func TestOutcomeOfBook(t *testing.T) {
 				}
 			}
 			r.left = test.left
+			if strings.HasSuffix(name, stateless) {
+				r.state = 0
+			}
 			b.now = begin.Add(test.end)
 			b.end(r)
 			if got := b.ends[0]; got.Outcome != test.want || !got.Timed || got.Duration != test.duration {

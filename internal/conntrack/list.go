@@ -26,6 +26,7 @@ type Connection struct {
 	// Began is the time of the first packet, the zero Time unless the kernel keeps times of
 	// connections (nf_conntrack_timestamp).
 	Began time.Time
+	Left  time.Duration // until the kernel removes the entry, unless a packet comes
 }
 
 // tcpStates are the names of the states of TCP connections, by their numbers
@@ -66,7 +67,7 @@ func (r *record) connection() Connection {
 	c := Connection{
 		Protocol: r.protocol, Replied: r.status&statusSeenReply != 0, Closed: r.closed(), Redirected: r.status&statusDNAT != 0,
 		Client: r.client.addrPort(), Local: r.local.addrPort(), Server: r.server.addrPort(), Reserved: r.reserved.addrPort(),
-		Accounted: r.accounted, Traffic: r.Traffic,
+		Accounted: r.accounted, Traffic: r.Traffic, Left: r.left,
 	}
 	if r.protocol == rules.TCP && int(r.state) < len(tcpStates) {
 		c.State = tcpStates[r.state]

@@ -100,7 +100,7 @@ type record struct {
 	state            uint8 // of TCP or SCTP; 0: unknown
 	Traffic
 	// left is the time that the kernel would have kept an entry that was deleted, in
-	// whole seconds (since Linux 5.10); 0: it expired.
+	// whole seconds; 0: it expired, or the kernel does not send it, as Linux 5.10.
 	left time.Duration
 	// at is the time of an event, as far as the kernel sends it, in Unix nanoseconds.
 	// It sends both times only with nf_conntrack_timestamp. For the end of an entry it
