@@ -17,6 +17,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -29,11 +31,14 @@ const (
 	// atomic writes to a pipe are not torn by those of other processes: PIPE_BUF, in
 	// bytes (pipe(7)).
 	atomicSize = 4096
-	// stalled is the time without a written line after which Flush gives up: a reader
-	// that works empties a pipe within milliseconds.
+	// stalled is the time without a written line after which Flush gives up, if the log is
+	// full: a reader that works empties a pipe within milliseconds.
 	stalled = time.Second
 	// lingering is the total limit of Flush, for a slow reader.
 	lingering = 5 * time.Second
+	// starved is the total limit of Flush while the log has room: a busy machine does not
+	// let the writing goroutine run, and what waits may be the reason why the program ends.
+	starved = 30 * time.Second
 	// retry is the pause before a write to a full pipe that another process made
 	// non-blocking.
 	retry = 10 * time.Millisecond
@@ -118,16 +123,38 @@ func (w *Writer) Dropped() (lines uint64, losing bool, changed time.Time) {
 
 // Flush waits until all queued lines are written, as long as a reader reads.
 func (w *Writer) Flush() {
-	end := time.After(lingering)
+	begin := time.Now()
 	for !w.empty() {
+		waits := false
 		select {
 		case <-w.progress:
 		case <-time.After(stalled):
-			return
-		case <-end:
+			waits = true
+		}
+		took := time.Since(begin)
+		if took >= starved || (waits || took >= lingering) && w.full() {
 			return
 		}
 	}
+}
+
+// full reports whether the log takes no lines now: poll(2) does not find a pipe writable that
+// lacks room for PIPE_BUF bytes. Of a log that is no file it is not known, and assumed.
+func (w *Writer) full() bool {
+	file, is := w.out.(syscall.Conn)
+	if !is {
+		return true
+	}
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return true
+	}
+	full := true
+	_ = conn.Control(func(fd uintptr) { // fails if it is closed, and nothing can be written
+		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0) //nolint:gosec // a descriptor
+		full = ready == 0 && err == nil
+	})
+	return full
 }
 
 func (w *Writer) empty() bool {

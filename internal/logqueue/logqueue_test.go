@@ -164,6 +164,74 @@ func TestFlush(t *testing.T) {
 	})
 }
 
+// A starvedPipe is a pipe whose writes begin late, as if the machine did not let their thread run.
+type starvedPipe struct {
+	*os.File
+	runs chan struct{}
+}
+
+func (s starvedPipe) Write(b []byte) (int, error) {
+	<-s.runs
+	return s.File.Write(b)
+}
+
+// Flush waits for a goroutine that does not get to write while the log has room, and not for one whose
+// log is full.
+func TestFlushOfBusyMachine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		from, to, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer from.Close()
+		defer to.Close()
+		p := starvedPipe{to, make(chan struct{})}
+		w := New(p)
+		w.Start(note)
+		flush := func(late time.Duration, before func()) time.Duration {
+			_, _ = io.WriteString(w, "the reason\n")
+			begin := time.Now()
+			go func() {
+				time.Sleep(late)
+				before()
+				p.runs <- struct{}{}
+			}()
+			w.Flush()
+			took := time.Since(begin)
+			time.Sleep(late) // the write has begun
+			synctest.Wait()
+			return took
+		}
+		if took := flush(10*stalled, func() {}); took != 10*stalled {
+			t.Errorf("with a late write it took %s, want %s", took, 10*stalled)
+		}
+		if took := flush(2*starved, func() {}); took != starved {
+			t.Errorf("with a write that is later it took %s, want %s", took, starved)
+		}
+		fill(t, to)
+		if took := flush(10*stalled, func() { _ = from.Close() }); took != stalled {
+			t.Errorf("with a full log it took %s, want %s", took, stalled)
+		}
+		w.end()
+	})
+}
+
+// fill writes to a pipe until it is full.
+func fill(t *testing.T, to *os.File) {
+	t.Helper()
+	conn, err := to.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Control(func(fd uintptr) {
+		for err == nil {
+			_, err = unix.Write(int(fd), make([]byte, atomicSize))
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A program that ends by itself waits for the reader of its log.
 func TestDirect(t *testing.T) {
 	from, to := io.Pipe()
