@@ -55,15 +55,6 @@ func TestLinearWork(t *testing.T) {
 		}
 		return time.Duration(used.Nano())
 	}
-	least := func(do func()) time.Duration {
-		took := time.Hour
-		for range 7 {
-			begun := processor()
-			do()
-			took = min(took, processor()-begun)
-		}
-		return took
-	}
 	names := func(n int) string {
 		var list strings.Builder
 		for i := range n {
@@ -84,17 +75,29 @@ func TestLinearWork(t *testing.T) {
 			"a switch":           func(f fields) { f.withoutNamed() },
 			"announced trailers": func(f fields) { _, _, _ = f.announcedTrailers() },
 		} {
-			took := func(n int) time.Duration {
+			// sample returns what measures the work for n fields once.
+			sample := func(n int) func() time.Duration {
 				h := newHeadReader(1 << 20)
-				defer h.free()
+				t.Cleanup(h.free)
 				_, header, err := h.read(bufio.NewReader(strings.NewReader(text(n)+"\r\n")), nil, nil)
 				if err != nil {
 					t.Fatal(err)
 				}
 				copied := slices.Clone(header)
-				return least(func() { copy(copied, header); do(copied) })
+				return func() time.Duration {
+					copy(copied, header)
+					begun := processor()
+					do(copied)
+					return processor() - begun
+				}
 			}
-			if part, whole := took(1000), took(16000); whole > 80*part {
+			// The kernel adds the work of interrupts to the time of the thread: the least counts.
+			takePart, takeWhole := sample(1000), sample(16000)
+			part, whole := time.Hour, time.Hour
+			for i := 0; i < 7 || whole > 80*part && i < 1000; i++ {
+				part, whole = min(part, takePart()), min(whole, takeWhole())
+			}
+			if whole > 80*part {
 				t.Errorf("%s, %s: %v, but a sixteenth takes %v", name, work, whole, part)
 			}
 		}

@@ -47,7 +47,7 @@ import (
 // lockSeconds is the longest wait, in seconds, for the xtables lock, which the
 // legacy flavour takes (iptables(8), --wait). Other programs, and the restore of the other
 // family, hold it well under a second, but a node that is busy can delay them for many.
-const lockSeconds = 30
+const lockSeconds = 60
 
 // directories contain iptables in most distributions. They are searched after
 // PATH, which may lack them in a container or for a user.

@@ -98,7 +98,7 @@ func fewSpellings() []spelling {
 
 // eachSpellingInTurn runs a test in a fresh pod with each form, in the short variant with one
 // kind of iptables, another for the next form; the last form, with all differences, has both.
-func eachSpellingInTurn(t *testing.T, test func(p *labtest.Pod, path string, calls func(string) int)) {
+func eachSpellingInTurn(t *testing.T, spellings []spelling, test func(p *labtest.Pod, path string, calls func(string) int)) {
 	if nstest.Long() {
 		eachSpelling(t, spellings, test)
 		return
@@ -129,7 +129,7 @@ func eachSpelling(t *testing.T, spellings []spelling, test func(p *labtest.Pod, 
 // A second run recognises the rules of the first in any printed form, and so do runs
 // with a changed list.
 func TestSecondRunInOtherFormChangesNothing(t *testing.T) {
-	eachSpellingInTurn(t, func(p *labtest.Pod, path string, calls func(string) int) {
+	eachSpellingInTurn(t, spellings, func(p *labtest.Pod, path string, calls func(string) int) {
 		for _, list := range []string{labtest.Example()["EGRESS_DESTINATION"], tree(), "80 tcp 203.0.113.26 443\n"} {
 			p.Env["EGRESS_DESTINATION"] = list
 			by(p, path, func() { p.OK() })
@@ -153,7 +153,7 @@ func TestSecondRunInOtherFormChangesNothing(t *testing.T) {
 // A router that stays finds nothing to repair, learns the form once, and starts no
 // program while nothing changes the rules.
 func TestRouterWithOtherFormRepairsNothing(t *testing.T) {
-	eachSpelling(t, fewSpellings(), func(p *labtest.Pod, path string, calls func(string) int) {
+	eachSpellingInTurn(t, fewSpellings(), func(p *labtest.Pod, path string, calls func(string) int) {
 		p.Env["EGRESS_DESTINATION"] = tree()
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
 		p.Env["EGRESS_HEALTH_INTERVAL"] = "10ms"
@@ -298,7 +298,7 @@ func TestDamageInOtherFormIsRepaired(t *testing.T) {
 // A failed run restores the rules of an earlier list, of which it has only the printed
 // form.
 func TestRollbackLoadsPrintedForm(t *testing.T) {
-	eachSpelling(t, fewSpellings(), func(p *labtest.Pod, path string, _ func(string) int) {
+	eachSpellingInTurn(t, fewSpellings(), func(p *labtest.Pod, path string, _ func(string) int) {
 		p.Env["EGRESS_ROUTER_BACKEND"] = "iptables"
 		p.Env["EGRESS_DESTINATION"] = tree()
 		p.OK()
@@ -400,7 +400,7 @@ func TestRemainingScratchChainsAreRemoved(t *testing.T) {
 // one iptables-restore start, one iptables-save in every later run, one
 // iptables-restore repairs.
 func TestRenderedFormNeedsNoCanary(t *testing.T) {
-	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachFlavourInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465" // a rule of the plan, in every mode
 		path, calls := spelled(p, spelling{})
 		// want checks the calls since the last one, the same in both families.

@@ -39,9 +39,10 @@ type Server struct {
 	conns  map[net.Conn]struct{}
 }
 
-// Serve starts a server in ns for proto, "tcp" or "udp". The address must be an address
-// of ns, not the unspecified one: a UDP server would not know its own address of a
-// datagram, and could answer from another one. The server ends with the lab or with Close.
+// Serve starts a server in ns for proto, "tcp", "udp" or, if the kernel has it, "sctp". The
+// address must be an address of ns, not the unspecified one: a UDP server would not know its own
+// address of a datagram, and could answer from another one. The server ends with the lab or with
+// Close.
 func (l *Lab) Serve(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, error) {
 	s, err := listen(ns, proto, addr)
 	if err != nil {
@@ -84,11 +85,7 @@ func listen(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, er
 			s.serving.Go(func() { s.answerDatagrams(conn) })
 			return nil
 		}
-		// Go listens with Multipath TCP since 1.24, whose options tests do not expect in
-		// captured frames.
-		var config net.ListenConfig
-		config.SetMultipathTCP(false)
-		listener, err := config.Listen(context.Background(), network, addr.String())
+		listener, err := listenStream(network, addr)
 		if err != nil {
 			return err
 		}
@@ -100,6 +97,18 @@ func listen(ns *netns.Namespace, proto string, addr netip.AddrPort) (*Server, er
 		return nil, err
 	}
 	return s, nil
+}
+
+// listenStream listens in the calling thread's namespace.
+func listenStream(network string, addr netip.AddrPort) (net.Listener, error) {
+	if strings.HasPrefix(network, "sctp") {
+		return listenSCTP(addr)
+	}
+	// Go listens with Multipath TCP since 1.24, whose options tests do not expect in captured
+	// frames.
+	var config net.ListenConfig
+	config.SetMultipathTCP(false)
+	return config.Listen(context.Background(), network, addr.String())
 }
 
 // Close stops the server: new connections are refused, existing ones end. It returns when
@@ -214,6 +223,10 @@ func dial(ctx context.Context, ns *netns.Namespace, proto string, addr netip.Add
 	}
 	var conn net.Conn
 	err = ns.Do(func() (err error) {
+		if proto == "sctp" {
+			conn, err = dialSCTP(ctx, addr)
+			return err
+		}
 		// For an address, not a name, Dialer creates the socket on the calling goroutine,
 		// and so in ns.
 		var d net.Dialer
@@ -243,7 +256,7 @@ func ReadAnswer(r *bufio.Reader) (Answer, error) {
 // network returns package net's name for a protocol and the family of an address. Without
 // the family, net would use IPv6 sockets for IPv4 addresses.
 func network(proto string, addr netip.AddrPort) (string, error) {
-	if proto != "tcp" && proto != "udp" {
+	if proto != "tcp" && proto != "udp" && proto != "sctp" {
 		return "", net.UnknownNetworkError(proto)
 	}
 	if addr.Addr().Is4() {

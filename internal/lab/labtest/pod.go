@@ -86,6 +86,15 @@ func EachFlavour(t *testing.T, o lab.Options, test func(*Pod)) {
 	each(t, o, test, IptablesNFT, IptablesLegacy)
 }
 
+// EachFlavourInTurn is EachBackendInTurn with the kinds of iptables.
+func EachFlavourInTurn(t *testing.T, n int, o lab.Options, test func(*Pod)) {
+	if nstest.Long() {
+		EachFlavour(t, o, test)
+		return
+	}
+	each(t, o, test, []Backend{IptablesNFT, IptablesLegacy}[n%2])
+}
+
 func each(t *testing.T, o lab.Options, test func(*Pod), backends ...Backend) {
 	run := func(name, grammar string, b Backend) {
 		t.Run(name, func(t *testing.T) {
@@ -302,6 +311,21 @@ func (p *Pod) Dial(from *netns.Namespace, proto string, addr netip.AddrPort) net
 	return conn
 }
 
+// Open opens a connection to a server of the lab and reads its answer: the connection is
+// quiet from here on. A server that sends later, under rules that do not have the
+// connection, opens a tracked connection of its own (nf_conntrack_tcp_loose).
+func (p *Pod) Open(from *netns.Namespace, proto string, addr netip.AddrPort) (net.Conn, *bufio.Reader) {
+	p.Helper()
+	conn := p.Dial(from, proto, addr)
+	_ = conn.SetReadDeadline(time.Now().Add(Patience))
+	r := bufio.NewReader(conn)
+	if _, err := lab.ReadAnswer(r); err != nil {
+		p.Fatalf("the answer of %s: %v", addr, err)
+	}
+	_ = conn.SetReadDeadline(time.Time{})
+	return conn, r
+}
+
 // Serve starts a server of the lab. If the address was in use before, the former
 // listener may last a little longer: a process that another test starts has a copy
 // until execve(2).
@@ -322,16 +346,16 @@ func (p *Pod) Serve(ns *netns.Namespace, proto, addr string) *lab.Server {
 // Until waits for a condition.
 func (p *Pod) Until(what string, holds func() bool) {
 	p.Helper()
-	if !poll(holds) {
+	if !Poll(holds) {
 		p.Fatalf("timeout after %v: %s", Patience, what)
 	}
 }
 
-// poll asks until an answer is true, and returns false after Patience. The pauses grow with
+// Poll asks until an answer is true, and returns false after Patience. The pauses grow with
 // the wait, so that it ends at most a quarter late, and the questions, of which some start
 // processes, take no processor from what they ask about.
-func poll(holds func() bool) bool {
-	const shortest, longest = time.Millisecond, 50 * time.Millisecond
+func Poll(holds func() bool) bool {
+	const shortest, longest = time.Millisecond, 250 * time.Millisecond
 	for begin := time.Now(); ; {
 		asked := time.Now()
 		if holds() {

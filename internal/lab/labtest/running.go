@@ -104,7 +104,7 @@ func (r *Running) AwaitAfter(last, text string) {
 func (r *Running) Settle(want string) {
 	r.Helper()
 	var got string
-	if !poll(func() bool {
+	if !Poll(func() bool {
 		var err error
 		if got, err = r.state(); err != nil {
 			got = err.Error() // such as a table that was replaced meanwhile
