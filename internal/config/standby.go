@@ -29,6 +29,13 @@ type Peers struct {
 	APIServer string   // host and port; empty: there is none
 }
 
+// Listed reports whether the other routers are a list of addresses, of which a router needs no
+// look-up: a name may lag behind them.
+func (p Peers) Listed() bool {
+	isName := func(name string) bool { _, err := netip.ParseAddr(name); return err != nil }
+	return !slices.ContainsFunc(p.Names, isName)
+}
+
 // mostPriority is the highest value of EGRESS_STANDBY_PRIORITY. The other limits are those of
 // package election.
 const mostPriority = 255
@@ -300,7 +307,11 @@ func (c *Config) parseEndpoints(name, apiServer string) *Error {
 func (c *Config) parseKey(file string, readFile func(string) ([]byte, error)) *Error {
 	const variable = "EGRESS_STANDBY_KEY_FILE"
 	if file == "" {
-		c.Warnings = append(c.Warnings, "heartbeats are not authenticated: any pod can end the service of this address; set "+variable)
+		able := fmt.Sprintf("any pod that reaches UDP port %d can end the service of this address", heartbeatPort)
+		if c.Peers.Listed() {
+			able = "a pod that has or forges an address of EGRESS_STANDBY_PEERS can end the service of this address, or any pod if only this router's is there"
+		}
+		c.Warnings = append(c.Warnings, "heartbeats are not authenticated: "+able+"; set "+variable)
 		return nil
 	}
 	content, err := readFile(file)

@@ -115,6 +115,17 @@ func TestStandbyWithoutKey(t *testing.T) {
 	if err != nil || c.Peers.Key != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "EGRESS_STANDBY_KEY_FILE") {
 		t.Errorf("key %q, warnings %q, %v", c.Peers.Key, c.Warnings, err)
 	}
+	for peers, want := range map[string]string{
+		"routers.egress":          "heartbeats are not authenticated: any pod that reaches UDP port 9467 can end the service of this address; set EGRESS_STANDBY_KEY_FILE",
+		"10.0.0.1,routers.egress": "heartbeats are not authenticated: any pod that reaches UDP port 9467 can end the service of this address; set EGRESS_STANDBY_KEY_FILE",
+		"10.0.0.1,10.0.0.2":       "heartbeats are not authenticated: a pod that has or forges an address of EGRESS_STANDBY_PEERS can end the service of this address, or any pod if only this router's is there; set EGRESS_STANDBY_KEY_FILE",
+	} {
+		env.StandbyPeers = peers
+		c, err := Parse(env, keyFile)
+		if diff := cmp.Diff([]string{want}, c.Warnings); diff != "" || err != nil {
+			t.Errorf("peers %s: %v, warnings (-want +got):\n%s", peers, err, diff)
+		}
+	}
 }
 
 func TestStandbyFaults(t *testing.T) {

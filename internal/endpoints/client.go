@@ -22,6 +22,15 @@ import (
 // connectTimeout is the time for a TCP connection and the TLS handshake.
 const connectTimeout = time.Second
 
+// besideAfter is the time without an answer after which another attempt begins beside the first
+// one: of a request, on another connection, and of a connection, from another port. The path of a
+// kept connection may have ended with a node, and the address of the API server lead to several of
+// which one has. The kernel itself repeats a lost SYN after a second (RFC 6298, section 2.1).
+const besideAfter = 200 * time.Millisecond
+
+// errNoAnswer reports that the API server was silent. Waiting for it has cost the server nothing.
+var errNoAnswer = errors.New("no answer")
+
 // largest is the limit of an answer in bytes. The API server's limit of an object is 3 MiB.
 const largest = 4 << 20
 
@@ -35,14 +44,17 @@ const absentVersion = "1"
 type client struct {
 	o         Options
 	transport *http.Transport
-	connect   time.Duration // time for a connection: connectTimeout, but for tests
 	timeout   time.Duration // for one request
+
+	// connectTimeout, besideAfter and that of a net.Dialer, but for tests.
+	connect, beside time.Duration
+	dialTCP         func(d *net.Dialer, ctx context.Context, network, server string) (net.Conn, error)
 }
 
 func newClient(o Options) *client {
-	c := &client{o: o, connect: connectTimeout}
+	c := &client{o: o, connect: connectTimeout, beside: besideAfter, dialTCP: (*net.Dialer).DialContext}
 	// The proxy of the environment is for servers outside of the cluster.
-	c.transport = &http.Transport{DialTLSContext: c.dial}
+	c.transport = &http.Transport{DialTLSContext: c.dial, MaxIdleConnsPerHost: 1}
 	return c
 }
 
@@ -60,7 +72,11 @@ func (c *client) dial(ctx context.Context, network, server string) (net.Conn, er
 	if !roots.AppendCertsFromPEM(pem) {
 		return nil, fmt.Errorf("reading %q: expected a certificate, found none", file)
 	}
-	d := tls.Dialer{NetDialer: &net.Dialer{Timeout: c.connect}, Config: &tls.Config{RootCAs: roots}}
+	host, _, err := net.SplitHostPort(server)
+	if err != nil {
+		return nil, err
+	}
+	d := new(net.Dialer)
 	// From the cluster side: the default route leads to the physical network.
 	if to, err := netip.ParseAddrPort(server); err == nil {
 		family := ipv4
@@ -68,10 +84,69 @@ func (c *client) dial(ctx context.Context, network, server string) (net.Conn, er
 			family = ipv6
 		}
 		if from := address(c.o.Addresses, family); from.IsValid() {
-			d.NetDialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+			d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
 		}
 	}
-	return d.DialContext(ctx, network, server)
+	ctx, cancel := context.WithTimeout(ctx, c.connect)
+	defer cancel()
+	conn, err := sideBySide(ctx, c.beside, int(c.connect/c.beside), func(error) bool { return false }, func(ctx context.Context) (net.Conn, error) {
+		return c.dialTCP(d, ctx, network, server)
+	}, func(late net.Conn) { _ = late.Close() })
+	if err == nil {
+		secure := tls.Client(conn, &tls.Config{RootCAs: roots, ServerName: host})
+		if err = secure.HandshakeContext(ctx); err == nil {
+			return secure, nil
+		}
+		_ = conn.Close()
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("no connection in %s: %w", c.connect, errNoAnswer)
+	}
+	return nil, err
+}
+
+// sideBySide returns the first result of several attempts, or the last error. Another attempt
+// begins after each time beside without a result, up to most. An error that final accepts is a
+// result. It passes to closeLate what later attempts return.
+func sideBySide[T any](ctx context.Context, beside time.Duration, most int, final func(error) bool, attempt func(context.Context) (T, error), closeLate func(T)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	most = max(most, 1)
+	results := make(chan result, most)
+	begun, ended := 0, 0
+	begin := func() {
+		begun++
+		go func() {
+			value, err := attempt(ctx)
+			results <- result{value, err}
+		}()
+	}
+	defer func() {
+		go func() {
+			for ; ended < begun; ended++ {
+				if r := <-results; r.err == nil {
+					closeLate(r.value)
+				}
+			}
+		}()
+	}()
+	ticker := time.NewTicker(beside)
+	defer ticker.Stop()
+	for begin(); ; {
+		select {
+		case r := <-results:
+			ended++
+			if r.err == nil || final(r.err) || ended == begun {
+				return r.value, r.err
+			}
+		case <-ticker.C:
+			if begun < most {
+				begin()
+			}
+		}
+	}
 }
 
 // service reads a Service.
@@ -134,33 +209,40 @@ func (r request) group() string {
 	return ""
 }
 
+// requestAttempts is the number of attempts side by side of a request. A patch may arrive twice: it
+// is bound to a revision, so that the API server refuses the second one (409).
+const requestAttempts = 2
+
 // do sends a request and decodes the answer. Every error names the request.
 func (c *client) do(ctx context.Context, r request, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	if err := c.send(ctx, r, answer); err != nil {
-		if _, refused := errors.AsType[*statusError](err); refused {
-			return err
-		}
-		if errors.Is(err, context.DeadlineExceeded) {
-			err = fmt.Errorf("no answer in %s", c.timeout)
-		}
-		if op, ok := errors.AsType[*net.OpError](err); ok {
-			op.Source = nil // its port makes each failure another one
-		}
-		return fmt.Errorf("API server %s, %s %s %q: %w", c.o.Server, r.verb, r.resource, r.name, err)
+	refused := func(err error) bool { _, is := errors.AsType[*statusError](err); return is }
+	body, err := sideBySide(ctx, c.beside, requestAttempts, refused, func(ctx context.Context) ([]byte, error) { return c.send(ctx, r) }, func([]byte) {})
+	if err == nil {
+		err = json.Unmarshal(body, answer)
 	}
-	return nil
+	if err == nil || refused(err) {
+		return err
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("%w in %s", errNoAnswer, c.timeout)
+	}
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		op.Source = nil // its port makes each failure another one
+	}
+	return fmt.Errorf("API server %s, %s %s %q: %w", c.o.Server, r.verb, r.resource, r.name, err)
 }
 
-func (c *client) send(ctx context.Context, r request, answer any) error {
+// send sends a request, and returns the body of the answer.
+func (c *client) send(ctx context.Context, r request) ([]byte, error) {
 	token, err := c.read("token")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	namespace, err := c.read("namespace")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	at := url.URL{Scheme: "https", Host: c.o.Server, Path: "/api/v1"}
 	if r.group() != "" {
@@ -173,27 +255,29 @@ func (c *client) send(ctx context.Context, r request, answer any) error {
 	}
 	q, err := http.NewRequestWithContext(ctx, method, at.String(), strings.NewReader(r.body))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	q.Header.Set("Authorization", "Bearer "+token)
 	q.Header.Set("Accept", "application/json")
 	q.Header.Set("User-Agent", manager)
+	// Not sent: the transport repeats the request if a kept connection turns out to be closed.
+	q.Header["Idempotency-Key"] = nil
 	if r.body != "" {
 		q.Header.Set("Content-Type", "application/apply-patch+yaml") // JSON is YAML
 	}
 	a, err := c.transport.RoundTrip(q)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer a.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(a.Body, largest))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if a.StatusCode < 200 || a.StatusCode > 299 {
-		return newStatusError(c.o.Server, r, a, body)
+		return nil, newStatusError(c.o.Server, r, a, body)
 	}
-	return json.Unmarshal(body, answer)
+	return body, nil
 }
 
 // A statusError is an answer of the API server that refuses a request.

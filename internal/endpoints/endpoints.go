@@ -22,8 +22,10 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
@@ -57,6 +59,10 @@ const (
 	// After a failure the next attempt comes after leastDelay, which doubles up to mostDelay.
 	leastDelay = 100 * time.Millisecond
 	mostDelay  = 5 * time.Second
+
+	// urgentDelay is the longest delay of a holder to which the Service does not lead yet: clients
+	// go to a router that may be gone.
+	urgentDelay = time.Second
 
 	// The time for one request is leastTimeout, and doubles with each failure, to 8 s: a
 	// server that is dead delays a take-over by a second, and one that is slow still serves.
@@ -102,7 +108,9 @@ type role struct {
 	held  bool
 	began time.Time
 
-	written map[string]written // by the name of a slice; used by Run alone
+	// Used by Run alone.
+	written map[string]written // by the name of a slice
+	led     bool               // an attempt of the holder has succeeded
 }
 
 // A written slice is one that this router wrote, and the API server confirmed.
@@ -174,13 +182,17 @@ func (w *Writer) Run(ctx context.Context) {
 			return
 		}
 		if err == nil {
-			failures = 0
+			failures, r.led = 0, r.held
 		} else {
 			failures++
-			w.service = nil // read everything again
+			// A role that ended during a read leaves to the next one what was read before, unless that
+			// is the absence of a slice: nothing distinguishes it from a later one.
+			if absent := slices.Contains(slices.Collect(maps.Values(w.found)), revision{}); r.ctx.Err() == nil || absent {
+				w.service = nil // read everything again
+			}
 		}
 		w.note(r, err)
-		timer := time.NewTimer(w.delay(failures, err))
+		timer := time.NewTimer(w.delay(r.held && !r.led, failures, err))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -192,19 +204,27 @@ func (w *Writer) Run(ctx context.Context) {
 	}
 }
 
-// delay returns the time until the next attempt, after a number of failures in a row.
-func (w *Writer) delay(failures int, err error) time.Duration {
+// delay returns the time until the next attempt, after a number of failures in a row. It is urgent
+// until the Service leads to the holder.
+func (w *Writer) delay(urgent bool, failures int, err error) time.Duration {
 	if failures == 0 {
 		return w.look
 	}
 	if failures == 1 && hasCode(err, http.StatusConflict) {
 		return 0 // a write by another client came in between
 	}
-	delay := leastDelay << min(failures-1, 10)
+	delay, most := leastDelay<<min(failures-1, 10), mostDelay
+	if urgent {
+		most = urgentDelay
+		if errors.Is(err, errNoAnswer) {
+			most = leastDelay // it has taken a second or more
+		}
+	}
+	delay = min(delay, most)
 	if refused, ok := errors.AsType[*statusError](err); ok {
 		delay = max(delay, refused.retryAfter)
 	}
-	return min(delay, mostDelay)
+	return delay
 }
 
 // attempt reads the Service and its slices, and writes what the holder has to write.
@@ -232,7 +252,6 @@ func (w *Writer) attempt(ctx context.Context, r *role) error {
 
 // read reads the Service, and the versions of its slices.
 func (w *Writer) read(ctx context.Context) error {
-	w.service = nil
 	s, err := w.api.service(ctx, w.o.Service)
 	if err != nil {
 		return err
@@ -271,6 +290,9 @@ func (w *Writer) write(ctx context.Context, r *role) error {
 		r.written[name] = written{now, content}
 		w.found[name] = now
 		w.wrote(r)
+	}
+	if len(failed) > 0 {
+		w.service = nil // one may have been written all the same
 	}
 	return errors.Join(failed...)
 }

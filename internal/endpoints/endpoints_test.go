@@ -436,28 +436,35 @@ func TestForbidden(t *testing.T) {
 	}
 }
 
-// The time until the next attempt doubles, and is at least what the server asks for.
+// The time until the next attempt doubles, and is at least what the server asks for. A holder to
+// which the Service does not lead yet waits a second at most, and hardly at all for a silent server.
 func TestDelay(t *testing.T) {
 	w := New(Options{})
 	fault := errors.New("fault")
-	conflict, slow := &statusError{code: http.StatusConflict}, &statusError{code: http.StatusTooManyRequests, retryAfter: time.Second}
+	conflict, slow := &statusError{code: http.StatusConflict}, &statusError{code: http.StatusTooManyRequests, retryAfter: 2 * time.Second}
+	silent := fmt.Errorf("%w in 1s", errNoAnswer)
 	for _, c := range []struct {
-		failures int
-		err      error
-		want     time.Duration
+		failures     int
+		err          error
+		want, urgent time.Duration
 	}{
-		{0, nil, lookEvery},
-		{1, fault, 100 * time.Millisecond},
-		{2, fault, 200 * time.Millisecond},
-		{6, fault, 3200 * time.Millisecond},
-		{7, fault, 5 * time.Second},
-		{1000000, fault, 5 * time.Second},
-		{1, conflict, 0},
-		{2, conflict, 200 * time.Millisecond},
-		{1, slow, time.Second},
-		{6, slow, 3200 * time.Millisecond},
+		{0, nil, lookEvery, lookEvery},
+		{1, fault, 100 * time.Millisecond, 100 * time.Millisecond},
+		{2, fault, 200 * time.Millisecond, 200 * time.Millisecond},
+		{6, fault, 3200 * time.Millisecond, time.Second},
+		{7, fault, 5 * time.Second, time.Second},
+		{1000000, fault, 5 * time.Second, time.Second},
+		{1, silent, 100 * time.Millisecond, 100 * time.Millisecond},
+		{6, silent, 3200 * time.Millisecond, 100 * time.Millisecond},
+		{1, conflict, 0, 0},
+		{2, conflict, 200 * time.Millisecond, 200 * time.Millisecond},
+		{1, slow, 2 * time.Second, 2 * time.Second},
+		{6, slow, 3200 * time.Millisecond, 2 * time.Second},
 	} {
-		if got := w.delay(c.failures, c.err); got != c.want {
+		if got := w.delay(true, c.failures, c.err); got != c.urgent {
+			t.Errorf("urgent delay(%d, %v) = %s, want %s", c.failures, c.err, got, c.urgent)
+		}
+		if got := w.delay(false, c.failures, c.err); got != c.want {
 			t.Errorf("delay(%d, %v) = %s, want %s", c.failures, c.err, got, c.want)
 		}
 	}

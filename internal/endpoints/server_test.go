@@ -58,8 +58,18 @@ const plain = `{"metadata": {"namespace": "egress", "uid": "uid-service"}, "spec
 
 func newServer(t *testing.T) *server {
 	t.Helper()
+	return newServerAt(t, nil)
+}
+
+// newServerAt returns a server at a listener; nil: one of the loopback network.
+func newServerAt(t *testing.T, l net.Listener) *server {
+	t.Helper()
 	s := &server{t: t, changed: make(chan struct{}), service: plain, slices: map[string]*slice{}, versions: 100, token: "first", clients: map[string]bool{}}
 	s.http = httptest.NewUnstartedServer(s)
+	if l != nil {
+		s.http.Listener.Close()
+		s.http.Listener = l
+	}
 	s.http.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
 	s.http.StartTLS()
 	t.Cleanup(s.http.Close)
@@ -258,7 +268,7 @@ func (s *server) start(addresses string, adapt ...func(*Writer)) *running {
 	}
 	o.Pod, o.Node = "pod-"+addresses, "node-"+addresses
 	r.Writer = New(o)
-	r.look, r.timeout, r.api.connect = never, patience, patience
+	r.look, r.timeout, r.api.connect, r.api.beside = never, patience, patience, never
 	for _, f := range adapt {
 		f(r.Writer)
 	}
