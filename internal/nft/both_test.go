@@ -356,9 +356,9 @@ func draw(c rules.Chain, n int, random *rand.Rand) (all []rules.Rule) {
 // for each bit of the mark. Plans with other targets have a few rules.
 func generate(t *testing.T) (plans []rules.Plan) {
 	t.Helper()
-	// In the short variant, each match alone and a third of the pairs, another third for
+	// In the short variant, each match alone and a sixth of the pairs, another sixth for
 	// the next chain.
-	perChain, perPlan, share := 5, len(rules.Reasons), 3 // plans, and rules in each
+	perChain, perPlan, share := 2, len(rules.Reasons), 6 // plans, and rules in each
 	if nstest.Long() {
 		perChain, share = 40, 1
 	}

@@ -42,7 +42,9 @@ const GateTable = "egress-router-gate"
 // a link-local address always leave, unless these advertise a reserved address.
 //
 // A kernel without the egress hook of netdev (Linux 5.16, CONFIG_NETFILTER_EGRESS) has the rules
-// behind the translation of sources, where they see no ARP and no packet socket.
+// behind the translation of sources, where they see no ARP and no packet socket, and a packet that
+// has passed them may wait for the link or the hardware address of its next hop. ARP is to be
+// answered by a process (arp.ListenRequests), not by the kernel.
 //
 // All methods work in the calling thread's network namespace.
 type Gate struct {

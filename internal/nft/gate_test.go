@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
 	"github.com/egress-router/egress-router/internal/netns"
 	"github.com/egress-router/egress-router/internal/netns/nstest"
 	"github.com/egress-router/egress-router/internal/nft"
@@ -75,13 +76,40 @@ func gates(ticket, permit time.Duration) map[string]nft.Gate {
 	return all
 }
 
-// eachGate runs a test with each gate, loaded before the addresses are there.
+// eachGate runs a test with each gate, loaded before the addresses are there. A kernel without the
+// egress hook refuses one with it.
 func eachGate(t *testing.T, ticket, permit time.Duration, test func(*gated)) {
+	has, known := labtest.HasNetdevEgress(t)
 	for name, g := range gates(ticket, permit) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if known && !has && !g.WithoutEgress {
+				wantNoHook(t, g)
+				return
+			}
 			test(newGated(t, g))
 		})
+	}
+}
+
+// wantNoHook checks that a gate is not loaded, and leaves nothing.
+func wantNoHook(t *testing.T, gate nft.Gate) {
+	t.Helper()
+	l, err := lab.New(lab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	opened := gate.Open()
+	defer opened.Close()
+	if err := l.Router.Do(opened.Load); !errors.Is(err, unix.EOPNOTSUPP) {
+		t.Errorf("loading a gate with the egress hook: error %v, want %v", err, unix.EOPNOTSUPP)
+	}
+	var left bytes.Buffer
+	list := exec.Command("nft", "list", "ruleset")
+	list.Stdout = &left
+	if err := l.Run(l.Router, list); err != nil || left.Len() > 0 {
+		t.Errorf("a gate that is not loaded leaves %q, error %v", &left, err)
 	}
 }
 

@@ -34,7 +34,8 @@ type Gate struct {
 	Mark           uint32
 	Ticket, Permit time.Duration // time for an answer, and that it permits
 	// Partial: the kernel cannot hold back ARP, so that it has to leave requests for the
-	// addresses unanswered.
+	// addresses unanswered, in any role: it would answer on after the end of the process, which
+	// answers them itself.
 	Partial bool
 	// Steers is the interface whose packets are marked while the gate is shut; empty: none.
 	Steers               string
@@ -44,7 +45,7 @@ type Gate struct {
 // WithRole returns what the namespace shall be in a role.
 func (w Want) WithRole(role Role) Want {
 	w.Role = role
-	w.Network.Silent = w.Gate != nil && w.Gate.Partial && role != Active
+	w.Network.Silent = w.Gate != nil && w.Gate.Partial
 	return w
 }
 

@@ -87,7 +87,7 @@ func (n Network) answering() setting {
 		s = arp(n.Interface, "arp_ignore", noAddress)
 		s.effect = "two routers answer ARP for the reserved addresses"
 	} else {
-		s.right = func(have Sysctls) bool { return right(have) && (!n.Shared || have[s.sysctl] != noAddress) }
+		s.right = func(have Sysctls) bool { return right(have) && have[s.sysctl] != noAddress } // of a former run
 	}
 	return s
 }
