@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -17,8 +18,8 @@ type Ports struct{ First, Last uint16 }
 
 func (p Ports) String() string { return fmt.Sprintf("%d-%d", p.First, p.Last) }
 
-// meets reports whether both ranges have a port.
-func (p Ports) meets(other Ports) bool {
+// Meets reports whether both ranges have a port.
+func (p Ports) Meets(other Ports) bool {
 	return p.Last != 0 && other.Last != 0 && p.First <= other.Last && other.First <= p.Last
 }
 
@@ -26,7 +27,7 @@ func (p Ports) meets(other Ports) bool {
 type Carry struct {
 	// Peers are the routers of the look-up whose heartbeats have a range of ports, by
 	// their addresses. A router that is not heard any more stays one: it may carry on without its
-	// process.
+	// process. So does one that the look-up lacks, while it is heard.
 	Peers []CarryPeer
 	// Toward is the one of Peers that holds the addresses, or would take them next; the zero
 	// Addr: there is none.
@@ -53,15 +54,18 @@ func (p *peers) carry(own Ports, active bool, fresh time.Duration, before Carry)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var all []CarryPeer
-	for _, a := range p.known {
+	for _, a := range slices.AppendSeq(slices.Clone(p.known), maps.Keys(p.kept)) {
+		if !p.isPeer(a) {
+			continue
+		}
 		if ports := p.ports[a]; ports.Last != 0 && a.Is4() && a != p.own.Addr() {
 			all = append(all, CarryPeer{a, ports})
 		}
 	}
 	slices.SortFunc(all, func(a, b CarryPeer) int { return a.Address.Compare(b.Address) })
-	all = slices.Compact(all)
+	all = p.withoutFormer(slices.Compact(all), own)
 	for _, peer := range all {
-		clashes := own.meets(peer.Ports) || slices.ContainsFunc(all, func(o CarryPeer) bool { return o.Address != peer.Address && o.Ports.meets(peer.Ports) })
+		clashes := own.Meets(peer.Ports) || slices.ContainsFunc(all, func(o CarryPeer) bool { return o.Address != peer.Address && o.Ports.Meets(peer.Ports) })
 		switch {
 		case clashes:
 			c.Clash = append(c.Clash, peer)
@@ -97,6 +101,26 @@ func (p *peers) carry(own Ports, active bool, fresh time.Duration, before Carry)
 	return c
 }
 
+// formerAfter is the time without heartbeats after which a router gives way to one with its ports: a
+// pod that replaces another one has them too, from another address.
+const formerAfter = time.Second
+
+// withoutFormer returns the routers without those that are silent and whose ports are those of one that
+// was heard later, or of this router. p.mu is locked.
+func (p *peers) withoutFormer(all []CarryPeer, own Ports) (left []CarryPeer) {
+	last := make(map[netip.Addr]time.Time, len(all))
+	for _, h := range p.heard {
+		last[h.Address] = h.Heard
+	}
+	for _, peer := range all {
+		replaced := own.Meets(peer.Ports) || slices.ContainsFunc(all, func(o CarryPeer) bool { return o.Ports.Meets(peer.Ports) && last[o.Address].After(last[peer.Address]) })
+		if !replaced || time.Since(last[peer.Address]) <= formerAfter {
+			left = append(left, peer)
+		}
+	}
+	return left
+}
+
 // watchCarry tells Options.Carry of the latest change, in an order of its own: the kernel's
 // lock of all interfaces can be held for long.
 func (r *Runner) watchCarry(ctx context.Context) {
@@ -121,7 +145,7 @@ func (r *Runner) carry() {
 	r.mu.Lock()
 	before := r.status.Carry
 	r.mu.Unlock()
-	c := r.peers.carry(r.o.Ports, r.machine.State() == election.Active, r.o.Settings.Detection(), before)
+	c := r.peers.carry(r.o.Ports, r.machine.State() == election.Active && !r.ended, r.o.Settings.Detection(), before)
 	// Those of an earlier run stay for as long as a router that is not heard.
 	if c.equal(before) && (r.reported || time.Since(r.start) < forgetAfter) {
 		return
@@ -145,6 +169,11 @@ func (r *Runner) carry() {
 // drainPolls is the number of poll intervals after which a router that carries what is left
 // counts it: a count reads the connections of all network namespaces.
 const drainPolls = 10
+
+// IdleAfter is the time without a packet after which the log names a connection that drains as idle. Its
+// client may have vanished, or be a session that goes on later: the kernel cannot know which, and a
+// drain waits for either.
+const IdleAfter = 5 * time.Minute
 
 // drain carries until the connections that enter by this router have ended, no other router holds
 // the addresses or could take them over any more, as if all of them are drained, or Cut. Its
@@ -192,7 +221,7 @@ func (r *Runner) drain() {
 // drained reports whether no connection is left. An error is none: there is no reason to wait
 // for what is not known.
 func (r *Runner) drained(first bool, begin time.Time) bool {
-	n, err := r.o.Open()
+	n, idle, err := r.o.Open()
 	r.mu.Lock()
 	r.status.Left = n
 	r.mu.Unlock()
@@ -212,7 +241,11 @@ func (r *Runner) drained(first bool, begin time.Time) bool {
 		r.mu.Lock()
 		r.status.Draining = true
 		r.mu.Unlock()
-		r.o.Log.Info("draining connections", "connections", n)
+		r.o.Log.Info("draining connections", "connections", n, "idle", idle)
+	case idle == n && !r.idle:
+		r.o.Log.Warn("draining idle connections", "connections", n, "idle_for", IdleAfter.String(),
+			"effect", "their clients may have vanished: the router waits until they end, or the grace period does", "hint", "a second SIGTERM ends the router at once")
 	}
+	r.idle = idle == n
 	return false
 }

@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -14,7 +15,7 @@ import (
 	"github.com/egress-router/egress-router/internal/election"
 )
 
-// Only routers of the look-up that have said their ports are peers, and none whose ports are
+// Only routers of the look-up that have sent their ports are peers, and none whose ports are
 // another one's. Who holds is the way; without a holder it is the last one.
 func TestCarryPeers(t *testing.T) {
 	address := func(n byte) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, n}) }
@@ -55,8 +56,116 @@ func TestCarryPeers(t *testing.T) {
 	say(4, election.Active, 100, Ports{4001, 5000})
 	say(2, election.Standby, 100, Ports{1500, 3000})
 	want("own ports", false, Carry{Peers: []CarryPeer{{address(3), third}, {address(4), Ports{4001, 5000}}}, Toward: address(4), Clash: []CarryPeer{{address(2), Ports{1500, 3000}}}})
+	sequence -= 3 // overtaken on its way, or sent again
+	say(4, election.Standby, 0, Ports{4001, 4500})
+	sequence += 3
+	want("an old heartbeat", false, Carry{Peers: []CarryPeer{{address(3), third}, {address(4), Ports{4001, 5000}}}, Toward: address(4), Clash: []CarryPeer{{address(2), Ports{1500, 3000}}}})
 	p.known = p.known[:1]
 	want("looked up again", false, Carry{Peers: []CarryPeer{{address(4), Ports{4001, 5000}}}, Toward: address(4)})
+}
+
+// An answer of the look-up that lacks a router does not end what is exchanged with it while its
+// heartbeats arrive: those of the same process, or of any with the key. A router that is silent for
+// long is no peer any more then, and another pod with its address is none.
+func TestPeerOfFormerAnswerStays(t *testing.T) {
+	holder, other := netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")
+	for _, key := range []string{"", "0123456789abcdef"} {
+		synctest.Test(t, func(t *testing.T) {
+			p := &peers{own: netip.MustParseAddrPort("10.0.0.1:9467"), key: []byte(key), detection: 3 * election.DefaultInterval, heard: map[uint64]*heard{}, ports: map[netip.Addr]Ports{}}
+			sequence := uint32(0)
+			hear := func(id uint64) {
+				sequence++
+				if p.from(id, holder) {
+					p.note(election.Heartbeat{ID: id, Sequence: sequence, State: election.Active, Healthy: true, FirstPort: 2000, LastPort: 3000}, election.DefaultInterval)
+				}
+			}
+			carries := func(when string, want bool) {
+				t.Helper()
+				c := p.carry(Ports{1024, 1999}, false, p.detection, Carry{})
+				if is := slices.Equal(c.Peers, []CarryPeer{{holder, Ports{2000, 3000}}}) && c.Toward == holder; is != want || !want && len(c.Peers) > 0 {
+					t.Errorf("key %q, %s: %+v", key, when, c)
+				}
+			}
+			hear(2)
+			p.know([]netip.Addr{other})
+			carries("it never was in an answer", false)
+			p.know([]netip.Addr{holder, other})
+			hear(2)
+			carries("it is in the answer", true)
+			for _, answer := range [][]netip.Addr{{other}, {}, {other}} {
+				p.know(answer)
+				carries("an answer lacks it", true)
+				hear(2)
+				carries("it is heard", true)
+			}
+			p.know([]netip.Addr{other, holder})
+			time.Sleep(time.Hour)
+			carries("silent, in the answer", true)
+			hear(2)
+			p.know([]netip.Addr{other})
+			time.Sleep(forgetAfter)
+			carries("silent for a while", true)
+			hear(2)
+			time.Sleep(forgetAfter / 2)
+			hear(9)
+			carries("another process has its address", key != "")
+			p.know([]netip.Addr{other})
+			hear(9)
+			carries("another answer", key != "")
+			time.Sleep(forgetAfter + 1)
+			carries("silent", false)
+			p.know([]netip.Addr{other})
+			hear(9)
+			carries("heard again", false)
+			if missing, _ := p.missing(); slices.Contains(missing, holder) {
+				t.Errorf("missing %v", missing)
+			}
+		})
+	}
+}
+
+// A pod that replaces another one has its ports, from another address, which an answer of the look-up
+// can have for a while: the silent one gives way. Two that are heard are a fault.
+func TestFormerPodGivesWay(t *testing.T) {
+	former, next := netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")
+	synctest.Test(t, func(t *testing.T) {
+		p := &peers{own: netip.MustParseAddrPort("10.0.0.1:9467"), detection: 3 * election.DefaultInterval, heard: map[uint64]*heard{}, ports: map[netip.Addr]Ports{}}
+		p.know([]netip.Addr{former, next})
+		ports, sequence := Ports{2000, 3000}, uint32(0)
+		hear := func(a netip.Addr) {
+			sequence++
+			id := uint64(a.As4()[3])
+			p.from(id, a)
+			p.note(election.Heartbeat{ID: id, Sequence: sequence, FirstPort: ports.First, LastPort: ports.Last}, election.DefaultInterval)
+		}
+		carries := func(when string, own Ports, clash int, want ...netip.Addr) {
+			t.Helper()
+			c := p.carry(own, false, p.detection, Carry{})
+			var got []netip.Addr
+			for _, peer := range c.Peers {
+				got = append(got, peer.Address)
+			}
+			if !slices.Equal(got, want) || len(c.Clash) != clash {
+				t.Errorf("%s: %+v", when, c)
+			}
+		}
+		own := Ports{1024, 1999}
+		hear(former)
+		carries("one", own, 0, former)
+		time.Sleep(time.Millisecond)
+		hear(next)
+		carries("both are heard", own, 2)
+		time.Sleep(formerAfter + 1)
+		carries("both are silent", own, 0, next)
+		hear(next)
+		carries("the next one is heard", own, 0, next)
+		p.know([]netip.Addr{next})
+		carries("the answer lacks the former", own, 0, next)
+		carries("the ports of this router, heard", ports, 1)
+		time.Sleep(formerAfter + 1)
+		carries("the ports of this router, silent", ports, 0)
+		carries("silent", own, 0, next)
+	})
 }
 
 // A change is passed on, the latest one, and once.
@@ -99,19 +208,8 @@ func TestDrainEnds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				// Nobody reads here: a read from the network would keep the time of the test from passing.
-				p, err := listenPeers(Options{Listen: netip.MustParseAddrPort("127.0.0.1:0")})
-				if err != nil {
-					t.Fatal(err)
-				}
+				p, hear := onePeer(t)
 				defer p.close()
-				p.own = p.conn.LocalAddr().(*net.UDPAddr).AddrPort()
-				peer := netip.MustParseAddr("127.0.0.2")
-				p.know([]netip.Addr{peer})
-				hear := func(state election.State) {
-					p.from(2, peer)
-					p.note(election.Heartbeat{ID: 2, Sequence: 1, State: state, Healthy: state == election.Active, FirstPort: 2000, LastPort: 3000}, election.DefaultInterval)
-				}
 				hear(election.Active)
 				var log strings.Builder
 				counted := 0
@@ -121,7 +219,7 @@ func TestDrainEnds(t *testing.T) {
 				}
 				r.o = Options{
 					Settings: election.Settings{Interval: election.DefaultInterval, ID: 1}, Ports: Ports{1024, 1999}, Carry: func(Carry) {},
-					Open: func() (int, error) {
+					Open: func() (int, int, error) {
 						switch test.ends {
 						case "silent":
 						case "all drain":
@@ -132,7 +230,7 @@ func TestDrainEnds(t *testing.T) {
 						if counted++; counted == first && test.ends == "cut" {
 							r.Cut()
 						}
-						return test.left(counted), nil
+						return test.left(counted), 0, nil
 					},
 					Log: slog.New(slog.NewTextHandler(&log, nil)),
 				}
@@ -162,4 +260,56 @@ func TestDrainEnds(t *testing.T) {
 			})
 		})
 	}
+}
+
+// onePeer returns peers of which one is known, and a function that notes a heartbeat of it. A read
+// from the network would keep the time of a test from passing.
+func onePeer(t *testing.T) (p *peers, hear func(election.State)) {
+	t.Helper()
+	p, err := listenPeers(Options{Listen: netip.MustParseAddrPort("127.0.0.1:0")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.own = p.conn.LocalAddr().(*net.UDPAddr).AddrPort()
+	peer := netip.MustParseAddr("127.0.0.2")
+	p.know([]netip.Addr{peer})
+	sequence := uint32(0)
+	return p, func(state election.State) {
+		sequence++
+		p.from(2, peer)
+		p.note(election.Heartbeat{ID: 2, Sequence: sequence, State: state, Healthy: state == election.Active, FirstPort: 2000, LastPort: 3000}, election.DefaultInterval)
+	}
+}
+
+// The log has the number of idle connections at the begin of a drain, and a line when only such ones
+// are left, again after one was not idle. It waits for them.
+func TestDrainOfIdleConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, hear := onePeer(t)
+		defer p.close()
+		var log strings.Builder
+		counts := [][2]int{{3, 1}, {3, 2}, {2, 2}, {2, 2}, {2, 1}, {2, 2}, {1, 1}, {0, 0}}
+		r := &Runner{
+			peers: p, machine: election.New(election.Settings{Interval: election.DefaultInterval, ID: 1}, 0), start: time.Now(),
+			events: make(chan election.Event), carried: make(chan struct{}, 1), cut: make(chan struct{}),
+		}
+		r.o = Options{
+			Settings: election.Settings{Interval: election.DefaultInterval, ID: 1}, Ports: Ports{1024, 1999}, Carry: func(Carry) {},
+			Open: func() (int, int, error) {
+				hear(election.Active)
+				now := counts[0]
+				counts = counts[1:]
+				return now[0], now[1], nil
+			},
+			Log: slog.New(slog.NewTextHandler(&log, nil)),
+		}
+		hear(election.Active)
+		r.drain()
+		if len(counts) > 0 || !strings.Contains(log.String(), `msg="draining connections" connections=3 idle=1`) || !strings.Contains(log.String(), "connections drained") {
+			t.Errorf("%d counts left, log:\n%s", len(counts), &log)
+		}
+		if n := strings.Count(log.String(), `msg="draining idle connections" connections=2 idle_for=5m0s`); n != 2 {
+			t.Errorf("%d lines of idle connections, want 2:\n%s", n, &log)
+		}
+	})
 }

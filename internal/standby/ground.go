@@ -48,12 +48,16 @@ type sockets struct {
 	index    int
 	mac      [6]byte
 	stations []*arp.Station // one for each family
+	asked    *arp.Station   // for the addresses of IPv4; nil: the kernel answers
 	echoes   *packet.Conn
 }
 
 func (s *sockets) close() {
 	for _, station := range s.stations {
 		station.Close()
+	}
+	if s.asked != nil {
+		s.asked.Close()
 	}
 	if s.echoes != nil {
 		s.echoes.Close()
@@ -160,6 +164,14 @@ func (g *ground) join(index int, mac [6]byte) (*sockets, error) {
 		s.stations = append(s.stations, station)
 		g.reading.Go(func() { g.readNeighbours(station, first) })
 	}
+	if addresses := g.o.Sources.Of(false).Addresses(); g.o.Answers && len(addresses) > 0 {
+		asked, err := arp.ListenRequests(index, addresses, g.o.Mark)
+		if err != nil {
+			return s, err
+		}
+		s.asked = asked
+		g.reading.Go(func() { g.answer(asked, index, mac) })
+	}
 	// The gate lets no reply pass: nothing in the pod has asked for it.
 	c, err := packet.Listen(index, packet.All, echoFilter(g.o.Witness))
 	if err != nil {
@@ -224,6 +236,32 @@ func (g *ground) readNeighbours(s *arp.Station, first spec.Source) {
 			g.post(election.Event{Kind: election.Defended, MAC: mac})
 		}
 	}
+}
+
+// answer answers ARP requests for the addresses.
+func (g *ground) answer(s *arp.Station, index int, mac [6]byte) {
+	for {
+		p, err := s.Receive()
+		if err != nil {
+			return // as in readNeighbours
+		}
+		if frame := g.reply(p, index, mac); frame != nil {
+			_ = s.Send(frame) // lost, as others are on the network: the host asks again
+		}
+	}
+}
+
+// reply returns the answer to an ARP request, or nil unless the kernel's gate is open: a process that
+// was stopped, and has lost the addresses meanwhile, does not answer what it reads late.
+func (g *ground) reply(p arp.Packet, index int, mac [6]byte) []byte {
+	if left, err := g.o.Gate(index).Left(); err != nil || left == 0 {
+		return nil
+	}
+	frame, err := p.Answer(mac[:])
+	if err != nil { // no request of a host
+		return nil
+	}
+	return frame
 }
 
 // readEchoes passes on the answers of the witness.

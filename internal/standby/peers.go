@@ -35,6 +35,7 @@ type peers struct {
 
 	mu      sync.Mutex
 	known   []netip.Addr             // of the look-up
+	kept    map[netip.Addr]uint64    // routers that an answer of the look-up lacks, and that were heard; see stays
 	since   map[netip.Addr]time.Time // when an address of known became one, or was heard last
 	heard   map[uint64]*heard
 	active  time.Time // last heartbeat of an active router
@@ -122,7 +123,7 @@ func (p *peers) from(id uint64, address netip.Addr) bool {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	isKnown := func(a netip.Addr) bool { return slices.Contains(p.known, a) }
+	isKnown := p.isPeer
 	known := isKnown(address)
 	if p.only && !known && len(p.known) > 0 {
 		return false
@@ -174,14 +175,14 @@ func (p *peers) yield(isKnown func(netip.Addr) bool, may func(*heard) bool) bool
 	return true
 }
 
-// note keeps what a router says.
+// note keeps the latest state of a router.
 func (p *peers) note(h election.Heartbeat, interval time.Duration) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	have := p.heard[h.ID]
-	if have == nil {
-		return
+	if have == nil || have.sequence != 0 && int32(h.Sequence-have.sequence) <= 0 { //nolint:gosec // numbers begin again after the highest one
+		return // of a router that is forgotten, or one that another overtook, or that was sent again
 	}
 	// A number that is not the next one: some were lost, unless the router has started again.
 	if missing := h.Sequence - have.sequence - 1; have.sequence != 0 && missing < uint32(forgetAfter/interval) { //nolint:gosec // at most 1000
@@ -198,7 +199,7 @@ func (p *peers) note(h election.Heartbeat, interval time.Duration) {
 		p.since[have.Address] = now
 	}
 	// The first look-up may come later. Of others, which may be anybody's, only some are kept.
-	if h.LastPort != 0 && (slices.Contains(p.known, have.Address) || len(p.ports) < mostPeers) {
+	if h.LastPort != 0 && (p.isPeer(have.Address) || len(p.ports) < mostPeers) {
 		p.ports[have.Address] = Ports{h.FirstPort, h.LastPort}
 	}
 	have.Peer = Peer{Address: have.Address, State: h.State, Priority: h.Priority, Healthy: h.Healthy, MAC: h.MAC, Heard: now}
@@ -280,11 +281,44 @@ func (p *peers) missing() (list []netip.Addr, last Unkeyed) {
 	return list, p.unkeyed
 }
 
+// isPeer reports whether a router has an address, by the look-up. p.mu is locked.
+func (p *peers) isPeer(a netip.Addr) bool {
+	return slices.Contains(p.known, a) || p.stays(a)
+}
+
+// stays reports whether the router at an address is still heard that the look-up had: an answer can
+// lack one for a while. It is the same process, or has the key: an address can be another pod's soon.
+// p.mu is locked.
+func (p *peers) stays(a netip.Addr) bool {
+	process, kept := p.kept[a]
+	if !kept {
+		return false
+	}
+	for id, h := range p.heard {
+		if h.Address == a && (id == process || len(p.key) > 0) {
+			return time.Since(h.arrived) <= forgetAfter
+		}
+	}
+	return false
+}
+
+// keep keeps the routers of the look-up that the next answer lacks. p.mu is locked.
+func (p *peers) keep(answer []netip.Addr) {
+	kept := make(map[netip.Addr]uint64)
+	for id, h := range p.heard {
+		if p.isPeer(h.Address) && !slices.Contains(answer, h.Address) {
+			kept[h.Address] = id
+		}
+	}
+	p.kept = kept
+}
+
 // know keeps the addresses of the look-up.
 func (p *peers) know(addresses []netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	before, now := p.since, time.Now()
+	p.keep(addresses)
 	p.known = slices.DeleteFunc(slices.Clone(addresses), func(a netip.Addr) bool { return a == p.own.Addr() })
 	p.since = make(map[netip.Addr]time.Time, len(p.known))
 	for _, a := range p.known {
@@ -293,7 +327,7 @@ func (p *peers) know(addresses []netip.Addr) {
 			p.since[a] = since
 		}
 	}
-	maps.DeleteFunc(p.ports, func(a netip.Addr, _ Ports) bool { return !slices.Contains(p.known, a) })
+	maps.DeleteFunc(p.ports, func(a netip.Addr, _ Ports) bool { return !p.isPeer(a) })
 }
 
 // has reports whether a router has a hardware address.

@@ -39,6 +39,9 @@ type Options struct {
 	Witness   netip.Addr           // that answers pings; of the family of the first source
 	Gate      func(index int) Gate // of the interface with an index
 	Mark      uint32               // of the gate
+	// Answers: the kernel does not answer ARP for the addresses, since the gate could not hold that
+	// back. The Runner does while the gate is open.
+	Answers bool
 
 	Listen    netip.AddrPort // own address on the cluster side, and the port of heartbeats
 	Peers     Lookup
@@ -59,9 +62,10 @@ type Options struct {
 	// packets; nil: with none.
 	Ports Ports
 	Carry func(Carry)
-	// Open returns the number of connections that enter by this router and have not ended. After
-	// the hand-over Run goes on carrying until there are none; nil: it returns at once.
-	Open func() (int, error)
+	// Open returns the number of connections that enter by this router and have not ended, and how
+	// many of them have had no packet for IdleAfter. After the hand-over Run goes on carrying until
+	// there are none; nil: it returns at once.
+	Open func() (open, idle int, err error)
 
 	Log *slog.Logger
 }
@@ -134,6 +138,7 @@ type Runner struct {
 
 	ready, ended bool
 	reported     bool // Options.Carry was called
+	idle         bool // all connections that drain were idle at the last count
 	polls        int
 	cause        string // why the current claim began
 	last         election.Heartbeat
@@ -241,7 +246,18 @@ func (r *Runner) Run(ctx context.Context) {
 	if err := r.shut(); err != nil {
 		r.trouble(err)
 	}
+	r.standDown()
 	r.drain()
+}
+
+// standDown ends the role, which a hand-over leaves that no other router has taken in time.
+func (r *Runner) standDown() {
+	r.mu.Lock()
+	role := r.status.Role
+	r.mu.Unlock()
+	if r.ended = true; role != election.Standby {
+		r.became(election.Action{From: role, To: election.Standby, Reason: "leaving"})
+	}
 }
 
 // Cut makes Run return after the hand-over, although connections are left.

@@ -42,6 +42,22 @@ func TestGap(t *testing.T) {
 	}
 }
 
+// A router whose hand-over no other one takes in time does not count as the holder while it drains.
+func TestStandsDown(t *testing.T) {
+	all, _ := between(t, "")
+	var roles []election.State
+	r := &Runner{
+		o:     Options{Log: slog.New(slog.DiscardHandler), Changed: func(role election.State) { roles = append(roles, role) }},
+		peers: all[0], status: Status{Role: election.Active},
+	}
+	for range 2 {
+		r.standDown()
+		if role := r.status.Role; role != election.Standby || len(roles) != 1 || roles[0] != election.Standby || !r.ended {
+			t.Errorf("role %s, changes %v", role, roles)
+		}
+	}
+}
+
 // A router whose gate cannot be shut has given the addresses up all the same: it sends no ping any
 // more, so that the kernel shuts it, and whoever acts on its role learns that.
 func TestRoleWithoutShut(t *testing.T) {
