@@ -87,8 +87,9 @@ func (l nodeLog) write(at level, texts []string) error {
 	}
 	for _, text := range texts {
 		line := l.format(at, text)
-		if size > 0 && size+int64(len(line)) >= maxLog {
-			// Another call that waits for the lock finds the file renamed.
+		for size > 0 && size+int64(len(line)) >= maxLog {
+			// Another call that waits for the lock finds the file renamed. Others may have filled
+			// the next one before this call has it.
 			err = unix.Renameat(int(dir.Fd()), name, int(dir.Fd()), name+".old")
 			_ = f.Close() // everything is written
 			if err != nil {
