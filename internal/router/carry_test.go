@@ -14,7 +14,7 @@ import (
 // then quiet; nothing of it remains after its removal, nor with a configuration without it.
 func TestCarry(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 1, lab.Options{}, func(p *labtest.Pod) {
 		h := p.Handle(p.Lab.Router)
 		if err := h.LinkSetUp(p.Link(h, p.Lab.MacvlanName)); err != nil { // a set interface stays up
 			p.Fatal(err)
@@ -55,7 +55,7 @@ func TestCarry(t *testing.T) {
 // another program has removed its rules, or the tunnel's link.
 func TestCarryLeft(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 2, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		rules, carry := p.Tool("ip", "rule"), map[string]string{
 			"EGRESS_STANDBY": "true", "EGRESS_STANDBY_PEERS": lab.ClientAddr.String(), "EGRESS_STANDBY_CARRY": "vxlan", "EGRESS_STANDBY_INTERVAL": "500ms",

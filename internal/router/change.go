@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/egress-router/egress-router/internal/arp"
 	"github.com/egress-router/egress-router/internal/conntrack"
 	"github.com/egress-router/egress-router/internal/link"
@@ -410,6 +412,12 @@ func (c *change) load(ctx context.Context, s plan.Load) error {
 	}
 	undo, err := c.rules.Apply(ctx, s.Rules)
 	c.have.Changed = c.have.Changed || undo != nil
+	if err == nil && !c.watches { // a router that stays keeps what works
+		if err = checkTranslators(s.Rules.Helpers); err != nil {
+			c.done.add(undo)
+			return err
+		}
+	}
 	if err == nil {
 		c.done.add(undo)
 		c.have.Loaded, c.first = &s.Rules, !held
@@ -491,7 +499,11 @@ func (c *change) forget() {
 		return true
 	})
 	if err != nil {
-		c.router.Log.Warn("stale connections not deleted", "error", err)
+		attributes := []any{"error", err, "effect", "connections of former rules go on"}
+		if errors.Is(err, unix.EINVAL) { // of the subsystem that is missing (nfnetlink_rcv_msg in net/netfilter/nfnetlink.c)
+			attributes = append(attributes, "hint", (&conntrack.KernelError{Err: err}).Hint(c.router.Names))
+		}
+		c.router.Log.Warn("stale connections not deleted", attributes...)
 	} else if n > 0 {
 		c.router.Log.Info("stale connections deleted", "number", n)
 	}

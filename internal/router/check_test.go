@@ -18,7 +18,12 @@ const nothingMissing = "nothing is missing"
 // missingSteps runs plan --kernel, which changes nothing, and returns its output.
 func missingSteps(p *labtest.Pod) string {
 	p.Helper()
-	before := p.State()
+	return missingStepsOf(p, p.State())
+}
+
+// missingStepsOf is missingSteps in a known state.
+func missingStepsOf(p *labtest.Pod, before string) string {
+	p.Helper()
 	r := p.Exec("egress-router", "plan", "--kernel")
 	if r.Code != 0 || r.Stderr != "" {
 		p.Fatalf("plan --kernel: exit code %d, stderr:\n%s", r.Code, r.Stderr)
@@ -86,34 +91,6 @@ func TestPlanIsWhatRunDoes(t *testing.T) {
 		}
 		if text := missingSteps(p); !strings.Contains(text, nothingMissing) {
 			p.Errorf("after the run:\n%s", text)
-		}
-	})
-}
-
-// plan --kernel finds each damage, and prints what a run then does.
-func TestPlanFindsDamage(t *testing.T) {
-	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
-		p.Strict()
-		p.OK()
-		for _, damage := range p.Share(0, p.Damages()) {
-			if err := p.Damage(damage); err != nil {
-				p.Errorf("damage %q: %v", damage.Name, err)
-				continue
-			}
-			text := missingSteps(p)
-			if strings.Contains(text, nothingMissing) {
-				p.Errorf("damage %q: nothing is missing", damage.Name)
-			}
-			done := loggedSteps(p.T, p.OK().Stderr)
-			for _, step := range networkSteps(text) {
-				if !slices.Contains(done, step) {
-					p.Errorf("damage %q: step %q was not taken, but %q", damage.Name, step, done)
-				}
-			}
-			if text := missingSteps(p); !strings.Contains(text, nothingMissing) {
-				p.Fatalf("after the repair of %q:\n%s", damage.Name, text)
-			}
 		}
 	})
 }

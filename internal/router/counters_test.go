@@ -114,11 +114,7 @@ func TestCountersMatchTraffic(t *testing.T) {
 		// A capture counts the packets of a connection, too, as they come in.
 		const load = 100_000
 		watch := p.Watch(p.Lab.Router, "eth0", "macvlan0")
-		conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
-		reader := bufio.NewReader(conn)
-		if _, err := lab.ReadAnswer(reader); err != nil {
-			p.Fatal(err)
-		}
+		conn, reader := p.Open(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		echo(p, conn, reader, load)
 		var got, captured conntrack.Traffic
 		for begin := time.Now(); time.Since(begin) < labtest.Patience; { // acknowledgements may be under way
@@ -193,7 +189,7 @@ func echo(p *labtest.Pod, conn net.Conn, r *bufio.Reader, n int) {
 // are complete in the end.
 func TestCountersUnderLoadNeverDecrease(t *testing.T) {
 	t.Parallel()
-	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachBackendInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
 		// Connections leave the table when they end, and a late segment does not
 		// start one.

@@ -296,7 +296,7 @@ func TestForwardOpenCrosses(t *testing.T) {
 		wantClosedToPhysicalNetwork(p)
 
 		// The next run closes it again, also for an open connection.
-		conn := p.Dial(p.Lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
+		conn, _ := p.Open(p.Lab.Client, "tcp", netip.MustParseAddrPort("203.0.113.25:80"))
 		delete(p.Env, "EGRESS_FORWARD")
 		p.OK()
 		wantRefusedFrom(p, p.Lab.Client, "tcp", "203.0.113.25:80")
@@ -375,7 +375,7 @@ func TestPhysicalNetworkReachesNothing(t *testing.T) {
 					p.Fatal(err)
 				}
 				s := p.Serve(p.Lab.Router, "tcp", "192.168.12.99:7070")
-				conn := p.Dial(p.Lab.Outside, "tcp", s.Addr) // before the router
+				conn, _ := p.Open(p.Lab.Outside, "tcp", s.Addr)
 				p.OK()
 				// The open connection ends.
 				wantReset(p, "the open connection", conn)
@@ -667,11 +667,7 @@ func TestRemovedDestinationEndsConnections(t *testing.T) {
 		conns := make(map[uint16]net.Conn)
 		readers := make(map[uint16]*bufio.Reader)
 		for _, port := range []uint16{80, 8080, 8443} {
-			conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
-			conns[port], readers[port] = conn, bufio.NewReader(conn)
-			if _, err := lab.ReadAnswer(readers[port]); err != nil {
-				p.Fatal(err)
-			}
+			conns[port], readers[port] = p.Open(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, port))
 		}
 		// 8080 is removed, 8443 has another server, 81 is new.
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8443 tcp 203.0.113.25 80\n81 tcp 203.0.113.26 80\n"

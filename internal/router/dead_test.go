@@ -1,7 +1,6 @@
 package router_test
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -94,11 +93,7 @@ func TestStraySegmentOfClientIsDropped(t *testing.T) {
 		p.OK()
 		for range 8 {
 			w := p.Watch(p.Lab.Router, "eth0")
-			conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
-			r := bufio.NewReader(conn)
-			if _, err := lab.ReadAnswer(r); err != nil {
-				p.Fatal(err)
-			}
+			conn, r := p.Open(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 			p.WantEcho("before", conn, r)
 			client := netip.MustParseAddrPort(conn.LocalAddr().String())
 			ofClient := func(f lab.Frame) bool {

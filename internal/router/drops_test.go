@@ -266,27 +266,27 @@ func TestMonitorLogsDrops(t *testing.T) {
 // rules, which count.
 func TestKernelWithoutParts(t *testing.T) {
 	t.Parallel()
-	for name, test := range map[string]struct{ targets, loaded string }{
-		"drop log":            {"*NFLOG*", "TCPMSS"},
-		"MSS clamp":           {"*TCPMSS*", "NFLOG"},
-		"drop log, MSS clamp": {"*NFLOG*|*TCPMSS*", ""},
+	for n, test := range []struct{ name, targets, loaded string }{
+		{"drop log", "*NFLOG*", "TCPMSS"},
+		{"MSS clamp", "*TCPMSS*", "NFLOG"},
+		{"drop log, MSS clamp", "*NFLOG*|*TCPMSS*", ""},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+			labtest.EachFlavourInTurn(t, n, lab.Options{}, func(p *labtest.Pod) {
 				p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in " + test.targets + ") echo 'Extension revision 0 not supported, missing kernel module?' >&2; exit 2; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
 				p.Env["EGRESS_LOG_DROPS"], p.Env["EGRESS_ROUTER_BACKEND"] = "true", "iptables"
 				r, replace := startWithFile(p, "53 udp 203.0.113.25\n")
-				for part := range strings.SplitSeq(name, ", ") {
+				for part := range strings.SplitSeq(test.name, ", ") {
 					r.AwaitLog(1, `msg="`+part+` not loaded"`)
 				}
 				sendUDP(p, p.Lab.Outside, "203.0.113.25", "192.168.12.99", 7070)
-				wantDrops(p, "without "+name, map[rules.Reason]int{rules.PhysicalNetwork: 1})
+				wantDrops(p, "without "+test.name, map[rules.Reason]int{rules.PhysicalNetwork: 1})
 				replace("53 udp 203.0.113.25\n9 udp 203.0.113.25\n")
 				r.AwaitLog(2, "rules loaded")
 				wantDrops(p, "after a reload", map[rules.Reason]int{rules.PhysicalNetwork: 1})
 				log, save := r.Logged(), p.Tool(p.Program("iptables-save"))
-				if strings.Count(log, "not loaded") != 1+strings.Count(name, ",") || r.Repaired() > 0 {
+				if strings.Count(log, "not loaded") != 1+strings.Count(test.name, ",") || r.Repaired() > 0 {
 					p.Errorf("want one warning for each part, the source guard, and no repair:\n%s", log)
 				}
 				for _, target := range []string{"NFLOG", "TCPMSS"} {
@@ -321,7 +321,7 @@ func TestAutomaticChoiceKeepsClamp(t *testing.T) {
 // Rules that no part is to blame for are loaded three times, and leave nothing behind.
 func TestHopelessLoadIsBounded(t *testing.T) {
 	t.Parallel()
-	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachFlavourInTurn(t, 1, lab.Options{}, func(p *labtest.Pod) {
 		loads := filepath.Join(t.TempDir(), "loads")
 		p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in *EGRESS-FORWARD*) echo >>" + loads + "; echo 'iptables-restore: line 5 failed' >&2; exit 1; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
 		p.Env["EGRESS_LOG_DROPS"], p.Env["EGRESS_ROUTER_BACKEND"] = "true", "iptables"
@@ -337,7 +337,7 @@ func TestHopelessLoadIsBounded(t *testing.T) {
 // A load that fails once leaves no part of the rules out.
 func TestPassingFailureLeavesOutNothing(t *testing.T) {
 	t.Parallel()
-	labtest.EachFlavour(t, lab.Options{}, func(p *labtest.Pod) {
+	labtest.EachFlavourInTurn(t, 0, lab.Options{}, func(p *labtest.Pod) {
 		failed := filepath.Join(t.TempDir(), "failed")
 		p.Path = p.Programs("case $0 in */iptables-restore) in=$(cat); case $in in *EGRESS-FORWARD*) if mkdir " + failed + "; then echo 'iptables-restore: line 5 failed' >&2; exit 1; fi; esac; printf '%s\\n' \"$in\" | $real \"$@\"; exit; esac\nexec $real \"$@\"\n")
 		p.Env["EGRESS_LOG_DROPS"], p.Env["EGRESS_ROUTER_BACKEND"] = "true", "iptables"

@@ -209,7 +209,7 @@ func TestIPv6IsPrintedAsLoaded(t *testing.T) {
 // by the next process, and damage is found behind it.
 func TestIPv6OtherSpelling(t *testing.T) {
 	t.Parallel()
-	labtest.EachFlavour(t, lab.Options{IPv6: true}, func(p *labtest.Pod) {
+	labtest.EachFlavourInTurn(t, 0, lab.Options{IPv6: true}, func(p *labtest.Pod) {
 		sources := []netip.Addr{lab.Source, lab.Source6, netip.MustParseAddr("192.168.12.120"), netip.MustParseAddr("2001:db8:12::120")}
 		p.Path = p.Programs(`case $0 in
 *-save) "$real" "$@" | sed 's#-s ::1/::1 #-s ::1/::0001 #; s#-s 0.0.0.1/0.0.0.1 #-s 0.0.0.1/1 #; s# -d ff02::/16 # -d ff02::/ffff:: #; s#--icmpv6-type 135#--icmpv6-type neighbour-solicitation#' ;;

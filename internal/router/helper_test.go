@@ -310,6 +310,7 @@ func tftp(p *labtest.Pod, ns *netns.Namespace, port uint16, patience time.Durati
 // connection that a server opens crosses.
 func TestHelpers(t *testing.T) {
 	t.Parallel()
+	labtest.LoadModules(t, "nf_nat_ftp", "nf_nat_tftp")
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		serveFTP(p, "203.0.113.25:21")
 		serveFTP(p, "203.0.113.27:21")
@@ -353,6 +354,7 @@ func TestHelpers(t *testing.T) {
 // last as long as the line of their server. Deleted helper rules are repaired.
 func TestHelpersFollowDestinations(t *testing.T) {
 	t.Parallel()
+	labtest.LoadModules(t, "nf_nat_ftp")
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		serveFTP(p, "203.0.113.25:21")
 		file := filepath.Join(p.TempDir(), "destinations")

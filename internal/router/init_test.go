@@ -1,13 +1,13 @@
 package router_test
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -50,24 +50,35 @@ func TestInitConfiguresPod(t *testing.T) {
 	})
 }
 
-// The next run repairs each damage and changes nothing else.
+// plan --kernel finds each damage and prints what the next run then does, which repairs it and
+// changes nothing else.
 func TestInitRepairsDamage(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.Strict()
 		p.OK()
 		state := p.State()
-		for _, damage := range p.Share(1, p.Damages()) {
+		for _, damage := range p.Share(0, p.Damages()) {
 			if err := p.Damage(damage); err != nil {
 				p.Errorf("damage %q: %v", damage.Name, err)
 				continue
 			}
-			if p.State() == state {
+			damaged := p.State()
+			if damaged == state {
 				p.Errorf("damage %q changes nothing", damage.Name)
 			}
-			p.OK()
-			if p.WantState(state); p.Failed() {
-				p.Fatalf("not repaired: %s", damage.Name)
+			text := missingStepsOf(p, damaged)
+			if strings.Contains(text, nothingMissing) {
+				p.Errorf("damage %q: nothing is missing", damage.Name)
+			}
+			done := loggedSteps(p.T, p.OK().Stderr)
+			for _, step := range networkSteps(text) {
+				if !slices.Contains(done, step) {
+					p.Errorf("damage %q: step %q was not taken, but %q", damage.Name, step, done)
+				}
+			}
+			if text := missingStepsOf(p, state); !strings.Contains(text, nothingMissing) || p.Failed() {
+				p.Fatalf("after the repair of %q:\n%s", damage.Name, text)
 			}
 			p.WantExample()
 		}
@@ -446,11 +457,7 @@ func TestOpenConnectionSurvivesNextRun(t *testing.T) {
 	t.Parallel()
 	labtest.EachBackend(t, lab.Options{}, func(p *labtest.Pod) {
 		p.OK()
-		conn := p.Dial(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
-		r := bufio.NewReader(conn)
-		if _, err := lab.ReadAnswer(r); err != nil {
-			p.Fatal(err)
-		}
+		conn, r := p.Open(p.Lab.Client, "tcp", netip.AddrPortFrom(lab.RouterAddr, 80))
 		p.Env["EGRESS_DESTINATION"] = "80 tcp 203.0.113.25\n8081 tcp 203.0.113.26 80\n"
 		p.OK()
 		p.WantEcho("the open connection", conn, r)
