@@ -44,6 +44,7 @@ type Process struct {
 	TerminationLog string
 
 	logs   *logqueue.Writer // Stderr, after Run has begun
+	again  <-chan struct{}  // closed at the second SIGTERM or SIGINT; nil: before Run
 	events *page.Events     // last lines of the log, for the page; nil: there is none
 }
 
@@ -91,8 +92,9 @@ var commands = map[string]command{
 
 // Run runs the program and returns its exit code.
 func Run(ctx context.Context, p Process) int {
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	ctx, again, stop := untilSignal(ctx)
 	defer stop()
+	p.again = again
 
 	c, ok := commandOf(p)
 	if !ok {

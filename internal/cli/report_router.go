@@ -38,6 +38,7 @@ func (w *watch) reporter(p Process) reporter {
 			reportDrops(r, w.keeper.Drops())
 			w.ports.report(r)
 			reportTable(r, tableNow(), time.Time{})
+			reportUntracked(r, w.failed.Load())
 			if w.standby != nil {
 				s := w.standby.Status()
 				left, err := w.standby.PermitLeft()
@@ -45,16 +46,21 @@ func (w *watch) reporter(p Process) reporter {
 					s.Trouble, s.TroubleAt = err.Error(), time.Now()
 				}
 				reportStandby(r, w.config, s, left, time.Now())
+				holds := s.Role == election.Active || s.Role == election.Resuming
+				reportFence(r, w.partial)
 				carries := false
 				if carry := w.config.Standby.Carry; carry != nil {
-					failed := w.tunnel.err()
+					own, failed := standby.Ports{First: uint16(carry.First), Last: uint16(carry.Last)}, w.tunnel.err()
 					carries = carriesNow(s, failed, time.Now().Add(-election.Settings{Interval: w.config.Standby.Interval}.GiveUp()))
-					reportCarry(r, standby.Ports{First: uint16(carry.First), Last: uint16(carry.Last)}, s.Carry, failed)
+					reportCarry(r, own, s.Carry, failed)
+					if !holds { // clients that enter here would reach nothing
+						r.Reasons = append(r.Reasons, cannotCarry(own, s.Carry, failed)...)
+					}
 				}
 				if s.Draining {
 					r.Reasons = append(r.Reasons, "the addresses are handed over, connections are drained")
 				}
-				switch holds := s.Role == election.Active || s.Role == election.Resuming; {
+				switch {
 				case w.service != nil:
 					reportEndpoints(r, w.config.Peers.Endpoints, w.service.Status(), time.Now())
 				case !holds && !carries: // otherwise clients may enter here
@@ -190,6 +196,13 @@ func reportTable(r *health.Report, t diagnose.Table, since time.Time) {
 		check.Detail += ": the kernel drops new connections"
 	}
 	r.Checks = append(r.Checks, check)
+}
+
+// reportUntracked reports why connections are not tracked; nil: they are, or need not be.
+func reportUntracked(r *health.Report, why *string) {
+	if why != nil {
+		r.Checks = append(r.Checks, health.Check{Name: "tracking", State: health.Warning, Detail: "connections are neither counted nor logged: " + *why})
+	}
 }
 
 // gatewayCheck returns the state of a gateway.

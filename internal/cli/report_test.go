@@ -304,6 +304,21 @@ func TestReportTable(t *testing.T) {
 	}
 }
 
+// A tracker that is missing is a warning; one that is not needed is nothing.
+func TestReportUntracked(t *testing.T) {
+	why := "get conntrack statistics: invalid argument"
+	for text, want := range map[*string][]health.Check{
+		nil:  nil,
+		&why: {{Name: "tracking", State: health.Warning, Detail: "connections are neither counted nor logged: " + why}},
+	} {
+		var r health.Report
+		reportUntracked(&r, text)
+		if diff := cmp.Diff(want, r.Checks); diff != "" {
+			t.Errorf("(- want, + got):\n%s", diff)
+		}
+	}
+}
+
 // Up to 1,000 destinations have counters of failures from the start, of more those that failed.
 func TestProbeFailureCounters(t *testing.T) {
 	for destinations, want := range map[int]int{1: 5, mostZeros: 5 * mostZeros, mostZeros + 1: 5} {

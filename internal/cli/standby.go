@@ -65,8 +65,10 @@ func (g gate) Remove() error {
 	return err
 }
 
-// notFenced is what a kernel without the egress hook cannot hold back.
-const notFenced = "the kernel has no netdev egress hook (Linux 5.16): ARP of a router that has lost the addresses is not held back while its process hangs or has ended"
+// notFenced is what a kernel without the egress hook cannot hold back. The process answers ARP
+// itself, but the kernel goes on asking the gateway for a while (arp_solicit in net/ipv4/arp.c), and
+// a packet behind the gate may wait for the gateway's hardware address or for the link.
+const notFenced = "the kernel has no netdev egress hook (Linux 5.16): ARP requests and waiting packets of a router that has just lost the addresses are not held back, and the gateway may take it for the holder for some seconds"
 
 // newGate returns the gate for the kernel. It is an error if the kernel cannot fence what the
 // configuration requires.
@@ -98,7 +100,7 @@ func (w *watch) standBy(r *router.Router) error {
 	if w.config.Standby == nil {
 		return nil
 	}
-	r.Want.Gate.Partial = g.partial
+	r.Want.Gate.Partial, w.partial = g.partial, g.partial
 	r.Want = r.Want.WithRole(plan.Standby)
 	if w.standby, w.service, err = newStandby(w.config, r, w.keeper, w.log); err != nil {
 		return err
@@ -119,7 +121,8 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 	if c.Peers.Endpoints != "" && c.Peers.APIServer == "" {  // known where a router runs, and not to plan
 		return nil, nil, errors.New("EGRESS_STANDBY_ENDPOINTS is set, and there is no API server: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set; unset it outside of Kubernetes")
 	}
-	service := newEndpoints(c, own, g, log)
+	var runner *standby.Runner
+	service := newEndpoints(c, own, func() (time.Duration, error) { return runner.PermitLeft() }, log)
 	o := standby.Options{
 		Settings:  election.Settings{Interval: s.Interval, ID: newID(), Priority: c.Peers.Priority},
 		Interface: c.Egress, Sources: c.Sources, Witness: s.Witness,
@@ -128,7 +131,7 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 			g.Index = index
 			return g
 		},
-		Mark:   g.Mark,
+		Mark: g.Mark, Answers: g.WithoutEgress,
 		Listen: netip.AddrPortFrom(own, s.Port), Peers: lookUpPeers(c, own, log), Only: onlyListed(c), Key: c.Peers.Key, Reference: c.Peers.Reference,
 		Reach: func(gateway netip.Addr, mac [6]byte) error {
 			kernel, err := link.Open()
@@ -148,9 +151,9 @@ func newStandby(c config.Config, r *router.Router, k *router.Keeper, log *slog.L
 	if carry := r.Want.Carry; carry != nil {
 		carry.Own = own
 		o.Ports = standby.Ports{First: carry.First, Last: carry.Last}
-		o.Carry, o.Open = carries(*carry, k, log), func() (int, error) { return open(carry.Sources) }
+		o.Carry, o.Open = carries(*carry, r.Tunnel.(*tunnel), k, log), func() (int, int, error) { return open(carry.Sources) }
 	}
-	runner, err := standby.New(o)
+	runner, err = standby.New(o)
 	return runner, service, err
 }
 
@@ -165,8 +168,9 @@ func lead(service *endpoints.Writer, role election.State) {
 	}
 }
 
-// newEndpoints returns what leads a Service to the active router; nil: nothing does.
-func newEndpoints(c config.Config, own netip.Addr, g nft.Gate, log *slog.Logger) *endpoints.Writer {
+// newEndpoints returns what leads a Service to the active router, while permit is more than zero; nil:
+// nothing does.
+func newEndpoints(c config.Config, own netip.Addr, permit func() (time.Duration, error), log *slog.Logger) *endpoints.Writer {
 	if c.Peers.Endpoints == "" {
 		return nil
 	}
@@ -174,7 +178,7 @@ func newEndpoints(c config.Config, own netip.Addr, g nft.Gate, log *slog.Logger)
 	return endpoints.New(endpoints.Options{
 		Service: c.Peers.Endpoints, Addresses: []netip.Addr{own}, Pod: pod, Server: c.Peers.APIServer,
 		Holds: func() bool {
-			left, err := g.Left()
+			left, err := permit()
 			return err == nil && left > 0
 		},
 		Log: log,
@@ -216,10 +220,7 @@ func clusterAddress(name string) (netip.Addr, error) {
 
 // onlyListed reports whether heartbeats of other addresses than those of EGRESS_STANDBY_PEERS do
 // not count: a name may lag behind the routers, and a key shows who is one.
-func onlyListed(c config.Config) bool {
-	isName := func(name string) bool { _, err := netip.ParseAddr(name); return err != nil }
-	return len(c.Peers.Key) == 0 && !slices.ContainsFunc(c.Peers.Names, isName)
-}
+func onlyListed(c config.Config) bool { return len(c.Peers.Key) == 0 && c.Peers.Listed() }
 
 // lookUpPeers returns the look-up of the other routers. The queries leave by the cluster side,
 // as those of other names.
@@ -300,6 +301,13 @@ func reportStandby(r *health.Report, c config.Config, s standby.Status, left tim
 	}
 }
 
+// reportFence warns of the limits of the gate on a kernel without the egress hook.
+func reportFence(r *health.Report, partial bool) {
+	if partial {
+		r.Checks = append(r.Checks, health.Check{Name: "fence", State: health.Warning, Since: r.Started, Detail: notFenced})
+	}
+}
+
 func member(p standby.Peer, holds bool) health.Member {
 	m := health.Member{Address: p.Address, Holds: holds, Role: p.State.String(), Ready: p.Healthy, Priority: int(p.Priority), Heard: p.Heard}
 	if p.MAC != [6]byte{} {
@@ -369,6 +377,21 @@ func peersCheck(started time.Time, c config.Config, s standby.Status, now time.T
 func carriesNow(s standby.Status, failed error, after time.Time) bool {
 	holder, known := s.Holder(after)
 	return failed == nil && known && slices.ContainsFunc(s.Carry.Peers, func(p standby.CarryPeer) bool { return p.Address == holder.Address })
+}
+
+// cannotCarry returns the faults of a router with source ports by which it carries nothing. It is no
+// fault of its own that the others do not carry yet, or that none holds the addresses: an update of
+// routers without a tunnel would never end.
+func cannotCarry(own standby.Ports, c standby.Carry, failed error) (reasons []string) {
+	if failed != nil {
+		reasons = append(reasons, "connections are not carried: "+failed.Error())
+	}
+	for _, p := range c.Clash {
+		if own.Meets(p.Ports) {
+			reasons = append(reasons, fmt.Sprintf("connections are not carried: expected source ports of its own, found %s here and %s of %s", own, p.Ports, p.Address))
+		}
+	}
+	return reasons
 }
 
 // reportCarry reports with whom a router exchanges the packets of connections.

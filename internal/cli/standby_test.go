@@ -3,6 +3,7 @@ package cli
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -115,6 +116,19 @@ func TestReportStandby(t *testing.T) {
 	}
 }
 
+// The health names a gate that cannot hold back ARP, as a warning with an advice: the router works.
+func TestReportFence(t *testing.T) {
+	var whole, part health.Report
+	reportFence(&whole, false)
+	reportFence(&part, true)
+	if len(whole.Checks) != 0 {
+		t.Errorf("with the egress hook: %+v", whole.Checks)
+	}
+	if len(part.Checks) != 1 || part.Checks[0].State != health.Warning || !strings.Contains(part.Checks[0].Detail, "no netdev egress hook (Linux 5.16)") || !strings.Contains(advice(part.Checks[0]), "Linux 5.16") {
+		t.Errorf("without the egress hook: %+v", part.Checks)
+	}
+}
+
 // The table of the page names the holder, and marks a router that could not take over.
 func TestMemberTable(t *testing.T) {
 	now := time.Now()
@@ -161,6 +175,30 @@ func TestCarriesNow(t *testing.T) {
 	} {
 		if got := carriesNow(test.s, test.failed, now.Add(-time.Second)); got != test.want {
 			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// A router is not ready for clients if it carries nothing by a fault of its own: it has no tunnel, or
+// its ports are another one's. It is if only the others carry nothing, or not yet.
+func TestCannotCarry(t *testing.T) {
+	own, other, third := standby.Ports{First: 1024, Last: 2000}, standby.Ports{First: 2001, Last: 3000}, standby.Ports{First: 1500, Last: 2500}
+	address := netip.MustParseAddr("10.128.0.102")
+	for name, test := range map[string]struct {
+		c      standby.Carry
+		failed error
+		want   []string
+	}{
+		"carries":                      {standby.Carry{Peers: []standby.CarryPeer{{Address: address, Ports: other}}, Toward: address}, nil, nil},
+		"no other router carries":      {standby.Carry{}, nil, nil},
+		"the ports of two others meet": {standby.Carry{Clash: []standby.CarryPeer{{Address: address, Ports: other}}}, nil, nil},
+		"own ports": {standby.Carry{Clash: []standby.CarryPeer{{Address: address, Ports: third}}}, nil,
+			[]string{"connections are not carried: expected source ports of its own, found 1024-2000 here and 1500-2500 of 10.128.0.102"}},
+		"no tunnel": {standby.Carry{Peers: []standby.CarryPeer{{Address: address, Ports: other}}, Toward: address}, errors.New("create link: not supported"),
+			[]string{"connections are not carried: create link: not supported"}},
+	} {
+		if got := cannotCarry(own, test.c, test.failed); !slices.Equal(got, test.want) {
+			t.Errorf("%s: %q, want %q", name, got, test.want)
 		}
 	}
 }

@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"os"
-	"os/signal"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/egress-router/egress-router/internal/arp"
@@ -30,11 +27,13 @@ type watch struct {
 	log     *slog.Logger
 	keeper  *router.Keeper
 	tracker atomic.Pointer[conntrack.Tracker] // nil: not needed, or not started yet
+	failed  atomic.Pointer[string]            // why the tracker is missing or has ended; nil: it is not
 	set     atomic.Pointer[rules.Set]         // last destinations; nil: those of the start
 	counted *rules.Set                        // those of the counters; nil: those of the start
 	names   *lookup.Follower                  // nil: the grammar has none
 	standby *standby.Runner                   // nil: the router is the only one with its addresses
 	tunnel  *tunnel                           // to others with them
+	partial bool                              // the kernel has no egress hook for the gate
 	service *endpoints.Writer                 // nil: no Service is led to the active router
 	ports   portWatch
 
@@ -109,6 +108,7 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 		w.background.Go(func() {
 			if err := t.Run(lasting); err != nil {
 				log.Error("connection tracking ended", "error", err)
+				w.untracked(err)
 			}
 		})
 		if c.Health.Listen.Port() != 0 { // otherwise nothing is counted
@@ -126,11 +126,12 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	}
 	w.background.Go(func() { file.run(lasting) })
 	restoreGC()
-	return w.keep(ctx)
+	return w.keep(ctx, p.again)
 }
 
-// keep repairs drift until ctx ends, and a router that is one of several has handed over.
-func (w *watch) keep(ctx context.Context) error {
+// keep repairs drift until ctx ends, and a router that is one of several has handed over. It drains
+// no connections after again is closed.
+func (w *watch) keep(ctx context.Context, again <-chan struct{}) error {
 	if w.standby == nil {
 		err := w.keeper.Run(ctx)
 		if err == nil {
@@ -148,7 +149,7 @@ func (w *watch) keep(ctx context.Context) error {
 		leave()
 	})
 	if w.config.Standby.Carry != nil {
-		w.background.Go(func() { w.cut(ctx, stays) })
+		w.background.Go(func() { cutAt(again, stays.Done(), w.standby.Cut) })
 	}
 	err := w.keeper.Run(stays)
 	if err != nil {
@@ -159,21 +160,12 @@ func (w *watch) keep(ctx context.Context) error {
 	return nil
 }
 
-// cut ends the drain of connections at the next signal after that which has ended ctx, or does
-// nothing until stays ends.
-func (w *watch) cut(ctx, stays context.Context) {
-	select {
-	case <-ctx.Done():
-	case <-stays.Done():
-		return
-	}
-	again := make(chan os.Signal, 1)
-	signal.Notify(again, syscall.SIGTERM, syscall.SIGINT)
-	defer signal.Stop(again)
+// cutAt ends the drain of connections at the second signal, or does nothing until stays ends.
+func cutAt(again, stays <-chan struct{}, cut func()) {
 	select {
 	case <-again:
-		w.standby.Cut()
-	case <-stays.Done():
+		cut()
+	case <-stays:
 	}
 }
 
@@ -246,9 +238,16 @@ func (w *watch) track(p Process) *conntrack.Tracker {
 	t, err := conntrack.Open(o)
 	if err != nil {
 		w.log.Error("connection tracking unavailable", "error", err, "hint", wording.OneLine(hint(err)))
+		w.untracked(err)
 		return nil
 	}
 	return t
+}
+
+// untracked notes, for the report, why connections are neither counted nor logged.
+func (w *watch) untracked(err error) {
+	text := err.Error()
+	w.failed.Store(&text)
 }
 
 // logConnection writes the audit log line of an event.

@@ -22,7 +22,22 @@ import (
 // A tunnel is the kernel's tunnel to the other routers of the address.
 type tunnel struct {
 	mu     sync.Mutex
-	failed error // of the last look or change; nil: the tunnel is there
+	failed error      // of the last look or change; nil: the tunnel is there
+	toward netip.Addr // the latest one, of steer; the zero Addr: none
+	led    bool       // steer has been called
+}
+
+// latest returns the tunnel of a reconcile with the latest way to the holder. If the reconcile began
+// before the last change of the holder, it would otherwise lead packets back to the former one for as
+// long as it runs. All else remains that of the reconcile, whose log names it.
+func (t *tunnel) latest(want plan.Carry) plan.Carry {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	known := slices.ContainsFunc(want.Peers, func(p plan.CarryPeer) bool { return p.Address == t.toward })
+	if t.led && (known || !t.toward.IsValid()) {
+		want.Toward = t.toward
+	}
+	return want
 }
 
 // segment returns the highest maximum segment size of TCP for packets of a size: without the
@@ -73,6 +88,8 @@ func (t *tunnel) differs(want *plan.Carry) ([]string, error) {
 		}
 		return []string{"a tunnel is there"}, nil
 	}
+	now := t.latest(*want)
+	want = &now
 	if !want.Known {
 		loaded, err := nft.CarryLoaded()
 		if err != nil {
@@ -106,6 +123,7 @@ func (t *tunnel) Connect(want plan.Carry) (err error) {
 		return err
 	}
 	defer kernel.Close()
+	want = t.latest(want)
 	mtu, err := kernel.CarryMTU(want)
 	if err != nil {
 		return err
@@ -113,7 +131,16 @@ func (t *tunnel) Connect(want plan.Carry) (err error) {
 	if err := sorter(want, mtu).Load(); err != nil {
 		return err
 	}
-	return kernel.LoadCarry(want)
+	if err := kernel.LoadCarry(want); err != nil {
+		return err
+	}
+	for now := t.latest(want); now.Toward != want.Toward; now = t.latest(now) { // changed meanwhile
+		if err := kernel.Steer(now); err != nil {
+			return err
+		}
+		want = now
+	}
+	return nil
 }
 
 // firstTable returns the number of the first routing table of a network's tunnel.
@@ -149,8 +176,11 @@ func carried() (link.Carried, error) {
 	return kernel.Carried(spec.CarryInterface)
 }
 
-// steer leads the packets for the holder to another router.
-func steer(want plan.Carry) error {
+// steer leads the packets for the holder to another router, before a reconcile does the rest.
+func (t *tunnel) steer(want plan.Carry) error {
+	t.mu.Lock()
+	t.toward, t.led = want.Toward, true
+	t.mu.Unlock()
 	kernel, err := link.Open()
 	if err != nil {
 		return err
@@ -178,25 +208,30 @@ func placeCarry(c *config.Config) error {
 }
 
 // open returns the number of connections of clients, with the given reserved addresses, that have
-// not ended. Those without an end, such as of UDP, do not count.
-func open(sources []netip.Addr) (n int, err error) {
-	list, err := conntrack.List(sources)
-	for _, c := range list {
-		if c.Redirected && c.Replied && !c.Closed && (c.Protocol == rules.TCP || c.Protocol == rules.SCTP) {
-			n++
+// not ended, and how many of them have had no packet for standby.IdleAfter. Those without an end, such
+// as of UDP, do not count.
+func open(sources []netip.Addr) (n, idle int, err error) {
+	timeouts, _ := conntrack.ReadTimeouts() // without them none is known to be idle
+	err = conntrack.Each(sources, func(c conntrack.Connection) {
+		if !c.Redirected || !c.Replied || c.Closed || c.Protocol != rules.TCP && c.Protocol != rules.SCTP {
+			return
 		}
-	}
-	return n, err
+		n++
+		if timeouts.Silence(c) >= standby.IdleAfter {
+			idle++
+		}
+	})
+	return n, idle, err
 }
 
 // carries returns what makes the tunnel of a router lead to others.
-func carries(want plan.Carry, k *router.Keeper, log *slog.Logger) func(standby.Carry) {
+func carries(want plan.Carry, t *tunnel, k *router.Keeper, log *slog.Logger) func(standby.Carry) {
 	return func(c standby.Carry) {
 		want.Known, want.Peers, want.Toward = true, nil, c.Toward
 		for _, p := range c.Peers {
 			want.Peers = append(want.Peers, plan.CarryPeer{Address: p.Address, First: p.Ports.First, Last: p.Ports.Last})
 		}
-		if err := steer(want); err != nil {
+		if err := t.steer(want); err != nil {
 			log.Warn("tunnel not led to another router", "error", err)
 		}
 		k.SetCarry(want)
