@@ -10,7 +10,7 @@
 //	                     Multus, the CNI plugin macvlan, and CoreDNS as kube-system/coredns
 //	E2E_LOAD             command that loads an image of podman into all nodes, called with its name
 //	E2E_RESTART_KUBELET  command that kills the first node's kubelet and starts it again
-//	E2E_NODE_PID         process in the first node's namespaces; by default 1, this machine's own
+//	E2E_NODE_PID         number of a process in the first node's namespaces, which are not this machine's
 //	E2E_NODE             command for faults, called with kill, start, partition or heal, and the name of a node
 //	E2E_NODE_INIT        command that prints the number of a process in a node's namespaces, called with its name
 //	E2E_NIC              name of the NIC that this node gets; by default eth1, as in the manifests

@@ -1,7 +1,6 @@
 package kubernetes
 
 import (
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -56,6 +55,7 @@ func prepared(tests func() int) (code int, err error) {
 	for name, use := range map[string]string{
 		"KUBECONFIG": "configuration file of the cluster; .ci/kubernetes starts one",
 		"E2E_LOAD":   "command that loads an image into the cluster, such as kind load docker-image",
+		nodePID:      "number of a process in the first node's namespaces",
 	} {
 		if os.Getenv(name) == "" {
 			return 1, fmt.Errorf("%s not set: %s", name, use)
@@ -74,16 +74,15 @@ func prepared(tests func() int) (code int, err error) {
 			}
 		}
 	}
-	if err := loadImages(); err != nil {
-		return 1, err
-	}
-
 	if set := os.Getenv("E2E_NIC"); set != "" {
 		nic = set
 	}
-	node, err := netns.Open("/proc/" + nodePID() + "/ns/net")
+	node, err := openNode()
 	if err != nil {
-		return 1, fmt.Errorf("open network namespace of the node (E2E_NODE_PID): %w", err)
+		return 1, err
+	}
+	if err := loadImages(); err != nil {
+		return 1, err
 	}
 	if theNetwork, err = newPhysical(node, nic); err != nil {
 		return 1, fmt.Errorf("create physical network: %w", err)
@@ -109,8 +108,28 @@ func prepared(tests func() int) (code int, err error) {
 	return code, theNetwork.frames.Stop()
 }
 
-// nodePID is the number of a process on the node.
-func nodePID() string { return cmp.Or(os.Getenv("E2E_NODE_PID"), "1") }
+// nodePID is the variable with the number of a process on the node.
+const nodePID = "E2E_NODE_PID"
+
+// openNode opens the network namespace of the node. The machine's own is refused: the test's
+// routes, addresses and rules would be the machine's, which would reach servers of the lab in
+// place of those at the same addresses.
+func openNode() (*netns.Namespace, error) {
+	node, err := netns.Open("/proc/" + os.Getenv(nodePID) + "/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace of the node (%s): %w", nodePID, err)
+	}
+	machine, err := netns.Current()
+	if err != nil {
+		return nil, errors.Join(err, node.Close())
+	}
+	defer func() { _ = machine.Close() }()
+	if node.Equal(machine) {
+		return nil, errors.Join(fmt.Errorf("%s %s: expected a node with a network namespace of its own, found this machine's, whose routes the test would change; .ci/kubernetes starts nodes that have one",
+			nodePID, os.Getenv(nodePID)), node.Close())
+	}
+	return node, nil
+}
 
 // loadImages builds the images and loads them into the cluster.
 func loadImages() error {

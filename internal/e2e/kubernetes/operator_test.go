@@ -167,7 +167,7 @@ func podAddress(t *testing.T, label string) (address string) {
 // podNamespace returns the network namespace of the pod with an address.
 func podNamespace(t *testing.T, address string) (found *netns.Namespace) {
 	t.Helper()
-	files, err := filepath.Glob("/proc/" + nodePID() + "/root/run/netns/*")
+	files, err := filepath.Glob("/proc/" + os.Getenv(nodePID) + "/root/run/netns/*")
 	if err != nil {
 		t.Fatal(err)
 	}
