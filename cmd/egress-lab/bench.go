@@ -40,7 +40,8 @@ figures are medians. MISSED means that this run missed a goal; the exit code is 
 `
 
 // bench measures parts of the benchmark, as ratios: absolute figures depend on the machine.
-func bench(parts []string) func(context.Context, string, io.Writer) error {
+// With the name of a README it writes the tables there, too.
+func bench(parts []string, file string) func(context.Context, string, io.Writer) error {
 	measures := map[string]func(context.Context, string, []variant, io.Writer) error{
 		partLoad:        benchLoad,
 		partConnections: benchConnections,
@@ -48,6 +49,10 @@ func bench(parts []string) func(context.Context, string, io.Writer) error {
 		partStandby:     benchStandby,
 	}
 	return func(ctx context.Context, program string, stdout io.Writer) error {
+		r, err := openReadme(file, "bench", parts)
+		if err != nil {
+			return err
+		}
 		found, err := variants()
 		if err != nil {
 			return err
@@ -58,13 +63,13 @@ func bench(parts []string) func(context.Context, string, io.Writer) error {
 			}
 		}
 		for _, p := range parts {
-			if err := measures[p](ctx, program, found, stdout); err != nil {
+			if err := measures[p](ctx, program, found, r.tee(p, stdout)); err != nil {
 				return err
 			}
 			fmt.Fprintln(stdout)
 		}
 		fmt.Fprint(stdout, benchFoot)
-		return nil
+		return r.write()
 	}
 }
 

@@ -78,9 +78,21 @@ IPv4 works already. It starts with this environment:
 
 `
 
-// demo shows the main job of the router: a client that connects to the pod reaches servers
-// outside, which see the reserved address. The error lists wrong answers.
-func demo(ctx context.Context, program string, stdout io.Writer) error {
+// demo returns the command that shows the main job of the router: a client that connects to the
+// pod reaches servers outside, which see the reserved address. The router has the backend of
+// args, or chooses one itself. The error lists wrong answers.
+func demo(args []string) func(ctx context.Context, program string, stdout io.Writer) error {
+	var env []string
+	for _, backend := range args {
+		env = append(env, "EGRESS_ROUTER_BACKEND="+backend)
+	}
+	return func(ctx context.Context, program string, stdout io.Writer) error {
+		return showDemo(ctx, program, env, stdout)
+	}
+}
+
+// showDemo is the demo with more variables of the router.
+func showDemo(ctx context.Context, program string, more []string, stdout io.Writer) error {
 	l, err := lab.New(lab.Options{})
 	if err != nil {
 		return err
@@ -100,7 +112,7 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 		wrong = append(wrong, "the client was not refused before the router started")
 	}
 
-	env := environment("init", "EGRESS_DESTINATION="+exampleDestination)
+	env := environment("init", append(more, "EGRESS_DESTINATION="+exampleDestination)...)
 	fmt.Fprint(stdout, "\nThe router starts in the pod with this environment:\n\n")
 	printVariables(stdout, env)
 	fmt.Fprint(stdout, "\nIt logs:\n\n")
@@ -129,7 +141,7 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 	}
 	answers := len(questions)
 	if _, err := os.Stat("/proc/net/if_inet6"); err == nil { // proc_pid_net(5): the kernel has IPv6
-		if err := dualStack(ctx, program, stdout); err != nil {
+		if err := dualStack(ctx, program, more, stdout); err != nil {
 			return err
 		}
 		answers += len(questions6)
@@ -139,7 +151,7 @@ func demo(ctx context.Context, program string, stdout io.Writer) error {
 }
 
 // dualStack shows a router with sources of both families.
-func dualStack(ctx context.Context, program string, stdout io.Writer) error {
+func dualStack(ctx context.Context, program string, more []string, stdout io.Writer) error {
 	l, err := lab.New(lab.Options{IPv6: true})
 	if err != nil {
 		return err
@@ -153,8 +165,9 @@ func dualStack(ctx context.Context, program string, stdout io.Writer) error {
 	fmt.Fprint(stdout, demoIPv6)
 	env := []string{
 		"EGRESS_ROUTER_MODE=init", "EGRESS_GRAMMAR=extended", "EGRESS_SOURCE=" + exampleSource + ", " + lab.Source6.String() + "/64",
-		"EGRESS_GATEWAY=" + exampleGateway + ", " + lab.GatewayLinkLocal.String(), "EGRESS_DESTINATION=" + destinations6,
+		"EGRESS_GATEWAY=" + exampleGateway + ", " + lab.GatewayLinkLocal.String(),
 	}
+	env = append(append(env, more...), "EGRESS_DESTINATION="+destinations6)
 	printVariables(stdout, env)
 	fmt.Fprint(stdout, "\nIt logs:\n\n")
 	if _, err := startRouter(ctx, l, program, env, stdout); err != nil {

@@ -1,10 +1,12 @@
 // Egress-lab runs a built egress-router in a network of its own, made of
 // namespaces on this machine (see package lab):
 //
-//	egress-lab demo PROGRAM                   shows the answers that a client of the router gets
-//	egress-lab bench PROGRAM [PART]           measures the router, as ratios
-//	egress-lab bench-proxies PROGRAM [PART]   measures the proxies, as ratios to other proxies
-//	egress-lab faults PROGRAM [COUNT [SEED]]  injects faults into routers that stand by for each other
+//	egress-lab demo PROGRAM [BACKEND]                       shows the answers that a client of the router gets
+//	egress-lab bench [-readme FILE] PROGRAM [PART]          measures the router, as ratios
+//	egress-lab bench-proxies [-readme FILE] PROGRAM [PART]  measures the proxies, as ratios to other proxies
+//	egress-lab faults PROGRAM [COUNT [SEED]]                injects faults into routers that stand by for each other
+//
+// BACKEND is nftables or iptables: the router's rules, instead of those that it chooses.
 //
 // The parts of bench, without PART all of them, are
 //
@@ -18,10 +20,12 @@
 //	http          the HTTP proxy, to squid
 //	dns           the DNS proxy, to haproxy
 //
+// The tables of all measured parts replace those in FILE, between two comments for each part.
+//
 // PROGRAM is the egress-router to run, bin/egress-router after make build. It cannot be
 // below /run: egress-lab has a /run of its own.
 //
-// The program changes nothing outside that network and leaves nothing behind, even if it is
+// But for FILE, the program changes nothing outside that network and leaves nothing behind, even if it is
 // killed: the kernel removes namespaces, files and processes with it. It needs root or, if
 // the kernel allows user namespaces, no privilege.
 package main
@@ -35,6 +39,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/egress-router/egress-router/internal/netns/nstest"
@@ -47,15 +52,20 @@ const (
 	exitUsage = 2 // invalid arguments
 )
 
-const usage = `usage: egress-lab demo PROGRAM                   show the answers that a client of the router gets
-       egress-lab bench PROGRAM [PART]           measure the router, as ratios
-       egress-lab bench-proxies PROGRAM [PART]   measure the proxies, as ratios to other proxies
-       egress-lab faults PROGRAM [COUNT [SEED]]  inject faults into routers that stand by for each other
+const usage = `usage: egress-lab demo PROGRAM [BACKEND]                       show the answers that a client of the router gets
+       egress-lab bench [-readme FILE] PROGRAM [PART]          measure the router, as ratios
+       egress-lab bench-proxies [-readme FILE] PROGRAM [PART]  measure the proxies, as ratios to other proxies
+       egress-lab faults PROGRAM [COUNT [SEED]]                inject faults into routers that stand by for each other
 PROGRAM is an egress-router: make build creates bin/egress-router
+BACKEND is nftables or iptables; without it the router chooses
 PART is load, connections, throughput or standby for bench, http or dns for bench-proxies;
 without it all parts are measured
+FILE is a README in which the tables of the measured parts are replaced
 COUNT is a number of rounds, 20 without it; the same SEED chooses the same faults
 `
+
+// backends are those of demo: values of the router's variable.
+var backends = []string{"nftables", "iptables"}
 
 // peers are the processes that bench-proxies starts, in the namespaces of the lab.
 var peers = map[string]func(args []string, stdin io.Reader, stdout io.Writer) error{
@@ -76,17 +86,22 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 	c := command{stdout: stdout, stderr: stderr}
+	readme := ""
+	if len(args) > 2 && strings.HasPrefix(args[0], "bench") && args[1] == "-readme" {
+		readme = args[2]
+		args = slices.Delete(slices.Clone(args), 1, 3)
+	}
 	switch {
-	case len(args) == 2 && args[0] == "demo":
-		c.run = demo
+	case len(args) == 2 && args[0] == "demo", len(args) == 3 && args[0] == "demo" && slices.Contains(backends, args[2]):
+		c.run = demo(args[2:])
 	case len(args) == 2 && args[0] == "bench":
-		c.run = bench(parts)
+		c.run = bench(parts, readme)
 	case len(args) == 3 && args[0] == "bench" && slices.Contains(parts, args[2]):
-		c.run = bench(args[2:])
+		c.run = bench(args[2:], readme)
 	case len(args) == 2 && args[0] == "bench-proxies":
-		c.run = benchProxies(proxyParts)
+		c.run = benchProxies(proxyParts, readme)
 	case len(args) == 3 && args[0] == "bench-proxies" && slices.Contains(proxyParts, args[2]):
-		c.run = benchProxies(args[2:])
+		c.run = benchProxies(args[2:], readme)
 	case len(args) >= 2 && args[0] == "faults":
 		c.run = injectFaults(args[2:])
 	}

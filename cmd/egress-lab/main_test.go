@@ -135,6 +135,27 @@ func TestDemo(t *testing.T) {
 	}
 }
 
+// Each pod of the demo has the backend that is asked for.
+func TestDemoWithBackend(t *testing.T) {
+	for backend, logged := range map[string]string{"iptables": `"iptables v`, "nftables": "nftables"} {
+		t.Run(backend, func(t *testing.T) {
+			code, stdout, stderr := finish(t, labCommand(t, "demo", router(t), backend))
+			if code != 0 || stderr != "" {
+				t.Errorf("exit code %d, stderr %q, stdout:\n%s", code, stderr, stdout)
+			}
+			pods := 1
+			if link.HasIPv6() {
+				pods = 2
+			}
+			for _, want := range []string{"\n  EGRESS_ROUTER_BACKEND=" + backend + "\n", ` msg="rules loaded" backend=` + logged} {
+				if n := strings.Count(stdout, want); n < pods {
+					t.Errorf("stdout has %q %d times, want at least %d:\n%s", want, n, pods, stdout)
+				}
+			}
+		})
+	}
+}
+
 // Every fault is printed, and makes the exit code 1.
 func TestDemoFindsFaults(t *testing.T) {
 	script := func(text string) string { return writeProgram(t, []byte("#!/bin/sh\n"+text), "router") }
@@ -165,7 +186,7 @@ func TestDemoFindsFaults(t *testing.T) {
 }
 
 func TestInvalidArgumentsPrintUsage(t *testing.T) {
-	for _, args := range [][]string{nil, {"demo"}, {"show", "/bin/true"}, {"demo", "/bin/true", "load"}, {"bench"}, {"bench", "/bin/true", "all"}, {"bench", "/bin/true", "load", "more"}, {"faults"}, {"faults", "/bin/true", "none"}, {"faults", "/bin/true", "0"}, {"faults", "/bin/true", "1", "2", "3"}} {
+	for _, args := range [][]string{nil, {"demo"}, {"show", "/bin/true"}, {"demo", "/bin/true", "load"}, {"demo", "/bin/true", "nftables", "more"}, {"bench"}, {"bench", "/bin/true", "all"}, {"bench", "/bin/true", "load", "more"}, {"faults"}, {"faults", "/bin/true", "none"}, {"faults", "/bin/true", "0"}, {"faults", "/bin/true", "1", "2", "3"}} {
 		code, stdout, stderr := finish(t, labCommand(t, args...))
 		if code != 2 || stdout != "" || !strings.HasSuffix(stderr, usage) {
 			t.Errorf("%q: exit code %d, stdout %q, stderr %q; want the usage", args, code, stdout, stderr)

@@ -150,29 +150,35 @@ with the same load and server, which are processes of their own.
 
 `
 
-const proxiesFoot = `
-%d rounds of %s each. Ratios are ours to theirs, medians of the ratios of all rounds, the
+const proxiesFoot = `%d rounds of %s each. Ratios are ours to theirs, medians of the ratios of all rounds, the
 spread their middle half; the figures are medians. Another proxy is measured in all its
 configurations, and the best one is the reference. Memory is the resident memory of all
 processes, measured once. MISSED means that this run missed a goal; the exit code is 0.
 `
 
-// benchProxies measures parts of the benchmark of the proxies.
-func benchProxies(parts []string) func(context.Context, string, io.Writer) error {
+// benchProxies measures parts of the benchmark of the proxies. With the name of a README it
+// writes the tables there, too.
+func benchProxies(parts []string, file string) func(context.Context, string, io.Writer) error {
 	return func(ctx context.Context, program string, stdout io.Writer) error {
+		readme, err := openReadme(file, "bench-proxies", parts)
+		if err != nil {
+			return err
+		}
 		fmt.Fprint(stdout, proxiesHead)
-		printProxyHeader(stdout)
 		for _, p := range parts {
+			table := readme.tee(p, stdout)
+			printProxyHeader(table)
 			rows, err := measureProxies(ctx, program, contests[p], fullProxyEffort)
 			if err != nil {
 				return fmt.Errorf("measuring %s: %w", p, err)
 			}
 			for _, r := range rows {
-				r.print(stdout)
+				r.print(table)
 			}
+			fmt.Fprintln(stdout)
 		}
 		fmt.Fprintf(stdout, proxiesFoot, fullProxyEffort.rounds, fullProxyEffort.each)
-		return nil
+		return readme.write()
 	}
 }
 
