@@ -18,12 +18,16 @@ export GOFLAGS += -buildvcs=false
 
 # gotestsum prints a package when it ends: go test holds it back until all packages
 # before it have ended. Tests wait more than they compute: more packages, and more tests of
-# each, than processors run at a time. "make lint" runs vet, of all its kinds.
-GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -p 4 -parallel 4 -vet=off
+# each, than processors run at a time. "make lint" runs vet, of all its kinds. A test
+# binary without debugging information links in half the time.
+GOTEST   = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -p 4 -parallel $(PARALLEL) -vet=off -ldflags='-s -w'
+PARALLEL = 8
+# Some of their tests flood the kernel: fewer at a time lose no packets of others.
+test-long cover race: PARALLEL = 4
 # The longest first, those that wait among those that compute.
 PACKAGES = ./internal/router ./internal/lab/faults ./cmd/egress-router ./internal/iptables ./internal/nft ./internal/cni ./... ./.ci
 
-.PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies faults image e2e e2e-page e2e-kubernetes clean
+.PHONY: help demo test test-long test-iptables test-operator race cover build plugin lint tidy vulnerabilities fuzz golden golden-operator bench bench-proxies faults image e2e e2e-page e2e-kubernetes kernels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -85,12 +89,15 @@ golden: ## rewrite testdata/golden, script and the READMEs' tables after an inte
 golden-operator: ## rewrite the golden files of the operator, with an API server as in test-operator
 	.ci/operator ./internal/envtest -run 'Objects|Several' -update
 
-bench: build iptables nft keepalived plugin ## measure the router, as ratios, and the CNI plugin; PART=load, connections, throughput or standby for one part
-	$(GO) run ./cmd/egress-lab bench bin/egress-router $(PART)
+# The tables of the README come from a run.
+TABLES = $(if $(README),-readme cmd/egress-lab/README.md)
+
+bench: build iptables nft keepalived plugin ## measure the router, as ratios, and the CNI plugin; PART=load, connections, throughput or standby for one part, README=1 for the tables of the README
+	$(GO) run ./cmd/egress-lab bench $(TABLES) bin/egress-router $(PART)
 	$(if $(PART),,$(GO) test -run '^$$' -bench . -benchtime 25x ./cmd/egress-router-cni)
 
-bench-proxies: build squid haproxy ## measure the proxies and squid or haproxy; PART=http or dns for one part
-	$(GO) run ./cmd/egress-lab bench-proxies bin/egress-router $(PART)
+bench-proxies: build squid haproxy ## measure the proxies and squid or haproxy; PART=http or dns for one part, README=1 as for bench
+	$(GO) run ./cmd/egress-lab bench-proxies $(TABLES) bin/egress-router $(PART)
 
 faults: build nft ## inject COUNT=20 rounds of random faults into routers that stand by for each other; SEED repeats a run
 	$(GO) run ./cmd/egress-lab faults bin/egress-router $(or $(COUNT),20) $(SEED)
@@ -111,6 +118,10 @@ e2e-page: programs ## show the status page to chromium, and leave screenshots in
 
 e2e-kubernetes: ## run the images on the cluster of KUBECONFIG, with E2E_LOAD to load images (as root)
 	cd internal/e2e && $(GO) test -count=1 -v -timeout 30m ./kubernetes
+
+# VERSION is that of the program, unless the command line has it.
+kernels: ## run a test of each feature on other kernels, with the scripts of KERNELS (as root); VERSION=6.1 for one, FEATURE=name for one
+	.ci/kernels $(if $(filter command,$(origin VERSION)),$(VERSION))
 
 clean: ## remove bin
 	rm -rf bin

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -215,9 +214,7 @@ func signalAll(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func await(ts *testscript.TestScript, what string, is func() bool) {
-	for begin := time.Now(); !is(); time.Sleep(5 * time.Millisecond) {
-		if time.Since(begin) > labtest.Patience {
-			ts.Fatalf("timeout after %v: %s", labtest.Patience, what)
-		}
+	if !labtest.Poll(is) {
+		ts.Fatalf("timeout after %v: %s", labtest.Patience, what)
 	}
 }

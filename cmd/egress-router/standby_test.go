@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -22,6 +23,8 @@ import (
 	"github.com/egress-router/egress-router/internal/diagnose"
 	"github.com/egress-router/egress-router/internal/lab"
 	"github.com/egress-router/egress-router/internal/lab/faults"
+	"github.com/egress-router/egress-router/internal/lab/labtest"
+	"github.com/egress-router/egress-router/internal/nft"
 )
 
 // several are two routers with one reserved address, each in the pod of a node.
@@ -117,10 +120,8 @@ func (s *several) page(node int) string {
 // until waits until a condition holds.
 func (s *several) until(what string, is func() bool) {
 	s.Helper()
-	for begin := time.Now(); !is(); time.Sleep(20 * time.Millisecond) {
-		if time.Since(begin) > lab.Patience {
-			s.Fatalf("waiting for %s", what)
-		}
+	if !labtest.Poll(is) {
+		s.Fatalf("timeout after %v: %s", labtest.Patience, what)
 	}
 }
 
@@ -196,6 +197,116 @@ func TestStandbySeenByPerson(t *testing.T) {
 		return taken && strings.Contains(after, " old, gate open for ") && strings.Contains(after, "; last take-over ") && strings.Contains(after, " after the last sign of the holder")
 	})
 	s.wantReported(standby, diagnose.PeersSilent, "expected heartbeats of "+holder+" by UDP port 9467, found none", "that EGRESS_STANDBY_PEERS names it")
+}
+
+// A kernel without the egress hook of netdev fences IP packets alone: the log of the start, the
+// health and the page name that, one router holds the address all the same, and
+// EGRESS_STANDBY_FENCE=require refuses. With the hook there is no word of it.
+func TestStandbyFence(t *testing.T) {
+	var has bool
+	s := newSeveral(t)
+	if err := s.site.Nodes[0].Pod.Do(func() (err error) {
+		has, err = nft.HasEgressHook()
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if want, known := labtest.HasNetdevEgress(t); known && has != want {
+		t.Fatalf("egress hook found: %v, want %v on this kernel", has, want)
+	}
+	s.start()
+	active, standby := s.roles()
+	const effect = "the kernel has no netdev egress hook (Linux 5.16): ARP requests and waiting packets of a router that has just lost the addresses are not held back, and the gateway may take it for the holder for some seconds"
+	for _, node := range []int{active, standby} {
+		for what, text := range map[string]string{"log": s.routers[node].Log(), "health": s.run(node, "health"), "page": s.page(node), "diagnosis": s.run(node, "diagnose")} {
+			if strings.Contains(text, effect) == has {
+				t.Errorf("egress hook: %v; %s of router %d:\n%s", has, what, node+1, text)
+			}
+		}
+	}
+	if err := s.routers[active].Kill(); err != nil {
+		t.Fatal(err)
+	}
+	s.until("the other router takes over", func() bool {
+		return strings.Contains(s.run(standby, "health"), "active: this router holds the addresses")
+	})
+
+	s.more[active] = []string{"EGRESS_STANDBY_FENCE=require"}
+	if has {
+		if err := s.routers[active].Start(); err != nil {
+			t.Fatal(err)
+		}
+		s.until("the router that requires a fence stands by", func() bool {
+			return strings.Contains(s.run(active, "health"), "standby: "+s.site.Nodes[standby].Addr.String()+" holds the addresses")
+		})
+		return
+	}
+	cmd := s.command(active)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	err := s.site.Run(s.site.Nodes[active].Pod, cmd)
+	if cmd.ProcessState == nil || cmd.ProcessState.ExitCode() != 1 || !strings.HasSuffix(stderr.String(), "EGRESS_STANDBY_FENCE=require: "+effect+"\n") {
+		t.Errorf("%v, want exit code 1 and the reason; stderr:\n%s", err, &stderr)
+	}
+}
+
+// A connection by each of two routers that carry lives while the process of the holder is killed,
+// also that by its own pod, whose packets the other one then sends. The server sees the reserved
+// address.
+func TestStandbyCarries(t *testing.T) { carries(t, "tcp") }
+
+func carries(t *testing.T, proto string) {
+	s := newSeveral(t)
+	for node := range s.site.Nodes {
+		s.more[node] = []string{"EGRESS_STANDBY_CARRY=vxlan"}
+	}
+	server := netip.AddrPortFrom(lab.Remote[0], 7000)
+	if _, err := s.site.Serve(s.site.Server, proto, server); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	active, standby := s.roles()
+	conns, readers := make([]net.Conn, 2), make([]*bufio.Reader, 2)
+	want := func(what string) {
+		t.Helper()
+		for node, conn := range conns {
+			const line = "still there\n"
+			if _, err := io.WriteString(conn, line); err != nil {
+				t.Fatalf("%s: connection by router %d: %v", what, node+1, err)
+			}
+			if got, err := readers[node].ReadString('\n'); err != nil || got != line {
+				t.Fatalf("%s: connection by router %d: echo %q, %v", what, node+1, got, err)
+			}
+		}
+	}
+	for node := range s.site.Nodes {
+		s.until("the routers exchange packets", func() bool {
+			_, ports, carries := strings.Cut(s.run(node, "health"), "own ports ")
+			return carries && strings.Contains(ports, " of "+s.site.Nodes[1-node].Addr.String())
+		})
+	}
+	for node, n := range s.site.Nodes {
+		conn, err := s.site.Dial(t.Context(), s.site.Client, proto, netip.AddrPortFrom(n.Addr, server.Port()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		if err := conn.SetDeadline(time.Now().Add(labtest.Patience)); err != nil {
+			t.Fatal(err)
+		}
+		conns[node], readers[node] = conn, bufio.NewReader(conn)
+		if a, err := lab.ReadAnswer(readers[node]); err != nil || a.Server != server || a.Peer.Addr() != lab.Source {
+			t.Fatalf("by router %d: answer %v, %v; want %s, which sees %s", node+1, a, err, server, lab.Source)
+		}
+	}
+	want("before")
+	if err := s.routers[active].Kill(); err != nil {
+		t.Fatal(err)
+	}
+	s.until("the other router takes over", func() bool {
+		return strings.Contains(s.run(standby, "health"), "active: this router holds the addresses")
+	})
+	want("after the take-over")
 }
 
 // Routers without heartbeats of each other report it, on both sides.

@@ -54,7 +54,7 @@ var commands = map[string]command{
 	"egress-router plan --help":                          {test: "testdata/script/commands.txt: exec egress-router plan --help"},
 	"egress-router version":                              {test: "testdata/script/commands.txt: egress-router version"},
 	"egress-router plan":                                 {test: "testdata/script/commands.txt: egress-router plan"},
-	"egress-router plan --kernel":                        {test: "TestPlanFindsDamage"},
+	"egress-router plan --kernel":                        {test: "TestInitRepairsDamage"},
 	"egress-router remove":                               {test: "TestRemoveLeavesNothing"},
 	"egress-router wait":                                 {test: "TestWait"},
 	"egress-router health":                               {test: "testdata/script/health.txt: exec nsenter --net=$ROUTER egress-router health"},
@@ -111,6 +111,7 @@ var commands = map[string]command{
 	"make faults":             {test: "TestInjectFaults"},
 
 	// Not run.
+	"make kernels":        {notRun: "it boots kernels, which takes minutes"},
 	".ci/run":             {notRun: "it runs these tests"},
 	".ci/image list":      {notRun: "TestImages reads the files of the images itself"},
 	"podman system reset": {notRun: "it deletes the containers and images of the machine"},
