@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -93,6 +94,36 @@ func (h *host) transmit(frames ...[]byte) {
 	}))
 }
 
+// repeat sends frames every 10 ms until stop is called. One frame may be lost: all namespaces share
+// the queues of the processors (net.core.netdev_max_backlog), which other tests fill.
+func (h *host) repeat(frames ...[]byte) (stop func()) {
+	h.t.Helper()
+	var sender *Socket
+	h.must(h.do(func() (err error) {
+		sender, err = Open(h.index)
+		return err
+	}))
+	stopped, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for every := time.Tick(10 * time.Millisecond); ; {
+			for _, f := range frames {
+				_ = sender.c.Send(f) // the interface may be down
+			}
+			select {
+			case <-stopped:
+				return
+			case <-every:
+			}
+		}
+	}()
+	return func() {
+		close(stopped)
+		<-ended
+		sender.Close()
+	}
+}
+
 func (h *host) listen() *conn {
 	h.t.Helper()
 	var c *conn
@@ -104,14 +135,24 @@ func (h *host) listen() *conn {
 	return c
 }
 
-func (h *host) ask() *Question {
+func (h *host) ask() *Question { return h.askFor(lab.Source) }
+
+func (h *host) askFor(a netip.Addr) *Question {
 	h.t.Helper()
 	var q *Question
 	h.must(h.do(func() (err error) {
-		q, err = Ask(h.index, h.mac, lab.Source)
+		q, err = Ask(h.index, h.mac, a)
 		return err
 	}))
 	return q
+}
+
+// again asks until an answer comes: a frame may be lost, as for repeat.
+func again(ask func() *Question) (holder net.HardwareAddr, err error) {
+	for end := soon(); holder == nil && err == nil && time.Now().Before(end); {
+		holder, err = ask().Answer(context.Background(), time.Now().Add(time.Second))
+	}
+	return holder, err
 }
 
 // acquire probes for the reserved address. A thread does not leave its namespace
@@ -137,9 +178,21 @@ func soon() time.Time { return time.Now().Add(lab.Patience) }
 // veth, which also gets frames for other hosts.
 func TestKernelFilters(t *testing.T) {
 	_, speaker, listener := network(t)
-	c := listener.listen()
 	accepted, dropped := framesBy(t)
+	var err error
+	for range 5 { // a frame may be lost, as for repeat; one too many is an error each time
+		if err = filter(t, speaker, listener, accepted, dropped); err == nil {
+			return
+		}
+		t.Log(err)
+	}
+	t.Error(err)
+}
 
+// filter sends all frames, and checks that the socket gets those that are accepted.
+func filter(t *testing.T, speaker, listener *host, accepted, dropped map[string][]byte) error {
+	t.Helper()
+	c := listener.listen()
 	own, err := Announcement(Request, listener.mac, lab.Source)
 	listener.must(err)
 	listener.must(c.send(own))
@@ -162,9 +215,9 @@ func TestKernelFilters(t *testing.T) {
 	speaker.transmit(claim(speaker.mac)) // the last one
 
 	for {
-		p, err := c.receive(soon())
+		p, err := c.receive(time.Now().Add(10 * time.Second))
 		if err != nil {
-			t.Fatal(err)
+			return fmt.Errorf("wait for the last frame: %w", err)
 		}
 		if bytes.Equal(p.SenderMAC, speaker.mac) {
 			break
@@ -178,9 +231,14 @@ func TestKernelFilters(t *testing.T) {
 		stats, err = unix.GetsockoptTpacketStats(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
 		return err
 	}))
-	if want := len(accepted) + 1; int(stats.Packets) != want || stats.Drops != 0 {
-		t.Errorf("the socket got %d packets, want %d; %d others passed", stats.Packets, want, passed+3)
+	want := len(accepted) + 1
+	if int(stats.Packets) != want || stats.Drops != 0 {
+		err = fmt.Errorf("the socket got %d packets, want %d; %d others passed", stats.Packets, want, passed+3)
 	}
+	if int(stats.Packets) > want {
+		t.Fatal(err)
+	}
+	return err
 }
 
 // A receiver survives that the interface is down, before and during a receive.
@@ -193,10 +251,11 @@ func TestKernelDownAndUp(t *testing.T) {
 	}
 	for range 3 {
 		router.up()
-		outside.transmit(claim(outside.mac))
+		stop := outside.repeat(claim(outside.mac))
 		if p, err := c.receive(soon()); err != nil || !bytes.Equal(p.SenderMAC, outside.mac) {
 			t.Fatalf("up: %v, %v", p, err)
 		}
+		stop()
 		router.down()
 		if err := c.send(claim(router.mac)); !errors.Is(err, unix.ENETDOWN) {
 			t.Errorf("sending while down: %v, want %v", err, unix.ENETDOWN)
@@ -213,8 +272,9 @@ func TestKernelDownAndUp(t *testing.T) {
 	}()
 	router.down()
 	router.up()
-	outside.transmit(claim(outside.mac))
+	stop := outside.repeat(claim(outside.mac))
 	router.must(<-got)
+	stop()
 }
 
 // A deleted interface ends the receiver: deleted while up, while down, or moved.
@@ -292,7 +352,7 @@ func TestKernelAsk(t *testing.T) {
 	}
 	outside.take(lab.Source)
 	start = time.Now()
-	holder, err := router.ask().Answer(t.Context(), soon())
+	holder, err := again(router.ask)
 	if !bytes.Equal(holder, outside.mac) || err != nil {
 		t.Errorf("held: holder %v, %v; want %v", holder, err, outside.mac)
 	}
@@ -303,10 +363,11 @@ func TestKernelAsk(t *testing.T) {
 	// question has each frame that an older socket has.
 	witness := router.listen()
 	q := router.ask()
-	outside.transmit(claim(outside.mac))
+	stop := outside.repeat(claim(outside.mac))
 	if _, err := witness.receive(soon()); err != nil {
 		t.Fatal(err)
 	}
+	stop()
 	if holder, err := q.Answer(t.Context(), start); !bytes.Equal(holder, outside.mac) || err != nil {
 		t.Errorf("late: holder %v, %v; want %v", holder, err, outside.mac)
 	}
@@ -370,9 +431,7 @@ func TestKernelAskGateway(t *testing.T) {
 					return ok && a.Op == 2 && a.SenderIP == test.gateway && a.TargetIP == to
 				})
 			}
-			// A frame may be lost: all namespaces share the queues of the processors
-			// (net.core.netdev_max_backlog), which other tests fill.
-			again := func(holds func() bool) {
+			until := func(holds func() bool) { // a frame may be lost, as for repeat
 				t.Helper()
 				for end := soon(); !holds(); {
 					if time.Now().After(end) {
@@ -380,7 +439,7 @@ func TestKernelAskGateway(t *testing.T) {
 					}
 				}
 			}
-			again(func() bool {
+			until(func() bool {
 				ask(func() (*Question, error) { return Ask(router.index, router.mac, test.gateway) }).Close()
 				if !test.probed {
 					return true
@@ -389,7 +448,7 @@ func TestKernelAskGateway(t *testing.T) {
 				return answered(netip.IPv4Unspecified())
 			})
 			router.take(lab.Source)
-			again(func() bool {
+			until(func() bool {
 				request := ask(func() (*Question, error) { return AskGateway(router.index, router.mac, lab.Source, test.gateway) })
 				mac, err := request.Answer(t.Context(), time.Now().Add(time.Second))
 				if err != nil || len(mac) > 0 && !bytes.Equal(mac, outside.mac) {
@@ -511,7 +570,7 @@ func TestKernelWatch(t *testing.T) {
 	capture, err := l.Capture(l.Outside, lab.LANLink)
 	router.must(err)
 	outside.take(lab.Source)
-	outside.transmit(claim(outside.mac))
+	stop := outside.repeat(claim(outside.mac))
 	if mac := <-conflicts; !bytes.Equal(mac, outside.mac) {
 		t.Errorf("conflict with %s, want %s", mac, outside.mac)
 	}
@@ -526,7 +585,8 @@ func TestKernelWatch(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if s := w.State(); s.Conflicts == 0 || s.Defences != 1 || !bytes.Equal(s.ConflictMAC, outside.mac) {
+	stop()
+	if s := w.State(); s.Conflicts == 0 || s.Defences == 0 || !bytes.Equal(s.ConflictMAC, outside.mac) {
 		t.Errorf("state %+v", s)
 	}
 
@@ -549,23 +609,18 @@ func TestKernelWatchIPv6(t *testing.T) {
 	for _, a := range addresses {
 		router.must(router.AddrAdd(router.link, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}))
 	}
-	router.must(router.do(func() error {
-		held, err := Ask(router.index, router.mac, lab.LANServer6)
-		if err != nil {
+	if mac, err := again(func() *Question { return router.askFor(lab.LANServer6) }); !bytes.Equal(mac, outside.mac) {
+		t.Errorf("holder %v, %v, want %v", mac, err, outside.mac)
+	}
+	if mac, err := again(func() (q *Question) {
+		router.must(router.do(func() (err error) {
+			q, err = AskGateway(router.index, router.mac, lab.Source6, lab.GatewayLinkLocal)
 			return err
-		}
-		if mac, err := held.Answer(t.Context(), soon()); !bytes.Equal(mac, outside.mac) {
-			t.Errorf("holder %v, %v, want %v", mac, err, outside.mac)
-		}
-		gateway, err := AskGateway(router.index, router.mac, lab.Source6, lab.GatewayLinkLocal)
-		if err != nil {
-			return err
-		}
-		if mac, err := gateway.Answer(t.Context(), soon()); !bytes.Equal(mac, outside.mac) {
-			t.Errorf("gateway %v, %v, want %v", mac, err, outside.mac)
-		}
-		return nil
-	}))
+		}))
+		return q
+	}); !bytes.Equal(mac, outside.mac) {
+		t.Errorf("gateway %v, %v, want %v", mac, err, outside.mac)
+	}
 
 	type conflict struct {
 		address netip.Addr
@@ -614,7 +669,7 @@ func TestKernelWatchIPv6(t *testing.T) {
 
 	claim, err := ndp.Announce(outside.mac, second)
 	outside.must(err)
-	outside.transmit(claim)
+	stop := outside.repeat(claim)
 	if c := <-conflicts; c != (conflict{second, outside.mac.String()}) {
 		t.Errorf("conflict %v, want %s at %s", c, second, outside.mac)
 	}
@@ -623,7 +678,8 @@ func TestKernelWatchIPv6(t *testing.T) {
 	})); err != nil {
 		t.Error(err)
 	}
-	if s := w.State(); s.Conflicts != 1 || s.Defences != 1 || s.Conflicting != second {
+	stop()
+	if s := w.State(); s.Conflicts == 0 || s.Defences == 0 || s.Conflicting != second {
 		t.Errorf("state %+v", s)
 	}
 	cancel()
