@@ -26,11 +26,12 @@ func TestReportHasHint(t *testing.T) {
 		"with variables": {&router.ConflictError{Address: netip.MustParseAddr("192.168.12.99"), MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}},
 			"hint: stop the host with that hardware address (an older pod that still runs, or another pod with the same EGRESS_SOURCE), or set EGRESS_CONFLICT=warn to take the address anyway\n",
 			"egress-router: take reserved address 192.168.12.99: already in use by 02:00:00:00:00:01\n"},
-		"permission":         {os.ErrPermission, "hint: the container ", "egress-router: permission denied\n"},
-		"lacks privilege":    {&privilegeError{[]string{"NET_ADMIN"}}, "hint: ", "egress-router: check capabilities: NET_ADMIN missing, operation not permitted\n"},
-		"for the host":       {&privilegeError{[]string{"NET_ADMIN", "SYS_ADMIN"}}, "hint: EGRESS_MACVLAN_PARENT requires", "egress-router: check capabilities: NET_ADMIN, SYS_ADMIN missing, operation not permitted\n"},
-		"interrupted":        {context.Canceled, "", "egress-router: interrupted, changes rolled back\n"},
-		"partly rolled back": {errors.Join(context.Canceled, &router.UndoError{Err: os.ErrClosed}), "hint: the pod is partly configured", "egress-router: context canceled; roll back changes: file already closed\n"},
+		"permission":                    {os.ErrPermission, "hint: the container ", "egress-router: permission denied\n"},
+		"lacks privilege":               {&privilegeError{[]string{"NET_ADMIN"}}, "hint: ", "egress-router: check capabilities: NET_ADMIN missing, operation not permitted\n"},
+		"for the host":                  {&privilegeError{[]string{"NET_ADMIN", "SYS_ADMIN"}}, "hint: EGRESS_MACVLAN_PARENT requires", "egress-router: check capabilities: NET_ADMIN, SYS_ADMIN missing, operation not permitted\n"},
+		"interrupted":                   {context.Canceled, "", "egress-router: interrupted, changes rolled back\n"},
+		"partly rolled back":            {errors.Join(context.Canceled, &router.UndoError{Err: os.ErrClosed}), "hint: the pod is partly configured", "egress-router: context canceled; roll back changes: file already closed\n"},
+		"failed and partly rolled back": {errors.Join(&router.ConflictError{}, &router.UndoError{Err: os.ErrClosed}), "hint: the pod is partly configured", "roll back changes: file already closed\n"},
 	} {
 		text := report(advised(config.Config{}, test.err))
 		if !strings.HasPrefix(text, test.hint) || !strings.HasSuffix(text, test.last) || test.hint == "" && text != test.last {
