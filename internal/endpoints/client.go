@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -23,7 +24,7 @@ import (
 const connectTimeout = time.Second
 
 // besideAfter is the time without an answer after which another attempt begins beside the first
-// one: of a request, on another connection, and of a connection, from another port. The path of a
+// one: of a request, on a new connection, and of a connection, from another port. The path of a
 // kept connection may have ended with a node, and the address of the API server lead to several of
 // which one has. The kernel itself repeats a lost SYN after a second (RFC 6298, section 2.1).
 const besideAfter = 200 * time.Millisecond
@@ -44,7 +45,9 @@ const absentVersion = "1"
 type client struct {
 	o         Options
 	transport *http.Transport
-	timeout   time.Duration // for one request
+	// fresh opens a connection for each request: also of several kept ones the paths may have ended.
+	fresh   *http.Transport
+	timeout time.Duration // for one request
 
 	// connectTimeout, besideAfter and that of a net.Dialer, but for tests.
 	connect, beside time.Duration
@@ -55,6 +58,7 @@ func newClient(o Options) *client {
 	c := &client{o: o, connect: connectTimeout, beside: besideAfter, dialTCP: (*net.Dialer).DialContext}
 	// The proxy of the environment is for servers outside of the cluster.
 	c.transport = &http.Transport{DialTLSContext: c.dial, MaxIdleConnsPerHost: 1}
+	c.fresh = &http.Transport{DialTLSContext: c.dial, DisableKeepAlives: true}
 	return c
 }
 
@@ -218,7 +222,13 @@ func (c *client) do(ctx context.Context, r request, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	refused := func(err error) bool { _, is := errors.AsType[*statusError](err); return is }
-	body, err := sideBySide(ctx, c.beside, requestAttempts, refused, func(ctx context.Context) ([]byte, error) { return c.send(ctx, r) }, func([]byte) {})
+	var attempts atomic.Int32
+	body, err := sideBySide(ctx, c.beside, requestAttempts, refused, func(ctx context.Context) ([]byte, error) {
+		if attempts.Add(1) == 1 {
+			return c.send(ctx, c.transport, r)
+		}
+		return c.send(ctx, c.fresh, r)
+	}, func([]byte) {})
 	if err == nil {
 		err = json.Unmarshal(body, answer)
 	}
@@ -235,7 +245,7 @@ func (c *client) do(ctx context.Context, r request, answer any) error {
 }
 
 // send sends a request, and returns the body of the answer.
-func (c *client) send(ctx context.Context, r request) ([]byte, error) {
+func (c *client) send(ctx context.Context, by *http.Transport, r request) ([]byte, error) {
 	token, err := c.read("token")
 	if err != nil {
 		return nil, err
@@ -265,7 +275,7 @@ func (c *client) send(ctx context.Context, r request) ([]byte, error) {
 	if r.body != "" {
 		q.Header.Set("Content-Type", "application/apply-patch+yaml") // JSON is YAML
 	}
-	a, err := c.transport.RoundTrip(q)
+	a, err := by.RoundTrip(q)
 	if err != nil {
 		return nil, err
 	}
