@@ -21,26 +21,27 @@ import (
 
 // A flow is a connection with a reserved address, for people and scripts.
 type flow struct {
-	Event    string         `json:"event,omitempty"` // of --follow: open, began or ended
-	At       time.Time      `json:"at,omitzero"`     // of the event
-	Protocol string         `json:"protocol"`
-	State    string         `json:"state,omitempty"` // of TCP, as conntrack(8) has it
-	Replied  bool           `json:"replied"`
-	Own      bool           `json:"own,omitempty"` // of the pod itself, such as a probe
-	Client   netip.AddrPort `json:"client"`
-	Port     uint16         `json:"port"` // of the pod
-	Server   netip.AddrPort `json:"server"`
-	Source   netip.AddrPort `json:"source"`                  // that the server sees
-	Sent     *uint64        `json:"sentBytes,omitempty"`     // nil: the kernel does not count
-	Received *uint64        `json:"receivedBytes,omitempty"` // likewise
-	Began    time.Time      `json:"began,omitzero"`
-	Outcome  string         `json:"outcome,omitempty"`
-	Seconds  *float64       `json:"seconds,omitempty"` // from the begin to the end
+	Event     string         `json:"event,omitempty"` // of --follow: open, began or ended
+	At        time.Time      `json:"at,omitzero"`     // of the event
+	Protocol  string         `json:"protocol"`
+	State     string         `json:"state,omitempty"` // of TCP, as conntrack(8) has it
+	Replied   bool           `json:"replied"`
+	Offloaded bool           `json:"offloaded,omitempty"` // in the kernel's flowtable, which keeps no state of TCP
+	Own       bool           `json:"own,omitempty"`       // of the pod itself, such as a probe
+	Client    netip.AddrPort `json:"client"`
+	Port      uint16         `json:"port"` // of the pod
+	Server    netip.AddrPort `json:"server"`
+	Source    netip.AddrPort `json:"source"`                  // that the server sees
+	Sent      *uint64        `json:"sentBytes,omitempty"`     // nil: the kernel does not count
+	Received  *uint64        `json:"receivedBytes,omitempty"` // likewise
+	Began     time.Time      `json:"began,omitzero"`
+	Outcome   string         `json:"outcome,omitempty"`
+	Seconds   *float64       `json:"seconds,omitempty"` // from the begin to the end
 }
 
 func flowOf(c conntrack.Connection) flow {
 	f := flow{
-		Protocol: c.Protocol.String(), State: c.State, Replied: c.Replied, Own: !c.Redirected,
+		Protocol: c.Protocol.String(), State: c.State, Replied: c.Replied, Offloaded: c.Offloaded, Own: !c.Redirected,
 		Client: c.Client, Port: c.Local.Port(), Server: c.Server, Source: c.Reserved, Began: c.Began.UTC(),
 	}
 	f.count(c.Accounted, c.Traffic)
@@ -73,6 +74,8 @@ func flowOfEvent(e conntrack.Event, now time.Time) flow {
 // status returns the state for people.
 func (f flow) status() string {
 	switch {
+	case f.Offloaded:
+		return "offloaded"
 	case !f.Replied:
 		return strings.TrimSpace(f.State + " unreplied")
 	case f.State != "":

@@ -11,10 +11,11 @@ import (
 
 // A Connection is an entry of the kernel's table with a reserved address.
 type Connection struct {
-	Protocol rules.Protocol
-	State    string // of TCP, such as ESTABLISHED; empty: another protocol
-	Replied  bool   // packets of both directions were seen
-	Closed   bool   // both sides closed it, or one reset it: it is not open any more
+	Protocol  rules.Protocol
+	State     string // of TCP, such as ESTABLISHED; empty: another protocol
+	Replied   bool   // packets of both directions were seen
+	Offloaded bool   // its packets take the kernel's flowtable; State and Left are not known then
+	Closed    bool   // both sides closed it, or one reset it: it is not open any more
 	// Redirected is set for a connection of a client, otherwise it is one of the pod's own.
 	Redirected bool
 	Client     netip.AddrPort
@@ -65,11 +66,11 @@ func Each(sources []netip.Addr, visit func(Connection)) error {
 // connection returns the record for people.
 func (r *record) connection() Connection {
 	c := Connection{
-		Protocol: r.protocol, Replied: r.status&statusSeenReply != 0, Closed: r.closed(), Redirected: r.status&statusDNAT != 0,
+		Protocol: r.protocol, Replied: r.status&statusSeenReply != 0, Closed: r.closed(), Offloaded: r.status&statusOffload != 0, Redirected: r.status&statusDNAT != 0,
 		Client: r.client.addrPort(), Local: r.local.addrPort(), Server: r.server.addrPort(), Reserved: r.reserved.addrPort(),
 		Accounted: r.accounted, Traffic: r.Traffic, Left: r.left,
 	}
-	if r.protocol == rules.TCP && int(r.state) < len(tcpStates) {
+	if r.protocol == rules.TCP && !c.Offloaded && int(r.state) < len(tcpStates) {
 		c.State = tcpStates[r.state]
 	}
 	if r.start > 0 {

@@ -57,10 +57,11 @@ const (
 
 // Bits of an entry's status (linux/netfilter/nf_conntrack_common.h).
 const (
-	statusSeenReply = 1 << 1 // IPS_SEEN_REPLY
-	statusAssured   = 1 << 2 // IPS_ASSURED
-	statusDNAT      = 1 << 5 // IPS_DST_NAT
-	statusDying     = 1 << 9 // IPS_DYING
+	statusSeenReply = 1 << 1  // IPS_SEEN_REPLY
+	statusAssured   = 1 << 2  // IPS_ASSURED
+	statusDNAT      = 1 << 5  // IPS_DST_NAT
+	statusDying     = 1 << 9  // IPS_DYING
+	statusOffload   = 1 << 14 // IPS_OFFLOAD
 )
 
 // genericLength is the length of netfilter's header, which follows netlink's
