@@ -20,6 +20,7 @@
 //	EGRESS_ROUTER_BACKEND     (auto) how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables
 //	EGRESS_FORWARD            (redirected) what is forwarded from the cluster side: redirected connections only, or open, all connections, for a pod that is the gateway of others
 //	EGRESS_HELPERS            (none) protocols whose servers open further connections, separated by commas: amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp; the kernel's helpers are attached to destinations with the protocol's port on the server
+//	EGRESS_FLOWTABLE          (off) off, auto or require: packets of established tcp and udp connections bypass the rules, in the kernel's flowtable (since Linux 5.16); auto does without on another kernel, require refuses it
 //	EGRESS_MACVLAN_PARENT     (none) NIC of the host on which the router creates the egress interface, a macvlan; true: the NIC of the host's IPv4 default route
 //	EGRESS_MACVLAN_MODE       (private) mode of that macvlan: private, bridge, vepa or passthru
 //	EGRESS_HOST_NETNS         (/proc/1/ns/net) file of the host's network namespace, which contains that NIC

@@ -229,6 +229,9 @@ func runMode(ctx context.Context, p Process) error {
 	if c.Mode.Stays() {
 		return advised(c, stay(ctx, p, c, env, reloader{file: env.File(), since: since, every: c.Health.Interval, hangup: hangup, log: log}, restoreGC))
 	}
+	if _, err := settleFlowtable(&c, log); err != nil {
+		return err
+	}
 	keepNameServers(&c, log)
 	r := newRouter(c, log)
 	resolveOnce(ctx, &c, r, log)

@@ -79,7 +79,8 @@ func (w *observer) observe(ctx context.Context) (diagnose.Observation, error) {
 	if file := w.at.resolvConf(); file != "" {
 		keepNameServersOf(&w.c, file, w.log)
 	}
-	_ = placeCarry(&w.c) // an error of the cluster interface is found elsewhere
+	_ = placeCarry(&w.c)                // an error of the cluster interface is found elsewhere
+	_, _ = settleFlowtable(&w.c, w.log) // the router itself reports an error
 	w.router = newRouter(w.c, w.log)
 	w.reported(ctx)
 	w.lookUp(ctx)

@@ -27,6 +27,7 @@ var advices = map[string]string{
 	"standby":      "Read the log of this router.",
 	"peers":        "Start a second router, or check that the routers reach each other on the cluster side.",
 	"fence":        "Run the router on a node with Linux 5.16 or later, with CONFIG_NETFILTER_EGRESS. EGRESS_STANDBY_FENCE=require refuses other kernels.",
+	"flowtable":    "Run the router on a node with Linux 5.16 or later, with flowtables. EGRESS_FLOWTABLE=require refuses other kernels.",
 	"endpoints":    "Check that the router may write its EndpointSlice.",
 	"log":          "Check the reader of this container's log.",
 	"listener":     "Read the log of this proxy.",

@@ -49,6 +49,9 @@ func missingText(ctx context.Context, c config.Config, log *slog.Logger) (string
 	if err := placeCarry(&c); err != nil {
 		return "", err
 	}
+	if _, err := settleFlowtable(&c, log); err != nil {
+		return "", err
+	}
 	keepNameServers(&c, log)
 	r := newRouter(c, log)
 	resolveOnce(ctx, &c, r, log)

@@ -39,6 +39,7 @@ func (w *watch) reporter(p Process) reporter {
 			w.ports.report(r)
 			reportTable(r, tableNow(), time.Time{})
 			reportUntracked(r, w.failed.Load())
+			reportFlowtable(r, w.config, w.slow, tableNow().Entries)
 			if w.standby != nil {
 				s := w.standby.Status()
 				left, err := w.standby.PermitLeft()

@@ -19,7 +19,7 @@ func newRouter(c config.Config, log *slog.Logger) *router.Router {
 	return &router.Router{
 		Want: wanted(c), Mode: string(c.Mode), Names: c.Names(), Log: log,
 		Network: func() (router.Network, error) { return link.Open() },
-		Rules:   b.rules, Next: b.next, Strays: b.strays, Gate: gate{}, Tunnel: new(tunnel),
+		Rules:   b.rules, Next: b.next, Strays: b.strays, Gate: gate{}, Tunnel: new(tunnel), Flowtable: flowtable{},
 	}
 }
 

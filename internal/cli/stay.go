@@ -36,6 +36,7 @@ type watch struct {
 	partial bool                              // the kernel has no egress hook for the gate
 	service *endpoints.Writer                 // nil: no Service is led to the active router
 	ports   portWatch
+	slow    string // why no packets bypass the rules, which may; empty: some do, or none may
 
 	background sync.WaitGroup
 
@@ -49,9 +50,14 @@ func stay(ctx context.Context, p Process, c config.Config, env config.Environmen
 	if err := placeCarry(&c); err != nil {
 		return err
 	}
-	log, written := file.log, c // without the additions below
+	log := file.log
+	slow, err := settleFlowtable(&c, log)
+	if err != nil {
+		return err
+	}
+	written := c // without the additions below
 	keepNameServers(&c, log)
-	w := &watch{config: c, latest: c, log: log, ports: portWatch{log: log, ranged: rangedPorts(c)}}
+	w := &watch{config: c, latest: c, log: log, ports: portWatch{log: log, ranged: rangedPorts(c)}, slow: slow}
 	if c.Grammar == rules.Extended {
 		w.names = newFollower(c, log)
 	}

@@ -170,6 +170,7 @@ func Parse(env Environment, readFile func(name string) ([]byte, error)) (Config,
 		report(e)
 	}
 	c.parseHealth(env, readFile, report)
+	report(c.parseFlowtable(env.Flowtable))
 	c.Log.parse(env.LogEnvironment, report)
 	if env.Debug != "" {
 		c.Log.Level = slog.LevelDebug

@@ -139,6 +139,15 @@ func TestParse(t *testing.T) {
 				c.Helpers = []rules.Helper{{Name: "ftp", Protocol: rules.TCP, Port: 21}, {Name: "sip", Protocol: rules.TCP, Port: 5060}, {Name: "sip", Protocol: rules.UDP, Port: 5060}}
 			},
 		},
+		"flowtable":    {func(e *Environment) { e.Flowtable = "auto" }, func(c *Config) { c.Flowtable = spec.FlowtableAuto }},
+		"no flowtable": {func(e *Environment) { e.Flowtable = "off" }, func(*Config) {}},
+		"flowtable of a proxy": {
+			func(e *Environment) { e.Mode, e.Flowtable = "dns-proxy", "require" },
+			func(c *Config) {
+				c.Mode, c.Forward, c.Set = DNSProxy, false, rules.Set{}
+				c.Warnings = []string{"EGRESS_FLOWTABLE=require has no effect in mode dns-proxy"}
+			},
+		},
 		"no helpers": {func(e *Environment) { e.Helpers = " , " }, func(c *Config) { c.Warnings = []string{`EGRESS_HELPERS " , " names no helper`} }},
 		"helpers of a proxy": {
 			func(e *Environment) { e.Mode, e.Helpers = "http-proxy", "ftp" },
@@ -287,6 +296,7 @@ func TestHealthErrors(t *testing.T) {
 		{func(e *Environment) { e.AnnounceInterval = "-1s" }, "hint: correct the value, or unset the variable for the default, 60s\n" + `EGRESS_ANNOUNCE_INTERVAL "-1s" is not a time: expected a number with its unit, such as 500ms, 90s or 15m, or 0`},
 		{func(e *Environment) { e.ProbeInterval = "0" }, "hint: correct the value, or unset the variable for the default, 30s\n" + `EGRESS_PROBE_INTERVAL "0" is not a time: expected a number with its unit, such as 500ms, 90s or 15m`},
 		{func(e *Environment) { e.Conflict = "ignore" }, "hint: correct the value, or unset the variable for the default, warn\n" + `EGRESS_CONFLICT "ignore" is neither warn, refuse nor defend`},
+		{func(e *Environment) { e.Flowtable = "true" }, "hint: correct the value, or unset the variable for the default, off\n" + `EGRESS_FLOWTABLE "true" is neither off, auto nor require`},
 		{
 			func(e *Environment) { e.Helpers = "ftp;tftp" },
 			"hint: the helpers are amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp\nEGRESS_HELPERS \"ftp;tftp\" is not a helper",

@@ -44,6 +44,7 @@ type Environment struct {
 	Backend          string `envconfig:"EGRESS_ROUTER_BACKEND" spec:"backend" unset:"auto" doc:"how rules are loaded: iptables, nftables, or auto, which is iptables if it works, otherwise nftables"`
 	Forward          string `envconfig:"EGRESS_FORWARD" unset:"redirected" doc:"what is forwarded from the cluster side: redirected connections only, or open, all connections, for a pod that is the gateway of others"`
 	Helpers          string `envconfig:"EGRESS_HELPERS" spec:"helpers" unset:"none" doc:"protocols whose servers open further connections, separated by commas: amanda, ftp, h323, irc, netbios-ns, pptp, sane, sip, snmp, tftp; the kernel's helpers are attached to destinations with the protocol's port on the server"`
+	Flowtable        string `envconfig:"EGRESS_FLOWTABLE" unset:"off" doc:"off, auto or require: packets of established tcp and udp connections bypass the rules, in the kernel's flowtable (since Linux 5.16); auto does without on another kernel, require refuses it"`
 	MacvlanParent    string `envconfig:"EGRESS_MACVLAN_PARENT" spec:"macvlan parent" unset:"none" doc:"NIC of the host on which the router creates the egress interface, a macvlan; true: the NIC of the host's IPv4 default route"`
 	MacvlanMode      string `envconfig:"EGRESS_MACVLAN_MODE" unset:"private" doc:"mode of that macvlan: private, bridge, vepa or passthru"`
 	HostNetns        string `envconfig:"EGRESS_HOST_NETNS" spec:"host network namespace" unset:"/proc/1/ns/net" doc:"file of the host's network namespace, which contains that NIC"`

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -85,6 +86,25 @@ func TestCarryHelpers(t *testing.T) {
 	c, err := Parse(env, keyFile)
 	if err != nil || len(c.Warnings) != 1 || !strings.HasPrefix(c.Warnings[0], "EGRESS_HELPERS with EGRESS_STANDBY_CARRY=vxlan: ") {
 		t.Errorf("%v, warnings %q", err, c.Warnings)
+	}
+}
+
+// The rules of a tunnel see each packet: there is no flowtable with it.
+func TestCarryWithoutFlowtable(t *testing.T) {
+	env := standingBy()
+	env.StandbyCarry, env.StandbyPorts, env.Flowtable = "vxlan", "0/2", "auto"
+	c, err := Parse(env, keyFile)
+	const warning = "EGRESS_FLOWTABLE=auto has no effect with EGRESS_STANDBY_CARRY=vxlan, which has rules for each packet"
+	if err != nil || c.Flowtable != spec.FlowtableOff || !slices.Equal(c.Warnings, []string{warning}) {
+		t.Errorf("%v, flowtable %q, warnings %q", err, c.Flowtable, c.Warnings)
+	}
+	env.Flowtable = "require"
+	if _, err := Parse(env, keyFile); err == nil || !strings.HasSuffix(err.Error(), "EGRESS_FLOWTABLE=require is not possible with EGRESS_STANDBY_CARRY=vxlan, which has rules for each packet") {
+		t.Error(err)
+	}
+	env.StandbyCarry, env.StandbyPorts = "", ""
+	if c, err := Parse(env, keyFile); err != nil || c.Flowtable != spec.FlowtableRequire {
+		t.Errorf("without a tunnel: %v, %q", err, c.Flowtable)
 	}
 }
 

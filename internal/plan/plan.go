@@ -24,6 +24,8 @@ type Want struct {
 	Gate     *Gate  // nil: the router is the only one with its addresses
 	Role     Role   // with a gate: who announces the addresses is decided elsewhere
 	Carry    *Carry // nil: connections stay with the router that they enter by
+	// Flowtable is the shortcut of established connections; nil: there is none.
+	Flowtable *Flowtable
 	// Start: the address is announced and the gateway asked also without a change, and
 	// other holders are looked for before the address is taken. Without it the steps are
 	// repairs.
@@ -40,6 +42,7 @@ func WantOf(r spec.Router) Want {
 			Cluster: ClusterSide{Interface: r.Cluster, Mark: uint32(r.ReplyMark), Table: r.ReplyTable, Destinations: r.ClusterDestinations},
 		},
 		Rules: r.Plan(), Forward: r.Forward, Conflict: r.Conflict, Gate: gateOf(r), Carry: carryOf(r),
+		Flowtable: flowtableOf(r),
 	}
 	if want.Gate != nil {
 		want = want.WithRole(Standby)
@@ -67,6 +70,9 @@ type Have struct {
 	// Carry has the same of the tunnel.
 	Carry     []string
 	Connected bool // this run has set the tunnel up, or failed to
+	// Flowtable has the same of the flowtable.
+	Flowtable []string
+	Offloads  bool // this run has changed it, or failed to
 
 	Failed    []string    // the optional changes that failed, which are not tried again
 	Loaded    *rules.Plan // what this run has loaded last; nil: nothing
@@ -242,7 +248,7 @@ func Steps(want Want, have Have) []Group {
 		}
 		guard, loaded = append(guard, first), &first.Rules
 	}
-	add(Guard, slices.Concat(fence(want, have), guard, steps(prepare))...)
+	add(Guard, slices.Concat(slow(want, have), fence(want, have), guard, steps(prepare))...)
 	add(Permission, late...)
 	claim = without(claim, prepare)
 	of4 := func(c Change) bool { return !c.Address.Addr().Is6() }
@@ -252,7 +258,7 @@ func Steps(want Want, have Have) []Group {
 	if len(have.Differs) > 0 && (loaded == nil || !loaded.Equal(want.Rules)) {
 		complete = append(complete, Load{Rules: want.Rules, Why: why})
 	}
-	add(Rules, append(complete, connect(want, have)...)...)
+	add(Rules, slices.Concat(complete, connect(want, have), offload(want, have))...)
 	if want.Start { // while a router stays, another program may have changed the rules
 		add(Leaving, steps(have.remaining(want.Network.leave(have.State, have.Former)))...)
 	}
@@ -303,7 +309,7 @@ func isListed(s Step, groups []Group) bool {
 func (g Group) Changes() bool {
 	return slices.ContainsFunc(g.Steps, func(s Step) bool {
 		switch s.(type) {
-		case Create, Load, Change, RemoveStray, Fence, RemoveGate, Connect, RemoveCarry:
+		case Create, Load, Change, RemoveStray, Fence, RemoveGate, Connect, RemoveCarry, Offload, RemoveFlowtable:
 			return true
 		}
 		return false

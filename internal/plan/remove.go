@@ -22,7 +22,11 @@ import (
 // have.Strays are the rules of all backends.
 func Remove(want Want, have Have, before State) []Step {
 	n := want.Network
-	all := steps(shut(have.State, before))
+	var all []Step
+	if len(have.Flowtable) > 0 {
+		all = append(all, RemoveFlowtable{})
+	}
+	all = append(all, steps(shut(have.State, before))...)
 	for _, ipv6 := range []bool{false, true} {
 		have, before := have.State.of(ipv6), before.of(ipv6)
 		all = append(all, steps(leaveCluster(n, n.routesOf(have, ipv6), have, before))...)

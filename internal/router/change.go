@@ -284,7 +284,7 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 		case plan.RemoveStray:
 			err = c.removeStray(ctx)
 		case plan.Forget:
-			c.forget()
+			err = c.forget()
 		case plan.Fence:
 			err = c.fence(s)
 		case plan.RemoveGate:
@@ -293,6 +293,10 @@ func (c *change) carryOut(ctx context.Context, g plan.Group) (changed bool, err 
 			c.connect(s)
 		case plan.RemoveCarry:
 			err = c.removeCarry(s)
+		case plan.Offload:
+			err = c.offload(s)
+		case plan.RemoveFlowtable:
+			err = c.removeFlowtable(s)
 		}
 		if err != nil {
 			return changed, err
@@ -327,10 +331,13 @@ func (c *change) removeStray(ctx context.Context) error {
 	return nil
 }
 
-// readGate compares the gate, and the tunnel. Its interface may not exist yet.
+// readGate compares the gate, the flowtable and the tunnel. Its interface may not exist yet.
 func (c *change) readGate() (err error) {
 	if c.router.Gate != nil {
 		c.have.Gate, err = c.router.Gate.Differs(c.want.Gate)
+	}
+	if c.router.Flowtable != nil && err == nil {
+		c.have.Flowtable, err = c.router.Flowtable.Differs(c.want.Flowtable)
 	}
 	if c.router.Tunnel == nil || c.looks || err != nil { // another process knows the peers
 		return err
@@ -396,6 +403,33 @@ func (c *change) removeGate(s plan.RemoveGate) error {
 	}
 	c.have.Fenced = true
 	c.note(RepairStrays, "a gate of an earlier configuration", "removed", func() {
+		c.router.Log.Info("rules removed", "removed", s.String())
+	})
+	return nil
+}
+
+// offload loads the flowtable.
+func (c *change) offload(s plan.Offload) error {
+	if err := c.router.Flowtable.Load(s.Flowtable); err != nil {
+		return err
+	}
+	c.have.Offloads, c.have.Changed = true, true
+	if !c.watches {
+		c.done.add(c.router.Flowtable.Remove)
+	}
+	c.note(RepairRules, s.Why, "loaded the flowtable", func() {
+		c.router.Log.Info("flowtable loaded", "interfaces", s.Cluster+" "+s.Egress, "because", s.Why)
+	})
+	return nil
+}
+
+// removeFlowtable removes the flowtable of an earlier configuration, or of the router that is removed.
+func (c *change) removeFlowtable(s plan.RemoveFlowtable) error {
+	if err := c.router.Flowtable.Remove(); err != nil {
+		return err
+	}
+	c.have.Offloads = true
+	c.note(RepairStrays, "a flowtable of an earlier configuration", "removed", func() {
 		c.router.Log.Info("rules removed", "removed", s.String())
 	})
 	return nil
@@ -480,8 +514,9 @@ func (c *change) close() {
 	}
 }
 
-// forget deletes the conntrack entries of stale connections.
-func (c *change) forget() {
+// forget deletes the conntrack entries of stale connections. It is an error if their packets go on
+// by the flowtable.
+func (c *change) forget() error {
 	// Computed only if there is a connection to check.
 	stale := sync.OnceValue(func() func(rules.Connection) bool { return c.want.Rules.Stale(c.have.State.ClusterAddresses()) })
 	masters := sync.OnceValues(conntrack.Masters)
@@ -505,8 +540,14 @@ func (c *change) forget() {
 		}
 		c.router.Log.Warn("stale connections not deleted", attributes...)
 	} else if n > 0 {
+		if c.router.Flowtable != nil && c.want.Flowtable != nil {
+			if err := c.router.Flowtable.Flush(*c.want.Flowtable); err != nil {
+				return err
+			}
+		}
 		c.router.Log.Info("stale connections deleted", "number", n)
 	}
+	return nil
 }
 
 // sysctl describes a change that sets a sysctl.

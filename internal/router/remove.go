@@ -49,7 +49,7 @@ func (r *Router) Remove(ctx context.Context, before *plan.State) error {
 	for _, s := range c.strays {
 		c.have.Strays = append(c.have.Strays, s.String())
 	}
-	c.want.Gate, c.want.Carry = nil, nil
+	c.want.Gate, c.want.Carry, c.want.Flowtable = nil, nil, nil
 	if err := c.readGate(); err != nil {
 		failed = append(failed, err)
 	}

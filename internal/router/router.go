@@ -52,6 +52,8 @@ type Router struct {
 	Gate Gate
 	// Tunnel is the kernel's tunnel to other routers; nil: it has none.
 	Tunnel Tunnel
+	// Flowtable is the kernel's shortcut for established connections; nil: it has none.
+	Flowtable Flowtable
 	// Strays finds rules of other backends than that of the given rules; without them,
 	// those of every backend. They are removed in this order after all other changes.
 	Strays func(context.Context, Rules) ([]Stray, error)
@@ -86,6 +88,18 @@ type Tunnel interface {
 	// Connect sets the tunnel up.
 	Connect(plan.Carry) error
 	Remove(plan.Network) error
+}
+
+// A Flowtable forwards packets of established connections past the rules.
+type Flowtable interface {
+	// Differs returns the differences of the kernel's flowtable; want is nil if there shall be
+	// none.
+	Differs(want *plan.Flowtable) ([]string, error)
+	Load(plan.Flowtable) error
+	// Flush has the packets of all connections pass the rules again, of which those that may
+	// take the shortcut anew.
+	Flush(plan.Flowtable) error
+	Remove() error
 }
 
 // Rules are the rules of one network namespace, as a backend reads them.

@@ -35,6 +35,8 @@ type Router struct {
 
 	Conflict Conflict // what to do if another host has a reserved address
 	Standby  *Standby // nil: the router is the only one with its addresses
+
+	Flowtable Flowtable // how the kernel forwards packets of established connections
 }
 
 // The defaults of the reply path. Marks and tables belong to the pod's network
@@ -57,6 +59,17 @@ const (
 	ConflictWarn   Conflict = "warn"   // take the address, as the original did, and log the other host
 	ConflictRefuse Conflict = "refuse" // probe in full, and do not take it
 	ConflictDefend Conflict = "defend" // take it, and announce it again after another host's answer
+)
+
+// A Flowtable says whether packets of established connections bypass rules and routing
+// (Documentation/networking/nf_flowtable.rst of the kernel).
+type Flowtable string
+
+// The flowtables.
+const (
+	FlowtableOff     Flowtable = ""        // they pass the rules
+	FlowtableAuto    Flowtable = "auto"    // they pass by, if the kernel has flowtables
+	FlowtableRequire Flowtable = "require" // likewise, and other kernels are refused
 )
 
 // A Macvlan describes the egress interface if the router creates it, in place of a
