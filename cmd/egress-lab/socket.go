@@ -21,6 +21,7 @@ const (
 	quietUDP = 50 * time.Millisecond
 	buffer   = 8 << 20 // bytes of datagrams that wait for the server
 	backlog  = 128     // connections that wait for the server, more than clients exist
+	lasting  = 20000   // port of a client that sends datagrams
 )
 
 // listen creates a server's socket in ns.
@@ -57,11 +58,18 @@ func listen(ns *netns.Namespace, kind int, at netip.AddrPort) (socket int, err e
 	return socket, nil
 }
 
-// dial creates a client's socket in the namespace of the thread.
+// dial creates a client's socket in the namespace of the thread. Datagrams all have the same source
+// port, and so one connection in the kernel's table.
 func dial(kind int, to netip.AddrPort) (socket int, err error) {
 	socket, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("making a socket: %w", err)
+	}
+	if kind == unix.SOCK_DGRAM {
+		if err := unix.Bind(socket, &unix.SockaddrInet4{Port: lasting}); err != nil {
+			_ = unix.Close(socket)
+			return -1, fmt.Errorf("binding: %w", err)
+		}
 	}
 	// After a signal to the thread the kernel restarts the call.
 	if err := unix.Connect(socket, address(to)); err != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/egress-router/egress-router/internal/lab"
+	netfilter "github.com/egress-router/egress-router/internal/nft"
 )
 
 var throughputEffort = effort{rounds: 25, each: 250 * time.Millisecond}
@@ -33,11 +34,15 @@ var traffic = []struct {
 }{
 	{"TCP, one stream, Gbit/s", func(p path, d time.Duration) (float64, error) { return p.streams(1, d) }, goalBulk},
 	{"TCP, 4 streams, Gbit/s", func(p path, d time.Duration) (float64, error) { return p.streams(4, d) }, goalBulk},
-	{"UDP, thousand datagrams/s", path.datagrams, goal{}},
+	{"UDP, thousand datagrams/s", path.datagrams, goal{}}, // of one connection that lasts, and was answered
 }
 
 // benchThroughput measures the cost of the rules for packets of existing connections.
 func benchThroughput(ctx context.Context, program string, found []variant, stdout io.Writer) error {
+	found, err := withFlowtable(found)
+	if err != nil {
+		return err
+	}
 	fmt.Fprint(stdout, throughputHead)
 	printHeader(stdout, "")
 	rows, err := measureThroughput(ctx, program, found, throughputEffort)
@@ -49,6 +54,18 @@ func benchThroughput(ctx context.Context, program string, found []variant, stdou
 	}
 	fmt.Fprintf(stdout, throughputFoot, throughputEffort.rounds, throughputEffort.each, small)
 	return nil
+}
+
+// withFlowtable adds a variant with a flowtable, if the kernel has flowtables.
+func withFlowtable(found []variant) ([]variant, error) {
+	flows, err := netfilter.HasFlowtables()
+	if err != nil || !flows {
+		return found, err
+	}
+	last := found[len(found)-1]
+	last.name += ", flowtable"
+	last.env = append(slices.Clone(last.env), "EGRESS_FLOWTABLE=require")
+	return append(slices.Clone(found), last), nil
 }
 
 // measureThroughput measures all variants. All labs exist at the same time, so that
@@ -74,6 +91,9 @@ func measureThroughput(ctx context.Context, program string, found []variant, e e
 			return nil, fmt.Errorf("%s: %w", v.name, err)
 		}
 		paths = append(paths, p)
+	}
+	if err := together(len(paths), func(i int) error { return paths[i].settle() }); err != nil {
+		return nil, err
 	}
 
 	// Plain routing first; for each kind of traffic a figure of each round.

@@ -132,6 +132,40 @@ const (
 	small = 64        // a datagram, as a query to a name server
 )
 
+// settle has datagrams answered until the kernel takes them for a lasting connection: for more than
+// two seconds (nf_conntrack_udp_packet in net/netfilter/nf_conntrack_proto_udp.c).
+func (p path) settle() error {
+	socket, err := listen(p.lab.Outside, unix.SOCK_DGRAM, p.server)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(socket) }()
+	return p.lab.Client.Do(func() error {
+		client, err := dial(unix.SOCK_DGRAM, p.to)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = unix.Close(client) }()
+		buf := make([]byte, small)
+		for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+			if _, err := write(client, buf); err != nil {
+				return fmt.Errorf("sending to %q: %w", p.to, err)
+			}
+			_, from, err := unix.Recvfrom(socket, buf, 0)
+			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+				continue // lost, or not there yet
+			}
+			if err == nil {
+				err = unix.Sendto(socket, buf, 0, from)
+			}
+			if err != nil {
+				return fmt.Errorf("answering at %q: %w", p.server, err)
+			}
+		}
+		return nil
+	})
+}
+
 // datagrams sends small UDP datagrams for some time, from one thread without a pause, and
 // returns how many thousand a second arrived.
 func (p path) datagrams(d time.Duration) (float64, error) {
