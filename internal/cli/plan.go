@@ -210,8 +210,12 @@ func (e example) fresh(want plan.Want) plan.Have {
 	if want.Carry != nil {
 		tunnel = []string{"there is none"}
 	}
+	var shortcut []string
+	if want.Flowtable != nil {
+		shortcut = []string{"there is none"}
+	}
 	return plan.Have{
-		Missing: want.Macvlan != nil, Gate: gate, Carry: tunnel,
+		Missing: want.Macvlan != nil, Gate: gate, Carry: tunnel, Flowtable: shortcut,
 		State: plan.State{
 			Index: egress, Carrier: true, Sysctls: n.Defaults(),
 			Routes:  []plan.Route{route(netip.PrefixFrom(netip.IPv4Unspecified(), 0), e.gateway, netip.Addr{}), subnet},
