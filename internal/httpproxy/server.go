@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/poll"
 )
 
 // A serverConn is a connection to a server, for one exchange at a time.
@@ -381,15 +383,10 @@ func (c *serverConn) alive() bool {
 	return err == nil && waiting
 }
 
-// silent reports whether a read of a socket would block. poll(2) needs no memory.
+// silent reports whether a read of a socket would block.
 func silent(fd uintptr) bool {
-	wait := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(wait, 0)
-		if !errors.Is(err, unix.EINTR) {
-			return n == 0 && err == nil
-		}
-	}
+	readable, err := poll.Ready(fd, unix.POLLIN)
+	return !readable && err == nil
 }
 
 // An expectation is that of a request with Expect: 100-continue. Its body waits for the

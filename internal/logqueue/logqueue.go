@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/poll"
 )
 
 const (
@@ -151,8 +153,8 @@ func (w *Writer) full() bool {
 	}
 	full := true
 	_ = conn.Control(func(fd uintptr) { // fails if it is closed, and nothing can be written
-		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0) //nolint:gosec // a descriptor
-		full = ready == 0 && err == nil
+		writable, err := poll.Ready(fd, unix.POLLOUT)
+		full = !writable && err == nil
 	})
 	return full
 }

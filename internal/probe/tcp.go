@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egress-router/egress-router/internal/poll"
 )
 
 // A Result is how a probe ended.
@@ -62,9 +64,9 @@ func (s *socket) connect(to netip.AddrPort, until time.Time) error {
 		return err
 	}
 	ended := func(fd int) (bool, error) {
-		polled := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}} //nolint:gosec // a descriptor
-		if n, _ := unix.Poll(polled, 0); n == 0 {
-			return false, nil
+		ready, err := poll.Ready(uintptr(fd), unix.POLLOUT)
+		if !ready || err != nil {
+			return err != nil, err
 		}
 		code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
 		if err == nil && code != 0 {
