@@ -283,26 +283,7 @@ func (c Carry) Load() error {
 	if err != nil || len(found) == 0 {
 		return err
 	}
-	t := c.table()
-	there, err := hasTable(t)
-	if err != nil {
-		return fmt.Errorf("read carry: %w", err)
-	}
-	var b batch
-	if there {
-		b.deleteTable(t)
-	}
-	b.addTable(t)
-	for _, chain := range c.chains() {
-		b.addChainOf(t, nftables.ChainTypeFilter, chain)
-		for _, r := range chain.rules {
-			b.addRule(t, chain.name, r)
-		}
-	}
-	if err := b.run(); err != nil {
-		return fmt.Errorf("load carry: %w", err)
-	}
-	return nil
+	return replaceTable(c.table(), c.chains(), "load carry", func(*batch) {})
 }
 
 // Differs returns the differences of the kernel from the table, one line each.
@@ -310,9 +291,9 @@ func (c Carry) Differs() (found []string, err error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	there, err := hasTable(c.table())
+	there, err := CarryLoaded()
 	if err != nil {
-		return nil, fmt.Errorf("read carry: %w", err)
+		return nil, err
 	}
 	if !there {
 		return []string{"carry: missing"}, nil
@@ -325,24 +306,7 @@ func (c Carry) Differs() (found []string, err error) {
 }
 
 // CarryLoaded reports whether the kernel has the table.
-func CarryLoaded() (bool, error) {
-	there, err := hasTable(Carry{}.table())
-	if err != nil {
-		return false, fmt.Errorf("read carry: %w", err)
-	}
-	return there, nil
-}
+func CarryLoaded() (bool, error) { return tableLoaded(Carry{}.table(), "carry") }
 
 // RemoveCarry removes the table.
-func RemoveCarry() error {
-	there, err := CarryLoaded()
-	if err != nil || !there {
-		return err
-	}
-	var b batch
-	b.deleteTable(Carry{}.table())
-	if err := b.run(); err != nil {
-		return fmt.Errorf("remove carry: %w", err)
-	}
-	return nil
-}
+func RemoveCarry() error { return removeTable(Carry{}.table(), "carry") }

@@ -127,19 +127,6 @@ func (f Flowtable) chains() []gateChain {
 	}}
 }
 
-// add adds the table to a transaction.
-func (f Flowtable) add(b *batch) {
-	t := f.table()
-	b.addTable(t)
-	b.addFlowtable(t, f.devices()...)
-	for _, c := range f.chains() {
-		b.addChainOf(t, nftables.ChainTypeFilter, c)
-		for _, r := range c.rules {
-			b.addRule(t, c.name, r)
-		}
-	}
-}
-
 // addFlowtable adds a flowtable for interfaces, behind the gate's ingress chains.
 func (b *batch) addFlowtable(t *nftables.Table, devices ...string) {
 	b.add(newFlowtable, netlink.Create, t.Family, func(e *netlink.AttributeEncoder) {
@@ -187,19 +174,8 @@ func (f Flowtable) Flush() error {
 }
 
 func (f Flowtable) replace(what string) error {
-	there, err := FlowtableLoaded()
-	if err != nil {
-		return err
-	}
-	var b batch
-	if there {
-		b.deleteTable(f.table())
-	}
-	f.add(&b)
-	if err := b.run(); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	return nil
+	t := f.table()
+	return replaceTable(t, f.chains(), what, func(b *batch) { b.addFlowtable(t, f.devices()...) })
 }
 
 // Differs returns the differences of the kernel from the table, one line each.
@@ -252,27 +228,10 @@ func listFlowtable(t *nftables.Table) (devices []string, err error) {
 }
 
 // FlowtableLoaded reports whether the kernel has the table.
-func FlowtableLoaded() (bool, error) {
-	there, err := hasTable(Flowtable{}.table())
-	if err != nil {
-		return false, fmt.Errorf("read flowtable: %w", err)
-	}
-	return there, nil
-}
+func FlowtableLoaded() (bool, error) { return tableLoaded(Flowtable{}.table(), "flowtable") }
 
 // RemoveFlowtable removes the table.
-func RemoveFlowtable() error {
-	there, err := FlowtableLoaded()
-	if err != nil || !there {
-		return err
-	}
-	var b batch
-	b.deleteTable(Flowtable{}.table())
-	if err := b.run(); err != nil {
-		return fmt.Errorf("remove flowtable: %w", err)
-	}
-	return nil
-}
+func RemoveFlowtable() error { return removeTable(Flowtable{}.table(), "flowtable") }
 
 // hasFlowtables remembers that the kernel has or lacks them.
 var hasFlowtables atomic.Pointer[bool]
