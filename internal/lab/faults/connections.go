@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/egress-router/egress-router/internal/lab"
 )
 
@@ -72,14 +74,21 @@ func Hold(s *lab.Site, node, count int, port uint16, pace time.Duration) (*Conne
 	return c, nil
 }
 
+// dial makes one connection. A router that was just started has no rules yet, and its kernel
+// refuses: it has lab.Patience to load them.
 func (c *Connections) dial(s *lab.Site, to netip.AddrPort, kind Kind) error {
 	var conn net.Conn
-	err := s.Client.Do(func() (err error) {
-		conn, err = net.DialTimeout("tcp4", to.String(), lab.Patience)
-		return err
-	})
-	if err != nil {
-		return err
+	for begin := time.Now(); ; time.Sleep(c.pace) {
+		err := s.Client.Do(func() (err error) {
+			conn, err = net.DialTimeout("tcp4", to.String(), lab.Patience)
+			return err
+		})
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.ECONNREFUSED) || time.Since(begin) > lab.Patience {
+			return err
+		}
 	}
 	if _, err := conn.Write([]byte{byte(kind)}); err != nil {
 		_ = conn.Close()
