@@ -227,7 +227,7 @@ func printIndented(w io.Writer, text string) {
 
 // demoPatience is how long the demo waits for one answer. It is far above the time of an
 // answer on a busy machine; a router that drops requests takes all of it.
-const demoPatience = 5 * time.Second
+const demoPatience = 20 * time.Second
 
 // ask asks the pod from the client, by the family of the server.
 func ask(ctx context.Context, l *lab.Lab, q question) (lab.Answer, error) {

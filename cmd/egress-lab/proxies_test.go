@@ -167,16 +167,24 @@ func TestDriveKeepsRate(t *testing.T) {
 	go func() { _ = server.Serve(l) }()
 	defer server.Close()
 	at := netip.MustParseAddrPort(l.Addr().String())
-	g, err := newGenerator(drive{Kind: driveKept, Clients: 16, Rate: 200, For: 500 * time.Millisecond, To: at, Server: at})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer g.close()
-	begin := time.Now()
-	result, err := g.run()
-	took := time.Since(begin)
-	if most := int(200*took.Seconds()) + 16 + 1; err != nil || result.Answers <= 16 || result.Answers > most {
-		t.Errorf("%d answers in %v, error %v; want at most %d", result.Answers, took, err, most)
+	for patience := time.Now().Add(lab.Patience); ; {
+		g, err := newGenerator(drive{Kind: driveKept, Clients: 16, Rate: 200, For: 500 * time.Millisecond, To: at, Server: at})
+		if err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		result, err := g.run()
+		took := time.Since(begin)
+		g.close()
+		if most := int(200*took.Seconds()) + 16 + 1; err != nil || result.Answers > most {
+			t.Fatalf("%d answers in %v, error %v; want at most %d", result.Answers, took, err, most)
+		}
+		if result.Answers > 16 {
+			return
+		}
+		if time.Now().After(patience) { // this process may stand still for one run
+			t.Fatalf("%d answers in %v, want more than 16", result.Answers, took)
+		}
 	}
 }
 

@@ -33,6 +33,15 @@ func get(p *labtest.Pod, path string) (status int, body string) {
 	return status, body
 }
 
+// keepDatagrams has the kernel keep the entries of datagrams for longer than any test takes, and
+// not for 30 s.
+func keepDatagrams(p *labtest.Pod) {
+	p.Helper()
+	if err := p.Lab.SetSysctl(p.Lab.Router, "net/netfilter/nf_conntrack_udp_timeout", "3600"); err != nil {
+		p.Fatal(err)
+	}
+}
+
 func wantGet(p *labtest.Pod, path string, status int, body string) {
 	p.Helper()
 	if s, b := get(p, path); s != status || b != body {

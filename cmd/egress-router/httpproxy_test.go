@@ -139,7 +139,7 @@ func TestHTTPProxyInPod(t *testing.T) {
 func testHTTPProxy(p *labtest.Pod) {
 	t := p.T
 	p.Env["EGRESS_ACCESS_LOG"] = "true"
-	p.Env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "5s" // for a busy machine to look a name up
+	p.Env["EGRESS_HTTP_PROXY_CONNECT_TIMEOUT"] = "60s" // for a busy machine to look a name up
 	n := serveNames(p)
 	n.set("www.example.com.", "203.0.113.25")
 	n.set("mixed.example.com.", "203.0.113.25", "203.0.113.26") // the second is denied

@@ -147,12 +147,30 @@ func TestHTTPProxyServesWithUnreadLog(t *testing.T) {
 			}
 		}
 		_ = conn.Close()
-		text := make(chan string, 1)
+		text, most := make(chan string, 1), make(chan struct{})
 		if read {
 			go func() {
-				b, _ := io.ReadAll(l)
-				text <- string(b)
+				var b strings.Builder
+				lines := bufio.NewReader(l)
+				for n := 0; ; {
+					line, err := lines.ReadString('\n')
+					b.WriteString(line)
+					if strings.Contains(line, "msg=access") {
+						if n++; n == requests {
+							close(most)
+						}
+					}
+					if err != nil {
+						break
+					}
+				}
+				text <- b.String()
 			}()
+			select { // a program that ends waits for a reader that stands still, but not for long
+			case <-most:
+			case <-time.After(labtest.Patience):
+				t.Fatalf("fewer lines than %d requests", requests)
+			}
 		}
 		l.wantEnd(p)
 		if !read {

@@ -52,6 +52,7 @@ func TestPage(t *testing.T) {
 		p.Env["EGRESS_HEALTH_LISTEN"] = ":9465"
 		r := p.Start("legacy")
 		p.Until("the router is ready", func() bool { code, _ := p.Health(); return code == 0 })
+		keepDatagrams(p)
 		for range 2 {
 			p.WantAnswer("tcp", 80, "203.0.113.25:80")
 		}
@@ -173,19 +174,21 @@ func TestPageOfManyDestinations(t *testing.T) {
 	}
 	after := residentMemory(t, r.Cmd.Process.Pid)
 	const rounds = 8
-	var times [2]time.Duration
-	for range rounds {
+	var times [2]time.Duration // the shortest: a process may stand still in any other
+	for round := range rounds {
 		for i, path := range []string{"/", "/metrics"} {
 			begin := time.Now()
 			if status, _ := get(p, path); status != 200 {
 				t.Fatalf("%s: status %d", path, status)
 			}
-			times[i] += time.Since(begin)
+			if took := time.Since(begin); round == 0 || took < times[i] {
+				times[i] = took
+			}
 		}
 	}
-	t.Logf("the page takes %s, the metrics %s; resident memory %d, then %d bytes", times[0]/rounds, times[1]/rounds, before, after)
+	t.Logf("the page takes %s, the metrics %s; resident memory %d, then %d bytes", times[0], times[1], before, after)
 	if times[0] > times[1] {
-		t.Errorf("%d pages take %s, as many metrics %s", rounds, times[0], times[1])
+		t.Errorf("the page takes %s, the metrics %s", times[0], times[1])
 	}
 	if _, text := get(p, "/?page=200"); !strings.Contains(text, "9,951 to 10,000 of 10,000") {
 		t.Errorf("the last page has\n%s", text)

@@ -105,15 +105,16 @@ func (s *several) page(node int) string {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return s.site.Dial(ctx, s.site.Client, "tcp", addr)
 	}}}
-	resp, err := client.Get("http://" + addr.String() + "/")
-	if err != nil {
-		s.Fatal(err)
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		s.Fatal(err)
-	}
+	var text []byte
+	s.until("the page of a router", func() bool { // which closes a connection whose request comes late
+		resp, err := client.Get("http://" + addr.String() + "/")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		text, err = io.ReadAll(resp.Body)
+		return err == nil
+	})
 	return string(text)
 }
 
@@ -159,12 +160,8 @@ func (s *several) want(node int, fault diagnose.Fault, found, remedy string) {
 func (s *several) wantReported(node int, fault diagnose.Fault, found, remedy string) {
 	s.Helper()
 	s.want(node, fault, found, remedy)
-	if text := s.run(node, "health"); !strings.Contains(text, "fault: "+string(fault)+"\n") {
-		s.Errorf("health lacks the fault %s:\n%s", fault, text)
-	}
-	if text := s.page(node); !strings.Contains(text, remedy) {
-		s.Errorf("the page lacks the remedy %q:\n%s", remedy, text)
-	}
+	s.until("health has the fault "+string(fault), func() bool { return strings.Contains(s.run(node, "health"), "fault: "+string(fault)+"\n") })
+	s.until("the page has the remedy "+remedy, func() bool { return strings.Contains(s.page(node), remedy) })
 }
 
 // Health and the page name the holder, the roles, the age of the permit, and the last take-over

@@ -42,6 +42,7 @@ func TestRouterHealthAndMetrics(t *testing.T) {
 		for range 5 {
 			p.WantAnswer("tcp", 80, "203.0.113.25:80")
 		}
+		keepDatagrams(p)
 		flow := p.Flow(53)
 		flow.WantAnswer("by the fallback", "203.0.113.27:53", "192.168.12.99")
 		p.FlushSourceRule()

@@ -148,7 +148,9 @@ func lockDirectory(dir string) (unlock func()) {
 	if err != nil {
 		return func() {}
 	}
-	_ = unix.Flock(int(d.Fd()), unix.LOCK_EX)
+	for errors.Is(unix.Flock(int(d.Fd()), unix.LOCK_EX), unix.EINTR) {
+		continue // a file system of a server may be interrupted by a signal
+	}
 	names, _ := d.Readdirnames(-1)
 	for _, name := range names {
 		if strings.HasPrefix(name, temporary) {

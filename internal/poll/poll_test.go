@@ -31,6 +31,7 @@ func TestSignals(t *testing.T) {
 	defer runtime.UnlockOSThread()
 	pid, thread := os.Getpid(), unix.Gettid()
 	var done atomic.Bool
+	defer done.Store(true)
 	ended := make(chan error, 1)
 	go func() {
 		for !done.Load() {

@@ -247,15 +247,11 @@ func TestReference(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := &Runner{o: Options{Listen: netip.MustParseAddrPort("127.0.0.2:1"), Reference: l.Addr().String()}}
-	if !r.connects(t.Context()) {
-		t.Error("takes connections: not reachable")
-	}
+	until(t, "it takes connections: reachable", func() bool { return r.connects(t.Context()) })
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if !r.connects(t.Context()) {
-		t.Error("refuses connections: not reachable")
-	}
+	until(t, "it refuses connections: reachable", func() bool { return r.connects(t.Context()) })
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if r.connects(ctx) {

@@ -365,11 +365,20 @@ func scrape(t *testing.T, ring *faults.Ring, node int) map[string]float64 {
 		return conn, err
 	}}}
 	defer client.CloseIdleConnections()
-	response, err := client.Get("http://127.0.0.1:9465/metrics")
-	try(t, err)
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	try(t, err)
+	var text []byte
+	for begin := time.Now(); ; { // the router closes a connection whose request comes late
+		response, err := client.Get("http://127.0.0.1:9465/metrics")
+		if err == nil {
+			text, err = io.ReadAll(response.Body)
+			_ = response.Body.Close()
+		}
+		if err == nil {
+			break
+		}
+		if time.Since(begin) > lab.Patience {
+			t.Fatal(err)
+		}
+	}
 	figures := map[string]float64{}
 	for line := range strings.Lines(string(text)) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
