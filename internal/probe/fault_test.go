@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -66,6 +67,9 @@ func text(d diagnose.Diagnosis) string {
 	return b.String()
 }
 
+// probed is in the sentence of a healthy router. A busy machine drops a frame at times.
+var probed = regexp.MustCompile(`from 192\.168\.12\.99 to 203\.0\.113\.25:80, SYN sent \d times? at `)
+
 // A healthy router has no finding: every verdict is ok.
 func TestDiagnoseHealthyRouter(t *testing.T) {
 	t.Parallel()
@@ -87,7 +91,7 @@ func TestDiagnoseHealthyRouter(t *testing.T) {
 							p.Errorf("finding %+v", f)
 						}
 					}
-					if !d.OK || !strings.Contains(d.Sentence, "from 192.168.12.99 to 203.0.113.25:80, SYN sent 1 time at ") || p.Failed() {
+					if !d.OK || !probed.MatchString(d.Sentence) || p.Failed() {
 						p.Errorf("diagnosis:\n%s", text(d))
 					}
 				})

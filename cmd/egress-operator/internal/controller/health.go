@@ -59,13 +59,14 @@ type healthReader struct {
 	client.Reader
 	changed chan event.GenericEvent // of the pods whose health has changed
 	now     func() time.Time
+	timeout time.Duration // of one answer
 
 	mu   sync.Mutex
 	pods map[types.UID]podHealth
 }
 
 func newHealthReader(c client.Reader) *healthReader {
-	return &healthReader{Reader: c, changed: make(chan event.GenericEvent), now: time.Now, pods: map[types.UID]podHealth{}}
+	return &healthReader{Reader: c, changed: make(chan event.GenericEvent), now: time.Now, timeout: healthTimeout, pods: map[types.UID]podHealth{}}
 }
 
 // Start reads the health of all pods at an interval, until the context ends.
@@ -109,6 +110,8 @@ func (h *healthReader) read(ctx context.Context) {
 			readers <- struct{}{}
 			defer func() { <-readers }()
 			before := h.of(pod)
+			ctx, cancel := context.WithTimeout(ctx, h.timeout)
+			defer cancel()
 			now := before.next(ctx, address, isReady(pod), started, h.now())
 			h.mu.Lock()
 			h.pods[pod.UID] = now
@@ -150,8 +153,6 @@ func endpoint(pod *corev1.Pod) (address string, started time.Time, monitors bool
 // next returns the health after an earlier one. A container that does not answer keeps what
 // it has reported.
 func (p podHealth) next(ctx context.Context, address string, ready bool, started, now time.Time) podHealth {
-	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
-	defer cancel()
 	switch {
 	case !ready && now.Sub(started) >= startTime:
 		if reasons, answers := readReasons(ctx, address); answers {

@@ -74,7 +74,7 @@ func TestHealth(t *testing.T) {
 	pods := &podLister{pods: []corev1.Pod{monitored(t, start, &a)}}
 	h := newHealthReader(pods)
 	now := start
-	h.now = func() time.Time { return now }
+	h.now, h.timeout = func() time.Time { return now }, time.Minute
 	for _, step := range []struct {
 		name     string
 		after    time.Duration // from the start of the container
@@ -149,7 +149,7 @@ func TestHealthOfBefore(t *testing.T) {
 		pods := &podLister{pods: []corev1.Pod{monitored(t, now.Add(-age), &a)}}
 		setReady(&pods.pods[0], corev1.ConditionTrue)
 		h := newHealthReader(pods)
-		h.now = func() time.Time { return now }
+		h.now, h.timeout = func() time.Time { return now }, time.Minute
 		readOnce(t, h)
 		if found := h.of(&pods.pods[0]).conflict; found != want {
 			t.Errorf("conflict of a container of %s: %t, want %t", age, found, want)
